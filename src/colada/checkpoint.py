@@ -1,0 +1,289 @@
+"""The released checkpoint format: directories of ``config.json`` and safetensors files, read strictly.
+
+A model directory holds ``cola_dit/`` and ``cola_vae/``, and a ``tokenizer.json``
+beside them or one level up. ``generation_config.json`` beside them is an
+extension: the settings with which this model measures best.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from colada.config import DiTConfig, TextVAEConfig
+from colada.dit import DiT
+from colada.errors import ColadaError
+from colada.vae import TextVAE
+
+DIT_DIR, VAE_DIR, TOKENIZER_FILE = "cola_dit", "cola_vae", "tokenizer.json"
+GENERATION_FILE = "generation_config.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+Network = TypeVar("Network", DiT, TextVAE)
+
+
+# --- where a model is --------------------------------------------------------------------------
+
+
+def locate(where: str | Path, revision: str | None = None) -> Path:
+    """Return the directory of a model: itself, or the local copy of a hub repository, downloaded if need be.
+
+    Raises:
+        ColadaError: if there is no such directory, repository or revision, or the hub cannot be reached.
+    """
+    path = Path(where).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ColadaError(
+                f"{path}: revision={revision!r} was given, but this is a directory, not a hub id"
+            )
+        return path
+    if path.exists():
+        raise ColadaError(f"{path} is a file, expected a model directory with {DIT_DIR}/ and {VAE_DIR}/")
+    name = str(where)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise ColadaError(f"no model at {name!r}: not a directory, and not a hub id of the form owner/name")
+    patterns = [f"{DIT_DIR}/*", f"{VAE_DIR}/*", TOKENIZER_FILE, GENERATION_FILE]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except RevisionNotFoundError:
+        raise ColadaError(f"hub repository {name!r} has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise ColadaError(f"no directory and no hub repository called {name!r} (or it is private)") from None
+    except HFValidationError as error:
+        raise ColadaError(f"{name!r} is not a hub id: {error}") from None
+    except (LocalEntryNotFoundError, OSError):
+        raise ColadaError(
+            f"{name!r} is not a local directory, is not in the hub's local cache, and the hub cannot be reached "
+            "(offline?); download it where there is a network, or give a directory"
+        ) from None
+
+
+def find_tokenizer(directory: Path) -> Path | None:
+    """Return the tokenizer file beside the two networks or one level up, or None."""
+    for candidate in (directory / TOKENIZER_FILE, directory.parent / TOKENIZER_FILE):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raises ColadaError naming the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ColadaError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ColadaError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ColadaError(f"{path} holds a JSON {type(values).__name__}, expected an object")
+    return values
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def read_configs(directory: Path) -> tuple[TextVAEConfig, DiTConfig]:
+    """Return both configurations of a model directory, checked against each other.
+
+    Raises:
+        ColadaError: naming the file and key at fault.
+    """
+    for part in (DIT_DIR, VAE_DIR):
+        if not (directory / part).is_dir():
+            raise ColadaError(f"{directory} is no model directory: {part}/ is missing")
+    dit_file, vae_file = directory / DIT_DIR / "config.json", directory / VAE_DIR / "config.json"
+    dit = DiTConfig.from_dict(read_json(dit_file), str(dit_file))
+    vae = TextVAEConfig.from_dict(read_json(vae_file), str(vae_file))
+    check_pair(vae, dit, str(directory))
+    return vae, dit
+
+
+def check_pair(vae: TextVAEConfig, dit: DiTConfig, origin: str = "model") -> None:
+    """Raise ColadaError if a Text VAE and a DiT cannot be parts of one model."""
+    if dit.txt_in_channels != vae.latent_dim:
+        raise ColadaError(
+            f"{origin}: cola_dit txt_in_channels={dit.txt_in_channels} contradicts "
+            f"cola_vae latent_dim={vae.latent_dim}"
+        )
+    if dit.block_size != vae.block_size:
+        raise ColadaError(
+            f"{origin}: cola_dit block_size={dit.block_size} contradicts cola_vae block_size={vae.block_size}"
+        )
+
+
+def read_dit(directory: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> DiT:
+    """Return the DiT of a model directory; see :func:`read_weights`."""
+    _, config = read_configs(directory)
+    return read_weights(lambda: DiT(config), directory / DIT_DIR, dtype, device)
+
+
+def read_vae(
+    directory: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> TextVAE:
+    """Return the Text VAE of a model directory; see :func:`read_weights`."""
+    config, _ = read_configs(directory)
+    return read_weights(lambda: TextVAE(config), directory / VAE_DIR, dtype, device)
+
+
+def read_weights(
+    build: Callable[[], Network], folder: Path, dtype: torch.dtype | None, device: str | torch.device
+) -> Network:
+    """Build a network without storage and give it the tensors of a folder's safetensors files.
+
+    Tensors that already have the wanted type are mapped from the file. Others
+    are converted one by one, so that memory peaks at the result's size plus one tensor.
+
+    Raises:
+        ColadaError: for a missing, extra or misshapen tensor, or a truncated or corrupt file.
+    """
+    with torch.device("meta"):
+        network = build()
+    wanted = network.state_dict()
+    files = _weight_files(folder)
+    _check_names(folder, files, wanted)
+    tensors: dict[str, Tensor] = {}
+    for file in dict.fromkeys(files.values()):
+        names = [name for name, at in files.items() if at == file]
+        with _open(file) as handle:
+            for name in names:
+                part = handle.get_slice(name)
+                shape = tuple(part.get_shape())
+                if shape != tuple(wanted[name].shape):
+                    expected = tuple(wanted[name].shape)
+                    raise ColadaError(
+                        f"{file}: tensor {name} has shape {shape}, its config expects {expected}"
+                    )
+                if part.get_dtype() not in ("F32", "BF16", "F16", "F64"):
+                    raise ColadaError(
+                        f"{file}: tensor {name} is of type {part.get_dtype()}, expected a float"
+                    )
+                if dtype is None or part.get_dtype() == _SAFETENSORS_NAMES.get(dtype):
+                    tensors[name] = handle.get_tensor(name)
+        for name in names:
+            if name not in tensors:
+                # Opened anew for each tensor: the pages of the last one leave memory with its handle.
+                with _open(file) as handle:
+                    tensors[name] = handle.get_tensor(name).to(dtype)
+    if isinstance(network, DiT):
+        _check_frequencies(folder, network, tensors)
+    network.load_state_dict(tensors, strict=True, assign=True)
+    return network.to(device)
+
+
+_SAFETENSORS_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+}
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """Return which file holds each tensor, from the index of a sharded set or the single file's header."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ColadaError(f"{index} has no weight_map")
+        return {name: folder / str(file) for name, file in weight_map.items()}
+    with _open(folder / WEIGHTS_FILE) as handle:
+        return dict.fromkeys(handle.keys(), folder / WEIGHTS_FILE)
+
+
+def _check_names(folder: Path, files: Mapping[str, Path], wanted: Mapping[str, Tensor]) -> None:
+    missing = sorted(wanted.keys() - files.keys())
+    extra = sorted(files.keys() - wanted.keys())
+    problems = [
+        f"{kind} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for kind, names in (("misses tensor", missing), ("has the unknown tensor", extra))
+        if names
+    ]
+    if problems:
+        raise ColadaError(f"{folder} does not fit its config.json: it {' and '.join(problems)}")
+
+
+def _check_frequencies(folder: Path, network: DiT, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse rotary frequencies that are not those of the config (to bf16 rounding), then restore them exactly."""
+    from colada.dit import ROPE_THETA
+    from colada.layers import inverse_frequencies
+
+    exact = inverse_frequencies(network.config.rope_dim, ROPE_THETA)
+    for name, tensor in tensors.items():
+        if name.endswith("rope.rope.freqs"):
+            if not torch.allclose(tensor.float(), exact, rtol=1e-2, atol=0):
+                raise ColadaError(
+                    f"{folder}: {name} does not hold the frequencies of rope_dim={network.config.rope_dim}"
+                )
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except FileNotFoundError:
+        raise ColadaError(f"{file} is missing") from None
+    except SafetensorError as error:
+        raise ColadaError(f"{file} is truncated or corrupt: {error}") from None
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def write_model(
+    directory: Path,
+    vae: TextVAE,
+    dit: DiT,
+    save_tokenizer: Callable[[Path], None] | None = None,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Write both networks in the released format; an older model there is replaced once all is written.
+
+    Raises:
+        ColadaError: if the directory cannot be written (no space, no permission).
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        for part, network in ((DIT_DIR, dit), (VAE_DIR, vae)):
+            folder = partial / part
+            folder.mkdir(parents=True)
+            write_json(folder / "config.json", network.config.to_dict())
+            state = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
+            save_torch_state_dict(state, folder, max_shard_size="5GB")
+        if save_tokenizer is not None:
+            save_tokenizer(partial / TOKENIZER_FILE)
+        if generation:
+            write_json(partial / GENERATION_FILE, generation)
+        directory.mkdir(parents=True, exist_ok=True)
+        for item in partial.iterdir():
+            target = directory / item.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            item.replace(target)
+        partial.rmdir()
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ColadaError(f"cannot write the model to {directory}: {error}") from None
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write an indented JSON object with its keys sorted."""
+    path.write_text(json.dumps(dict(values), indent=2, sort_keys=True) + "\n", encoding="utf-8")

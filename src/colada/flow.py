@@ -1,0 +1,137 @@
+"""Flow matching: the path from latents to noise, the law of training timesteps, grids and solvers.
+
+The path is z_t = (1 - a) z0 + a z1 with a = t / T in [0, 1] and z1 ~ N(0, I);
+its velocity is dz/da = z1 - z0. Generation integrates from a = 1 to 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from colada.errors import ColadaError, nearest
+
+T = 1000.0
+
+Choice = TypeVar("Choice")
+
+
+def interpolate(z0: Tensor, z1: Tensor, a: Tensor) -> Tensor:
+    """Return z_t = (1 - a) z0 + a z1 for latents and noise (N, C) and a (N,)."""
+    return torch.lerp(z0, z1, a[:, None])
+
+
+def target_velocity(z0: Tensor, z1: Tensor) -> Tensor:
+    """Return u = z1 - z0, the regression target of flow matching."""
+    return z1 - z0
+
+
+def z0_from_velocity(z: Tensor, velocity: Tensor, a: Tensor) -> Tensor:
+    """Return the guess of z0 at z_t (N, C) that a velocity implies: z_t - a v; a is () or (N,)."""
+    return z - a.expand(z.shape[0])[:, None] * velocity
+
+
+def velocity_from_z0(z: Tensor, z0: Tensor, a: Tensor) -> Tensor:
+    """Return the velocity (z_t - z0) / a that a guess of z0 implies; a is () or (N,).
+
+    Clean positions (a = 0) have velocity zero: they do not move.
+    """
+    a = a.expand(z.shape[0])[:, None]
+    return torch.where(a > 0, (z - z0) / a.clamp_min(1e-6), torch.zeros_like(z))
+
+
+@dataclass(frozen=True)
+class TimestepLaw:
+    """t = T sigmoid(n), n ~ N(loc, scale^2): where along the path training looks. A larger loc is noisier."""
+
+    loc: float = 1.0
+    scale: float = 1.0
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+        """Draw timesteps in (0, T), float32."""
+        return T * torch.sigmoid(self.loc + self.scale * torch.randn(shape, generator=generator))
+
+
+def calibrated_loc(latent_dim: int) -> float:
+    """Return the paper's line for the law's loc at latent width C: 1 + ln(C / 16) / 2."""
+    return 1.0 + 0.5 * math.log(latent_dim / 16)
+
+
+# --- grids -------------------------------------------------------------------------------------
+
+Schedule = Callable[[int], Tensor]
+
+
+def uniform(steps: int) -> Tensor:
+    """Return S + 1 equally spaced values of a from 1 to 0 (the released grid)."""
+    return torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
+
+
+def front_loaded(steps: int) -> Tensor:
+    """Return 1 - (1 - u)^2 over uniform u: small steps at high noise, steps of 2 / S near a = 0."""
+    return 1.0 - (1.0 - uniform(steps)) ** 2
+
+
+def logit_normal(steps: int) -> Tensor:
+    """Return the quantiles of the training law (loc 1, scale 1), stretched to 1..0: steps where training looked."""
+    interior = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64).clamp(1e-3, 1 - 1e-3)
+    grid = torch.sigmoid(1.0 + torch.special.ndtri(interior))
+    return (grid - grid[-1]) / (grid[0] - grid[-1])
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "uniform": uniform,
+    "front-loaded": front_loaded,
+    "logit-normal": logit_normal,
+}
+
+
+# --- solvers -----------------------------------------------------------------------------------
+
+
+class Solver(Protocol):
+    """Integrates dz/da = v along a descending grid; made anew for every block."""
+
+    def step(self, z: Tensor, velocity: Tensor, a: float, a_next: float) -> Tensor:
+        """Return z at ``a_next`` from z and its velocity at ``a``."""
+        ...
+
+
+class Euler:
+    """First order: z + (a_next - a) v (the released solver)."""
+
+    def step(self, z: Tensor, velocity: Tensor, a: float, a_next: float) -> Tensor:
+        """Return z at ``a_next``; see :class:`Solver`."""
+        return z + (a_next - a) * velocity
+
+
+class AdamsBashforth2:
+    """Second-order multistep with one velocity a step: extrapolates the last two, on any grid."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, float] | None = None
+
+    def step(self, z: Tensor, velocity: Tensor, a: float, a_next: float) -> Tensor:
+        """Return z at ``a_next``; the first step is Euler's. See :class:`Solver`."""
+        slope = velocity
+        if self._last is not None:
+            last_velocity, last_a = self._last
+            slope = velocity + 0.5 * (a_next - a) / (a - last_a) * (velocity - last_velocity)
+        self._last = velocity, a
+        return z + (a_next - a) * slope
+
+
+SOLVERS: dict[str, Callable[[], Solver]] = {"euler": Euler, "ab2": AdamsBashforth2}
+
+
+def choose(kind: str, name: str, choices: dict[str, Choice]) -> Choice:
+    """Return ``choices[name]``, or raise ColadaError naming the value and what there is."""
+    if name not in choices:
+        known = ", ".join(repr(choice) for choice in choices)
+        raise ColadaError(f"{kind}={name!r}, expected one of {known}{nearest(name, choices)}")
+    return choices[name]

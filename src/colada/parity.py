@@ -1,0 +1,140 @@
+"""Run a parity fixture: a checkpoint with the outputs that a reference implementation gave in float32.
+
+``python -m colada.parity CASE_DIR [--tolerance 1e-5]`` prints one JSON line with
+the largest relative error, max |a - b| / max |b|, of every part.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from colada.checkpoint import read_dit, read_json, read_vae
+from colada.errors import ColadaError
+from colada.generation import BlockGenerator
+from colada.packing import pad_to_multiple
+from colada.sampling import Sampling
+
+
+def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Return max |a - b| / max |b| over lists of tensors; infinite where shapes differ or a value is not finite."""
+    if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
+        return float("inf")
+    difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    error = difference / max(float(b.abs().max()) for b in theirs)
+    return error if error == error else float("inf")
+
+
+@torch.inference_mode()
+def run_case(directory: Path) -> dict[str, Any]:
+    """Return the error of every part of a fixture, and whether the generated tokens are equal.
+
+    Raises:
+        ColadaError: if the directory is not a fixture.
+    """
+    case = read_json(directory / "case.json")
+    try:
+        expected = load_file(directory / "expected.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ColadaError(f"cannot read {directory / 'expected.safetensors'}: {error}") from None
+    try:
+        return _compare(directory, case, expected)
+    except KeyError as error:
+        raise ColadaError(f"{directory} is no complete fixture: {error} is missing") from None
+
+
+def _compare(directory: Path, case: dict[str, Any], expected: dict[str, Tensor]) -> dict[str, Any]:
+    vae, dit = read_vae(directory, torch.float32), read_dit(directory, torch.float32)
+    prompts, settings, pad_id = case["prompts"], case["settings"], case["pad_token_id"]
+    errors: dict[str, Any] = {}
+
+    # Single passes: every prompt that has tokens, padded to whole blocks, all in one packed batch.
+    patch, size = vae.config.patch_size, vae.config.block_size
+    padded = [pad_to_multiple(ids, vae.config.block_tokens, pad_id) for ids in prompts]
+    encoded = [number for number, ids in enumerate(padded) if ids]
+    lengths = [len(padded[number]) // patch for number in encoded]
+    if encoded:
+        packed = torch.tensor([token for number in encoded for token in padded[number]])
+        posterior = vae.encode(packed, [len(padded[number]) for number in encoded])
+        means = [expected[f"encode.{number}.mean"] for number in encoded]
+        errors["encode_mean"] = relative_error(list(posterior.mean.split(lengths)), means)
+        if posterior.logvar is not None:
+            logvars = [expected[f"encode.{number}.logvar"] for number in encoded]
+            errors["encode_logvar"] = relative_error(list(posterior.logvar.split(lengths)), logvars)
+        logits = vae.decode(torch.cat(means), lengths)
+        errors["decode"] = relative_error([logits], [expected["decode.full_logits"]])
+        velocity = dit(expected["dit.input"], expected["dit.timestep"], dit.layout(lengths))
+        errors["velocity"] = relative_error([velocity], [expected["dit.drift"]])
+
+    # Guided generation with the fixture's own noise, for as many blocks as it has.
+    count = len(prompts)
+    engine = BlockGenerator(
+        vae,
+        dit,
+        steps=settings["timestep_num"],
+        sampling=Sampling(
+            temperature=settings["temperature"], repetition_penalty=settings["repetition_penalty"]
+        ),
+    )
+    noise = [expected[f"generate.noise.{b}"].split(size) for b in range(case["n_blocks"])]
+    samples = engine.start(
+        prompts,
+        [lambda block, own=number: noise[block][own] for number in range(count)],
+        [0] * count,
+        [settings["guidance_scale"]] * count,
+        pad_id,
+    )
+    latents, logits_of, generated = [], [], [[] for _ in prompts]  # type: ignore[var-annotated]
+    for _ in range(case["n_blocks"]):
+        for _ in engine.next_block(samples):
+            pass
+        blocks = [sample.block for sample in samples if sample.block is not None]
+        latents.append(torch.cat([block.latents for block in blocks]))
+        logits_of.append(torch.cat([block.logits for block in blocks]))
+        for own, block in zip(generated, blocks, strict=True):
+            own.extend(block.ids)
+    blocks_of = range(case["n_blocks"])
+    errors["latents"] = relative_error(latents, [expected[f"generate.latents.{b}"] for b in blocks_of])
+    errors["logits"] = relative_error(logits_of, [expected[f"generate.logits.{b}"] for b in blocks_of])
+    # The released code drops the prompt's tokens beyond its prefix, and nothing else.
+    errors["tokens_equal"] = [
+        own[max(0, len(ids) - -(-len(ids) // patch) // size * size * patch) :]
+        for own, ids in zip(generated, prompts, strict=True)
+    ] == case["generated"]
+    return errors
+
+
+def report(directory: Path, tolerance: float) -> int:
+    """Print a fixture's errors as one JSON line; return 0 if all hold, else 1."""
+    errors = run_case(directory)
+    holds = errors["tokens_equal"] and all(
+        error <= tolerance for name, error in errors.items() if name != "tokens_equal"
+    )
+    line = {"case": str(directory), "tolerance": tolerance, **errors, "ok": bool(holds)}
+    print(json.dumps(line))
+    return 0 if holds else 1
+
+
+def main(
+    case_dir: Annotated[Path, typer.Argument(help="Directory of a parity fixture.")],
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest relative error that holds.")] = 1e-5,
+) -> None:
+    """Compare this implementation with a fixture's expected outputs."""
+    try:
+        code = report(case_dir, tolerance)
+    except ColadaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,233 @@
+"""The Text VAE: q_phi(z0 | x), tokens to latents, and p_theta(x | z0), latents to tokens.
+
+Module names are those of the released checkpoint. Both halves are block-causal:
+they may be run block by block with a :class:`~colada.layers.History`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colada.config import TextVAEConfig
+from colada.errors import ColadaError
+from colada.layers import History, attend, commit, inverse_frequencies, rotary_table, rotate_half_split
+from colada.packing import Layout
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q_phi(z0 | x) = N(mean, exp(logvar)), each float32 (N, C); logvar is None for a deterministic encoder."""
+
+    mean: Tensor
+    logvar: Tensor | None
+
+
+class VAEBlock(nn.Module):
+    """A transformer block of either half; mind the residual order of ``post_norm``."""
+
+    def __init__(self, config: TextVAEConfig) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.layer_norm_eps
+        self.config = config
+        self.norm_attn = nn.LayerNorm(dim, eps=eps, elementwise_affine=config.layer_norm_affine)
+        self.qkv_proj = nn.Linear(dim, 3 * dim, bias=config.qk_bias)
+        if config.qk_norm:
+            self.q_norm = nn.LayerNorm(dim, eps=eps, elementwise_affine=config.qk_norm_affine)
+            self.k_norm = nn.LayerNorm(dim, eps=eps, elementwise_affine=config.qk_norm_affine)
+        self.attn_out_proj = nn.Linear(dim, dim, bias=config.bias)
+        self.norm_ffn = nn.LayerNorm(dim, eps=eps)
+        self.ffn_proj = nn.Linear(dim, config.ffn_dim, bias=config.bias)
+        hidden = config.ffn_dim // 2 if config.act == "swiglu" else config.ffn_dim
+        self.ffn_out = nn.Linear(hidden, dim, bias=config.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        layout: Layout,
+        histories: Sequence[History | None] | None = None,
+        layer: int = 0,
+        committing: bool = False,
+    ) -> Tensor:
+        if self.config.post_norm:
+            a = self.attention(x, table, layout, histories, layer, committing)
+            x = self.norm_attn(x) + a
+            return x + self.norm_ffn(self.ffn(x))
+        x = x + self.attention(self.norm_attn(x), table, layout, histories, layer, committing)
+        return x + self.ffn(self.norm_ffn(x))
+
+    def attention(
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        layout: Layout,
+        histories: Sequence[History | None] | None,
+        layer: int,
+        committing: bool,
+    ) -> Tensor:
+        """Attend (N, dim) to itself and the histories; committing appends the new positions to them."""
+        q, k, v = self.qkv_proj(x).chunk(3, -1)
+        if self.config.clip_qkv is not None:
+            limit = self.config.clip_qkv
+            q, k, v = q.clamp(-limit, limit), k.clamp(-limit, limit), v.clamp(-limit, limit)
+        if self.config.qk_norm:
+            # Over the whole width, before the heads are split.
+            q, k = self.q_norm(q), self.k_norm(k)
+        heads = (self.config.num_heads, -1)
+        q, k, v = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+        q, k = rotate_half_split(q, table).to(v.dtype), rotate_half_split(k, table).to(v.dtype)
+        out = attend(q, k, v, layout, histories, layer)
+        if committing and histories is not None:
+            commit(histories, layer, k, v, layout)
+        projected: Tensor = self.attn_out_proj(out.flatten(-2))
+        return projected
+
+    def ffn(self, x: Tensor) -> Tensor:
+        """dim -> ffn_dim -> dim; swiglu takes the projection's first half as value, the second as gate."""
+        x = self.ffn_proj(x)
+        if self.config.act == "swiglu":
+            value, gate = x.chunk(2, -1)
+            x = value * F.silu(gate)
+        else:
+            x = F.gelu(x) if self.config.act == "gelu" else F.silu(x)
+        out: Tensor = self.ffn_out(x)
+        return out
+
+
+def _table(config: TextVAEConfig, layout: Layout) -> tuple[Tensor, Tensor]:
+    return rotary_table(
+        layout.positions, inverse_frequencies(config.dim // config.num_heads, config.rope_theta)
+    )
+
+
+class TextEncoder(nn.Module):
+    """ids (N * patch,) -> posterior over latents (N, C)."""
+
+    def __init__(self, config: TextVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size + 1, config.dim)
+        self.patch_embedder = nn.Conv1d(config.dim, config.dim, config.patch_size, stride=config.patch_size)
+        self.blocks = nn.ModuleList(VAEBlock(config) for _ in range(config.encoder_num_blocks))
+        outputs = 2 * config.latent_dim if config.use_variation else config.latent_dim
+        self.final_layer = nn.Linear(config.dim, outputs, bias=config.bias)
+
+    def forward(self, ids: Tensor, layout: Layout) -> Posterior:
+        config = self.config
+        # Kernel = stride, and no patch straddles samples: the convolution is one product per patch.
+        weight = self.patch_embedder.weight.transpose(1, 2).flatten(1)
+        x = F.linear(self.wte(ids).view(-1, config.patch_size * config.dim), weight, self.patch_embedder.bias)
+        table = _table(config, layout)
+        for block in self.blocks:
+            x = block(x, table, layout)
+        out = self.final_layer(x).float()
+        if config.use_variation:
+            mean, logvar = out.chunk(2, -1)
+            logvar = logvar.clamp(-30, 20)
+        else:
+            mean, logvar = out, None
+        if config.encoder_last_ln:
+            mean = F.layer_norm(mean, (config.latent_dim,), eps=config.layer_norm_eps)
+        return Posterior(mean, logvar)
+
+
+class TextDecoder(nn.Module):
+    """Latents (N, C) -> hidden states of their tokens (N * patch, dim); ``logits`` spells them out."""
+
+    def __init__(self, config: TextVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.in_layer = nn.Linear(config.latent_dim, config.dim, bias=config.bias)
+        self.blocks = nn.ModuleList(VAEBlock(config) for _ in range(config.decoder_num_blocks))
+        self.unpatch_layer = nn.Linear(config.dim, config.dim * config.patch_size)
+        self.final_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
+        self.final_layer = nn.Linear(config.dim, config.vocab_size, bias=config.bias)
+
+    def forward(
+        self,
+        latents: Tensor,
+        layout: Layout,
+        histories: Sequence[History | None] | None = None,
+        committing: bool = True,
+    ) -> Tensor:
+        config = self.config
+        x = self.in_layer(latents.to(self.in_layer.weight.dtype))
+        table = _table(config, layout)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, table, layout, histories, layer, committing)
+        # The projection's output axis is ordered (channel, patch).
+        x = self.unpatch_layer(x).unflatten(-1, (config.dim, config.patch_size))
+        return x.transpose(1, 2).reshape(-1, config.dim)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (n, dim) -> logits float32 (n, V)."""
+        out: Tensor = self.final_layer(self.final_norm(hidden))
+        return out.float()
+
+
+class TextVAE(nn.Module):
+    """Encoder q_phi and conditional decoder p_theta over packed samples."""
+
+    def __init__(self, config: TextVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = TextEncoder(config)
+        self.decoder = TextDecoder(config)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Initialise every parameter: matrices from a normal cut off at ``init_cutoff_factor`` deviations."""
+        std, cutoff = self.config.init_std, self.config.init_std * self.config.init_cutoff_factor
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                nn.init.constant_(parameter, float(name.endswith("weight")))
+            elif parameter.ndim == 1:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, 0.0, std, -cutoff, cutoff, generator=generator)
+
+    def layout(self, lengths: Sequence[int], histories: Sequence[History | None] | None = None) -> Layout:
+        """Return the packing of samples of these many *latents*, which follow their histories."""
+        committed = [len(history or ()) for history in histories] if histories is not None else None
+        return Layout(lengths, self.config.block_size, committed, self.encoder.wte.weight.device)
+
+    def encode(self, ids: Tensor, lengths: Sequence[int]) -> Posterior:
+        """Return the posterior of packed tokens.
+
+        Args:
+            ids: int64 (sum of lengths,), below vocab_size, or the mask id.
+            lengths: tokens of each sample, multiples of ``patch_size``.
+
+        Returns: a posterior over N = sum(lengths) / patch_size latents, not normalised.
+
+        Raises:
+            ColadaError: if a length is no multiple of ``patch_size``, or the lengths do not add up.
+        """
+        patch = self.config.patch_size
+        for length in lengths:
+            if length % patch:
+                raise ColadaError(f"a sample of {length} tokens, expected a multiple of patch_size={patch}")
+        if sum(lengths) != ids.numel():
+            raise ColadaError(f"lengths add up to {sum(lengths)}, but there are {ids.numel()} ids")
+        posterior: Posterior = self.encoder(ids, self.layout([length // patch for length in lengths]))
+        return posterior
+
+    def decode(
+        self,
+        latents: Tensor,
+        lengths: Sequence[int],
+        histories: Sequence[History | None] | None = None,
+    ) -> Tensor:
+        """Return the logits float32 (N * patch_size, V) of packed latents (N, C).
+
+        With ``histories``, the latents see them and are committed to them.
+        """
+        return self.decoder.logits(self.decoder(latents, self.layout(lengths, histories), histories))
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Return (z - shifting_factor) * scaling_factor: what the DiT *and* the decoder see in generation."""
+        return (latents - self.config.shifting_factor) * self.config.scaling_factor

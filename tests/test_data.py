@@ -1,0 +1,403 @@
+import gzip
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from hashlib import sha1
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from colada.data import Document, Rows, TokenStream, find_files, read_documents, tokenize
+from colada.errors import ColadaError
+from colada.tokenizer import Tokenizer
+
+TEXTS = [f"Document {i}: naïve 東京\nsecond line, 🙂" for i in range(40)]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_parquet(path: Path, columns: dict[str, list[object]]) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def read_error(path: Path, **options: object) -> str:
+    """The message reading ``path`` ends in; always one line that names the file."""
+    with pytest.raises(ColadaError) as caught:
+        list(read_documents([path], **options))  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message
+
+
+# --- files -----------------------------------------------------------------
+
+
+def test_find_files_is_recursive_sorted_and_knows_its_kinds(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "x.jsonl").mkdir()  # a folder is not a file, whatever its name
+    for name in ("z.txt", "b/c.jsonl.gz", "b/a.parquet", "a.txt.gz", "m.JSONL", "skip.csv", "skip.gz", "txt"):
+        (tmp_path / name).touch()
+    names = [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path)]
+    assert names == sorted(["a.txt.gz", "b/a.parquet", "b/c.jsonl.gz", "m.JSONL", "z.txt"])
+    assert find_files(tmp_path / "z.txt") == [tmp_path / "z.txt"]
+
+
+def test_find_files_include(tmp_path: Path) -> None:
+    for name in ("a-1.txt", "a-2.txt", "b.jsonl", "c.txt"):
+        (tmp_path / name).touch()
+    names = [path.name for path in find_files(tmp_path, ["a-*", "*.jsonl", "a-1*"])]
+    assert names == ["a-1.txt", "a-2.txt", "b.jsonl"]
+    with pytest.raises(ColadaError, match=r"'b\.jsnl' matches no data file in .*did you mean 'b\.jsonl'"):
+        find_files(tmp_path, ["a-*", "b.jsnl"])
+
+
+def test_find_files_names_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").touch()
+    for where in (tmp_path / "none", tmp_path, tmp_path / "x.csv"):
+        with pytest.raises(ColadaError, match=re.escape(str(where)) + r".*\.parquet"):
+            find_files(where)
+
+
+# --- documents ---------------------------------------------------------------
+
+
+def test_all_kinds_give_the_same_documents(tmp_path: Path) -> None:
+    joined = "\n<|endoftext|>\n".join(TEXTS) + "\n"
+    lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in TEXTS)
+    (tmp_path / "d.txt").write_text(joined, encoding="utf-8")
+    (tmp_path / "d.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(joined.encode()))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    write_parquet(tmp_path / "d.parquet", {"id": [1] * 40, "text": list(TEXTS)})
+    files = find_files(tmp_path)
+    assert len(files) == 5
+    expected = None
+    for path in files:
+        documents = [(d.text, d.split) for d in read_documents([path], validation_share=0.3)]
+        assert [text for text, _ in documents] == TEXTS
+        assert expected in (None, documents)
+        expected = documents
+    assert len(list(read_documents(files))) == 5 * len(TEXTS)
+
+
+def test_text_separator_must_be_a_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "d.txt"
+    path.write_bytes(
+        b"one <|endoftext|>\n <|endoftext|>\n\n<|endoftext|>\r\n<|endoftext|>\n  \n<|endoftext|>\ntwo\r\n"
+    )
+    documents = list(read_documents([path]))
+    assert [d.text for d in documents] == ["one <|endoftext|>\n <|endoftext|>\n", "two"]
+    assert [d.origin for d in documents] == [f"{path}:1", f"{path}:8"]
+
+
+def test_a_text_without_separator_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_text("a\n\nb\n\n", encoding="utf-8")
+    (tmp_path / "empty.txt").touch()
+    assert [d.text for d in read_documents(find_files(tmp_path))] == ["a\n\nb\n"]
+
+
+def test_origin_counts_skipped_lines(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": " \\n"}\n\n{"text": "a"}\n', encoding="utf-8")
+    assert list(read_documents([path], validation_share=0)) == [Document("a", "train", f"{path}:3")]
+
+
+def test_split_column_is_respected(tmp_path: Path) -> None:
+    given: list[object] = ["train", "validation", "valid", "val", "dev", "test", "train"]
+    texts: list[object] = [f"t{i}" for i in range(7)]
+    expected = [("t0", "train"), *((f"t{i}", "validation") for i in (1, 2, 3, 4)), ("t6", "train")]
+    rows: list[dict[str, object]] = [{"text": t, "split": s} for t, s in zip(texts, given, strict=True)]
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    write_parquet(tmp_path / "d.parquet", {"split": given, "text": texts})
+    for name in ("d.jsonl", "d.parquet"):
+        for share in (0, 1):
+            found = read_documents([tmp_path / name], validation_share=share)
+            assert [(d.text, d.split) for d in found] == expected
+
+
+def test_validation_share_is_the_sha1_of_the_text(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(2000)]
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in texts])
+    splits = {d.text: d.split for d in read_documents([path], validation_share=0.25)}
+    # 0.25 is 0x40 in the first byte of the digest.
+    assert all((splits[t] == "validation") == (sha1(t.encode()).digest()[0] < 0x40) for t in texts)
+    assert 400 < sum(split == "validation" for split in splits.values()) < 600
+    for share, only in ((0, "train"), (1, "validation")):
+        assert {d.split for d in read_documents([path], validation_share=share)} == {only}
+
+
+def test_validation_share_out_of_range_is_refused_at_once() -> None:
+    with pytest.raises(ColadaError, match=r"validation_share is 1\.5, expected 0 to 1"):
+        read_documents([], validation_share=1.5)
+
+
+def test_parquet_is_read_in_batches_of_any_string_type(tmp_path: Path) -> None:
+    texts = [f"t{i}" for i in range(3000)]
+    strings = pa.array(texts)
+    for array in (strings, strings.cast(pa.large_string()), strings.dictionary_encode()):
+        pq.write_table(pa.table({"body": array}), tmp_path / "d.parquet", row_group_size=700)
+        found = list(read_documents([tmp_path / "d.parquet"], column="body"))
+        assert [d.text for d in found] == texts
+        assert found[2999].origin.endswith("d.parquet:row 3000")
+
+
+@pytest.mark.parametrize("name", ["d.txt", "d.jsonl", "d.txt.gz"])
+def test_bad_utf8_names_line_and_byte(tmp_path: Path, name: str) -> None:
+    content = b'{"text": "fine"}\n{"text": "\xc3\xa9\xff"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    message = read_error(tmp_path / name)
+    assert f"{name}:2: byte 0xff at offset 12" in message
+
+
+@pytest.mark.parametrize("bad", ["{", "{'text': 1}", '{"text": "a"} x', "[" * 200_000])
+def test_bad_json_names_the_line(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a"}\n\n' + bad + "\n", encoding="utf-8")
+    assert read_error(path).startswith(f"{path}:3: not JSON")
+
+
+def test_json_that_is_no_object_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a"}\n["text"]\n', encoding="utf-8")
+    assert read_error(path) == f"{path}:2: of type list, expected a JSON object"
+
+
+def test_missing_column_lists_those_there_and_the_nearest(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": "a"}, {"id": 1, "texts": "a"}]
+    jsonl = write_jsonl(tmp_path / "d.jsonl", rows)
+    parquet = write_parquet(tmp_path / "d.parquet", {"id": [1], "texts": ["a"]})
+    told = "no column 'text' (did you mean 'texts'?), columns there: id, texts"
+    assert read_error(jsonl) == f"{jsonl}:2: {told}"
+    assert read_error(parquet) == f"{parquet}: {told}"
+
+
+@pytest.mark.parametrize(("bad", "said"), [(None, "null"), (7, "of type int"), ([1], "of type list")])
+def test_text_that_is_no_string_names_the_row(tmp_path: Path, bad: object, said: str) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": "a"}, {"text": bad}])
+    assert read_error(path) == f"{path}:2: 'text' is {said}, expected a string"
+
+
+def test_parquet_text_that_is_no_string_names_the_row(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "d.parquet", {"text": ["a", "b", None]})
+    assert read_error(path) == f"{path}:row 3: 'text' is null, expected a string"
+    path = write_parquet(tmp_path / "e.parquet", {"text": [1.5]})
+    assert read_error(path) == f"{path}:row 1: 'text' is of type float, expected a string"
+
+
+@pytest.mark.parametrize("bad", ["trian", None, 3, ["train"]])
+def test_unknown_split_names_value_and_row(tmp_path: Path, bad: object) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": "a", "split": "dev"}, {"text": "a", "split": bad}])
+    message = read_error(path)
+    assert message.startswith(f"{path}:2: split is {bad!r}")
+    assert ("did you mean 'train'" in message) == (bad == "trian")
+    if bad is None or isinstance(bad, str):
+        parquet = write_parquet(tmp_path / "d.parquet", {"text": ["a", "a"], "split": ["dev", bad]})
+        assert read_error(parquet).startswith(f"{parquet}:row 2: split is {bad!r}")
+
+
+def test_a_lone_surrogate_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "ok"}\n{"text": "a\\ud800"}\n', encoding="utf-8")
+    assert read_error(path).startswith(f"{path}:2: 'text' holds a lone surrogate")
+
+
+def test_parquet_bad_utf8_names_the_row(tmp_path: Path) -> None:
+    raw = pa.array([b"ok", b"a\xff"]).cast(pa.binary())
+    text = pa.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
+    pq.write_table(pa.table({"text": text}), tmp_path / "d.parquet")
+    assert "row 2: not UTF-8" in read_error(tmp_path / "d.parquet")
+
+
+def test_corrupt_files_are_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "whole.parquet", {"text": [f"{i} " * 50 for i in range(500)]})
+    content = (tmp_path / "whole.parquet").read_bytes()
+    damaged = content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :]
+    packed = gzip.compress(b'{"text": "a"}\n' * 1000)
+    for name, data in (
+        ("empty.parquet", b""),
+        ("cut.parquet", content[: len(content) // 2]),
+        ("damaged.parquet", damaged),
+        ("plain.jsonl.gz", b'{"text": "a"}\n'),
+        ("cut.jsonl.gz", packed[: len(packed) // 2]),
+        ("damaged.txt.gz", packed[:12] + b"\xff" * 20 + packed[32:]),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert "read" in read_error(tmp_path / name)
+    assert "unknown kind" in read_error(tmp_path / "x.csv")
+    assert "cannot be read" in read_error(tmp_path / "none.txt")
+
+
+def test_missing_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "d.parquet", {"text": ["a"]})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "colada-lm[train]" in read_error(path)
+
+
+def test_import_brings_in_neither_torch_nor_pyarrow() -> None:
+    script = "import sys, colada.data; print(sorted({'torch', 'pyarrow'} & set(sys.modules)))"
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert printed.stdout.strip() == "[]"
+
+
+# --- streams -----------------------------------------------------------------
+
+
+def test_tokenize_lays_documents_end_to_end() -> None:
+    tok = Tokenizer.train(TEXTS, 300)
+    documents = [
+        Document(f"{i} {'ab' * (i % 7)}", "validation" if i % 5 == 0 else "train", "") for i in range(1100)
+    ]
+    seen: list[int] = []
+    streams = tokenize(iter(documents), tok, progress=seen.append)
+    assert seen == [512, 1024, 1100]
+    assert set(streams) == {"train", "validation"}
+    for split, stream in streams.items():
+        texts = [d.text for d in documents if d.split == split]
+        assert stream.ids.dtype == np.uint16
+        assert stream.starts.dtype == np.int64
+        assert len(stream) == sum(len(tok.encode(text)) + 1 for text in texts)
+        bounds = [*stream.starts.tolist(), len(stream)]
+        for text, begin, end in zip(texts, bounds[:-1], bounds[1:], strict=True):
+            assert stream.ids[begin:end].tolist() == [*tok.encode(text), tok.eos_id]
+
+
+def test_tokenize_nothing_gives_two_empty_streams() -> None:
+    streams = tokenize([], Tokenizer.train([], 260))
+    assert {split: (len(s), len(s.starts)) for split, s in streams.items()} == {
+        "train": (0, 0),
+        "validation": (0, 0),
+    }
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
+def test_ids_take_the_smallest_type_that_holds_the_vocabulary(size: int, dtype: type) -> None:
+    class Stub:
+        vocab_size = size
+        eos_id = size - 1
+
+        def encode_batch(self, texts: list[str]) -> list[list[int]]:
+            return [[0] for _ in texts]
+
+    stream = tokenize([Document("a", "train", "")], Stub())["train"]  # type: ignore[arg-type]
+    assert stream.ids.dtype == dtype
+    assert stream.ids.tolist() == [0, size - 1]
+
+
+# --- rows ----------------------------------------------------------------------
+
+
+def counting_stream(size: int, every: int = 10**9) -> TokenStream:
+    """Ids equal to their own index, a document starting at each multiple of ``every``."""
+    return TokenStream(np.arange(size, dtype=np.uint32), np.arange(0, size, every, dtype=np.int64))
+
+
+def test_rows_do_not_depend_on_the_order_of_asking() -> None:
+    stream = counting_stream(1000, every=13)
+    rows = Rows(stream, 32, seed=3)
+    forward = [rows.row(r) for r in range(100)]  # over several epochs
+    fresh = Rows(stream, 32, seed=3)
+    for r in np.random.default_rng(0).permutation(100):
+        assert np.array_equal(fresh.row(int(r)), forward[r])
+    assert np.array_equal(Rows(stream, 32, seed=3).row(77), forward[77])
+    assert not np.array_equal([Rows(stream, 32, seed=4).row(r) for r in range(20)], forward[:20])
+
+
+def test_batches_do_not_depend_on_their_size() -> None:
+    rows = Rows(counting_stream(700, every=13), 32, seed=0)
+    for step in range(6):
+        whole = rows.batch(step, 8)
+        assert whole.dtype == torch.int64
+        assert whole.shape == (8, 32)
+        assert torch.equal(whole, torch.cat([rows.batch(2 * step, 4), rows.batch(2 * step + 1, 4)]))
+        assert whole[5].tolist() == rows.row(8 * step + 5).tolist()
+
+
+@pytest.mark.parametrize("size", [33, 40, 63, 64, 65, 96, 1000, 1024, 1025])
+def test_an_epoch_covers_every_window_once(size: int) -> None:
+    length = 32
+    rows = Rows(counting_stream(size), length, seed=1, align=0)
+    assert rows.per_epoch == max(1, (size - length) // length)
+    offsets, orders = set(), set()
+    for epoch in range(40):
+        begins = []
+        for r in range(epoch * rows.per_epoch, (epoch + 1) * rows.per_epoch):
+            row = rows.row(r)
+            assert row.tolist() == list(range(row[0], row[0] + length))
+            begins.append(int(row[0]))
+        offset = min(begins)
+        assert 0 <= offset < length
+        assert sorted(begins) == [offset + i * length for i in range(rows.per_epoch)]
+        offsets.add(offset)
+        orders.add(tuple(np.argsort(begins)))
+    assert len(offsets) > (1 if size < 40 else 5)
+    assert len(orders) > 30 or rows.per_epoch < 20
+
+
+def test_aligned_rows_begin_at_the_next_document_start() -> None:
+    every, length = 50, 32
+    stream = counting_stream(5000, every)
+    plain, aligned = (Rows(stream, length, seed=2, align=a) for a in (0.0, 1.0))
+    for r in range(3 * plain.per_epoch):
+        window, begin = int(plain.row(r)[0]), int(aligned.row(r)[0])
+        assert begin == min(-(-window // every) * every, 4950)
+
+
+def test_alignment_near_the_end_takes_the_last_start_that_fits() -> None:
+    stream = TokenStream(np.arange(100, dtype=np.uint16), np.array([0, 60, 95], dtype=np.int64))
+    aligned, plain = (Rows(stream, 20, seed=0, align=a) for a in (1.0, 0.0))
+    windows = [int(plain.row(r)[0]) for r in range(200)]
+    assert max(windows) > 60
+    assert [int(aligned.row(r)[0]) for r in range(200)] == [60 if w else 0 for w in windows]
+    late = TokenStream(stream.ids, np.array([95], dtype=np.int64))  # no start fits: windows stay
+    kept, plain = (Rows(late, 20, seed=0, align=a) for a in (1.0, 0.0))
+    assert all(np.array_equal(kept.row(r), plain.row(r)) for r in range(50))
+
+
+def test_the_share_of_aligned_rows_is_about_right() -> None:
+    stream = counting_stream(200_000, every=1000)
+    for align in (0.25, 0.5, 0.75):
+        rows = Rows(stream, 32, seed=0, align=align)
+        share = np.mean([rows.row(r)[0] % 1000 == 0 for r in range(rows.per_epoch)])
+        assert abs(share - align) < 0.03  # four standard deviations
+
+
+def test_aligned_and_plain_rows_of_an_epoch_keep_to_the_stream() -> None:
+    stream = counting_stream(321, every=7)
+    rows = Rows(stream, 32, seed=5)
+    counts = Counter(int(rows.row(r)[0]) for r in range(2000))
+    assert min(counts) >= 0
+    assert max(counts) <= 321 - 32
+
+
+def test_rows_are_copies() -> None:
+    stream = counting_stream(100)
+    rows = Rows(stream, 10, seed=0)
+    rows.row(0)[:] = -1
+    rows.batch(0, 2).fill_(-1)
+    assert stream.ids.tolist() == list(range(100))
+
+
+def test_too_short_a_stream_names_both_numbers() -> None:
+    with pytest.raises(ColadaError, match=r"^validation has 32 ids, expected at least 33 for rows of 32$"):
+        Rows(counting_stream(32), 32, seed=0, name="validation")
+    assert Rows(counting_stream(33), 32, seed=0).row(5).shape == (32,)
+
+
+@pytest.mark.parametrize(
+    ("length", "seed", "align", "said"),
+    [(0, 0, 0.5, "length is 0"), (8, -1, 0.5, "seed is -1"), (8, 0, 1.5, "align is 1.5")],
+)
+def test_rows_refuse_settings_out_of_range(length: int, seed: int, align: float, said: str) -> None:
+    with pytest.raises(ColadaError, match=said):
+        Rows(counting_stream(100), length, seed=seed, align=align)
