@@ -27,8 +27,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from colada.config import DiTConfig, TextVAEConfig
-from colada.dit import DiT
+from colada.dit import ROPE_THETA, DiT
 from colada.errors import ColadaError
+from colada.layers import inverse_frequencies
 from colada.vae import TextVAE
 
 DIT_DIR, VAE_DIR, TOKENIZER_FILE = "cola_dit", "cola_vae", "tokenizer.json"
@@ -70,8 +71,8 @@ def locate(where: str | Path, revision: str | None = None) -> Path:
         raise ColadaError(f"{name!r} is not a hub id: {error}") from None
     except (LocalEntryNotFoundError, OSError):
         raise ColadaError(
-            f"{name!r} is not a local directory, is not in the hub's local cache, and the hub cannot be reached "
-            "(offline?); download it where there is a network, or give a directory"
+            f"{name!r} is neither a local directory nor in the hub's local cache, and the hub cannot be "
+            "reached (offline?); download it where there is a network, or give a directory"
         ) from None
 
 
@@ -220,17 +221,14 @@ def _check_names(folder: Path, files: Mapping[str, Path], wanted: Mapping[str, T
 
 
 def _check_frequencies(folder: Path, network: DiT, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse rotary frequencies that are not those of the config (to bf16 rounding), then restore them exactly."""
-    from colada.dit import ROPE_THETA
-    from colada.layers import inverse_frequencies
-
+    """Refuse rotary frequencies that are not, to bf16 rounding, those of the config."""
     exact = inverse_frequencies(network.config.rope_dim, ROPE_THETA)
     for name, tensor in tensors.items():
-        if name.endswith("rope.rope.freqs"):
-            if not torch.allclose(tensor.float(), exact, rtol=1e-2, atol=0):
-                raise ColadaError(
-                    f"{folder}: {name} does not hold the frequencies of rope_dim={network.config.rope_dim}"
-                )
+        stored = name.endswith("rope.rope.freqs")
+        if stored and not torch.allclose(tensor.float(), exact, rtol=1e-2, atol=0):
+            raise ColadaError(
+                f"{folder}: {name} does not hold the frequencies of rope_dim={network.config.rope_dim}"
+            )
 
 
 @contextmanager

@@ -32,7 +32,7 @@ ROPE_THETA = 10000.0
 
 
 def timestep_features(timestep: Tensor) -> Tensor:
-    """Return [sin | cos] of t * exp(-ln(10000) k / 128), k = 0..127, float32 (R, 256), for t in 0..1000 (R,)."""
+    """Return [sin | cos] of t exp(-ln(10000) k / 128), k = 0..127: t (R,) in 0..1000 -> float32 (R, 256)."""
     half = TIMESTEP_FEATURES // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
     angles = timestep.float()[:, None] * frequencies.to(timestep.device)
@@ -55,8 +55,7 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         features = timestep_features(timestep).to(self.proj_in.weight.dtype)
-        hidden: Tensor = self.proj_out(F.silu(self.proj_hid(F.silu(self.proj_in(features)))))
-        return hidden
+        return self.proj_out(F.silu(self.proj_hid(F.silu(self.proj_in(features)))))
 
 
 class Patch(nn.Module):
@@ -67,8 +66,7 @@ class Patch(nn.Module):
         self.proj = nn.Linear(inputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.proj(x)
-        return projected
+        return self.proj(x)
 
 
 def _ada(emb_dim: int, outputs: int) -> nn.Sequential:
@@ -88,7 +86,7 @@ class StoredFrequencies(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Packed multi-head attention with a LayerNorm per head on queries and keys, and partial rotary positions."""
+    """Packed attention with a LayerNorm per head on queries and keys, and partial rotary positions."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -116,8 +114,7 @@ class SelfAttention(nn.Module):
         out = attend(q, k, v, layout, histories, layer)
         if committing and histories is not None:
             commit(histories, layer, k, v, layout)
-        projected: Tensor = self.proj_out(out.flatten(-2))
-        return projected
+        return self.proj_out(out.flatten(-2))
 
 
 class MLP(nn.Module):
@@ -129,8 +126,7 @@ class MLP(nn.Module):
         self.proj_out = nn.Linear(config.expand_ratio * config.txt_dim, config.txt_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.proj_out(F.gelu(self.proj_in(x), approximate="tanh"))
-        return out
+        return self.proj_out(F.gelu(self.proj_in(x), approximate="tanh"))
 
 
 class AdaLN(nn.Module):
@@ -222,7 +218,7 @@ class DiT(nn.Module):
         )
 
     def two_copy_layout(self, rows: int, length: int) -> Layout:
-        """Return the packing of training rows ``[clean length - block | noisy length]``, lengths in latents."""
+        """Return the packing of rows ``[clean length - block | noisy length]``, lengths in latents."""
         patch = self.config.patch_size
         return Layout.two_copy(
             rows, length // patch, self.config.block_size // patch, self.txt_in.proj.weight.device
@@ -268,7 +264,7 @@ class DiT(nn.Module):
         layout: Layout,
         histories: Sequence[History | None] | None = None,
     ) -> Tensor:
-        """Return the velocity float32 (N, C), also of a network that predicts z0; arguments as :meth:`forward`."""
+        """Return the velocity float32 (N, C), whatever the network predicts; arguments as :meth:`forward`."""
         output = self(latents, timestep, layout, histories)
         if self.config.prediction == "velocity":
             return output

@@ -78,7 +78,7 @@ def front_loaded(steps: int) -> Tensor:
 
 
 def logit_normal(steps: int) -> Tensor:
-    """Return the quantiles of the training law (loc 1, scale 1), stretched to 1..0: steps where training looked."""
+    """Return the training law's quantiles (loc 1, scale 1), stretched to 1..0."""
     interior = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64).clamp(1e-3, 1 - 1e-3)
     grid = torch.sigmoid(1.0 + torch.special.ndtri(interior))
     return (grid - grid[-1]) / (grid[0] - grid[-1])

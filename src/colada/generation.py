@@ -294,7 +294,7 @@ class BlockGenerator:
             sample.blocks += 1
 
     def spell(self, samples: Sequence[Sample], z0: Tensor) -> list[list[int]]:
-        """Return the likeliest ids of a guess of every sample's current block (B, block, C), committing nothing."""
+        """Return the likeliest ids of a guess (B, block, C) of every coming block; commits nothing."""
         size, patch = self.vae.config.block_size, self.vae.config.patch_size
         histories = [sample.decoder_history for sample in samples]
         layout = self.vae.layout([size] * len(samples), histories)

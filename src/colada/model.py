@@ -82,7 +82,7 @@ RELEASED_SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Tokens through the Text VAE and back: the text, its ids, and the share of the original ids they equal."""
+    """Tokens through the Text VAE and back: the text, its ids, and the share that equal the original's."""
 
     text: str
     tokens: tuple[int, ...]
@@ -230,7 +230,7 @@ class ColaDLM:
 
         Args:
             prompts: texts, or lists of ids; one or several. An empty prompt generates from nothing.
-            max_new_tokens: how many tokens each gets, exactly, unless an end token or stop string comes first.
+            max_new_tokens: how many tokens each gets, exactly, unless an end token or stop string is first.
             callback: sees the latents after every solver step.
             settings: see :class:`Settings`.
 

@@ -8,7 +8,7 @@ a batch is (B, L) tokens and (B, M, C) latents, M = L / patch_size.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ class FlowSettings:
         prefix_share: share of blocks that keep a clean prefix inside, as when a prompt ends in a block.
     """
 
-    law: TimestepLaw = TimestepLaw()
+    law: TimestepLaw = field(default_factory=TimestepLaw)
     per_block: bool = True
     prefix_share: float = 0.05
 
@@ -87,7 +87,7 @@ def reconstruction(vae: TextVAE, z0: Tensor, ids: Tensor) -> tuple[Tensor, Tenso
 def masked_reconstruction(
     vae: TextVAE, ids: Tensor, weights: VAEWeights, generator: torch.Generator
 ) -> Tensor:
-    """Return L_mask: -log p_theta(x | z0 ~ q(. | x with masked tokens)), nats per token; no KL on this stream."""
+    """Return L_mask, nats per token: -log p_theta(x | z0 of partly masked tokens); no KL here."""
     masked = torch.rand(ids.shape, generator=generator).to(ids.device) < weights.mask_ratio
     posterior = encode(vae, ids.masked_fill(masked, vae.config.mask_id), weights.log_snr)
     return reconstruction(vae, draw(posterior, generator), ids)[0]

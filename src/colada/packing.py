@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def block_causal(queries: int, keys: int, block_size: int) -> Tensor:
-    """Return the (queries, keys) visibility of one sample; the queries are the last of the keys' positions."""
+    """Return the (queries, keys) visibility of one sample; the queries are its last positions."""
     block = torch.arange(keys) // block_size
     return block[keys - queries :, None] >= block[None, :]
 

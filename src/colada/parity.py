@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from colada.sampling import Sampling
 
 
 def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Return max |a - b| / max |b| over lists of tensors; infinite where shapes differ or a value is not finite."""
+    """Return max |a - b| / max |b| over lists of tensors; infinite if shapes differ or a value is NaN."""
     if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
         return float("inf")
     difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
@@ -85,14 +86,20 @@ def _compare(directory: Path, case: dict[str, Any], expected: dict[str, Tensor])
         ),
     )
     noise = [expected[f"generate.noise.{b}"].split(size) for b in range(case["n_blocks"])]
+
+    def given_noise(block: int, sample: int) -> Tensor:
+        return noise[block][sample]
+
     samples = engine.start(
         prompts,
-        [lambda block, own=number: noise[block][own] for number in range(count)],
+        [partial(given_noise, sample=number) for number in range(count)],
         [0] * count,
         [settings["guidance_scale"]] * count,
         pad_id,
     )
-    latents, logits_of, generated = [], [], [[] for _ in prompts]  # type: ignore[var-annotated]
+    latents: list[Tensor] = []
+    logits_of: list[Tensor] = []
+    generated: list[list[int]] = [[] for _ in prompts]
     for _ in range(case["n_blocks"]):
         for _ in engine.next_block(samples):
             pass

@@ -21,7 +21,7 @@ from colada.packing import Layout
 
 @dataclass(frozen=True)
 class Posterior:
-    """q_phi(z0 | x) = N(mean, exp(logvar)), each float32 (N, C); logvar is None for a deterministic encoder."""
+    """q_phi(z0 | x) = N(mean, exp(logvar)), each float32 (N, C); logvar None is a deterministic encoder."""
 
     mean: Tensor
     logvar: Tensor | None
@@ -84,8 +84,7 @@ class VAEBlock(nn.Module):
         out = attend(q, k, v, layout, histories, layer)
         if committing and histories is not None:
             commit(histories, layer, k, v, layout)
-        projected: Tensor = self.attn_out_proj(out.flatten(-2))
-        return projected
+        return self.attn_out_proj(out.flatten(-2))
 
     def ffn(self, x: Tensor) -> Tensor:
         """dim -> ffn_dim -> dim; swiglu takes the projection's first half as value, the second as gate."""
@@ -95,8 +94,7 @@ class VAEBlock(nn.Module):
             x = value * F.silu(gate)
         else:
             x = F.gelu(x) if self.config.act == "gelu" else F.silu(x)
-        out: Tensor = self.ffn_out(x)
-        return out
+        return self.ffn_out(x)
 
 
 def _table(config: TextVAEConfig, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -166,8 +164,7 @@ class TextDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (n, dim) -> logits float32 (n, V)."""
-        out: Tensor = self.final_layer(self.final_norm(hidden))
-        return out.float()
+        return self.final_layer(self.final_norm(hidden)).float()
 
 
 class TextVAE(nn.Module):
@@ -213,8 +210,7 @@ class TextVAE(nn.Module):
                 raise ColadaError(f"a sample of {length} tokens, expected a multiple of patch_size={patch}")
         if sum(lengths) != ids.numel():
             raise ColadaError(f"lengths add up to {sum(lengths)}, but there are {ids.numel()} ids")
-        posterior: Posterior = self.encoder(ids, self.layout([length // patch for length in lengths]))
-        return posterior
+        return self.encoder(ids, self.layout([length // patch for length in lengths]))
 
     def decode(
         self,

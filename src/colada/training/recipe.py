@@ -184,7 +184,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def difference(old: Recipe, new: Recipe) -> str | None:
-    """Return the first key, with both values, that would make a resumed run another run; None if there is none."""
+    """Return the first key that makes ``new`` another run than ``old``, with both values, or None."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     for section in ("seed", "data", "tokenizer", "model", "stage1", "stage2"):
         if isinstance(before[section], dict):

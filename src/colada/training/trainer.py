@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from colada.data import Rows, TokenStream, find_files, read_documents, tokenize
+from colada.data import Rows, Split, TokenStream, find_files, read_documents, tokenize
 from colada.dit import DiT
 from colada.errors import ColadaError
 from colada.model import ColaDLM
@@ -59,7 +59,7 @@ def learning_rate(step: int, section: OptimiserSection) -> float:
 
 
 def average_weights(network: nn.Module, decay: float) -> AveragedModel:
-    """Return an exponential moving average of a network; its decay grows to ``decay`` over the first steps."""
+    """Return an exponential moving average of a network; its decay grows to ``decay`` at first."""
 
     def update(averaged: Any, current: Any, count: Any) -> None:
         n = int(count)
@@ -121,7 +121,7 @@ class Trainer:
 
     # --- data ------------------------------------------------------------------------------
 
-    def _prepare_data(self) -> tuple[Tokenizer, dict[str, TokenStream]]:
+    def _prepare_data(self) -> tuple[Tokenizer, dict[Split, TokenStream]]:
         data, section = self.recipe.data, self.recipe.tokenizer
         files = find_files(Path(data.path), data.include)
 
@@ -140,12 +140,12 @@ class Trainer:
         with disk_errors(self.out):
             tokenizer.save(own)
         streams = tokenize(documents(), tokenizer)
-        for name in ("train", "validation"):
-            tokens, count = len(streams[name]), len(streams[name].starts)
+        for name, stream in streams.items():
+            tokens, count = len(stream), len(stream.starts)
             self.display.say(f"{name}: {tokens:,} tokens in {count:,} documents")
         return tokenizer, streams
 
-    def _rows(self, split: str, section: OptimiserSection, seed: int) -> Rows:
+    def _rows(self, split: Split, section: OptimiserSection, seed: int) -> Rows:
         stream = self.streams[split]
         return Rows(stream, section.length, seed=seed, align=self.recipe.data.align, name=split)
 
