@@ -49,11 +49,16 @@ class ModelSection(_Section):
 
 
 class OptimiserSection(_Section):
-    """Length of a stage, its rows, and AdamW with warm-up and a cosine to ``final_lr`` times the rate."""
+    """Length of a stage, its rows, and its optimiser: warm-up, then a cosine to ``final_lr`` times the rate.
+
+    "muon" orthogonalises the updates of the transformer blocks' matrices and leaves the rest to AdamW;
+    its updates are scaled to AdamW's size, so that both share one learning rate.
+    """
 
     steps: int = Field(1000, ge=0)
     batch: int = Field(32, ge=1)
     length: int = Field(128, ge=1)
+    optimiser: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     final_lr: float = Field(0.05, ge=0, le=1)
     warmup: int = Field(100, ge=0)

@@ -70,12 +70,12 @@ def average_weights(network: nn.Module, decay: float) -> AveragedModel:
 
 @dataclass
 class Stage:
-    """One stage: its number, its section of the recipe, what it trains, and its loss on a batch."""
+    """One stage: its number, its section of the recipe, what it trains and how, and its loss on a batch."""
 
     number: int
     section: OptimiserSection
     networks: nn.ModuleDict
-    groups: list[dict[str, Any]]
+    optimisers: list[torch.optim.Optimizer]
     loss: Callable[[nn.ModuleDict, Tensor, torch.Generator], Loss]
 
 
@@ -178,16 +178,15 @@ class Trainer:
             )
 
         one, two = recipe.stage1, recipe.stage2
-        groups = _groups(self.dit, two.lr, two.weight_decay)
         networks = nn.ModuleDict({"dit": self.dit})
+        optimisers = make_optimisers(self.dit, two, two.lr)
         if two.vae == "joint":
-            groups += _groups(self.vae, two.lr * two.vae_lr, two.weight_decay)
             networks["vae"] = self.vae
+            optimisers += make_optimisers(self.vae, two, two.lr * two.vae_lr)
+        alone = nn.ModuleDict({"vae": self.vae})
         return [
-            Stage(
-                1, one, nn.ModuleDict({"vae": self.vae}), _groups(self.vae, one.lr, one.weight_decay), first
-            ),
-            Stage(2, two, networks, groups, frozen if two.vae == "frozen" else joint),
+            Stage(1, one, alone, make_optimisers(self.vae, one, one.lr), first),
+            Stage(2, two, networks, optimisers, frozen if two.vae == "frozen" else joint),
         ]
 
     def run(self) -> ColaDLM:
@@ -227,15 +226,18 @@ class Trainer:
             return
         rows = self._rows("train", section, self.recipe.seed + stage.number)
         validation = self._rows("validation", section, self.recipe.seed)
-        optimiser = torch.optim.AdamW(stage.groups, betas=section.betas, fused=True)
-        schedule = LambdaLR(optimiser, lambda step: learning_rate(step, section))
+        schedules = [
+            LambdaLR(optimiser, lambda step: learning_rate(step, section)) for optimiser in stage.optimisers
+        ]
         average = average_weights(stage.networks, section.ema) if section.ema else None
         start = 0
         if saved is not None:
             start = saved["step"]
             stage.networks.load_state_dict(saved["networks"])
-            optimiser.load_state_dict(saved["optimiser"])
-            schedule.load_state_dict(saved["schedule"])
+            for optimiser, state in zip(stage.optimisers, saved["optimisers"], strict=True):
+                optimiser.load_state_dict(state)
+            for schedule, state in zip(schedules, saved["schedules"], strict=True):
+                schedule.load_state_dict(state)
             if average is not None:
                 average.load_state_dict(saved["average"])
             self.display.say(f"resuming stage {stage.number} at step {start}")
@@ -246,7 +248,7 @@ class Trainer:
             return module
 
         def save(step: int) -> None:
-            self._save(stage, step, optimiser, schedule, average)
+            self._save(stage, step, schedules, average)
 
         watch, tokens = time.perf_counter(), 0
         with self.display.stage(stage.number, section.steps, start):
@@ -257,11 +259,12 @@ class Trainer:
                     loss = stage.loss(stage.networks, ids, generator)
                 if not bool(loss.total.isfinite()):
                     raise ColadaError(f"stage {stage.number}, step {step}: the loss is {loss.total.item()}")
-                optimiser.zero_grad(set_to_none=True)
+                stage.networks.zero_grad(set_to_none=True)
                 loss.total.backward()
                 norm = nn.utils.clip_grad_norm_(stage.networks.parameters(), section.clip)
-                optimiser.step()
-                schedule.step()
+                for optimiser, schedule in zip(stage.optimisers, schedules, strict=True):
+                    optimiser.step()
+                    schedule.step()
                 if average is not None:
                     average.update_parameters(stage.networks)
                 done, last = step + 1, step + 1 == section.steps
@@ -269,7 +272,7 @@ class Trainer:
                 if done % run.log_every == 0 or last:
                     now = time.perf_counter()
                     terms = {name: float(term) for name, term in loss.terms.items()}
-                    terms |= {"grad_norm": float(norm), "lr": optimiser.param_groups[0]["lr"]}
+                    terms |= {"grad_norm": float(norm), "lr": float(schedules[0].get_last_lr()[0])}
                     terms["tokens_per_s"] = tokens / (now - watch)
                     watch, tokens = now, 0
                     self._log(stage, done, "train", terms)
@@ -334,8 +337,7 @@ class Trainer:
         self,
         stage: Stage,
         step: int,
-        optimiser: torch.optim.Optimizer,
-        schedule: LambdaLR,
+        schedules: list[LambdaLR],
         average: AveragedModel | None,
     ) -> None:
         """Write the state, replacing the last one only once it is whole."""
@@ -345,8 +347,8 @@ class Trainer:
             "networks": stage.networks.state_dict(),
             "vae": self.vae.state_dict(),
             "reference": self.reference.state_dict() if self.reference is not None else None,
-            "optimiser": optimiser.state_dict(),
-            "schedule": schedule.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in stage.optimisers],
+            "schedules": [schedule.state_dict() for schedule in schedules],
             "average": average.state_dict() if average is not None else None,
         }
         partial = self.out / (CHECKPOINT + ".partial")
@@ -391,14 +393,25 @@ def disk_errors(out: Path) -> Iterator[None]:
         raise ColadaError(f"cannot write to {out}: {str(error).splitlines()[0]}") from None
 
 
-def _groups(network: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups: weight decay on matrices only."""
-    matrices = [parameter for parameter in network.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
-    return [
-        {"params": matrices, "lr": lr, "weight_decay": weight_decay},
-        {"params": vectors, "lr": lr, "weight_decay": 0.0},
+def make_optimisers(network: nn.Module, section: OptimiserSection, lr: float) -> list[torch.optim.Optimizer]:
+    """Return a network's optimisers; weight decay is on matrices only, AdaLN and embeddings are AdamW's."""
+    named = list(network.named_parameters())
+    blocks = [p for name, p in named if p.ndim == 2 and "blocks." in name and ".ada." not in name]
+    if section.optimiser == "adamw":
+        blocks = []
+    inside = {id(parameter) for parameter in blocks}
+    matrices = [p for _, p in named if p.ndim > 1 and id(p) not in inside]
+    vectors = [p for _, p in named if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimisers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=lr, betas=section.betas, weight_decay=section.weight_decay, fused=True)
     ]
+    if blocks:
+        muon = torch.optim.Muon(
+            blocks, lr=lr, weight_decay=section.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimisers.append(muon)
+    return optimisers
 
 
 def _vae(networks: nn.ModuleDict) -> TextVAE:
