@@ -1,0 +1,564 @@
+"""The command line: a typed function per command, importing what it needs only when it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from colada import __version__
+from colada.errors import ColadaError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from colada.info import ModelInfo
+    from colada.model import ColaDLM, Settings
+    from colada.tokenizer import Tokenizer
+
+app = typer.Typer(
+    help="Colada: Cola DLM, the continuous latent diffusion language model.",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+tokenizer_app = typer.Typer(help="Train a tokenizer, and see what one does.")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+# typer exports no other name for click's usage errors, and only newer versions carry their own click.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+_OWN = "Default: the model's own."
+
+TextArgument = Annotated[
+    str | None,
+    typer.Argument(help="The text. Without one, or with -, all of standard input but its last line break."),
+]
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", help="Take each line that is not empty as a text; - is standard input."),
+]
+LinesOption = Annotated[bool, typer.Option("--lines", help="Take each line of standard input as a text.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="WHERE",
+        help="Model directory, or hub id of the form owner/name. Default: the bundled model.",
+    ),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub model. Default: its main branch.")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Compute in float32, bfloat16 or float16. Default: as the weights are stored."
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 2 for what the user can mend, 130 for an interrupt."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Where a terminal cannot show a character.
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(args, prog_name="colada", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except _UsageError as error:
+        return _fail(_usage(error))
+    except ColadaError as error:
+        return _fail(str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    except OSError as error:
+        # What is left in the buffer cannot be written: the interpreter would try at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1 if isinstance(error, BrokenPipeError) else _fail(str(error))
+
+
+def _usage(error: Any) -> str:
+    """Return a usage error in one line, with the value at fault and where to read on."""
+    message = error.format_message()
+    # Newer typers let pydantic convert, whose message leaves out the value.
+    details = getattr(error.__cause__, "errors", None)
+    if details is not None:
+        message += f", not {details()[0]['input']!r}"
+    return f"{message} (see {error.ctx.command_path} --help)" if error.ctx is not None else message
+
+
+def _fail(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+@app.callback(invoke_without_command=True)
+def colada(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Colada: Cola DLM, the continuous latent diffusion language model."""
+    if version:
+        print(f"colada {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+# --- generate ----------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    prompt: TextArgument = None,
+    file: FileOption = None,
+    lines: LinesOption = False,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="How many tokens, unless the text ends before.")
+    ] = 64,
+    steps: Annotated[int | None, typer.Option(help=f"Solver steps per block. {_OWN}")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", "-g", help=f"Guidance scale; 1 is off. {_OWN}")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help=f"Of token sampling; 0 picks the likeliest. {_OWN}")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help=f"Sample among the k likeliest tokens; 0 is off. {_OWN}")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help=f"Sample among the likeliest tokens that reach this probability; 1 is off. {_OWN}"),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help=f"Above 1, tokens seen before are less likely; 1 is off. {_OWN}")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Prompt i, from 0, has seed + i (seed + 1000 i with released noise).")
+    ] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help=f"End the text before this string; may be repeated. {_OWN}")
+    ] = None,
+    solver: Annotated[str | None, typer.Option(metavar="NAME", help=f"euler or ab2. {_OWN}")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"uniform or logit-normal. {_OWN}")
+    ] = None,
+    noise: Annotated[str | None, typer.Option(metavar="NAME", help=f"per-sample or released. {_OWN}")] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    batch: Annotated[int, typer.Option(help="How many prompts are continued together.")] = 16,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a prompt, each on its line.")
+    ] = False,
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Print a text when it is finished, not as it grows.")
+    ] = False,
+) -> None:
+    """Continue a text, or several.
+
+    On a terminal a single text is shown as it forms: what is finished, and the
+    block under way as it would read after each solver step.
+    """
+    prompts = _texts(prompt, file, lines)
+    if batch < 1:
+        raise ColadaError(f"batch={batch}, expected at least 1")
+    network = _load(model, revision, dtype, device)
+
+    from colada.flow import choose
+    from colada.generation import SEED_STRIDE
+    from colada.model import RELEASED_SETTINGS
+
+    given: Settings = {
+        "steps": steps,
+        "guidance": guidance,
+        "solver": solver,
+        "schedule": schedule,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop or None,
+        "noise": noise,
+    }
+    named = {name: value for name, value in given.items() if value is not None}
+    chosen = {**RELEASED_SETTINGS, **network.generation, **named, "max_new_tokens": max_new_tokens}
+    del chosen["seed"]  # Every prompt has its own.
+    stride = choose("noise", chosen["noise"], SEED_STRIDE)
+    seeds = [seed + stride * number for number in range(len(prompts))]
+
+    if len(prompts) == 1 and not as_json and not no_stream:
+        _stream(network, prompts[0], max_new_tokens, {**given, "seed": seed}, chosen["steps"])
+        return
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
+        settings: Settings = {**given, "seed": seeds[start : start + batch]}
+        if as_json:
+            for own, done in zip(some, network.generate(some, max_new_tokens, **settings), strict=True):
+                fields = {"text": done.text, "tokens": done.tokens, "finish_reason": done.finish_reason}
+                line = {"prompt": own, **fields, "seed": done.seed, "settings": chosen}
+                print(json.dumps(line), flush=True)
+            continue
+        for number, text in enumerate(_in_order(network, some, max_new_tokens, settings), start):
+            print("\n" * (number > 0) + text, flush=True)
+
+
+def _in_order(
+    network: ColaDLM, prompts: Sequence[str], max_new_tokens: int, settings: Settings
+) -> Iterator[str]:
+    """Yield every prompt with its continuation, as soon as it and all before it are finished."""
+    texts, finished, next_one = list(prompts), set(), 0
+    for chunk in network.stream(prompts, max_new_tokens, **settings):
+        texts[chunk.index] += chunk.text
+        if chunk.finish_reason is not None:
+            finished.add(chunk.index)
+        while next_one in finished:
+            yield texts[next_one]
+            next_one += 1
+
+
+def _stream(network: ColaDLM, prompt: str, max_new_tokens: int, settings: Settings, steps: int) -> None:
+    """Print one prompt and its continuation as it grows; on a terminal, with guesses."""
+    from rich.console import Console
+
+    from colada.terminal import PROMPT_STYLE, LiveText
+
+    console = Console(highlight=False)
+    live = sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
+    chunks = network.stream(prompt, max_new_tokens, guesses=live, **settings)
+    if not live:
+        print(prompt, end="", flush=True)
+        for chunk in chunks:
+            print(chunk.text, end="", flush=True)
+        print()
+        return
+    tokens, begin = 0, time.perf_counter()
+    with LiveText(console) as view:
+        view.write(prompt, PROMPT_STYLE)
+        for chunk in chunks:
+            if chunk.step is None:
+                tokens += len(chunk.tokens)
+                view.write(chunk.text)
+            else:
+                rate = tokens / (time.perf_counter() - begin)
+                status = (
+                    f"block {chunk.block + 1} · step {chunk.step}/{steps} · {tokens} tokens ({rate:.0f}/s)"
+                )
+                view.guess(chunk.text, status)
+
+
+# --- reconstruct, info, parity -----------------------------------------------------------------
+
+
+@app.command()
+def reconstruct(
+    text: TextArgument = None,
+    file: FileOption = None,
+    lines: LinesOption = False,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Send a text through the Text VAE and back, and count the tokens that survive."""
+    texts = _texts(text, file, lines)
+    network = _load(model, revision, dtype, device)
+    for own in texts:
+        back = network.reconstruct(own)
+        if as_json:
+            fields = {"reconstruction": back.text, "tokens": back.tokens, "accuracy": back.accuracy}
+            print(json.dumps({"text": own, **fields}))
+        else:
+            count = len(back.tokens)
+            correct = round(back.accuracy * count)
+            print(f"{back.text}\naccuracy {back.accuracy:.1%} ({correct} of {count} tokens)")
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Model directory, or hub id of the form owner/name. Default: the bundled model."),
+    ] = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a model's parameters, memory, configuration and files. Its weights are not loaded."""
+    from colada.info import describe
+
+    found = describe(model, revision)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        _print_info(found, Console(highlight=False, soft_wrap=True))
+
+
+def _print_info(found: ModelInfo, console: Console) -> None:
+    from rich.table import Table
+
+    from colada.info import BYTES
+
+    def table(*columns: str, rows: Sequence[Sequence[str]]) -> None:
+        grid = Table(*columns[:1], box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+        for column in columns[1:]:
+            grid.add_column(column, justify="right")
+        for row in rows:
+            grid.add_row(*row)
+        console.print(grid)
+        console.print()
+
+    def values(title: str, mapping: dict[str, Any]) -> None:
+        table(title, "", rows=[(name, json.dumps(value)) for name, value in mapping.items()])
+
+    tokenizer = f"{found.tokenizer[0]} ({found.tokenizer[1]:,} entries)" if found.tokenizer else "none"
+    for name, value in (
+        ("model", found.origin),
+        ("directory", found.directory),
+        ("tokenizer", tokenizer),
+        ("stored as", ", ".join(found.dtypes)),
+    ):
+        console.print(f"[bold]{name:<12}[/bold]", end="")
+        console.print(value, markup=False)
+    console.print()
+    shares = [(part, f"{n:,}", f"{n / found.total:.1%}") for part, n in found.parameters.items()]
+    table("Part", "Parameters", "Share", rows=[*shares, ("Total", f"{found.total:,}", "100.0%")])
+    memory = [(name, _size(found.weight_bytes(name)), _size(found.history_bytes(name))) for name in BYTES]
+    table("Memory", "Weights", "History per latent", rows=memory)
+    values("Text VAE", found.vae.to_dict())
+    values("DiT", found.dit.to_dict())
+    values("Generation", dict(found.generation))
+    table("File", "Size", rows=[(name, _size(size)) for name, size in found.files.items()])
+
+
+def _size(count: float) -> str:
+    """Return a number of bytes for a reader: "1,536 B", "12.3 MiB"."""
+    units = ["KiB", "MiB", "GiB", "TiB"]
+    if count < 10 * 1024:
+        return f"{count:,.0f} B"
+    while (count := count / 1024) >= 1024 and len(units) > 1:
+        units.pop(0)
+    return f"{count:.1f} {units[0]}"
+
+
+@app.command()
+def parity(
+    cases: Annotated[
+        list[Path], typer.Argument(metavar="CASE_DIR...", help="Directories of parity fixtures.")
+    ],
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest relative error, max |a - b| / max |b|, that holds.")
+    ] = 1e-5,
+) -> None:
+    """Compare this implementation with a reference: one JSON line a case, exit status 1 if any fails."""
+    from colada.parity import report
+
+    codes = [report(case, tolerance) for case in cases]
+    raise typer.Exit(max(codes))
+
+
+# --- train -------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of the run; one found there is resumed. Default: runs/ and the recipe's name."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="File or folder of text. Default: data.path of the recipe.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Train a model from text, both stages. Interrupting saves the state; running again resumes it."""
+    try:
+        from colada.training.recipe import load_recipe
+        from colada.training.trainer import MODEL, Interrupted, Trainer
+    except ModuleNotFoundError as error:
+        if error.name not in ("pydantic", "yaml"):
+            raise
+        raise ColadaError(f'training needs {error.name}: pip install "colada-lm[train]"') from None
+    from rich.console import Console
+
+    from colada.training.display import Display
+
+    changes = [*(overrides or []), *([f"data.path={json.dumps(str(data))}"] if data is not None else [])]
+    settings = load_recipe(recipe, changes)
+    out = Path("runs") / recipe.stem if out is None else out
+    console = Console(stderr=True, quiet=quiet)
+    console.soft_wrap = not console.is_terminal  # In a log, a line stays a line.
+    try:
+        Trainer(settings, out, Display(console)).run()
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(130) from None
+    prompt = next(iter(settings.run.sample_prompts), "Once upon a time")
+    print(f"the model is in {out / MODEL}; try it:")
+    print(shlex.join(["colada", "generate", "--model", str(out / MODEL), prompt]))
+
+
+# --- tokenizer ---------------------------------------------------------------------------------
+
+TokenizerFile = Annotated[
+    Path | None, typer.Option("--file", "-f", help="A tokenizer.json. Default: the one of the model.")
+]
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    path: Annotated[Path, typer.Argument(help="Text, .jsonl or .parquet file, or a folder of them.")],
+    vocab_size: Annotated[
+        int, typer.Option(help="Entries: 256 bytes, 4 special tokens, and the merges learnt.")
+    ],
+    out: Annotated[Path, typer.Option(help="Where to write it; replaced if it exists.")] = Path(
+        "tokenizer.json"
+    ),
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Only files whose name matches; may be repeated."),
+    ] = None,
+    column: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+) -> None:
+    """Learn a byte-level BPE from text, leaving out the validation documents as training does."""
+    from colada.data import find_files, read_documents
+    from colada.tokenizer import Tokenizer
+
+    documents = read_documents(find_files(path, include or ()), column=column)
+    texts = (document.text for document in documents if document.split == "train")
+    Tokenizer.train(texts, vocab_size, progress=sys.stderr.isatty()).save(out)
+    print(f"wrote {out}: {vocab_size:,} entries")
+
+
+@tokenizer_app.command("encode")
+def tokenizer_encode(
+    text: TextArgument = None,
+    model: ModelOption = None,
+    file: TokenizerFile = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print a text's ids and what each spells; U+FFFD stands for part of a character."""
+    (text,) = _texts(text, None, False)
+    tokenizer = _tokenizer(model, file)
+    ids = tokenizer.encode(text)
+    pieces = [tokenizer.decode([token], skip_special=False) for token in ids]
+    if as_json:
+        print(json.dumps({"ids": ids, "pieces": pieces}))
+    else:
+        for token, piece in zip(ids, pieces, strict=True):
+            print(f"{token:>7}  {json.dumps(piece, ensure_ascii=False)}")
+
+
+@tokenizer_app.command("decode")
+def tokenizer_decode(
+    ids: Annotated[list[int], typer.Argument(metavar="ID...", help="Token ids.")],
+    model: ModelOption = None,
+    file: TokenizerFile = None,
+) -> None:
+    """Print the text of token ids, special tokens included."""
+    tokenizer = _tokenizer(model, file)
+    for token in ids:
+        if not 0 <= token < tokenizer.vocab_size:
+            raise ColadaError(f"id {token}, expected whole numbers from 0 to {tokenizer.vocab_size - 1}")
+    print(tokenizer.decode(ids, skip_special=False))
+
+
+def _tokenizer(model: str | None, file: Path | None) -> Tokenizer:
+    from colada.tokenizer import Tokenizer
+
+    if file is not None:
+        if model is not None:
+            raise ColadaError(f"--model {model} and --file {file}, expected one of them")
+        return Tokenizer.from_file(file)
+
+    from colada.checkpoint import find_tokenizer, locate
+    from colada.model import BUNDLED
+
+    directory = locate(BUNDLED if model is None else model)
+    found = find_tokenizer(directory)
+    if found is None:
+        raise ColadaError(f"{directory} has no tokenizer.json")
+    return Tokenizer.from_file(found)
+
+
+# --- what commands share -----------------------------------------------------------------------
+
+
+def _texts(text: str | None, file: Path | None, lines: bool) -> list[str]:
+    """Return the texts that a command is given: its argument, the lines of a file, or standard input."""
+    if text not in (None, "-"):
+        if file is not None or lines:
+            other = f"--file {file}" if file is not None else "--lines"
+            raise ColadaError(f"a text ({text!r}) and {other}, expected one of them")
+        return [str(text)]
+    if file is not None and str(file) != "-":
+        name, raw = str(file), _read(file)
+    elif text is None and file is None and sys.stdin.isatty():
+        raise ColadaError("no text: give one as argument, with --file, or on standard input")
+    else:
+        name, raw = "standard input", sys.stdin.buffer.read()
+    try:
+        content = raw.decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
+        raise ColadaError(f"{name}: {byte} is not UTF-8, expected UTF-8 text") from None
+    if file is None and not lines:
+        texts = [content.removesuffix("\n").removesuffix("\r")]
+    else:
+        texts = [line.removesuffix("\r") for line in content.split("\n") if line.strip()]
+    if not any(texts):
+        raise ColadaError(f"{name} is empty, expected text")
+    return texts
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ColadaError(f"cannot read {file}: {error.strerror}") from None
+
+
+def _load(model: str | None, revision: str | None, dtype: str | None, device: str) -> ColaDLM:
+    import torch
+
+    from colada.flow import choose
+    from colada.model import load
+
+    dtypes: dict[str, torch.dtype] = {
+        name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")
+    }
+    wanted = choose("dtype", dtype, dtypes) if dtype is not None else None
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ColadaError(f"device={device!r}, expected 'cpu', 'cuda', 'cuda:1' or the like") from None
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ColadaError(f"device={device!r} cannot be used: {reason}") from None
+    return load(model, revision=revision, device=place, dtype=wanted)

@@ -1,0 +1,151 @@
+"""What a model consists of and what it takes to hold: counted from its configurations, not its weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from colada.checkpoint import (
+    DIT_DIR,
+    GENERATION_FILE,
+    VAE_DIR,
+    find_tokenizer,
+    locate,
+    read_configs,
+    read_json,
+)
+from colada.config import DiTConfig, TextVAEConfig
+from colada.dit import DiT
+from colada.errors import ColadaError
+from colada.model import BUNDLED, RELEASED_SETTINGS
+from colada.tokenizer import Tokenizer
+from colada.vae import TextVAE
+
+PARTS = {
+    "Text VAE encoder": r"vae\.encoder\.",
+    "Text VAE decoder": r"vae\.decoder\.",
+    "DiT attention": r"dit\.blocks\.\d+\.msa\.",
+    "DiT MLP": r"dit\.blocks\.\d+\.mlp\.",
+    "DiT AdaLN": r"dit\.(blocks\.\d+\.ada|txt_out_ada)\.",
+    "DiT timestep embedding": r"dit\.emb_in\.",
+    "DiT input and output": r"dit\.txt_(in|out|out_norm)\.",
+}
+"""Name of a part -> which parameters it has. Every parameter is in exactly one."""
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def count_parameters(vae: TextVAE, dit: DiT) -> dict[str, int]:
+    """Return the number of parameters of each of :data:`PARTS`; the networks may be on the meta device."""
+    counts = dict.fromkeys(PARTS, 0)
+    for network, module in (("vae", vae), ("dit", dit)):
+        for name, parameter in module.named_parameters():
+            part = next(part for part, names in PARTS.items() if re.match(names, f"{network}.{name}"))
+            counts[part] += parameter.numel()
+    return counts
+
+
+def history_values(vae: TextVAEConfig, dit: DiTConfig) -> float:
+    """Return how many numbers a latent adds to the histories: keys and values per DiT and decoder layer."""
+    prior = dit.num_layers * 2 * dit.heads * dit.head_dim / dit.patch_size
+    return prior + vae.decoder_num_blocks * 2 * vae.dim
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model directory in numbers.
+
+    Attributes:
+        origin: as the user named it.
+        directory: where it is on this machine.
+        parameters: by part, see :data:`PARTS`.
+        vae, dit: the configurations.
+        dtypes: types of the stored tensors, in the file format's words ("F32", "BF16").
+        generation: the settings it generates with unless told otherwise.
+        tokenizer: file and number of entries, or None.
+        files: size in bytes by path within the directory.
+    """
+
+    origin: str
+    directory: Path
+    parameters: dict[str, int]
+    vae: TextVAEConfig
+    dit: DiTConfig
+    dtypes: tuple[str, ...]
+    generation: Mapping[str, Any]
+    tokenizer: tuple[Path, int] | None
+    files: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self.parameters.values())
+
+    def weight_bytes(self, dtype: str) -> int:
+        """Return the memory of all weights in a type of :data:`BYTES`."""
+        return self.total * BYTES[dtype]
+
+    def history_bytes(self, dtype: str) -> float:
+        """Return the memory that one latent of one sample adds to the histories."""
+        return history_values(self.vae, self.dit) * BYTES[dtype]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "origin": self.origin,
+            "directory": str(self.directory),
+            "parameters": {**self.parameters, "total": self.total},
+            "weight_bytes": {dtype: self.weight_bytes(dtype) for dtype in BYTES},
+            "history_bytes_per_latent": {dtype: self.history_bytes(dtype) for dtype in BYTES},
+            "stored_dtypes": self.dtypes,
+            "cola_vae": self.vae.to_dict(),
+            "cola_dit": self.dit.to_dict(),
+            "generation": self.generation,
+            "tokenizer": self.tokenizer and {"file": str(self.tokenizer[0]), "entries": self.tokenizer[1]},
+            "files": self.files,
+        }
+
+
+def describe(where: str | Path | None = None, revision: str | None = None) -> ModelInfo:
+    """Return what is known of a model without reading its weights; arguments as :func:`colada.load`.
+
+    Raises:
+        ColadaError: if the model cannot be found, or a file cannot be read.
+    """
+    directory = locate(BUNDLED if where is None else where, revision)
+    vae, dit = read_configs(directory)
+    with torch.device("meta"):
+        parameters = count_parameters(TextVAE(vae), DiT(dit))
+    settings, tokenizer = directory / GENERATION_FILE, find_tokenizer(directory)
+    own = [*directory.glob("*.json"), *(directory / VAE_DIR).iterdir(), *(directory / DIT_DIR).iterdir()]
+    return ModelInfo(
+        origin="bundled" if where is None else str(where),
+        directory=directory,
+        parameters=parameters,
+        vae=vae,
+        dit=dit,
+        dtypes=_dtypes(directory),
+        generation={**RELEASED_SETTINGS, **(read_json(settings) if settings.is_file() else {})},
+        tokenizer=(tokenizer, Tokenizer.from_file(tokenizer).vocab_size) if tokenizer is not None else None,
+        files={
+            str(file.relative_to(directory)): file.stat().st_size for file in sorted(own) if file.is_file()
+        },
+    )
+
+
+def _dtypes(directory: Path) -> tuple[str, ...]:
+    """Return the types of the stored tensors, from the headers of the weight files."""
+    found: set[str] = set()
+    for file in sorted(directory.glob("cola_*/*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                found.update(handle.get_slice(name).get_dtype() for name in handle.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ColadaError(f"{file} is truncated or corrupt: {error}") from None
+    return tuple(sorted(found))

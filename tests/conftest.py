@@ -1,0 +1,24 @@
+"""Settings and fixtures of all tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+PARITY = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "parity"
+
+
+@pytest.fixture
+def parity_cases() -> list[Path]:
+    """Checkpoints with a reference implementation's outputs; they lie beside the repository, not in it."""
+    cases = sorted(path for path in PARITY.glob("*") if (path / "case.json").is_file())
+    if not cases:
+        pytest.skip("no parity fixtures beside the repository (../shared/fixtures/parity)")
+    return cases

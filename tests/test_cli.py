@@ -1,0 +1,552 @@
+"""The command line: what commands print, how they stream, and how they fail."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_dit, tiny_vae
+
+import colada
+from colada.cli import _size, main
+from colada.flow import SCHEDULES, SOLVERS
+from colada.generation import NOISE_RULES
+from colada.info import count_parameters, describe, history_values
+from colada.layers import History
+from colada.model import ColaDLM
+from colada.terminal import row_end
+from colada.tokenizer import Tokenizer
+
+SENTENCE = "Once upon a time a little dog ran home, and the cat sat on the mat and looked at the moon.\n"
+COMMANDS = [
+    [],
+    ["generate"],
+    ["reconstruct"],
+    ["info"],
+    ["parity"],
+    ["train"],
+    ["tokenizer"],
+    ["tokenizer", "train"],
+    ["tokenizer", "encode"],
+    ["tokenizer", "decode"],
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that writes letters and spaces, and never ends by itself."""
+    tokenizer = Tokenizer.train([SENTENCE] * 20, 300)
+    vae, dit = tiny_vae(0, vocab_size=300), tiny_dit(1)
+    with torch.no_grad():
+        for token in range(300):
+            if not re.fullmatch(r"[A-Za-z ]+", tokenizer.decode([token])):
+                vae.decoder.final_layer.bias[token] = -1e4
+    directory = tmp_path_factory.mktemp("cli") / "model"
+    ColaDLM(vae, dit, tokenizer, generation={"steps": 3, "guidance": 2.0}).save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(saved: Path) -> ColaDLM:
+    return colada.load(saved)
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def records(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command line in this process, with these bytes on standard input."""
+
+    def run(*args: object, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = main([str(arg) for arg in args])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+# --- generate ----------------------------------------------------------------------------------
+
+
+def test_piped_text_is_what_the_library_generates(run: Run, saved: Path, model: ColaDLM) -> None:
+    result = run("generate", "Once upon", "-m", saved, "-n", 21, "--seed", 5, "--temperature", 1)
+    (completion,) = model.generate("Once upon", 21, seed=5, temperature=1.0)
+    assert result == Result(0, f"Once upon{completion.text}\n", "")
+
+
+def test_same_seed_same_text_and_streaming_or_not(run: Run, saved: Path) -> None:
+    command = ["generate", "The", "-m", saved, "-n", 12, "--temperature", 1]
+    first = run(*command)
+    assert run(*command).out == first.out
+    assert run(*command, "--no-stream").out == first.out
+    assert run(*command, "--seed", 1).out != first.out
+
+
+def test_json_has_everything_needed_to_repeat_it(run: Run, saved: Path, model: ColaDLM) -> None:
+    result = run(
+        "generate", "The", "-m", saved, "-n", 9, "--steps", 2, "--stop", "zzz", "--json", "--seed", 7
+    )
+    (completion,) = model.generate("The", 9, steps=2, seed=7)
+    (record,) = result.records
+    assert list(record) == ["prompt", "text", "tokens", "finish_reason", "seed", "settings"]
+    assert record["prompt"] == "The"
+    assert (record["text"], record["tokens"]) == (completion.text, list(completion.tokens))
+    assert (record["finish_reason"], record["seed"]) == ("length", 7)
+    settings = record["settings"]
+    assert isinstance(settings, dict)
+    assert settings["steps"] == 2
+    assert settings["guidance"] == 2.0, "the model's own"
+    assert settings["stop"] == ["zzz"]
+    assert settings["max_new_tokens"] == 9
+
+
+def test_stop_strings_repeat(run: Run, saved: Path, model: ColaDLM) -> None:
+    text = model.generate("The", 24)[0].text
+    result = run("generate", "The", "-m", saved, "-n", 24, "--stop", "zzz", "--stop", text[5:8])
+    assert result.out == f"The{text[: text.index(text[5:8])]}\n"
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_a_file_of_prompts_in_order_with_consecutive_seeds(
+    run: Run, saved: Path, model: ColaDLM, tmp_path: Path, batch: int
+) -> None:
+    prompts = ["Once", "The cat sat on the mat", "moon"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once\n\nThe cat sat on the mat\r\n  \nmoon", encoding="utf-8")
+    command = ["generate", "-f", file, "-m", saved, "-n", 6, "--seed", 3, "--batch", batch]
+    completions = model.generate(prompts, 6, seed=3)
+    texts = [prompt + completion.text for prompt, completion in zip(prompts, completions, strict=True)]
+    assert run(*command).out == "\n\n".join(texts) + "\n"
+    records = run(*command, "--json").records
+    assert [record["prompt"] for record in records] == prompts
+    assert [record["seed"] for record in records] == [3, 4, 5]
+    assert [record["text"] for record in records] == [completion.text for completion in completions]
+
+
+def test_released_noise_has_the_released_seeds(run: Run, saved: Path, model: ColaDLM) -> None:
+    result = run("generate", "--lines", "-m", saved, "-n", 4, "--noise", "released", "--json", stdin=b"a\nb")
+    assert [record["seed"] for record in result.records] == [0, 1000]
+    texts = [completion.text for completion in model.generate(["a", "b"], 4, noise="released")]
+    assert [record["text"] for record in result.records] == texts
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "prompts"),
+    [
+        ([], "One\nTwo é\n", ["One\nTwo é"]),
+        (["-"], "One\r\n", ["One"]),
+        (["--lines"], "One\nTwo\n", ["One", "Two"]),
+        (["--file", "-"], "One\n\nTwo", ["One", "Two"]),
+        ([""], "ignored", [""]),
+    ],
+)
+def test_where_prompts_come_from(
+    run: Run, saved: Path, args: list[str], stdin: str, prompts: list[str]
+) -> None:
+    result = run("generate", *args, "-m", saved, "-n", 1, "--json", stdin=stdin.encode())
+    assert [record["prompt"] for record in result.records] == prompts
+
+
+def test_dtype_converts(run: Run, saved: Path) -> None:
+    assert run("generate", "The", "-m", saved, "-n", 2, "--dtype", "bfloat16").code == 0
+
+
+# --- on a terminal -----------------------------------------------------------------------------
+
+
+class Screen:
+    """The little of a terminal that streaming uses; keeps what scrolls away, and refuses what a real one would."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width, self.height = width, height
+        self.rows: list[list[str]] = [[]]
+        self.row = self.column = 0
+        self.cursor_visible = True
+
+    def feed(self, output: str) -> None:
+        for control, character in re.findall(r"(\x1b\[[?\d;]*[A-Za-z])|([\s\S])", output):
+            if control:
+                self._control(control)
+            elif character == "\r":
+                self.column = 0
+            elif character == "\n":
+                self.row += 1
+                if self.row == len(self.rows):
+                    self.rows.append([])
+            else:
+                assert unicodedata.category(character) != "Cc", "a raw control character"
+                assert self.column < self.width, "a row runs over the edge"
+                row = self.rows[self.row]
+                row.extend(" " * (self.column + 1 - len(row)))
+                row[self.column] = character
+                self.column += 1
+
+    def _control(self, control: str) -> None:
+        if control.endswith("A"):
+            self.row -= int(control[2:-1])
+            assert self.row >= max(0, len(self.rows) - self.height), "up to a row that has scrolled away"
+        elif control == "\x1b[2K":
+            self.rows[self.row] = []
+        elif control in ("\x1b[?25l", "\x1b[?25h"):
+            self.cursor_visible = control.endswith("h")
+        else:
+            assert control.endswith("m"), control
+
+    @property
+    def text(self) -> str:
+        return "\n".join("".join(row).rstrip() for row in self.rows).rstrip("\n")
+
+
+def run_in_terminal(args: list[object], width: int, height: int) -> tuple[Screen, str]:
+    """Run ``python -m colada`` under a pseudo terminal; return the screen it leaves and all it wrote."""
+    pty = pytest.importorskip("pty")
+    import fcntl
+    import struct
+    import termios
+
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "colada", *map(str, args)],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env={**environment, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"},
+    )
+    os.close(follower)
+    output = b""
+    try:
+        while part := os.read(leader, 65536):
+            output += part
+    except OSError:
+        pass  # How Linux reports that the other side is closed.
+    finally:
+        os.close(leader)
+    assert process.wait(timeout=60) == 0, output
+    screen = Screen(width, height)
+    screen.feed(output.decode())
+    return screen, output.decode()
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (30, 5)])
+def test_a_terminal_sees_the_text_form_and_keeps_all_of_it(
+    saved: Path, model: ColaDLM, width: int, height: int
+) -> None:
+    prompt = "Once upon a time\tthere was\x1b[2J a cat\n\nthat sat"
+    arguments: list[object] = ["generate", prompt, "-m", saved, "-n", 150, "--temperature", 1]
+    screen, output = run_in_terminal(arguments, width, height)
+    whole = prompt + model.generate(prompt, 150, temperature=1.0)[0].text
+    assert screen.text.split() == whole.replace("\x1b", "␛").split() or width < 80
+    # Rows break at spaces, or within a word longer than a row: what is between spaces stays in order.
+    assert "".join(screen.text.split()) == "".join(whole.replace("\x1b", "␛").split())
+    assert len(screen.rows) > height or width == 80
+    assert screen.cursor_visible
+    assert re.search(r"block 2 · step 3/3 · \d+ tokens", output)
+    assert "step" not in screen.text
+
+
+def test_no_stream_on_a_terminal_is_plain(saved: Path) -> None:
+    _, output = run_in_terminal(["generate", "The", "-m", saved, "-n", 8, "--no-stream"], 80, 24)
+    assert "\x1b" not in output
+
+
+def test_rows_end_at_spaces_or_the_edge() -> None:
+    assert row_end("one two", 7) == 7
+    assert row_end("one two   ", 7) == 10, "spaces hang over the edge"
+    assert row_end("one two three", 7) == 8
+    assert row_end("one two three", 6) == 4
+    assert row_end("abcdefgh", 3) == 3
+    assert row_end("日本語", 5) == 2, "wide characters take two cells"
+    assert row_end("日本", 1) == 1
+    assert row_end("", 5) == 0
+
+
+# --- the other commands ------------------------------------------------------------------------
+
+
+def test_reconstruct(run: Run, saved: Path, model: ColaDLM) -> None:
+    back = model.reconstruct("The cat sat")
+    result = run("reconstruct", "The cat sat", "-m", saved)
+    assert result.code == 0
+    assert result.out.startswith(f"{back.text}\naccuracy {back.accuracy:.1%}")
+    (record,) = run("reconstruct", "-m", saved, "--json", stdin=b"The cat sat\n").records
+    assert record["text"] == "The cat sat"
+    assert record["reconstruction"] == back.text
+    assert record["accuracy"] == back.accuracy
+
+
+def test_info_counts_every_parameter(run: Run, saved: Path, model: ColaDLM) -> None:
+    total = sum(parameter.numel() for part in (model.vae, model.dit) for parameter in part.parameters())
+    result = run("info", saved, "--json")
+    values = json.loads(result.out)
+    parts = values["parameters"]
+    assert parts.pop("total") == total == sum(parts.values())
+    assert parts == count_parameters(model.vae, model.dit)
+    assert parts["Text VAE encoder"] == sum(p.numel() for p in model.vae.encoder.parameters())
+    assert parts["DiT attention"] == sum(
+        p.numel() for block in model.dit.blocks for p in block.msa.parameters()
+    )
+    assert all(parts.values())
+    assert values["weight_bytes"] == {"float32": 4 * total, "bfloat16": 2 * total, "float16": 2 * total}
+    assert values["stored_dtypes"] == ["F32"]
+    assert values["generation"]["steps"] == 3
+    assert values["tokenizer"]["entries"] == 300
+    assert values["cola_dit"] == model.dit.config.to_dict()
+    weights = saved / "cola_vae" / "model.safetensors"
+    assert values["files"]["cola_vae/model.safetensors"] == weights.stat().st_size
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_history_size_is_what_a_generation_holds(patch: int) -> None:
+    vae, dit = tiny_vae(0), tiny_dit(1, patch_size=patch)
+    latents, history, decoder = torch.zeros(8, 8), History(), History()
+    dit(latents, torch.zeros(()), dit.layout([8], [history]), [history], committing=True)
+    vae.decode(latents, [8], [decoder])
+    held = sum(x.numel() for own in (history, decoder) for pair in own.layers for x in pair)
+    assert held == 8 * history_values(vae.config, dit.config)
+
+
+def test_info_reads_when_piped(run: Run, saved: Path) -> None:
+    result = run("info", saved)
+    total = describe(saved).total
+    assert result.code == 0
+    assert f"{total:,}" in result.out
+    assert str(saved) in result.out.replace("\n", "")
+    assert "\x1b" not in result.out
+    assert re.search(r"float32 .* B\n", result.out)
+
+
+def test_sizes_are_readable() -> None:
+    assert [_size(n) for n in (0, 768, 20 * 1024, 3 * 2**30)] == ["0 B", "768 B", "20.0 KiB", "3.0 GiB"]
+
+
+def test_parity_reports_every_case(run: Run, parity_cases: list[Path]) -> None:
+    result = run("parity", *parity_cases)
+    assert result.code == 0
+    assert [record["ok"] for record in result.records] == [True] * len(parity_cases)
+    assert run("parity", *parity_cases, "--tolerance", 0).code == 1
+
+
+def test_tokenizer_there_and_back(run: Run, saved: Path, tmp_path: Path) -> None:
+    text, file, corpus = "The cat é <|endoftext|>\nsat", tmp_path / "own.json", tmp_path / "corpus.txt"
+    corpus.write_text(SENTENCE * 20, encoding="utf-8")
+    result = run("tokenizer", "train", corpus, "--vocab-size", 280, "--out", file)
+    assert result.code == 0
+    assert Tokenizer.from_file(file).vocab_size == 280
+    for where in (["--file", file], ["--model", saved]):
+        (record,) = run("tokenizer", "encode", text, *where, "--json").records
+        ids, pieces = record["ids"], record["pieces"]
+        assert isinstance(ids, list)
+        assert isinstance(pieces, list)
+        assert len(ids) == len(pieces)
+        assert "<|endoftext|>" in pieces
+        assert run("tokenizer", "decode", *ids, *where).out == text + "\n"
+        lines = run("tokenizer", "encode", text, *where).out.splitlines()
+        assert [int(line.split()[0]) for line in lines] == ids
+
+
+def test_train_says_how_to_try_the_model(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("pydantic")
+    corpus, recipe, out = tmp_path / "corpus.jsonl", tmp_path / "small.yaml", tmp_path / "out"
+    rows = [{"text": f"{SENTENCE} {n}", "split": "validation" if n % 5 == 0 else "train"} for n in range(40)]
+    corpus.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    recipe.write_text(
+        """
+        data: {path: nowhere}
+        tokenizer: {vocab_size: 280}
+        model:
+          vae: {dim: 16, ffn_dim: 32, latent_dim: 4, num_heads: 2, encoder_num_blocks: 1, decoder_num_blocks: 1}
+          dit: {txt_dim: 16, emb_dim: 16, heads: 2, head_dim: 8, rope_dim: 4, num_layers: 1}
+        stage1: {steps: 9, batch: 2, length: 16, warmup: 1}
+        stage2: {steps: 2, batch: 2, length: 16, warmup: 1}
+        run: {validation_rows: 2, sample_every: 0, device: cpu, sample_prompts: ["The cat's mat"]}
+        """,
+        encoding="utf-8",
+    )
+    command = ["train", recipe, "--out", out, "--data", corpus, "--set", "stage1.steps=2"]
+    result = run(*command)
+    assert result.code == 0
+    assert "stage 2 step 2" in result.err
+    last = result.out.splitlines()[-1]
+    assert last == f"""colada generate --model {out / "model"} 'The cat'"'"'s mat'"""
+    assert run("generate", "x", "--model", out / "model", "-n", 1).code == 0
+    assert run(*command, "--quiet").err == ""
+    changed = run(*command, "--set", "stage1.steps=3")
+    assert changed.code == 2
+    assert "stage1.steps was 2 and is now 3" in changed.err
+
+
+# --- failing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["generate", "x", "-m", "/no/where"], "'/no/where'"),
+        (["generate", "x", "-m", "MODEL", "--revision", "main"], "'main'"),
+        (["generate", "x", "-m", "MODEL", "--steps", "0"], "steps=0"),
+        (["generate", "x", "-m", "MODEL", "--steps", "many"], "many"),
+        (["generate", "x", "-m", "MODEL", "-n", "0"], "max_new_tokens=0"),
+        (["generate", "x", "-m", "MODEL", "--temperature", "-1"], "temperature=-1"),
+        (["generate", "x", "-m", "MODEL", "--top-k", "-1"], "top_k=-1"),
+        (["generate", "x", "-m", "MODEL", "--top-p", "2"], "top_p=2"),
+        (["generate", "x", "-m", "MODEL", "--repetition-penalty", "0"], "repetition_penalty=0"),
+        (["generate", "x", "-m", "MODEL", "--guidance", "nan"], "guidance=nan"),
+        (["generate", "x", "-m", "MODEL", "--seed", "-2"], "seed=-2"),
+        (["generate", "x", "-m", "MODEL", "--stop", ""], "stop=''"),
+        (["generate", "x", "-m", "MODEL", "--solver", "eular"], "'eular'"),
+        (["generate", "x", "-m", "MODEL", "--schedule", "log"], "'log'"),
+        (["generate", "x", "-m", "MODEL", "--noise", "loud"], "'loud'"),
+        (["generate", "x", "-m", "MODEL", "--dtype", "int8"], "'int8'"),
+        (["generate", "x", "-m", "MODEL", "--device", "tpu9"], "'tpu9'"),
+        (["generate", "x", "-m", "MODEL", "--batch", "0"], "batch=0"),
+        (["generate", "-m", "MODEL"], "standard input is empty"),
+        (["generate", "--lines", "-m", "MODEL"], "standard input is empty"),
+        (["generate", "x", "--file", "prompts.txt"], "prompts.txt"),
+        (["generate", "x", "--lines"], "--lines"),
+        (["generate", "--file", "/no/file"], "/no/file"),
+        (["generate", "--file", "/"], "/"),
+        (["generate", "a \udcff b", "-m", "MODEL"], r"'\udcff'"),
+        (["generate", "--nonsense"], "--nonsense"),
+        (["conjure"], "'conjure'"),
+        (["tokenizer"], "command"),
+        (["reconstruct", "", "-m", "MODEL"], "nothing to reconstruct"),
+        (["info", "/no/where"], "'/no/where'"),
+        (["parity", "/no/case"], "/no/case"),
+        (["train", "/no/recipe.yaml"], "/no/recipe.yaml"),
+        (["tokenizer", "train", "/no/text", "--vocab-size", "300"], "/no/text"),
+        (["tokenizer", "encode", "x", "--file", "/no/t.json"], "/no/t.json"),
+        (["tokenizer", "encode", "x", "--file", "t.json", "--model", "m"], "--model m"),
+        (["tokenizer", "decode", "300", "-m", "MODEL"], "id 300"),
+        (["tokenizer", "decode", "x", "-m", "MODEL"], "x"),
+    ],
+)
+def test_errors_are_one_line_that_names_the_value(run: Run, saved: Path, args: list[str], named: str) -> None:
+    result = run(*[str(saved) if arg == "MODEL" else arg for arg in args])
+    assert (result.code, result.out) == (2, "")
+    assert re.fullmatch(r"error: [^\n]+\n", result.err)
+    assert named in result.err
+
+
+def test_input_that_is_not_utf8_is_refused(run: Run) -> None:
+    result = run("generate", stdin=b"abc\xff")
+    assert result.code == 2
+    assert result.err == "error: standard input: byte 0xff at offset 3 is not UTF-8, expected UTF-8 text\n"
+
+
+def test_a_terminal_without_a_prompt_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("typed later"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert main(["generate"]) == 2
+    assert capsys.readouterr().err.startswith("error: no text: give one")
+
+
+def test_truncated_weights_are_named(run: Run, saved: Path, tmp_path: Path) -> None:
+    for part in ("cola_dit", "cola_vae"):
+        (tmp_path / part).mkdir()
+        for file in (saved / part).iterdir():
+            (tmp_path / part / file.name).write_bytes(file.read_bytes()[:500])
+    (tmp_path / "cola_vae" / "config.json").write_bytes((saved / "cola_vae" / "config.json").read_bytes())
+    for command in (["info", tmp_path], ["generate", "x", "-m", tmp_path]):
+        result = run(*command)
+        assert result.code == 2
+        assert "truncated" in result.err
+
+
+def test_an_interrupt_is_quiet(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("colada.info.describe", interrupt)
+    result = run("info")
+    assert result.code == 130
+    assert result.out + result.err.strip() == ""
+
+
+def test_a_missing_extra_says_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("colada.training.")]:
+        monkeypatch.delitem(sys.modules, name)
+
+    class NoYaml:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "yaml":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.delitem(sys.modules, "yaml", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [NoYaml(), *sys.meta_path])
+    result = run("train", "recipe.yaml")
+    assert result.code == 2
+    assert result.err == 'error: training needs yaml: pip install "colada-lm[train]"\n'
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of a POSIX shell")
+def test_a_reader_that_leaves_is_no_error(saved: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "colada", "generate", "The", "-m", str(saved), "-n", "40"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
+
+
+# --- help --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help(run: Run, command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.code == 0
+    assert "Usage:" in result.out
+
+
+def test_help_names_every_choice(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = run("generate", "--help").out
+    for name in [*SOLVERS, *SCHEDULES, *NOISE_RULES]:
+        assert name in text
+
+
+def test_version_and_bare_command(run: Run) -> None:
+    assert run("--version") == Result(0, f"colada {colada.__version__}\n", "")
+    bare = run()
+    assert bare.code == 0
+    assert "generate" in bare.out
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from colada.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

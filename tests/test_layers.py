@@ -1,0 +1,176 @@
+"""Rotary positions, packed attention and the history."""
+
+from __future__ import annotations
+
+import cmath
+import math
+
+import pytest
+import torch
+
+from colada.layers import (
+    History,
+    attend,
+    commit,
+    inverse_frequencies,
+    rotary_table,
+    rotate_half_split,
+    rotate_interleaved,
+)
+from colada.packing import Layout
+from helpers import assert_close, plain_attention
+
+
+@pytest.mark.parametrize(("dims", "theta"), [(2, 10000.0), (6, 10000.0), (32, 500000.0)])
+def test_frequencies_are_powers_of_theta(dims: int, theta: float) -> None:
+    expected = [theta ** (-2 * k / dims) for k in range(dims // 2)]
+    assert inverse_frequencies(dims, theta).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def _random(positions: int, heads: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(positions, heads, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("width", "dims"), [(8, 8), (8, 6), (16, 2)])
+def test_interleaved_rotation_turns_complex_pairs_and_leaves_the_rest(width: int, dims: int) -> None:
+    positions = torch.tensor([0, 1, 5, 0, 300])
+    x = _random(5, 3, width)
+    out = rotate_interleaved(x, rotary_table(positions, inverse_frequencies(dims, 10000.0)))
+    for n, position in enumerate(positions.tolist()):
+        for head in range(3):
+            row = x[n, head].tolist()
+            for k in range(dims // 2):
+                angle = position * 10000.0 ** (-2 * k / dims)
+                turned = complex(row[2 * k], row[2 * k + 1]) * cmath.exp(1j * angle)
+                assert out[n, head, 2 * k].item() == pytest.approx(turned.real, abs=1e-4)
+                assert out[n, head, 2 * k + 1].item() == pytest.approx(turned.imag, abs=1e-4)
+            assert out[n, head, dims:].tolist() == row[dims:]
+
+
+@pytest.mark.parametrize("width", [2, 8, 12])
+def test_half_split_rotation_pairs_channel_k_with_k_plus_half(width: int) -> None:
+    positions = torch.tensor([0, 1, 5, 0, 300])
+    x = _random(5, 3, width)
+    out = rotate_half_split(x, rotary_table(positions, inverse_frequencies(width, 500000.0)))
+    half = width // 2
+    for n, position in enumerate(positions.tolist()):
+        for head in range(3):
+            row = x[n, head].tolist()
+            for k in range(half):
+                angle = position * 500000.0 ** (-2 * k / width)
+                turned = complex(row[k], row[half + k]) * cmath.exp(1j * angle)
+                assert out[n, head, k].item() == pytest.approx(turned.real, abs=1e-4)
+                assert out[n, head, half + k].item() == pytest.approx(turned.imag, abs=1e-4)
+
+
+@pytest.mark.parametrize("rotate", [rotate_interleaved, rotate_half_split])
+def test_scores_of_rotated_vectors_depend_on_the_distance_only(rotate) -> None:  # type: ignore[no-untyped-def]
+    frequencies = inverse_frequencies(8, 10000.0)
+    q, k = _random(1, 1, 8, 1), _random(1, 1, 8, 2)
+
+    def score(at_q: int, at_k: int) -> float:
+        turned_q = rotate(q, rotary_table(torch.tensor([at_q]), frequencies))
+        turned_k = rotate(k, rotary_table(torch.tensor([at_k]), frequencies))
+        return float((turned_q * turned_k).sum())
+
+    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+@pytest.mark.parametrize("rotate", [rotate_interleaved, rotate_half_split])
+def test_rotation_computes_in_float32_and_returns_the_input_type(rotate) -> None:  # type: ignore[no-untyped-def]
+    x = _random(4, 2, 8).bfloat16()
+    table = rotary_table(torch.arange(4), inverse_frequencies(8, 10000.0))
+    out = rotate(x, table)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, rotate(x.float(), table).bfloat16())
+
+
+@pytest.mark.parametrize("block", [1, 3, 4])
+def test_ragged_attention_with_histories_is_a_softmax_per_sample(block: int) -> None:
+    heads, width = 2, 5
+    lengths, past = [4, 2, 0, 4, 4, 1], [0, 8, 5, 8, 0, 3]
+    layout = Layout(lengths, block, past)
+    q, k, v = (_random(sum(lengths), heads, width, seed) for seed in range(3))
+    histories: list[History | None] = []
+    for sample, positions in enumerate(past):
+        history = History()
+        if positions:
+            for layer in range(2):  # attend must read layer 1, not 0
+                history.append(
+                    layer,
+                    _random(positions, heads, width, 100 + 10 * sample + layer),
+                    _random(positions, heads, width, 200 + 10 * sample + layer),
+                )
+        histories.append(history if positions else None)
+    out = attend(q, k, v, layout, histories, layer=1)
+    assert out.shape == q.shape
+    start = 0
+    for length, positions, history in zip(lengths, past, histories, strict=True):
+        mine = slice(start, start + length)
+        start += length
+        for head in range(heads):
+            keys, values = k[mine, head], v[mine, head]
+            if history is not None:
+                keys = torch.cat([history.layers[1][0][:, head], keys])
+                values = torch.cat([history.layers[1][1][:, head], values])
+            expected = plain_attention(
+                q[mine, head].double().numpy(),
+                keys.double().numpy(),
+                values.double().numpy(),
+                lambda i, j, positions=positions: j // block <= (positions + i) // block,
+            )
+            if length:
+                assert_close(out[mine, head], expected, 1e-5)
+
+
+def test_attention_scales_by_the_root_of_the_head_width() -> None:
+    # Two keys, one query: the log of the ratio of the shares is the scaled difference of the scores.
+    width = 9
+    q = torch.full((1, 1, width), 0.0)
+    q[0, 0, 0] = 1.0
+    history = History()
+    keys = torch.zeros(1, 1, width)
+    keys[0, 0, 0] = 2.0
+    history.append(0, keys, torch.ones(1, 1, width))
+    out = attend(q, torch.zeros(1, 1, width), torch.zeros(1, 1, width), Layout([1], 1, [1]), [history])
+    share = float(out[0, 0, 0])
+    assert math.log(share / (1 - share)) == pytest.approx(2.0 / math.sqrt(width), rel=1e-5)
+
+
+def test_history_appends_in_order_per_layer_and_counts_positions() -> None:
+    history = History()
+    assert len(history) == 0
+    first, second = _random(3, 2, 4, 1), _random(2, 2, 4, 2)
+    for layer in range(2):
+        history.append(layer, first + layer, first - layer)
+    assert len(history) == 3
+    for layer in range(2):
+        history.append(layer, second + layer, second - layer)
+    assert len(history) == 5
+    for layer in range(2):
+        keys, values = history.layers[layer]
+        assert torch.equal(keys, torch.cat([first + layer, second + layer]))
+        assert torch.equal(values, torch.cat([first - layer, second - layer]))
+
+
+def test_commit_gives_each_history_its_own_samples_positions_and_skips_none() -> None:
+    layout = Layout([2, 3, 1], 4)
+    keys, values = _random(6, 1, 2, 1), _random(6, 1, 2, 2)
+    histories = [History(), None, History()]
+    commit(histories, 0, keys, values, layout)
+    first, last = histories[0], histories[2]
+    assert first is not None
+    assert last is not None
+    assert torch.equal(first.layers[0][0], keys[:2])
+    assert torch.equal(first.layers[0][1], values[:2])
+    assert torch.equal(last.layers[0][0], keys[5:])
+
+
+def test_a_history_keeps_no_more_memory_than_its_own_positions() -> None:
+    big = _random(1000, 1, 2)
+    history = History()
+    history.append(0, big[:3], big[3:6])
+    keys, values = history.layers[0]
+    assert keys.untyped_storage().nbytes() == 3 * 2 * 4
+    assert values.untyped_storage().nbytes() == 3 * 2 * 4

@@ -1,0 +1,161 @@
+"""Parity with the reference implementation's own outputs, and that the comparison can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import read_safetensors, write_safetensors
+
+import colada.parity
+from colada.errors import ColadaError
+from colada.parity import relative_error, report, run_case
+
+PACKAGE = Path(colada.parity.__file__).parents[1]
+SINGLE_PASSES = ("encode_mean", "encode_logvar", "decode", "velocity")
+
+
+@pytest.fixture
+def case(parity_cases: list[Path], tmp_path: Path) -> Path:
+    """A copy of the smallest fixture, to damage."""
+    smallest = min(parity_cases, key=lambda path: (path / "expected.safetensors").stat().st_size)
+    target = tmp_path / "case"
+    # The originals may be read-only.
+    for file in smallest.rglob("*"):
+        if file.is_file():
+            copy = target / file.relative_to(smallest)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    return target
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "colada.parity", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def test_every_fixture_holds_at_3e_6_in_single_passes_and_1e_5_in_generation(
+    parity_cases: list[Path],
+) -> None:
+    for directory in parity_cases:
+        errors = run_case(directory)
+        for part in SINGLE_PASSES:
+            assert errors[part] <= 3e-6, (directory.name, part)
+        for part in ("latents", "logits"):
+            assert errors[part] <= 1e-5, (directory.name, part)
+        assert errors["tokens_equal"] is True, directory.name
+
+
+def _perturb(case: Path, part: str, name: str, amount: float) -> None:
+    file = case / part / "model.safetensors"
+    tensors: dict[str, Any] = read_safetensors(file)
+    kind, shape, data = tensors[name]
+    values = np.frombuffer(data, "<f4").copy()
+    values[0] += amount
+    tensors[name] = (kind, shape, values.tobytes())
+    write_safetensors(file, tensors)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "seen"),
+    [
+        ("cola_dit", "blocks.0.mlp.proj_in.bias", {"velocity", "latents"}),
+        ("cola_vae", "encoder.blocks.0.ffn_out.bias", {"encode_mean"}),
+        ("cola_vae", "decoder.final_layer.bias", {"decode", "logits"}),
+    ],
+)
+def test_one_weight_off_by_a_thousandth_is_noticed_where_it_is(
+    case: Path, capsys: pytest.CaptureFixture[str], part: str, name: str, seen: set[str]
+) -> None:
+    _perturb(case, part, name, 1e-3)
+    assert report(case, 1e-5) == 1
+    line = json.loads(capsys.readouterr().out)
+    assert line["ok"] is False
+    for own in SINGLE_PASSES:
+        assert (line[own] > 1e-5) == (own in seen), own
+    assert all(line[own] > 1e-5 for own in seen)
+
+
+def test_other_tokens_are_noticed_though_all_numbers_hold(
+    case: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = json.loads((case / "case.json").read_text())
+    values["generated"][0][0] += 1
+    (case / "case.json").write_text(json.dumps(values))
+    assert report(case, 1e-5) == 1
+    line = json.loads(capsys.readouterr().out)
+    assert line["tokens_equal"] is False
+    assert line["ok"] is False
+
+
+def test_the_tolerance_decides(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(case, 1e-12) == 1
+    assert json.loads(capsys.readouterr().out)["tolerance"] == 1e-12
+
+
+def test_the_module_prints_one_json_line_and_exits_0(case: Path) -> None:
+    done = _run(str(case))
+    assert done.returncode == 0, done.stderr
+    (text,) = done.stdout.splitlines()
+    line = json.loads(text)
+    assert line["ok"] is True
+    assert set(line) >= {*SINGLE_PASSES, "latents", "logits", "tokens_equal", "case", "tolerance"}
+
+
+def test_the_module_exits_1_beyond_the_tolerance_it_is_given(case: Path) -> None:
+    done = _run(str(case), "--tolerance", "1e-12")
+    assert done.returncode == 1
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_the_module_exits_2_with_one_line_for_a_directory_that_is_no_fixture(tmp_path: Path) -> None:
+    done = _run(str(tmp_path))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "case.json is missing" in line
+
+
+def test_an_incomplete_fixture_is_refused_by_name(case: Path) -> None:
+    file = case / "expected.safetensors"
+    tensors = read_safetensors(file)
+    tensors.pop("dit.drift")
+    write_safetensors(file, tensors)
+    with pytest.raises(ColadaError, match=r"no complete fixture: 'dit\.drift' is missing"):
+        run_case(case)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ColadaError, match=r"cannot read .*expected\.safetensors"):
+        run_case(case)
+    shutil.rmtree(case / "cola_dit")
+    file.write_bytes(b"")
+    with pytest.raises(ColadaError, match=r"cannot read .*expected\.safetensors"):
+        run_case(case)
+
+
+def test_the_relative_error_is_the_largest_difference_over_the_largest_value_of_all() -> None:
+    theirs = [torch.tensor([1.0, -4.0]), torch.tensor([[8.0]])]
+    ours = [torch.tensor([1.5, -4.0]), torch.tensor([[7.0]])]
+    assert relative_error(ours, theirs) == 1.0 / 8.0
+    assert relative_error(theirs, theirs) == 0.0
+
+
+def test_the_relative_error_is_infinite_for_other_shapes_and_for_nan() -> None:
+    assert relative_error([torch.zeros(2)], [torch.ones(2, 1)]) == float("inf")
+    assert relative_error([torch.tensor([float("nan")])], [torch.ones(1)]) == float("inf")
+    assert relative_error(
+        [torch.tensor([0.0]), torch.tensor([float("nan")])], [torch.ones(1), torch.ones(1)]
+    ) == float("inf")
