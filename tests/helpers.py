@@ -156,7 +156,7 @@ _NUMPY = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "I64": "<i8", "I32": "<i4", 
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, Sequence[int], bytes]]) -> None:
-    """Write a file of the format: length of the header, JSON header, data. Values are (type, shape, bytes)."""
+    """Write a file of the format: header's length, JSON header, data. Values are (type, shape, bytes)."""
     header: dict[str, Any] = {}
     offset = 0
     for name, (kind, shape, data) in tensors.items():

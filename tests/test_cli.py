@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_dit, tiny_vae
 
 import colada
 from colada.cli import _size, main
@@ -26,6 +25,7 @@ from colada.layers import History
 from colada.model import ColaDLM
 from colada.terminal import row_end
 from colada.tokenizer import Tokenizer
+from helpers import tiny_dit, tiny_vae
 
 SENTENCE = "Once upon a time a little dog ran home, and the cat sat on the mat and looked at the moon.\n"
 COMMANDS = [
@@ -177,7 +177,7 @@ def test_dtype_converts(run: Run, saved: Path) -> None:
 
 
 class Screen:
-    """The little of a terminal that streaming uses; keeps what scrolls away, and refuses what a real one would."""
+    """The little of a terminal that streaming uses; keeps what scrolls away, refuses the impossible."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
@@ -263,10 +263,9 @@ def test_a_terminal_sees_the_text_form_and_keeps_all_of_it(
     arguments: list[object] = ["generate", prompt, "-m", saved, "-n", 150, "--temperature", 1]
     screen, output = run_in_terminal(arguments, width, height)
     whole = prompt + model.generate(prompt, 150, temperature=1.0)[0].text
-    assert screen.text.split() == whole.replace("\x1b", "␛").split() or width < 80
-    # Rows break at spaces, or within a word longer than a row: what is between spaces stays in order.
+    # A row may also end within a word that is longer than it.
     assert "".join(screen.text.split()) == "".join(whole.replace("\x1b", "␛").split())
-    assert len(screen.rows) > height or width == 80
+    assert len(screen.rows) > 5, "in a terminal of 5 rows, some have scrolled away"
     assert screen.cursor_visible
     assert re.search(r"block 2 · step 3/3 · \d+ tokens", output)
     assert "step" not in screen.text
@@ -382,7 +381,7 @@ def test_train_says_how_to_try_the_model(run: Run, tmp_path: Path) -> None:
         data: {path: nowhere}
         tokenizer: {vocab_size: 280}
         model:
-          vae: {dim: 16, ffn_dim: 32, latent_dim: 4, num_heads: 2, encoder_num_blocks: 1, decoder_num_blocks: 1}
+          vae: {dim: 16, ffn_dim: 32, latent_dim: 4, num_heads: 2, decoder_num_blocks: 1}
           dit: {txt_dim: 16, emb_dim: 16, heads: 2, head_dim: 8, rope_dim: 4, num_layers: 1}
         stage1: {steps: 9, batch: 2, length: 16, warmup: 1}
         stage2: {steps: 2, batch: 2, length: 16, warmup: 1}

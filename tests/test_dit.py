@@ -302,7 +302,12 @@ def test_a_sample_does_not_influence_another() -> None:
 
 @pytest.mark.parametrize(
     ("timestep", "rows"),
-    [(torch.tensor(500.0), 1), (torch.tensor([0.0] * 4 + [250.0] * 8), 2), (torch.arange(12.0), 12)],
+    [
+        (torch.tensor(500.0), 1),
+        (torch.tensor([0.0] * 4 + [250.0] * 8), 2),
+        (torch.tensor([0.0, 250.0, 500.0] * 4), 3),
+        (torch.arange(12.0), 12),
+    ],
 )
 def test_adaln_computes_one_row_per_distinct_timestep(timestep: torch.Tensor, rows: int) -> None:
     network = tiny_dit()

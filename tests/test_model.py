@@ -15,7 +15,10 @@ from colada.streaming import Chunk
 from colada.tokenizer import Tokenizer
 from helpers import tiny_dit, tiny_model, tiny_vae
 
-TEXTS = ["The fox saw the owl. The owl saw the fox, and the fox ran off.", "Ünder the brücke é 🙂"] * 9
+TEXTS = [
+    "The fox saw the owl. The owl saw the fox, and the fox ran off to look under the bridge.",
+    "Über die Brücke, é 🙂",
+] * 9
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +225,7 @@ def test_no_prompts_give_no_completions(model: ColaDLM) -> None:
 
 
 def test_an_unknown_setting_of_a_model_is_refused() -> None:
-    with pytest.raises(ColadaError, match="'stepz'.*did you mean 'steps'"):
+    with pytest.raises(ColadaError, match=r"'stepz'.*did you mean 'steps'"):
         tiny_model(generation={"stepz": 3})
 
 
@@ -346,7 +349,7 @@ def test_a_hole_must_fall_on_whole_latents() -> None:
 
 
 def test_infilling_refuses_bad_arguments_by_name(model: ColaDLM) -> None:
-    with pytest.raises(ColadaError, match="tokens=0"):
+    with pytest.raises(ColadaError, match=r"(?<!new_)tokens=0"):
         model.infill([1], [2], 0)
     with pytest.raises(ColadaError, match="unknown generation setting 'guidanse'"):
         model.infill([1], [2], 2, guidanse=1.0)  # type: ignore[call-arg]

@@ -34,11 +34,13 @@ def test_two_copy_is_the_definition(blocks: int, block: int) -> None:
     for (row, (noisy_query, i)), (column, (noisy_key, j)) in itertools.product(
         enumerate(cells), enumerate(cells)
     ):
-        if noisy_query:
-            sees = i == j if noisy_key else j < i
-        else:
-            sees = not noisy_key and j <= i
-        assert bool(mask[row, column]) == sees, (row, column)
+        sees = {  # (query is noisy, key is noisy)
+            (False, False): j <= i,
+            (False, True): False,
+            (True, False): j < i,
+            (True, True): j == i,
+        }
+        assert bool(mask[row, column]) == sees[noisy_query, noisy_key], (row, column)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import read_safetensors, write_safetensors
+import typer
 
 import colada.parity
 from colada.errors import ColadaError
-from colada.parity import relative_error, report, run_case
+from colada.parity import main, relative_error, report, run_case
+from helpers import read_safetensors, write_safetensors
 
 PACKAGE = Path(colada.parity.__file__).parents[1]
 SINGLE_PASSES = ("encode_mean", "encode_logvar", "decode", "velocity")
@@ -35,17 +36,6 @@ def case(parity_cases: list[Path], tmp_path: Path) -> Path:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(file.read_bytes())
     return target
-
-
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", "colada.parity", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path},
-    )
 
 
 def test_every_fixture_holds_at_3e_6_in_single_passes_and_1e_5_in_generation(
@@ -74,7 +64,7 @@ def _perturb(case: Path, part: str, name: str, amount: float) -> None:
     ("part", "name", "seen"),
     [
         ("cola_dit", "blocks.0.mlp.proj_in.bias", {"velocity", "latents"}),
-        ("cola_vae", "encoder.blocks.0.ffn_out.bias", {"encode_mean"}),
+        ("cola_vae", "encoder.blocks.0.ffn_out.bias", {"encode_mean", "encode_logvar", "latents"}),
         ("cola_vae", "decoder.final_layer.bias", {"decode", "logits"}),
     ],
 )
@@ -108,7 +98,13 @@ def test_the_tolerance_decides(case: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_module_prints_one_json_line_and_exits_0(case: Path) -> None:
-    done = _run(str(case))
+    done = subprocess.run(
+        [sys.executable, "-m", "colada.parity", str(case)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])},
+    )
     assert done.returncode == 0, done.stderr
     (text,) = done.stdout.splitlines()
     line = json.loads(text)
@@ -116,17 +112,22 @@ def test_the_module_prints_one_json_line_and_exits_0(case: Path) -> None:
     assert set(line) >= {*SINGLE_PASSES, "latents", "logits", "tokens_equal", "case", "tolerance"}
 
 
-def test_the_module_exits_1_beyond_the_tolerance_it_is_given(case: Path) -> None:
-    done = _run(str(case), "--tolerance", "1e-12")
-    assert done.returncode == 1
-    assert len(done.stdout.splitlines()) == 1
+def test_beyond_its_tolerance_the_program_exits_1(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as caught:
+        main(case, 1e-12)
+    assert caught.value.exit_code == 1
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_the_module_exits_2_with_one_line_for_a_directory_that_is_no_fixture(tmp_path: Path) -> None:
-    done = _run(str(tmp_path))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+def test_for_a_directory_that_is_no_fixture_the_program_exits_2_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as caught:
+        main(tmp_path)
+    assert caught.value.exit_code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
     assert "case.json is missing" in line
 
 
@@ -156,6 +157,10 @@ def test_the_relative_error_is_the_largest_difference_over_the_largest_value_of_
 def test_the_relative_error_is_infinite_for_other_shapes_and_for_nan() -> None:
     assert relative_error([torch.zeros(2)], [torch.ones(2, 1)]) == float("inf")
     assert relative_error([torch.tensor([float("nan")])], [torch.ones(1)]) == float("inf")
-    assert relative_error(
-        [torch.tensor([0.0]), torch.tensor([float("nan")])], [torch.ones(1), torch.ones(1)]
-    ) == float("inf")
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_the_relative_error_is_infinite_wherever_the_nan_is(at: int) -> None:
+    ours = [torch.ones(2) for _ in range(3)]
+    ours[at][1] = float("nan")
+    assert relative_error(ours, [torch.ones(2)] * 3) == float("inf")

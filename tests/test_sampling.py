@@ -63,6 +63,12 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_s
     assert picked.tolist() != logits.argmax(-1).tolist()
 
 
+def test_the_penalty_makes_a_seen_id_of_negative_logit_less_likely_too() -> None:
+    logits = torch.tensor([[-1.0, -1.5, -9.0], [-2.0, -5.0, -9.0]])
+    picked = Sampling(repetition_penalty=2.0).pick(logits, {0}, torch.Generator())
+    assert picked.tolist() == [1, 0]  # -1 becomes -2, below -1.5; -2 becomes -4, above -5
+
+
 def test_the_penalty_comes_before_the_temperature_and_the_cuts() -> None:
     # Three ids of equal logit, one seen: after the penalty it is no longer among the two likeliest.
     logits = torch.tensor([[2.0, 1.9, 1.8, -5.0]]).expand(200, -1)

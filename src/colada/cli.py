@@ -155,7 +155,7 @@ def generate(
     ] = None,
     solver: Annotated[str | None, typer.Option(metavar="NAME", help=f"euler or ab2. {_OWN}")] = None,
     schedule: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"uniform or logit-normal. {_OWN}")
+        str | None, typer.Option(metavar="NAME", help=f"uniform, front-loaded or logit-normal. {_OWN}")
     ] = None,
     noise: Annotated[str | None, typer.Option(metavar="NAME", help=f"per-sample or released. {_OWN}")] = None,
     dtype: DtypeOption = None,
@@ -411,7 +411,6 @@ def train(
     settings = load_recipe(recipe, changes)
     out = Path("runs") / recipe.stem if out is None else out
     console = Console(stderr=True, quiet=quiet)
-    console.soft_wrap = not console.is_terminal  # In a log, a line stays a line.
     try:
         Trainer(settings, out, Display(console)).run()
     except Interrupted as stopped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,20 @@ RELEASED_SETTINGS: dict[str, Any] = {
     "noise": "per-sample",
 }
 """What a model without a ``generation_config.json`` of its own uses."""
+
+_NUMBER = (int, float)
+_SETTING_TYPES: dict[str, Any] = {
+    "steps": int,
+    "solver": str,
+    "schedule": str,
+    "temperature": _NUMBER,
+    "top_k": int,
+    "top_p": _NUMBER,
+    "repetition_penalty": _NUMBER,
+    "stop": (str, list, tuple),
+    "noise": str,
+}
+_KIND_NAMES = {int: "a whole number", str: "a name", _NUMBER: "a number", (str, list, tuple): "strings"}
 
 
 @dataclass(frozen=True)
@@ -277,6 +292,9 @@ class ColaDLM:
                 )
         chosen = {**RELEASED_SETTINGS, **self.generation}
         chosen |= {name: value for name, value in settings.items() if value is not None}
+        for name, kind in _SETTING_TYPES.items():
+            if not isinstance(chosen[name], kind) or isinstance(chosen[name], bool):
+                raise ColadaError(f"{name}={chosen[name]!r}, expected {_KIND_NAMES[kind]}")
         rule = chosen["noise"]
         new_noise = choose("noise", rule, NOISE_RULES)
         seeds = _one_each("seed", chosen["seed"], len(several), SEED_STRIDE[rule])
@@ -390,14 +408,19 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
 
 def _one_each(name: str, value: Any, count: int, stride: int) -> list[Any]:
     """Return a setting per sample: its list, checked, or value + stride * i."""
-    values = list(value) if isinstance(value, Sequence) else [value + stride * i for i in range(count)]
+    if isinstance(value, Sequence):
+        values = list(value)
+    elif isinstance(value, int | float):
+        values = [value + stride * i for i in range(count)]
+    else:
+        values = [value] * count
     if len(values) != count:
         raise ColadaError(f"{len(values)} values of {name} for {count} prompts, expected one, or one each")
     for one in values:
-        if not isinstance(one, int | float) or one != one or (name == "seed" and one < 0):
-            raise ColadaError(
-                f"{name}={one!r}, expected a number" + (" of at least 0" if name == "seed" else "")
-            )
+        if name == "seed" and not (isinstance(one, int) and one >= 0):
+            raise ColadaError(f"seed={one!r}, expected a whole number of at least 0")
+        if name == "guidance" and not (isinstance(one, int | float) and math.isfinite(one)):
+            raise ColadaError(f"guidance={one!r}, expected a finite number")
     return values
 
 
@@ -421,6 +444,8 @@ def load(
     Raises:
         ColadaError: if the model cannot be found, read or is inconsistent.
     """
+    if where is None and not BUNDLED.is_dir():
+        raise ColadaError("this installation has no bundled model: give a directory or a hub id")
     directory = locate(BUNDLED if where is None else where, revision)
     file = find_tokenizer(directory)
     settings = directory / GENERATION_FILE

@@ -20,7 +20,9 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print a line above the progress."""
-        (self._progress.console if self._progress else self.console).print(line, highlight=False)
+        console = self._progress.console if self._progress else self.console
+        # In a log, a line stays a line.
+        console.print(line, highlight=False, soft_wrap=not console.is_terminal)
 
     @contextmanager
     def stage(self, number: int, steps: int, start: int) -> Iterator[None]:

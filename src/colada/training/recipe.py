@@ -207,10 +207,15 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise ColadaError(f"override {override!r}, expected section.key=value")
     *sections, last = key.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
         if not isinstance(values, dict):
             raise ColadaError(f"override {override!r}: {section!r} is not a section")
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ColadaError(f"override {override!r}: {text!r} is not a YAML value") from None
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.markup import escape
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -326,7 +327,7 @@ class Trainer:
         with disk_errors(self.out), (self.out / SAMPLES).open("a", encoding="utf-8") as file:
             for prompt, completion in zip(run.sample_prompts, completions, strict=True):
                 file.write(f"--- step {step}\n{prompt}{completion.text}\n")
-                self.display.say(f"sample: {prompt}[bold]|[/bold]{_escape(completion.text)}")
+                self.display.say(f"sample: {escape(prompt)}[bold]|[/bold]{escape(completion.text)}")
 
     def _log(self, stage: Stage, step: int, split: str, terms: dict[str, float]) -> None:
         with disk_errors(self.out), (self.out / METRICS).open("a", encoding="utf-8") as file:
@@ -433,7 +434,3 @@ def _device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise ColadaError(f"run.device={name!r}, expected 'auto', 'cpu' or 'cuda'") from None
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
