@@ -7,7 +7,9 @@ extension: the settings with which this model measures best.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -48,16 +50,16 @@ def locate(where: str | Path, revision: str | None = None) -> Path:
     Raises:
         ColadaError: if there is no such directory, repository or revision, or the hub cannot be reached.
     """
-    path = Path(where).expanduser()
-    if path.is_dir():
+    name = str(where)
+    path = Path(os.path.expanduser(name))
+    if name and os.path.isdir(path):
         if revision is not None:
             raise ColadaError(
                 f"{path}: revision={revision!r} was given, but this is a directory, not a hub id"
             )
         return path
-    if path.exists():
+    if name and os.path.exists(path):
         raise ColadaError(f"{path} is a file, expected a model directory with {DIT_DIR}/ and {VAE_DIR}/")
-    name = str(where)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ColadaError(f"no model at {name!r}: not a directory, and not a hub id of the form owner/name")
     patterns = [f"{DIT_DIR}/*", f"{VAE_DIR}/*", TOKENIZER_FILE, GENERATION_FILE]
@@ -69,11 +71,20 @@ def locate(where: str | Path, revision: str | None = None) -> Path:
         raise ColadaError(f"no directory and no hub repository called {name!r} (or it is private)") from None
     except HFValidationError as error:
         raise ColadaError(f"{name!r} is not a hub id: {error}") from None
-    except (LocalEntryNotFoundError, OSError):
-        raise ColadaError(
-            f"{name!r} is neither a local directory nor in the hub's local cache, and the hub cannot be "
-            "reached (offline?); download it where there is a network, or give a directory"
-        ) from None
+    except OSError as error:
+        if not isinstance(error, LocalEntryNotFoundError) and error.errno in (errno.ENOSPC, errno.EACCES):
+            raise ColadaError(f"cannot store {name!r} in the hub's local cache: {error}") from None
+        raise _unreachable(name) from None
+    except Exception as error:
+        # The hub's HTTP library has errors of its own, which differ between versions.
+        raise _unreachable(name, f": {type(error).__name__}") from error
+
+
+def _unreachable(name: str, why: str = "") -> ColadaError:
+    return ColadaError(
+        f"{name!r} is neither a local directory nor in the hub's local cache, and the hub cannot be "
+        f"reached (offline?{why}); download it where there is a network, or give a directory"
+    )
 
 
 def find_tokenizer(directory: Path) -> Path | None:
@@ -238,6 +249,8 @@ def _open(file: Path) -> Iterator[Any]:
             yield handle
     except FileNotFoundError:
         raise ColadaError(f"{file} is missing") from None
+    except OSError as error:
+        raise ColadaError(f"cannot read {file}: {error}") from None
     except SafetensorError as error:
         raise ColadaError(f"{file} is truncated or corrupt: {error}") from None
 
@@ -257,6 +270,7 @@ def write_model(
     Raises:
         ColadaError: if the directory cannot be written (no space, no permission).
     """
+    directory = directory.resolve()
     partial = directory.with_name(directory.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -271,11 +285,14 @@ def write_model(
         if generation:
             write_json(partial / GENERATION_FILE, generation)
         directory.mkdir(parents=True, exist_ok=True)
-        for item in partial.iterdir():
-            target = directory / item.name
+        for name in (DIT_DIR, VAE_DIR, TOKENIZER_FILE, GENERATION_FILE):
+            target = directory / name
             if target.is_dir():
                 shutil.rmtree(target)
-            item.replace(target)
+            else:
+                target.unlink(missing_ok=True)
+            if (partial / name).exists():
+                (partial / name).replace(target)
         partial.rmdir()
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)

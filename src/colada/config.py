@@ -8,6 +8,7 @@ as their default, so a released file never needs them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, get_type_hints
@@ -45,6 +46,8 @@ class _Config:
             elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 name = getattr(kind, "__name__", str(kind))
                 raise ColadaError(f"{self.model_type}: {field.name}={value!r}, expected {name}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ColadaError(f"{self.model_type}: {field.name}={value!r}, expected a finite number")
         for name, only in self.fixed.items():
             if getattr(self, name) != only:
                 raise ColadaError(

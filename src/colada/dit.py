@@ -17,14 +17,7 @@ from torch import Tensor, nn
 from colada.config import DiTConfig
 from colada.errors import ColadaError
 from colada.flow import T, velocity_from_z0
-from colada.layers import (
-    History,
-    attend,
-    commit,
-    inverse_frequencies,
-    rotary_table,
-    rotate_interleaved,
-)
+from colada.layers import History, Pass, inverse_frequencies, rotary_table, rotate_interleaved
 from colada.packing import Layout
 
 TIMESTEP_FEATURES = 256
@@ -98,23 +91,12 @@ class SelfAttention(nn.Module):
         self.rope = StoredFrequencies(config.rope_dim)
         self.proj_out = nn.Linear(width, config.txt_dim, bias=config.qk_bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        table: tuple[Tensor, Tensor],
-        layout: Layout,
-        histories: Sequence[History | None] | None,
-        layer: int,
-        committing: bool,
-    ) -> Tensor:
+    def forward(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
         q, k, v = self.proj_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         # Under autocast a norm may come out wider than its input; keys must match values.
-        q = rotate_interleaved(self.norm_q(q), table).to(v.dtype)
-        k = rotate_interleaved(self.norm_k(k), table).to(v.dtype)
-        out = attend(q, k, v, layout, histories, layer)
-        if committing and histories is not None:
-            commit(histories, layer, k, v, layout)
-        return self.proj_out(out.flatten(-2))
+        q = rotate_interleaved(self.norm_q(q), shared.table).to(v.dtype)
+        k = rotate_interleaved(self.norm_k(k), shared.table).to(v.dtype)
+        return self.proj_out(shared.attend(q, k, v, layer).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -150,23 +132,11 @@ class DiTBlock(nn.Module):
         self.mlp = MLP(config)
         self.ada = AdaLN(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        emb: Tensor,
-        row: Tensor,
-        table: tuple[Tensor, Tensor],
-        layout: Layout,
-        histories: Sequence[History | None] | None,
-        layer: int,
-        committing: bool,
-    ) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, row: Tensor, shared: Pass, layer: int) -> Tensor:
         # index_select, not [row]: its backward adds rows in parallel.
         shift, scale = self.ada.msa_in(emb).index_select(0, row).chunk(2, -1)
         h = modulate(F.layer_norm(x, (self.dim,), eps=self.eps), shift, scale)
-        x = x + self.ada.msa_out(emb).index_select(0, row) * self.msa(
-            h, table, layout, histories, layer, committing
-        )
+        x = x + self.ada.msa_out(emb).index_select(0, row) * self.msa(h, shared, layer)
         shift, scale = self.ada.mlp_in(emb).index_select(0, row).chunk(2, -1)
         h = modulate(F.layer_norm(x, (self.dim,), eps=self.eps), shift, scale)
         x = x + self.ada.mlp_out(emb).index_select(0, row) * self.mlp(h)
@@ -251,8 +221,9 @@ class DiT(nn.Module):
         x = self.txt_in(x)
         emb = self.emb_in(times)
         table = rotary_table(layout.positions, inverse_frequencies(config.rope_dim, ROPE_THETA))
+        shared = Pass(layout, table, histories, committing)
         for layer, block in enumerate(self.blocks):
-            x = block(x, emb, row, table, layout, histories, layer, committing)
+            x = block(x, emb, row, shared, layer)
         shift, scale = self.txt_out_ada["out_in"](emb).index_select(0, row).chunk(2, -1)
         x = self.txt_out(modulate(self.txt_out_norm(x), shift, scale))
         return x.reshape(-1, config.txt_out_channels).float()

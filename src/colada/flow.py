@@ -79,8 +79,9 @@ def front_loaded(steps: int) -> Tensor:
 
 def logit_normal(steps: int) -> Tensor:
     """Return the training law's quantiles (loc 1, scale 1), stretched to 1..0."""
-    interior = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64).clamp(1e-3, 1 - 1e-3)
-    grid = torch.sigmoid(1.0 + torch.special.ndtri(interior))
+    edge = 0.5 / (steps + 1)  # The outermost quantiles, 0 and 1, are at infinity.
+    quantiles = torch.linspace(1.0 - edge, edge, steps + 1, dtype=torch.float64)
+    grid = torch.sigmoid(1.0 + torch.special.ndtri(quantiles))
     return (grid - grid[-1]) / (grid[0] - grid[-1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,8 @@ def attend(
             gv = torch.cat([torch.stack([values for _, values in past]).transpose(1, 2), gv], 2)
         out = F.scaled_dot_product_attention(gq, gk, gv, attn_mask=group.mask)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
+    if not outputs:
+        return torch.empty_like(q)
     if len(outputs) == 1:
         return outputs[0]
     order = torch.cat([group.index for group in layout.groups])  # type: ignore[misc]
@@ -111,3 +114,27 @@ def commit(
     for history, (k, v) in zip(histories, per_sample, strict=True):
         if history is not None:
             history.append(layer, k, v)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What all layers of one forward pass share.
+
+    Attributes:
+        layout: the packing.
+        table: rotary cosines and sines of its positions.
+        histories: what each sample sees before its new positions, or None.
+        committing: append the new positions to the histories.
+    """
+
+    layout: Layout
+    table: tuple[Tensor, Tensor]
+    histories: Sequence[History | None] | None = None
+    committing: bool = False
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """Attend in one layer, see :func:`attend`, and commit its keys and values if so asked."""
+        out = attend(q, k, v, self.layout, self.histories, layer)
+        if self.committing and self.histories is not None:
+            commit(self.histories, layer, k, v, self.layout)
+        return out

@@ -283,8 +283,7 @@ class ColaDLM:
     def _open(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings) -> _Job:
         """Check the arguments of :meth:`generate`, and make of them what a run needs."""
         several = _several(prompts)
-        if max_new_tokens < 1:
-            raise ColadaError(f"max_new_tokens={max_new_tokens}, expected at least 1")
+        _require_count("max_new_tokens", max_new_tokens)
         for name in settings:
             if name not in Settings.__annotations__:
                 raise ColadaError(
@@ -357,6 +356,7 @@ class ColaDLM:
         Raises:
             ColadaError: as :meth:`generate`; or if the hole does not fall on whole latents (patch_size > 1).
         """
+        _require_count("tokens", tokens)
         left, right = self.ids(before), self.ids(after)
         patch, size = self.vae.config.patch_size, self.vae.config.block_size
         if len(left) % patch or tokens % patch:
@@ -404,6 +404,11 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if prompts and all(isinstance(part, int) for part in prompts):
         return [prompts]  # type: ignore[list-item]
     return prompts  # type: ignore[return-value]
+
+
+def _require_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ColadaError(f"{name}={value!r}, expected a whole number of at least 1")
 
 
 def _one_each(name: str, value: Any, count: int, stride: int) -> list[Any]:

@@ -18,6 +18,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from colada.errors import ColadaError
+
 
 def block_causal(queries: int, keys: int, block_size: int) -> Tensor:
     """Return the (queries, keys) visibility of one sample; the queries are its last positions."""
@@ -33,7 +35,12 @@ def two_copy(length: int, block_size: int) -> Tensor:
     its own; a noisy query of block b sees clean blocks before b and noisy block b.
 
     Returns: bool (2 * length - block_size, 2 * length - block_size), True where the query (row) sees the key.
+
+    Raises:
+        ColadaError: if the length is not a multiple of ``block_size``.
     """
+    if length % block_size:
+        raise ColadaError(f"rows of {length} positions, expected a multiple of block_size={block_size}")
     clean = length - block_size
     block = torch.cat([torch.arange(clean), torch.arange(length)]) // block_size
     noisy = torch.arange(clean + length) >= clean

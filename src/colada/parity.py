@@ -7,6 +7,7 @@ the largest relative error, max |a - b| / max |b|, of every part.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,10 +29,14 @@ from colada.sampling import Sampling
 def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Return max |a - b| / max |b| over lists of tensors; infinite if shapes differ or a value is NaN."""
     if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
-        return float("inf")
-    difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
-    error = difference / max(float(b.abs().max()) for b in theirs)
-    return error if error == error else float("inf")
+        return math.inf
+    # Tensor maxima, because Python's max() may pass over a NaN.
+    difference = torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]).max()
+    size = torch.stack([b.abs().max() for b in theirs]).max()
+    if difference == 0:
+        return 0.0
+    error = float(difference / size)
+    return math.inf if math.isnan(error) else error
 
 
 @torch.inference_mode()
@@ -125,7 +130,9 @@ def report(directory: Path, tolerance: float) -> int:
     holds = errors["tokens_equal"] and all(
         error <= tolerance for name, error in errors.items() if name != "tokens_equal"
     )
-    line = {"case": str(directory), "tolerance": tolerance, **errors, "ok": bool(holds)}
+    # JSON has no infinity: a part that cannot be compared is null.
+    shown = {name: None if error == math.inf else error for name, error in errors.items()}
+    line = {"case": str(directory), "tolerance": tolerance, **shown, "ok": bool(holds)}
     print(json.dumps(line))
     return 0 if holds else 1
 

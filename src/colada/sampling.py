@@ -60,7 +60,8 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the distribution (n, V) that tempered, cut-off logits (n, V) define."""
-        logits = logits.float() / self.temperature
+        # The largest logit at 0, so that the smallest temperature cannot overflow.
+        logits = (logits.float() - logits.float().amax(-1, keepdim=True)) / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             threshold = logits.topk(self.top_k, -1).values[:, -1:]
             logits = logits.masked_fill(logits < threshold, -math.inf)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from colada.config import TextVAEConfig
 from colada.errors import ColadaError
-from colada.layers import History, attend, commit, inverse_frequencies, rotary_table, rotate_half_split
+from colada.layers import History, Pass, inverse_frequencies, rotary_table, rotate_half_split
 from colada.packing import Layout
 
 
@@ -45,32 +45,16 @@ class VAEBlock(nn.Module):
         hidden = config.ffn_dim // 2 if config.act == "swiglu" else config.ffn_dim
         self.ffn_out = nn.Linear(hidden, dim, bias=config.bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        table: tuple[Tensor, Tensor],
-        layout: Layout,
-        histories: Sequence[History | None] | None = None,
-        layer: int = 0,
-        committing: bool = False,
-    ) -> Tensor:
+    def forward(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
         if self.config.post_norm:
-            a = self.attention(x, table, layout, histories, layer, committing)
+            a = self.attention(x, shared, layer)
             x = self.norm_attn(x) + a
             return x + self.norm_ffn(self.ffn(x))
-        x = x + self.attention(self.norm_attn(x), table, layout, histories, layer, committing)
+        x = x + self.attention(self.norm_attn(x), shared, layer)
         return x + self.ffn(self.norm_ffn(x))
 
-    def attention(
-        self,
-        x: Tensor,
-        table: tuple[Tensor, Tensor],
-        layout: Layout,
-        histories: Sequence[History | None] | None,
-        layer: int,
-        committing: bool,
-    ) -> Tensor:
-        """Attend (N, dim) to itself and the histories; committing appends the new positions to them."""
+    def attention(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
+        """Attend (N, dim) to itself and the histories of the pass."""
         q, k, v = self.qkv_proj(x).chunk(3, -1)
         if self.config.clip_qkv is not None:
             limit = self.config.clip_qkv
@@ -80,11 +64,9 @@ class VAEBlock(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         heads = (self.config.num_heads, -1)
         q, k, v = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
-        q, k = rotate_half_split(q, table).to(v.dtype), rotate_half_split(k, table).to(v.dtype)
-        out = attend(q, k, v, layout, histories, layer)
-        if committing and histories is not None:
-            commit(histories, layer, k, v, layout)
-        return self.attn_out_proj(out.flatten(-2))
+        q = rotate_half_split(q, shared.table).to(v.dtype)
+        k = rotate_half_split(k, shared.table).to(v.dtype)
+        return self.attn_out_proj(shared.attend(q, k, v, layer).flatten(-2))
 
     def ffn(self, x: Tensor) -> Tensor:
         """dim -> ffn_dim -> dim; swiglu takes the projection's first half as value, the second as gate."""
@@ -120,9 +102,9 @@ class TextEncoder(nn.Module):
         # Kernel = stride, and no patch straddles samples: the convolution is one product per patch.
         weight = self.patch_embedder.weight.transpose(1, 2).flatten(1)
         x = F.linear(self.wte(ids).view(-1, config.patch_size * config.dim), weight, self.patch_embedder.bias)
-        table = _table(config, layout)
-        for block in self.blocks:
-            x = block(x, table, layout)
+        shared = Pass(layout, _table(config, layout))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, shared, layer)
         out = self.final_layer(x).float()
         if config.use_variation:
             mean, logvar = out.chunk(2, -1)
@@ -155,9 +137,9 @@ class TextDecoder(nn.Module):
     ) -> Tensor:
         config = self.config
         x = self.in_layer(latents.to(self.in_layer.weight.dtype))
-        table = _table(config, layout)
+        shared = Pass(layout, _table(config, layout), histories, committing)
         for layer, block in enumerate(self.blocks):
-            x = block(x, table, layout, histories, layer, committing)
+            x = block(x, shared, layer)
         # The projection's output axis is ordered (channel, patch).
         x = self.unpatch_layer(x).unflatten(-1, (config.dim, config.patch_size))
         return x.transpose(1, 2).reshape(-1, config.dim)
