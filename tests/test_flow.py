@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -134,12 +135,13 @@ def test_the_front_loaded_grid_takes_small_steps_at_high_noise() -> None:
 def test_the_logit_normal_grid_has_the_quantiles_of_the_training_law() -> None:
     steps = 20
     grid = SCHEDULES["logit-normal"](steps).tolist()
-    # Before stretching, the share of N(1, 1) below the grid's logit is 1 - i / S; the ends are cut at 1/1000.
-    ends = [1 / (1 + math.exp(-(1 + z))) for z in (3.090232306, -3.090232306)]
+    # Before stretching, the points are the medians of S + 1 equal shares of N(1, 1)'s logits.
+    shares = [(steps - i + 0.5) / (steps + 1) for i in range(steps + 1)]
+    first, last = (1 / (1 + math.exp(-1 - NormalDist().inv_cdf(share))) for share in (shares[0], shares[-1]))
     for i in range(1, steps):
-        a = ends[1] + grid[i] * (ends[0] - ends[1])
+        a = last + grid[i] * (first - last)
         share = 0.5 * (1 + math.erf((math.log(a / (1 - a)) - 1) / math.sqrt(2)))
-        assert share == pytest.approx(1 - i / steps, abs=1e-6)
+        assert share == pytest.approx(shares[i], abs=1e-6)
 
 
 # --- solvers -------------------------------------------------------------------------------------

@@ -101,6 +101,8 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ColadaError(f"{path} is missing") from None
+    except OSError as error:
+        raise ColadaError(f"cannot read {path}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ColadaError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
