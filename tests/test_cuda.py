@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import tiny_model
 
 from colada.objectives import FlowSettings, JointWeights, VAEWeights, stage1_loss, stage2_joint_loss
+from helpers import tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
