@@ -61,7 +61,8 @@ RevisionOption = Annotated[
 DtypeOption = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Compute in float32, bfloat16 or float16. Default: as the weights are stored."
+        metavar="NAME",
+        help="Compute in float32, bfloat16 or float16. Default: as stored; the bundled model float32.",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps.")]

@@ -443,14 +443,17 @@ def load(
             repository id (downloaded on first use).
         revision: branch, tag or commit of a hub repository.
         device: where to put the networks.
-        dtype: convert the weights; by default they keep the file's type. Weights of the
-            wanted type are mapped from the file, not copied.
+        dtype: convert the weights; by default they keep the file's type, except the bundled
+            model's, which are stored in bfloat16 to be small and computed in float32.
+            Weights of the wanted type are mapped from the file, not copied.
 
     Raises:
         ColadaError: if the model cannot be found, read or is inconsistent.
     """
     if where is None and not BUNDLED.is_dir():
         raise ColadaError("this installation has no bundled model: give a directory or a hub id")
+    if where is None and dtype is None:
+        dtype = torch.float32
     directory = locate(BUNDLED if where is None else where, revision)
     file = find_tokenizer(directory)
     settings = directory / GENERATION_FILE
