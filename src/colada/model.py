@@ -80,7 +80,7 @@ RELEASED_SETTINGS: dict[str, Any] = {
 }
 """What a model without a ``generation_config.json`` of its own uses."""
 
-_NUMBER = (int, float)
+_NUMBER, _SEVERAL = (int, float), (list, tuple)
 _SETTING_TYPES: dict[str, Any] = {
     "steps": int,
     "solver": str,
@@ -89,10 +89,27 @@ _SETTING_TYPES: dict[str, Any] = {
     "top_k": int,
     "top_p": _NUMBER,
     "repetition_penalty": _NUMBER,
-    "stop": (str, list, tuple),
+    "seed": (int, *_SEVERAL),
+    "guidance": (*_NUMBER, *_SEVERAL),
+    "stop": (str, *_SEVERAL),
+    "end_ids": _SEVERAL,
     "noise": str,
 }
-_KIND_NAMES = {int: "a whole number", str: "a name", _NUMBER: "a number", (str, list, tuple): "strings"}
+_KIND_NAMES = {int: "a whole number", str: "a name", _NUMBER: "a number", _SEVERAL: "a list of ids"}
+_KIND_NAMES |= {(int, *_SEVERAL): "a whole number of at least 0, or one for each prompt"}
+_KIND_NAMES |= {(*_NUMBER, *_SEVERAL): "a finite number, or one for each prompt"}
+_KIND_NAMES |= {(str, *_SEVERAL): "a string, or several"}
+
+
+def check_settings(settings: Mapping[str, Any], origin: str = "") -> None:
+    """Raise ColadaError for a generation setting that does not exist or is of the wrong type."""
+    where = f"{origin}: " if origin else ""
+    for name, value in settings.items():
+        if name not in _SETTING_TYPES:
+            raise ColadaError(f"{where}unknown generation setting {name!r}{nearest(name, _SETTING_TYPES)}")
+        kind = _SETTING_TYPES[name]
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ColadaError(f"{where}{name}={value!r}, expected {_KIND_NAMES[kind]}")
 
 
 @dataclass(frozen=True)
@@ -132,11 +149,7 @@ class ColaDLM:
                 f"{origin or 'model'}: the tokenizer has {tokenizer.vocab_size} entries, "
                 f"the Text VAE vocab_size={vae.config.vocab_size}"
             )
-        for key in generation or {}:
-            if key not in RELEASED_SETTINGS:
-                raise ColadaError(
-                    f"{origin}: unknown generation setting {key!r}{nearest(key, RELEASED_SETTINGS)}"
-                )
+        check_settings(generation or {}, f"{origin}: generation settings")
         self.vae, self.dit, self.tokenizer, self.origin = vae.eval(), dit.eval(), tokenizer, origin
         self.generation = dict(generation or {})
 
@@ -284,16 +297,9 @@ class ColaDLM:
         """Check the arguments of :meth:`generate`, and make of them what a run needs."""
         several = _several(prompts)
         _require_count("max_new_tokens", max_new_tokens)
-        for name in settings:
-            if name not in Settings.__annotations__:
-                raise ColadaError(
-                    f"unknown generation setting {name!r}{nearest(name, Settings.__annotations__)}"
-                )
+        check_settings(settings)
         chosen = {**RELEASED_SETTINGS, **self.generation}
         chosen |= {name: value for name, value in settings.items() if value is not None}
-        for name, kind in _SETTING_TYPES.items():
-            if not isinstance(chosen[name], kind) or isinstance(chosen[name], bool):
-                raise ColadaError(f"{name}={chosen[name]!r}, expected {_KIND_NAMES[kind]}")
         rule = chosen["noise"]
         new_noise = choose("noise", rule, NOISE_RULES)
         seeds = _one_each("seed", chosen["seed"], len(several), SEED_STRIDE[rule])

@@ -53,7 +53,8 @@ class FlowSettings:
     Attributes:
         law: of the training timesteps.
         per_block: one timestep per block, else one per row.
-        prefix_share: share of blocks that keep a clean prefix inside, as when a prompt ends in a block.
+        prefix_share: share of blocks that keep a clean prefix inside, as when a prompt ends in a
+            block; at most one a row, so no more than 1 in M / block_size.
     """
 
     law: TimestepLaw = field(default_factory=TimestepLaw)

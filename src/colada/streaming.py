@@ -20,7 +20,8 @@ class Chunk:
         step: solver steps done when this is a guess of the block under way; None when the block is finished.
         text: finished: new text that will not change any more (empty while a stop string or a
             character may still be under way); guess: the block's text as it would read now.
-        tokens: the new tokens, or the guess's.
+        tokens: the new tokens, or the guess's. A stop string that straddles blocks takes tokens back
+            that an earlier chunk had; texts always add up.
         finish_reason: "length", "end" or "stop" in a sample's last chunk, else None.
     """
 
@@ -118,10 +119,11 @@ class Transcript:
 
     def _unsettled(self) -> int:
         """Return how many last characters may still change: a character or a stop string under way."""
-        partial = len(self.text) - len(self.text.rstrip(REPLACEMENT))
-        for stop in self._stop:
-            for size in range(len(stop) - 1, partial, -1):
-                if self.text.endswith(stop[:size]):
-                    partial = size
-                    break
-        return partial
+        settled = self.text.rstrip(REPLACEMENT)
+        open_ends = [
+            size
+            for stop in self._stop
+            for size in range(1, len(stop))
+            if settled.endswith(stop[:size]) or self.text.endswith(stop[:size])
+        ]
+        return len(self.text) - len(settled) + max(open_ends, default=0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
+from colada.checkpoint import TOKENIZER_FILE
 from colada.data import Rows, Split, TokenStream, find_files, read_documents, tokenize
 from colada.dit import DiT
 from colada.errors import ColadaError
-from colada.model import ColaDLM
+from colada.model import ColaDLM, check_settings
 from colada.objectives import Loss, stage1_loss, stage2_frozen_loss, stage2_joint_loss
 from colada.tokenizer import Tokenizer
 from colada.training.display import Display
@@ -100,14 +102,12 @@ class Trainer:
         self.display = display or Display()
         self.device = _device(recipe.run.device)
         self._stop = False
-        resuming = (out / CHECKPOINT).is_file()
-        if resuming:
-            changed = difference(load_recipe(out / RECIPE), recipe)
-            if changed:
-                raise ColadaError(f"{out} holds a run of another recipe: {changed}; give another --out")
-        with disk_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
-            save_recipe(recipe, out / RECIPE)
+        check_settings(recipe.generation, "recipe: generation")
+        self.saved = self._resume()
+        if self.saved is None:
+            with disk_errors(out):
+                out.mkdir(parents=True, exist_ok=True)
+                save_recipe(recipe, out / RECIPE)
         self.tokenizer, self.streams = self._prepare_data()
         vae_config, dit_config = recipe.configs(self.tokenizer.vocab_size, self.tokenizer.pad_id)
         self.vae, self.dit = TextVAE(vae_config), DiT(dit_config)
@@ -115,10 +115,22 @@ class Trainer:
         self.dit.init_weights(step_generator(recipe.seed, 0, 1))
         self.vae.to(self.device), self.dit.to(self.device)
         self.reference: TextVAE | None = None
-        self.saved: dict[str, Any] | None = None
-        if resuming:
-            self.saved = torch.load(out / CHECKPOINT, map_location="cpu", weights_only=True)
+        if self.saved is not None:
             self.vae.load_state_dict(self.saved["vae"])
+
+    def _resume(self) -> dict[str, Any] | None:
+        """Return the state that an interrupted run of the same recipe left in ``out``, or None."""
+        file = self.out / CHECKPOINT
+        if not file.is_file():
+            return None
+        changed = difference(load_recipe(self.out / RECIPE), self.recipe)
+        if changed:
+            raise ColadaError(f"{self.out} holds a run of another recipe: {changed}; give another --out")
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ColadaError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+        return state
 
     # --- data ------------------------------------------------------------------------------
 
@@ -129,17 +141,18 @@ class Trainer:
         def documents() -> Iterator[Any]:
             return read_documents(files, column=data.column, validation_share=data.validation_share)
 
-        own = self.out / "tokenizer.json"
+        own = self.out / TOKENIZER_FILE
         if section.file is not None:
             tokenizer = Tokenizer.from_file(Path(section.file))
-        elif own.is_file():
+        elif self.saved is not None:
             tokenizer = Tokenizer.from_file(own)
         else:
             self.display.say(f"training a tokenizer of {section.vocab_size} entries")
             texts = (document.text for document in documents() if document.split == "train")
             tokenizer = Tokenizer.train(texts, section.vocab_size)
-        with disk_errors(self.out):
-            tokenizer.save(own)
+        if self.saved is None:
+            with disk_errors(self.out):
+                tokenizer.save(own)
         streams = tokenize(documents(), tokenizer)
         for name, stream in streams.items():
             tokens, count = len(stream), len(stream.starts)
@@ -226,7 +239,7 @@ class Trainer:
         if section.steps == 0:
             return
         rows = self._rows("train", section, self.recipe.seed + stage.number)
-        validation = self._rows("validation", section, self.recipe.seed)
+        validation = self._rows("validation", section, self.recipe.seed) if run.validate_every else None
         schedules = [
             LambdaLR(optimiser, lambda step: learning_rate(step, section)) for optimiser in stage.optimisers
         ]
@@ -278,7 +291,7 @@ class Trainer:
                     watch, tokens = now, 0
                     self._log(stage, done, "train", terms)
                     self.display.update(done, terms)
-                if run.validate_every and (done % run.validate_every == 0 or last):
+                if validation is not None and (done % run.validate_every == 0 or last):
                     self._log(stage, done, "validation", self._validate(stage, best(), validation))
                 if stage.number == 2 and run.sample_every and (done % run.sample_every == 0 or last):
                     self._sample(done, best())
@@ -357,6 +370,9 @@ class Trainer:
             with disk_errors(self.out):
                 torch.save(state, partial)
                 os.replace(partial, self.out / CHECKPOINT)
+        except RuntimeError as error:
+            # How torch.save reports a write that its zip writer could not do.
+            raise ColadaError(f"cannot write to {partial}: {str(error).splitlines()[0]}") from None
         finally:
             partial.unlink(missing_ok=True)
 
@@ -387,11 +403,6 @@ def disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ColadaError(f"cannot write to {out}: {error.strerror or error}") from None
-    except RuntimeError as error:
-        # torch.save reports a failed write as a RuntimeError of its zip writer.
-        if "write" not in str(error):
-            raise
-        raise ColadaError(f"cannot write to {out}: {str(error).splitlines()[0]}") from None
 
 
 def make_optimisers(network: nn.Module, section: OptimiserSection, lr: float) -> list[torch.optim.Optimizer]:
