@@ -25,7 +25,9 @@ from colada.flow import TimestepLaw, calibrated_loc
 from colada.generation import block_generator
 from colada.objectives import FlowSettings, VAEWeights, encode, log_snr, reconstruction, stage2_frozen_loss
 
+OPENING = "Once upon a time"
 PROMPT_WORDS = 8
+BATCH = 25
 
 
 def words(text: str) -> list[str]:
@@ -85,6 +87,17 @@ def validation_losses(model: ColaDLM, rows: Rows, batches: int, size: int) -> di
     return {name: value / batches for name, value in sums.items()}
 
 
+def write(
+    model: ColaDLM, prompts: list[str], seeds: list[int], tokens: int, settings: dict[str, Any]
+) -> list[str]:
+    """Return the continuations of prompts, each with its own seed."""
+    texts: list[str] = []
+    for at in range(0, len(prompts), BATCH):
+        some = slice(at, at + BATCH)
+        texts += [done.text for done in model.generate(prompts[some], tokens, seed=seeds[some], **settings)]
+    return texts
+
+
 def main(
     model: Annotated[
         str | None, typer.Argument(help="Directory or hub id; the bundled model if left out.")
@@ -113,29 +126,28 @@ def main(
 
     starts = [text.split(" ") for text in held_out[:prompts]]
     openings = [" ".join(start[:PROMPT_WORDS]) for start in starts]
-    written: list[list[str]] = []
-    for at in range(0, len(openings), 20):
-        done = lm.generate(
-            openings[at : at + 20], tokens, seed=list(range(at, at + len(openings[at : at + 20]))), **chosen
-        )
-        written += [words(completion.text) for completion in done]
+    seeds = list(range(len(openings)))
+    continued = [words(text) for text in write(lm, openings, seeds, tokens, chosen)]
+    stories = write(lm, [OPENING] * max(prompts, samples), list(range(max(prompts, samples))), tokens, chosen)
     real = [
-        words(" ".join(start[PROMPT_WORDS:]))[: len(own)] for start, own in zip(starts, written, strict=True)
+        words(" ".join(start[PROMPT_WORDS:]))[: len(own)]
+        for start, own in zip(starts, continued, strict=True)
     ]
     known = {word for text in train for word in text}
-    everything = [word for text in written for word in text]
     judge = Trigrams(train)
-    result |= {
-        "generated_words": len(everything),
-        "known_word_share": sum(word in known for word in everything) / max(1, len(everything)),
-        "distinct2": distinct2(written),
-        "distinct2_real": distinct2(real),
-        "trigram_nats": judge.nats_per_word(written),
-        "trigram_nats_real": judge.nats_per_word(real),
-        "samples": [
-            lm.generate("Once upon a time", tokens, seed=seed, **chosen)[0].text for seed in range(samples)
-        ],
-    }
+    for name, texts in (
+        ("validation_openings", continued),
+        ("once_upon_a_time", [words(text) for text in stories[:prompts]]),
+        ("real_continuations", real),
+    ):
+        everything = [word for text in texts for word in text]
+        result[name] = {
+            "words": len(everything),
+            "known_word_share": sum(word in known for word in everything) / max(1, len(everything)),
+            "distinct2": distinct2(texts),
+            "trigram_nats": judge.nats_per_word(texts),
+        }
+    result["samples"] = stories[:samples]
     print(json.dumps(result, indent=2))
 
 

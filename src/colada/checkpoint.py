@@ -282,6 +282,9 @@ def write_model(
             write_json(folder / "config.json", network.config.to_dict())
             state = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
             save_torch_state_dict(state, folder, max_shard_size="5GB")
+            for file in folder.glob("*.safetensors"):
+                # The library writes them for the owner only; whoever may read the config may read these.
+                file.chmod((folder / "config.json").stat().st_mode)
         if save_tokenizer is not None:
             save_tokenizer(partial / TOKENIZER_FILE)
         if generation:
