@@ -17,7 +17,7 @@ from torch import Tensor
 
 from colada.dit import DiT
 from colada.errors import ColadaError
-from colada.flow import SCHEDULES, SOLVERS, Solver, T, choose
+from colada.flow import SCHEDULES, SOLVERS, Solver, T, choose, z0_from_velocity
 from colada.layers import History
 from colada.packing import pad_to_multiple
 from colada.sampling import Sampling
@@ -163,9 +163,9 @@ def transport(
         if guided:
             velocity = velocity.clone()
             velocity[guided] = unconditional + scale * (velocity[guided] - unconditional)
-        z0 = z - a * velocity
+        z0 = z0_from_velocity(z.flatten(0, 1), velocity.flatten(0, 1), torch.tensor(a, device=z.device))
         z = torch.where(where, pinned, solver.step(z, velocity, a, a_next))
-        yield z, torch.where(where, pinned, z0)
+        yield z, torch.where(where, pinned, z0.view_as(z))
 
 
 # --- the loop ----------------------------------------------------------------------------------
