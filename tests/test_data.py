@@ -264,12 +264,12 @@ def test_tokenize_lays_documents_end_to_end() -> None:
     assert set(streams) == {"train", "validation"}
     for split, stream in streams.items():
         texts = [d.text for d in documents if d.split == split]
-        assert stream.ids.dtype == np.uint16
+        assert stream.parts[0].dtype == np.uint16
         assert stream.starts.dtype == np.int64
         assert len(stream) == sum(len(tok.encode(text)) + 1 for text in texts)
         bounds = [*stream.starts.tolist(), len(stream)]
         for text, begin, end in zip(texts, bounds[:-1], bounds[1:], strict=True):
-            assert stream.ids[begin:end].tolist() == [*tok.encode(text), tok.eos_id]
+            assert stream.read(begin, end - begin).tolist() == [*tok.encode(text), tok.eos_id]
 
 
 def test_tokenize_nothing_gives_two_empty_streams() -> None:
@@ -290,8 +290,8 @@ def test_ids_take_the_smallest_type_that_holds_the_vocabulary(size: int, dtype: 
             return [[0] for _ in texts]
 
     stream = tokenize([Document("a", "train", "")], Stub())["train"]  # type: ignore[arg-type]
-    assert stream.ids.dtype == dtype
-    assert stream.ids.tolist() == [0, size - 1]
+    assert stream.parts[0].dtype == dtype
+    assert stream.read(0, len(stream)).tolist() == [0, size - 1]
 
 
 # --- rows ----------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_ids_take_the_smallest_type_that_holds_the_vocabulary(size: int, dtype: 
 
 def counting_stream(size: int, every: int = 10**9) -> TokenStream:
     """Ids equal to their own index, a document starting at each multiple of ``every``."""
-    return TokenStream(np.arange(size, dtype=np.uint32), np.arange(0, size, every, dtype=np.int64))
+    return TokenStream([np.arange(size, dtype=np.uint32)], np.arange(0, size, every, dtype=np.int64))
 
 
 def test_rows_do_not_depend_on_the_order_of_asking() -> None:
@@ -354,12 +354,12 @@ def test_aligned_rows_begin_at_the_next_document_start() -> None:
 
 
 def test_alignment_near_the_end_takes_the_last_start_that_fits() -> None:
-    stream = TokenStream(np.arange(100, dtype=np.uint16), np.array([0, 60, 95], dtype=np.int64))
+    stream = TokenStream([np.arange(100, dtype=np.uint16)], np.array([0, 60, 95], dtype=np.int64))
     aligned, plain = (Rows(stream, 20, seed=0, align=a) for a in (1.0, 0.0))
     windows = [int(plain.row(r)[0]) for r in range(200)]
     assert max(windows) > 60
     assert [int(aligned.row(r)[0]) for r in range(200)] == [60 if w else 0 for w in windows]
-    late = TokenStream(stream.ids, np.array([95], dtype=np.int64))  # no start fits: windows stay
+    late = TokenStream(stream.parts, np.array([95], dtype=np.int64))  # no start fits: windows stay
     kept, plain = (Rows(late, 20, seed=0, align=a) for a in (1.0, 0.0))
     assert all(np.array_equal(kept.row(r), plain.row(r)) for r in range(50))
 
@@ -385,7 +385,7 @@ def test_rows_are_copies() -> None:
     rows = Rows(stream, 10, seed=0)
     rows.row(0)[:] = -1
     rows.batch(0, 2).fill_(-1)
-    assert stream.ids.tolist() == list(range(100))
+    assert stream.read(0, len(stream)).tolist() == list(range(100))
 
 
 def test_too_short_a_stream_names_both_numbers() -> None:

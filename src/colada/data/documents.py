@@ -1,27 +1,19 @@
-"""Training data: files to documents, documents to token streams, streams to fixed-length rows."""
+"""Files to documents."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import zlib
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha1
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
-import numpy.typing as npt
+from typing import Literal
 
 from colada.errors import ColadaError, nearest
-from colada.tokenizer import END_OF_TEXT, Tokenizer
-
-if TYPE_CHECKING:
-    import torch
+from colada.tokenizer import END_OF_TEXT
 
 Split = Literal["train", "validation"]
 
@@ -36,7 +28,6 @@ _SPLITS: Mapping[str, Split | None] = {
 }
 
 _PARQUET_BATCH = 1024  # rows held in memory at once
-_ENCODE_BATCH = 512  # documents encoded in parallel
 
 
 @dataclass(frozen=True)
@@ -240,124 +231,3 @@ def _kind_of(value: object) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-@dataclass(frozen=True, eq=False)
-class TokenStream:
-    """All documents of a split, one after another, each followed by its end-of-text id.
-
-    ``ids`` is (ids,), uint16 where the vocabulary fits it, else uint32;
-    ``starts`` is (documents,) int64, the ascending index of each document's first id.
-    """
-
-    ids: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-    starts: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def tokenize(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    *,
-    progress: Callable[[int], None] | None = None,
-) -> dict[Split, TokenStream]:
-    """Encode ``documents`` into one stream per split; both keys are always there, maybe empty.
-
-    ``progress`` is called after every batch with the number of documents done
-    so far. What reading the documents raises passes through.
-    """
-    dtype: type[np.uint16] | type[np.uint32] = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    splits: tuple[Split, ...] = ("train", "validation")
-    # Typed arrays, not lists of ints: a corpus has billions of ids and millions of documents.
-    pieces: dict[Split, list[npt.NDArray[Any]]] = {split: [np.empty(0, dtype)] for split in splits}
-    starts = {split: array("q") for split in splits}
-    totals = dict.fromkeys(splits, 0)
-    remaining = iter(documents)
-    done = 0
-    while batch := list(islice(remaining, _ENCODE_BATCH)):
-        fresh: dict[Split, list[int]] = {split: [] for split in splits}
-        for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-            starts[document.split].append(totals[document.split] + len(fresh[document.split]))
-            fresh[document.split] += [*ids, tokenizer.eos_id]
-        for split in splits:
-            pieces[split].append(np.array(fresh[split], dtype))
-            totals[split] += len(fresh[split])
-        done += len(batch)
-        if progress is not None:
-            progress(done)
-    return {
-        split: TokenStream(np.concatenate(pieces[split]), np.array(starts[split], dtype=np.int64))
-        for split in splits
-    }
-
-
-class Rows:
-    """Fixed-length training rows, a pure function of (seed, row number).
-
-    Resuming therefore needs the step number alone, and neither the order of
-    asking nor the batch size changes a row.
-
-    Each epoch cuts the stream into ``per_epoch = max(1, (ids - length) // length)``
-    windows from a random offset and permutes them. A share ``align`` of them is
-    moved forward to the first document start at or after the window's start
-    (where that would run past the end of the stream, to the last start that
-    fits), so that the row begins with a document's first token.
-
-    A row may hold several documents; its tokens see across the end-of-text id
-    between them.
-    """
-
-    def __init__(
-        self, stream: TokenStream, length: int, *, seed: int, align: float = 0.5, name: str = "stream"
-    ) -> None:
-        """Prepare rows of ``length`` ids; ``name`` names the stream in errors.
-
-        Raises ColadaError when the stream has fewer than ``length + 1`` ids, or
-        ``length``, ``seed`` or ``align`` is out of range.
-        """
-        if length < 1:
-            raise ColadaError(f"row length is {length}, expected at least 1")
-        if seed < 0:
-            raise ColadaError(f"seed is {seed}, expected 0 or more")
-        if not 0 <= align <= 1:
-            raise ColadaError(f"align is {align}, expected 0 to 1")
-        if len(stream) < length + 1:
-            raise ColadaError(
-                f"{name} has {len(stream)} ids, expected at least {length + 1} for rows of {length}"
-            )
-        self.length = length
-        self.per_epoch = max(1, (len(stream) - length) // length)
-        self._stream = stream
-        self._seed = seed
-        self._align = align
-        self._starts = stream.starts[stream.starts <= len(stream) - length]  # those with room for a row
-        self._cached: tuple[int, npt.NDArray[np.int64]] | None = None
-
-    def row(self, r: int) -> npt.NDArray[np.int64]:
-        """Return row ``r`` (0 or more), a copy: (length,) int64."""
-        epoch, index = divmod(r, self.per_epoch)
-        begin = self._begins(epoch)[index]
-        return self._stream.ids[begin : begin + self.length].astype(np.int64)
-
-    def batch(self, step: int, size: int) -> torch.Tensor:
-        """Return rows ``step * size`` to ``step * size + size - 1``: (size, length) int64."""
-        import torch
-
-        return torch.from_numpy(np.stack([self.row(r) for r in range(step * size, (step + 1) * size)]))
-
-    def _begins(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return where each row of an epoch begins in the stream: (per_epoch,)."""
-        if self._cached is None or self._cached[0] != epoch:
-            rng = np.random.default_rng((self._seed, epoch))
-            # Below two lengths the only window has less than a length of room to move.
-            room = len(self._stream) - self.per_epoch * self.length
-            offset = rng.integers(0, min(self.length, room + 1))
-            begins = offset + self.length * rng.permutation(self.per_epoch)
-            aligned = rng.random(self.per_epoch) < self._align
-            if len(self._starts):
-                following = np.searchsorted(self._starts, begins[aligned])
-                begins[aligned] = self._starts[np.minimum(following, len(self._starts) - 1)]
-            self._cached = epoch, begins
-        return self._cached[1]
