@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -20,10 +21,21 @@ import typer
 import yaml
 
 from colada import ColaDLM, load
-from colada.data import Rows, find_files, read_documents, tokenize
+from colada.data.documents import find_files, read_documents
+from colada.data.rows import StreamRows, batch
+from colada.data.shards import prepare
+from colada.data.sources import Source
 from colada.flow import TimestepLaw, calibrated_loc
-from colada.generation import block_generator
-from colada.objectives import FlowSettings, VAEWeights, encode, log_snr, reconstruction, stage2_frozen_loss
+from colada.objectives import (
+    FlowSettings,
+    VAEWeights,
+    draw_randomness,
+    encode,
+    readable,
+    reconstruction,
+    row_layouts,
+    stage2_frozen_loss,
+)
 
 OPENING = "Once upon a time"
 PROMPT_WORDS = 8
@@ -70,19 +82,23 @@ class Trigrams:
 
 
 @torch.inference_mode()
-def validation_losses(model: ColaDLM, rows: Rows, batches: int, size: int) -> dict[str, float]:
+def validation_losses(model: ColaDLM, rows: StreamRows, batches: int, size: int) -> dict[str, float]:
     """Return reconstruction accuracy (of posterior means, as in generation), flow loss and log-SNR."""
-    settings = FlowSettings(TimestepLaw(calibrated_loc(model.vae.config.latent_dim)), prefix_share=0.0)
+    vae, weights = model.vae, VAEWeights(mask=0.0)
+    settings = FlowSettings(TimestepLaw(calibrated_loc(vae.config.latent_dim)), prefix_share=0.0)
     sums = Counter[str]()
     for number in range(batches):
-        ids, generator = rows.batch(number, size), block_generator(0, number, 2)
-        posterior = encode(model.vae, ids)
-        _, accuracy = reconstruction(model.vae, posterior.mean, ids)
-        loss = stage2_frozen_loss(model.vae, model.dit, ids, model.pad_id, settings, VAEWeights(), generator)
+        numbers = range(number * size, (number + 1) * size)
+        some = batch(rows, numbers)
+        generators = [torch.Generator().manual_seed(row) for row in numbers]
+        draws = draw_randomness(generators, vae.config, rows.length, weights, settings)
+        layout, _ = row_layouts(vae, some)
+        _, right = reconstruction(vae, encode(vae, some.ids, layout).mean, some, layout)
+        terms = readable(stage2_frozen_loss(vae, model.dit, some, draws, weights, model.pad_id).terms)
         sums.update(
-            reconstruction_accuracy=float(accuracy),
-            flow_loss=float(loss.terms["flow"]),
-            log_snr=float(log_snr(posterior)),
+            reconstruction_accuracy=float(right) / some.ids.numel(),
+            flow_loss=terms["flow"],
+            log_snr=terms["log_snr"],
         )
     return {name: value / batches for name, value in sums.items()}
 
@@ -119,10 +135,13 @@ def main(
     documents = list(read_documents(find_files(data, include)))
     train = [words(d.text) for d in documents if d.split == "train"]
     held_out = [d.text for d in documents if d.split == "validation"]
-    stream = tokenize([d for d in documents if d.split == "validation"], lm.tokenizer)["validation"]
     result: dict[str, Any] = {"model": model or "bundled", "settings": {**lm.generation, **chosen}}
     if rows:
-        result |= validation_losses(lm, Rows(stream, 128, seed=0), max(1, rows // 16), min(rows, 16))
+        source = Source(path=str(data), include=tuple(include))
+        with tempfile.TemporaryDirectory() as cache:
+            stream = prepare(source, Path(cache), lm.tokenizer, validation_share=0.02)["validation"]
+            taken = StreamRows(stream, 128, seed=0)
+            result |= validation_losses(lm, taken, max(1, rows // 16), min(rows, 16))
 
     starts = [text.split(" ") for text in held_out[:prompts]]
     openings = [" ".join(start[:PROMPT_WORDS]) for start in starts]

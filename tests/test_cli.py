@@ -378,7 +378,7 @@ def test_train_says_how_to_try_the_model(run: Run, tmp_path: Path) -> None:
     corpus.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     recipe.write_text(
         """
-        data: {path: nowhere}
+        data: {sources: [{path: nowhere}]}
         tokenizer: {vocab_size: 280}
         model:
           vae: {dim: 16, ffn_dim: 32, latent_dim: 4, num_heads: 2, decoder_num_blocks: 1}
@@ -400,6 +400,46 @@ def test_train_says_how_to_try_the_model(run: Run, tmp_path: Path) -> None:
     changed = run(*command, "--set", "stage1.steps=3")
     assert changed.code == 2
     assert "stage1.steps was 2 and is now 3" in changed.err
+    # What there is to do with a run afterwards.
+    assert (out / "report" / "report.html").is_file()
+    assert run("report", out).out == f"wrote {out / 'report' / 'report.html'}\n"
+    checkpoint = out / "checkpoints" / "stage2-00000002"
+    exported = run("export", checkpoint, tmp_path / "exported")
+    assert exported.out == f"wrote {tmp_path / 'exported'}: stage 2, step 2\n"
+    assert run("generate", "x", "--model", tmp_path / "exported", "-n", 1).code == 0
+    assert run("export", out, tmp_path / "no").code == 2
+    assert run("report", tmp_path).code == 2
+    again = run(*command, "--resume", "77")
+    assert again.code == 2
+    assert "no checkpoint '77', expected a step, a directory or one of: " in again.err
+
+
+def test_a_dry_run_plans_and_trains_nothing(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("pydantic")
+    recipe = Path(__file__).parents[1] / "recipes" / "debug.yaml"
+    command = ["train", recipe, "--out", tmp_path / "run", "--dry-run"]
+    lines = run(*command).out.splitlines()
+    assert not (tmp_path / "run").exists()
+    text = "\n".join(lines)
+    for words in ("parameters", "memory per rank", "tokens per step", "FLOPs per step"):
+        assert words in text
+    assert max(map(len, lines)) <= 80
+    plan = json.loads(run(*command, "--json").out)
+    assert plan["tokens"] == (120 + 400) * 16 * 64
+    assert [phase["steps"] for phase in plan["phases"]] == [120, 400]
+    many = json.loads(run(*command, "--json", "--ranks", 4).out)
+    assert many["flops"] == plan["flops"]
+    assert (
+        many["phases"][0]["memory_per_rank"]["weights"] == plan["phases"][0]["memory_per_rank"]["weights"] / 4
+    )
+
+
+def test_the_recipe_command_prints_a_recipe(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("pydantic")
+    printed = run("recipe", "--set", "seed=3").out
+    assert "\nseed: 3\n" in printed
+    (tmp_path / "own.yaml").write_text(printed)
+    assert run("recipe", tmp_path / "own.yaml").out == printed
 
 
 # --- failing -----------------------------------------------------------------------------------

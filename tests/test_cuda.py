@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from colada.objectives import FlowSettings, JointWeights, VAEWeights, stage1_loss, stage2_joint_loss
-from helpers import tiny_model
+from colada.data.rows import FILLING, Batch
+from colada.objectives import (
+    Draws,
+    FlowSettings,
+    JointWeights,
+    VAEWeights,
+    draw_randomness,
+    flow_errors,
+    stage1_loss,
+    stage2_joint_loss,
+)
+from helpers import tiny_dit, tiny_model, tiny_vae
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 PROMPTS = [[5, 6, 7, 8, 9], [], [11, 12]]
+# FlexAttention computes no heads narrower than 16.
+VAE, DIT = {"num_heads": 2}, {"head_dim": 16}
 
 
 def test_generation_on_the_gpu_equals_the_cpu() -> None:
@@ -24,26 +37,62 @@ def test_generation_runs_in_bfloat16() -> None:
     assert [len(done.tokens) for done in model.generate(PROMPTS, 13, guidance=3.0)] == [13, 13, 13]
 
 
-def test_both_losses_have_the_same_gradients_on_the_gpu() -> None:
-    def gradients(device: str) -> list[torch.Tensor]:
-        model, reference = tiny_model().to(device), tiny_model(seed=1).to(device)
-        ids = torch.arange(32, device=device).view(2, 16)
-        generator = torch.Generator().manual_seed(0)
-        first = stage1_loss(model.vae, ids, VAEWeights(), generator)
-        second = stage2_joint_loss(
-            model.vae,
-            model.dit,
-            reference.vae,
-            ids,
-            0,
-            FlowSettings(prefix_share=0.5),
-            VAEWeights(),
-            JointWeights(),
-            generator,
-        )
-        (first.total + second.total).backward()
-        networks = (model.vae, model.dit)
-        return [p.grad.cpu() for net in networks for p in net.parameters() if p.grad is not None]
+def same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """Equal but for rounding, relative to the largest number of all."""
+    largest = max(float(tensor.abs().max()) for tensor in theirs)
+    assert largest > 0
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.cpu(), other, rtol=1e-3, atol=1e-4 * largest)
 
-    for ours, theirs in zip(gradients("cuda"), gradients("cpu"), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+@pytest.mark.parametrize("samples", [False, True])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_flow_errors_of_block_masks_equal_those_of_dense_masks(copies: int, samples: bool) -> None:
+    # Rows of several tiles of 128 cells; on the CPU the mask is dense.
+    generator = torch.Generator().manual_seed(0)
+    z0 = torch.randn(2, 96, 8, generator=generator)
+    noise = torch.randn(2, copies, 96, 8, generator=generator)
+    timestep = 1000 * torch.rand(2, copies, 24, generator=generator).repeat_interleave(4, 2)
+    sample = torch.tensor([[0] * 40 + [1] * 56, [0] * 84 + [FILLING] * 12]) if samples else None
+
+    def found(device: str) -> list[Tensor]:
+        dit, leaf = tiny_dit(**DIT).to(device), z0.to(device).requires_grad_()
+        own = None if sample is None else sample.to(device)
+        errors = flow_errors(dit, leaf, noise.to(device), timestep.to(device), None, own)
+        return [errors.detach(), *torch.autograd.grad(errors.mean(), [leaf, *dit.parameters()])]
+
+    on_gpu, on_cpu = found("cuda"), found("cpu")
+    same(on_gpu[:1], on_cpu[:1])
+    same(on_gpu[1:], on_cpu[1:])
+
+
+def conversations() -> tuple[Batch, Draws]:
+    """Two rows of samples, one with a prompt that ends in a block, and some filling."""
+    ids = torch.arange(128).view(2, 64) % 49 + 1
+    sample = torch.tensor([[0] * 40 + [1] * 24, [0] * 52 + [FILLING] * 12])
+    trained = sample != FILLING
+    trained[0, :10] = False
+    settings = FlowSettings(copies=2, prefix_share=0.05)
+    generators = [torch.Generator().manual_seed(row) for row in range(2)]
+    return Batch(ids, sample, trained), draw_randomness(
+        generators, tiny_vae(**VAE).config, 64, VAEWeights(), settings
+    )
+
+
+def test_both_losses_have_the_same_gradients_on_the_gpu() -> None:
+    batch, draws = conversations()
+
+    def found(device: str) -> list[Tensor]:
+        vae, dit = tiny_vae(**VAE).to(device), tiny_dit(**DIT).to(device)
+        reference, place = tiny_vae(1, **VAE).to(device), torch.device(device)
+        rows, drawn = batch.to(place), draws.to(place)
+        first = stage1_loss(vae, rows, drawn, VAEWeights())
+        second = stage2_joint_loss(
+            vae, dit, reference, rows, drawn, VAEWeights(log_snr=2.0), JointWeights(), 0
+        )
+        total = first.total + second.total
+        return [total.detach(), *torch.autograd.grad(total, [*vae.parameters(), *dit.parameters()])]
+
+    on_gpu, on_cpu = found("cuda"), found("cpu")
+    same(on_gpu[:1], on_cpu[:1])
+    same(on_gpu[1:], on_cpu[1:])

@@ -3,19 +3,15 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
 from hashlib import sha1
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from colada.data import Document, Rows, TokenStream, find_files, read_documents, tokenize
+from colada.data.documents import Document, find_files, read_documents
 from colada.errors import ColadaError
-from colada.tokenizer import Tokenizer
 
 TEXTS = [f"Document {i}: naïve 東京\nsecond line, 🙂" for i in range(40)]
 
@@ -248,156 +244,3 @@ def test_import_brings_in_neither_torch_nor_pyarrow() -> None:
     script = "import sys, colada.data; print(sorted({'torch', 'pyarrow'} & set(sys.modules)))"
     printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert printed.stdout.strip() == "[]"
-
-
-# --- streams -----------------------------------------------------------------
-
-
-def test_tokenize_lays_documents_end_to_end() -> None:
-    tok = Tokenizer.train(TEXTS, 300)
-    documents = [
-        Document(f"{i} {'ab' * (i % 7)}", "validation" if i % 5 == 0 else "train", "") for i in range(1100)
-    ]
-    seen: list[int] = []
-    streams = tokenize(iter(documents), tok, progress=seen.append)
-    assert seen == [512, 1024, 1100]
-    assert set(streams) == {"train", "validation"}
-    for split, stream in streams.items():
-        texts = [d.text for d in documents if d.split == split]
-        assert stream.parts[0].dtype == np.uint16
-        assert stream.starts.dtype == np.int64
-        assert len(stream) == sum(len(tok.encode(text)) + 1 for text in texts)
-        bounds = [*stream.starts.tolist(), len(stream)]
-        for text, begin, end in zip(texts, bounds[:-1], bounds[1:], strict=True):
-            assert stream.read(begin, end - begin).tolist() == [*tok.encode(text), tok.eos_id]
-
-
-def test_tokenize_nothing_gives_two_empty_streams() -> None:
-    streams = tokenize([], Tokenizer.train([], 260))
-    assert {split: (len(s), len(s.starts)) for split, s in streams.items()} == {
-        "train": (0, 0),
-        "validation": (0, 0),
-    }
-
-
-@pytest.mark.parametrize(("size", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
-def test_ids_take_the_smallest_type_that_holds_the_vocabulary(size: int, dtype: type) -> None:
-    class Stub:
-        vocab_size = size
-        eos_id = size - 1
-
-        def encode_batch(self, texts: list[str]) -> list[list[int]]:
-            return [[0] for _ in texts]
-
-    stream = tokenize([Document("a", "train", "")], Stub())["train"]  # type: ignore[arg-type]
-    assert stream.parts[0].dtype == dtype
-    assert stream.read(0, len(stream)).tolist() == [0, size - 1]
-
-
-# --- rows ----------------------------------------------------------------------
-
-
-def counting_stream(size: int, every: int = 10**9) -> TokenStream:
-    """Ids equal to their own index, a document starting at each multiple of ``every``."""
-    return TokenStream([np.arange(size, dtype=np.uint32)], np.arange(0, size, every, dtype=np.int64))
-
-
-def test_rows_do_not_depend_on_the_order_of_asking() -> None:
-    stream = counting_stream(1000, every=13)
-    rows = Rows(stream, 32, seed=3)
-    forward = [rows.row(r) for r in range(100)]  # over several epochs
-    fresh = Rows(stream, 32, seed=3)
-    for r in np.random.default_rng(0).permutation(100):
-        assert np.array_equal(fresh.row(int(r)), forward[r])
-    assert np.array_equal(Rows(stream, 32, seed=3).row(77), forward[77])
-    assert not np.array_equal([Rows(stream, 32, seed=4).row(r) for r in range(20)], forward[:20])
-
-
-def test_batches_do_not_depend_on_their_size() -> None:
-    rows = Rows(counting_stream(700, every=13), 32, seed=0)
-    for step in range(6):
-        whole = rows.batch(step, 8)
-        assert whole.dtype == torch.int64
-        assert whole.shape == (8, 32)
-        assert torch.equal(whole, torch.cat([rows.batch(2 * step, 4), rows.batch(2 * step + 1, 4)]))
-        assert whole[5].tolist() == rows.row(8 * step + 5).tolist()
-
-
-@pytest.mark.parametrize("size", [33, 40, 63, 64, 65, 96, 1000, 1024, 1025])
-def test_an_epoch_covers_every_window_once(size: int) -> None:
-    length = 32
-    rows = Rows(counting_stream(size), length, seed=1, align=0)
-    assert rows.per_epoch == max(1, (size - length) // length)
-    offsets, orders = set(), set()
-    for epoch in range(40):
-        begins = []
-        for r in range(epoch * rows.per_epoch, (epoch + 1) * rows.per_epoch):
-            row = rows.row(r)
-            assert row.tolist() == list(range(row[0], row[0] + length))
-            begins.append(int(row[0]))
-        offset = min(begins)
-        assert 0 <= offset < length
-        assert sorted(begins) == [offset + i * length for i in range(rows.per_epoch)]
-        offsets.add(offset)
-        orders.add(tuple(np.argsort(begins)))
-    assert len(offsets) > (1 if size < 40 else 5)
-    assert len(orders) > 30 or rows.per_epoch < 20
-
-
-def test_aligned_rows_begin_at_the_next_document_start() -> None:
-    every, length = 50, 32
-    stream = counting_stream(5000, every)
-    plain, aligned = (Rows(stream, length, seed=2, align=a) for a in (0.0, 1.0))
-    for r in range(3 * plain.per_epoch):
-        window, begin = int(plain.row(r)[0]), int(aligned.row(r)[0])
-        assert begin == min(-(-window // every) * every, 4950)
-
-
-def test_alignment_near_the_end_takes_the_last_start_that_fits() -> None:
-    stream = TokenStream([np.arange(100, dtype=np.uint16)], np.array([0, 60, 95], dtype=np.int64))
-    aligned, plain = (Rows(stream, 20, seed=0, align=a) for a in (1.0, 0.0))
-    windows = [int(plain.row(r)[0]) for r in range(200)]
-    assert max(windows) > 60
-    assert [int(aligned.row(r)[0]) for r in range(200)] == [60 if w else 0 for w in windows]
-    late = TokenStream(stream.parts, np.array([95], dtype=np.int64))  # no start fits: windows stay
-    kept, plain = (Rows(late, 20, seed=0, align=a) for a in (1.0, 0.0))
-    assert all(np.array_equal(kept.row(r), plain.row(r)) for r in range(50))
-
-
-def test_the_share_of_aligned_rows_is_about_right() -> None:
-    stream = counting_stream(200_000, every=1000)
-    for align in (0.25, 0.5, 0.75):
-        rows = Rows(stream, 32, seed=0, align=align)
-        share = np.mean([rows.row(r)[0] % 1000 == 0 for r in range(rows.per_epoch)])
-        assert abs(share - align) < 0.03  # four standard deviations
-
-
-def test_aligned_and_plain_rows_of_an_epoch_keep_to_the_stream() -> None:
-    stream = counting_stream(321, every=7)
-    rows = Rows(stream, 32, seed=5)
-    counts = Counter(int(rows.row(r)[0]) for r in range(2000))
-    assert min(counts) >= 0
-    assert max(counts) <= 321 - 32
-
-
-def test_rows_are_copies() -> None:
-    stream = counting_stream(100)
-    rows = Rows(stream, 10, seed=0)
-    rows.row(0)[:] = -1
-    rows.batch(0, 2).fill_(-1)
-    assert stream.read(0, len(stream)).tolist() == list(range(100))
-
-
-def test_too_short_a_stream_names_both_numbers() -> None:
-    with pytest.raises(ColadaError, match=r"^validation has 32 ids, expected at least 33 for rows of 32$"):
-        Rows(counting_stream(32), 32, seed=0, name="validation")
-    assert Rows(counting_stream(33), 32, seed=0).row(5).shape == (32,)
-
-
-@pytest.mark.parametrize(
-    ("length", "seed", "align", "said"),
-    [(0, 0, 0.5, "length is 0"), (8, -1, 0.5, "seed is -1"), (8, 0, 1.5, "align is 1.5")],
-)
-def test_rows_refuse_settings_out_of_range(length: int, seed: int, align: float, said: str) -> None:
-    with pytest.raises(ColadaError, match=said):
-        Rows(counting_stream(100), length, seed=seed, align=align)

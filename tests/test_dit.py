@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from colada.config import DiTConfig
-from colada.dit import DiT, timestep_features
+from colada.dit import DiT, Timesteps, timestep_features
 from colada.errors import ColadaError
 from colada.layers import History
 from helpers import (
@@ -255,21 +255,29 @@ def test_noisy_blocks_of_a_two_copy_pass_equal_plain_passes_with_clean_history(p
                 assert_close(own[at : at + size], block.numpy(), 1e-5)
 
 
-def test_two_copy_pass_is_the_documented_network_under_the_two_copy_mask() -> None:
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("sample", [None, [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
+def test_two_copy_pass_is_the_documented_network_under_the_two_copy_mask(
+    sample: list[int] | None, copies: int
+) -> None:
     network = tiny_dit(8)
     length, size = 12, 4
-    latents = _latents(2 * length - size)
-    t = torch.cat([torch.zeros(length - size), _timesteps(length, 1, 2)])
-    cells = [(False, p) for p in range(length - size)] + [(True, p) for p in range(length)]
+    latents = _latents((1 + copies) * length - size)
+    t = torch.cat([torch.zeros(length - size), *[_timesteps(length, 1, 2 + k) for k in range(copies)]])
+    cells = [(0, p) for p in range(length - size)]
+    cells += [(1 + copy, p) for copy in range(copies) for p in range(length)]
 
     def visible(i: int, j: int) -> bool:
-        (noisy_query, query), (noisy_key, key) = cells[i], cells[j]
-        if noisy_key:
-            return noisy_query and query // size == key // size
-        return key // size < query // size or (not noisy_query and key // size == query // size)
+        (query_copy, query), (key_copy, key) = cells[i], cells[j]
+        if sample is not None and sample[query] != sample[key]:
+            return False
+        if key_copy > 0:
+            return query_copy == key_copy and query // size == key // size
+        return key // size < query // size or (query_copy == 0 and key // size == query // size)
 
     with torch.no_grad():
-        out = network(latents, t, network.two_copy_layout(1, length))
+        own = None if sample is None else torch.tensor([sample])
+        out = network(latents, t, network.two_copy_layout(1, length, copies, own))
     assert_close(out, plain_dit(network, latents, t.tolist(), [p for _, p in cells], visible), 1e-5)
 
 
@@ -319,6 +327,34 @@ def test_adaln_computes_one_row_per_distinct_timestep(timestep: torch.Tensor, ro
     with torch.no_grad():
         network(_latents(12), timestep, network.layout([8, 4]))
     assert seen == [rows] * 5
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_a_table_of_timesteps_equals_one_a_position_with_its_gradients(patch: int) -> None:
+    network = tiny_dit(patch_size=patch)
+    # Neither sorted nor distinct, and one row that no position has.
+    values = torch.tensor([700.0, 0.0, 250.0, 900.0, 0.0])
+    row = torch.tensor([1, 0, 4, 2, 0, 1]).repeat_interleave(2 * patch)
+    latents, layout = _latents(len(row)), network.layout([8 * patch, 4 * patch])
+    found = []
+    for timestep in (Timesteps(values, row), values[row]):
+        out = network(latents, timestep, layout)
+        weights = [weight for name, weight in network.named_parameters() if "ada" in name or "emb_in" in name]
+        found.append([out, *torch.autograd.grad(out.square().mean(), weights)])
+    assert float(found[0][1].abs().max()) > 0
+    for ours, plain in zip(*found, strict=True):
+        assert_close(ours, plain.detach().numpy(), 1e-5)
+
+
+def test_a_table_of_timesteps_costs_its_rows() -> None:
+    network = tiny_dit()
+    seen: list[int] = []
+    for module in (network.emb_in, network.blocks[0].ada.msa_in, network.blocks[1].ada.mlp_out):
+        module.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[0]))
+    table = Timesteps(torch.tensor([0.0, 250.0, 250.0]), torch.arange(3).repeat_interleave(4))
+    with torch.no_grad():
+        network(_latents(12), table, network.layout([12]))
+    assert seen == [3, 3, 3]
 
 
 def test_a_scalar_timestep_equals_the_same_one_everywhere() -> None:

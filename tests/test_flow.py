@@ -44,6 +44,15 @@ def test_the_path_runs_straight_from_latents_to_noise() -> None:
     assert torch.equal(z[4], z1[4])
 
 
+def test_copies_of_the_same_latents_have_paths_of_their_own() -> None:
+    z0, z1 = _normal(2, 1, 4, 3, seed=1), _normal(2, 5, 4, 3, seed=2)
+    a = torch.rand(2, 5, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    z = interpolate(z0, z1, a)
+    assert z.shape == z1.shape
+    expected = np.einsum("bkm,bmc->bkmc", 1 - a.numpy(), z0[:, 0].numpy()) + a.numpy()[..., None] * z1.numpy()
+    assert np.abs(z.numpy() - expected).max() < 1e-12
+
+
 def test_the_target_velocity_is_the_derivative_of_the_path() -> None:
     z0, z1 = _normal(4, 3, seed=1), _normal(4, 3, seed=2)
     a = torch.tensor([0.1, 0.3, 0.6, 0.8], dtype=torch.float64)

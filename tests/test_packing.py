@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from colada import layers, packing
+from colada.errors import ColadaError
 from colada.layers import attend
-from colada.packing import Layout, block_causal, pad_to_multiple, two_copy
+from colada.packing import Layout, block_causal, pad_to_multiple, two_copy, two_copy_cells
 from helpers import tiny_dit, tiny_vae
 
 
@@ -24,23 +29,95 @@ def test_block_causal_is_the_definition_for_every_number_of_queries(keys: int, b
                 assert bool(mask[row, j]) == (j // block <= i // block)
 
 
+def written_out(length: int, block: int, copies: int) -> list[tuple[int, int]]:
+    """Every cell of a training row as (its copy, its position); copy 0 is clean."""
+    clean = [(0, p) for p in range(length - block if copies else length)]
+    return clean + [(copy, p) for copy in range(1, copies + 1) for p in range(length)]
+
+
+def may_see(query: tuple[int, int], key: tuple[int, int], block: int) -> bool:
+    (query_copy, i), (key_copy, j) = query, key
+    i, j = i // block, j // block
+    return {  # (query is noisy, key is noisy)
+        (False, False): j <= i,
+        (False, True): False,
+        (True, False): j < i,
+        (True, True): j == i and query_copy == key_copy,
+    }[query_copy > 0, key_copy > 0]
+
+
+@pytest.mark.parametrize("copies", [0, 1, 3])
 @pytest.mark.parametrize(("blocks", "block"), [(1, 1), (1, 4), (2, 1), (2, 3), (3, 4), (5, 2)])
-def test_two_copy_is_the_definition(blocks: int, block: int) -> None:
-    length = blocks * block
-    # Written out: every position of the row as (is it noisy, its block).
-    cells = [(False, p // block) for p in range(length - block)] + [(True, p // block) for p in range(length)]
-    mask = two_copy(length, block)
-    assert mask.shape == (len(cells), len(cells))
-    for (row, (noisy_query, i)), (column, (noisy_key, j)) in itertools.product(
-        enumerate(cells), enumerate(cells)
-    ):
-        sees = {  # (query is noisy, key is noisy)
-            (False, False): j <= i,
-            (False, True): False,
-            (True, False): j < i,
-            (True, True): j == i,
-        }
-        assert bool(mask[row, column]) == sees[noisy_query, noisy_key], (row, column)
+def test_two_copy_is_the_definition(blocks: int, block: int, copies: int) -> None:
+    cells = written_out(blocks * block, block, copies)
+    mask = two_copy(blocks * block, block, copies)
+    assert mask.tolist() == [[may_see(query, key, block) for key in cells] for query in cells]
+
+
+def test_a_row_that_is_no_multiple_of_the_block_is_refused() -> None:
+    with pytest.raises(ColadaError, match=r"rows of 10 positions.*block_size=4"):
+        two_copy(10, 4)
+
+
+SAMPLES = torch.tensor([[0, 0, 0, 0, 1, 1, -1, -1], [5, 5, 2, 2, 2, 2, 2, 2]])
+
+
+@pytest.mark.parametrize("copies", [0, 1, 3])
+def test_samples_of_a_row_do_not_see_each_other(copies: int) -> None:
+    layout = Layout.rows(2, 8, 2, copies, SAMPLES)
+    cells = written_out(8, 2, copies)
+    assert layout.positions.tolist() == [p for _, p in cells] * 2
+    (group,) = layout.groups
+    assert group.samples == (0, 1)
+    assert isinstance(group.mask, torch.Tensor)
+    assert group.mask.shape == (2, 1, len(cells), len(cells))
+    for row, mask in enumerate(group.mask[:, 0].tolist()):
+        own = SAMPLES[row].tolist()
+        assert mask == [
+            [may_see(query, key, 2) and own[query[1]] == own[key[1]] for key in cells] for query in cells
+        ]
+
+
+class _OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("copies", [0, 1, 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_block_mask_of_a_gpu_is_the_dense_mask(
+    monkeypatch: pytest.MonkeyPatch, packed: bool, copies: int
+) -> None:
+    # Several tiles of 128 cells, the last of them not full.
+    length, block = 192, 16
+    # The samples of the second row end with a tile.
+    first, second = torch.arange(4).repeat_interleave(48), torch.arange(3).repeat_interleave(64)
+    sample = torch.stack([first, second]) if packed else None
+    dense = Layout.rows(2, length, block, copies, sample)
+    (group,) = dense.groups
+    assert isinstance(group.mask, torch.Tensor)
+
+    def on_cpu(*args: Any, device: str) -> BlockMask:
+        return create_block_mask(*args, device="cpu")
+
+    monkeypatch.setattr(packing, "create_block_mask", on_cpu)
+    monkeypatch.setattr(layers, "_flex", lambda: flex_attention)
+    position, blocks, copy = two_copy_cells(length, block, copies)
+    own = None if sample is None else sample[:, position]
+    flex = Layout._of_cells(2, block, position.as_subclass(_OnGPU), blocks, copy, own)
+    mask = flex.groups[0].mask
+    assert isinstance(mask, BlockMask)
+    assert flex.groups[0] == replace(group, mask=mask)
+    # A tile is computed if anything in it is visible.
+    cells = len(position)
+    tiles = torch.nn.functional.pad(group.mask.expand(2, 1, -1, -1), [0, -cells % 128] * 2)
+    tiles = tiles.unflatten(3, (-1, 128)).unflatten(2, (-1, 128)).any(5).any(3)
+    assert torch.equal(mask.to_dense().expand(2, -1, -1, -1).bool(), tiles)
+    assert not bool(tiles.all())
+    q, k, v = torch.randn(3, len(dense), 2, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(attend(q, k, v, flex), attend(q, k, v, dense), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +173,7 @@ def test_group_masks_are_the_definition_or_left_out_when_all_is_visible() -> Non
 
 
 def test_two_copy_layout_repeats_the_positions_of_both_copies() -> None:
-    layout = Layout.two_copy(2, 6, 2)
+    layout = Layout.rows(2, 6, 2, copies=1)
     assert layout.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5] * 2
     assert layout.lengths == (10, 10)
     (group,) = layout.groups
@@ -110,7 +187,7 @@ def test_no_mask_is_larger_than_its_longest_sample_squared() -> None:
     layout = Layout(lengths, 4)
     for group in layout.groups:
         assert group.mask is None or group.mask.shape == (group.length, group.length)
-    rows = Layout.two_copy(50, 8, 4)
+    rows = Layout.rows(50, 8, 4, copies=1)
     assert all(group.mask is not None and group.mask.numel() == 12 * 12 for group in rows.groups)
 
 
@@ -143,8 +220,8 @@ def test_a_pass_over_many_samples_never_makes_a_tensor_of_the_packed_batch_squar
 def test_a_mask_first_made_in_inference_mode_can_be_trained_through() -> None:
     with torch.inference_mode():
         Layout([21], 7)
-        Layout.two_copy(1, 21, 7)
-    for layout in (Layout([21], 7), Layout.two_copy(1, 21, 7)):
+        Layout.rows(1, 21, 7, copies=1)
+    for layout in (Layout([21], 7), Layout.rows(1, 21, 7, copies=1)):
         q = torch.randn(len(layout), 2, 4, requires_grad=True)
         attend(q, q, q, layout).square().sum().backward()
         assert q.grad is not None

@@ -255,6 +255,25 @@ def test_a_sample_does_not_influence_another_in_both_halves() -> None:
         assert not torch.equal(first[8:12], second[8:12])
 
 
+@pytest.mark.parametrize("patch", [1, 2])
+def test_samples_of_a_training_row_are_the_documented_network_on_each(patch: int) -> None:
+    network = tiny_vae(3, patch_size=patch)
+    # Two rows of 12 latents; the last sample of the first is what it is filled up with.
+    sizes = [[4, 8], [8, 4]]
+    sample = torch.tensor([[0] * 4 + [-1] * 8, [0] * 8 + [1] * 4])
+    layout = network.rows_layout(2, 12, sample)
+    ids, latents = _ids(24 * patch), _latents(24)
+    with torch.no_grad():
+        posterior = network.encoder(ids, layout)
+        logits = network.decoder.logits(network.decoder(latents, layout))
+    lengths = [size for row in sizes for size in row]
+    encoded = [plain_encode(network, own.tolist()) for own in ids.split([patch * n for n in lengths])]
+    assert_close(posterior.mean, np.concatenate([mean for mean, _ in encoded]), 1e-5)
+    assert posterior.logvar is not None
+    assert_close(posterior.logvar, np.concatenate([logvar for _, logvar in encoded]), 1e-5)
+    assert_close(logits, np.concatenate([plain_decode(network, own) for own in latents.split(lengths)]), 1e-5)
+
+
 def test_batched_equals_one_by_one() -> None:
     network = tiny_vae()
     lengths = [4, 9, 4, 1]

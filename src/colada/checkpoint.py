@@ -35,7 +35,7 @@ from colada.layers import inverse_frequencies
 from colada.vae import TextVAE
 
 DIT_DIR, VAE_DIR, TOKENIZER_FILE = "cola_dit", "cola_vae", "tokenizer.json"
-GENERATION_FILE = "generation_config.json"
+GENERATION_FILE, CHAT_TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 Network = TypeVar("Network", DiT, TextVAE)
@@ -266,6 +266,7 @@ def write_model(
     dit: DiT,
     save_tokenizer: Callable[[Path], None] | None = None,
     generation: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write both networks in the released format; an older model there is replaced once all is written.
 
@@ -289,8 +290,10 @@ def write_model(
             save_tokenizer(partial / TOKENIZER_FILE)
         if generation:
             write_json(partial / GENERATION_FILE, generation)
+        if chat_template is not None:
+            (partial / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
         directory.mkdir(parents=True, exist_ok=True)
-        for name in (DIT_DIR, VAE_DIR, TOKENIZER_FILE, GENERATION_FILE):
+        for name in (DIT_DIR, VAE_DIR, TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE):
             target = directory / name
             if target.is_dir():
                 shutil.rmtree(target)

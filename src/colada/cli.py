@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import typer
 
 from colada import __version__
 from colada.errors import ColadaError
+from colada.training import commands
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(help="Train a tokenizer, and see what one does.")
 app.add_typer(tokenizer_app, name="tokenizer")
+for command in (commands.train, commands.recipe, commands.report, commands.export):
+    app.command()(command)
 
 # typer exports no other name for click's usage errors, and only newer versions carry their own click.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -162,6 +164,9 @@ def generate(
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     batch: Annotated[int, typer.Option(help="How many prompts are continued together.")] = 16,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Take each text as a user's message, and print the answer alone.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a prompt, each on its line.")
     ] = False,
@@ -174,10 +179,13 @@ def generate(
     On a terminal a single text is shown as it forms: what is finished, and the
     block under way as it would read after each solver step.
     """
-    prompts = _texts(prompt, file, lines)
+    texts = _texts(prompt, file, lines)
     if batch < 1:
         raise ColadaError(f"batch={batch}, expected at least 1")
     network = _load(model, revision, dtype, device)
+    prompts = texts
+    if chat:
+        prompts = [network.chat_prompt([{"role": "user", "content": text}]) for text in texts]
 
     from colada.flow import choose
     from colada.generation import SEED_STRIDE
@@ -202,26 +210,29 @@ def generate(
     seeds = [seed + stride * number for number in range(len(prompts))]
 
     if len(prompts) == 1 and not as_json and not no_stream:
-        _stream(network, prompts[0], max_new_tokens, {**given, "seed": seed}, chosen["steps"])
+        shown = "" if chat else prompts[0]
+        _stream(network, prompts[0], shown, max_new_tokens, {**given, "seed": seed}, chosen["steps"])
         return
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         settings: Settings = {**given, "seed": seeds[start : start + batch]}
         if as_json:
-            for own, done in zip(some, network.generate(some, max_new_tokens, **settings), strict=True):
+            own_texts = texts[start : start + batch]
+            for own, done in zip(own_texts, network.generate(some, max_new_tokens, **settings), strict=True):
                 fields = {"text": done.text, "tokens": done.tokens, "finish_reason": done.finish_reason}
                 line = {"prompt": own, **fields, "seed": done.seed, "settings": chosen}
                 print(json.dumps(line), flush=True)
             continue
-        for number, text in enumerate(_in_order(network, some, max_new_tokens, settings), start):
+        shown_some = [""] * len(some) if chat else some
+        for number, text in enumerate(_in_order(network, some, shown_some, max_new_tokens, settings), start):
             print("\n" * (number > 0) + text, flush=True)
 
 
 def _in_order(
-    network: ColaDLM, prompts: Sequence[str], max_new_tokens: int, settings: Settings
+    network: ColaDLM, prompts: Sequence[str], shown: Sequence[str], max_new_tokens: int, settings: Settings
 ) -> Iterator[str]:
-    """Yield every prompt with its continuation, as soon as it and all before it are finished."""
-    texts, finished, next_one = list(prompts), set(), 0
+    """Yield what is shown of a prompt with its continuation, once it and all before it are finished."""
+    texts, finished, next_one = list(shown), set(), 0
     for chunk in network.stream(prompts, max_new_tokens, **settings):
         texts[chunk.index] += chunk.text
         if chunk.finish_reason is not None:
@@ -231,8 +242,10 @@ def _in_order(
             next_one += 1
 
 
-def _stream(network: ColaDLM, prompt: str, max_new_tokens: int, settings: Settings, steps: int) -> None:
-    """Print one prompt and its continuation as it grows; on a terminal, with guesses."""
+def _stream(
+    network: ColaDLM, prompt: str, shown: str, max_new_tokens: int, settings: Settings, steps: int
+) -> None:
+    """Print what is shown of one prompt, and its continuation as it grows; on a terminal, with guesses."""
     from rich.console import Console
 
     from colada.terminal import PROMPT_STYLE, LiveText
@@ -241,14 +254,14 @@ def _stream(network: ColaDLM, prompt: str, max_new_tokens: int, settings: Settin
     live = sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
     chunks = network.stream(prompt, max_new_tokens, guesses=live, **settings)
     if not live:
-        print(prompt, end="", flush=True)
+        print(shown, end="", flush=True)
         for chunk in chunks:
             print(chunk.text, end="", flush=True)
         print()
         return
     tokens, begin = 0, time.perf_counter()
     with LiveText(console) as view:
-        view.write(prompt, PROMPT_STYLE)
+        view.write(shown, PROMPT_STYLE)
         for chunk in chunks:
             if chunk.step is None:
                 tokens += len(chunk.tokens)
@@ -373,55 +386,6 @@ def parity(
     raise typer.Exit(max(codes))
 
 
-# --- train -------------------------------------------------------------------------------------
-
-
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory of the run; one found there is resumed. Default: runs/ and the recipe's name."
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="File or folder of text. Default: data.path of the recipe.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."
-        ),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
-) -> None:
-    """Train a model from text, both stages. Interrupting saves the state; running again resumes it."""
-    try:
-        from colada.training.recipe import load_recipe
-        from colada.training.trainer import MODEL, Interrupted, Trainer
-    except ModuleNotFoundError as error:
-        if error.name not in ("pydantic", "yaml"):
-            raise
-        raise ColadaError(f'training needs {error.name}: pip install "colada-lm[train]"') from None
-    from rich.console import Console
-
-    from colada.training.display import Display
-
-    changes = [*(overrides or []), *([f"data.path={json.dumps(str(data))}"] if data is not None else [])]
-    settings = load_recipe(recipe, changes)
-    out = Path("runs") / recipe.stem if out is None else out
-    console = Console(stderr=True, quiet=quiet)
-    try:
-        Trainer(settings, out, Display(console)).run()
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        raise typer.Exit(130) from None
-    prompt = next(iter(settings.run.sample_prompts), "Once upon a time")
-    print(f"the model is in {out / MODEL}; try it:")
-    print(shlex.join(["colada", "generate", "--model", str(out / MODEL), prompt]))
-
-
 # --- tokenizer ---------------------------------------------------------------------------------
 
 TokenizerFile = Annotated[
@@ -445,7 +409,7 @@ def tokenizer_train(
     column: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
 ) -> None:
     """Learn a byte-level BPE from text, leaving out the validation documents as training does."""
-    from colada.data import find_files, read_documents
+    from colada.data.documents import find_files, read_documents
     from colada.tokenizer import Tokenizer
 
     documents = read_documents(find_files(path, include or ()), column=column)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,19 @@ def timestep_features(timestep: Tensor) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return x * (1 + scale) + shift."""
     return x * (1 + scale) + shift
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """The timesteps of packed positions as a table of distinct ones and each position's row in it.
+
+    Attributes:
+        values: (R,) in 0..1000.
+        row: int64 (N,).
+    """
+
+    values: Tensor
+    row: Tensor
 
 
 class TimestepEmbedding(nn.Module):
@@ -187,17 +201,27 @@ class DiT(nn.Module):
             self.txt_in.proj.weight.device,
         )
 
-    def two_copy_layout(self, rows: int, length: int) -> Layout:
-        """Return the packing of rows ``[clean length - block | noisy length]``, lengths in latents."""
+    def two_copy_layout(
+        self, rows: int, length: int, copies: int = 1, sample: Tensor | None = None
+    ) -> Layout:
+        """Return the packing of rows ``[clean length - block | noisy length | ...]``, lengths in latents.
+
+        ``sample`` (rows, length) numbers the samples of each row, which do not see each other.
+        """
         patch = self.config.patch_size
-        return Layout.two_copy(
-            rows, length // patch, self.config.block_size // patch, self.txt_in.proj.weight.device
+        return Layout.rows(
+            rows,
+            length // patch,
+            self.config.block_size // patch,
+            copies,
+            None if sample is None else sample[:, patch - 1 :: patch],
+            self.txt_in.proj.weight.device,
         )
 
     def forward(
         self,
         latents: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | Timesteps,
         layout: Layout,
         histories: Sequence[History | None] | None = None,
         committing: bool = False,
@@ -206,8 +230,9 @@ class DiT(nn.Module):
 
         Args:
             latents: (N, C), in any floating type; computed in the parameters' type.
-            timestep: (N,) or () in 0..1000; clean and pinned positions have 0. With
-                ``patch_size`` above 1 a patch takes the timestep of its last latent.
+            timestep: (N,) or () in 0..1000, or :class:`Timesteps` where the distinct ones are known;
+                clean and pinned positions have 0. With ``patch_size`` above 1 a patch takes the
+                timestep of its last latent.
             layout: from :meth:`layout` or :meth:`two_copy_layout`.
             histories: per sample what it may see before its new positions, or None.
             committing: append the new positions to the histories.
@@ -217,9 +242,11 @@ class DiT(nn.Module):
         config = self.config
         patch = config.patch_size
         x = latents.reshape(-1, patch * config.txt_in_channels).to(self.txt_in.proj.weight.dtype)
-        times, row = timestep.expand(latents.shape[0])[patch - 1 :: patch].unique(return_inverse=True)
+        if isinstance(timestep, Tensor):
+            timestep = Timesteps(*timestep.expand(latents.shape[0]).unique(return_inverse=True))
+        row = timestep.row[patch - 1 :: patch]
         x = self.txt_in(x)
-        emb = self.emb_in(times)
+        emb = self.emb_in(timestep.values)
         table = rotary_table(layout.positions, inverse_frequencies(config.rope_dim, ROPE_THETA))
         shared = Pass(layout, table, histories, committing)
         for layer, block in enumerate(self.blocks):

@@ -22,8 +22,8 @@ Choice = TypeVar("Choice")
 
 
 def interpolate(z0: Tensor, z1: Tensor, a: Tensor) -> Tensor:
-    """Return z_t = (1 - a) z0 + a z1 for latents and noise (N, C) and a (N,)."""
-    return torch.lerp(z0, z1, a[:, None])
+    """Return z_t = (1 - a) z0 + a z1 for latents and noise (..., C) and a (...)."""
+    return torch.lerp(z0, z1, a[..., None])
 
 
 def target_velocity(z0: Tensor, z1: Tensor) -> Tensor:

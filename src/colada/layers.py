@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from colada.packing import Layout
 
@@ -67,6 +69,12 @@ class History:
             self.layers[layer] = torch.cat([old_keys, keys]), torch.cat([old_values, values])
 
 
+@lru_cache(maxsize=1)
+def _flex() -> Callable[..., Tensor]:
+    """FlexAttention as a compiled kernel; uncompiled it would make the dense scores."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -96,7 +104,10 @@ def attend(
             past = [histories[sample].layers[layer] for sample in group.samples]  # type: ignore[union-attr]
             gk = torch.cat([torch.stack([keys for keys, _ in past]).transpose(1, 2), gk], 2)
             gv = torch.cat([torch.stack([values for _, values in past]).transpose(1, 2), gv], 2)
-        out = F.scaled_dot_product_attention(gq, gk, gv, attn_mask=group.mask)
+        if isinstance(group.mask, BlockMask):
+            out = _flex()(gq, gk, gv, block_mask=group.mask)
+        else:
+            out = F.scaled_dot_product_attention(gq, gk, gv, attn_mask=group.mask)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     if not outputs:
         return torch.empty_like(q)

@@ -10,7 +10,9 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
+from colada.chat import check_messages, read_template, render
 from colada.checkpoint import (
+    CHAT_TEMPLATE_FILE,
     GENERATION_FILE,
     check_pair,
     find_tokenizer,
@@ -129,6 +131,7 @@ class ColaDLM:
         tokenizer: without one, prompts are ids and text is empty.
         origin: where the model is from, for :attr:`origin`.
         generation: settings with which this model measures best, over the released ones.
+        chat_template: how :meth:`chat` writes conversations; Jinja, see :mod:`colada.chat`.
 
     Raises:
         ColadaError: if the parts do not fit each other.
@@ -142,6 +145,7 @@ class ColaDLM:
         *,
         origin: str = "",
         generation: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
     ) -> None:
         check_pair(vae.config, dit.config)
         if tokenizer is not None and tokenizer.vocab_size > vae.config.vocab_size:
@@ -152,6 +156,7 @@ class ColaDLM:
         check_settings(generation or {}, f"{origin}: generation settings")
         self.vae, self.dit, self.tokenizer, self.origin = vae.eval(), dit.eval(), tokenizer, origin
         self.generation = dict(generation or {})
+        self.chat_template = chat_template
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +172,7 @@ class ColaDLM:
     def save(self, directory: str | Path) -> None:
         """Write the model in the released format, with its tokenizer; see :func:`checkpoint.write_model`."""
         save_tokenizer = self.tokenizer.save if self.tokenizer is not None else None
-        write_model(Path(directory), self.vae, self.dit, save_tokenizer, self.generation)
+        write_model(Path(directory), self.vae, self.dit, save_tokenizer, self.generation, self.chat_template)
 
     # --- tokens and latents ----------------------------------------------------------------
 
@@ -351,6 +356,27 @@ class ColaDLM:
         return -(-len(ids) // patch) % size * patch
 
     @torch.inference_mode()
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], max_new_tokens: int = 256, **settings: Unpack[Settings]
+    ) -> Completion:
+        """Return the assistant's answer to a conversation, without the token that ends it.
+
+        Args:
+            messages: objects with ``role`` and ``content``, as in training.
+            max_new_tokens, settings: see :meth:`generate`.
+
+        Raises:
+            ColadaError: if the model has no chat template, or for a malformed conversation.
+        """
+        return self.generate([self.chat_prompt(messages)], max_new_tokens, **settings)[0]
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return a conversation as the text that the assistant's answer continues; raises as :meth:`chat`."""
+        if self.chat_template is None or self.tokenizer is None:
+            raise ColadaError(f"{self.origin or 'this model'} has no chat template ({CHAT_TEMPLATE_FILE})")
+        checked = check_messages(list(messages), self.tokenizer, "chat")
+        return render(checked, self.tokenizer, self.chat_template, "chat", answer=True)
+
     def infill(self, before: Prompt, after: Prompt, tokens: int, **settings: Unpack[Settings]) -> Completion:
         """Fill a hole of exactly ``tokens`` tokens between two texts.
 
@@ -462,11 +488,12 @@ def load(
         dtype = torch.float32
     directory = locate(BUNDLED if where is None else where, revision)
     file = find_tokenizer(directory)
-    settings = directory / GENERATION_FILE
+    settings, template = directory / GENERATION_FILE, directory / CHAT_TEMPLATE_FILE
     return ColaDLM(
         read_vae(directory, dtype, device),
         read_dit(directory, dtype, device),
         Tokenizer.from_file(file) if file is not None else None,
         origin="bundled" if where is None else str(where),
         generation=read_json(settings) if settings.is_file() else None,
+        chat_template=read_template(template) if template.is_file() else None,
     )

@@ -17,6 +17,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from colada.errors import ColadaError
 
@@ -27,32 +28,49 @@ def block_causal(queries: int, keys: int, block_size: int) -> Tensor:
     return block[keys - queries :, None] >= block[None, :]
 
 
-def two_copy(length: int, block_size: int) -> Tensor:
-    """Return the visibility of one training row laid out as ``[clean | noisy]`` (section 2 of the paper).
+def sees(query: Tensor, key: Tensor, query_copy: Tensor, key_copy: Tensor) -> Tensor:
+    """Whether queries of some blocks and copies see keys of others (section 2 of the paper); broadcasts.
 
-    The clean copy holds ``length - block_size`` positions (nobody attends to its
-    last block), the noisy copy ``length``. A clean query sees clean blocks up to
-    its own; a noisy query of block b sees clean blocks before b and noisy block b.
+    Copy 0 is clean, copies 1, 2, ... are noisy. A clean query sees clean blocks up to its own; a
+    noisy query of block b sees clean blocks before b and block b of its own copy.
+    """
+    clean = (key_copy == 0) & torch.where(query_copy == 0, key <= query, key < query)
+    return clean | ((key_copy > 0) & (key_copy == query_copy) & (key == query))
 
-    Returns: bool (2 * length - block_size, 2 * length - block_size), True where the query (row) sees the key.
+
+def two_copy_cells(length: int, block_size: int, copies: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Return position, block and copy of every cell of a row ``[clean | noisy 1 | ... | noisy m]``.
+
+    The clean copy holds ``length - block_size`` positions (nobody attends to its last block), each
+    noisy copy ``length``. Without copies the row is all clean.
+
+    Returns: three int64 vectors of the row's cells.
 
     Raises:
         ColadaError: if the length is not a multiple of ``block_size``.
     """
     if length % block_size:
         raise ColadaError(f"rows of {length} positions, expected a multiple of block_size={block_size}")
-    clean = length - block_size
-    block = torch.cat([torch.arange(clean), torch.arange(length)]) // block_size
-    noisy = torch.arange(clean + length) >= clean
-    query, key = block[:, None], block[None, :]
-    sees_clean = ~noisy[None, :] & torch.where(noisy[:, None], key < query, key <= query)
-    sees_noisy = noisy[None, :] & noisy[:, None] & (key == query)
-    return sees_clean | sees_noisy
+    clean = length - block_size if copies else length
+    position = torch.cat([torch.arange(clean), *[torch.arange(length)] * copies])
+    copy = torch.cat(
+        [torch.zeros(clean, dtype=torch.long), torch.arange(copies).repeat_interleave(length) + 1]
+    )
+    return position, position // block_size, copy
+
+
+def two_copy(length: int, block_size: int, copies: int = 1) -> Tensor:
+    """Return the visibility of one training row, see :func:`two_copy_cells` and :func:`sees`.
+
+    Returns: bool (Q, Q), True where the query (row) sees the key.
+    """
+    _, block, copy = two_copy_cells(length, block_size, copies)
+    return sees(block[:, None], block[None, :], copy[:, None], copy[None, :])
 
 
 @lru_cache(maxsize=256)
-def _mask(kind: str, queries: int, keys: int, block_size: int, device: torch.device) -> Tensor | None:
-    visible = two_copy(queries, block_size) if kind == "two_copy" else block_causal(queries, keys, block_size)
+def _mask(queries: int, keys: int, block_size: int, device: torch.device) -> Tensor | None:
+    visible = block_causal(queries, keys, block_size)
     return None if bool(visible.all()) else visible.to(device)
 
 
@@ -60,12 +78,14 @@ def _mask(kind: str, queries: int, keys: int, block_size: int, device: torch.dev
 class Group:
     """Samples of one shape: their numbers, the shared mask, and where their new positions are packed.
 
-    ``index`` is (B_group * L,), or None when the group is the whole batch in order.
+    ``mask`` is bool (L, keys) or (B_group, 1, L, keys), a FlexAttention block mask on a GPU's training
+    rows, or None where all is visible. ``index`` is (B_group * L,), or None when the group is
+    the whole batch in order.
     """
 
     samples: tuple[int, ...]
     length: int
-    mask: Tensor | None
+    mask: Tensor | BlockMask | None
     index: Tensor | None
 
 
@@ -95,24 +115,66 @@ class Layout:
             or [torch.zeros(0, dtype=torch.long)]
         ).to(self.device)
         shapes = list(zip(self.lengths, self.history, strict=True))
-        masks = {
-            (n, h): _mask("block_causal", n, n + h, block_size, self.device) for n, h in set(shapes) if n > 0
-        }
+        masks = {(n, h): _mask(n, n + h, block_size, self.device) for n, h in set(shapes) if n > 0}
         self.groups = self._group(shapes, masks)
 
     @classmethod
-    def two_copy(cls, rows: int, length: int, block_size: int, device: torch.device | str = "cpu") -> Layout:
-        """Return the layout of ``rows`` training rows, each ``[clean | noisy]``; see :func:`two_copy`."""
+    def rows(
+        cls,
+        rows: int,
+        length: int,
+        block_size: int,
+        copies: int = 0,
+        sample: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Layout:
+        """Return the layout of equal training rows, clean or ``[clean | noisy 1 | ... | noisy m]``.
+
+        Args:
+            copies: noisy copies, which share one clean copy; see :func:`two_copy_cells`.
+            sample: (rows, length), which sample of its row a position belongs to; samples do not see
+                each other. None where every row is one sample.
+        """
+        device = torch.device(device)
+        if sample is None:
+            return cls._equal_rows(rows, length, block_size, copies, device)
+        position, block, copy = (x.to(device) for x in two_copy_cells(length, block_size, copies))
+        return cls._of_cells(rows, block_size, position, block, copy, sample.to(device)[:, position])
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def _equal_rows(
+        cls, rows: int, length: int, block_size: int, copies: int, device: torch.device
+    ) -> Layout:
+        # Kept: a training run asks for the same layout at every step, and its block mask is slow to build.
+        position, block, copy = (x.to(device) for x in two_copy_cells(length, block_size, copies))
+        return cls._of_cells(rows, block_size, position, block, copy, None)
+
+    @classmethod
+    def _of_cells(
+        cls, rows: int, block_size: int, position: Tensor, block: Tensor, copy: Tensor, sample: Tensor | None
+    ) -> Layout:
+        cells = len(position)
+
+        def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen = sees(block[query], block[key], copy[query], copy[key])
+            return seen if sample is None else seen & (sample[row, query] == sample[row, key])
+
+        mask: Tensor | BlockMask | None
+        if position.device.type == "cuda":
+            mask = create_block_mask(
+                visible, None if sample is None else rows, None, cells, cells, device=str(position.device)
+            )
+        else:
+            at = torch.arange(cells, device=position.device)
+            row = torch.arange(1 if sample is None else rows, device=position.device)
+            mask = visible(row[:, None, None, None], row, at[:, None], at[None, :])
+            mask = None if bool(mask.all()) else mask[0] if mask.ndim == 4 and sample is None else mask
         layout = cls.__new__(cls)
-        clean = length - block_size
-        layout.lengths = (clean + length,) * rows
-        layout.history = (0,) * rows
-        layout.block_size = block_size
-        layout.device = torch.device(device)
-        layout.positions = torch.cat([torch.arange(clean), torch.arange(length)]).repeat(rows).to(device)
-        shape = (clean + length, 0)
-        masks = {shape: _mask("two_copy", length, 0, block_size, layout.device)}
-        layout.groups = layout._group([shape] * rows, masks)
+        layout.lengths, layout.history = (cells,) * rows, (0,) * rows
+        layout.block_size, layout.device = block_size, position.device
+        layout.positions = position.repeat(rows)
+        layout.groups = (Group(tuple(range(rows)), cells, mask, None),)
         return layout
 
     def __len__(self) -> int:

@@ -146,12 +146,23 @@ class Tokenizer:
         found: int | None = self._inner.token_to_id(token)
         return found
 
+    def to_json(self) -> str:
+        """Return the text of a ``tokenizer.json``."""
+        text: str = self._inner.to_str(pretty=True)
+        return text
+
     def save(self, path: str | Path) -> None:
         """Write a ``tokenizer.json``. Raises ColadaError when ``path`` cannot be written."""
         try:
-            Path(path).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+            Path(path).write_text(self.to_json(), encoding="utf-8")
         except OSError as error:
             raise ColadaError(f"{path}: cannot be written ({error.strerror})") from error
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        """The special tokens, as they are spelled."""
+        added = self._inner.get_added_tokens_decoder()
+        return tuple(token.content for _, token in sorted(added.items()) if token.special)
 
     @property
     def vocab_size(self) -> int:

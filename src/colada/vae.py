@@ -174,6 +174,14 @@ class TextVAE(nn.Module):
         committed = [len(history or ()) for history in histories] if histories is not None else None
         return Layout(lengths, self.config.block_size, committed, self.encoder.wte.weight.device)
 
+    def rows_layout(self, rows: int, length: int, sample: Tensor | None = None) -> Layout:
+        """Return the packing of equal training rows of ``length`` latents.
+
+        ``sample`` (rows, length) numbers the samples of each row, which do not see each other.
+        """
+        device = self.encoder.wte.weight.device
+        return Layout.rows(rows, length, self.config.block_size, 0, sample, device)
+
     def encode(self, ids: Tensor, lengths: Sequence[int]) -> Posterior:
         """Return the posterior of packed tokens.
 

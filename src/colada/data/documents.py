@@ -1,16 +1,18 @@
-"""Files to documents."""
+"""Files to records, and records of text to documents."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha1
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from colada.errors import ColadaError, nearest
 from colada.tokenizer import END_OF_TEXT
@@ -31,12 +33,45 @@ _PARQUET_BATCH = 1024  # rows held in memory at once
 
 
 @dataclass(frozen=True)
+class Record:
+    """Some columns of a record, the split it belongs to, and where it is: a line or row from 1."""
+
+    values: tuple[Any, ...]
+    split: Split
+    number: int
+    origin: str
+
+
+@dataclass(frozen=True)
 class Document:
     """One text, the split it belongs to, and where it came from (file and line or row, from 1)."""
 
     text: str
     split: Split
     origin: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of a file, or of a data set, that can be read alone.
+
+    Attributes:
+        where: the file, or the data set's split.
+        place: what precedes a record's number in errors, such as ``texts.parquet:row ``.
+        begin, end: what of it: byte offsets of .txt and .jsonl, row groups of .parquet, rows of a data
+            set, files of a streamed one; None: to the end.
+        before: how many lines or rows of ``where`` come before.
+        size: in bytes, about.
+        split: of all its records; None: each record's own.
+    """
+
+    where: str
+    place: str
+    begin: int = 0
+    end: int | None = None
+    before: int = 0
+    size: int = 0
+    split: Split | None = None
 
 
 def find_files(where: Path, include: Sequence[str] = ()) -> list[Path]:
@@ -74,45 +109,66 @@ def read_documents(
     document is not part of it. ``.jsonl``: one object per line, its text under
     ``column``. ``.parquet``: one row per document, likewise.
 
-    A key or column ``split`` says where a document belongs: ``train``, or
-    ``validation`` (also ``valid``, ``val``, ``dev``); ``test`` is left out.
-    Without it, a document is validation when the SHA-1 of its text, as a
-    fraction of 2**160, is below ``validation_share``: equal texts always land
-    in the same split.
-
     Raises ColadaError, naming the file and its line or row, for anything that
     cannot be read as described; and at once when ``validation_share`` is not
-    within 0 to 1.
+    within 0 to 1. Splits are those of :func:`read_records`.
     """
     if not 0 <= validation_share <= 1:
         raise ColadaError(f"validation_share is {validation_share}, expected 0 to 1")
-    return _read_documents(files, column, validation_share)
+    parts = (part for path in files for part in split_file(path))
+    records = (record for part in parts for record in read_records(part, [column], validation_share))
+    texts = ((record, text_of(record.values[0], column, record.origin)) for record in records)
+    return (Document(text, record.split, record.origin) for record, text in texts if text.strip())
 
 
-def _read_documents(files: Iterable[Path], column: str, validation_share: float) -> Iterator[Document]:
-    for path in files:
-        reader = _reader(path)
-        if reader is None:
-            raise ColadaError(f"{path}: unknown kind of file, expected {_kinds()}")
-        for origin, fields in reader(path, column):
-            text = fields[column]
-            if not isinstance(text, str):
-                raise ColadaError(f"{origin}: {column!r} is {_kind_of(text)}, expected a string")
-            try:
-                encoded = text.encode()
-            except UnicodeEncodeError as error:  # JSON can spell one: "\ud800"
-                raise ColadaError(
-                    f"{origin}: {column!r} holds a lone surrogate {text[error.start]!r}"
-                    f" at character {error.start}, expected Unicode text"
-                ) from None
-            split: Split | None
-            if "split" in fields:
-                split = _named_split(origin, fields["split"])
-            else:
-                fraction = int.from_bytes(sha1(encoded, usedforsecurity=False).digest(), "big")
-                split = "validation" if fraction < validation_share * 2**160 else "train"
-            if split is not None and text.strip():
-                yield Document(text, split, origin)
+def text_of(value: object, column: str, origin: str) -> str:
+    """Return a value that must be a string. Raises ColadaError, naming column and origin, if it is none."""
+    if not isinstance(value, str):
+        raise ColadaError(f"{origin}: {column!r} is {_kind_of(value)}, expected a string")
+    return value
+
+
+def read_records(part: Part, columns: Sequence[str], validation_share: float) -> Iterator[Record]:
+    """Stream the values of some columns of the records of a part of a file.
+
+    Where ``part`` has no split, a key or column ``split`` says where a record belongs: ``train``, or
+    ``validation`` (also ``valid``, ``val``, ``dev``); ``test`` is left out.
+    Without it, a record is validation when the SHA-1 of its text (of its values as JSON, where
+    they are not one string), as a fraction of 2**160, is below ``validation_share``: equal texts always land
+    in the same split.
+
+    Raises ColadaError, naming the file and its line or row, for anything that
+    cannot be read as described.
+    """
+    for number, fields in _reader_of(Path(part.where))(part, columns):
+        record = record_of(fields, part, number, columns, validation_share)
+        if record is not None:
+            yield record
+
+
+def record_of(
+    fields: Mapping[str, object], part: Part, number: int, columns: Sequence[str], validation_share: float
+) -> Record | None:
+    """Return a record with its split, None if it belongs to neither; see :func:`read_records`."""
+    values, origin = tuple(fields[column] for column in columns), f"{part.place}{number}"
+    whole = len(values) == 1 and isinstance(values[0], str)
+    text = str(values[0]) if whole else json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell one: "\ud800"
+        raise ColadaError(
+            f"{origin}: {', '.join(map(repr, columns))} holds a lone surrogate {text[error.start]!r}"
+            f" at character {error.start}, expected Unicode text"
+        ) from None
+    split: Split | None
+    if part.split is not None:
+        split = part.split
+    elif "split" in fields:
+        split = _named_split(origin, fields["split"])
+    else:
+        fraction = int.from_bytes(sha1(encoded, usedforsecurity=False).digest(), "big")
+        split = "validation" if fraction < validation_share * 2**160 else "train"
+    return None if split is None else Record(values, split, number, origin)
 
 
 def _named_split(origin: str, value: object) -> Split | None:
@@ -122,86 +178,145 @@ def _named_split(origin: str, value: object) -> Split | None:
     return _SPLITS[value]
 
 
-# A reader yields (origin, fields) per document. ``fields`` always holds the text column, and
+# A reader yields (number, fields) per record of a part. ``fields`` always holds the columns, and
 # ``split`` where the file has it; their values are as yet unchecked.
-_Records = Iterator[tuple[str, Mapping[str, object]]]
+_Records = Iterator[tuple[int, Mapping[str, object]]]
 
 
-def _text_records(path: Path, column: str) -> _Records:
-    first, lines = 1, list[str]()
-    for number, line in _lines(path):
-        if line.rstrip("\r\n") == END_OF_TEXT:
-            yield f"{path}:{first}", {column: _join(lines)}
+def _text_records(part: Part, columns: Sequence[str]) -> _Records:
+    first, lines = part.before + 1, list[str]()
+    for number, line in _lines(part):
+        if _separates(line):
+            yield first, {columns[0]: _join(lines)}
             first, lines = number + 1, []
         else:
             lines.append(line)
-    yield f"{path}:{first}", {column: _join(lines)}
+    yield first, {columns[0]: _join(lines)}
+
+
+def _separates(line: str) -> bool:
+    return line.rstrip("\r\n") == END_OF_TEXT
 
 
 def _join(lines: list[str]) -> str:
     return "".join(lines).removesuffix("\n").removesuffix("\r")
 
 
-def _jsonl_records(path: Path, column: str) -> _Records:
-    for number, line in _lines(path):
+def _jsonl_records(part: Part, columns: Sequence[str]) -> _Records:
+    for number, line in _lines(part):
         if line.isspace():
             continue
-        origin = f"{path}:{number}"
+        origin = f"{part.place}{number}"
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ColadaError(f"{origin}: not JSON ({error}), expected one object per line") from error
         if not isinstance(fields, dict):
             raise ColadaError(f"{origin}: {_kind_of(fields)}, expected a JSON object")
-        _check_column(origin, column, list(fields))
-        yield origin, fields
+        check_columns(origin, columns, list(fields))
+        yield number, fields
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line with its line break) of a UTF-8 file, unpacking ``.gz``."""
-    packed = path.suffix.lower() == ".gz"
+def _lines(part: Part) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line with its line break) of a UTF-8 file or a range of it, unpacking ``.gz``."""
+    packed = part.where.lower().endswith(".gz")
+    at = part.begin
     try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
+        with gzip.open(part.where, "rb") if packed else open(part.where, "rb") as file:
+            file.seek(at)
+            for number, raw in enumerate(file, part.before + 1):
+                if part.end is not None and at >= part.end:
+                    return
+                at += len(raw)
                 try:
                     line = raw.decode()
                 except UnicodeDecodeError as error:
                     raise ColadaError(
-                        f"{path}:{number}: byte 0x{raw[error.start]:02x} at offset {error.start} of the line"
-                        f" is not UTF-8 ({error.reason}), expected UTF-8 text"
+                        f"{part.place}{number}: byte 0x{raw[error.start]:02x} at offset {error.start} of the"
+                        f" line is not UTF-8 ({error.reason}), expected UTF-8 text"
                     ) from error
                 yield number, line
     except (OSError, EOFError, zlib.error) as error:
-        raise ColadaError(f"{path}: cannot be read ({error})") from error
+        raise ColadaError(f"{part.where}: cannot be read ({error})") from error
 
 
-def _parquet_records(path: Path, column: str) -> _Records:
+def _parquet_records(part: Part, columns: Sequence[str]) -> _Records:
+    number = part.before
+    with _open_parquet(part.where, lambda: number) as file:
+        names = list(file.schema_arrow.names)
+        check_columns(part.where, columns, names)
+        wanted = [*columns, *(["split"] if "split" in names and "split" not in columns else [])]
+        groups = range(file.num_row_groups)[part.begin : part.end]
+        for batch in file.iter_batches(batch_size=_PARQUET_BATCH, row_groups=groups, columns=wanted):
+            # By name: with several columns, the file's order is not that of the asking.
+            for cells in zip(*(batch.column(name) for name in wanted), strict=True):
+                number += 1
+                try:
+                    values = [cell.as_py() for cell in cells]
+                except UnicodeDecodeError as error:
+                    raise ColadaError(
+                        f"{part.place}{number}: not UTF-8 ({error}), expected UTF-8 text"
+                    ) from error
+                yield number, dict(zip(wanted, values, strict=True))
+
+
+@contextmanager
+def _open_parquet(path: str, read: Callable[[], int]) -> Iterator[Any]:
+    """Open a parquet file; what fails in it is named with the file and how many rows were ``read`` before."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ColadaError(f"{path}: parquet needs pyarrow, install it with: colada-lm[train]") from error
-    number = 0
     try:
         with pq.ParquetFile(path) as file:
-            names = list(file.schema_arrow.names)
-            _check_column(str(path), column, names)
-            wanted = [column, "split"] if "split" in names and column != "split" else [column]
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=wanted):
-                for cells in zip(*(batch.column(name) for name in wanted), strict=True):
-                    number += 1
-                    origin = f"{path}:row {number}"
-                    try:
-                        values = [cell.as_py() for cell in cells]
-                    except UnicodeDecodeError as error:
-                        raise ColadaError(f"{origin}: not UTF-8 ({error}), expected UTF-8 text") from error
-                    yield origin, dict(zip(wanted, values, strict=True))
+            yield file
     except (pa.ArrowException, OSError) as error:
-        where = f" after row {number}" if number else ""
+        where = f" after row {read()}" if read() else ""
         raise ColadaError(f"{path}: not a readable parquet file{where} ({_one_line(error)})") from error
 
 
-_READERS: Mapping[str, Callable[[Path, str], _Records]] = {
+def split_file(path: Path, size: int = sys.maxsize) -> list[Part]:
+    """Return a file in parts of about ``size`` bytes, of whole documents; what is packed (.gz) in one.
+
+    Raises ColadaError if it is of no known kind or cannot be read.
+    """
+    _reader_of(path)
+    name = path.name.lower()
+    try:
+        whole = path.stat().st_size
+        if name.endswith(".parquet"):
+            return _row_groups(path, whole, size)
+        if whole > size and not name.endswith(".gz"):
+            return _line_ranges(path, size, name.endswith(".txt"))
+    except OSError as error:
+        raise ColadaError(f"{path}: cannot be read ({error})") from error
+    return [Part(str(path), f"{path}:", size=whole)]
+
+
+def _row_groups(path: Path, whole: int, size: int) -> list[Part]:
+    with _open_parquet(str(path), lambda: 0) as file:
+        rows = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+    each = max(1, len(rows) * size // max(whole, 1))
+    begins = range(0, max(1, len(rows)), each)  # A file without rows has a part too: its columns are checked.
+    return [Part(str(path), f"{path}:row ", n, n + each, sum(rows[:n]), whole // len(begins)) for n in begins]
+
+
+def _line_ranges(path: Path, size: int, text: bool) -> list[Part]:
+    """Cut between lines; a text only where one of its documents ends."""
+    parts, begin, end, before, number = list[Part](), 0, 0, 0, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            end += len(line)
+            if end - begin >= size and (not text or _separates(line.decode(errors="replace"))):
+                parts.append(Part(str(path), f"{path}:", begin, end, before, end - begin))
+                begin, before = end, number
+    if begin < end:
+        parts.append(Part(str(path), f"{path}:", begin, end, before, end - begin))
+    return parts
+
+
+_READERS: Mapping[str, Callable[[Part, Sequence[str]], _Records]] = {
     ".txt": _text_records,
     ".txt.gz": _text_records,
     ".jsonl": _jsonl_records,
@@ -210,19 +325,30 @@ _READERS: Mapping[str, Callable[[Path, str], _Records]] = {
 }
 
 
-def _reader(path: Path) -> Callable[[Path, str], _Records] | None:
+def _reader(path: Path) -> Callable[[Part, Sequence[str]], _Records] | None:
     name = path.name.lower()
     return next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), None)
+
+
+def _reader_of(path: Path) -> Callable[[Part, Sequence[str]], _Records]:
+    reader = _reader(path)
+    if reader is None:
+        raise ColadaError(f"{path}: unknown kind of file, expected {_kinds()}")
+    return reader
 
 
 def _kinds() -> str:
     return ", ".join(_READERS)
 
 
-def _check_column(where: str, column: str, names: Sequence[str]) -> None:
-    if column not in names:
-        there = ", ".join(names) or "none"
-        raise ColadaError(f"{where}: no column {column!r}{nearest(column, names)}, columns there: {there}")
+def check_columns(where: str, columns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ColadaError if a column is missing, with the nearest name of those that are there."""
+    for column in columns:
+        if column not in names:
+            there = ", ".join(names) or "none"
+            raise ColadaError(
+                f"{where}: no column {column!r}{nearest(column, names)}, columns there: {there}"
+            )
 
 
 def _kind_of(value: object) -> str:

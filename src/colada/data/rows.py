@@ -1,33 +1,133 @@
-"""Token streams to fixed-length training rows."""
+"""Token streams to fixed-length training rows, each a pure function of (seed, row number).
+
+Resuming therefore needs the step alone, and the order of asking, the size of a batch and the
+number of ranks change no row.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from colada.data.stream import TokenStream
 from colada.errors import ColadaError
 
-if TYPE_CHECKING:
-    import torch
+FILLING = -1  # The sample number of what only fills a row up.
+MIX_PERIOD = 4096  # Rows over which a mixture has exactly its shares.
+
+_Ids = npt.NDArray[np.int64]
 
 
-class Rows:
-    """Fixed-length training rows, a pure function of (seed, row number).
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens.
 
-    Resuming therefore needs the step number alone, and neither the order of
-    asking nor the batch size changes a row.
+    Attributes:
+        ids: (B, L) int64.
+        sample: (B, L) int64, which sample of its row a token belongs to, from 0, or ``FILLING``; tokens
+            see their own sample only. None: each row is one sample.
+        trained: bool (B, L), tokens whose latents have a flow loss; the others are a prompt or
+            filling. None: all.
+    """
+
+    ids: Tensor
+    sample: Tensor | None = None
+    trained: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.ids)
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        sample, trained = (
+            None if x is None else x.to(device, non_blocking=True) for x in (self.sample, self.trained)
+        )
+        return Batch(self.ids.to(device, non_blocking=True), sample, trained)
+
+    def rows(self, begin: int, end: int) -> Batch:
+        """Return some rows, for a micro-batch."""
+        sample, trained = (None if x is None else x[begin:end] for x in (self.sample, self.trained))
+        return Batch(self.ids[begin:end], sample, trained)
+
+
+class Rows(Protocol):
+    """Rows of ``length`` tokens by number, without end; ``per_epoch`` of them use all the text once."""
+
+    @property
+    def length(self) -> int:
+        """Tokens a row."""
+
+    @property
+    def per_epoch(self) -> int:
+        """Rows that use the text once."""
+
+    def row(self, number: int) -> Batch:
+        """Return one row, as a batch of one."""
+
+    def describe(self, number: int) -> str:
+        """Return where a row is from, for errors."""
+
+
+def batch(rows: Rows, numbers: Sequence[int]) -> Batch:
+    """Return some rows as one batch, in the order of their numbers."""
+    parts = [rows.row(number) for number in numbers]
+
+    def together(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    return Batch(torch.cat([part.ids for part in parts]), together("sample"), together("trained"))
+
+
+class Permutation:
+    """A random order of ``range(size)`` whose items are computed one by one, in no memory.
+
+    Four Feistel rounds over the next power of 4, walked until the value is within range (Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+
+    def __init__(self, size: int, *key: int) -> None:
+        self._size = size
+        self._half = max(1, ((size - 1).bit_length() + 1) // 2)
+        self._mask = (1 << self._half) - 1
+        self._keys = [int(k) for k in np.random.SeedSequence(key).generate_state(4, np.uint64)]
+
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < self._size:
+            raise IndexError(f"item {index} of a permutation of {self._size}")
+        while True:
+            left, right = index >> self._half, index & self._mask
+            for key in self._keys:
+                left, right = right, left ^ (_mixed(right ^ key) & self._mask)
+            index = left << self._half | right
+            if index < self._size:
+                return index
+
+
+def _mixed(x: int) -> int:
+    """Return 64 well-mixed bits (the finaliser of SplitMix64: Steele, Lea and Flood, 2014)."""
+    word = 2**64 - 1
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
+    return x ^ (x >> 31)
+
+
+class StreamRows:
+    """Rows cut from all samples of a stream end to end; tokens see across the end tokens between samples.
 
     Each epoch cuts the stream into ``per_epoch = max(1, (ids - length) // length)``
     windows from a random offset and permutes them. A share ``align`` of them is
-    moved forward to the first document start at or after the window's start
+    moved forward to the first sample that starts at or after the window's start
     (where that would run past the end of the stream, to the last start that
-    fits), so that the row begins with a document's first token.
-
-    A row may hold several documents; its tokens see across the end-of-text id
-    between them.
+    fits), so that the row begins with a sample's first token.
     """
 
     def __init__(
@@ -35,50 +135,208 @@ class Rows:
     ) -> None:
         """Prepare rows of ``length`` ids; ``name`` names the stream in errors.
 
-        Raises ColadaError when the stream has fewer than ``length + 1`` ids, or
-        ``length``, ``seed`` or ``align`` is out of range.
+        Raises ColadaError when the stream has fewer than ``length + 1`` ids.
         """
-        if length < 1:
-            raise ColadaError(f"row length is {length}, expected at least 1")
-        if seed < 0:
-            raise ColadaError(f"seed is {seed}, expected 0 or more")
-        if not 0 <= align <= 1:
-            raise ColadaError(f"align is {align}, expected 0 to 1")
         if len(stream) < length + 1:
             raise ColadaError(
                 f"{name} has {len(stream)} ids, expected at least {length + 1} for rows of {length}"
             )
         self.length = length
         self.per_epoch = max(1, (len(stream) - length) // length)
-        self._stream = stream
-        self._seed = seed
-        self._align = align
+        self._stream, self._seed, self._align, self._name = stream, seed, align, name
         self._starts = stream.starts[stream.starts <= len(stream) - length]  # those with room for a row
-        self._cached: tuple[int, npt.NDArray[np.int64]] | None = None
 
-    def row(self, r: int) -> npt.NDArray[np.int64]:
-        """Return row ``r`` (0 or more), a copy: (length,) int64."""
-        epoch, index = divmod(r, self.per_epoch)
-        begin = self._begins(epoch)[index]
-        return self._stream.read(int(begin), self.length)
+    def row(self, number: int) -> Batch:
+        """Return a row, a copy: ids (1, length)."""
+        return Batch(torch.from_numpy(self._stream.read(self._begin(number), self.length))[None])
 
-    def batch(self, step: int, size: int) -> torch.Tensor:
-        """Return rows ``step * size`` to ``step * size + size - 1``: (size, length) int64."""
-        import torch
+    def describe(self, number: int) -> str:
+        """Return the row's ids within the stream, and the origin of the sample it begins in."""
+        begin = self._begin(number)
+        sample = int(np.searchsorted(self._stream.starts, begin, side="right")) - 1
+        origin = self._stream.describe(sample)
+        return f"{self._name}, tokens {begin} to {begin + self.length - 1}, from {origin}"
 
-        return torch.from_numpy(np.stack([self.row(r) for r in range(step * size, (step + 1) * size)]))
+    def _begin(self, number: int) -> int:
+        """Return where a row begins in the stream."""
+        epoch, index = divmod(number, self.per_epoch)
+        offset, order = self._epoch(epoch)
+        begin = offset + self.length * order[index]
+        aligned = np.random.default_rng((self._seed, epoch, index)).random() < self._align
+        if aligned and len(self._starts):
+            at = min(int(np.searchsorted(self._starts, begin)), len(self._starts) - 1)
+            begin = int(self._starts[at])
+        return begin
 
-    def _begins(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return where each row of an epoch begins in the stream: (per_epoch,)."""
-        if self._cached is None or self._cached[0] != epoch:
-            rng = np.random.default_rng((self._seed, epoch))
-            # Below two lengths the only window has less than a length of room to move.
-            room = len(self._stream) - self.per_epoch * self.length
-            offset = rng.integers(0, min(self.length, room + 1))
-            begins = offset + self.length * rng.permutation(self.per_epoch)
-            aligned = rng.random(self.per_epoch) < self._align
-            if len(self._starts):
-                following = np.searchsorted(self._starts, begins[aligned])
-                begins[aligned] = self._starts[np.minimum(following, len(self._starts) - 1)]
-            self._cached = epoch, begins
-        return self._cached[1]
+    @lru_cache(maxsize=2)  # noqa: B019 - as long-lived as the rows themselves
+    def _epoch(self, epoch: int) -> tuple[int, Permutation]:
+        # Below two lengths the only window has less than a length of room to move.
+        room = len(self._stream) - self.per_epoch * self.length
+        offset = np.random.default_rng((self._seed, epoch)).integers(0, min(self.length, room + 1))
+        return int(offset), Permutation(self.per_epoch, self._seed, epoch)
+
+
+class SampleRows:
+    """Rows of whole samples, which do not see each other.
+
+    Each sample is filled up with padding to whole blocks of the DiT. This padding belongs to it
+    and is trained, which teaches the model to fill the block after the end token. What is then left
+    of a row belongs to no sample and has no loss.
+
+    A document longer than a row is cut into rows; a sample with a prompt keeps its first ``length``
+    tokens, and is left out if no answer is among them. Samples are packed once, best fit decreasing in a
+    random order of equals; each epoch permutes the rows.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        length: int,
+        block_tokens: int,
+        *,
+        seed: int,
+        pad_id: int,
+        name: str = "stream",
+    ) -> None:
+        """Pack rows of ``length`` ids, a multiple of ``block_tokens``; ``name`` names the stream in errors.
+
+        Raises ColadaError when no sample is left to train on.
+        """
+        self.length = length
+        self._stream, self._seed, self._name = stream, seed, name
+        self._pad, self._block = pad_id, block_tokens
+        begins, sizes, prompts, origins = _pieces(stream, length)
+        if not len(begins):
+            samples = len(stream.starts)
+            why = (
+                f"the prompts of its {samples} samples leave no room for answers" if samples else "no samples"
+            )
+            raise ColadaError(f"{name} has nothing to train on in rows of {length}: {why}")
+        blocks = -(-sizes // block_tokens)
+        order = np.random.default_rng(seed).permutation(len(blocks))
+        row_of = np.empty(len(blocks), np.int64)
+        row_of[order] = pack(blocks[order], length // block_tokens)
+        by_row = np.argsort(row_of, kind="stable")
+        self.per_epoch = int(row_of.max()) + 1
+        self._first = np.searchsorted(row_of[by_row], np.arange(self.per_epoch + 1))
+        self._begins, self._sizes = begins[by_row], sizes[by_row]
+        self._prompts, self._origins = prompts[by_row], origins[by_row]
+
+    def row(self, number: int) -> Batch:
+        """Return a row, a copy: ids, sample and trained (1, length)."""
+        ids = np.full(self.length, self._pad, np.int64)
+        sample = np.full(self.length, FILLING, np.int64)
+        trained = np.zeros(self.length, np.bool_)
+        at = 0
+        for index, piece in enumerate(self._in_row(number)):
+            size, prompt = int(self._sizes[piece]), int(self._prompts[piece])
+            end = at + -(-size // self._block) * self._block
+            ids[at : at + size] = self._stream.read(int(self._begins[piece]), size)
+            sample[at:end] = index
+            trained[at + prompt : end] = True
+            at = end
+        tensors = (torch.from_numpy(x)[None] for x in (ids, sample, trained))
+        return Batch(*tensors)
+
+    def describe(self, number: int) -> str:
+        """Return the origin of the row's first sample."""
+        pieces = self._in_row(number)
+        origin = self._stream.describe(int(self._origins[pieces[0]]))
+        return f"{self._name}, {len(pieces)} samples from {origin}"
+
+    def _in_row(self, number: int) -> range:
+        epoch, index = divmod(number, self.per_epoch)
+        row = Permutation(self.per_epoch, self._seed, epoch)[index]
+        return range(int(self._first[row]), int(self._first[row + 1]))
+
+
+def _pieces(stream: TokenStream, length: int) -> tuple[_Ids, _Ids, _Ids, _Ids]:
+    """Return what of a stream goes into rows: begin, size, prompt and sample number of each piece."""
+    starts = stream.starts
+    sizes = np.diff(starts, append=len(stream))
+    prompts = np.zeros_like(sizes) if stream.prompts is None else np.asarray(stream.prompts)
+    count = np.where(prompts > 0, (prompts < length).astype(np.int64), -(-sizes // length))
+    origins = np.repeat(np.arange(len(starts)), count)
+    offsets = length * (np.arange(len(origins)) - np.repeat(np.cumsum(count) - count, count))
+    kept = np.minimum(sizes[origins] - offsets, length)
+    return starts[origins] + offsets, kept, prompts[origins], origins
+
+
+def pack(sizes: _Ids, capacity: int) -> _Ids:
+    """Return the bin of each item, from 0: best fit decreasing, equal sizes in the order given.
+
+    Args:
+        sizes: (N,), 1 to ``capacity``.
+    """
+    bins = np.empty(len(sizes), np.int64)
+    number, room = 0, [np.empty(0, np.int64) for _ in range(capacity + 1)]  # bins by the room they have left
+    by_size = np.argsort(-sizes, kind="stable")
+    bounds = np.searchsorted(-sizes[by_size], np.arange(-capacity, 1))
+    for size in range(capacity, 0, -1):
+        waiting = by_size[bounds[capacity - size] : bounds[capacity - size + 1]]
+        for left in range(size, capacity + 1):
+            # The fullest bin with room takes as many as it holds: after each it is the fullest still.
+            each = left // size
+            used = -(-len(waiting) // each)
+            if left == capacity:  # New bins.
+                room[left] = np.arange(number, number + used)
+                number += used
+            chosen, room[left] = room[left][:used], room[left][used:]
+            placed = min(len(waiting), len(chosen) * each)
+            bins[waiting[:placed]] = np.repeat(chosen, each)[:placed]
+            waiting = waiting[placed:]
+            full, over = divmod(placed, each)
+            room[left - each * size] = np.append(room[left - each * size], chosen[:full])
+            room[left - over * size] = np.append(room[left - over * size], chosen[full:])
+    return bins
+
+
+class MixedRows:
+    """Rows of several sources, each with its share: exact over every ``MIX_PERIOD`` rows, in random order.
+
+    The rows of one source are taken in turn, none left out.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Rows, float]], seed: int) -> None:
+        """Mix (rows, weight) pairs of one length."""
+        self._parts = [rows for rows, _ in parts]
+        self._seed = seed
+        weights = np.array([weight for _, weight in parts])
+        self._shares = apportion(weights / weights.sum(), MIX_PERIOD)
+        self.length = self._parts[0].length
+        self.per_epoch = sum(rows.per_epoch for rows in self._parts)
+
+    def row(self, number: int) -> Batch:
+        """Return a row of the source whose turn it is."""
+        part, own = self._of(number)
+        return self._parts[part].row(own)
+
+    def describe(self, number: int) -> str:
+        """Return where a row is from."""
+        part, own = self._of(number)
+        return self._parts[part].describe(own)
+
+    def _of(self, number: int) -> tuple[int, int]:
+        period, index = divmod(number, MIX_PERIOD)
+        order, turn = self._period(period)
+        part = int(order[index])
+        return part, period * int(self._shares[part]) + int(turn[index])
+
+    @lru_cache(maxsize=2)  # noqa: B019 - as long-lived as the rows themselves
+    def _period(self, period: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return the source of each row of a period, and how many of its rows came before in the period."""
+        rng = np.random.default_rng((self._seed, period))
+        order = rng.permutation(np.repeat(np.arange(len(self._parts)), self._shares))
+        turn = np.empty_like(order)
+        for part, share in enumerate(self._shares):
+            turn[order == part] = np.arange(share)
+        return order, turn
+
+
+def apportion(shares: npt.NDArray[np.float64], total: int) -> _Ids:
+    """Return whole numbers in proportion to shares that sum to 1: at least 1 each, ``total`` together."""
+    exact = shares * (total - len(shares)) + 1
+    whole = np.floor(exact).astype(np.int64)
+    most = np.argsort(whole - exact, kind="stable")[: total - int(whole.sum())]
+    whole[most] += 1
+    return whole

@@ -1,20 +1,13 @@
-"""Documents to token streams: all samples of a split, end to end."""
+"""Token streams: all samples of a split, end to end."""
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
-from typing import Any
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
-
-from colada.data.documents import Document, Split
-from colada.tokenizer import Tokenizer
-
-_ENCODE_BATCH = 512  # documents encoded in parallel
 
 Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -60,39 +53,3 @@ class TokenStream:
             done += len(piece)
             part += 1
         return out
-
-
-def tokenize(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    *,
-    progress: Callable[[int], None] | None = None,
-) -> dict[Split, TokenStream]:
-    """Encode ``documents`` into one stream per split; both keys are always there, maybe empty.
-
-    ``progress`` is called after every batch with the number of documents done
-    so far. What reading the documents raises passes through.
-    """
-    dtype: type[np.uint16] | type[np.uint32] = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    splits: tuple[Split, ...] = ("train", "validation")
-    # Typed arrays, not lists of ints: a corpus has billions of ids and millions of documents.
-    pieces: dict[Split, list[npt.NDArray[Any]]] = {split: [np.empty(0, dtype)] for split in splits}
-    starts = {split: array("q") for split in splits}
-    totals = dict.fromkeys(splits, 0)
-    remaining = iter(documents)
-    done = 0
-    while batch := list(islice(remaining, _ENCODE_BATCH)):
-        fresh: dict[Split, list[int]] = {split: [] for split in splits}
-        for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-            starts[document.split].append(totals[document.split] + len(fresh[document.split]))
-            fresh[document.split] += [*ids, tokenizer.eos_id]
-        for split in splits:
-            pieces[split].append(np.array(fresh[split], dtype))
-            totals[split] += len(fresh[split])
-        done += len(batch)
-        if progress is not None:
-            progress(done)
-    return {
-        split: TokenStream([np.concatenate(pieces[split])], np.array(starts[split], dtype=np.int64))
-        for split in splits
-    }

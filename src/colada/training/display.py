@@ -1,12 +1,16 @@
-"""What a training run shows: one line of progress on a terminal, one line a log interval elsewhere."""
+"""What a training run shows: progress on a terminal, one line a log interval elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+# What the line of a step leaves out: it is in metrics.jsonl.
+_NOT_SHOWN = ("lr", "tokens", "tokens_per_s", "flow_by_t", "loss", "memory_gb")
 
 
 class Display:
@@ -25,27 +29,34 @@ class Display:
         console.print(line, highlight=False, soft_wrap=not console.is_terminal)
 
     @contextmanager
-    def stage(self, number: int, steps: int, start: int) -> Iterator[None]:
-        """Show the progress of one stage."""
-        self._title = f"stage {number}"
-        progress = Progress(
+    def task(self, title: str, total: int, start: int = 0) -> Iterator[None]:
+        """Show the progress of something that takes ``total`` steps."""
+        self._title = title
+        columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[terms]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
         )
-        with progress:
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             self._progress = progress
-            self._task = progress.add_task(self._title, total=steps, completed=start, terms="")
-            yield
-        self._progress = None
+            self._task = progress.add_task(title, total=total, completed=start, terms="")
+            try:
+                yield
+            finally:
+                self._progress = None
 
-    def update(self, step: int, terms: Mapping[str, float]) -> None:
+    def advance(self, done: int, total: int) -> None:
+        """Show how far the task is."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, total=total)
+
+    def update(self, step: int, terms: Mapping[str, Any]) -> None:
         """Show the terms of a step."""
-        shown = {name: value for name, value in terms.items() if name not in ("lr", "tokens_per_s")}
+        shown = {name: value for name, value in terms.items() if name not in _NOT_SHOWN and value is not None}
+        if not shown.get("skipped"):
+            shown.pop("skipped", None)
         text = " ".join(f"{name} {value:.3g}" for name, value in shown.items())
         text += f" {terms['tokens_per_s']:,.0f} tokens/s"
         if self._progress is not None and self.console.is_terminal:

@@ -1,20 +1,22 @@
 """The recipe: one typed YAML file that says all a training run depends on.
 
-Every key has a default here; ``recipes/`` holds commented examples. A key that
-does not exist is refused with the nearest name that does.
+Every key has a default and a description here, from which ``recipes/reference.yaml`` and the recipe saved
+with a run are written. A key that does not exist is refused with the nearest name that does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from colada.checkpoint import check_pair
 from colada.config import DiTConfig, TextVAEConfig
+from colada.data.sources import Source
 from colada.errors import ColadaError, nearest
 from colada.flow import TimestepLaw, calibrated_loc
 from colada.objectives import FlowSettings, JointWeights, VAEWeights
@@ -27,96 +29,199 @@ class _Section(BaseModel):
 class DataSection(_Section):
     """Where the text is and how it becomes rows."""
 
-    path: str = "data"
-    include: list[str] = []
-    column: str = "text"
-    validation_share: float = Field(0.02, ge=0, lt=1)
-    align: float = Field(0.5, ge=0, le=1)
+    sources: tuple[Source, ...] = Field(
+        (Source(path="data"),),
+        min_length=1,
+        description="Where the text is; several are mixed by weight.",
+    )
+    validation_share: float = Field(
+        0.02,
+        ge=0,
+        lt=1,
+        description="Share of samples never trained on, where a source has no split.",
+    )
+    packing: Literal["stream", "samples"] = Field(
+        "stream",
+        description="stream: rows are cut from all text end to end and see across end-of-text tokens;"
+        " samples: whole documents or conversations, padded to whole blocks, which never see each other.",
+    )
+    align: float = Field(
+        0.5, ge=0, le=1, description="Share of stream rows moved to begin with a document's first token."
+    )
+    chat_template: str | None = Field(
+        None, description="Jinja file for conversations; unset: ChatML, or that of model.init."
+    )
+    cache: str | None = Field(
+        None,
+        description="Directory of token shards, reusable by other runs; unset: shards/ of the run.",
+    )
+    workers: int | None = Field(None, ge=1, description="Processes that tokenise; unset: one a CPU core.")
+
+    @property
+    def chats(self) -> bool:
+        """Whether there are conversations."""
+        return any(source.format == "messages" for source in self.sources)
 
 
 class TokenizerSection(_Section):
-    """Train a byte-level BPE of ``vocab_size`` entries, or use the ``file`` of another."""
+    """A byte-level BPE trained on the run's own text, or the ``file`` of another."""
 
-    vocab_size: int = Field(8192, ge=260)
-    file: str | None = None
+    vocab_size: int = Field(8192, ge=260, description="Entries: 256 bytes, 4 special tokens, and merges.")
+    file: str | None = Field(
+        None, description="A tokenizer.json to use; unset: train one, or that of model.init."
+    )
 
 
 class ModelSection(_Section):
-    """Keywords of TextVAEConfig and DiTConfig; vocabulary and channels are filled in."""
+    """What is trained: a model to continue from, or the configurations of a new one."""
 
-    vae: dict[str, Any] = {}
-    dit: dict[str, Any] = {}
+    init: str | None = Field(
+        None, description="Directory or hub id of a model to continue from, in the released format."
+    )
+    vae: dict[str, Any] = Field({}, description="Keys of cola_vae/config.json; the vocabulary is filled in.")
+    dit: dict[str, Any] = Field({}, description="Keys of cola_dit/config.json; the channels are filled in.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if self.init is not None and (self.vae or self.dit):
+            raise ValueError("init gives the configurations: expected no vae and dit keys beside it")
+        return self
 
 
 class OptimiserSection(_Section):
-    """Length of a stage, its rows, and its optimiser: warm-up, then a cosine to ``final_lr`` times the rate.
+    """Length of a stage, its rows, and its optimiser."""
 
-    "muon" orthogonalises the updates of the transformer blocks' matrices and leaves the rest to AdamW;
-    its updates are scaled to AdamW's size, so that both share one learning rate.
-    """
-
-    steps: int = Field(1000, ge=0)
-    batch: int = Field(32, ge=1)
-    length: int = Field(128, ge=1)
-    optimiser: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    final_lr: float = Field(0.05, ge=0, le=1)
-    warmup: int = Field(100, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, gt=0)
-    ema: float = Field(0.0, ge=0, lt=1)
+    steps: int = Field(1000, ge=0, description="Optimiser steps; 0 leaves the stage out.")
+    batch: int = Field(32, ge=1, description="Rows per step, over all ranks.")
+    micro_batch: int | None = Field(
+        None, ge=1, description="Rows per pass on each rank; gradients are accumulated. Unset: all at once."
+    )
+    length: int = Field(128, ge=1, description="Tokens per row, a multiple of patch_size * block_size.")
+    optimiser: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon orthogonalises the updates of the blocks' matrices (AdamW for the rest),"
+        " scaled to AdamW's size, so that both share one learning rate.",
+    )
+    lr: float = Field(1e-3, gt=0, description="Highest learning rate, after the warm-up.")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine", description="After the warm-up: half a cosine down; wsd: constant, then linear down."
+    )
+    final_lr: float = Field(0.05, ge=0, le=1, description="Share of lr that is left at the last step.")
+    warmup: int = Field(100, ge=0, description="Steps over which the learning rate rises.")
+    decay: float = Field(0.2, gt=0, le=1, description="Share of the steps in which wsd goes down.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates.")
+    weight_decay: float = Field(0.01, ge=0, description="On matrices only.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="Decay of the averaged weights, which are the ones saved; 0: none."
+    )
 
 
 class Stage1Section(OptimiserSection):
-    """The Text VAE alone."""
+    """The Text VAE alone: -log p(x|z0) + beta KL + lambda_mask L_mask."""
 
-    beta: float = Field(1e-3, ge=0)
-    mask: float = Field(0.5, ge=0)
-    mask_ratio: float = Field(0.15, ge=0, lt=1)
-    log_snr: float | None = None
+    beta: float = Field(1e-3, ge=0, description="Weight of KL(q || N(0, I)); in joint training, of E log q.")
+    mask: float = Field(0.5, ge=0, description="lambda_mask, in joint training too.")
+    mask_ratio: float = Field(
+        0.15, ge=0, lt=1, description="Share of the encoder's input tokens masked there."
+    )
+    log_snr: float | None = Field(None, description="Fix log(E mu^2 / E sigma^2); unset: learnt.")
 
 
 class Stage2Section(OptimiserSection):
-    """The DiT, with the Text VAE frozen or trained along (joint)."""
+    """The DiT, with the Text VAE frozen or trained along."""
 
-    vae: Literal["frozen", "joint"] = "frozen"
-    vae_lr: float = Field(1.0, ge=0)
-    loc: float | None = None
-    scale: float = Field(1.0, gt=0)
-    timestep_per: Literal["block", "row"] = "block"
-    prefix_share: float = Field(0.05, ge=0, le=1)
-    lambda_vae: float = Field(1.0, ge=0)
-    lambda_fm: float = Field(1.0, ge=0)
-    lambda_ref: float = Field(0.1, ge=0)
+    vae: Literal["frozen", "joint", "interval"] = Field(
+        "frozen", description="Whether the Text VAE learns too: never, always, or in intervals."
+    )
+    interval: tuple[int, int] = Field(
+        (100, 900), description="vae: interval: so many steps joint, so many frozen, and again."
+    )
+    vae_lr: float = Field(1.0, ge=0, description="The Text VAE's learning rate, as a factor on lr.")
+    copies: int = Field(1, ge=1, description="Noisy copies of each row, which share one clean copy.")
+    loc: float | None = Field(
+        None,
+        description="Centre of the timestep law t = T sigmoid(n), n ~ N(loc, scale^2); unset: by width.",
+    )
+    scale: float = Field(1.0, gt=0, description="Spread of the timestep law.")
+    timestep_per: Literal["block", "row"] = Field("block", description="What draws a timestep of its own.")
+    prefix_share: float = Field(
+        0.05, ge=0, le=1, description="Share of blocks with a clean prefix inside, as at the end of a prompt."
+    )
+    lambda_vae: float = Field(1.0, ge=0, description="Joint: weight of the Text VAE's terms.")
+    lambda_fm: float = Field(1.0, ge=0, description="Joint: weight of the flow.")
+    lambda_ref: float = Field(0.1, ge=0, description="Joint: weight of KL(q || q of stage 1).")
+
+    @model_validator(mode="after")
+    def _interval(self) -> Stage2Section:
+        if min(self.interval) < 1:
+            raise ValueError(f"interval={list(self.interval)}, expected two numbers of steps of at least 1")
+        return self
+
+    def joint_at(self, step: int) -> bool:
+        """Return whether the Text VAE learns in a step."""
+        return self.vae == "joint" or (
+            self.vae == "interval" and step % sum(self.interval) < self.interval[0]
+        )
 
 
 class RunSection(_Section):
-    """How often things happen, in steps (0: never), and on what the run computes."""
+    """How often things happen, in steps (0: never), and on what and how the run computes."""
 
-    log_every: int = Field(20, ge=1)
-    validate_every: int = Field(500, ge=0)
-    validation_rows: int = Field(64, ge=1)
-    save_every: int = Field(500, ge=1)
-    sample_every: int = Field(1000, ge=0)
-    sample_prompts: list[str] = ["Once upon a time"]
-    sample_tokens: int = Field(48, ge=1)
-    precision: Literal["float32", "bfloat16"] = "float32"
-    save_dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = "auto"
+    log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl.")
+    validate_every: int = Field(500, ge=0, description="Steps between validations.")
+    validation_rows: int = Field(64, ge=1, description="Rows of a validation, the same every time.")
+    save_every: int = Field(500, ge=1, description="Steps between checkpoints.")
+    keep_last: int = Field(2, ge=1, description="Checkpoints kept.")
+    keep_every: int = Field(0, ge=0, description="Checkpoints at multiples of so many steps are kept too.")
+    sample_every: int = Field(1000, ge=0, description="Steps between samples, in stage 2.")
+    sample_prompts: tuple[str, ...] = Field(
+        ("Once upon a time",), description="What samples continue, or answer where there are conversations."
+    )
+    sample_tokens: int = Field(48, ge=1, description="New tokens of a sample.")
+    max_skipped: int = Field(
+        10,
+        ge=0,
+        description="Steps with a non-finite loss or gradient are skipped; more of them end the run.",
+    )
+    monitors: tuple[str, ...] = Field(
+        (), description="Besides metrics.jsonl: tensorboard, or package.module:Class of your own."
+    )
+    report: bool = Field(True, description="Write report/report.html with plots at the end.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of matrix products; weights, optimiser and latents stay float32."
+    )
+    save_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the saved model.")
+    compile: bool = Field(False, description="torch.compile each transformer block of the DiT.")
+    checkpoint_activations: bool = Field(
+        False, description="Compute the DiT's blocks again in the backward pass instead of keeping them."
+    )
+    device: str = Field("auto", description="cpu, cuda, or auto: cuda where there is one.")
+    shard: bool = Field(
+        True, description="Several ranks: shard weights, gradients and optimiser over them (FSDP2)."
+    )
+    replicas: int = Field(
+        1, ge=1, description="Hybrid sharding: so many groups of ranks, each holding the model once."
+    )
 
 
 class Recipe(_Section):
     """A whole training run."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="Decides weights, rows, noise and timesteps.")
     data: DataSection = DataSection()
     tokenizer: TokenizerSection = TokenizerSection()
     model: ModelSection = ModelSection()
     stage1: Stage1Section = Stage1Section()
     stage2: Stage2Section = Stage2Section()
     run: RunSection = RunSection()
-    generation: dict[str, Any] = {}
+    generation: dict[str, Any] = Field(
+        {}, description="Settings stored with the model and used for samples: steps, guidance, solver, ..."
+    )
+
+    def stage(self, number: int) -> OptimiserSection:
+        """Return the section of a stage, 1 or 2."""
+        return self.stage1 if number == 1 else self.stage2
 
     def configs(self, vocab_size: int, pad_id: int) -> tuple[TextVAEConfig, DiTConfig]:
         """Return both configurations, completed with what the tokenizer decides and checked together.
@@ -130,6 +235,15 @@ class Recipe(_Section):
         dit = DiTConfig.from_dict(
             {**channels, "block_size": vae.block_size, **self.model.dit}, "recipe: model.dit"
         )
+        self.check_configs(vae, dit, vocab_size)
+        return vae, dit
+
+    def check_configs(self, vae: TextVAEConfig, dit: DiTConfig, vocab_size: int) -> None:
+        """Check that networks, tokenizer and row lengths fit each other.
+
+        Raises:
+            ColadaError: naming the key at fault.
+        """
         check_pair(vae, dit, "recipe: model")
         if vae.vocab_size != vocab_size:
             raise ColadaError(
@@ -141,7 +255,6 @@ class Recipe(_Section):
                     f"recipe: {stage}.length={section.length}, expected a multiple of "
                     f"patch_size * block_size = {vae.block_tokens}"
                 )
-        return vae, dit
 
     def vae_weights(self) -> VAEWeights:
         """Return the weights of the Text VAE's terms."""
@@ -157,11 +270,11 @@ class Recipe(_Section):
         """Return how flow matching draws examples; an unset loc is the paper's for this latent width."""
         s = self.stage2
         law = TimestepLaw(calibrated_loc(latent_dim) if s.loc is None else s.loc, s.scale)
-        return FlowSettings(law, s.timestep_per == "block", s.prefix_share)
+        return FlowSettings(law, s.timestep_per == "block", s.copies, s.prefix_share)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, with ``section.key=value`` overrides (values in YAML).
+    """Read a recipe, with ``section.key=value`` overrides (values in YAML; ``sources.0.path`` for lists).
 
     Raises:
         ColadaError: one line naming the file and the key, for anything that is not a recipe.
@@ -184,8 +297,43 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe with every key spelled out."""
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    """Write a recipe with every key spelled out and explained."""
+    path.write_text(commented(recipe), encoding="utf-8")
+
+
+def commented(recipe: Recipe) -> str:
+    """Return a recipe as YAML in which every key has its description as a comment."""
+    return "\n".join(_commented(recipe, 0)) + "\n"
+
+
+def _commented(section: BaseModel, depth: int) -> list[str]:
+    indent, lines = "  " * depth, list[str]()
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            about = (type(value).__doc__ or "").partition("\n")[0]
+            lines += ["", f"{indent}{name}: # {about}", *_commented(value, depth + 1)]
+            continue
+        lines += textwrap.wrap(
+            field.description or "", 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+        )
+        if isinstance(value, tuple) and any(isinstance(part, BaseModel) for part in value):
+            lines.append(f"{indent}{name}:")
+            for part in value:
+                first, *rest = _commented(part, 0)
+                lines += [f"{indent}  - {first}", *(f"{indent}    {line}" for line in rest)]
+        else:
+            lines += _dumped(name, section.model_dump(mode="json", include={name})[name], indent)
+    return lines
+
+
+def _dumped(name: str, value: Any, indent: str) -> list[str]:
+    if isinstance(value, dict) and value:
+        block = yaml.safe_dump(value, sort_keys=False, default_flow_style=False)
+        return [f"{indent}{name}:", *(f"{indent}  {line}" for line in block.splitlines())]
+    # As an item of a list: a value alone would be followed by an end-of-document mark.
+    flow = yaml.safe_dump([value], default_flow_style=True, width=10**6)
+    return [f"{indent}{name}: {flow.strip()[1:-1]}"]
 
 
 def difference(old: Recipe, new: Recipe) -> str | None:
@@ -194,7 +342,8 @@ def difference(old: Recipe, new: Recipe) -> str | None:
     for section in ("seed", "data", "tokenizer", "model", "stage1", "stage2"):
         if isinstance(before[section], dict):
             for key, value in before[section].items():
-                if after[section][key] != value:
+                # Where shards lie and who makes them changes nothing; nor does how a batch is cut.
+                if key not in ("cache", "workers", "micro_batch") and after[section][key] != value:
                     return f"{section}.{key} was {value!r} and is now {after[section][key]!r}"
         elif before[section] != after[section]:
             return f"{section} was {before[section]!r} and is now {after[section]!r}"
@@ -206,24 +355,51 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals:
         raise ColadaError(f"override {override!r}, expected section.key=value")
     *sections, last = key.split(".")
+    where: Any = values
     for section in sections:
-        if values.get(section) is None:
-            values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
+        if isinstance(where, list):
+            where = _item(where, section, override)
+        else:
+            if where.get(section) is None:
+                where[section] = {}
+            where = where[section]
+        if not isinstance(where, dict | list):
             raise ColadaError(f"override {override!r}: {section!r} is not a section")
     try:
-        values[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ColadaError(f"override {override!r}: {text!r} is not a YAML value") from None
+    if isinstance(where, list):
+        _item(where, last, override)
+        where[int(last)] = value
+    else:
+        where[last] = value
+
+
+def _item(items: list[Any], number: str, override: str) -> Any:
+    if not number.isdecimal() or int(number) >= len(items):
+        raise ColadaError(f"override {override!r}: {number!r}, expected a number from 0 to {len(items) - 1}")
+    return items[int(number)]
 
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        return f"{where}={problem['input']!r}: {problem['msg'].lower()}"
+        reason = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "value_error":
+            return f"{where}: {reason}"
+        return f"{where}={problem['input']!r}: {reason[0].lower()}{reason[1:]}"
+    return f"unknown key {where!r}{nearest(str(problem['loc'][-1]), _keys(problem['loc'][:-1]))}"
+
+
+def _keys(location: Sequence[str | int]) -> Mapping[str, Any]:
+    """Return the fields of the section at a location of a recipe."""
     section: Any = Recipe
-    for part in problem["loc"][:-1]:
-        section = section.model_fields[part].annotation
-    return f"unknown key {where!r}{nearest(str(problem['loc'][-1]), section.model_fields)}"
+    for part in location:
+        if isinstance(part, str):
+            section = section.model_fields[part].annotation
+            # A tuple of sections stands for its item.
+            section = next((arg for arg in get_args(section) if isinstance(arg, type)), section)
+    fields: Mapping[str, Any] = section.model_fields
+    return fields

@@ -1,85 +1,78 @@
-"""The training run: text to tokens, stage 1, stage 2, a saved model.
+"""The training run: text to rows, stage 1, stage 2, a saved model.
 
-What step k computes is a pure function of the recipe and k (rows, noise, learning
-rate), so a resumed run needs the weights, their average and the optimiser, and
-nothing else.
+What step k computes is a pure function of the recipe and k (rows, noise, learning rate), whatever
+the number of ranks and the micro-batches. A resumed run needs the weights, their average and the
+optimiser's state; there is no generator and no position in the data to restore.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import pickle
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.markup import escape
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from colada.checkpoint import TOKENIZER_FILE
-from colada.data import Rows, Split, TokenStream, find_files, read_documents, tokenize
+from colada.checkpoint import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
+from colada.data.rows import Batch, Rows, batch
 from colada.dit import DiT
 from colada.errors import ColadaError
-from colada.model import ColaDLM, check_settings
-from colada.objectives import Loss, stage1_loss, stage2_frozen_loss, stage2_joint_loss
+from colada.model import ColaDLM, check_settings, load
+from colada.objectives import Counts, Draws, count, readable
 from colada.tokenizer import Tokenizer
+from colada.training.checkpoints import (
+    RECIPE,
+    STATE,
+    Checkpoints,
+    Place,
+    disk_errors,
+    find,
+    read_state,
+    read_tensors,
+)
 from colada.training.display import Display
-from colada.training.recipe import OptimiserSection, Recipe, difference, load_recipe, save_recipe
+from colada.training.dry_run import step_work
+from colada.training.export import DTYPES, write_model
+from colada.training.inputs import chat_template, prepare_inputs, train_tokenizer
+from colada.training.meter import Meter
+from colada.training.monitors import Monitors, make_monitors
+from colada.training.optimisation import average_weights, learning_rate, set_learning_rate
+from colada.training.parallel import Ranks, average_gradients, compile_blocks, find_device, lay_out, recompute
+from colada.training.plan import parameter_counts
+from colada.training.provenance import provenance
+from colada.training.recipe import Recipe, commented, difference, load_recipe, save_recipe
+from colada.training.report import write_report
+from colada.training.stages import Stage, first_stage, initialise, second_stage
 from colada.vae import TextVAE
 
-CHECKPOINT, RECIPE, METRICS, SAMPLES, MODEL = (
-    "checkpoint.pt",
-    "recipe.yaml",
-    "metrics.jsonl",
-    "samples.txt",
-    "model",
-)
-VALIDATION_STEP = 2**31  # Noise for validation: a step no training run reaches.
-
-
-def step_generator(seed: int, stage: int, step: int) -> torch.Generator:
-    """Return the CPU generator of one step: the same whether or not the run was interrupted before it."""
-    state = np.random.SeedSequence([seed, stage, step]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
-
-
-def learning_rate(step: int, section: OptimiserSection) -> float:
-    """Return the factor on the learning rate: linear warm-up, then a cosine down to ``final_lr``."""
-    if step < section.warmup:
-        return (step + 1) / section.warmup
-    progress = min(1.0, (step - section.warmup) / max(1, section.steps - section.warmup))
-    return section.final_lr + (1 - section.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def average_weights(network: nn.Module, decay: float) -> AveragedModel:
-    """Return an exponential moving average of a network; its decay grows to ``decay`` at first."""
-
-    def update(averaged: Any, current: Any, count: Any) -> None:
-        n = int(count)
-        torch._foreach_lerp_(list(averaged), list(current), 1 - min(decay, (1 + n) / (10 + n)))
-
-    return AveragedModel(network, multi_avg_fn=update)
+MODEL = "model"
+VALIDATION_ROW = 2**40  # Noise for validation: rows that no training run reaches.
 
 
 @dataclass
-class Stage:
-    """One stage: its number, its section of the recipe, what it trains and how, and its loss on a batch."""
+class Progress:
+    """How far a stage is: steps and tokens done, and steps skipped for non-finite losses or gradients."""
 
-    number: int
-    section: OptimiserSection
-    networks: nn.ModuleDict
-    optimisers: list[torch.optim.Optimizer]
-    loss: Callable[[nn.ModuleDict, Tensor, torch.Generator], Loss]
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
 
 
 class Interrupted(Exception):
@@ -91,294 +84,375 @@ class Trainer:
 
     Args:
         recipe: what to run.
-        out: the run's directory, made if need be; a run found there with the same recipe is resumed.
+        out: the run's directory, made if need be.
+        resume: which checkpoint to go on from, see :func:`checkpoints.find`; by default the last one.
+        ranks: this process among those of the run; by default alone.
 
     Raises:
         ColadaError: for unusable data or settings, another run in ``out``, a full disk.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, display: Display | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        display: Display | None = None,
+        resume: str = "auto",
+        ranks: Ranks | None = None,
+    ) -> None:
         self.recipe, self.out = recipe, out
-        self.display = display or Display()
-        self.device = _device(recipe.run.device)
+        self.ranks = ranks or Ranks(0, 1, find_device(recipe.run.device))
+        self.device = self.ranks.device
+        self.display = display if display is not None and self.ranks.first else Display()
         self._stop = False
         check_settings(recipe.generation, "recipe: generation")
-        self.saved = self._resume()
-        if self.saved is None:
+        self.resumed = find(out, resume)
+        if self.resumed is not None:
+            changed = difference(load_recipe(self.resumed / RECIPE), recipe)
+            if changed:
+                raise ColadaError(f"{self.resumed} is of another recipe: {changed}; give another --out")
+        elif self.ranks.first:
             with disk_errors(out):
                 out.mkdir(parents=True, exist_ok=True)
                 save_recipe(recipe, out / RECIPE)
-        self.tokenizer, self.streams = self._prepare_data()
-        vae_config, dit_config = recipe.configs(self.tokenizer.vocab_size, self.tokenizer.pad_id)
-        self.vae, self.dit = TextVAE(vae_config), DiT(dit_config)
-        self.vae.init_weights(step_generator(recipe.seed, 0, 0))
-        self.dit.init_weights(step_generator(recipe.seed, 0, 1))
-        self.vae.to(self.device), self.dit.to(self.device)
-        self.reference: TextVAE | None = None
-        if self.saved is not None:
-            self.vae.load_state_dict(self.saved["vae"])
+        start = load(recipe.model.init) if recipe.model.init is not None else None
+        self.template = chat_template(recipe, start.chat_template if start is not None else None)
+        self.tokenizer = self._tokenizer(start)
+        cache = Path(recipe.data.cache) if recipe.data.cache is not None else out / "shards"
+        with self.display.task("tokenising", 1):
+            self.inputs = prepare_inputs(
+                recipe, self.tokenizer, self.template, cache, self.display.say, self.display.advance
+            )
+        self.vae, self.dit = self._networks(start)
+        self.checkpoints = Checkpoints(
+            out / "checkpoints", recipe.run.keep_last, recipe.run.keep_every, self.ranks.first
+        )
+        counts = parameter_counts(self.vae.config, self.dit.config)
+        self.made_with = provenance(self.device) | {
+            "parameters": ", ".join(f"{name} {number:,}" for name, number in counts.items())
+        }
 
-    def _resume(self) -> dict[str, Any] | None:
-        """Return the state that an interrupted run of the same recipe left in ``out``, or None."""
-        file = self.out / CHECKPOINT
-        if not file.is_file():
-            return None
-        changed = difference(load_recipe(self.out / RECIPE), self.recipe)
-        if changed:
-            raise ColadaError(f"{self.out} holds a run of another recipe: {changed}; give another --out")
-        try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ColadaError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
-        return state
-
-    # --- data ------------------------------------------------------------------------------
-
-    def _prepare_data(self) -> tuple[Tokenizer, dict[Split, TokenStream]]:
-        data, section = self.recipe.data, self.recipe.tokenizer
-        files = find_files(Path(data.path), data.include)
-
-        def documents() -> Iterator[Any]:
-            return read_documents(files, column=data.column, validation_share=data.validation_share)
-
-        own = self.out / TOKENIZER_FILE
-        if section.file is not None:
-            tokenizer = Tokenizer.from_file(Path(section.file))
-        elif self.saved is not None:
-            tokenizer = Tokenizer.from_file(own)
+    def _tokenizer(self, start: ColaDLM | None) -> Tokenizer:
+        file = self.recipe.tokenizer.file
+        own = (self.resumed or self.out) / TOKENIZER_FILE
+        if self.resumed is not None:
+            return Tokenizer.from_file(own)
+        if file is not None:
+            tokenizer = Tokenizer.from_file(Path(file))
+        elif start is not None:
+            if start.tokenizer is None:
+                raise ColadaError(
+                    f"model.init={self.recipe.model.init} has no tokenizer: give tokenizer.file"
+                )
+            tokenizer = start.tokenizer
         else:
-            self.display.say(f"training a tokenizer of {section.vocab_size} entries")
-            texts = (document.text for document in documents() if document.split == "train")
-            tokenizer = Tokenizer.train(texts, section.vocab_size)
-        if self.saved is None:
+            if self.ranks.first:
+                self.display.say(f"training a tokenizer of {self.recipe.tokenizer.vocab_size} entries")
+                with disk_errors(self.out):
+                    train_tokenizer(self.recipe).save(own)
+            self.ranks.wait()
+            return Tokenizer.from_file(own)
+        if self.ranks.first:
             with disk_errors(self.out):
                 tokenizer.save(own)
-        streams = tokenize(documents(), tokenizer)
-        for name, stream in streams.items():
-            tokens, count = len(stream), len(stream.starts)
-            self.display.say(f"{name}: {tokens:,} tokens in {count:,} documents")
-        return tokenizer, streams
+        return tokenizer
 
-    def _rows(self, split: Split, section: OptimiserSection, seed: int) -> Rows:
-        stream = self.streams[split]
-        return Rows(stream, section.length, seed=seed, align=self.recipe.data.align, name=split)
+    def _networks(self, start: ColaDLM | None) -> tuple[TextVAE, DiT]:
+        """Return both networks, new or to continue from, laid over the ranks."""
+        run = self.recipe.run
+        if start is not None:
+            vae, dit = start.vae.float(), start.dit.float()
+            self.recipe.check_configs(vae.config, dit.config, self.tokenizer.vocab_size)
+            # Weights mapped from a file are read-only.
+            for parameter in [*vae.parameters(), *dit.parameters()]:
+                parameter.data = parameter.data.clone()
+            vae.train(), dit.train()
+        else:
+            vae_config, dit_config = self.recipe.configs(self.tokenizer.vocab_size, self.tokenizer.pad_id)
+            vae, dit = TextVAE(vae_config), DiT(dit_config)
+            initialise(self.recipe.seed, vae, dit)
+        if run.checkpoint_activations:
+            recompute(dit)
+        if run.compile:
+            compile_blocks(dit)
+        self._lay_out({"vae": vae})
+        return vae, dit
+
+    def _lay_out(self, networks: dict[str, nn.Module]) -> nn.ModuleDict:
+        made = nn.ModuleDict(networks)
+        lay_out(made, self.ranks, DTYPES[self.recipe.run.precision])
+        return made.to(self.device)
 
     # --- the two stages --------------------------------------------------------------------
 
-    def stages(self) -> list[Stage]:
-        """Return both stages over this trainer's networks."""
-        recipe, weights = self.recipe, self.recipe.vae_weights()
-        settings = recipe.flow_settings(self.vae.config.latent_dim)
-        pad_id = self.tokenizer.pad_id
+    def _stage(self, number: int) -> Stage:
+        """Return a stage over this trainer's networks; stage 2 takes the Text VAE as it is now."""
+        recipe, pad_id = self.recipe, self.tokenizer.pad_id
+        if number == 1:
+            return first_stage(recipe, pad_id, self.vae)
+        # Only now: stage 1 has the memory for itself.
+        self._lay_out({"dit": self.dit})
+        reference = None
+        if recipe.stage2.vae != "frozen":
+            reference = TextVAE(self.vae.config)
+            self._lay_out({"reference": reference})
+            reference.requires_grad_(False).load_state_dict(self.vae.state_dict())
+        return second_stage(recipe, pad_id, self.vae, self.dit, reference)
 
-        def first(networks: nn.ModuleDict, ids: Tensor, generator: torch.Generator) -> Loss:
-            return stage1_loss(_vae(networks), ids, weights, generator)
-
-        def frozen(networks: nn.ModuleDict, ids: Tensor, generator: torch.Generator) -> Loss:
-            return stage2_frozen_loss(self.vae, _dit(networks), ids, pad_id, settings, weights, generator)
-
-        def joint(networks: nn.ModuleDict, ids: Tensor, generator: torch.Generator) -> Loss:
-            assert self.reference is not None
-            return stage2_joint_loss(
-                _vae(networks),
-                _dit(networks),
-                self.reference,
-                ids,
-                pad_id,
-                settings,
-                weights,
-                recipe.joint_weights(),
-                generator,
-            )
-
-        one, two = recipe.stage1, recipe.stage2
-        networks = nn.ModuleDict({"dit": self.dit})
-        optimisers = make_optimisers(self.dit, two, two.lr)
-        if two.vae == "joint":
-            networks["vae"] = self.vae
-            optimisers += make_optimisers(self.vae, two, two.lr * two.vae_lr)
-        alone = nn.ModuleDict({"vae": self.vae})
-        return [
-            Stage(1, one, alone, make_optimisers(self.vae, one, one.lr), first),
-            Stage(2, two, networks, optimisers, frozen if two.vae == "frozen" else joint),
-        ]
-
-    def run(self) -> ColaDLM:
+    def run(self) -> None:
         """Run both stages, or what is left of them, and save the model under ``out/model``.
 
         Raises:
             Interrupted: after SIGINT or SIGTERM, once the state is saved.
-            ColadaError: as the class says, or when the loss is not finite.
+            ColadaError: as the class says, or when too many steps were skipped.
         """
-        saved, self.saved = self.saved, None
-        with self._graceful_stop():
-            for stage in self.stages():
-                if saved is not None and stage.number < saved["stage"]:
-                    continue
-                if stage.number == 2:
-                    self._freeze(saved)
-                self._run_stage(stage, saved if saved and saved["stage"] == stage.number else None)
-                saved = None
-        model = self.model(self.vae, self.dit)
-        with disk_errors(self.out):
-            model.save(self.out / MODEL)
+        saved = read_state(self.resumed) if self.resumed is not None else None
+        resume_at = (saved["stage"], saved["step"]) if saved is not None else None
+        names = self.recipe.run.monitors
+        monitors = make_monitors(
+            names, self.out, self.recipe.model_dump(mode="json"), resume_at, self.ranks.first
+        )
+        try:
+            with self._graceful_stop():
+                for number in (1, 2):
+                    if saved is None or number >= saved["stage"]:
+                        self._run_stage(self._stage(number), saved, monitors)
+                        saved = None
+                self.checkpoints.finish()
+        finally:
+            monitors.close()
+        self.save_model(self.out / MODEL)
         self.display.say(f"saved the model to {self.out / MODEL}")
-        return model
+        if self.recipe.run.report and self.ranks.first:
+            self.display.say(f"wrote {write_report(self.out)}")
 
-    def _freeze(self, saved: dict[str, Any] | None) -> None:
-        """Keep the stage-1 encoder as q_ref, or stop training the whole Text VAE."""
-        if self.recipe.stage2.vae == "frozen":
-            self.vae.requires_grad_(False)
-            return
-        self.reference = TextVAE(self.vae.config).to(self.device).requires_grad_(False)
-        stage1 = saved["reference"] if saved else self.vae.state_dict()
-        self.reference.load_state_dict(stage1)
+    def _state(self, stage: Stage, average: AveragedModel | None) -> dict[str, Any]:
+        """Return all tensors that a checkpoint holds, by name."""
+        networks = {"vae": self.vae, **dict(stage.networks.items())}
+        if stage.reference is not None:
+            networks["reference"] = stage.reference
+        state: dict[str, Any] = {name: network.state_dict() for name, network in networks.items()}
+        state["optimisers"] = get_optimizer_state_dict(stage.networks, stage.optimisers)
+        if average is not None:
+            state["average"] = average.state_dict()
+        return state
 
-    def _run_stage(self, stage: Stage, saved: dict[str, Any] | None) -> None:
+    def _restore(self, stage: Stage, average: AveragedModel | None) -> None:
+        assert self.resumed is not None
+        state = self._state(stage, average)
+        read_tensors(self.resumed, state)
+        # Tensors were read in place; the rest of the optimisers' state is set here.
+        set_optimizer_state_dict(stage.networks, stage.optimisers, optim_state_dict=state["optimisers"])
+
+    def _run_stage(self, stage: Stage, saved: dict[str, Any] | None, monitors: Monitors) -> None:
         section, run = stage.section, self.recipe.run
         if section.steps == 0:
             return
-        rows = self._rows("train", section, self.recipe.seed + stage.number)
-        validation = self._rows("validation", section, self.recipe.seed) if run.validate_every else None
-        schedules = [
-            LambdaLR(optimiser, lambda step: learning_rate(step, section)) for optimiser in stage.optimisers
-        ]
-        average = average_weights(stage.networks, section.ema) if section.ema else None
-        start = 0
+        rows = self.inputs.rows("train", section, self.recipe.seed + stage.number, self.vae.config)
+        validation = None
+        if run.validate_every:
+            validation = self.inputs.rows("validation", section, self.recipe.seed, self.vae.config)
+        average = None
+        if section.ema:
+            fresh = {name: type(network)(network.config) for name, network in stage.networks.items()}
+            average = average_weights(nn.ModuleDict(fresh), section.ema)
+            self._lay_out(dict(average.module.items()))  # type: ignore[operator]
+            average.requires_grad_(False)
+        progress = Progress()
         if saved is not None:
-            start = saved["step"]
-            stage.networks.load_state_dict(saved["networks"])
-            for optimiser, state in zip(stage.optimisers, saved["optimisers"], strict=True):
-                optimiser.load_state_dict(state)
-            for schedule, state in zip(schedules, saved["schedules"], strict=True):
-                schedule.load_state_dict(state)
-            if average is not None:
-                average.load_state_dict(saved["average"])
-            self.display.say(f"resuming stage {stage.number} at step {start}")
+            self._restore(stage, average)
+            progress = Progress(saved["step"], saved["tokens"], saved["skipped"])
+            self.display.say(f"resuming stage {stage.number} at step {progress.step}")
 
         def best() -> nn.ModuleDict:
             module = average.module if average is not None else stage.networks
             assert isinstance(module, nn.ModuleDict)
             return module
 
-        def save(step: int) -> None:
-            self._save(stage, step, schedules, average)
-
-        watch, tokens = time.perf_counter(), 0
-        with self.display.stage(stage.number, section.steps, start):
-            for step in range(start, section.steps):
-                ids = rows.batch(step, section.batch).to(self.device)
-                generator = step_generator(self.recipe.seed, stage.number, step)
-                with self._autocast():
-                    loss = stage.loss(stage.networks, ids, generator)
-                if not bool(loss.total.isfinite()):
-                    raise ColadaError(f"stage {stage.number}, step {step}: the loss is {loss.total.item()}")
-                stage.networks.zero_grad(set_to_none=True)
-                loss.total.backward()
-                norm = nn.utils.clip_grad_norm_(stage.networks.parameters(), section.clip)
-                for optimiser, schedule in zip(stage.optimisers, schedules, strict=True):
-                    optimiser.step()
-                    schedule.step()
-                if average is not None:
+        meter = Meter(self.vae.config, self.dit.config, self.ranks, DTYPES[run.precision])
+        with self.display.task(f"stage {stage.number}", section.steps, progress.step):
+            for step, (own, draws) in self._ahead(stage, rows, progress.step):
+                terms, norm = self._step(stage, step, own, draws)
+                if norm is None:
+                    progress.skipped += 1
+                    self.display.say(f"stage {stage.number} step {step + 1}: not finite, skipped")
+                elif average is not None:
                     average.update_parameters(stage.networks)
+                progress.step, progress.tokens = step + 1, progress.tokens + section.batch * section.length
+                joint = stage.number == 2 and self.recipe.stage2.joint_at(step)
+                meter.count(step_work(self.recipe, stage.number, self.vae.config, joint))
                 done, last = step + 1, step + 1 == section.steps
-                tokens += ids.numel()
                 if done % run.log_every == 0 or last:
-                    now = time.perf_counter()
-                    terms = {name: float(term) for name, term in loss.terms.items()}
-                    terms |= {"grad_norm": float(norm), "lr": float(schedules[0].get_last_lr()[0])}
-                    terms["tokens_per_s"] = tokens / (now - watch)
-                    watch, tokens = now, 0
-                    self._log(stage, done, "train", terms)
-                    self.display.update(done, terms)
+                    values = self._readable(terms) | {"grad_norm": norm, "lr": self._rate(stage, step)}
+                    values |= {"skipped": progress.skipped, "tokens": progress.tokens, **meter.read()}
+                    self._log(monitors, stage, done, "train", values)
+                    self.display.update(done, values)
                 if validation is not None and (done % run.validate_every == 0 or last):
-                    self._log(stage, done, "validation", self._validate(stage, best(), validation))
+                    losses = self._validate(stage, best(), validation, step)
+                    self._log(monitors, stage, done, "validation", {"tokens": progress.tokens, **losses})
+                    meter.restart()
                 if stage.number == 2 and run.sample_every and (done % run.sample_every == 0 or last):
-                    self._sample(done, best())
-                if self._stop or done % run.save_every == 0 or last:
-                    save(done)
-                if self._stop:
+                    self._sample(monitors, stage, done, best())
+                    meter.restart()
+                stop, spent = self._agreed_stop(), progress.skipped > run.max_skipped
+                if stop or spent or last or done % run.save_every == 0:
+                    self._save(stage, average, progress, wait=stop or spent)
+                if spent:
+                    where = rows.describe(step * section.batch)
+                    raise ColadaError(
+                        f"stage {stage.number}: {progress.skipped} steps were not finite, run.max_skipped="
+                        f"{run.max_skipped}; the last is step {done}, whose batch begins with {where}; saved"
+                    )
+                if stop:
                     raise Interrupted(f"stopped at stage {stage.number}, step {done}; run again to resume")
         if average is not None:
             stage.networks.load_state_dict(best().state_dict())
 
+    def _ahead(self, stage: Stage, rows: Rows, start: int) -> Iterator[tuple[int, tuple[Batch, Draws]]]:
+        """Yield each step with this rank's rows and draws, made while the step before computes."""
+        size = stage.section.batch
+
+        def make(step: int) -> tuple[Batch, Draws]:
+            return self._rows_and_draws(stage, rows, [step * size + i for i in self.ranks.share(size)], 0)
+
+        with ThreadPoolExecutor(1) as worker:
+            coming = worker.submit(make, start)
+            for step in range(start, stage.section.steps):
+                ready = coming.result()
+                if step + 1 < stage.section.steps:
+                    coming = worker.submit(make, step + 1)
+                yield step, ready
+
+    def _rows_and_draws(
+        self, stage: Stage, rows: Rows, numbers: Sequence[int], offset: int
+    ) -> tuple[Batch, Draws]:
+        """Return rows by number, and what their loss draws."""
+        return batch(rows, numbers), stage.draw([offset + number for number in numbers])
+
+    def _passes(self, stage: Stage, own: Batch, draws: Draws) -> Iterator[tuple[Batch, Draws]]:
+        """Yield the micro-batches of a step on the device."""
+        size = stage.section.micro_batch or len(own)
+        for begin in range(0, len(own), size):
+            end = min(begin + size, len(own))
+            yield own.rows(begin, end).to(self.device), draws.rows(begin, end).to(self.device)
+
+    def _counts(self, own: Batch, draws: Draws) -> Counts:
+        """Return the counts of the whole step, over all ranks."""
+        counts = count(own, draws, self.vae.config)
+        values = self.ranks.sum(
+            torch.tensor([counts.tokens, counts.latents, counts.noisy], dtype=torch.float64)
+        )
+        return Counts(*(max(1.0, value) for value in values.tolist()))
+
+    def _step(
+        self, stage: Stage, step: int, own: Batch, draws: Draws
+    ) -> tuple[dict[str, Tensor], float | None]:
+        """Take one optimiser step.
+
+        Returns: the loss terms, and the gradient's norm; None where the step was skipped because
+            the loss or the norm is not finite.
+        """
+        counts = self._counts(own, draws)
+        stage.networks.zero_grad(set_to_none=True)
+        terms: dict[str, Tensor] = {}
+        total = torch.zeros((), device=self.device)
+        for rows, drawn in self._passes(stage, own, draws):
+            with self._autocast():
+                loss = stage.loss(stage.networks, rows, drawn, counts, step)
+            # Gradients are averaged over the ranks, the losses are to be summed.
+            (loss.total * self.ranks.size).backward()
+            _add(terms, loss.terms)
+            total += loss.total.detach()
+        parameters = [p for p in stage.networks.parameters() if p.grad is not None]
+        average_gradients(parameters, self.ranks)
+        norm = nn.utils.clip_grad_norm_(parameters, stage.section.clip)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        terms["loss"] = total
+        if not math.isfinite(float(self.ranks.sum(total.clone())) + float(norm)):
+            return terms, None
+        set_learning_rate(stage.optimisers, learning_rate(step, stage.section))
+        for optimiser in stage.optimisers:
+            optimiser.step()
+        return terms, float(norm)
+
     # --- what happens besides training ------------------------------------------------------
 
     @torch.no_grad()
-    def _validate(self, stage: Stage, networks: nn.ModuleDict, rows: Rows) -> dict[str, float]:
+    def _validate(self, stage: Stage, networks: nn.ModuleDict, rows: Rows, step: int) -> dict[str, Any]:
         """Return the mean of each loss term over the same validation rows, noise and timesteps every time."""
-        batch = min(stage.section.batch, self.recipe.run.validation_rows)
-        batches = max(1, self.recipe.run.validation_rows // batch)
-        sums: dict[str, float] = {}
-        for number in range(batches):
-            ids = rows.batch(number, batch).to(self.device)
-            generator = step_generator(self.recipe.seed, stage.number, VALIDATION_STEP + number)
+        number = max(1, self.recipe.run.validation_rows // self.ranks.size) * self.ranks.size
+        own, draws = self._rows_and_draws(stage, rows, self.ranks.share(number), VALIDATION_ROW)
+        counts, terms = self._counts(own, draws), dict[str, Tensor]()
+        for part, drawn in self._passes(stage, own, draws):
             with self._autocast():
-                loss = stage.loss(networks, ids, generator)
-            for name, term in loss.terms.items():
-                sums[name] = sums.get(name, 0.0) + float(term) / batches
-        self.display.say(
-            f"stage {stage.number} validation: "
-            + ", ".join(f"{name} {value:.4g}" for name, value in sums.items())
+                _add(terms, stage.loss(networks, part, drawn, counts, step).terms)
+        values = self._readable(terms)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
+        self.display.say(f"stage {stage.number} validation: {shown}")
+        return values
+
+    def _readable(self, terms: dict[str, Tensor]) -> dict[str, Any]:
+        return readable({name: self.ranks.sum(term.double()) for name, term in sorted(terms.items())})
+
+    def _rate(self, stage: Stage, step: int) -> float:
+        return stage.section.lr * learning_rate(step, stage.section)
+
+    def save_model(self, directory: Path) -> None:
+        """Write the networks in the released format; all ranks must call it."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        states = [get_model_state_dict(network, options=whole) for network in (self.vae, self.dit)]
+        if self.ranks.first:
+            vae, dit = TextVAE(self.vae.config), DiT(self.dit.config)
+            vae.load_state_dict(states[0])
+            dit.load_state_dict(states[1])
+            write_model(vae, dit, self.recipe, self.tokenizer, self.template, directory)
+        self.ranks.wait()
+
+    def _model(self, vae: TextVAE, dit: DiT) -> ColaDLM:
+        settings = self.recipe.generation
+        return ColaDLM(
+            vae, dit, self.tokenizer, origin=str(self.out), generation=settings, chat_template=self.template
         )
-        return sums
 
-    def model(self, vae: TextVAE, dit: DiT) -> ColaDLM:
-        """Return a model of these networks in the recipe's ``save_dtype``."""
-        dtype = torch.bfloat16 if self.recipe.run.save_dtype == "bfloat16" else torch.float32
-        copies = TextVAE(vae.config), DiT(dit.config)
-        for copy, network in zip(copies, (vae, dit), strict=True):
-            copy.load_state_dict(network.state_dict())
-            copy.to(dtype)
-        return ColaDLM(*copies, self.tokenizer, origin=str(self.out), generation=self.recipe.generation)
-
-    def _sample(self, step: int, networks: nn.ModuleDict) -> None:
+    def _sample(self, monitors: Monitors, stage: Stage, step: int, networks: nn.ModuleDict) -> None:
         run = self.recipe.run
-        vae = _vae(networks) if "vae" in networks else self.vae
-        model = ColaDLM(vae, _dit(networks), self.tokenizer, generation=self.recipe.generation)
-        completions = model.generate(run.sample_prompts, run.sample_tokens, seed=self.recipe.seed)
-        with disk_errors(self.out), (self.out / SAMPLES).open("a", encoding="utf-8") as file:
-            for prompt, completion in zip(run.sample_prompts, completions, strict=True):
-                file.write(f"--- step {step}\n{prompt}{completion.text}\n")
-                self.display.say(f"sample: {escape(prompt)}[bold]|[/bold]{escape(completion.text)}")
+        model = self._model(_vae(networks) if "vae" in networks else self.vae, _dit(networks))
+        prompts = list(run.sample_prompts)
+        asked = prompts
+        if self.recipe.data.chats:
+            asked = [model.chat_prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
+        # On all ranks alike: a sharded network computes only together. Uncompiled: shapes keep changing.
+        with torch.compiler.set_stance("force_eager"):
+            answers = model.generate(asked, run.sample_tokens, seed=self.recipe.seed)
+        for prompt, done in zip(prompts, answers, strict=True):
+            monitors.text(stage.number, step, prompt, prompt + done.text)
+            self.display.say(f"sample: {escape(prompt)}[bold]|[/bold]{escape(done.text)}")
 
-    def _log(self, stage: Stage, step: int, split: str, terms: dict[str, float]) -> None:
-        with disk_errors(self.out), (self.out / METRICS).open("a", encoding="utf-8") as file:
-            record = {"stage": stage.number, "step": step, "split": split, "time": time.time(), **terms}
-            file.write(json.dumps(record) + "\n")
+    def _log(self, monitors: Monitors, stage: Stage, step: int, split: str, values: dict[str, Any]) -> None:
+        with disk_errors(self.out):
+            monitors.log({"stage": stage.number, "step": step, "split": split, "time": time.time(), **values})
 
-    def _save(
-        self,
-        stage: Stage,
-        step: int,
-        schedules: list[LambdaLR],
-        average: AveragedModel | None,
-    ) -> None:
-        """Write the state, replacing the last one only once it is whole."""
-        state = {
-            "stage": stage.number,
-            "step": step,
-            "networks": stage.networks.state_dict(),
-            "vae": self.vae.state_dict(),
-            "reference": self.reference.state_dict() if self.reference is not None else None,
-            "optimisers": [optimiser.state_dict() for optimiser in stage.optimisers],
-            "schedules": [schedule.state_dict() for schedule in schedules],
-            "average": average.state_dict() if average is not None else None,
+    def _save(self, stage: Stage, average: AveragedModel | None, progress: Progress, wait: bool) -> None:
+        state = {"stage": stage.number, **asdict(progress), "made_with": self.made_with}
+        state |= {"vae": self.vae.config.to_dict(), "dit": self.dit.config.to_dict()}
+        files = {
+            RECIPE: commented(self.recipe),
+            TOKENIZER_FILE: self.tokenizer.to_json(),
+            STATE: json.dumps(state, indent=2),
         }
-        partial = self.out / (CHECKPOINT + ".partial")
-        try:
-            with disk_errors(self.out):
-                torch.save(state, partial)
-                os.replace(partial, self.out / CHECKPOINT)
-        except RuntimeError as error:
-            # How torch.save reports a write that its zip writer could not do.
-            raise ColadaError(f"cannot write to {partial}: {str(error).splitlines()[0]}") from None
-        finally:
-            partial.unlink(missing_ok=True)
+        if self.template is not None:
+            files[CHAT_TEMPLATE_FILE] = self.template
+        place = Place(stage.number, progress.step)
+        self.checkpoints.save(place, self._state(stage, average), files, wait)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.recipe.run.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _agreed_stop(self) -> bool:
+        """Return whether any rank was asked to stop: all must do so after the same step."""
+        return bool(self.ranks.sum(torch.tensor(float(self._stop))))
 
     @contextmanager
     def _graceful_stop(self) -> Iterator[None]:
@@ -396,34 +470,9 @@ class Trainer:
                 signal.signal(which, handler)
 
 
-@contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turn a failed write under ``out`` (no space, no permission) into a ColadaError."""
-    try:
-        yield
-    except OSError as error:
-        raise ColadaError(f"cannot write to {out}: {error.strerror or error}") from None
-
-
-def make_optimisers(network: nn.Module, section: OptimiserSection, lr: float) -> list[torch.optim.Optimizer]:
-    """Return a network's optimisers; weight decay is on matrices only, AdaLN and embeddings are AdamW's."""
-    named = list(network.named_parameters())
-    blocks = [p for name, p in named if p.ndim == 2 and "blocks." in name and ".ada." not in name]
-    if section.optimiser == "adamw":
-        blocks = []
-    inside = {id(parameter) for parameter in blocks}
-    matrices = [p for _, p in named if p.ndim > 1 and id(p) not in inside]
-    vectors = [p for _, p in named if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimisers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=lr, betas=section.betas, weight_decay=section.weight_decay, fused=True)
-    ]
-    if blocks:
-        muon = torch.optim.Muon(
-            blocks, lr=lr, weight_decay=section.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        optimisers.append(muon)
-    return optimisers
+def _add(sums: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
+    for name, term in terms.items():
+        sums[name] = sums[name] + term if name in sums else term
 
 
 def _vae(networks: nn.ModuleDict) -> TextVAE:
@@ -436,12 +485,3 @@ def _dit(networks: nn.ModuleDict) -> DiT:
     dit = networks["dit"]
     assert isinstance(dit, DiT)
     return dit
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ColadaError(f"run.device={name!r}, expected 'auto', 'cpu' or 'cuda'") from None

@@ -1,0 +1,169 @@
+"""Conversations and prompts with completions, as samples: a prompt that is read, an answer that is learnt.
+
+A chat template is a Jinja text as model hubs keep it, rendered with ``messages`` and
+``add_generation_prompt``. The prompt of an answer is the rendering of all messages before it with
+``add_generation_prompt``; the answer is what the template then adds for it, up to and with the first
+end token. Both are tokenised by themselves, as in generation, where only the prompt exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from colada.errors import ColadaError
+from colada.tokenizer import IM_END, IM_START, Tokenizer
+
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    f"{IM_START}{{{{ message['role'] }}}}\n{{{{ message['content'] }}}}{IM_END}\n"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{IM_START}assistant\n{{% endif %}}"
+)
+"""ChatML."""
+
+ANSWERING = "assistant"  # The role whose turns are learnt.
+
+
+def read_template(path: Path) -> str:
+    """Return a chat template's text.
+
+    Raises:
+        ColadaError: if the file cannot be read or is no Jinja template.
+    """
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ColadaError(f"cannot read the chat template {path}: {error}") from None
+    try:
+        _environment().from_string(template)
+    except TemplateError as error:
+        raise ColadaError(f"{path} is not a chat template: {error}") from None
+    return template
+
+
+def render(
+    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, template: str, origin: str, answer: bool
+) -> str:
+    """Return a conversation as text.
+
+    Args:
+        answer: end where the next answer begins.
+        origin: names the conversation in errors.
+
+    Raises:
+        ColadaError: if the template refuses it.
+    """
+    try:
+        return _compiled(template).render(
+            messages=messages,
+            add_generation_prompt=answer,
+            eos_token=tokenizer.decode([tokenizer.eos_id], skip_special=False),
+            pad_token=tokenizer.decode([tokenizer.pad_id], skip_special=False),
+            bos_token="",
+        )
+    except (TemplateError, TypeError) as error:
+        raise ColadaError(f"{origin}: the chat template refuses it: {error}") from None
+
+
+def check_messages(messages: object, tokenizer: Tokenizer, origin: str) -> list[dict[str, str]]:
+    """Return a conversation once checked.
+
+    Raises:
+        ColadaError: if it is no list of objects with string ``role`` and ``content``, or a content spells
+            a special token, which would end or fake a turn.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ColadaError(f"{origin}: messages is {_shown(messages)}, expected a list of role and content")
+    for number, message in enumerate(messages):
+        where = f"{origin}: messages[{number}]"
+        if not isinstance(message, Mapping):
+            raise ColadaError(f"{where} is {_shown(message)}, expected an object with role and content")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise ColadaError(f"{where}.{key} is {_shown(message.get(key))}, expected a string")
+            _check_plain(message[key], tokenizer, f"{where}.{key}")
+    return messages
+
+
+def encode_messages(
+    messages: object, tokenizer: Tokenizer, template: str, origin: str
+) -> list[tuple[list[int], int]]:
+    """Return a sample for each assistant turn: its ids with the prompt before, and the prompt's length.
+
+    Raises:
+        ColadaError: naming ``origin``, for a malformed conversation, one without an assistant's turn, or
+            a template whose rendering of a conversation does not begin with that of its prompt.
+    """
+    checked = check_messages(messages, tokenizer, origin)
+    samples = []
+    for number, message in enumerate(checked):
+        if message["role"] != ANSWERING:
+            continue
+        prompt = render(checked[:number], tokenizer, template, origin, answer=True)
+        whole = render(checked[: number + 1], tokenizer, template, origin, answer=False)
+        if not whole.startswith(prompt):
+            raise ColadaError(
+                f"{origin}: the chat template renders messages[{number}] in another way than its prompt"
+            )
+        ids = tokenizer.encode(prompt)
+        samples.append((ids + _ended(tokenizer.encode(whole[len(prompt) :]), tokenizer), len(ids)))
+    if not samples:
+        raise ColadaError(f"{origin}: no message has the role {ANSWERING!r}, expected an answer to learn")
+    return samples
+
+
+def encode_pair(
+    prompt: object, completion: object, tokenizer: Tokenizer, origin: str
+) -> tuple[list[int], int]:
+    """Return a prompt with its completion and the end-of-text id, and the prompt's length.
+
+    Raises:
+        ColadaError: naming ``origin``, if either is no string, or the completion is empty.
+    """
+    for name, text in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(text, str):
+            raise ColadaError(f"{origin}: {name} is {_shown(text)}, expected a string")
+    if not completion:
+        raise ColadaError(f"{origin}: completion is empty, expected text to learn")
+    ids = tokenizer.encode(str(prompt))
+    return [*ids, *tokenizer.encode(str(completion)), tokenizer.eos_id], len(ids)
+
+
+def _ended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Cut after the first id that ends generation; end with end-of-text where the template has none."""
+    end = next((at for at, token in enumerate(ids) if token in tokenizer.end_ids), None)
+    return [*ids, tokenizer.eos_id] if end is None else ids[: end + 1]
+
+
+def _check_plain(text: str, tokenizer: Tokenizer, where: str) -> None:
+    for token in tokenizer.specials:
+        if token in text:
+            raise ColadaError(f"{where} spells the special token {token!r}, expected plain text")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+@lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    # What templates of model hubs call to refuse a conversation.
+    environment.globals["raise_exception"] = refuse
+    return environment
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    return _environment().from_string(template)

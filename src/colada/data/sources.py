@@ -1,0 +1,244 @@
+"""Where training data is from: a file, a folder, or a data set of the hub, and what a record of it holds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from colada.data.documents import (
+    Part,
+    Record,
+    check_columns,
+    find_files,
+    read_records,
+    record_of,
+    split_file,
+    text_of,
+)
+from colada.errors import ColadaError
+
+Format = Literal["text", "messages", "pairs"]
+
+
+class Source(BaseModel):
+    """A file or folder (``path``), or a data set (``hub``)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str | None = Field(
+        None, description="File or folder of .txt, .jsonl, .parquet (or .gz of the first two)."
+    )
+    hub: str | None = Field(None, description="Or a data set's hub id or directory, read by `datasets`.")
+    config: str | None = Field(None, description="hub: which of the data set's configurations.")
+    revision: str | None = Field(None, description="hub: branch, tag or commit.")
+    split: str = Field("train", description="hub: which split to train on.")
+    streaming: bool = Field(
+        False, description="hub: read it over the network instead of downloading it first."
+    )
+    validation: str | None = Field(
+        None,
+        description="Validation text: a file or folder, or a split of hub; unset: a share of the samples.",
+    )
+    include: tuple[str, ...] = Field(
+        (), description="path: only files whose name matches a pattern, such as *.txt."
+    )
+    format: Format = Field(
+        "text",
+        description="What a record holds: text, a conversation (messages), or prompt and completion (pairs).",
+    )
+    column: str | None = Field(
+        None, description="Key or column of the text or messages; unset: text, or messages."
+    )
+    prompt_column: str = Field("prompt", description="pairs: key or column of the prompt.")
+    completion_column: str = Field("completion", description="pairs: key or column of the completion.")
+    weight: float = Field(1.0, gt=0, description="Share of the rows, relative to the other sources'.")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError(f"path={self.path!r} and hub={self.hub!r}, expected one of them")
+        for key, value in (
+            ("config", self.config),
+            ("revision", self.revision),
+            ("streaming", self.streaming),
+        ):
+            if value and self.hub is None:
+                raise ValueError(f"{key}={value!r} without hub: it is of hub data sets")
+        if self.include and self.path is None:
+            raise ValueError(f"include={list(self.include)} without path: it is of files")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What errors and messages call it."""
+        return self.path or f"{self.hub}{f' ({self.config})' if self.config else ''}"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The keys or columns that a record must have."""
+        if self.format == "pairs":
+            return (self.prompt_column, self.completion_column)
+        return (self.column or self.format,)
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def read_texts(source: Source, validation_share: float) -> Iterator[str]:
+    """Yield what a source's training records say, for a tokenizer to learn from.
+
+    Raises:
+        ColadaError: for what cannot be read or is no text, with its file and line or row.
+    """
+    for part in parts(source):
+        for record in read(source, part, validation_share):
+            if record.split == "train":
+                yield from _texts(source, record)
+
+
+def _texts(source: Source, record: Record) -> list[str]:
+    if source.format == "messages":
+        (messages,) = record.values
+        try:
+            return [text_of(message["content"], "content", record.origin) for message in messages]
+        except (TypeError, KeyError):
+            raise ColadaError(
+                f"{record.origin}: {source.columns[0]!r} is no list of messages with role and content"
+            ) from None
+    pairs = zip(source.columns, record.values, strict=True)
+    return [text_of(value, column, record.origin) for column, value in pairs]
+
+
+def parts(source: Source, size: int = sys.maxsize) -> list[Part]:
+    """Return the parts of a source, in order; those of its own ``validation`` come last.
+
+    With a ``validation`` of its own, all else is trained on, whatever a ``split`` column says.
+
+    Args:
+        size: of a part, in bytes, about; a stream's parts are its files.
+
+    Raises:
+        ColadaError: if there is no such data.
+    """
+    _dataset.cache_clear()  # It may have changed since this process last read it.
+    if source.validation is None:
+        return _parts_of(source, source.path or source.split, size)
+    trained, held_out = (
+        _parts_of(source, where, size) for where in (source.path or source.split, source.validation)
+    )
+    return [replace(part, split="train") for part in trained] + [
+        replace(part, split="validation") for part in held_out
+    ]
+
+
+def _parts_of(source: Source, where: str, size: int) -> list[Part]:
+    """Return the parts of a file, a folder or a data set's split."""
+    if source.path is not None:
+        # The pattern is of the training data's names; another place has its own.
+        files = find_files(Path(where), source.include if where == source.path else ())
+        text = next((path for path in files if path.name.lower().endswith((".txt", ".txt.gz"))), None)
+        if text is not None and source.format != "text":
+            raise ColadaError(
+                f"{text}: plain text with format={source.format!r}, expected .jsonl or .parquet"
+            )
+        return [part for path in files for part in split_file(path, size)]
+    data = _dataset(source, where)
+    place = f"{source.name}, {where}: "
+    if source.streaming:
+        return [Part(where, f"{place}file {n + 1}, row ", n, n + 1, 0, size) for n in range(data.num_shards)]
+    each = max(1, len(data) * size // max(data.data.nbytes, 1))
+    begins = range(0, len(data), each)
+    return [Part(where, f"{place}row ", n, n + each, n, data.data.nbytes // len(begins)) for n in begins]
+
+
+def identity(source: Source) -> list[object]:
+    """Return what changes with a source's content.
+
+    For files: path, size and modification time, since reading everything at each start would cost more than
+    now and then tokenising a copy anew. For a data set: its builder's hash, which is of the revision's
+    commit or, for a local directory, of the files' names and times.
+
+    Raises:
+        ColadaError: if there is no such data.
+    """
+    if source.hub is not None:
+        return [_builder(source).hash]
+    places = [(source.path, source.include), (source.validation, ())]
+    stats = [
+        (str(path), path.stat())
+        for where, include in places
+        if where is not None
+        for path in find_files(Path(where), include)
+    ]
+    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def read(source: Source, part: Part, validation_share: float) -> Iterator[Record]:
+    """Yield the records of a part, of both splits.
+
+    Raises:
+        ColadaError: for what cannot be read, with its file and line or row.
+    """
+    if source.path is not None:
+        yield from read_records(part, source.columns, validation_share)
+        return
+    for number, row in enumerate(_rows(source, part), part.before + 1):
+        check_columns(f"{part.place}{number}", source.columns, list(row))
+        record = record_of(row, part, number, source.columns, validation_share)
+        if record is not None:
+            yield record
+
+
+# --- data sets ---------------------------------------------------------------------------------
+
+
+def _rows(source: Source, part: Part) -> Iterator[dict[str, object]]:
+    data = _dataset(source, part.where)
+    with _named(source, part.where):
+        if source.streaming:
+            data = data.shard(data.num_shards, part.begin)
+        else:
+            data = data.select(range(len(data))[part.begin : part.end])
+        yield from data
+
+
+@lru_cache(maxsize=4)  # Workers read many parts of the same split.
+def _dataset(source: Source, split: str) -> Any:
+    """Return a hub data set's split.
+
+    Raises:
+        ColadaError: without `datasets`, or if the data set cannot be had.
+    """
+    builder = _builder(source)
+    with _named(source, split):
+        if source.streaming:
+            return builder.as_streaming_dataset(split=split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+
+
+def _builder(source: Source) -> Any:
+    try:
+        from datasets import load_dataset_builder
+    except ImportError:
+        raise ColadaError(f'{source.name}: hub data needs datasets: pip install "colada-lm[hub]"') from None
+    with _named(source, source.split):
+        return load_dataset_builder(source.hub, source.config, revision=source.revision)
+
+
+@contextmanager
+def _named(source: Source, split: str) -> Iterator[None]:
+    """Name the data set in whatever is raised."""
+    try:
+        yield
+    # Each file format and transport of the library raises errors of its own.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ColadaError(f"cannot read data set {source.name}, split {split!r}: {reason}") from error

@@ -1,0 +1,135 @@
+"""The commands around training runs: train, report, export, recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from colada.errors import ColadaError
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the run. Default: runs/ and the recipe's name.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="File or folder of text, in place of the recipe's data.sources.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."
+        ),
+    ] = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="WHICH", help="Go on from: auto (the last checkpoint of --out), a step, or a directory."
+        ),
+    ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print parameters, memory, tokens and FLOPs, and do not train.")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: plan for so many. Default: torchrun's, or 1.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Train a model from text, both stages; under torchrun on several ranks.
+
+    Ctrl-C and SIGTERM save the state; running again resumes it.
+    """
+    with _training_extra():
+        from colada.training.recipe import load_recipe
+        from colada.training.trainer import MODEL, Interrupted, Trainer
+    from rich.console import Console
+
+    from colada.training.display import Display
+    from colada.training.parallel import joined, world_size
+
+    sources = [] if data is None else [f"data.sources=[{{path: {json.dumps(str(data))}}}]"]
+    settings = load_recipe(recipe, [*sources, *(overrides or [])])
+    if dry_run:
+        from colada.training.dry_run import plan_run
+
+        plan = plan_run(settings, ranks or world_size())
+        if as_json:
+            print(json.dumps(plan.to_dict(), indent=2))
+        else:
+            for name, value in plan.lines():
+                print(f"{name:<32}{value:>14}")
+        return
+    out = Path("runs") / recipe.stem if out is None else out
+    run = settings.run
+    with joined(run.device, run.shard, run.replicas) as group:
+        display = Display(Console(stderr=True, quiet=quiet or not group.first))
+        try:
+            Trainer(settings, out, display, resume, group).run()
+        except Interrupted as stopped:
+            if group.first:
+                print(stopped, file=sys.stderr)
+            raise typer.Exit(130) from None
+    if group.first:
+        print(f"the model is in {out / MODEL}; try it:")
+        prompt = next(iter(run.sample_prompts), "Once upon a time")
+        print(shlex.join(["colada", "generate", "--model", str(out / MODEL), prompt]))
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, finished or not.")],
+) -> None:
+    """Draw a run's metrics: RUN/report/report.html, with its plots beside it."""
+    with _training_extra():
+        from colada.training.report import write_report
+
+    print(f"wrote {write_report(run)}")
+
+
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A directory below checkpoints/ of a run.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="MODEL", help="The model directory to write.")],
+) -> None:
+    """Write a checkpoint of a run as a model in the released format, with averaged weights if it has them."""
+    with _training_extra():
+        from colada.training.export import export as write
+
+    print(f"wrote {out}: {write(checkpoint, out)}")
+
+
+def recipe(
+    start: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="Default: no key is set.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."
+        ),
+    ] = None,
+) -> None:
+    """Print a recipe with every key there is, each with its meaning and its value."""
+    with _training_extra():
+        from colada.training.recipe import commented, load_recipe
+
+    print(commented(load_recipe(start or Path(os.devnull), overrides or [])), end="")
+
+
+@contextmanager
+def _training_extra() -> Iterator[None]:
+    """Name the extra to install where a package is missing that only training needs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("pydantic", "yaml", "pyarrow", "filelock", "matplotlib"):
+            raise
+        raise ColadaError(f'training needs {error.name}: pip install "colada-lm[train]"') from None

@@ -1,0 +1,114 @@
+"""A recipe's data: the tokenizer, the token shards of its sources, and the rows of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from colada.chat import DEFAULT_TEMPLATE, read_template
+from colada.config import TextVAEConfig
+from colada.data.documents import Split
+from colada.data.rows import MixedRows, Rows, SampleRows, StreamRows
+from colada.data.shards import prepare
+from colada.data.sources import Source, read_texts
+from colada.data.stream import TokenStream
+from colada.errors import ColadaError
+from colada.tokenizer import Tokenizer
+from colada.training.recipe import OptimiserSection, Recipe
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The token streams of a recipe's sources, by split."""
+
+    recipe: Recipe
+    pad_id: int
+    streams: Sequence[tuple[Source, dict[Split, TokenStream]]]
+
+    def rows(self, split: Split, section: OptimiserSection, seed: int, config: TextVAEConfig) -> Rows:
+        """Return the rows of a stage: of all sources by weight, those too short for validation left out.
+
+        Raises:
+            ColadaError: if there is too little text.
+        """
+        parts: list[tuple[Rows, float]] = []
+        problem: ColadaError | None = None
+        for source, streams in self.streams:
+            try:
+                rows = self._rows(streams[split], section.length, seed, f"{source.name}: {split}", config)
+            except ColadaError as error:
+                if split == "train":
+                    raise
+                problem = error
+                continue
+            parts.append((rows, source.weight))
+        if not parts:
+            assert problem is not None
+            raise ColadaError(f"{problem}; give more text, or set run.validate_every=0")
+        return parts[0][0] if len(parts) == 1 else MixedRows(parts, seed)
+
+    def _rows(self, stream: TokenStream, length: int, seed: int, name: str, config: TextVAEConfig) -> Rows:
+        data = self.recipe.data
+        if data.packing == "samples":
+            return SampleRows(stream, length, config.block_tokens, seed=seed, pad_id=self.pad_id, name=name)
+        return StreamRows(stream, length, seed=seed, align=data.align, name=name)
+
+
+def chat_template(recipe: Recipe, own: str | None) -> str | None:
+    """Return the recipe's chat template, or the model's ``own``; ChatML where conversations need one.
+
+    Raises:
+        ColadaError: if the file cannot be read or is no template.
+    """
+    if recipe.data.chat_template is not None:
+        return read_template(Path(recipe.data.chat_template))
+    if own is not None:
+        return own
+    return DEFAULT_TEMPLATE if recipe.data.chats else None
+
+
+def train_tokenizer(recipe: Recipe) -> Tokenizer:
+    """Train the recipe's tokenizer on the training text of all its sources."""
+
+    def texts() -> Iterator[str]:
+        for source in recipe.data.sources:
+            yield from read_texts(source, recipe.data.validation_share)
+
+    return Tokenizer.train(texts(), recipe.tokenizer.vocab_size)
+
+
+def prepare_inputs(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    template: str | None,
+    cache: Path,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None] | None = None,
+) -> Inputs:
+    """Tokenise what is not yet in ``cache``, and open the shards.
+
+    Raises:
+        ColadaError: for unusable sources, or conversations without ``packing: samples``.
+    """
+    data = recipe.data
+    streams = []
+    for source in data.sources:
+        if source.format != "text" and data.packing != "samples":
+            raise ColadaError(
+                f"recipe: data.packing={data.packing!r} with a source of {source.format}, expected 'samples'"
+            )
+        made = prepare(
+            source,
+            cache,
+            tokenizer,
+            validation_share=data.validation_share,
+            template=template,
+            workers=data.workers,
+            progress=progress,
+            say=say,
+        )
+        for split, stream in made.items():
+            say(f"{source.name}: {split}: {len(stream):,} tokens in {len(stream.starts):,} samples")
+        streams.append((source, made))
+    return Inputs(recipe, tokenizer.pad_id, streams)

@@ -1,0 +1,370 @@
+"""Where the metrics and samples of a run go while it runs: files, TensorBoard, or a class of your own.
+
+A *record* is a mapping of one moment's metrics::
+
+    {"stage": 2, "step": 400, "split": "train", "time": unix seconds, "nll": 0.31, ...}
+
+Its other numbers are loss terms, "grad_norm", "lr", "tokens_per_s", "mfu" (share of the peak), "memory_gb",
+and of the stage so far "tokens" and "skipped" (steps). "flow_by_t" is a list, the mean flow loss of
+equal bins of t in [0, T), with None for a bin without a timestep.
+
+A run resumes *at* a point, (stage, step): what an earlier attempt logged after that
+point is dropped, since it will be logged again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from colada.errors import ColadaError, nearest
+from colada.flow import T
+
+METRICS_FILE, SAMPLES_FILE, TENSORBOARD_DIR = "metrics.jsonl", "samples.txt", "tensorboard"
+BUILT_IN = ("jsonl", "tensorboard")
+START = (0, 0)  # The point before every record: a run from the start keeps nothing.
+
+NOT_MEASURED = frozenset({"stage", "step", "split", "time"})
+"""Keys of a record that say where it belongs; the others are numbers."""
+
+
+@runtime_checkable
+class Monitor(Protocol):
+    """What is told of a run's metrics and samples; one of your own is made by ``Class(out, recipe)``."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take a record of metrics."""
+
+    def text(self, stage: int, step: int, title: str, text: str) -> None:
+        """Take a sample."""
+
+    def close(self) -> None:
+        """Finish: no call follows."""
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+class JsonLines:
+    """Appends each record to a file as one line of JSON; NaN and infinities become null.
+
+    Args:
+        path: the file, made if need be.
+        resume_at: keep the records up to this (stage, step); None starts the file anew.
+
+    Raises:
+        ColadaError: if the file holds a damaged line or cannot be written.
+    """
+
+    def __init__(self, path: Path, resume_at: tuple[int, int] | None = None) -> None:
+        self._path = path
+        if path.is_file():
+            lines = [line + b"\n" for line in _whole_lines(path).splitlines()]
+            records = (_parse_record(line, path, number) for number, line in enumerate(lines, 1))
+            points = [(record["stage"], record["step"]) for record in records]
+            _keep_until(path, lines, points, resume_at)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append a record; it is in the file when this returns."""
+        finite = {name: _finite(value) for name, value in record.items()}
+        _append(self._path, json.dumps(finite, allow_nan=False) + "\n")
+
+    def text(self, stage: int, step: int, title: str, text: str) -> None:
+        """Samples are not metrics: nothing is written."""
+
+    def close(self) -> None:
+        """Nothing is open between two records."""
+
+
+class Samples:
+    """Appends each sample to a file under a line ``--- step 400, stage 2: title``; arguments as JsonLines."""
+
+    def __init__(self, path: Path, resume_at: tuple[int, int] | None = None) -> None:
+        self._path = path
+        if path.is_file():
+            samples = _split_samples(path)
+            points = [(sample.stage, sample.step) for sample, _ in samples]
+            _keep_until(path, [raw for _, raw in samples], points, resume_at)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Metrics are not samples: nothing is written."""
+
+    def text(self, stage: int, step: int, title: str, text: str) -> None:
+        """Append a sample; it is in the file when this returns."""
+        # A text may itself quote such a file; only headers start in the first column.
+        body = re.sub(r"(?m)^--- step ", " --- step ", text)
+        _append(self._path, f"--- step {step}, stage {stage}: {' '.join(title.split())}\n{body}\n")
+
+    def close(self) -> None:
+        """Nothing is open between two samples."""
+
+
+class Sample(NamedTuple):
+    """An entry of a samples file."""
+
+    stage: int
+    step: int
+    title: str
+    text: str
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics file, in its order.
+
+    Raises:
+        ColadaError: if the file cannot be read, or naming the first line that is not a record.
+    """
+    lines = _read(path).splitlines()
+    return [_parse_record(line, path, number) for number, line in enumerate(lines, 1)]
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Return the entries of a samples file, in its order.
+
+    Raises:
+        ColadaError: if the file cannot be read, or naming the first header that is not one.
+    """
+    return [sample for sample, _ in _split_samples(path)]
+
+
+def _parse_record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        raise ColadaError(f"{path}, line {number}: damaged, expected one JSON object") from None
+    if not isinstance(record, dict):
+        raise ColadaError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
+    for key, kind, name in (
+        ("stage", int, "an integer"),
+        ("step", int, "an integer"),
+        ("split", str, "a name"),
+    ):
+        if not isinstance(record.get(key), kind):
+            raise ColadaError(f"{path}, line {number}: {key}={record.get(key)!r}, expected {name}")
+    if not isinstance(record.get("time"), int | float):
+        raise ColadaError(f"{path}, line {number}: time={record.get('time')!r}, expected seconds")
+    for key in record.keys() - NOT_MEASURED:
+        values = record[key] if isinstance(record[key], list) else [record[key]]
+        if not all(value is None or isinstance(value, int | float) for value in values):
+            raise ColadaError(f"{path}, line {number}: {key}={record[key]!r}, expected numbers")
+    return record
+
+
+_HEADER = re.compile(r"--- step (\d+), stage (\d+): (.*)")
+
+
+def _split_samples(path: Path) -> list[tuple[Sample, bytes]]:
+    """Return the entries of a samples file, each with its bytes."""
+    entries, number = [], 1
+    for raw in re.split(rb"(?m)^(?=--- step )", _whole_lines(path)):
+        if not raw:  # Before the first header.
+            continue
+        header, _, text = raw.decode("utf-8", "replace").partition("\n")
+        match = _HEADER.fullmatch(header)
+        if match is None:
+            raise ColadaError(f"{path}, line {number}: expected '--- step N, stage N: title', got {header!r}")
+        sample = Sample(int(match[2]), int(match[1]), match[3], text.removesuffix("\n"))
+        entries.append((sample, raw))
+        number += raw.count(b"\n")
+    return entries
+
+
+def _finite(value: Any) -> Any:
+    """Return a value of a record with None for what JSON cannot say."""
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ColadaError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _whole_lines(path: Path) -> bytes:
+    """Return a file's content without a half-written last line."""
+    content = _read(path)
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _append(path: Path, text: str) -> None:
+    try:
+        with path.open("ab") as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise ColadaError(f"cannot write to {path}: {error.strerror or error}") from None
+
+
+def _keep_until(
+    path: Path, entries: Sequence[bytes], points: Sequence[tuple[int, int]], last: tuple[int, int] | None
+) -> None:
+    """Rewrite a file with the entries up to a point; it is the old file or the new one at any moment."""
+    kept = b"".join(raw for raw, point in zip(entries, points, strict=True) if point <= (last or START))
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(kept)
+        os.replace(partial, path)
+    except OSError as error:
+        raise ColadaError(f"cannot write to {path}: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# --- TensorBoard -----------------------------------------------------------------------------------
+
+
+class TensorBoard:
+    """Writes event files: tags ``stage1/nll``, ``stage1/validation/nll``, ``stage2/flow_by_t/300-400``.
+
+    Args:
+        directory: for TensorBoard's ``--logdir``; each stage is a run in it.
+        resume_at: keep what was logged up to this (stage, step); None keeps nothing.
+
+    Raises:
+        ColadaError: if the tensorboard package is missing or the directory cannot be written.
+    """
+
+    def __init__(self, directory: Path, resume_at: tuple[int, int] | None = None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ColadaError(
+                'the tensorboard monitor needs a package: pip install "colada-lm[tensorboard]"'
+            ) from None
+        stage, step = resume_at or START
+        # TensorBoard drops what a resumed run repeats by its step alone, so the stages cannot share a run.
+        # Stages before the one resumed are over; of those after it nothing is kept.
+        try:
+            self._writers = {
+                number: SummaryWriter(
+                    str(directory / f"stage{number}"),
+                    purge_step=step + 1 if number == stage else 0,
+                    flush_secs=10,
+                )
+                for number in (1, 2)
+                if number >= stage
+            }
+        except OSError as error:
+            raise ColadaError(f"cannot write to {directory}: {error.strerror or error}") from None
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Write every number of a record as a scalar."""
+        writer, step, time = self._writers[record["stage"]], record["step"], record["time"]
+        prefix = f"stage{record['stage']}/" + ("validation/" if record["split"] == "validation" else "")
+        for name in record.keys() - NOT_MEASURED:
+            for tag, value in _scalars(name, record[name]):
+                writer.add_scalar(prefix + tag, value, step, time)
+
+    def text(self, stage: int, step: int, title: str, text: str) -> None:
+        """Write a sample, as it is: TensorBoard would read it as Markdown."""
+        indented = "\n".join("    " + line for line in text.split("\n"))
+        self._writers[stage].add_text(f"stage{stage}/samples/{title}", indented, step)
+
+    def close(self) -> None:
+        """Flush and close the event files."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+def _scalars(name: str, value: float | list[float | None] | None) -> list[tuple[str, float]]:
+    """Return the scalars of a value of a record, by tag; None is no scalar."""
+    if isinstance(value, list):
+        width = int(T) // len(value)
+        bins = [f"{name}/{index * width:03d}-{(index + 1) * width}" for index in range(len(value))]
+        return [(tag, one) for tag, one in zip(bins, value, strict=True) if one is not None]
+    return [] if value is None else [(name, value)]
+
+
+# --- which monitors a run has ------------------------------------------------------------------------
+
+
+class Monitors:
+    """Several monitors as one."""
+
+    def __init__(self, monitors: Sequence[Monitor]) -> None:
+        self.monitors = tuple(monitors)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Pass a record on to each."""
+        for monitor in self.monitors:
+            monitor.log(record)
+
+    def text(self, stage: int, step: int, title: str, text: str) -> None:
+        """Pass a sample on to each."""
+        for monitor in self.monitors:
+            monitor.text(stage, step, title, text)
+
+    def close(self) -> None:
+        """Close each, whether or not another one fails to."""
+        with ExitStack() as closing:
+            for monitor in reversed(self.monitors):
+                closing.callback(monitor.close)
+
+
+def load_monitor(name: str, out: Path, recipe: Mapping[str, Any]) -> Monitor:
+    """Return ``Class(out, recipe)`` for a name ``package.module:Class``.
+
+    Raises:
+        ColadaError: naming what cannot be imported, is not there, or is no monitor.
+    """
+    module_name, _, class_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:  # ValueError: the module's name is empty.
+        raise ColadaError(f"monitor {name!r}: cannot import {module_name!r}: {error}") from None
+    if not hasattr(module, class_name):
+        raise ColadaError(
+            f"monitor {name!r}: {module_name} has no {class_name!r}{nearest(class_name, vars(module))}"
+        )
+    factory = getattr(module, class_name)
+    if not callable(factory):
+        raise ColadaError(f"monitor {name!r}: {class_name} is a {type(factory).__name__}, expected a class")
+    monitor = factory(out, recipe)
+    if not isinstance(monitor, Monitor):
+        raise ColadaError(f"monitor {name!r}: a monitor has the methods log, text and close")
+    return monitor
+
+
+def make_monitors(
+    names: Sequence[str],
+    out: Path,
+    recipe: Mapping[str, Any],
+    resume_at: tuple[int, int] | None = None,
+    first: bool = True,
+) -> Monitors:
+    """Return the monitors of a run in the directory ``out``; metrics.jsonl and samples.txt are always there.
+
+    Args:
+        names: "jsonl", "tensorboard" or ``package.module:Class``, in any number.
+        recipe: what monitors of one's own are told of the run.
+        resume_at: the (stage, step) at which the run goes on, None from the start.
+        first: whether this is the rank that writes; the others have no monitor.
+
+    Raises:
+        ColadaError: for an unknown name, or whatever a monitor cannot do.
+    """
+    chosen = dict.fromkeys(names)
+    for name in chosen:
+        if name not in BUILT_IN and ":" not in name:
+            raise ColadaError(
+                f"unknown monitor {name!r}{nearest(name, BUILT_IN)}; "
+                "expected jsonl, tensorboard or package.module:Class"
+            )
+    if not first:
+        return Monitors([])
+    # Those that may be refused come first: until then the files of the run are as they were.
+    others: list[Monitor] = [load_monitor(name, out, recipe) for name in chosen if ":" in name]
+    if "tensorboard" in chosen:
+        others.append(TensorBoard(out / TENSORBOARD_DIR, resume_at))
+    return Monitors(
+        [JsonLines(out / METRICS_FILE, resume_at), Samples(out / SAMPLES_FILE, resume_at), *others]
+    )

@@ -1,0 +1,46 @@
+"""What a run was made with: versions, commit, hardware."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import colada
+
+_PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "pyarrow", "datasets")
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Return versions, the source's commit where it is a git checkout, and the device, by name."""
+    found = {"colada": colada.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    commit = _commit()
+    if commit is not None:
+        found["commit"] = commit
+    cuda = device.type == "cuda"
+    found["device"] = torch.cuda.get_device_name(device) if cuda else platform.machine()
+    return found
+
+
+def _commit() -> str | None:
+    """Return the commit of the package's own checkout, with "+" if files differ from it."""
+    source = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=source, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if source not in {(Path(git("rev-parse", "--show-toplevel")) / "src/colada/training").resolve()}:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "src") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

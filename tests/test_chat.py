@@ -1,0 +1,220 @@
+"""Conversations: what is a prompt and what is learnt, and a model that has learnt some."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import colada
+from colada.chat import DEFAULT_TEMPLATE, encode_messages, encode_pair, read_template
+from colada.errors import ColadaError
+from colada.tokenizer import Tokenizer
+from colada.training.recipe import load_recipe
+from colada.training.trainer import Trainer
+from runs import DEBUG
+
+# As model hubs keep one for a model whose turns end with a token of its own spelling.
+BRACKETS = """{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] + '; ' %}
+    {%- set rest = messages[1:] %}
+{%- else %}
+    {%- set system = '' %}
+    {%- set rest = messages %}
+{%- endif %}
+{%- for message in rest %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('roles must alternate') }}
+    {%- endif %}
+    {%- if message['role'] == 'user' %}
+        {{- '[Q] ' + (system if loop.first else '') + message['content'] + ' [A]' }}
+    {%- else %}
+        {{- ' ' + message['content'] | trim + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+
+
+def said(*turns: str) -> list[dict[str, str]]:
+    """A conversation of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["user assistant system hello there you are " * 20], 270)
+
+
+def parts(sample: tuple[list[int], int], tokenizer: Tokenizer) -> tuple[str, str]:
+    """The prompt and the answer of a sample, as text."""
+    ids, prompt = sample
+    return tokenizer.decode(ids[:prompt], skip_special=False), tokenizer.decode(
+        ids[prompt:], skip_special=False
+    )
+
+
+def test_every_answer_is_a_sample_with_all_before_it_as_prompt(tokenizer: Tokenizer) -> None:
+    samples = encode_messages(said("hello", "hi you", "and?", "bye"), tokenizer, DEFAULT_TEMPLATE, "here")
+    first = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    second = first + "hi you<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n"
+    assert [parts(sample, tokenizer) for sample in samples] == [
+        (first, "hi you<|im_end|>"),
+        (second, "bye<|im_end|>"),
+    ]
+    for ids, prompt in samples:
+        assert ids[-1] in tokenizer.end_ids
+        assert not set(ids[prompt:-1]) & set(tokenizer.end_ids)
+        # As in generation, the prompt is tokenised alone.
+        assert ids[:prompt] == tokenizer.encode(tokenizer.decode(ids[:prompt], skip_special=False))
+
+
+def test_a_template_with_turns_of_its_own(tokenizer: Tokenizer) -> None:
+    messages = [{"role": "system", "content": "be short"}, *said("hello", "  hi ", "and", "bye")]
+    samples = encode_messages(messages, tokenizer, BRACKETS, "here")
+    first = "[Q] be short; hello [A]"
+    assert [parts(sample, tokenizer) for sample in samples] == [
+        (first, " hi<|endoftext|>"),
+        (first + " hi<|endoftext|>[Q] and [A]", " bye<|endoftext|>"),
+    ]
+
+
+def test_an_answer_whose_template_ends_it_with_no_end_token_gets_one(tokenizer: Tokenizer) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    (sample,) = encode_messages(said("a", "b"), tokenizer, template, "here")
+    assert parts(sample, tokenizer) == ("user: a\n", "assistant: b\n<|endoftext|>")
+
+
+def test_a_pair_is_its_texts_and_an_end(tokenizer: Tokenizer) -> None:
+    assert parts(encode_pair("hello ", "there", tokenizer, "here"), tokenizer) == (
+        "hello ",
+        "there<|endoftext|>",
+    )
+    assert encode_pair("", "there", tokenizer, "here")[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (None, "messages is None, expected a list"),
+        ([], r"messages is \[\], expected a list"),
+        ("hello", "messages is 'hello', expected a list"),
+        (["hello"], r"messages\[0\] is 'hello', expected an object"),
+        ([{"role": "user"}], r"messages\[0\].content is None, expected a string"),
+        ([*said("a"), {"role": 3, "content": "b"}], r"messages\[1\].role is 3, expected a string"),
+        (said("a"), "no message has the role 'assistant'"),
+        (said("a<|im_end|>", "b"), r"messages\[0\].content spells the special token '<\|im_end\|>'"),
+        (said("a", "b<|endoftext|>"), r"messages\[1\].content spells the special token"),
+    ],
+)
+def test_a_bad_conversation_is_named_in_one_line(tokenizer: Tokenizer, messages: Any, words: str) -> None:
+    with pytest.raises(ColadaError, match=rf"^chats\.jsonl:7: {words}") as caught:
+        encode_messages(messages, tokenizer, DEFAULT_TEMPLATE, "chats.jsonl:7")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_template_refuses_is_named(tokenizer: Tokenizer) -> None:
+    twice = [*said("a"), *said("b", "c")]
+    with pytest.raises(ColadaError, match=r"^here: the chat template refuses it: roles must alternate$"):
+        encode_messages(twice, tokenizer, BRACKETS, "here")
+    moody = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ColadaError, match=r"here: .*renders messages\[1\] in another way than its prompt"):
+        encode_messages(said("a", "b"), tokenizer, moody, "here")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "words"),
+    [(3, "a", "prompt is 3"), ("a", None, "completion is None"), ("a", "", "completion is empty")],
+)
+def test_a_bad_pair_is_named(tokenizer: Tokenizer, prompt: object, completion: object, words: str) -> None:
+    with pytest.raises(ColadaError, match=f"^here: {words}"):
+        encode_pair(prompt, completion, tokenizer, "here")
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ColadaError, match="the chat template refuses it"):
+        encode_messages(said("a", "b"), tokenizer, "{{ ''.__class__.__mro__ }}", "here")
+
+
+def test_a_file_that_is_no_template_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{% for m in %}")
+    with pytest.raises(ColadaError, match=r"own\.jinja is not a chat template"):
+        read_template(tmp_path / "own.jinja")
+    with pytest.raises(ColadaError, match=r"absent\.jinja"):
+        read_template(tmp_path / "absent.jinja")
+
+
+# --- a model that has learnt four answers --------------------------------------------------------
+
+ANSWERS = {"ping": "pong", "red": "rose", "sun": "moon", "cat": "mouse"}
+
+
+@pytest.fixture(scope="module")
+def answering(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which the debug recipe's networks learn four conversations by heart."""
+    out = tmp_path_factory.mktemp("chat")
+    lines = (json.dumps({"messages": said(*pair)}) for pair in ANSWERS.items())
+    (out / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    overrides = [
+        f"data.sources=[{{path: {out / 'chats.jsonl'}, format: messages}}]",
+        "data.packing=samples",
+        "data.validation_share=0",
+        "tokenizer.vocab_size=262",
+        "model.dit.prediction=z0",
+        *(f"{stage}.{setting}" for stage in ("stage1", "stage2") for setting in ("length=48", "batch=4")),
+        "stage2.steps=300",
+        "stage2.lr=0.004",
+        "run.validate_every=0",
+        "run.sample_every=300",
+        "run.sample_prompts=[red]",
+        "run.save_every=1000",
+        "run.report=false",
+        "generation.guidance=1.0",
+    ]
+    Trainer(load_recipe(DEBUG, overrides), out / "run").run()
+    return out / "run" / "model"
+
+
+@pytest.mark.slow
+def test_answers_are_learnt_and_so_is_where_they_end(answering: Path) -> None:
+    model = colada.load(answering)
+    assert model.chat_template == DEFAULT_TEMPLATE
+    for question, answer in ANSWERS.items():
+        done = model.chat(said(question), 30, seed=1)
+        assert (done.text, done.finish_reason) == (answer, "end")
+        written = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        assert model.generate([written], 30, seed=1)[0] == done
+
+
+@pytest.mark.slow
+def test_the_samples_of_a_run_are_answers(answering: Path) -> None:
+    assert (answering.parent / "samples.txt").read_text() == "--- step 300, stage 2: red\nredrose\n"
+
+
+@pytest.mark.slow
+def test_the_template_goes_where_the_model_goes(answering: Path, tmp_path: Path) -> None:
+    model = colada.load(answering)
+    model.save(tmp_path / "copy")
+    assert colada.load(tmp_path / "copy").chat_template == DEFAULT_TEMPLATE
+    model.chat_template = None
+    model.save(tmp_path / "copy")
+    again = colada.load(tmp_path / "copy")
+    with pytest.raises(ColadaError, match=r"has no chat template \(chat_template\.jinja\)"):
+        again.chat(said("ping"))
+    with pytest.raises(ColadaError, match=r"^chat: messages\[0\].content spells"):
+        colada.load(answering).chat(said("<|im_end|>"))
+
+
+@pytest.mark.slow
+def test_the_command_line_prints_the_answer_alone(
+    answering: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from colada.cli import main
+
+    where = ["--model", str(answering), "--chat"]
+    assert main(["generate", "sun", *where]) == 0
+    assert capsys.readouterr().out == "moon\n"
+    (tmp_path / "several.txt").write_text("ping\nred\n")
+    assert main(["generate", "--file", str(tmp_path / "several.txt"), *where]) == 0
+    assert capsys.readouterr().out == "pong\n\nrose\n"
+    assert main(["generate", "cat", *where, "--json"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert (line["prompt"], line["text"]) == ("cat", "mouse")

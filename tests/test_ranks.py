@@ -1,0 +1,129 @@
+"""Training on several ranks, started by torchrun: gloo on the CPU.
+
+The reference is one process: same global batch, same losses.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import colada
+from colada.errors import ColadaError
+from colada.training.checkpoints import Place, places
+from colada.training.parallel import Ranks
+from colada.training.recipe import commented
+from colada.training.trainer import Trainer
+from runs import metrics, recipe
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or sys.platform == "win32",
+    reason="needs torch.distributed with gloo",
+)
+
+JOINT = ["stage2.vae=joint", "stage2.vae_lr=0.1", "stage1.ema=0.9", "stage2.ema=0.95"]
+VARIANTS = {
+    "frozen": ["stage2.copies=2"],
+    "joint": [*JOINT, "stage1.micro_batch=1", "stage2.micro_batch=1", "run.checkpoint_activations=true"],
+    "replicated": [*JOINT, "run.shard=false"],
+    "muon": ["stage1.optimiser=muon", "stage2.optimiser=muon"],
+    "bfloat16": [*JOINT, "run.precision=bfloat16"],
+}
+# Muon orthogonalises in bfloat16, where the order of a sum shows; sharded, weights are gathered in it.
+ROUNDING = {"muon": 1e-3, "bfloat16": 1e-2}
+
+
+def start(ranks: int, made: list[str], out: Path) -> subprocess.CompletedProcess[str]:
+    file = out.with_suffix(".yaml")
+    file.write_text(commented(recipe(*made, "run.keep_last=20")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "colada", "train", str(file), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+
+
+def losses(out: Path) -> list[float]:
+    """Every loss that was logged, in training and validation."""
+    return [r.get("loss", r.get("flow", r.get("nll"))) for r in metrics(out)]
+
+
+def assert_close_models(out: Path, other: Path) -> None:
+    one, two = colada.load(out / "model"), colada.load(other / "model")
+    for network, reference in ((one.vae, two.vae), (one.dit, two.dit)):
+        for (name, value), expected in zip(network.named_parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(
+                value, expected, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every variant on one rank, in this process."""
+    runs = {}
+    for variant, made in VARIANTS.items():
+        runs[variant] = tmp_path_factory.mktemp("alone") / variant
+        Trainer(recipe(*made), runs[variant]).run()
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "ranks", "replicas"),
+    [
+        ("frozen", 2, 1),
+        ("joint", 2, 1),
+        ("replicated", 2, 1),
+        ("muon", 2, 1),
+        ("bfloat16", 2, 1),
+        ("joint", 4, 2),
+    ],
+)
+def test_the_losses_of_several_ranks_are_those_of_one(
+    tmp_path: Path, alone: dict[str, Path], variant: str, ranks: int, replicas: int
+) -> None:
+    done = start(ranks, [*VARIANTS[variant], f"run.replicas={replicas}"], tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the model is in") == 1
+    rounding = ROUNDING.get(variant, 1e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone[variant]), rel=rounding)
+    if variant not in ROUNDING:
+        assert_close_models(tmp_path / "run", alone[variant])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four(
+    tmp_path: Path, alone: dict[str, Path], ranks: int
+) -> None:
+    out = tmp_path / "run"
+    done = start(2, VARIANTS["joint"], out)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(out / "model")
+    # As if it had stopped after its second step of stage 2.
+    for place in places(out / "checkpoints"):
+        if place > Place(2, 2):
+            shutil.rmtree(out / "checkpoints" / place.name)
+    done = start(ranks, VARIANTS["joint"], out)
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == pytest.approx(losses(alone["joint"]), rel=1e-5)
+    assert_close_models(out, alone["joint"])
+
+
+@pytest.mark.slow
+def test_what_does_not_divide_is_refused(tmp_path: Path) -> None:
+    done = start(2, ["stage1.batch=3"], tmp_path / "rows")
+    assert done.returncode != 0
+    assert "error: a batch of 3 rows, expected a multiple of the 2 ranks" in done.stderr
+    done = start(2, ["run.replicas=3"], tmp_path / "replicas")
+    assert "error: run.replicas=3, expected a divisor of the 2 ranks" in done.stderr
+
+
+def test_ranks_share_the_rows_of_a_step_without_gaps() -> None:
+    shares = [list(Ranks(rank, 4, torch.device("cpu")).share(12)) for rank in range(4)]
+    assert [row for share in shares for row in share] == list(range(12))
+    with pytest.raises(ColadaError, match="a batch of 10 rows, expected a multiple of the 4 ranks"):
+        Ranks(0, 4, torch.device("cpu")).share(10)

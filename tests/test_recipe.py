@@ -1,0 +1,225 @@
+"""Recipes: what is read and refused, and what follows from one."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import make_stories
+from colada.errors import ColadaError
+from colada.training.optimisation import average_weights, learning_rate, make_optimisers
+from colada.training.recipe import (
+    OptimiserSection,
+    Recipe,
+    Stage1Section,
+    commented,
+    difference,
+    load_recipe,
+    save_recipe,
+)
+from colada.training.stages import row_generator
+from helpers import tiny_dit, tiny_vae
+from runs import DEBUG, ROOT, recipe
+
+# --- the corpus and the recipes -----------------------------------------------------------------
+
+
+def test_the_corpus_is_what_its_script_writes() -> None:
+    text = make_stories.STORIES.read_text(encoding="utf-8")
+    assert text == make_stories.corpus()
+    assert len(text.encode()) < 150_000
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_reads_back_the_same(path: Path, tmp_path: Path) -> None:
+    loaded = load_recipe(path)
+    save_recipe(loaded, tmp_path / "again.yaml")
+    assert load_recipe(tmp_path / "again.yaml") == loaded
+    loaded.configs(loaded.tokenizer.vocab_size, 1)
+
+
+def test_overrides_are_yaml_values(tmp_path: Path) -> None:
+    made = load_recipe(DEBUG, ["stage1.lr=1e-3", "stage2.loc=null", "run.sample_prompts=[a, b]", "seed=7"])
+    assert (made.stage1.lr, made.stage2.loc, made.seed) == (0.001, None, 7)
+    assert made.run.sample_prompts == ("a", "b")
+    assert load_recipe(DEBUG, ["data.sources.0.path=elsewhere"]).data.sources[0].path == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage1:\n  stpes: 3\n", r"unknown key 'stage1.stpes' \(did you mean 'steps'\?\)"),
+        ("stag1:\n  steps: 3\n", r"unknown key 'stag1' \(did you mean 'stage1'\?\)"),
+        ("stage1:\n  steps: many\n", r"stage1.steps='many'.*integer"),
+        ("stage1:\n  steps: 2.5\n", r"stage1.steps=2.5.*integer"),
+        ("stage2:\n  vae: thawed\n", r"stage2.vae='thawed'.*'frozen', 'joint' or 'interval'"),
+        ("stage2:\n  interval: [0, 3]\n", r"stage2: interval=\[0, 3\]"),
+        ("data:\n  sources: [{pth: x}]\n", r"unknown key 'data.sources.0.pth' \(did you mean 'path'\?\)"),
+        ("data:\n  sources: []\n", r"data.sources"),
+        ("model:\n  init: x\n  vae: {dim: 3}\n", r"model: init gives the configurations"),
+        ("stage1:\n  lr: -1\n", r"stage1.lr=-1.*greater than 0"),
+        ("stage1:\n  betas: [0.9]\n", r"stage1.betas"),
+        ("stage1: 3\n", r"stage1=3"),
+        ("run:\n  log_every: 0\n", r"run.log_every=0"),
+        ("stage1: [1, 2\n", r"not valid YAML"),
+        ("a: b: c\n", r"not valid YAML"),
+        ("\t- x\n", r"not valid YAML"),
+        ("- stage1\n", r"holds a list"),
+        ("just words\n", r"holds a str"),
+    ],
+)
+def test_a_bad_recipe_is_refused_in_one_line_that_names_file_and_key(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(ColadaError, match=message) as caught:
+        load_recipe(path)
+    assert "own.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ColadaError, match=r"absent\.yaml.*No such file"):
+        load_recipe(tmp_path / "absent.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"seed: \xff\n")
+    with pytest.raises(ColadaError, match=r"latin\.yaml"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stage1.steps",
+        "seed.x=1",
+        "stage1.steps=[1",
+        "stage1.stepz=1",
+        "data.sources.1.path=x",
+        "data.sources.x.path=x",
+    ],
+)
+def test_a_bad_override_is_refused(override: str) -> None:
+    with pytest.raises(ColadaError) as caught:
+        load_recipe(DEBUG, [override])
+    assert "\n" not in str(caught.value)
+
+
+# --- formulas -----------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_and_follows_half_a_cosine() -> None:
+    section = OptimiserSection(steps=12, warmup=4, final_lr=0.1)
+    made = [learning_rate(step, section) for step in range(15)]
+    quarter = 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2
+    assert made[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert made[6] == pytest.approx(quarter)
+    assert made[8] == pytest.approx(0.55)
+    assert made[10] == pytest.approx(1.1 - quarter)
+    assert made[12:] == pytest.approx([0.1] * 3)
+    assert all(a > b for a, b in itertools.pairwise(made[4:13]))
+    assert learning_rate(0, OptimiserSection(steps=5, warmup=0)) == 1.0
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_every_parameter_has_one_optimiser_and_vectors_are_not_decayed(optimiser: str) -> None:
+    section = Stage1Section(optimiser=optimiser, weight_decay=0.3)
+    for network in (tiny_vae(), tiny_dit()):
+        groups = [g for opt in make_optimisers(network, section, 0.1) for g in opt.param_groups]
+        held = [parameter for group in groups for parameter in group["params"]]
+        assert len(held) == len({id(p) for p in held})
+        assert {id(p) for p in held} == {id(p) for p in network.parameters()}
+        for group in groups:
+            for parameter in group["params"]:
+                assert group["weight_decay"] == (0.3 if parameter.ndim > 1 else 0.0)
+
+
+def test_averaged_weights_follow_their_recursion() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    average = average_weights(network, 0.4)
+    expected = None
+    for n, weight in enumerate([1.0, -2.0, 5.0, 0.5, 3.0, 8.0, -1.0]):
+        network.weight.data.fill_(weight)
+        average.update_parameters(network)
+        # The first weights are taken over, then the decay is 2/11, 3/12, 4/13, ... up to 0.4.
+        decay = min(0.4, (1 + n) / (10 + n))
+        expected = weight if expected is None else decay * expected + (1 - decay) * weight
+        assert float(average.module.weight.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_row_of_each_stage_has_its_own_noise() -> None:
+    draws = {
+        (seed, stage, row): float(torch.randn((), generator=row_generator(seed, stage, row)))
+        for seed in range(3)
+        for stage in (1, 2)
+        for row in range(20)
+    }
+    assert len(set(draws.values())) == len(draws)
+    assert float(torch.randn((), generator=row_generator(2, 1, 7))) == draws[2, 1, 7]
+
+
+def test_wsd_is_constant_and_then_goes_down_in_a_line() -> None:
+    section = OptimiserSection(steps=20, warmup=4, final_lr=0.2, schedule="wsd", decay=0.25)
+    made = [learning_rate(step, section) for step in range(21)]
+    assert made[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert made[4:16] == [1.0] * 12
+    assert made[15:] == pytest.approx([1.0, 0.84, 0.68, 0.52, 0.36, 0.2])
+
+
+def test_intervals_take_turns_and_begin_with_joint_steps() -> None:
+    two = recipe("stage2.vae=interval", "stage2.interval=[2, 3]").stage2
+    assert [two.joint_at(step) for step in range(7)] == [True, True, False, False, False, True, True]
+    assert all(recipe("stage2.vae=joint").stage2.joint_at(step) for step in range(3))
+    assert not any(recipe().stage2.joint_at(step) for step in range(3))
+
+
+def test_an_unset_loc_follows_the_latent_width() -> None:
+    assert recipe("stage2.loc=null").flow_settings(64).law.loc == pytest.approx(1 + 0.5 * math.log(4))
+    assert recipe("stage2.loc=1.5").flow_settings(64).law.loc == 1.5
+    assert recipe("stage2.timestep_per=row").flow_settings(16).per_block is False
+
+
+def test_the_reference_recipe_is_what_the_recipe_command_prints() -> None:
+    reference = ROOT / "recipes" / "reference.yaml"
+    assert reference.read_text(encoding="utf-8") == commented(Recipe()), (
+        "colada recipe > recipes/reference.yaml"
+    )
+
+
+def test_every_key_has_a_comment_and_is_written() -> None:
+    def check(text: str, section: type, values: dict) -> None:
+        assert values.keys() == section.model_fields.keys()
+        for name, field in section.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and hasattr(inner, "model_fields"):
+                check(text, inner, values[name])
+            elif name != "sources":
+                assert field.description
+                assert " ".join(field.description.split()[:4]) in text
+
+    text = commented(Recipe())
+    check(text, Recipe, yaml.safe_load(text))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stage2.lr=0.5", r"stage2\.lr was 0\.008 and is now 0\.5"),
+        ("seed=1", "seed was 0 and is now 1"),
+        ("data.packing=samples", "data.packing was 'stream' and is now 'samples'"),
+    ],
+)
+def test_the_difference_of_two_recipes_is_what_changes_the_run(override: str, words: str) -> None:
+    import re
+
+    assert re.fullmatch(words, str(difference(recipe(), recipe(override))))
+
+
+@pytest.mark.parametrize(
+    "override", ["run.log_every=5", "generation.guidance=3", "data.workers=3", "stage1.micro_batch=2"]
+)
+def test_what_changes_no_result_is_no_difference(override: str) -> None:
+    assert difference(recipe(), recipe(override)) is None

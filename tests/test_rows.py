@@ -1,0 +1,282 @@
+"""Training rows: every one a pure function of (seed, number), against plain counting."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from colada.data.rows import (
+    FILLING,
+    MIX_PERIOD,
+    Batch,
+    MixedRows,
+    Permutation,
+    Rows,
+    SampleRows,
+    StreamRows,
+    apportion,
+    batch,
+    pack,
+)
+from colada.data.stream import TokenStream
+from colada.errors import ColadaError
+
+PAD = 0
+
+
+def counting(size: int, starts: Sequence[int] = (0,)) -> TokenStream:
+    """A stream whose ids are their own places, from 1, in two parts."""
+    ids = np.arange(1, size + 1, dtype=np.uint32)
+    return TokenStream([ids[: size // 3], ids[size // 3 :]], np.array(starts, dtype=np.int64))
+
+
+def samples(sizes: Sequence[int], prompts: Sequence[int] | None = None) -> TokenStream:
+    """A stream of samples of these sizes, every id different."""
+    starts = np.cumsum([0, *sizes[:-1]])
+    own = None if prompts is None else np.array(prompts)
+    return TokenStream([np.arange(1, sum(sizes) + 1, dtype=np.uint32)], starts, own, "record {}".format)
+
+
+def ids(rows: Rows, numbers: Sequence[int]) -> list[list[int]]:
+    return [rows.row(number).ids[0].tolist() for number in numbers]
+
+
+# --- a random order in no memory -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000])
+def test_a_permutation_holds_every_number_once(size: int) -> None:
+    order = Permutation(size, 3, 7)
+    assert sorted(order[n] for n in range(size)) == list(range(size))
+    with pytest.raises(IndexError):
+        order[size]
+
+
+def test_permutations_of_different_keys_look_random() -> None:
+    places = np.array(
+        [[Permutation(10, seed, epoch)[n] for n in range(10)] for seed in range(40) for epoch in range(25)]
+    )
+    # Each number is at each place about 100 times of 1000; chi-square over 100 cells, 81 degrees of freedom.
+    counts = np.stack([np.bincount(column, minlength=10) for column in places.T])
+    assert ((counts - 100.0) ** 2 / 100).sum() < 140
+    assert len({tuple(row) for row in places.tolist()}) > 990
+    assert [Permutation(10, 1, 2)[n] for n in range(10)] == [Permutation(10, 1, 2)[n] for n in range(10)]
+
+
+# --- rows of a stream ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [33, 40, 63, 64, 65, 96, 1000, 1024, 1025])
+def test_an_epoch_covers_the_stream_in_windows_that_do_not_overlap(size: int) -> None:
+    rows = StreamRows(counting(size), 32, seed=5, align=0.0)
+    for epoch in range(3):
+        taken = ids(rows, range(epoch * rows.per_epoch, (epoch + 1) * rows.per_epoch))
+        assert all(row == list(range(row[0], row[0] + 32)) for row in taken)
+        flat = sorted(token for row in taken for token in row)
+        assert len(set(flat)) == len(flat) == rows.per_epoch * 32
+        assert size - len(flat) < 64
+
+
+def test_epochs_and_seeds_are_in_different_orders() -> None:
+    rows = StreamRows(counting(2000), 32, seed=5, align=0.0)
+    epochs = [ids(rows, range(n * rows.per_epoch, (n + 1) * rows.per_epoch)) for n in range(3)]
+    other = ids(StreamRows(counting(2000), 32, seed=6, align=0.0), range(rows.per_epoch))
+    firsts = [[row[0] // 32 for row in epoch] for epoch in [*epochs, other]]
+    assert len({tuple(first) for first in firsts}) == 4
+    assert len({epoch[0][0] % 32 for epoch in epochs}) > 1  # another offset
+
+
+@pytest.mark.parametrize("packing", ["stream", "samples", "mixed"])
+def test_a_row_does_not_depend_on_what_was_asked_before(packing: str) -> None:
+    def make() -> Rows:
+        stream = StreamRows(counting(700, range(0, 700, 23)), 16, seed=1)
+        held = SampleRows(samples([5, 9, 30, 16, 3] * 9), 16, 4, seed=1, pad_id=PAD)
+        other = SampleRows(samples([7, 12] * 9), 16, 4, seed=2, pad_id=PAD)
+        return {"stream": stream, "samples": held, "mixed": MixedRows([(held, 2.0), (other, 1.0)], 3)}[
+            packing
+        ]
+
+    forwards = ids(make(), range(150))
+    rows = make()
+    assert ids(rows, range(149, -1, -1)) == forwards[::-1]
+    assert ids(make(), [77]) == [forwards[77]]
+    together = batch(rows, range(10, 34))
+    apart = [batch(make(), range(n, n + 8)) for n in (10, 18, 26)]
+    assert torch.equal(together.ids, torch.cat([part.ids for part in apart]))
+    assert together.ids.tolist() == forwards[10:34]
+
+
+def test_aligned_rows_begin_where_a_sample_does() -> None:
+    starts = [0, 40, 45, 130, 300, 444]
+    rows = StreamRows(counting(500, starts), 32, seed=2, align=1.0)
+    plain = StreamRows(counting(500, starts), 32, seed=2, align=0.0)
+    for n in range(3 * rows.per_epoch):
+        begin, moved = plain.row(n).ids[0, 0] - 1, rows.row(n).ids[0, 0] - 1
+        later = [start for start in starts if start >= begin]
+        assert moved == (later[0] if later else 444)
+
+
+def test_the_share_of_aligned_rows_is_about_right() -> None:
+    starts = list(range(0, 4000, 37))
+    rows = StreamRows(counting(4000, starts), 16, seed=2, align=0.3)
+    plain = StreamRows(counting(4000, starts), 16, seed=2, align=0.0)
+    number = 2 * rows.per_epoch
+    moved = sum(ids(rows, [n]) != ids(plain, [n]) for n in range(number))
+    assert moved / number == pytest.approx(0.3 * 36 / 37, abs=0.06)
+
+
+def test_rows_are_copies() -> None:
+    rows = StreamRows(counting(100), 8, seed=0)
+    before = ids(rows, [3])
+    rows.row(3).ids.zero_()
+    assert ids(rows, [3]) == before
+
+
+def test_too_short_a_stream_names_both_numbers() -> None:
+    with pytest.raises(ColadaError, match=r"^books: train has 32 ids, expected at least 33 for rows of 32$"):
+        StreamRows(counting(32), 32, seed=0, name="books: train")
+    assert StreamRows(counting(33), 32, seed=0).row(5).ids.shape == (1, 32)
+
+
+def test_a_row_says_where_it_is_from() -> None:
+    stream = samples([10] * 20)
+    rows = StreamRows(stream, 8, seed=0, align=0.0, name="books")
+    begin = int(rows.row(4).ids[0, 0]) - 1
+    assert rows.describe(4) == f"books, tokens {begin} to {begin + 7}, from record {begin // 10}"
+
+
+# --- rows of whole samples -----------------------------------------------------------------------
+
+SIZES = [3, 16, 7, 1, 40, 9, 12, 33, 5, 5, 8, 15, 2, 31]
+
+
+def test_an_epoch_holds_every_token_of_every_sample_once() -> None:
+    rows = SampleRows(samples(SIZES), 16, 4, seed=3, pad_id=PAD)
+    for epoch in range(2):
+        taken = batch(rows, range(epoch * rows.per_epoch, (epoch + 1) * rows.per_epoch))
+        assert sorted(taken.ids[taken.ids != PAD].tolist()) == list(range(1, sum(SIZES) + 1))
+
+
+def test_samples_are_padded_to_whole_blocks_and_never_mixed() -> None:
+    stream = samples(SIZES)
+    rows = SampleRows(stream, 16, 4, seed=3, pad_id=PAD)
+    owner = np.repeat(np.arange(len(SIZES)), SIZES)
+    seen = 0
+    for n in range(rows.per_epoch):
+        row = rows.row(n)
+        assert row.sample is not None
+        assert row.trained is not None
+        tokens, sample, trained = row.ids[0], row.sample[0], row.trained[0]
+        numbers = sample[sample != FILLING].unique().tolist()
+        assert numbers == list(range(len(numbers)))
+        for number in numbers:
+            (at,) = torch.nonzero(sample == number, as_tuple=True)
+            own = tokens[at]
+            real = own[own != PAD]
+            assert len(at) == -(-len(real) // 4) * 4
+            assert at[0] % 4 == 0
+            assert at.tolist() == list(range(int(at[0]), int(at[-1]) + 1))
+            assert own[len(real) :].tolist() == [PAD] * (len(at) - len(real))
+            assert len(set(owner[real.numpy() - 1])) == 1
+            assert bool(trained[at].all())  # padding of the last block too
+            seen += 1
+        filling = sample == FILLING
+        assert bool((tokens[filling] == PAD).all())
+        assert not bool(trained[filling].any())
+    # A sample longer than a row is cut into rows.
+    assert seen == sum(-(-size // 16) for size in SIZES)
+
+
+def test_prompts_are_not_trained_and_long_ones_leave_their_sample_out() -> None:
+    sizes, prompts = [10, 8, 40, 30, 6], [4, 0, 20, 7, 5]
+    rows = SampleRows(samples(sizes, prompts), 16, 4, seed=0, pad_id=PAD)
+    everything = batch(rows, range(rows.per_epoch))
+    assert everything.trained is not None
+    assert everything.sample is not None
+    begins = np.cumsum([0, *sizes[:-1]]) + 1
+    kept = {0: 10, 1: 8, 3: 16, 4: 6}  # The third's prompt fills a row; of the fourth, a row is kept.
+    expected = sorted(token for n, size in kept.items() for token in range(begins[n], begins[n] + size))
+    assert sorted(everything.ids[everything.ids != PAD].tolist()) == expected
+    untrained = everything.ids[~everything.trained & (everything.sample != FILLING)]
+    prompt = sorted(token for n in kept for token in range(begins[n], begins[n] + prompts[n]))
+    assert sorted(untrained.tolist()) == prompt
+
+
+def test_samples_that_leave_nothing_to_train_are_refused() -> None:
+    with pytest.raises(
+        ColadaError, match=r"^chats has nothing to train on in rows of 8: the prompts of its 2"
+    ):
+        SampleRows(samples([20, 30], [9, 25]), 8, 4, seed=0, pad_id=PAD, name="chats")
+    with pytest.raises(ColadaError, match=r"in rows of 8: no samples$"):
+        SampleRows(TokenStream([], np.empty(0, np.int64)), 8, 4, seed=0, pad_id=PAD)
+
+
+def test_a_row_of_samples_says_where_they_are_from() -> None:
+    rows = SampleRows(samples([16, 16]), 16, 4, seed=0, pad_id=PAD, name="chats")
+    first = int(rows.row(0).ids[0, 0])
+    assert rows.describe(0) == f"chats, 1 samples from record {first // 16}"
+
+
+def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """The plain algorithm: items by size, each into the fullest bin that has room."""
+    bins: list[list[int]] = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [own for own in bins if sum(own) + size <= capacity]
+        if fitting:
+            max(fitting, key=sum).append(size)
+        else:
+            bins.append([size])
+    return bins
+
+
+def test_packing_is_best_fit_decreasing() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        capacity = int(rng.integers(1, 20))
+        sizes = rng.integers(1, capacity + 1, int(rng.integers(1, 120)))
+        bins = pack(sizes, capacity)
+        # Which of two equally full bins gets an item is left open.
+        fullness = sorted(np.bincount(bins, sizes).astype(int).tolist())
+        assert fullness == sorted(map(sum, best_fit_decreasing(sizes.tolist(), capacity)))
+
+
+# --- mixtures ------------------------------------------------------------------------------------
+
+
+def test_a_mixture_has_its_shares_and_takes_each_source_in_turn() -> None:
+    sources = [StreamRows(counting(4000), 8, seed=n, align=0.0) for n in range(3)]
+    rows = MixedRows([(own, weight) for own, weight in zip(sources, (5.0, 2.0, 1.0), strict=True)], 9)
+    taken = [rows._of(n) for n in range(3 * MIX_PERIOD)]
+    turns = [[own for part, own in taken if part == n] for n in range(3)]
+    assert all(own == list(range(len(own))) for own in turns)
+    shares = [len(own) / len(taken) for own in turns]
+    assert shares == pytest.approx([5 / 8, 2 / 8, 1 / 8], abs=1e-3)
+    for n in (0, 17, 5000):
+        part, own = taken[n]
+        assert torch.equal(rows.row(n).ids, sources[part].row(own).ids)
+        assert rows.describe(n) == sources[part].describe(own)
+    # In random order, not in stretches.
+    assert len({part for part, _ in taken[:30]}) == 3
+
+
+def test_shares_are_whole_numbers_and_nobody_gets_none() -> None:
+    for shares in ([0.5, 0.5], [1e-9, 1 - 1e-9], [0.2, 0.3, 0.5], [1 / 3] * 3, [1.0]):
+        whole = apportion(np.array(shares), 100)
+        assert whole.sum() == 100
+        assert whole.min() >= 1
+        assert whole / 100 == pytest.approx(np.array(shares), abs=0.02)
+
+
+def test_a_batch_of_documents_and_conversations() -> None:
+    documents = SampleRows(samples([5, 9, 12]), 16, 4, seed=0, pad_id=PAD)
+    chats = SampleRows(samples([10, 11], [3, 5]), 16, 4, seed=0, pad_id=PAD)
+    some = batch(MixedRows([(documents, 1.0), (chats, 1.0)], 0), range(12))
+    assert some.sample is not None
+    assert some.trained is not None
+    assert some.ids.shape == some.sample.shape == some.trained.shape == (12, 16)
+    part = some.rows(2, 5)
+    assert len(part) == 3
+    assert part.trained is not None
+    assert torch.equal(part.trained, some.trained[2:5])
+    assert Batch(some.ids).to(torch.device("cpu")).sample is None
