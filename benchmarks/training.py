@@ -281,7 +281,8 @@ def _case(
         with torch.autocast(device, torch.bfloat16):
             return stage2_frozen_loss(vae, dit, rows.to(place), draws.to(place), weights, 0).total
 
-    work = Work(2, batch, length, copies, masked=False, prefixes=1.0)
+    prefixes = min(1.0, settings.prefix_share * length / vae_config.block_tokens)
+    work = Work(2, batch, length, copies, masked=False, prefixes=prefixes)
     return training_step(dit, loss), work, vae_config, dit_config
 
 

@@ -1,8 +1,9 @@
 """The released checkpoint format: directories of ``config.json`` and safetensors files, read strictly.
 
 A model directory holds ``cola_dit/`` and ``cola_vae/``, and a ``tokenizer.json``
-beside them or one level up. ``generation_config.json`` beside them is an
-extension: the settings with which this model measures best.
+beside them or one level up. Two files beside them are extensions:
+``generation_config.json``, the settings with which this model measures best, and
+``chat_template.jinja``, how it writes conversations.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def locate(where: str | Path, revision: str | None = None) -> Path:
         raise ColadaError(f"{path} is a file, expected a model directory with {DIT_DIR}/ and {VAE_DIR}/")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ColadaError(f"no model at {name!r}: not a directory, and not a hub id of the form owner/name")
-    patterns = [f"{DIT_DIR}/*", f"{VAE_DIR}/*", TOKENIZER_FILE, GENERATION_FILE]
+    patterns = [f"{DIT_DIR}/*", f"{VAE_DIR}/*", TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except RevisionNotFoundError:

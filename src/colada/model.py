@@ -372,8 +372,13 @@ class ColaDLM:
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return a conversation as the text that the assistant's answer continues; raises as :meth:`chat`."""
-        if self.chat_template is None or self.tokenizer is None:
-            raise ColadaError(f"{self.origin or 'this model'} has no chat template ({CHAT_TEMPLATE_FILE})")
+        if self.tokenizer is None:
+            raise ColadaError("this model has no tokenizer.json, and a chat is text")
+        if self.chat_template is None:
+            raise ColadaError(
+                f"{self.origin or 'this model'} has no chat template ({CHAT_TEMPLATE_FILE}): "
+                "put one into its directory, or set chat_template"
+            )
         checked = check_messages(list(messages), self.tokenizer, "chat")
         return render(checked, self.tokenizer, self.chat_template, "chat", answer=True)
 

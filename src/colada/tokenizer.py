@@ -160,9 +160,10 @@ class Tokenizer:
 
     @property
     def specials(self) -> tuple[str, ...]:
-        """The special tokens, as they are spelled."""
+        """The special tokens, as they are spelled; the four known by name, whether or not the file marks them."""
         added = self._inner.get_added_tokens_decoder()
-        return tuple(token.content for _, token in sorted(added.items()) if token.special)
+        tokens = [token for _, token in sorted(added.items())]
+        return tuple(token.content for token in tokens if token.special or token.content in _SPECIALS)
 
     @property
     def vocab_size(self) -> int:
