@@ -109,6 +109,21 @@ def test_save_then_load_gives_the_same_bits_and_configs(dtype: torch.dtype, tmp_
     assert {tensor.dtype for tensor in _states(loaded).values()} == {dtype}
 
 
+def test_a_chat_template_is_stored_with_the_model_and_goes_when_it_has_none(tmp_path: Path) -> None:
+    template = "{% for m in messages %}«{{ m['content'] }}»\n{% endfor %}\n"
+    file = tmp_path / "model" / "chat_template.jinja"
+    model = tiny_model()
+    model.chat_template = template
+    model.save(tmp_path / "model")
+    assert file.read_bytes() == template.encode()
+    assert load(tmp_path / "model").chat_template == template
+    file.write_text("{% for m in %}")
+    _refused(tmp_path / "model", r"chat_template\.jinja is not a chat template")
+    tiny_model().save(tmp_path / "model")
+    assert not file.exists()
+    assert load(tmp_path / "model").chat_template is None
+
+
 def test_the_written_files_are_those_of_the_format(saved: Path) -> None:
     files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
     assert files == {DIT_WEIGHTS, VAE_WEIGHTS, "cola_dit/config.json", "cola_vae/config.json"}

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -167,6 +168,30 @@ def test_where_prompts_come_from(
 ) -> None:
     result = run("generate", *args, "-m", saved, "-n", 1, "--json", stdin=stdin.encode())
     assert [record["prompt"] for record in result.records] == prompts
+
+
+def test_a_chat_is_the_answer_to_the_rendered_message(run: Run, saved: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(saved, directory)
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    (directory / "chat_template.jinja").write_text(
+        template + "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    model = colada.load(directory)
+    settings = {"seed": 5, "temperature": 1.0, "repetition_penalty": 1.5}
+    (expected,) = model.generate("user: Once\nassistant:", 21, **settings)
+    assert model.chat([{"role": "user", "content": "Once"}], 21, **settings) == expected
+    command = ["generate", "-m", directory, "-n", 21, "--chat", "--seed", 5, "--temperature", 1]
+    command += ["--repetition-penalty", 1.5]
+    assert run(*command, "Once") == Result(0, f"{expected.text}\n", "")
+    (tmp_path / "asked.txt").write_text("Once\nmoon\n")
+    records = run(*command, "--file", tmp_path / "asked.txt", "--json").records
+    assert [record["prompt"] for record in records] == ["Once", "moon"]
+    asked = [f"user: {text}\nassistant:" for text in ("Once", "moon")]
+    texts = [done.text for done in model.generate(asked, 21, **settings)]
+    assert [record["text"] for record in records] == texts
+    printed = run(*command, "--file", tmp_path / "asked.txt")
+    assert printed.out == "\n\n".join(texts) + "\n"
 
 
 def test_dtype_converts(run: Run, saved: Path) -> None:
@@ -466,6 +491,7 @@ def test_the_recipe_command_prints_a_recipe(run: Run, tmp_path: Path) -> None:
         (["generate", "x", "-m", "MODEL", "--dtype", "int8"], "'int8'"),
         (["generate", "x", "-m", "MODEL", "--device", "tpu9"], "'tpu9'"),
         (["generate", "x", "-m", "MODEL", "--batch", "0"], "batch=0"),
+        (["generate", "x", "-m", "MODEL", "--chat"], "has no chat template (chat_template.jinja): put one"),
         (["generate", "-m", "MODEL"], "standard input is empty"),
         (["generate", "--lines", "-m", "MODEL"], "standard input is empty"),
         (["generate", "x", "--file", "prompts.txt"], "prompts.txt"),

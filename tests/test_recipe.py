@@ -60,6 +60,10 @@ def test_overrides_are_yaml_values(tmp_path: Path) -> None:
         ("stage2:\n  interval: [0, 3]\n", r"stage2: interval=\[0, 3\]"),
         ("data:\n  sources: [{pth: x}]\n", r"unknown key 'data.sources.0.pth' \(did you mean 'path'\?\)"),
         ("data:\n  sources: []\n", r"data.sources"),
+        (
+            "data:\n  sources: [{path: x, format: pairs}]\n",
+            r"data: packing='stream' with format='pairs' of x, expected 'samples'",
+        ),
         ("model:\n  init: x\n  vae: {dim: 3}\n", r"model: init gives the configurations"),
         ("stage1:\n  lr: -1\n", r"stage1.lr=-1.*greater than 0"),
         ("stage1:\n  betas: [0.9]\n", r"stage1.betas"),

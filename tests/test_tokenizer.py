@@ -89,6 +89,19 @@ def test_specials_are_recognised_in_text_but_never_added(tok: Tokenizer) -> None
     assert tok.decode(ids, skip_special=False) == f"a{END_OF_TEXT}b"
 
 
+def test_end_tokens_that_a_file_does_not_mark_are_special_all_the_same(
+    tok: Tokenizer, tmp_path: Path
+) -> None:
+    content = json.loads(tok.to_json())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] == PAD
+    extra = {**content["added_tokens"][0], "id": 320, "special": False, "content": "|||PHONE|||"}
+    content["added_tokens"].append(extra)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert set(tok.specials) == {END_OF_TEXT, PAD, IM_START, IM_END}
+    assert Tokenizer.from_file(tmp_path / "tokenizer.json").specials == tok.specials
+
+
 def test_special_names_in_training_text_do_not_disturb_them() -> None:
     tok = Tokenizer.train([f"a {END_OF_TEXT} {PAD} b"] * 50, 270)
     assert tok.eos_id >= 266

@@ -63,6 +63,7 @@ def test_the_corpus_is_what_its_script_writes() -> None:
         (["model.vae.vocab_size=17"], r"vocab_size"),
         (["tokenizer.vocab_size=9000"], r"9000"),
         (["run.device=gpu"], r"run.device='gpu'"),
+        (["run.device=cuda:99"], r"run.device='cuda:99' cannot be used"),
         (["generation.stepz=4"], r"'stepz'.*did you mean 'steps'"),
         (["data.sources.0.include=[nothing.txt]"], r"nothing.txt"),
     ],

@@ -509,6 +509,7 @@ def _read(file: Path) -> bytes:
 def _load(model: str | None, revision: str | None, dtype: str | None, device: str) -> ColaDLM:
     import torch
 
+    from colada.device import find_device
     from colada.flow import choose
     from colada.model import load
 
@@ -516,13 +517,5 @@ def _load(model: str | None, revision: str | None, dtype: str | None, device: st
         name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")
     }
     wanted = choose("dtype", dtype, dtypes) if dtype is not None else None
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise ColadaError(f"device={device!r}, expected 'cpu', 'cuda', 'cuda:1' or the like") from None
-    try:
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ColadaError(f"device={device!r} cannot be used: {reason}") from None
+    place = find_device(device)
     return load(model, revision=revision, device=place, dtype=wanted)

@@ -160,7 +160,7 @@ class Tokenizer:
 
     @property
     def specials(self) -> tuple[str, ...]:
-        """The special tokens, as they are spelled; the four known by name, whether or not the file marks them."""
+        """The special tokens, as they are spelled; the four known by name even if the file marks none."""
         added = self._inner.get_added_tokens_decoder()
         tokens = [token for _, token in sorted(added.items())]
         return tuple(token.content for token in tokens if token.special or token.content in _SPECIALS)

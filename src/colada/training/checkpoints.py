@@ -179,9 +179,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return what ``state.json`` of a checkpoint says.
 
     Raises:
-        ColadaError: if it is damaged.
+        ColadaError: if there is none, or it is damaged.
     """
     file = checkpoint / STATE
+    if not file.is_file():
+        raise ColadaError(f"{checkpoint} is no checkpoint: it has no {STATE}")
     try:
         state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -89,15 +89,11 @@ def prepare_inputs(
     """Tokenise what is not yet in ``cache``, and open the shards.
 
     Raises:
-        ColadaError: for unusable sources, or conversations without ``packing: samples``.
+        ColadaError: for unusable sources.
     """
     data = recipe.data
     streams = []
     for source in data.sources:
-        if source.format != "text" and data.packing != "samples":
-            raise ColadaError(
-                f"recipe: data.packing={data.packing!r} with a source of {source.format}, expected 'samples'"
-            )
         made = prepare(
             source,
             cache,

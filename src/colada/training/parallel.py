@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from colada.device import find_device
 from colada.dit import DiT
 from colada.errors import ColadaError
 from colada.vae import TextVAE
@@ -83,7 +84,7 @@ def joined(device: str, shard: bool, replicas: int) -> Iterator[Ranks]:
         ColadaError: for an unusable device, or replicas that do not divide the ranks.
     """
     size = world_size()
-    place = find_device(device)
+    place = run_device(device)
     if size == 1:
         yield Ranks(0, 1, place)
         return
@@ -106,18 +107,15 @@ def joined(device: str, shard: bool, replicas: int) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device that ``run.device`` means.
+def run_device(name: str) -> torch.device:
+    """Return the device that ``run.device`` means; auto is a GPU if there is one.
 
     Raises:
-        ColadaError: if there is none of this name.
+        ColadaError: if it is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ColadaError(f"run.device={name!r}, expected 'auto', 'cpu' or 'cuda'") from None
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return find_device(name, "run.device")
 
 
 def lay_out(networks: nn.ModuleDict, ranks: Ranks, precision: torch.dtype) -> None:

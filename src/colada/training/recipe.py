@@ -57,6 +57,14 @@ class DataSection(_Section):
     )
     workers: int | None = Field(None, ge=1, description="Processes that tokenise; unset: one a CPU core.")
 
+    @model_validator(mode="after")
+    def _whole_samples(self) -> DataSection:
+        for source in self.sources:
+            if source.format != "text" and self.packing != "samples":
+                what = f"format={source.format!r} of {source.name}"
+                raise ValueError(f"packing={self.packing!r} with {what}, expected 'samples'")
+        return self
+
     @property
     def chats(self) -> bool:
         """Whether there are conversations."""

@@ -54,7 +54,7 @@ from colada.training.inputs import chat_template, prepare_inputs, train_tokenize
 from colada.training.meter import Meter
 from colada.training.monitors import Monitors, make_monitors
 from colada.training.optimisation import average_weights, learning_rate, set_learning_rate
-from colada.training.parallel import Ranks, average_gradients, compile_blocks, find_device, lay_out, recompute
+from colada.training.parallel import Ranks, average_gradients, compile_blocks, lay_out, recompute, run_device
 from colada.training.plan import parameter_counts
 from colada.training.provenance import provenance
 from colada.training.recipe import Recipe, commented, difference, load_recipe, save_recipe
@@ -101,7 +101,7 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         self.recipe, self.out = recipe, out
-        self.ranks = ranks or Ranks(0, 1, find_device(recipe.run.device))
+        self.ranks = ranks or Ranks(0, 1, run_device(recipe.run.device))
         self.device = self.ranks.device
         self.display = display if display is not None and self.ranks.first else Display()
         self._stop = False
