@@ -5,8 +5,11 @@ The reference is one process: same global batch, same losses.
 
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,3 +130,34 @@ def test_ranks_share_the_rows_of_a_step_without_gaps() -> None:
     assert [row for share in shares for row in share] == list(range(12))
     with pytest.raises(ColadaError, match="a batch of 10 rows, expected a multiple of the 4 ranks"):
         Ranks(0, 4, torch.device("cpu")).share(10)
+
+
+@pytest.mark.slow
+def test_ranks_started_without_torchrun_stop_and_save_together(
+    tmp_path: Path, alone: dict[str, Path]
+) -> None:
+    """As under Slurm: one process a rank, and SIGTERM for one of them."""
+    out, file = tmp_path / "run", tmp_path / "run.yaml"
+    file.write_text(commented(recipe(*VARIANTS["joint"])))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def launch() -> list[subprocess.Popen[bytes]]:
+        common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        command = [sys.executable, "-m", "colada", "train", str(file), "--out", str(out), "-q"]
+        return [
+            subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(2)
+        ]
+
+    ranks = launch()
+    end = time.monotonic() + 60
+    while not (out / "metrics.jsonl").is_file() and time.monotonic() < end:
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGTERM)
+    assert [rank.wait(60) for rank in ranks] == [130, 130]
+    assert places(out / "checkpoints")
+    assert not (out / "model").exists()
+    assert [rank.wait(90) for rank in launch()] == [0, 0]
+    assert losses(out) == pytest.approx(losses(alone["joint"]), rel=1e-5)
