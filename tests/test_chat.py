@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import colada
-from colada.chat import DEFAULT_TEMPLATE, encode_messages, encode_pair, read_template
+from colada.chat import DEFAULT_TEMPLATE, encode_messages, encode_pair, read_template, render
 from colada.errors import ColadaError
 from colada.tokenizer import Tokenizer
 from colada.training.recipe import load_recipe
@@ -100,6 +100,11 @@ def test_a_pair_is_its_texts_and_an_end(tokenizer: Tokenizer) -> None:
         (["hello"], r"messages\[0\] is 'hello', expected an object"),
         ([{"role": "user"}], r"messages\[0\].content is None, expected a string"),
         ([*said("a"), {"role": 3, "content": "b"}], r"messages\[1\].role is 3, expected a string"),
+        (
+            [*said("a"), {"role": "asistant", "content": "b"}],
+            r"messages\[1\].role is 'asistant' \(did you mean 'assistant'\?\), expected one of system",
+        ),
+        (said("a", "  "), r"messages\[1\].content is empty, expected an answer"),
         (said("a"), "no message has the role 'assistant'"),
         (said("a<|im_end|>", "b"), r"messages\[0\].content spells the special token '<\|im_end\|>'"),
         (said("a", "b<|endoftext|>"), r"messages\[1\].content spells the special token"),
@@ -127,6 +132,54 @@ def test_what_a_template_refuses_is_named(tokenizer: Tokenizer) -> None:
 def test_a_bad_pair_is_named(tokenizer: Tokenizer, prompt: object, completion: object, words: str) -> None:
     with pytest.raises(ColadaError, match=f"^here: {words}"):
         encode_pair(prompt, completion, tokenizer, "here")
+
+
+def test_text_that_cannot_be_encoded_is_named(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ColadaError, match=r"^chats\.jsonl:7: text holds a lone surrogate"):
+        encode_messages(said("a\ud800", "b"), tokenizer, DEFAULT_TEMPLATE, "chats.jsonl:7")
+    with pytest.raises(ColadaError, match=r"^chats\.jsonl:7: text holds a lone surrogate"):
+        encode_pair("a", "b\ud800", tokenizer, "chats.jsonl:7")
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>"])
+def test_a_completion_has_one_end_and_a_prompt_any_tokens(tokenizer: Tokenizer, end: str) -> None:
+    with pytest.raises(ColadaError, match=r"^here: completion spells an end token"):
+        encode_pair("a", f"b{end}", tokenizer, "here")
+    assert parts(encode_pair(f"a{end}", "b", tokenizer, "here"), tokenizer) == (f"a{end}", "b<|endoftext|>")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 // (messages | length - 1) }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ messages[0]['content'].index('absent') }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ raise_exception('two\nlines') }}",
+        "{{ messages[1]['content'] }}",
+    ],
+)
+def test_a_template_that_fails_says_so_in_one_line(tokenizer: Tokenizer, template: str) -> None:
+    with pytest.raises(ColadaError, match=r"^here: the chat template refuses it: ") as caught:
+        render(said("a"), tokenizer, template, "here", answer=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_templates_find_what_model_hubs_give_them(tokenizer: Tokenizer) -> None:
+    learnt = "{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }}\nA {% else %}"
+    learnt += "{% generation %}\n{{ m.content }}{{ eos_token }}{% endgeneration %}\n{% endif %}{% endfor %}"
+    (sample,) = encode_messages(said("a", "b"), tokenizer, learnt, "here")
+    assert parts(sample, tokenizer) == ("Q a\nA ", "b<|endoftext|>")
+    stopping = (
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    assert render(said("a", "b"), tokenizer, stopping, "here", answer=True) == "a"
+    written = "{{ messages[0] | tojson(ensure_ascii=False) }}"
+    turn = '{"role": "user", "content": "é<&"}'
+    assert render(said("é<&"), tokenizer, written, "here", answer=True) == turn
+    year = render(said("a"), tokenizer, "{{ strftime_now('%Y') }}", "here", answer=True)
+    assert year.isdigit()
+    assert len(year) == 4
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(tokenizer: Tokenizer) -> None:

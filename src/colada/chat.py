@@ -8,15 +8,19 @@ end token. Both are tokenised by themselves, as in generation, where only the pr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from colada.errors import ColadaError
+from colada.errors import ColadaError, nearest
 from colada.tokenizer import IM_END, IM_START, Tokenizer
 
 DEFAULT_TEMPLATE = (
@@ -28,6 +32,7 @@ DEFAULT_TEMPLATE = (
 """ChatML."""
 
 ANSWERING = "assistant"  # The role whose turns are learnt.
+ROLES = ("system", "developer", "user", ANSWERING, "tool")
 
 
 def read_template(path: Path) -> str:
@@ -67,16 +72,17 @@ def render(
             pad_token=tokenizer.decode([tokenizer.pad_id], skip_special=False),
             bos_token="",
         )
-    except (TemplateError, TypeError) as error:
-        raise ColadaError(f"{origin}: the chat template refuses it: {error}") from None
+    except Exception as error:  # A template is a program: it fails with whatever its expressions raise.
+        reason = " ".join(str(error).split())
+        raise ColadaError(f"{origin}: the chat template refuses it: {reason}") from None
 
 
 def check_messages(messages: object, tokenizer: Tokenizer, origin: str) -> list[dict[str, str]]:
     """Return a conversation once checked.
 
     Raises:
-        ColadaError: if it is no list of objects with string ``role`` and ``content``, or a content spells
-            a special token, which would end or fake a turn.
+        ColadaError: if it is no list of objects with a known ``role`` and string ``content``, or a content
+            spells a special token, which would end or fake a turn.
     """
     if not isinstance(messages, list) or not messages:
         raise ColadaError(f"{origin}: messages is {_shown(messages)}, expected a list of role and content")
@@ -88,6 +94,10 @@ def check_messages(messages: object, tokenizer: Tokenizer, origin: str) -> list[
             if not isinstance(message.get(key), str):
                 raise ColadaError(f"{where}.{key} is {_shown(message.get(key))}, expected a string")
             _check_plain(message[key], tokenizer, f"{where}.{key}")
+        role = message["role"]
+        if role not in ROLES:
+            expected = ", ".join(ROLES)
+            raise ColadaError(f"{where}.role is {role!r}{nearest(role, ROLES)}, expected one of {expected}")
     return messages
 
 
@@ -105,14 +115,16 @@ def encode_messages(
     for number, message in enumerate(checked):
         if message["role"] != ANSWERING:
             continue
+        if not message["content"].strip():
+            raise ColadaError(f"{origin}: messages[{number}].content is empty, expected an answer to learn")
         prompt = render(checked[:number], tokenizer, template, origin, answer=True)
         whole = render(checked[: number + 1], tokenizer, template, origin, answer=False)
         if not whole.startswith(prompt):
             raise ColadaError(
                 f"{origin}: the chat template renders messages[{number}] in another way than its prompt"
             )
-        ids = tokenizer.encode(prompt)
-        samples.append((ids + _ended(tokenizer.encode(whole[len(prompt) :]), tokenizer), len(ids)))
+        ids = _encode(prompt, tokenizer, origin)
+        samples.append((ids + _ended(_encode(whole[len(prompt) :], tokenizer, origin), tokenizer), len(ids)))
     if not samples:
         raise ColadaError(f"{origin}: no message has the role {ANSWERING!r}, expected an answer to learn")
     return samples
@@ -124,15 +136,25 @@ def encode_pair(
     """Return a prompt with its completion and the end-of-text id, and the prompt's length.
 
     Raises:
-        ColadaError: naming ``origin``, if either is no string, or the completion is empty.
+        ColadaError: naming ``origin``, if either is no string, or the completion is empty or spells a token
+            that would end it. A prompt may hold special tokens: it may be rendered already.
     """
     for name, text in (("prompt", prompt), ("completion", completion)):
         if not isinstance(text, str):
             raise ColadaError(f"{origin}: {name} is {_shown(text)}, expected a string")
     if not completion:
         raise ColadaError(f"{origin}: completion is empty, expected text to learn")
-    ids = tokenizer.encode(str(prompt))
-    return [*ids, *tokenizer.encode(str(completion)), tokenizer.eos_id], len(ids)
+    ids, answer = (_encode(str(text), tokenizer, origin) for text in (prompt, completion))
+    if set(answer) & set(tokenizer.end_ids):
+        raise ColadaError(f"{origin}: completion spells an end token, expected plain text: it gets its own")
+    return [*ids, *answer, tokenizer.eos_id], len(ids)
+
+
+def _encode(text: str, tokenizer: Tokenizer, origin: str) -> list[int]:
+    try:
+        return tokenizer.encode(text)
+    except ColadaError as error:
+        raise ColadaError(f"{origin}: {error}") from None
 
 
 def _ended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
@@ -152,15 +174,35 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+class _Generation(Extension):
+    """``{% generation %}``, with which templates mark what is learnt: here the prompt's end says it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
 @lru_cache(maxsize=1)
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    """Return what templates of model hubs expect to find."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    # What templates of model hubs call to refuse a conversation.
-    environment.globals["raise_exception"] = refuse
+    def as_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own is escaped for HTML.
+
+    def now(form: str) -> str:
+        return datetime.now().strftime(form)
+
+    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
+    environment.filters["tojson"] = as_json
     return environment
 
 

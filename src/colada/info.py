@@ -123,7 +123,12 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> Mo
     with torch.device("meta"):
         parameters = count_parameters(TextVAE(vae), DiT(dit))
     settings, tokenizer = directory / GENERATION_FILE, find_tokenizer(directory)
-    own = [*directory.glob("*.json"), *(directory / VAE_DIR).iterdir(), *(directory / DIT_DIR).iterdir()]
+    own = [
+        *directory.glob("*.json"),
+        *directory.glob("*.jinja"),
+        *(directory / VAE_DIR).iterdir(),
+        *(directory / DIT_DIR).iterdir(),
+    ]
     return ModelInfo(
         origin="bundled" if where is None else str(where),
         directory=directory,

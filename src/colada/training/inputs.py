@@ -14,7 +14,7 @@ from colada.data.shards import prepare
 from colada.data.sources import Source, read_texts
 from colada.data.stream import TokenStream
 from colada.errors import ColadaError
-from colada.tokenizer import Tokenizer
+from colada.tokenizer import IM_END, Tokenizer
 from colada.training.recipe import OptimiserSection, Recipe
 
 
@@ -89,9 +89,11 @@ def prepare_inputs(
     """Tokenise what is not yet in ``cache``, and open the shards.
 
     Raises:
-        ColadaError: for unusable sources.
+        ColadaError: for unusable sources, or ChatML without its tokens.
     """
     data = recipe.data
+    if data.chats and template == DEFAULT_TEMPLATE and tokenizer.id_of(IM_END) is None:
+        raise ColadaError(f"the tokenizer has no {IM_END}, which ChatML needs: give data.chat_template")
     streams = []
     for source in data.sources:
         made = prepare(
