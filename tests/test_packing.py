@@ -116,8 +116,10 @@ def test_the_block_mask_of_a_gpu_is_the_dense_mask(
     tiles = tiles.unflatten(3, (-1, 128)).unflatten(2, (-1, 128)).any(5).any(3)
     assert torch.equal(mask.to_dense().expand(2, -1, -1, -1).bool(), tiles)
     assert not bool(tiles.all())
-    q, k, v = torch.randn(3, len(dense), 2, 8, generator=torch.Generator().manual_seed(0))
+    q, k, v = torch.randn(3, len(dense), 2, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(attend(q, k, v, flex), attend(q, k, v, dense), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ColadaError, match="heads of 8 channels, expected at least 16 on a GPU"):
+        attend(q[..., :8], k[..., :8], v[..., :8], flex)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from colada.errors import ColadaError
 from colada.packing import Layout
 
 
@@ -69,6 +70,9 @@ class History:
             self.layers[layer] = torch.cat([old_keys, keys]), torch.cat([old_values, values])
 
 
+FLEX_WIDTH = 16  # The narrowest head of FlexAttention's kernels.
+
+
 @lru_cache(maxsize=1)
 def _flex() -> Callable[..., Tensor]:
     """FlexAttention as a compiled kernel; uncompiled it would make the dense scores."""
@@ -92,6 +96,9 @@ def attend(
         layer: which layer of the histories to read.
 
     Returns: (N, K, D).
+
+    Raises:
+        ColadaError: for heads that FlexAttention cannot compute on a GPU.
     """
     outputs = []
     for group in layout.groups:
@@ -105,6 +112,8 @@ def attend(
             gk = torch.cat([torch.stack([keys for keys, _ in past]).transpose(1, 2), gk], 2)
             gv = torch.cat([torch.stack([values for _, values in past]).transpose(1, 2), gv], 2)
         if isinstance(group.mask, BlockMask):
+            if q.shape[-1] < FLEX_WIDTH:
+                raise ColadaError(f"heads of {q.shape[-1]} channels, expected at least {FLEX_WIDTH} on a GPU")
             out = _flex()(gq, gk, gv, block_mask=group.mask)
         else:
             out = F.scaled_dot_product_attention(gq, gk, gv, attn_mask=group.mask)
