@@ -195,6 +195,20 @@ def test_a_file_that_is_no_template_is_refused_by_name(tmp_path: Path) -> None:
         read_template(tmp_path / "absent.jinja")
 
 
+def test_chatml_needs_its_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    plain = json.loads(tokenizer.to_json())
+    plain["added_tokens"] = [own for own in plain["added_tokens"] if "im_" not in own["content"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": said("a", "b")}) + "\n")
+    overrides = [
+        f"data.sources=[{{path: {tmp_path / 'chats.jsonl'}, format: messages}}]",
+        "data.packing=samples",
+        f"tokenizer.file={tmp_path / 'tokenizer.json'}",
+    ]
+    with pytest.raises(ColadaError, match=r"no <\|im_end\|>, which ChatML needs: give data\.chat_template"):
+        Trainer(load_recipe(DEBUG, overrides), tmp_path / "run")
+
+
 # --- a model that has learnt four answers --------------------------------------------------------
 
 ANSWERS = {"ping": "pong", "red": "rose", "sun": "moon", "cat": "mouse"}
