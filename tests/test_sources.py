@@ -126,6 +126,12 @@ def test_an_empty_file_has_no_documents(tmp_path: Path) -> None:
     assert list(read_documents(find_files(tmp_path))) == []
 
 
+def test_what_is_marked_test_is_never_trained_on(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": s, "split": s} for s in ("train", "test", "validation")]
+    part = Part(str(write_jsonl(tmp_path / "d.jsonl", rows)), "d:", split="train")
+    assert [r.values[0] for r in read_records(part, ["text"], 0)] == ["train", "validation"]
+
+
 def test_a_part_with_a_split_is_of_that_split_whatever_its_column_says(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"text": str(i), "split": s} for i, s in enumerate(["train", "test", "x"])

@@ -274,6 +274,20 @@ def test_another_recipe_in_the_same_directory_is_refused(
     Trainer(recipe(*VARIANTS["frozen"], "run.log_every=5"), out)
 
 
+def test_a_run_goes_on_with_the_text_it_began_with(tmp_path: Path) -> None:
+    texts, out = tmp_path / "texts", tmp_path / "run"
+    shutil.copytree(make_stories.STORIES.parent, texts)
+    made = recipe("stage2.steps=0", f"data.sources.0.path={texts}")
+    with pytest.raises(Interrupted):
+        Trainer(made, out, At(1, 3)).run()
+    story = texts / "stories.txt"
+    os.utime(story, (1, 1))  # Copied, say: the text is the same.
+    Trainer(made, out)
+    story.write_text(story.read_text() + "\n<|endoftext|>\nOne more story.\n")
+    with pytest.raises(ColadaError, match=r"the training text of .*texts is not what .*stage1-00000003"):
+        Trainer(made, out)
+
+
 def test_a_directory_without_a_checkpoint_takes_the_recipe_it_is_given(tmp_path: Path) -> None:
     # A first try that stopped before its first checkpoint leaves a tokenizer behind.
     Trainer(recipe("tokenizer.vocab_size=280"), tmp_path)

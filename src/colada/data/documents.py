@@ -62,7 +62,7 @@ class Part:
             set, files of a streamed one; None: to the end.
         before: how many lines or rows of ``where`` come before.
         size: in bytes, about.
-        split: of all its records; None: each record's own.
+        split: of all its records ("train": but those marked test); None: each record's own.
     """
 
     where: str
@@ -162,7 +162,8 @@ def record_of(
         ) from None
     split: Split | None
     if part.split is not None:
-        split = part.split
+        left_out = part.split == "train" and fields.get("split") == "test"
+        split = None if left_out else part.split
     elif "split" in fields:
         split = _named_split(origin, fields["split"])
     else:

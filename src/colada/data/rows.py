@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +82,7 @@ def batch(rows: Rows, numbers: Sequence[int]) -> Batch:
 
     def together(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
+        return None if all(value is None for value in values) else torch.cat(values)
 
     return Batch(torch.cat([part.ids for part in parts]), together("sample"), together("trained"))
 
@@ -98,7 +98,7 @@ class Permutation:
         self._size = size
         self._half = max(1, ((size - 1).bit_length() + 1) // 2)
         self._mask = (1 << self._half) - 1
-        self._keys = [int(k) for k in np.random.SeedSequence(key).generate_state(4, np.uint64)]
+        self._keys = _round_keys(key)
 
     def __getitem__(self, index: int) -> int:
         if not 0 <= index < self._size:
@@ -110,6 +110,11 @@ class Permutation:
             index = left << self._half | right
             if index < self._size:
                 return index
+
+
+@lru_cache(maxsize=1024)
+def _round_keys(key: tuple[int, ...]) -> list[int]:
+    return [int(k) for k in np.random.SeedSequence(key).generate_state(4, np.uint64)]
 
 
 def _mixed(x: int) -> int:
@@ -160,20 +165,21 @@ class StreamRows:
     def _begin(self, number: int) -> int:
         """Return where a row begins in the stream."""
         epoch, index = divmod(number, self.per_epoch)
-        offset, order = self._epoch(epoch)
-        begin = offset + self.length * order[index]
+        # Below two lengths the only window has less than a length of room to move.
+        room = len(self._stream) - self.per_epoch * self.length
+        offset = _offset(self._seed, epoch, min(self.length, room + 1))
+        begin = offset + self.length * Permutation(self.per_epoch, self._seed, epoch)[index]
         aligned = np.random.default_rng((self._seed, epoch, index)).random() < self._align
         if aligned and len(self._starts):
             at = min(int(np.searchsorted(self._starts, begin)), len(self._starts) - 1)
             begin = int(self._starts[at])
         return begin
 
-    @lru_cache(maxsize=2)  # noqa: B019 - as long-lived as the rows themselves
-    def _epoch(self, epoch: int) -> tuple[int, Permutation]:
-        # Below two lengths the only window has less than a length of room to move.
-        room = len(self._stream) - self.per_epoch * self.length
-        offset = np.random.default_rng((self._seed, epoch)).integers(0, min(self.length, room + 1))
-        return int(offset), Permutation(self.per_epoch, self._seed, epoch)
+
+@lru_cache(maxsize=1024)
+def _offset(seed: int, epoch: int, below: int) -> int:
+    """Return where the first window of an epoch begins."""
+    return int(np.random.default_rng((seed, epoch)).integers(0, below))
 
 
 class SampleRows:
@@ -200,8 +206,10 @@ class SampleRows:
     ) -> None:
         """Pack rows of ``length`` ids, a multiple of ``block_tokens``; ``name`` names the stream in errors.
 
-        Raises ColadaError when no sample is left to train on.
+        Raises ColadaError when ``length`` is not whole blocks, or no sample is left to train on.
         """
+        if length % block_tokens:
+            raise ColadaError(f"{name}: rows of {length} ids, expected whole blocks of {block_tokens}")
         self.length = length
         self._stream, self._seed, self._name = stream, seed, name
         self._pad, self._block = pad_id, block_tokens
@@ -274,7 +282,9 @@ def pack(sizes: _Ids, capacity: int) -> _Ids:
     bounds = np.searchsorted(-sizes[by_size], np.arange(-capacity, 1))
     for size in range(capacity, 0, -1):
         waiting = by_size[bounds[capacity - size] : bounds[capacity - size + 1]]
-        for left in range(size, capacity + 1):
+        for left in (*(n for n in range(size, capacity) if len(room[n])), capacity):
+            if not len(waiting):
+                break
             # The fullest bin with room takes as many as it holds: after each it is the fullest still.
             each = left // size
             used = -(-len(waiting) // each)
@@ -301,8 +311,7 @@ class MixedRows:
         """Mix (rows, weight) pairs of one length."""
         self._parts = [rows for rows, _ in parts]
         self._seed = seed
-        weights = np.array([weight for _, weight in parts])
-        self._shares = apportion(weights / weights.sum(), MIX_PERIOD)
+        self._shares = tuple(apportion([weight for _, weight in parts], MIX_PERIOD))
         self.length = self._parts[0].length
         self.per_epoch = sum(rows.per_epoch for rows in self._parts)
 
@@ -318,25 +327,27 @@ class MixedRows:
 
     def _of(self, number: int) -> tuple[int, int]:
         period, index = divmod(number, MIX_PERIOD)
-        order, turn = self._period(period)
+        order, turn = _turns(self._shares, self._seed, period)
         part = int(order[index])
-        return part, period * int(self._shares[part]) + int(turn[index])
-
-    @lru_cache(maxsize=2)  # noqa: B019 - as long-lived as the rows themselves
-    def _period(self, period: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Return the source of each row of a period, and how many of its rows came before in the period."""
-        rng = np.random.default_rng((self._seed, period))
-        order = rng.permutation(np.repeat(np.arange(len(self._parts)), self._shares))
-        turn = np.empty_like(order)
-        for part, share in enumerate(self._shares):
-            turn[order == part] = np.arange(share)
-        return order, turn
+        return part, period * self._shares[part] + int(turn[index])
 
 
-def apportion(shares: npt.NDArray[np.float64], total: int) -> _Ids:
-    """Return whole numbers in proportion to shares that sum to 1: at least 1 each, ``total`` together."""
-    exact = shares * (total - len(shares)) + 1
-    whole = np.floor(exact).astype(np.int64)
-    most = np.argsort(whole - exact, kind="stable")[: total - int(whole.sum())]
-    whole[most] += 1
-    return whole
+@lru_cache(maxsize=16)
+def _turns(shares: tuple[int, ...], seed: int, period: int) -> tuple[_Ids, _Ids]:
+    """Return the source of each row of a period, and how many of its rows came before in the period."""
+    order = np.random.default_rng((seed, period)).permutation(np.repeat(np.arange(len(shares)), shares))
+    turn = np.empty_like(order)
+    for part, share in enumerate(shares):
+        turn[order == part] = np.arange(share)
+    return order, turn
+
+
+def apportion(weights: Sequence[float], total: int) -> list[int]:
+    """Return whole numbers in proportion to weights: at least 1 each, ``total`` together.
+
+    Webster's method, after the first of each: exact where the proportions are whole.
+    """
+    whole = np.ones(len(weights), np.int64)
+    for _ in range(total - len(weights)):
+        whole[np.argmax(np.asarray(weights) / (whole + 0.5))] += 1
+    return [int(n) for n in whole]

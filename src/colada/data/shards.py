@@ -335,7 +335,18 @@ def _open(directory: Path, split: Split, units: Sequence[Unit], dtype: Any) -> T
         return f"{units[number][part].place}{record}"
 
     read = np.concatenate(prompts)
-    return TokenStream(ids, np.concatenate(starts), read if read.any() else None, describe)
+    return TokenStream(
+        ids, np.concatenate(starts), read if read.any() else None, describe, _content(directory, split, units)
+    )
+
+
+def _content(directory: Path, split: Split, units: Sequence[Unit]) -> str:
+    """Return a digest of a split's ids, from the manifests."""
+    digest = hashlib.sha256()
+    for number in range(len(units)):
+        files = json.loads(_manifest(directory, number).read_bytes())["files"]
+        digest.update(files[_name(number, split, _FILES[0])]["sha256"].encode())
+    return digest.hexdigest()[:16]
 
 
 def _table(directory: Path, split: Split, number: int) -> npt.NDArray[np.int64]:

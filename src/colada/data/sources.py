@@ -119,7 +119,7 @@ def _texts(source: Source, record: Record) -> list[str]:
 def parts(source: Source, size: int = sys.maxsize) -> list[Part]:
     """Return the parts of a source, in order; those of its own ``validation`` come last.
 
-    With a ``validation`` of its own, all else is trained on, whatever a ``split`` column says.
+    With a ``validation`` of its own, all else but what a ``split`` column calls test is trained on.
 
     Args:
         size: of a part, in bytes, about; a stream's parts are its files.

@@ -23,12 +23,14 @@ class TokenStream:
         prompts: (samples,) int64, how many of a sample's first ids are a prompt (read, not
             trained), or None where all are 0.
         describe: names the origin of sample i, for errors.
+        digest: of the content; equal text, tokenised alike, has the same wherever it lies.
     """
 
     parts: Sequence[Ids]
     starts: npt.NDArray[np.int64]
     prompts: npt.NDArray[np.int64] | None = None
     describe: Callable[[int], str] = "sample {}".format
+    digest: str = ""
 
     def __post_init__(self) -> None:
         ends = np.array([0, *accumulate(len(part) for part in self.parts)], dtype=np.int64)

@@ -26,6 +26,10 @@ class Inputs:
     pad_id: int
     streams: Sequence[tuple[Source, dict[Split, TokenStream]]]
 
+    def digests(self) -> list[str]:
+        """Return what tells this training text from other: one digest a source, in their order."""
+        return [streams["train"].digest for _, streams in self.streams]
+
     def rows(self, split: Split, section: OptimiserSection, seed: int, config: TextVAEConfig) -> Rows:
         """Return the rows of a stage: of all sources by weight, those too short for validation left out.
 

@@ -123,6 +123,7 @@ class Trainer:
             self.inputs = prepare_inputs(
                 recipe, self.tokenizer, self.template, cache, self.display.say, self.display.advance
             )
+        self._check_data()
         self.vae, self.dit = self._networks(start)
         self.checkpoints = Checkpoints(
             out / "checkpoints", recipe.run.keep_last, recipe.run.keep_every, self.ranks.first
@@ -131,6 +132,20 @@ class Trainer:
         self.made_with = provenance(self.device) | {
             "parameters": ", ".join(f"{name} {number:,}" for name, number in counts.items())
         }
+
+    def _check_data(self) -> None:
+        """Refuse to go on with other text than the checkpoint was trained on: the rows would be others."""
+        if self.resumed is None:
+            return
+        pairs = zip(
+            self.recipe.data.sources, read_state(self.resumed)["data"], self.inputs.digests(), strict=True
+        )
+        for source, then, now in pairs:
+            if then != now:
+                raise ColadaError(
+                    f"the training text of {source.name} is not what {self.resumed} was trained on;"
+                    " restore it, or start from its export: model.init"
+                )
 
     def _tokenizer(self, start: ColaDLM | None) -> Tokenizer:
         file = self.recipe.tokenizer.file
@@ -436,6 +451,7 @@ class Trainer:
     def _save(self, stage: Stage, average: AveragedModel | None, progress: Progress, wait: bool) -> None:
         state = {"stage": stage.number, **asdict(progress), "made_with": self.made_with}
         state |= {"vae": self.vae.config.to_dict(), "dit": self.dit.config.to_dict()}
+        state["data"] = self.inputs.digests()
         files = {
             RECIPE: commented(self.recipe),
             TOKENIZER_FILE: self.tokenizer.to_json(),
