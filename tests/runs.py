@@ -105,9 +105,9 @@ class At(Display):
         self.where, self.title = (f"stage {stage}", step), ""
 
     @contextmanager
-    def task(self, title: str, total: int, start: int = 0) -> Iterator[None]:
+    def task(self, title: str, total: int, start: int = 0, passing: bool = False) -> Iterator[None]:
         self.title = title
-        with super().task(title, total, start):
+        with super().task(title, total, start, passing):
             yield
 
     def update(self, step: int, terms: Mapping[str, Any]) -> None:

@@ -120,6 +120,8 @@ def test_what_a_template_refuses_is_named(tokenizer: Tokenizer) -> None:
     twice = [*said("a"), *said("b", "c")]
     with pytest.raises(ColadaError, match=r"^here: the chat template refuses it: roles must alternate$"):
         encode_messages(twice, tokenizer, BRACKETS, "here")
+    with pytest.raises(ColadaError, match=r"^here: .*adds nothing for the answer messages\[1\]"):
+        encode_messages(said("a", "b"), tokenizer, "hello", "here")
     moody = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ColadaError, match=r"here: .*renders messages\[1\] in another way than its prompt"):
         encode_messages(said("a", "b"), tokenizer, moody, "here")
@@ -253,7 +255,7 @@ def test_answers_are_learnt_and_so_is_where_they_end(answering: Path) -> None:
 
 @pytest.mark.slow
 def test_the_samples_of_a_run_are_answers(answering: Path) -> None:
-    assert (answering.parent / "samples.txt").read_text() == "--- step 300, stage 2: red\nredrose\n"
+    assert (answering.parent / "samples.txt").read_text() == "--- step 300, stage 2: red\nred|rose\n"
 
 
 @pytest.mark.slow

@@ -213,6 +213,7 @@ def test_every_key_has_a_comment_and_is_written() -> None:
     [
         ("stage2.lr=0.5", r"stage2\.lr was 0\.008 and is now 0\.5"),
         ("seed=1", "seed was 0 and is now 1"),
+        ("data.sources.0.weight=2", r"data\.sources\.0\.weight was 1\.0 and is now 2\.0"),
         ("data.packing=samples", "data.packing was 'stream' and is now 'samples'"),
     ],
 )

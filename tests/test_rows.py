@@ -31,11 +31,13 @@ def counting(size: int, starts: Sequence[int] = (0,)) -> TokenStream:
     return TokenStream([ids[: size // 3], ids[size // 3 :]], np.array(starts, dtype=np.int64))
 
 
-def samples(sizes: Sequence[int], prompts: Sequence[int] | None = None) -> TokenStream:
-    """A stream of samples of these sizes, every id different."""
+def samples(sizes: Sequence[int], prompts: Sequence[int] | None = None, first: int = 1) -> TokenStream:
+    """A stream of samples of these sizes, every id different, from ``first``."""
     starts = np.cumsum([0, *sizes[:-1]])
     own = None if prompts is None else np.array(prompts)
-    return TokenStream([np.arange(1, sum(sizes) + 1, dtype=np.uint32)], starts, own, "record {}".format)
+    return TokenStream(
+        [np.arange(first, sum(sizes) + first, dtype=np.uint32)], starts, own, "record {}".format
+    )
 
 
 def ids(rows: Rows, numbers: Sequence[int]) -> list[list[int]]:
@@ -51,6 +53,17 @@ def test_a_permutation_holds_every_number_once(size: int) -> None:
     assert sorted(order[n] for n in range(size)) == list(range(size))
     with pytest.raises(IndexError):
         order[size]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 16, 17, 100])
+def test_the_first_of_a_permutation_is_anywhere(size: int) -> None:
+    for firsts in (
+        [Permutation(size, seed, 1)[0] for seed in range(100 * size)],
+        [Permutation(size, 3, epoch)[0] for epoch in range(100 * size)],
+    ):
+        counts = np.bincount(firsts, minlength=size)
+        # Chi-square has the mean ``size - 1`` and twice that as its variance.
+        assert ((counts - 100.0) ** 2 / 100).sum() < size - 1 + 5 * np.sqrt(2 * (size - 1))
 
 
 def test_permutations_of_different_keys_look_random() -> None:
@@ -76,6 +89,17 @@ def test_an_epoch_covers_the_stream_in_windows_that_do_not_overlap(size: int) ->
         flat = sorted(token for row in taken for token in row)
         assert len(set(flat)) == len(flat) == rows.per_epoch * 32
         assert size - len(flat) < 64
+
+
+@pytest.mark.parametrize(("size", "offsets"), [(9, 2), (12, 5), (15, 8), (16, 8), (17, 8), (24, 8), (100, 8)])
+def test_an_epoch_begins_anywhere_in_the_first_row(size: int, offsets: int) -> None:
+    def begins(seed: int) -> list[int]:
+        rows = StreamRows(counting(size), 8, seed=seed, align=0.0)
+        epochs = (range(n * rows.per_epoch, (n + 1) * rows.per_epoch) for n in range(200))
+        return [min(row[0] - 1 for row in ids(rows, epoch)) for epoch in epochs]
+
+    assert set(begins(5)) == set(range(offsets))  # all that leave room for a row
+    assert begins(5) != begins(6)
 
 
 def test_epochs_and_seeds_are_in_different_orders() -> None:
@@ -108,13 +132,15 @@ def test_a_row_does_not_depend_on_what_was_asked_before(packing: str) -> None:
 
 
 def test_aligned_rows_begin_where_a_sample_does() -> None:
-    starts = [0, 40, 45, 130, 300, 444]
+    # Often a row begins with a sample already; the last two samples have no room for a row after them.
+    starts = [0, *range(4, 400, 5), 468, 469, 480]
     rows = StreamRows(counting(500, starts), 32, seed=2, align=1.0)
     plain = StreamRows(counting(500, starts), 32, seed=2, align=0.0)
-    for n in range(3 * rows.per_epoch):
-        begin, moved = plain.row(n).ids[0, 0] - 1, rows.row(n).ids[0, 0] - 1
-        later = [start for start in starts if start >= begin]
-        assert moved == (later[0] if later else 444)
+    begins = [(ids(plain, [n])[0][0] - 1, ids(rows, [n])[0][0] - 1) for n in range(6 * rows.per_epoch)]
+    for begin, moved in begins:
+        assert moved == min([start for start in starts if begin <= start <= 468], default=468)
+    assert any(begin == moved for begin, moved in begins)
+    assert any(begin > 400 for begin, _ in begins)
 
 
 def test_the_share_of_aligned_rows_is_about_right() -> None:
@@ -158,6 +184,21 @@ def test_an_epoch_holds_every_token_of_every_sample_once() -> None:
         assert sorted(taken.ids[taken.ids != PAD].tolist()) == list(range(1, sum(SIZES) + 1))
 
 
+def test_epochs_have_the_same_rows_in_different_orders() -> None:
+    rows = SampleRows(samples([5, 9, 30, 16, 3] * 9), 16, 4, seed=3, pad_id=PAD)
+    first, second = (ids(rows, range(n * rows.per_epoch, (n + 1) * rows.per_epoch)) for n in range(2))
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_seeds_put_different_samples_together() -> None:
+    def contents(seed: int) -> list[list[int]]:
+        rows = SampleRows(samples([5, 9, 30, 16, 3] * 9), 16, 4, seed=seed, pad_id=PAD)
+        return sorted(sorted(row) for row in ids(rows, range(rows.per_epoch)))
+
+    assert contents(3) == contents(3) != contents(4)
+
+
 def test_samples_are_padded_to_whole_blocks_and_never_mixed() -> None:
     stream = samples(SIZES)
     rows = SampleRows(stream, 16, 4, seed=3, pad_id=PAD)
@@ -189,13 +230,13 @@ def test_samples_are_padded_to_whole_blocks_and_never_mixed() -> None:
 
 
 def test_prompts_are_not_trained_and_long_ones_leave_their_sample_out() -> None:
-    sizes, prompts = [10, 8, 40, 30, 6], [4, 0, 20, 7, 5]
+    sizes, prompts = [10, 8, 40, 30, 6, 20], [4, 0, 20, 7, 5, 16]
     rows = SampleRows(samples(sizes, prompts), 16, 4, seed=0, pad_id=PAD)
     everything = batch(rows, range(rows.per_epoch))
     assert everything.trained is not None
     assert everything.sample is not None
     begins = np.cumsum([0, *sizes[:-1]]) + 1
-    kept = {0: 10, 1: 8, 3: 16, 4: 6}  # The third's prompt fills a row; of the fourth, a row is kept.
+    kept = {0: 10, 1: 8, 3: 16, 4: 6}  # Two prompts fill a row; of the fourth, a row is kept.
     expected = sorted(token for n, size in kept.items() for token in range(begins[n], begins[n] + size))
     assert sorted(everything.ids[everything.ids != PAD].tolist()) == expected
     untrained = everything.ids[~everything.trained & (everything.sample != FILLING)]
@@ -212,10 +253,19 @@ def test_samples_that_leave_nothing_to_train_are_refused() -> None:
         SampleRows(TokenStream([], np.empty(0, np.int64)), 8, 4, seed=0, pad_id=PAD)
 
 
+def test_rows_of_samples_are_whole_blocks() -> None:
+    with pytest.raises(ColadaError, match=r"^chats: rows of 18 ids, expected whole blocks of 4$"):
+        SampleRows(samples([16, 16]), 18, 4, seed=0, pad_id=PAD, name="chats")
+
+
 def test_a_row_of_samples_says_where_they_are_from() -> None:
-    rows = SampleRows(samples([16, 16]), 16, 4, seed=0, pad_id=PAD, name="chats")
-    first = int(rows.row(0).ids[0, 0])
-    assert rows.describe(0) == f"chats, 1 samples from record {first // 16}"
+    rows = SampleRows(samples(SIZES), 16, 4, seed=0, pad_id=PAD, name="chats")
+    ends = np.cumsum(SIZES)
+    for n in range(rows.per_epoch):
+        row = rows.row(n)
+        assert row.sample is not None
+        first = int(np.searchsorted(ends, int(row.ids[0, 0])))
+        assert rows.describe(n) == f"chats, {int(row.sample.max()) + 1} samples from record {first}"
 
 
 def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -239,44 +289,118 @@ def test_packing_is_best_fit_decreasing() -> None:
         # Which of two equally full bins gets an item is left open.
         fullness = sorted(np.bincount(bins, sizes).astype(int).tolist())
         assert fullness == sorted(map(sum, best_fit_decreasing(sizes.tolist(), capacity)))
+        assert max(fullness) <= capacity
+
+
+def test_equal_sizes_are_packed_in_the_order_given() -> None:
+    assert pack(np.array([2, 3, 2, 3, 2, 2]), 4).tolist() == [2, 0, 2, 1, 3, 3]
 
 
 # --- mixtures ------------------------------------------------------------------------------------
 
 
 def test_a_mixture_has_its_shares_and_takes_each_source_in_turn() -> None:
-    sources = [StreamRows(counting(4000), 8, seed=n, align=0.0) for n in range(3)]
-    rows = MixedRows([(own, weight) for own, weight in zip(sources, (5.0, 2.0, 1.0), strict=True)], 9)
-    taken = [rows._of(n) for n in range(3 * MIX_PERIOD)]
-    turns = [[own for part, own in taken if part == n] for n in range(3)]
-    assert all(own == list(range(len(own))) for own in turns)
-    shares = [len(own) / len(taken) for own in turns]
-    assert shares == pytest.approx([5 / 8, 2 / 8, 1 / 8], abs=1e-3)
-    for n in (0, 17, 5000):
-        part, own = taken[n]
-        assert torch.equal(rows.row(n).ids, sources[part].row(own).ids)
-        assert rows.describe(n) == sources[part].describe(own)
-    # In random order, not in stretches.
-    assert len({part for part, _ in taken[:30]}) == 3
+    sources = [
+        SampleRows(samples([16] * 50, first=1 + 1000 * n), 16, 4, seed=n, pad_id=PAD) for n in range(3)
+    ]
+    rows = MixedRows(list(zip(sources, (1.0, 2.0, 5.0), strict=True)), 9)
+    orders = []
+    taken = [0, 0, 0]
+    for period in range(3):
+        order = []
+        for number in range(period * MIX_PERIOD, (period + 1) * MIX_PERIOD):
+            row = rows.row(number).ids
+            part = int(row[0, 0]) // 1000  # whose ids these are
+            assert torch.equal(row, sources[part].row(taken[part]).ids)
+            order.append(part)
+            taken[part] += 1
+        assert np.bincount(order).tolist() == [512, 1024, 2560]  # eighths of 4096
+        assert len(set(order[:30])) == 3  # in random order, not in stretches
+        orders.append(tuple(order))
+    assert len(set(orders)) == 3
+    assert rows.per_epoch == 150
+    other = MixedRows(list(zip(sources, (1.0, 2.0, 5.0), strict=True)), 10)
+    assert [int(other.row(n).ids[0, 0]) // 1000 for n in range(30)] != list(orders[0][:30])
+
+
+def test_a_row_of_a_mixture_says_where_it_is_from() -> None:
+    sources = [
+        StreamRows(samples([64], first=1 + 1000 * n), 16, seed=n, name=f"source {n}") for n in range(2)
+    ]
+    rows = MixedRows([(own, 1.0) for own in sources], 0)
+    for n in range(20):
+        begin = int(rows.row(n).ids[0, 0]) - 1
+        where = f"source {begin // 1000}, tokens {begin % 1000} to {begin % 1000 + 15}, from record 0"
+        assert rows.describe(n) == where
+
+
+def test_a_source_of_hardly_any_weight_has_a_row_a_period() -> None:
+    sources = [StreamRows(samples([64], first=1 + 1000 * n), 16, seed=n) for n in range(2)]
+    rows = MixedRows([(sources[0], 1e-9), (sources[1], 1.0)], 0)
+    parts = [int(rows.row(number).ids[0, 0]) // 1000 for number in range(2 * MIX_PERIOD)]
+    assert [parts[:MIX_PERIOD].count(0), parts[MIX_PERIOD:].count(0)] == [1, 1]
 
 
 def test_shares_are_whole_numbers_and_nobody_gets_none() -> None:
-    for shares in ([0.5, 0.5], [1e-9, 1 - 1e-9], [0.2, 0.3, 0.5], [1 / 3] * 3, [1.0]):
-        whole = apportion(np.array(shares), 100)
-        assert whole.sum() == 100
-        assert whole.min() >= 1
-        assert whole / 100 == pytest.approx(np.array(shares), abs=0.02)
+    assert apportion([1, 3], 4096) == [1024, 3072]
+    assert apportion([0.5, 0.2, 0.3], 100) == [50, 20, 30]
+    assert apportion([1e-9, 1, 1e-9], 100) == [1, 98, 1]
+    assert apportion([5.4, 1.6], 7) == [5, 2]  # to the nearest
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        weights = rng.uniform(0.5, 5, int(rng.integers(1, 9)))
+        whole = apportion(weights.tolist(), 100)
+        assert sum(whole) == 100
+        assert whole == pytest.approx(100 * weights / weights.sum(), abs=1)
+
+
+# --- batches -------------------------------------------------------------------------------------
 
 
 def test_a_batch_of_documents_and_conversations() -> None:
     documents = SampleRows(samples([5, 9, 12]), 16, 4, seed=0, pad_id=PAD)
-    chats = SampleRows(samples([10, 11], [3, 5]), 16, 4, seed=0, pad_id=PAD)
-    some = batch(MixedRows([(documents, 1.0), (chats, 1.0)], 0), range(12))
+    chats = SampleRows(samples([10, 11], [3, 5], first=101), 16, 4, seed=0, pad_id=PAD)
+    rows = MixedRows([(documents, 1.0), (chats, 1.0)], 0)
+    some = batch(rows, range(12))
     assert some.sample is not None
     assert some.trained is not None
-    assert some.ids.shape == some.sample.shape == some.trained.shape == (12, 16)
-    part = some.rows(2, 5)
-    assert len(part) == 3
-    assert part.trained is not None
-    assert torch.equal(part.trained, some.trained[2:5])
-    assert Batch(some.ids).to(torch.device("cpu")).sample is None
+    assert len(some) == 12
+    untrained = set[int]()
+    for n in range(12):
+        alone = rows.row(n)
+        assert alone.sample is not None
+        assert alone.trained is not None
+        assert torch.equal(some.ids[n], alone.ids[0])
+        assert torch.equal(some.sample[n], alone.sample[0])
+        assert torch.equal(some.trained[n], alone.trained[0])
+        untrained |= set(alone.ids[~alone.trained].tolist())
+    # Of the documents everything is trained, of the conversations all but the prompts.
+    assert untrained - {PAD} == {101, 102, 103, 111, 112, 113, 114, 115}
+
+
+def test_parts_and_copies_of_a_batch_keep_all_it_has() -> None:
+    rows = SampleRows(samples([5, 9, 12, 7], [2, 0, 4, 3]), 16, 4, seed=0, pad_id=PAD)
+    whole = batch(rows, range(6))
+    # The meta device has no values, but shows that each tensor was moved.
+    part, moved = whole.rows(2, 5), whole.to(torch.device("meta"))
+    for name in ("ids", "sample", "trained"):
+        values = getattr(whole, name)
+        assert torch.equal(getattr(part, name), values[2:5])
+        assert getattr(moved, name).device.type == "meta"
+        assert getattr(moved, name).shape == values.shape
+        assert getattr(moved, name).dtype == values.dtype
+    plain = Batch(whole.ids)
+    for some in (plain.rows(0, 2), plain.to(torch.device("cpu"))):
+        assert some.sample is None
+        assert some.trained is None
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_rows_of_one_sample_and_of_several_are_not_batched(first: int) -> None:
+    kinds: list[Rows] = [
+        StreamRows(samples([64]), 16, seed=0),
+        SampleRows(samples([16]), 16, 4, seed=0, pad_id=PAD),
+    ]
+    rows = MixedRows([(kinds[first], 1.0), (kinds[1 - first], 1.0)], 0)
+    with pytest.raises(TypeError):
+        batch(rows, range(30))

@@ -327,6 +327,44 @@ def test_a_run_resumes_from_a_step_or_a_directory_as_from_the_last_checkpoint(
     assert_same_run(tmp_path / "other", uninterrupted["joint"])
 
 
+def test_a_run_that_went_back_goes_on_from_there(tmp_path: Path, uninterrupted: dict[str, Path]) -> None:
+    made = recipe(*VARIANTS["joint"], "run.keep_last=20")
+    Trainer(made, tmp_path).run()
+    with pytest.raises(Interrupted):
+        Trainer(made, tmp_path, At(2, 3), resume="stage2-00000002").run()
+    # Those of the later steps are older now.
+    assert find(tmp_path, "auto") == tmp_path / "checkpoints" / "stage2-00000003"
+    Trainer(made, tmp_path).run()
+    assert_same_run(tmp_path, uninterrupted["joint"])
+    assert logged(tmp_path) == logged(uninterrupted["joint"])
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path: Path) -> None:
+    made, seen = recipe(), []
+
+    class Another(At):
+        def act(self) -> None:
+            with pytest.raises(ColadaError, match=r"is in use by another run") as caught:
+                Trainer(made, tmp_path).run()
+            seen.append(caught.value)
+
+    Trainer(made, tmp_path, Another(1, 2)).run()
+    assert seen
+    assert [r["step"] for r in metrics(tmp_path) if r["split"] == "train"] == [*range(1, 7)] * 2
+
+
+def test_what_a_recipe_gets_wrong_is_said_before_any_text_is_read(tmp_path: Path) -> None:
+    for override in ("stage2.length=63", "run.monitors=[tensorbord]", "model.vae.dimm=3"):
+        with pytest.raises(ColadaError):
+            Trainer(recipe(override), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_stages_may_both_be_left_out(tmp_path: Path) -> None:
+    Trainer(recipe("stage1.steps=0", "stage2.steps=0", "run.report=true"), tmp_path).run()
+    assert len(colada.load(tmp_path / "model").generate("One", 4, end_ids=())[0].tokens) == 4
+
+
 KILLED_WRITING = """
 import os, signal, sys
 from pathlib import Path
@@ -551,7 +589,7 @@ def test_recomputing_and_compiling_change_nothing_but_rounding(tmp_path: Path, s
 def test_a_model_is_the_start_of_another_run(tmp_path: Path, uninterrupted: dict[str, Path]) -> None:
     start = uninterrupted["frozen"] / "model"
     yaml = tmp_path / "own.yaml"
-    yaml.write_text("generation: {steps: 2}\n")
+    yaml.write_text("generation: {steps: 4}\n")
     common = [o for o in TINY if not o.startswith(("model.", "tokenizer.", "generation."))]
     tune = load_recipe(yaml, [*common, f"model.init={start}", "stage1.steps=0", "stage2.steps=1"])
     Trainer(tune, tmp_path / "tuned").run()
@@ -563,6 +601,13 @@ def test_a_model_is_the_start_of_another_run(tmp_path: Path, uninterrupted: dict
         for a, b in zip(before.dit.parameters(), after.dit.parameters(), strict=True)
     )
     assert 0 < change < 2 * tune.stage2.lr
+    # What the recipe does not say is the model's own.
+    assert (before.generation, after.generation) == (
+        {"steps": 2, "guidance": 2.0},
+        {"steps": 4, "guidance": 2.0},
+    )
+    export(tmp_path / "tuned" / "checkpoints" / "stage2-00000001", tmp_path / "exported")
+    assert colada.load(tmp_path / "exported").generation == after.generation
     assert after.tokenizer is not None
     assert before.tokenizer is not None
     assert after.tokenizer.encode("One morning") == before.tokenizer.encode("One morning")

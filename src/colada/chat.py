@@ -123,6 +123,8 @@ def encode_messages(
             raise ColadaError(
                 f"{origin}: the chat template renders messages[{number}] in another way than its prompt"
             )
+        if not whole[len(prompt) :].strip():
+            raise ColadaError(f"{origin}: the chat template adds nothing for the answer messages[{number}]")
         ids = _encode(prompt, tokenizer, origin)
         samples.append((ids + _ended(_encode(whole[len(prompt) :], tokenizer, origin), tokenizer), len(ids)))
     if not samples:

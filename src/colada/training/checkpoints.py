@@ -139,14 +139,18 @@ class Checkpoints:
                 shutil.rmtree(self.directory / place.name)
 
     def places(self) -> list[Place]:
-        """Return where there are complete checkpoints, in the order of the run."""
+        """Return where there are complete checkpoints, see :func:`places`."""
         return places(self.directory)
 
 
 def places(directory: Path) -> list[Place]:
-    """Return the places of the complete checkpoints in a directory, in the order of the run."""
+    """Return the places of the complete checkpoints in a directory, in the order in which they were written.
+
+    That is the order of the run, unless it went back to an earlier one.
+    """
     found = (_NAME.fullmatch(path.name) for path in directory.glob("stage*") if path.is_dir())
-    return sorted(Place(int(match[1]), int(match[2])) for match in found if match)
+    there = [Place(int(match[1]), int(match[2])) for match in found if match]
+    return sorted(there, key=lambda place: (read_state(directory / place.name)["written"], place))
 
 
 def find(out: Path, resume: str) -> Path | None:
@@ -154,7 +158,7 @@ def find(out: Path, resume: str) -> Path | None:
 
     Args:
         out: the run's directory.
-        resume: "auto" for the last one if there is any, a step number (of the later stage that has
+        resume: "auto" for the newest one if there is any, a step number (of the later stage that has
             it), a name such as stage2-00000500, or a checkpoint's directory.
 
     Raises:
@@ -166,7 +170,7 @@ def find(out: Path, resume: str) -> Path | None:
         return directory / there[-1].name if there else None
     if resume.isdecimal():
         matching = [place for place in there if place.step == int(resume)]
-        chosen = directory / matching[-1].name if matching else None
+        chosen = directory / max(matching).name if matching else None
     else:
         chosen = next((path for path in (directory / resume, Path(resume)) if (path / STATE).is_file()), None)
     if chosen is None:

@@ -82,7 +82,8 @@ def train(
     if group.first:
         print(f"the model is in {out / MODEL}; try it:")
         prompt = next(iter(run.sample_prompts), "Once upon a time")
-        print(shlex.join(["colada", "generate", "--model", str(out / MODEL), prompt]))
+        chat = ["--chat"] if settings.data.chats else []
+        print(shlex.join(["colada", "generate", "--model", str(out / MODEL), *chat, prompt]))
 
 
 def report(

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 # What the line of a step leaves out: it is in metrics.jsonl.
 _NOT_SHOWN = ("lr", "tokens", "tokens_per_s", "flow_by_t", "loss", "memory_gb")
@@ -29,17 +30,21 @@ class Display:
         console.print(line, highlight=False, soft_wrap=not console.is_terminal)
 
     @contextmanager
-    def task(self, title: str, total: int, start: int = 0) -> Iterator[None]:
-        """Show the progress of something that takes ``total`` steps."""
+    def task(self, title: str, total: int, start: int = 0, passing: bool = False) -> Iterator[None]:
+        """Show the progress of something that takes ``total`` steps; if ``passing``, until it is done."""
         self._title = title
+        whole, rest = Column(no_wrap=True), Column(ratio=1, no_wrap=True, overflow="ellipsis")
         columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[terms]}"),
+            TextColumn("[bold]{task.description}", table_column=whole),
+            BarColumn(bar_width=10, table_column=whole),
+            MofNCompleteColumn(table_column=whole),
+            TimeRemainingColumn(compact=True, table_column=whole),
+            TextColumn("{task.fields[terms]}", table_column=rest),
         )
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+        hidden = not self.console.is_terminal
+        with Progress(
+            *columns, console=self.console, disable=hidden, transient=passing, expand=True
+        ) as progress:
             self._progress = progress
             self._task = progress.add_task(title, total=total, completed=start, terms="")
             try:
@@ -57,8 +62,9 @@ class Display:
         shown = {name: value for name, value in terms.items() if name not in _NOT_SHOWN and value is not None}
         if not shown.get("skipped"):
             shown.pop("skipped", None)
-        text = " ".join(f"{name} {value:.3g}" for name, value in shown.items())
-        text += f" {terms['tokens_per_s']:,.0f} tokens/s"
+        # The first are the last that a narrow terminal leaves out.
+        text = f"{terms['tokens_per_s']:,.0f} tokens/s "
+        text += " ".join(f"{name} {value:.3g}" for name, value in shown.items())
         if self._progress is not None and self.console.is_terminal:
             self._progress.update(self._task, completed=step, terms=text)
         else:

@@ -28,7 +28,7 @@ def plan_run(recipe: Recipe, ranks: int) -> Plan:
     Raises:
         ColadaError: for settings that do not fit each other, or a model to continue from that is not there.
     """
-    vae, dit = _configs(recipe)
+    vae, dit = configs_of(recipe)
     phases = []
     for number in (1, 2):
         section = recipe.stage(number)
@@ -53,7 +53,12 @@ def plan_run(recipe: Recipe, ranks: int) -> Plan:
     return Plan(vae, dit, tuple(phases))
 
 
-def _configs(recipe: Recipe) -> tuple[TextVAEConfig, DiTConfig]:
+def configs_of(recipe: Recipe) -> tuple[TextVAEConfig, DiTConfig]:
+    """Return both configurations of a recipe, without its data.
+
+    Raises:
+        ColadaError: for settings that do not fit each other, or a model to continue from that is not there.
+    """
     file, init = recipe.tokenizer.file, recipe.model.init
     size = recipe.tokenizer.vocab_size if file is None else Tokenizer.from_file(file).vocab_size
     if init is None:

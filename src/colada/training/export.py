@@ -14,7 +14,7 @@ from colada.dit import DiT
 from colada.model import ColaDLM, load
 from colada.tokenizer import Tokenizer
 from colada.training.checkpoints import RECIPE, disk_errors, read_state, read_tensors
-from colada.training.recipe import Recipe, load_recipe
+from colada.training.recipe import load_recipe
 from colada.training.stages import initialise
 from colada.vae import TextVAE
 
@@ -22,17 +22,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def write_model(
-    vae: TextVAE, dit: DiT, recipe: Recipe, tokenizer: Tokenizer, template: str | None, directory: Path
+    vae: TextVAE,
+    dit: DiT,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer,
+    generation: dict[str, Any],
+    template: str | None,
+    directory: Path,
 ) -> None:
-    """Write networks, which are cast to the recipe's ``save_dtype``, as a model directory.
+    """Write networks, which are cast to ``dtype``, as a model directory.
 
     Raises:
         ColadaError: if it cannot be written.
     """
-    dtype = DTYPES[recipe.run.save_dtype]
-    model = ColaDLM(
-        vae.to(dtype), dit.to(dtype), tokenizer, generation=recipe.generation, chat_template=template
-    )
+    model = ColaDLM(vae.to(dtype), dit.to(dtype), tokenizer, generation=generation, chat_template=template)
     with disk_errors(directory):
         model.save(directory)
 
@@ -71,5 +74,6 @@ def export(checkpoint: Path, directory: Path) -> str:
     read_tensors(checkpoint, tensors)  # In place.
     template = checkpoint / CHAT_TEMPLATE_FILE
     text = template.read_text(encoding="utf-8") if template.is_file() else None
-    write_model(vae, dit, recipe, tokenizer, text, directory)
+    dtype = DTYPES[recipe.run.save_dtype]
+    write_model(vae, dit, dtype, tokenizer, state["generation"], text, directory)
     return words

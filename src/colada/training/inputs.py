@@ -8,7 +8,7 @@ from pathlib import Path
 
 from colada.chat import DEFAULT_TEMPLATE, read_template
 from colada.config import TextVAEConfig
-from colada.data.documents import Split
+from colada.data.documents import Split, find_files
 from colada.data.rows import MixedRows, Rows, SampleRows, StreamRows
 from colada.data.shards import prepare
 from colada.data.sources import Source, read_texts
@@ -49,7 +49,8 @@ class Inputs:
             parts.append((rows, source.weight))
         if not parts:
             assert problem is not None
-            raise ColadaError(f"{problem}; give more text, or set run.validate_every=0")
+            advice = "give more text, a larger data.validation_share, or run.validate_every=0"
+            raise ColadaError(f"{problem}; {advice}")
         return parts[0][0] if len(parts) == 1 else MixedRows(parts, seed)
 
     def _rows(self, stream: TokenStream, length: int, seed: int, name: str, config: TextVAEConfig) -> Rows:
@@ -98,6 +99,9 @@ def prepare_inputs(
     data = recipe.data
     if data.chats and template == DEFAULT_TEMPLATE and tokenizer.id_of(IM_END) is None:
         raise ColadaError(f"the tokenizer has no {IM_END}, which ChatML needs: give data.chat_template")
+    for source in data.sources:
+        if source.path is not None:  # All at once: tokenising the first may take hours.
+            find_files(Path(source.path), source.include)
     streams = []
     for source in data.sources:
         made = prepare(

@@ -334,6 +334,16 @@ def load_monitor(name: str, out: Path, recipe: Mapping[str, Any]) -> Monitor:
     return monitor
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise ColadaError for a name that no monitor can have."""
+    for name in names:
+        if name not in BUILT_IN and ":" not in name:
+            raise ColadaError(
+                f"unknown monitor {name!r}{nearest(name, BUILT_IN)}; "
+                "expected jsonl, tensorboard or package.module:Class"
+            )
+
+
 def make_monitors(
     names: Sequence[str],
     out: Path,
@@ -352,13 +362,8 @@ def make_monitors(
     Raises:
         ColadaError: for an unknown name, or whatever a monitor cannot do.
     """
+    check_names(names)
     chosen = dict.fromkeys(names)
-    for name in chosen:
-        if name not in BUILT_IN and ":" not in name:
-            raise ColadaError(
-                f"unknown monitor {name!r}{nearest(name, BUILT_IN)}; "
-                "expected jsonl, tensorboard or package.module:Class"
-            )
     if not first:
         return Monitors([])
     # Those that may be refused come first: until then the files of the run are as they were.

@@ -7,7 +7,7 @@ with a run are written. A key that does not exist is refused with the nearest na
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -74,7 +74,11 @@ class DataSection(_Section):
 class TokenizerSection(_Section):
     """A byte-level BPE trained on the run's own text, or the ``file`` of another."""
 
-    vocab_size: int = Field(8192, ge=260, description="Entries: 256 bytes, 4 special tokens, and merges.")
+    vocab_size: int = Field(
+        8192,
+        ge=260,
+        description="Entries: 256 bytes, 4 special tokens, merges; not looked at with file or model.init.",
+    )
     file: str | None = Field(
         None, description="A tokenizer.json to use; unset: train one, or that of model.init."
     )
@@ -346,16 +350,22 @@ def _dumped(name: str, value: Any, indent: str) -> list[str]:
 
 def difference(old: Recipe, new: Recipe) -> str | None:
     """Return the first key that makes ``new`` another run than ``old``, with both values, or None."""
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for section in ("seed", "data", "tokenizer", "model", "stage1", "stage2"):
-        if isinstance(before[section], dict):
-            for key, value in before[section].items():
-                # Where shards lie and who makes them changes nothing; nor does how a batch is cut.
-                if key not in ("cache", "workers", "micro_batch") and after[section][key] != value:
-                    return f"{section}.{key} was {value!r} and is now {after[section][key]!r}"
-        elif before[section] != after[section]:
-            return f"{section} was {before[section]!r} and is now {after[section]!r}"
-    return None
+    sections = ("seed", "data", "tokenizer", "model", "stage1", "stage2")
+    before, after = (recipe.model_dump(mode="json", include=set(sections)) for recipe in (old, new))
+    return _difference("", before, after)
+
+
+def _difference(path: str, before: Any, after: Any) -> str | None:
+    if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
+        inner: Iterable[Any] = before
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        inner = range(len(before))
+    else:
+        return None if before == after else f"{path} was {before!r} and is now {after!r}"
+    # Where shards lie and who makes them changes nothing; nor does how a batch is cut.
+    keys = (key for key in inner if key not in ("cache", "workers", "micro_batch"))
+    found = (_difference(f"{path}.{key}".lstrip("."), before[key], after[key]) for key in keys)
+    return next((words for words in found if words), None)
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.markup import escape
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -48,11 +50,11 @@ from colada.training.checkpoints import (
     read_tensors,
 )
 from colada.training.display import Display
-from colada.training.dry_run import step_work
+from colada.training.dry_run import configs_of, step_work
 from colada.training.export import DTYPES, write_model
 from colada.training.inputs import chat_template, prepare_inputs, train_tokenizer
 from colada.training.meter import Meter
-from colada.training.monitors import Monitors, make_monitors
+from colada.training.monitors import METRICS_FILE, Monitors, check_names, make_monitors
 from colada.training.optimisation import average_weights, learning_rate, set_learning_rate
 from colada.training.parallel import Ranks, average_gradients, compile_blocks, lay_out, recompute, run_device
 from colada.training.plan import parameter_counts
@@ -105,7 +107,10 @@ class Trainer:
         self.device = self.ranks.device
         self.display = display if display is not None and self.ranks.first else Display()
         self._stop = False
+        # What can be refused at once, before hours of tokenising.
         check_settings(recipe.generation, "recipe: generation")
+        check_names(recipe.run.monitors)
+        configs_of(recipe)
         self.resumed = find(out, resume)
         if self.resumed is not None:
             changed = difference(load_recipe(self.resumed / RECIPE), recipe)
@@ -116,10 +121,11 @@ class Trainer:
                 out.mkdir(parents=True, exist_ok=True)
                 save_recipe(recipe, out / RECIPE)
         start = load(recipe.model.init) if recipe.model.init is not None else None
+        self.generation = {**(start.generation if start is not None else {}), **recipe.generation}
         self.template = chat_template(recipe, start.chat_template if start is not None else None)
         self.tokenizer = self._tokenizer(start)
         cache = Path(recipe.data.cache) if recipe.data.cache is not None else out / "shards"
-        with self.display.task("tokenising", 1):
+        with self.display.task("tokenising", 1, passing=True):
             self.inputs = prepare_inputs(
                 recipe, self.tokenizer, self.template, cache, self.display.say, self.display.advance
             )
@@ -221,6 +227,12 @@ class Trainer:
             Interrupted: after SIGINT or SIGTERM, once the state is saved.
             ColadaError: as the class says, or when too many steps were skipped.
         """
+        with self._alone():
+            self._run()
+        if self.recipe.run.report and self.ranks.first and (self.out / METRICS_FILE).is_file():
+            self.display.say(f"wrote {write_report(self.out)}")
+
+    def _run(self) -> None:
         saved = read_state(self.resumed) if self.resumed is not None else None
         resume_at = (saved["stage"], saved["step"]) if saved is not None else None
         names = self.recipe.run.monitors
@@ -238,8 +250,23 @@ class Trainer:
             monitors.close()
         self.save_model(self.out / MODEL)
         self.display.say(f"saved the model to {self.out / MODEL}")
-        if self.recipe.run.report and self.ranks.first:
-            self.display.say(f"wrote {write_report(self.out)}")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other runs out of the directory."""
+        if not self.ranks.first:
+            yield
+            return
+        with disk_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = FileLock(self.out / "lock").acquire(timeout=0)
+            except Timeout:
+                raise ColadaError(
+                    f"{self.out} is in use by another run: wait, or give another --out"
+                ) from None
+        with lock:
+            yield
 
     def _state(self, stage: Stage, average: AveragedModel | None) -> dict[str, Any]:
         """Return all tensors that a checkpoint holds, by name."""
@@ -421,13 +448,18 @@ class Trainer:
             vae, dit = TextVAE(self.vae.config), DiT(self.dit.config)
             vae.load_state_dict(states[0])
             dit.load_state_dict(states[1])
-            write_model(vae, dit, self.recipe, self.tokenizer, self.template, directory)
+            dtype = DTYPES[self.recipe.run.save_dtype]
+            write_model(vae, dit, dtype, self.tokenizer, self.generation, self.template, directory)
         self.ranks.wait()
 
     def _model(self, vae: TextVAE, dit: DiT) -> ColaDLM:
-        settings = self.recipe.generation
         return ColaDLM(
-            vae, dit, self.tokenizer, origin=str(self.out), generation=settings, chat_template=self.template
+            vae,
+            dit,
+            self.tokenizer,
+            origin=str(self.out),
+            generation=self.generation,
+            chat_template=self.template,
         )
 
     def _sample(self, monitors: Monitors, stage: Stage, step: int, networks: nn.ModuleDict) -> None:
@@ -441,7 +473,7 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):
             answers = model.generate(asked, run.sample_tokens, seed=self.recipe.seed)
         for prompt, done in zip(prompts, answers, strict=True):
-            monitors.text(stage.number, step, prompt, prompt + done.text)
+            monitors.text(stage.number, step, prompt, f"{prompt}|{done.text}")
             self.display.say(f"sample: {escape(prompt)}[bold]|[/bold]{escape(done.text)}")
 
     def _log(self, monitors: Monitors, stage: Stage, step: int, split: str, values: dict[str, Any]) -> None:
@@ -451,7 +483,7 @@ class Trainer:
     def _save(self, stage: Stage, average: AveragedModel | None, progress: Progress, wait: bool) -> None:
         state = {"stage": stage.number, **asdict(progress), "made_with": self.made_with}
         state |= {"vae": self.vae.config.to_dict(), "dit": self.dit.config.to_dict()}
-        state["data"] = self.inputs.digests()
+        state |= {"data": self.inputs.digests(), "generation": self.generation, "written": time.time()}
         files = {
             RECIPE: commented(self.recipe),
             TOKENIZER_FILE: self.tokenizer.to_json(),
@@ -476,7 +508,8 @@ class Trainer:
 
         def ask(signum: int, frame: object) -> None:
             self._stop = True
-            self.display.say("stopping after this step")
+            if self.ranks.first and not self.display.console.quiet:
+                os.write(2, b"stopping after this step\n")  # The console may be in the middle of a line.
 
         old = {which: signal.signal(which, ask) for which in (signal.SIGINT, signal.SIGTERM)}
         try:
