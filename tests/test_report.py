@@ -200,7 +200,9 @@ def test_facts_table_and_skipped_steps(tmp_path: Path) -> None:
     checkpoint = run / "checkpoints" / "stage2-00000012"
     checkpoint.mkdir(parents=True)
     made_with = {"colada": "0.1.0", "torch": "2.13.0", "commit": "abc123+", "device": "x86_64"}
-    (checkpoint / "state.json").write_text(json.dumps({"stage": 2, "step": 12, "made_with": made_with}))
+    (checkpoint / "state.json").write_text(
+        json.dumps({"stage": 2, "step": 12, "written": 1.0, "made_with": made_with})
+    )
     page = Page(write_report(run))
     said = "|".join(page.text)
     for fact in (

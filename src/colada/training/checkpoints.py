@@ -115,6 +115,11 @@ class Checkpoints:
         if self._error is not None:
             raise ColadaError(f"cannot write to {self.directory}: {_reason(self._error)}")
 
+    def settle(self) -> None:
+        """Let the checkpoint under way come to its end, good or bad."""
+        if self._writing is not None:
+            self._finished.wait()
+
     def _complete(self, done: Future[Any], place: Place, partial: Path, files: Mapping[str, str]) -> None:
         # Runs in the writing thread; an exception here would be lost.
         try:
@@ -136,7 +141,10 @@ class Checkpoints:
     def _prune(self) -> None:
         for place in self.places()[: -self.keep_last]:
             if not self.keep_every or place.step % self.keep_every:
-                shutil.rmtree(self.directory / place.name)
+                # Under another name first: what is listed is whole.
+                os.rename(self.directory / place.name, self.directory / f".{place.name}.pruned")
+        for gone in self.directory.glob(".*.pruned"):
+            shutil.rmtree(gone)
 
     def places(self) -> list[Place]:
         """Return where there are complete checkpoints, see :func:`places`."""
@@ -148,9 +156,19 @@ def places(directory: Path) -> list[Place]:
 
     That is the order of the run, unless it went back to an earlier one.
     """
-    found = (_NAME.fullmatch(path.name) for path in directory.glob("stage*") if path.is_dir())
-    there = [Place(int(match[1]), int(match[2])) for match in found if match]
-    return sorted(there, key=lambda place: (read_state(directory / place.name)["written"], place))
+    there = []
+    for path in directory.glob("stage*"):
+        match = _NAME.fullmatch(path.name)
+        if not match or not (path / STATE).is_file():
+            continue
+        try:
+            written = read_state(path)["written"]
+        except ColadaError:
+            if path.exists():
+                raise
+            continue  # It was pruned meanwhile.
+        there.append((written, Place(int(match[1]), int(match[2]))))
+    return [place for _, place in sorted(there)]
 
 
 def find(out: Path, resume: str) -> Path | None:

@@ -248,6 +248,8 @@ class Trainer:
                 self.checkpoints.finish()
         finally:
             monitors.close()
+            if self.ranks.size == 1:  # Others may be gone.
+                self.checkpoints.settle()
         self.save_model(self.out / MODEL)
         self.display.say(f"saved the model to {self.out / MODEL}")
 
