@@ -14,10 +14,11 @@ import typer
 
 from colada import __version__
 from colada.errors import ColadaError
+from colada.evaluation.commands import eval_app
+from colada.options import DeviceOption, DtypeOption, ModelOption, RevisionOption, load_model
 from colada.training import commands
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
     from colada.info import ModelInfo
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(help="Train a tokenizer, and see what one does.")
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(eval_app, name="eval")
 for command in (commands.train, commands.recipe, commands.report, commands.export):
     app.command()(command)
 
@@ -48,26 +50,6 @@ FileOption = Annotated[
     typer.Option("--file", "-f", help="Take each line that is not empty as a text; - is standard input."),
 ]
 LinesOption = Annotated[bool, typer.Option("--lines", help="Take each line of standard input as a text.")]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="WHERE",
-        help="Model directory, or hub id of the form owner/name. Default: the bundled model.",
-    ),
-]
-RevisionOption = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a hub model. Default: its main branch.")
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Compute in float32, bfloat16 or float16. Default: as stored; the bundled model float32.",
-    ),
-]
-DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -182,7 +164,7 @@ def generate(
     texts = _texts(prompt, file, lines)
     if batch < 1:
         raise ColadaError(f"batch={batch}, expected at least 1")
-    network = _load(model, revision, dtype, device)
+    network = load_model(model, revision, dtype, device)
     prompts = texts
     if chat:
         prompts = [network.chat_prompt([{"role": "user", "content": text}]) for text in texts]
@@ -290,7 +272,7 @@ def reconstruct(
 ) -> None:
     """Send a text through the Text VAE and back, and count the tokens that survive."""
     texts = _texts(text, file, lines)
-    network = _load(model, revision, dtype, device)
+    network = load_model(model, revision, dtype, device)
     for own in texts:
         back = network.reconstruct(own)
         if as_json:
@@ -504,18 +486,3 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise ColadaError(f"cannot read {file}: {error.strerror}") from None
-
-
-def _load(model: str | None, revision: str | None, dtype: str | None, device: str) -> ColaDLM:
-    import torch
-
-    from colada.device import find_device
-    from colada.flow import choose
-    from colada.model import load
-
-    dtypes: dict[str, torch.dtype] = {
-        name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")
-    }
-    wanted = choose("dtype", dtype, dtypes) if dtype is not None else None
-    place = find_device(device)
-    return load(model, revision=revision, device=place, dtype=wanted)

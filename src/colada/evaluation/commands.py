@@ -1,0 +1,235 @@
+"""The commands around benchmarks: ``eval run`` and ``eval score``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from colada.errors import ColadaError
+from colada.options import DeviceOption, DtypeOption, ModelOption, RevisionOption, load_model
+
+if TYPE_CHECKING:
+    from colada.evaluation.data import Benchmark
+    from colada.evaluation.tasks import Task
+
+eval_app = typer.Typer(help="Run the eight benchmarks, and score outputs.")
+
+REPORT_FILE = "report.html"
+
+
+@eval_app.command("run")
+def run(
+    out: Annotated[
+        Path, typer.Option(help="Directory of the outputs; what it has already is not generated again.")
+    ],
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Which tasks. Default: the eight.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Directory of <task>.<split>.jsonl(.gz) records, or hub."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="In place of --data: <task>.jsonl(.gz) records with their own few_shot_prefix and prompt,"
+            " such as the release's outputs.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many items of each task. Default: all.")
+    ] = None,
+    sample: Annotated[
+        bool,
+        typer.Option(
+            "--sample",
+            help="Take the items in a random order of the seed, MMLU's subjects in turn, not the file's.",
+        ),
+    ] = False,
+    shots: Annotated[
+        int | None,
+        typer.Option(min=0, help="Demonstrations in each prompt. Default: the release's 2, 1 or 0."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Every item has a seed of its own, made of this one.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="Of an item, cut at the first newline after a word.")
+    ] = 32,
+    steps: Annotated[
+        int | None, typer.Option(help="Solver steps per block. Default: the model's own.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", "-g", help="Guidance scale. Default: the model's own.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Items generated together; changes no output.")] = 16,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Which of --world processes this is, from 0. Default: torchrun's.")
+    ] = None,
+    world: Annotated[
+        int | None, typer.Option(help="How many processes share the items. Default: torchrun's, or 1.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Generate the answers of the benchmarks, greedily, and score them: OUT/results.json, OUT/report.html.
+
+    Stopped at any moment, the same command goes on where it was.
+    """
+    from rich.console import Console
+
+    from colada.evaluation.report import print_tables, write_page
+    from colada.evaluation.run import Part, evaluate
+    from colada.model import RELEASED_SETTINGS
+    from colada.training.display import Display
+
+    chosen = _tasks(tasks)
+    part = Part(*_place(rank, world))
+    benchmarks = [_benchmark(task, data, prompts, shots, seed, limit, sample) for task in chosen]
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun's processes take a GPU each.
+    network = load_model(model, revision, dtype, device)
+    given = {"steps": steps, "guidance": guidance}
+    named = {name: value for name, value in given.items() if value is not None}
+    settings = {**RELEASED_SETTINGS, **network.generation, **named, "temperature": 0.0}
+    del settings["seed"]  # Every item has its own.
+    display = Display(Console(stderr=True, quiet=quiet or part.rank > 0))
+    results = evaluate(
+        network,
+        benchmarks,
+        out,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        batch=batch,
+        part=part,
+        display=display,
+        **settings,
+    )
+    if results is None:
+        return
+    print_tables(results.scores, Console(highlight=False))
+    record = results.record
+    facts = {"model": record["model"], **record["settings"], **record["data"], **record["made_with"]}
+    write_page(out / REPORT_FILE, network.origin, results.scores, results.outputs, facts)
+    print(f"wrote {out / REPORT_FILE}")
+
+
+@eval_app.command("score")
+def score(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Files of outputs, or directories of <task>.jsonl(.gz)."),
+    ],
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of one FILE. Default: what its name begins with.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with plots.")] = None,
+) -> None:
+    """Score existing outputs, by the release's rules."""
+    from rich.console import Console
+
+    from colada.evaluation.outputs import read_outputs
+    from colada.evaluation.report import print_tables, write_page
+    from colada.evaluation.run import summary
+    from colada.evaluation.statistics import score as score_outputs
+
+    found = _files(files, task)
+    outputs = {own.name: read_outputs(path, own) for own, path in found}
+    scores = [score_outputs(own, outputs[own.name]) for own, _ in found]
+    if as_json:
+        print(json.dumps(summary(scores), indent=2))
+    else:
+        print_tables(scores, Console(highlight=False))
+    if html is not None:
+        facts = {own.title: str(path) for own, path in found}
+        write_page(html, ", ".join(map(str, files)), scores, outputs, facts)
+        if not as_json:
+            print(f"wrote {html}")
+
+
+# --- what they are given -------------------------------------------------------------------------
+
+
+def _tasks(names: str | None) -> list[Task]:
+    from colada.evaluation.tasks import THE_EIGHT, find_task
+
+    wanted = list(THE_EIGHT) if names is None else [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if wanted.count(name) > 1:
+            raise ColadaError(f"--tasks {names}: {name!r} is there twice")
+    return [find_task(name) for name in wanted]
+
+
+def _benchmark(
+    task: Task,
+    data: str | None,
+    prompts: Path | None,
+    shots: int | None,
+    seed: int,
+    limit: int | None,
+    sample: bool,
+) -> Benchmark:
+    from colada.evaluation.data import load_benchmark, load_prompts
+
+    if data is None and prompts is None:
+        raise ColadaError("where are the records? give --data or --prompts")
+    if data is not None and prompts is not None:
+        raise ColadaError(f"--data {data} and --prompts {prompts}, expected one of them")
+    if prompts is not None:
+        for name, value in (("--shots", shots), ("--sample", sample or None)):
+            if value is not None:
+                raise ColadaError(f"{name} with --prompts: those prompts are taken as they are")
+        return load_prompts(task, prompts, limit=limit)
+    assert data is not None
+    return load_benchmark(
+        task, data, shots=shots, seed=seed, limit=limit, order="random" if sample else "file"
+    )
+
+
+def _place(rank: int | None, world: int | None) -> tuple[int, int]:
+    """Return rank and world: the options, or what torchrun set, or one process."""
+    if (rank is None) != (world is None):
+        raise ColadaError(f"--rank {rank} and --world {world}, expected both or neither")
+    if rank is not None and world is not None:
+        return rank, world
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _files(files: list[Path], name: str | None) -> list[tuple[Task, Path]]:
+    """Return files of outputs with their tasks; of directories, those whose name is a task's."""
+    from colada.evaluation.tasks import TASKS, find_task
+
+    found: list[tuple[Task, Path]] = []
+    for path in files:
+        if not path.is_dir():
+            found.append((find_task(name) if name is not None else _task_of(path), path))
+            continue
+        names = [path / f"{task}{suffix}" for task in TASKS for suffix in (".jsonl", ".jsonl.gz")]
+        there = [(_task_of(file), file) for file in names if file.is_file()]
+        if not there:
+            raise ColadaError(f"{path}: no <task>.jsonl or <task>.jsonl.gz in this directory")
+        found += there
+    if name is not None and len(found) > 1:
+        raise ColadaError(f"--task {name} with {len(found)} files, expected one")
+    for task, _ in found:
+        twice = [str(other) for own, other in found if own is task]
+        if len(twice) > 1:
+            raise ColadaError(f"{' and '.join(twice)}: both are outputs of {task.name}, expected one of them")
+    return found
+
+
+def _task_of(path: Path) -> Task:
+    """Return the task that a file's name begins with."""
+    from colada.evaluation.tasks import find_task
+
+    try:
+        return find_task(path.name.partition(".")[0])
+    except ColadaError as error:
+        raise ColadaError(f"{path}: {error}; or give --task") from None
