@@ -40,6 +40,8 @@ COMMANDS = [
     ["tokenizer", "train"],
     ["tokenizer", "encode"],
     ["tokenizer", "decode"],
+    ["bench"],
+    ["bench", "generate"],
 ]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from colada import __version__
+from colada.bench.commands import bench_app
 from colada.errors import ColadaError
 from colada.evaluation.commands import eval_app
 from colada.options import DeviceOption, DtypeOption, ModelOption, RevisionOption, load_model
@@ -33,6 +34,7 @@ app = typer.Typer(
 tokenizer_app = typer.Typer(help="Train a tokenizer, and see what one does.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench", help="Measure speed.")
 for command in (commands.train, commands.recipe, commands.report, commands.export):
     app.command()(command)
 

@@ -1,0 +1,1 @@
+"""How fast generation is, against the machine's own limits and against named opponents."""
