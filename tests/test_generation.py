@@ -126,6 +126,8 @@ def test_generation_equals_a_plain_loop_over_the_specification(
 ) -> None:
     model = tiny_model(vae=vae, dit=dit)
     shape = (model.vae.config.block_size, 8)
+    # A guess of z0 becomes a velocity by division by a = 1/4 and more.
+    tolerance = 5e-5 if dit.get("prediction") == "z0" else 1e-5
     distinct = set()
     for number, prompt in enumerate(PROMPTS):
         latents, ids, skip = plain_generation(model, prompt, lambda b: released(66, b, shape), 3, 4, 7.0)
@@ -133,7 +135,7 @@ def test_generation_equals_a_plain_loop_over_the_specification(
         settings = {"steps": 4, "guidance": 7.0, "noise": "released", "seed": 66}
         made = last_steps(model, prompt, len(flat), **settings)
         for ours, plain in zip(made, latents, strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5, msg=f"prompt {number}")
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=tolerance, msg=f"prompt {number}")
         completion = model.generate([prompt], len(flat), **settings)[0]  # type: ignore[arg-type]
         assert list(completion.tokens) == flat
         distinct |= set(flat)
@@ -151,13 +153,13 @@ def test_guidance_moves_the_velocity_away_from_the_unconditional_one(model: Cola
 
 def test_guidance_of_one_runs_no_unconditional_pass(model: ColaDLM, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    real = model.dit.velocity
+    real = model.dit.txt_out.forward
 
-    def count(latents: Tensor, *rest: object) -> Tensor:
-        rows.append(len(latents) // 4)
-        return real(latents, *rest)  # type: ignore[arg-type]
+    def count(hidden: Tensor) -> Tensor:
+        rows.append(len(hidden) // 4)
+        return real(hidden)
 
-    monkeypatch.setattr(model.dit, "velocity", count)
+    monkeypatch.setattr(model.dit.txt_out, "forward", count)
     model.generate([PROMPTS[2], PROMPTS[5]], 2, steps=2, guidance=1.0)
     assert rows == [2, 2]
     rows.clear()
@@ -336,7 +338,8 @@ def test_encoding_is_the_normalised_posterior_mean_of_padded_ids() -> None:
 @pytest.fixture
 def still(model: ColaDLM, monkeypatch: pytest.MonkeyPatch) -> ColaDLM:
     """A model whose DiT does not move the latents: they end as the noise they began with."""
-    monkeypatch.setattr(model.dit, "velocity", lambda latents, *rest: torch.zeros_like(latents))
+    out = model.dit.txt_out
+    monkeypatch.setattr(out, "forward", lambda hidden: hidden.new_zeros(len(hidden), out.proj.out_features))
     return model
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import colada
+from colada.engine.engine import Engine
 from colada.errors import ColadaError
-from colada.generation import BlockGenerator, Sample, TransportStep
+from colada.generation import TransportStep
 from colada.model import ColaDLM
 from colada.streaming import Chunk
 from colada.tokenizer import Tokenizer
@@ -292,14 +293,14 @@ def test_latents_of_another_width_are_refused(model: ColaDLM) -> None:
 def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[TransportStep]:
     """Every solver step that any engine takes."""
     taken: list[TransportStep] = []
-    real = BlockGenerator.next_block
+    real = Engine.next_block
 
-    def next_block(self: BlockGenerator, samples: list[Sample]) -> Iterator[TransportStep]:
-        for step in real(self, samples):
+    def next_block(self: Engine) -> Iterator[TransportStep]:
+        for step in real(self):
             taken.append(step)
             yield step
 
-    monkeypatch.setattr(BlockGenerator, "next_block", next_block)
+    monkeypatch.setattr(Engine, "next_block", next_block)
     return taken
 
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from colada.info import ModelInfo
-    from colada.model import ColaDLM, Settings
+    from colada.model import ColaDLM
+    from colada.settings import Settings
     from colada.tokenizer import Tokenizer
 
 app = typer.Typer(
@@ -173,7 +174,7 @@ def generate(
 
     from colada.flow import choose
     from colada.generation import SEED_STRIDE
-    from colada.model import RELEASED_SETTINGS
+    from colada.settings import RELEASED_SETTINGS
 
     given: Settings = {
         "steps": steps,

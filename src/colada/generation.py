@@ -120,6 +120,18 @@ class TransportStep:
     z0: Tensor
 
 
+def encode(vae: TextVAE, prompts: Sequence[Sequence[int]], pad_id: int) -> list[Tensor]:
+    """Return the normalised posterior means (L, C) of ids padded to whole blocks, one tensor a prompt."""
+    padded = [pad_to_multiple(ids, vae.config.block_tokens, pad_id) for ids in prompts]
+    lengths = [len(ids) for ids in padded]
+    device = vae.encoder.wte.weight.device
+    if not any(lengths):
+        return [torch.zeros(0, vae.config.latent_dim, device=device) for _ in prompts]
+    packed = torch.tensor([token for ids in padded for token in ids], device=device)
+    mean = vae.normalise(vae.encode(packed, lengths).mean)
+    return list(mean.split([length // vae.config.patch_size for length in lengths]))
+
+
 # --- transport ---------------------------------------------------------------------------------
 
 
@@ -132,35 +144,40 @@ def transport(
     guidance: Sequence[float],
     grid: Sequence[float],
     solver: Solver,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Integrate dz/da = v from noise to the latents of one block of every sample.
 
     Conditional rows and unconditional ones (no history; only samples that are
-    guided and have one) share each pass: v = u + s (c - u). Pinned latents are
-    put back before and after every step, at timestep 0.
+    guided and have one) share each pass: v = u + s (c - u), for a in the interval. Pinned
+    latents are put back before and after every step, at timestep 0.
 
     Args:
         noise: (B, block, C).
         where, pinned: (B, block) bool and (B, block, C).
         guidance: scale per sample; 1 is off.
         grid: descending values of a from 1 to 0.
+        interval: the values of a between which guidance acts.
 
     Yields: after every step z and the z0 that the last velocity points at, each (B, block, C).
     """
     rows, size, _ = noise.shape
-    guided = [row for row in range(rows) if guidance[row] != 1 and len(histories[row]) > 0]
-    scale = torch.tensor([guidance[row] for row in guided], device=noise.device)[:, None, None]
-    seen = [*histories, *[None] * len(guided)]
-    layout = dit.layout([size] * len(seen), seen)
-    noisy = torch.cat([~where, ~where[guided]]).float()
+    all_guided = [row for row in range(rows) if guidance[row] != 1 and len(histories[row]) > 0]
+    low, high = interval
+    free = ~where
     where = where[..., None]
     z = noise
     for a, a_next in pairwise(grid):
+        guided = all_guided if low <= a <= high else []
+        seen = [*histories, *[None] * len(guided)]
+        layout = dit.layout([size] * len(seen), seen)
+        noisy = torch.cat([free, free[guided]]).float()
         z = torch.where(where, pinned, z)
         both = torch.cat([z, z[guided]])
         velocity = dit.velocity(both.flatten(0, 1), (T * a * noisy).flatten(), layout, seen)
         velocity, unconditional = velocity.view_as(both).split([rows, len(guided)])
         if guided:
+            scale = torch.tensor([guidance[row] for row in guided], device=noise.device)[:, None, None]
             velocity = velocity.clone()
             velocity[guided] = unconditional + scale * (velocity[guided] - unconditional)
         z0 = z0_from_velocity(z.flatten(0, 1), velocity.flatten(0, 1), torch.tensor(a, device=z.device))
@@ -179,6 +196,7 @@ class BlockGenerator:
         steps: solver steps per block.
         solver, schedule: names in ``flow.SOLVERS`` and ``flow.SCHEDULES``.
         sampling: how tokens are picked.
+        interval: the values of a between which guidance acts.
 
     Raises:
         ColadaError: naming a setting out of range.
@@ -193,6 +211,7 @@ class BlockGenerator:
         solver: str = "euler",
         schedule: str = "uniform",
         sampling: Sampling | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         if steps < 1:
             raise ColadaError(f"steps={steps}, expected at least 1")
@@ -200,6 +219,7 @@ class BlockGenerator:
         self.new_solver = choose("solver", solver, SOLVERS)
         self.grid = choose("schedule", schedule, SCHEDULES)(steps).tolist()
         self.sampling = sampling or Sampling()
+        self.interval = interval
 
     @property
     def steps(self) -> int:
@@ -237,14 +257,8 @@ class BlockGenerator:
         return samples
 
     def encode(self, prompts: Sequence[Sequence[int]], pad_id: int) -> list[Tensor]:
-        """Return the normalised posterior means (L, C) of ids padded to whole blocks, one tensor a prompt."""
-        padded = [pad_to_multiple(ids, self.vae.config.block_tokens, pad_id) for ids in prompts]
-        lengths = [len(ids) for ids in padded]
-        if not any(lengths):
-            return [torch.zeros(0, self.vae.config.latent_dim, device=self.device) for _ in prompts]
-        packed = torch.tensor([token for ids in padded for token in ids], device=self.device)
-        mean = self.vae.normalise(self.vae.encode(packed, lengths).mean)
-        return list(mean.split([length // self.vae.config.patch_size for length in lengths]))
+        """Return the prompts' latents, see :func:`encode`."""
+        return encode(self.vae, prompts, pad_id)
 
     def prefix_pass(self, samples: Sequence[Sample], prefixes: Sequence[Tensor]) -> None:
         """Commit each sample's prefix (L, C) to the histories of the DiT (at t = 0) and the decoder."""
@@ -281,6 +295,7 @@ class BlockGenerator:
             [sample.guidance for sample in samples],
             self.grid,
             self.new_solver(),
+            self.interval,
         )
         for number, (z, z0) in enumerate(steps, start=1):
             yield TransportStep(number, self.steps, z, z0)

@@ -23,7 +23,8 @@ from colada.checkpoint import (
 from colada.config import DiTConfig, TextVAEConfig
 from colada.dit import DiT
 from colada.errors import ColadaError
-from colada.model import BUNDLED, RELEASED_SETTINGS
+from colada.model import BUNDLED
+from colada.settings import RELEASED_SETTINGS
 from colada.tokenizer import Tokenizer
 from colada.vae import TextVAE
 

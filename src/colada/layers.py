@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,21 @@ def commit(
     for history, (k, v) in zip(histories, per_sample, strict=True):
         if history is not None:
             history.append(layer, k, v)
+
+
+class Shared(Protocol):
+    """What all layers of one pass share, however its rows are arranged.
+
+    Attributes:
+        table: rotary cosines and sines of the rows' positions.
+    """
+
+    @property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """See :func:`rotary_table`."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """Attend in one layer: q, k, v (N, K, D) -> (N, K, D)."""
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 
@@ -23,95 +23,27 @@ from colada.checkpoint import (
     write_model,
 )
 from colada.dit import DiT
-from colada.errors import ColadaError, nearest
+from colada.engine.engine import Engine, Request
+from colada.errors import ColadaError
 from colada.flow import choose
-from colada.generation import NOISE_RULES, SEED_STRIDE, BlockGenerator, Noise, TransportStep
+from colada.generation import NOISE_RULES, SEED_STRIDE, TransportStep, encode
 from colada.sampling import Sampling
+from colada.session import Session
+from colada.settings import (
+    RELEASED_SETTINGS,
+    SAMPLING_SETTINGS,
+    Prompt,
+    Settings,
+    check_settings,
+    one_each,
+    require_count,
+    several,
+)
 from colada.streaming import Chunk, Completion, Transcript
 from colada.tokenizer import Tokenizer
 from colada.vae import TextVAE
 
 BUNDLED = Path(__file__).parent / "bundled"
-
-Prompt = str | Sequence[int]
-
-
-class Settings(TypedDict, total=False):
-    """Generation settings; those left out, or None, are the model's own, or else the released ones.
-
-    Attributes:
-        steps: solver steps per block (released: 16).
-        guidance: scale s of v = u + s (c - u); 1 is off (released: 7). One for all, or one each.
-        solver, schedule: names in ``colada.flow.SOLVERS`` and ``SCHEDULES`` (released: "euler", "uniform").
-        temperature, top_k, top_p, repetition_penalty: see :class:`~colada.sampling.Sampling` (greedy).
-        seed: one for all (sample i then has seed + i), or one each. A sample's result depends on
-            its own prompt, settings and seed, not on the batch it is in.
-        stop: strings that end the text; they may straddle blocks.
-        end_ids: tokens that end the text; the tokenizer's end tokens if None, ``()`` for none.
-        noise: "per-sample", or "released" for the released code's rule, where sample i of a single
-            seed has seed + 1000 i (the published scores have seed 66).
-    """
-
-    steps: int | None
-    guidance: float | Sequence[float] | None
-    solver: str | None
-    schedule: str | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    repetition_penalty: float | None
-    seed: int | Sequence[int] | None
-    stop: str | Sequence[str] | None
-    end_ids: Sequence[int] | None
-    noise: str | None
-
-
-RELEASED_SETTINGS: dict[str, Any] = {
-    "steps": 16,
-    "guidance": 7.0,
-    "solver": "euler",
-    "schedule": "uniform",
-    "temperature": 0.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "seed": 0,
-    "stop": (),
-    "end_ids": None,
-    "noise": "per-sample",
-}
-"""What a model without a ``generation_config.json`` of its own uses."""
-
-_NUMBER, _SEVERAL = (int, float), (list, tuple)
-_SETTING_TYPES: dict[str, Any] = {
-    "steps": int,
-    "solver": str,
-    "schedule": str,
-    "temperature": _NUMBER,
-    "top_k": int,
-    "top_p": _NUMBER,
-    "repetition_penalty": _NUMBER,
-    "seed": (int, *_SEVERAL),
-    "guidance": (*_NUMBER, *_SEVERAL),
-    "stop": (str, *_SEVERAL),
-    "end_ids": _SEVERAL,
-    "noise": str,
-}
-_KIND_NAMES = {int: "a whole number", str: "a name", _NUMBER: "a number", _SEVERAL: "a list of ids"}
-_KIND_NAMES |= {(int, *_SEVERAL): "a whole number of at least 0, or one for each prompt"}
-_KIND_NAMES |= {(*_NUMBER, *_SEVERAL): "a finite number, or one for each prompt"}
-_KIND_NAMES |= {(str, *_SEVERAL): "a string, or several"}
-
-
-def check_settings(settings: Mapping[str, Any], origin: str = "") -> None:
-    """Raise ColadaError for a generation setting that does not exist or is of the wrong type."""
-    where = f"{origin}: " if origin else ""
-    for name, value in settings.items():
-        if name not in _SETTING_TYPES:
-            raise ColadaError(f"{where}unknown generation setting {name!r}{nearest(name, _SETTING_TYPES)}")
-        kind = _SETTING_TYPES[name]
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise ColadaError(f"{where}{name}={value!r}, expected {_KIND_NAMES[kind]}")
 
 
 @dataclass(frozen=True)
@@ -209,7 +141,7 @@ class ColaDLM:
         ids = self.ids(text)
         if not ids:
             return torch.zeros(0, self.vae.config.latent_dim, device=self.device)
-        latents = BlockGenerator(self.vae, self.dit).encode([ids], self.pad_id)[0]
+        latents = encode(self.vae, [ids], self.pad_id)[0]
         return latents[: -(-len(ids) // self.vae.config.patch_size)]
 
     @torch.inference_mode()
@@ -240,17 +172,6 @@ class ColaDLM:
 
     # --- generation ------------------------------------------------------------------------
 
-    def _engine(self, chosen: Mapping[str, Any]) -> BlockGenerator:
-        sampling = {key: chosen[key] for key in ("temperature", "top_k", "top_p", "repetition_penalty")}
-        return BlockGenerator(
-            self.vae,
-            self.dit,
-            steps=chosen["steps"],
-            solver=chosen["solver"],
-            schedule=chosen["schedule"],
-            sampling=Sampling(**sampling),
-        )
-
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -271,14 +192,12 @@ class ColaDLM:
 
         Raises:
             ColadaError: naming the argument at fault.
+            GenerationError: if samples failed; it carries the completions of the others.
         """
-        job = self._open(prompts, max_new_tokens, settings)
-        for _ in self._run(job, guesses=False, callback=callback):
+        session = self._open(prompts, max_new_tokens, settings)
+        for _ in session.chunks(callback=callback):
             pass
-        return [
-            Completion(own.text, tuple(own.tokens), own.finish_reason or "length", seed)
-            for own, seed in zip(job.transcripts, job.seeds, strict=True)
-        ]
+        return session.completions()
 
     def stream(
         self,
@@ -293,22 +212,63 @@ class ColaDLM:
 
         With ``guesses``, yield after every solver step too: how the block would read if it
         ended there. The texts of a prompt's finished chunks add up to what :meth:`generate`
-        returns. Arguments are checked here, before the first chunk is asked for.
+        returns. Arguments are checked here, before the first chunk is asked for. A sample that
+        fails ends with a chunk that says why, and the others go on.
         """
-        job = self._open(prompts, max_new_tokens, settings)
-        return self._run(job, guesses, callback)
+        return self._open(prompts, max_new_tokens, settings).chunks(guesses, callback)
 
-    def _open(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings) -> _Job:
-        """Check the arguments of :meth:`generate`, and make of them what a run needs."""
-        several = _several(prompts)
-        _require_count("max_new_tokens", max_new_tokens)
+    def session(self, *, history: int = 8192, slots: int | None = None) -> Session:
+        """Return a session, to which requests with settings of their own may be submitted at any time.
+
+        Args:
+            history: latents of history that it holds, of all requests under way together; a request takes
+                those of its prompt and of the blocks to come, and waits until there is room.
+            slots: requests under way at most; None is no limit.
+        """
+        require_count("history", history)
+        if slots is not None:
+            require_count("slots", slots)
+        return Session(self._engine(history, slots), self._request)
+
+    def _engine(self, capacity: int, slots: int | None = None, pad_id: int | None = None) -> Engine:
+        pad_id = self.pad_id if pad_id is None else pad_id
+        return Engine(self.vae, self.dit, capacity=capacity, slots=slots, pad_id=pad_id)
+
+    def _open(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings) -> Session:
+        """Return a session of these prompts alone, with just the history they need."""
+        prompts = several(prompts)
         check_settings(settings)
         chosen = {**RELEASED_SETTINGS, **self.generation}
         chosen |= {name: value for name, value in settings.items() if value is not None}
-        rule = chosen["noise"]
-        new_noise = choose("noise", rule, NOISE_RULES)
-        seeds = _one_each("seed", chosen["seed"], len(several), SEED_STRIDE[rule])
-        guidance = _one_each("guidance", chosen["guidance"], len(several), 0)
+        stride = choose("noise", chosen["noise"], SEED_STRIDE)
+        seeds = one_each("seed", chosen["seed"], len(prompts), stride)
+        guidance = one_each("guidance", chosen["guidance"], len(prompts), 0)
+        requests = [
+            self._request(prompt, max_new_tokens, {**settings, "seed": seed, "guidance": scale})
+            for prompt, seed, scale in zip(prompts, seeds, guidance, strict=True)
+        ]
+        patch, size = self.vae.config.patch_size, self.vae.config.block_size
+        capacity = sum(request.room(patch, size) for request, _ in requests)
+        # Without a token to pad, no padding id is needed.
+        session = Session(self._engine(capacity, pad_id=self.pad_id if any(prompts) else 0), self._request)
+        for request, transcript in requests:
+            session.add(request, transcript)
+        return session
+
+    def _request(
+        self, prompt: Prompt, max_new_tokens: int, settings: Mapping[str, Any]
+    ) -> tuple[Request, Transcript]:
+        """Check what is asked for a prompt, and return it as the engine and the transcript take it.
+
+        Raises:
+            ColadaError: naming the argument at fault.
+        """
+        require_count("max_new_tokens", max_new_tokens)
+        check_settings(settings)
+        chosen = {**RELEASED_SETTINGS, **self.generation}
+        chosen |= {name: value for name, value in settings.items() if value is not None}
+        ids = self.ids(prompt)
+        (seed,), (guidance,) = (one_each(name, chosen[name], 1, 0) for name in ("seed", "guidance"))
         stop = [chosen["stop"]] if isinstance(chosen["stop"], str) else list(chosen["stop"])
         if stop and self.tokenizer is None:
             raise ColadaError("stop strings need a tokenizer, and this model has none")
@@ -317,38 +277,21 @@ class ColaDLM:
         end_ids = chosen["end_ids"]
         if end_ids is None:
             end_ids = self.tokenizer.end_ids if self.tokenizer is not None else ()
-        engine = self._engine(chosen)
         shape = (self.vae.config.block_size, self.vae.config.latent_dim)
-        ids = [self.ids(prompt) for prompt in several]
-        transcripts = [
-            Transcript(self.tokenizer, self._tail_tokens(own), max_new_tokens, stop, end_ids) for own in ids
-        ]
-        noises = [new_noise(seed, shape, self.device) for seed in seeds]
-        return _Job(engine, ids, transcripts, seeds, noises, guidance)
-
-    @torch.inference_mode()
-    def _run(
-        self, job: _Job, guesses: bool, callback: Callable[[TransportStep], None] | None
-    ) -> Iterator[Chunk]:
-        """Run a job block by block; a sample leaves the batch when it is finished."""
-        pad_id = self.pad_id if any(job.ids) else 0
-        samples = job.engine.start(job.ids, job.noises, job.seeds, job.guidance, pad_id)
-        active = list(range(len(samples)))
-        while active:
-            under_way = [samples[index] for index in active]
-            for step in job.engine.next_block(under_way):
-                if callback is not None:
-                    callback(step)
-                if guesses:
-                    for index, ids in zip(active, job.engine.spell(under_way, step.z0), strict=True):
-                        text, tokens = job.transcripts[index].guess(ids)
-                        yield Chunk(index, samples[index].blocks, step.step, text, tokens)
-            for index, sample in zip(active, under_way, strict=True):
-                assert sample.block is not None
-                text, tokens = job.transcripts[index].add(sample.block.ids)
-                reason = job.transcripts[index].finish_reason
-                yield Chunk(index, sample.blocks - 1, None, text, tokens, reason)
-            active = [index for index in active if job.transcripts[index].finish_reason is None]
+        low, high = chosen["guidance_interval"]
+        request = Request(
+            tuple(ids),
+            max_new_tokens,
+            choose("noise", chosen["noise"], NOISE_RULES)(seed, shape, self.device),
+            seed,
+            guidance,
+            (low, high),
+            chosen["steps"],
+            chosen["solver"],
+            chosen["schedule"],
+            Sampling(**{name: chosen[name] for name in SAMPLING_SETTINGS}),
+        )
+        return request, Transcript(self.tokenizer, self._tail_tokens(ids), max_new_tokens, stop, end_ids)
 
     def _tail_tokens(self, ids: Sequence[int]) -> int:
         """Return how many tokens the first block only repeats: those of the prompt's pinned latents."""
@@ -393,77 +336,24 @@ class ColaDLM:
         Raises:
             ColadaError: as :meth:`generate`; or if the hole does not fall on whole latents (patch_size > 1).
         """
-        _require_count("tokens", tokens)
+        require_count("tokens", tokens)
         left, right = self.ids(before), self.ids(after)
-        patch, size = self.vae.config.patch_size, self.vae.config.block_size
+        patch = self.vae.config.patch_size
         if len(left) % patch or tokens % patch:
             raise ColadaError(
                 f"a hole of {tokens} tokens after {len(left)}, expected multiples of patch_size={patch}"
             )
-        job = self._open([[]], tokens, {**settings, "stop": (), "end_ids": ()})
-        start, end = len(left) // patch, (len(left) + tokens) // patch
-        whole = [*left, *[self.vae.config.mask_id] * tokens, *right]
-        latents = job.engine.encode([whole], self.pad_id)[0]
-        prefix, last = start // size * size, -(-end // size) * size
-        sample = job.engine.start([[]], job.noises, job.seeds, job.guidance, self.pad_id)[0]
-        job.engine.prefix_pass([sample], [latents[:prefix]])
-        known = torch.ones(min(last, -(-len(whole) // patch)) - prefix, dtype=torch.bool, device=self.device)
-        known[start - prefix : end - prefix] = False
-        sample.known, sample.pinned = known, latents[prefix : prefix + len(known)]
-        ids: list[int] = []
-        while prefix * patch + len(ids) < end * patch:
-            for _ in job.engine.next_block([sample]):
-                pass
-            assert sample.block is not None
-            ids += sample.block.ids
-        skip = len(left) - prefix * patch
-        transcript = job.transcripts[0]
-        transcript.add(ids[skip : skip + tokens])
-        return Completion(transcript.text, tuple(transcript.tokens), "length", job.seeds[0])
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A checked request: the engine, and per prompt its ids, transcript, seed, noise and guidance."""
-
-    engine: BlockGenerator
-    ids: list[list[int]]
-    transcripts: list[Transcript]
-    seeds: list[int]
-    noises: list[Noise]
-    guidance: list[float]
-
-
-def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """Return a list of prompts, of one or of several."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(part, int) for part in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
-
-
-def _require_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ColadaError(f"{name}={value!r}, expected a whole number of at least 1")
-
-
-def _one_each(name: str, value: Any, count: int, stride: int) -> list[Any]:
-    """Return a setting per sample: its list, checked, or value + stride * i."""
-    if isinstance(value, Sequence):
-        values = list(value)
-    elif isinstance(value, int | float):
-        values = [value + stride * i for i in range(count)]
-    else:
-        values = [value] * count
-    if len(values) != count:
-        raise ColadaError(f"{len(values)} values of {name} for {count} prompts, expected one, or one each")
-    for one in values:
-        if name == "seed" and not (isinstance(one, int) and one >= 0):
-            raise ColadaError(f"seed={one!r}, expected a whole number of at least 0")
-        if name == "guidance" and not (isinstance(one, int | float) and math.isfinite(one)):
-            raise ColadaError(f"guidance={one!r}, expected a finite number")
-    return values
+        request, transcript = self._request([], tokens, {**settings, "stop": (), "end_ids": ()})
+        whole = (*left, *[self.vae.config.mask_id] * tokens, *right)
+        hole = len(left) // patch, (len(left) + tokens) // patch
+        request = dataclasses.replace(request, ids=whole, hole=hole)
+        size = self.vae.config.block_size
+        session = Session(self._engine(request.room(patch, size)), self._request)
+        transcript.skip = hole[0] % size * patch
+        session.add(request, transcript)
+        for _ in session.chunks():
+            pass
+        return session.completions()[0]
 
 
 def load(

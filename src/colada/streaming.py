@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from colada.errors import ColadaError
 from colada.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
@@ -22,7 +23,8 @@ class Chunk:
             character may still be under way); guess: the block's text as it would read now.
         tokens: the new tokens, or the guess's. A stop string that straddles blocks takes tokens back
             that an earlier chunk had; texts always add up.
-        finish_reason: "length", "end" or "stop" in a sample's last chunk, else None.
+        finish_reason: "length", "end", "stop" or "error" in a sample's last chunk, else None.
+        error: why the sample failed.
     """
 
     index: int
@@ -31,6 +33,7 @@ class Chunk:
     text: str
     tokens: tuple[int, ...]
     finish_reason: str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,18 @@ class Completion:
     seed: int
 
 
+class GenerationError(ColadaError):
+    """Some samples of a batch failed; the others finished.
+
+    Attributes:
+        completions: of every prompt in order, None where it failed.
+    """
+
+    def __init__(self, message: str, completions: Sequence[Completion | None]) -> None:
+        super().__init__(message)
+        self.completions = tuple(completions)
+
+
 class Transcript:
     """Follows one sample's tokens, and decides what of its text is final and when it is done.
 
@@ -65,7 +80,7 @@ class Transcript:
     def __init__(
         self, tokenizer: Tokenizer | None, skip: int, limit: int, stop: Sequence[str], end_ids: Sequence[int]
     ) -> None:
-        self._tokenizer, self._skip, self._limit = tokenizer, skip, limit
+        self._tokenizer, self.skip, self._limit = tokenizer, skip, limit
         self._stop, self._end_ids = tuple(stop), frozenset(end_ids)
         self._released = 0
         self.tokens: list[int] = []
@@ -100,9 +115,9 @@ class Transcript:
 
     def _new(self, ids: Sequence[int], peek: bool = False) -> Sequence[int]:
         """Return the ids that are not the prompt's."""
-        skipped = min(self._skip, len(ids))
+        skipped = min(self.skip, len(ids))
         if not peek:
-            self._skip -= skipped
+            self.skip -= skipped
         return ids[skipped:]
 
     def _decode(self, ids: Sequence[int]) -> str:

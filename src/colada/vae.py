@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from colada.config import TextVAEConfig
 from colada.errors import ColadaError
-from colada.layers import History, Pass, inverse_frequencies, rotary_table, rotate_half_split
+from colada.layers import History, Pass, Shared, inverse_frequencies, rotary_table, rotate_half_split
 from colada.packing import Layout
 
 
@@ -45,7 +45,7 @@ class VAEBlock(nn.Module):
         hidden = config.ffn_dim // 2 if config.act == "swiglu" else config.ffn_dim
         self.ffn_out = nn.Linear(hidden, dim, bias=config.bias)
 
-    def forward(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared, layer: int) -> Tensor:
         if self.config.post_norm:
             a = self.attention(x, shared, layer)
             x = self.norm_attn(x) + a
@@ -53,7 +53,7 @@ class VAEBlock(nn.Module):
         x = x + self.attention(self.norm_attn(x), shared, layer)
         return x + self.ffn(self.norm_ffn(x))
 
-    def attention(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
+    def attention(self, x: Tensor, shared: Shared, layer: int) -> Tensor:
         """Attend (N, dim) to itself and the histories of the pass."""
         q, k, v = self.qkv_proj(x).chunk(3, -1)
         if self.config.clip_qkv is not None:
@@ -135,11 +135,19 @@ class TextDecoder(nn.Module):
         histories: Sequence[History | None] | None = None,
         committing: bool = True,
     ) -> Tensor:
-        config = self.config
+        shared = Pass(layout, _table(self.config, layout), histories, committing)
+        return self.unpatch(self.run(latents, shared))
+
+    def run(self, latents: Tensor, shared: Shared) -> Tensor:
+        """Latents (N, C) -> the last layer's output (N, dim)."""
         x = self.in_layer(latents.to(self.in_layer.weight.dtype))
-        shared = Pass(layout, _table(config, layout), histories, committing)
         for layer, block in enumerate(self.blocks):
             x = block(x, shared, layer)
+        return x
+
+    def unpatch(self, x: Tensor) -> Tensor:
+        """(n, dim) -> hidden states of the tokens (n * patch, dim)."""
+        config = self.config
         # The projection's output axis is ordered (channel, patch).
         x = self.unpatch_layer(x).unflatten(-1, (config.dim, config.patch_size))
         return x.transpose(1, 2).reshape(-1, config.dim)

@@ -86,7 +86,7 @@ def run(
 
     from colada.evaluation.report import print_tables, write_page
     from colada.evaluation.run import Part, evaluate
-    from colada.model import RELEASED_SETTINGS
+    from colada.settings import RELEASED_SETTINGS
     from colada.training.display import Display
 
     chosen = _tasks(tasks)

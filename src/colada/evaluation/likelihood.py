@@ -34,8 +34,9 @@ from colada.errors import ColadaError
 from colada.flow import Euler, T, velocity_from_z0
 from colada.generation import transport
 from colada.layers import History
-from colada.model import ColaDLM, Prompt
+from colada.model import ColaDLM
 from colada.packing import pad_to_multiple
+from colada.settings import Prompt
 
 EXACT_NUMBERS = 64
 """Numbers in a block up to which its trace is exact."""

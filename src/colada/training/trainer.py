@@ -36,8 +36,9 @@ from colada.checkpoint import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.data.rows import Batch, Rows, batch
 from colada.dit import DiT
 from colada.errors import ColadaError
-from colada.model import ColaDLM, check_settings, load
+from colada.model import ColaDLM, load
 from colada.objectives import Counts, Draws, count, readable
+from colada.settings import check_settings
 from colada.tokenizer import Tokenizer
 from colada.training.checkpoints import (
     RECIPE,

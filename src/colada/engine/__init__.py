@@ -1,0 +1,1 @@
+"""The fast engine: the numbers of :mod:`colada.generation`, from preallocated memory and with less work."""

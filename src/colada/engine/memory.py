@@ -1,0 +1,172 @@
+"""Where the histories of all requests live: memory made once, a contiguous region for each request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Regions:
+    """Hands out contiguous regions of so many latents, first fit.
+
+    Args:
+        capacity: latents in all.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._free = [(0, capacity)] if capacity else []
+
+    @property
+    def free(self) -> int:
+        """How many latents are in no region."""
+        return sum(length for _, length in self._free)
+
+    def take(self, length: int) -> int | None:
+        """Return the start of a region of this length, or None while there is none."""
+        for number, (start, room) in enumerate(self._free):
+            if room >= length:
+                rest = [(start + length, room - length)] if room > length else []
+                self._free[number : number + 1] = rest
+                return start
+        return None
+
+    def give_back(self, start: int, length: int) -> None:
+        """Make a region free again, joined with its free neighbours."""
+        merged: list[tuple[int, int]] = []
+        for begin, room in sorted([*self._free, (start, length)]):
+            if merged and sum(merged[-1]) == begin:
+                merged[-1] = merged[-1][0], merged[-1][1] + room
+            else:
+                merged.append((begin, room))
+        self._free = merged
+
+
+class Memory:
+    """Keys and values by position, rotated and normalised as they are used.
+
+    Attributes:
+        keys, values: (layers, positions, K, D) in the compute type.
+    """
+
+    def __init__(
+        self, layers: int, positions: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (layers, positions, heads, width)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def bytes(self) -> int:
+        """Size of both."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+
+@dataclass(frozen=True)
+class Span:
+    """One block of rows of a pass: what it sees is ``start..end`` of the memory, its own positions last.
+
+    ``history`` positions, those before its own, are its sample's history.
+    """
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """``count`` spans of one length, evenly spaced in memory: one attention call."""
+
+    first: int  # span of the pass
+    count: int
+    start: int
+    spacing: int
+    length: int
+
+
+def _grouped(spans: list[Span], offset: int) -> list[_Group]:
+    """Join neighbouring spans of one length and even spacing (upwards: strides are never negative)."""
+    groups: list[_Group] = []
+    for number, span in enumerate(spans, start=offset):
+        length = span.end - span.start
+        if groups and groups[-1].length == length:
+            last = groups[-1]
+            spacing = span.start - (last.start + (last.count - 1) * last.spacing)
+            if spacing >= 0 and (last.count == 1 or spacing == last.spacing):
+                groups[-1] = _Group(last.first, last.count + 1, last.start, spacing, length)
+                continue
+        groups.append(_Group(number, 1, span.start, 0, length))
+    return groups
+
+
+class Plan:
+    """Where the rows of a pass are written and what they see; no mask, because no row sees part of a span.
+
+    The rows are those of the clean spans, of the noisy spans, and of blocks that see only themselves and
+    are written nowhere (the unconditional ones).
+
+    Args:
+        memory: of one network.
+        clean, noisy: spans; the rows of clean ones are not needed after their keys and values are written.
+        alone: blocks that see only themselves.
+        size: positions in a block.
+    """
+
+    def __init__(self, memory: Memory, clean: list[Span], noisy: list[Span], alone: int, size: int) -> None:
+        device = memory.keys.device
+        self.memory, self.size, self.alone = memory, size, alone
+        self.clean_rows = len(clean) * size
+        self.written_rows = (len(clean) + len(noisy)) * size
+        own = [range(span.end - size, span.end) for span in [*clean, *noisy]]
+        self._slots = torch.tensor([slot for part in own for slot in part], device=device)
+        starts = [span.end - span.start - size for span in [*clean, *noisy]] + [0] * alone
+        self.positions = torch.tensor(
+            [start + place for start in starts for place in range(size)], device=device
+        )
+        self._clean_groups = _grouped(clean, 0)
+        self._groups = _grouped(noisy, len(clean))
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.positions)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, kept: int = 0) -> Tensor:
+        """Write keys and values (N, K, D) of one layer to memory, and attend.
+
+        Args:
+            q: of the rows from ``kept`` on.
+            kept: 0, or ``clean_rows`` where the clean ones are not needed any more.
+
+        Returns: (N - kept, K, D).
+        """
+        keys, values = self.memory.keys[layer], self.memory.values[layer]
+        keys.index_copy_(0, self._slots, k[: self.written_rows])
+        values.index_copy_(0, self._slots, v[: self.written_rows])
+        groups = self._groups if kept else [*self._clean_groups, *self._groups]
+        outputs = []
+        for group in groups:
+            rows = slice(group.first * self.size - kept, (group.first + group.count) * self.size - kept)
+            seen = (self._seen(memory, group) for memory in (keys, values))
+            outputs.append(self._attention(q[rows], *seen))
+        if self.alone:
+            own = (x[self.written_rows :].unflatten(0, (self.alone, self.size)) for x in (k, v))
+            outputs.append(self._attention(q[self.written_rows - kept :], *own))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    @staticmethod
+    def _seen(memory: Tensor, group: _Group) -> Tensor:
+        """Return what a group sees as a view (count, length, K, D) of one layer's memory."""
+        position, head, channel = memory.stride()
+        return memory.as_strided(
+            (group.count, group.length, *memory.shape[1:]),
+            (group.spacing * position, position, head, channel),
+            memory.storage_offset() + group.start * position,
+        )
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = q.unflatten(0, (-1, self.size))
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,157 @@
+"""One pass of either network over rows of many requests, written for speed; the readable ones are the oracle.
+
+See :meth:`colada.dit.DiT.forward` and :meth:`colada.vae.TextDecoder.forward` for the same, plainly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from colada.dit import ROPE_THETA, DiT, DiTBlock
+from colada.engine.memory import Plan
+from colada.layers import inverse_frequencies
+
+_KEPT_TIMESTEPS = 64
+
+
+class Modulation:
+    """AdaLN by timestep: what every layer multiplies and adds, computed once for each timestep of a schedule.
+
+    For each layer, six vectors a timestep: 1 + scale, shift and gate of the attention, then of the MLP.
+    ``h = LN(x) * (1 + scale) + shift`` is then a LayerNorm whose weight and bias are table rows.
+    """
+
+    def __init__(self, dit: DiT) -> None:
+        self._dit = dit
+        self._row: dict[float, int] = {}
+        self._layers: list[Tensor] = []
+        self._output = torch.empty(0)
+        self._views: dict[int, list[tuple[Tensor, ...]]] = {}
+
+    def rows(self, timesteps: Iterable[float]) -> dict[float, int]:
+        """Return the table row of each timestep in 0..1000, computing those that are not there."""
+        wanted = set(timesteps)
+        missing = sorted(wanted - self._row.keys())
+        if missing and len(self._row) + len(missing) > _KEPT_TIMESTEPS:
+            self._row, self._layers, self._output = {}, [], torch.empty(0)
+            missing = sorted(wanted)
+        if missing:
+            self._add(missing)
+        return self._row
+
+    def _add(self, timesteps: list[float]) -> None:
+        dit = self._dit
+        emb = dit.emb_in(torch.tensor(timesteps, device=dit.txt_in.proj.weight.device))
+        layers = [self._layer(cast(DiTBlock, block), emb) for block in dit.blocks]
+        shift, scale = dit.txt_out_ada["out_in"](emb).chunk(2, -1)
+        norm = dit.txt_out_norm
+        output = torch.stack([norm.weight * (1 + scale), norm.bias * (1 + scale) + shift], 1)
+        if self._row:
+            layers = [torch.cat(both) for both in zip(self._layers, layers, strict=True)]
+            output = torch.cat([self._output, output])
+        self._layers, self._output = layers, output
+        self._row |= {timestep: len(self._row) + number for number, timestep in enumerate(timesteps)}
+        self._views = {}
+
+    @staticmethod
+    def _layer(block: DiTBlock, emb: Tensor) -> Tensor:
+        parts = []
+        for inwards, gate in ((block.ada.msa_in, block.ada.msa_out), (block.ada.mlp_in, block.ada.mlp_out)):
+            shift, scale = inwards(emb).chunk(2, -1)
+            parts += [1 + scale, shift, gate(emb)]
+        return torch.stack(parts, 1)
+
+    def at(self, row: int | Tensor, layer: int) -> tuple[Tensor, ...]:
+        """Return a layer's six vectors: (dim,) for the row that all share, (N, dim) for a row each."""
+        if isinstance(row, Tensor):
+            return self._layers[layer].index_select(0, row).unbind(1)
+        if row not in self._views:
+            self._views[row] = [table[row].unbind(0) for table in self._layers]
+        return self._views[row][layer]
+
+    def output(self, row: int | Tensor) -> tuple[Tensor, ...]:
+        """Return weight and bias of the last LayerNorm, as :meth:`at`."""
+        return self._output[row].unbind(-2)
+
+
+def modulated_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return LN(x) * weight + bias for x (N, dim); weight and bias (dim,), or a row each."""
+    if weight.ndim == 1:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=eps), weight)
+
+
+class PriorPass:
+    """The DiT over rows of many requests.
+
+    Args:
+        dit: whose weights are used as they are.
+    """
+
+    def __init__(self, dit: DiT) -> None:
+        self.dit, self.modulation = dit, Modulation(dit)
+        config = dit.config
+        self._blocks = [cast(DiTBlock, block) for block in dit.blocks]
+        still = (config.head_dim - config.rope_dim + 1) // 2
+        # Channels that pass through turn with frequency zero: one complex product for the whole head.
+        self._frequencies = F.pad(inverse_frequencies(config.rope_dim, ROPE_THETA), (0, still))
+        self._frequencies = self._frequencies.to(dit.txt_in.proj.weight.device)
+        # Per layer, (2, 1, D): queries and keys share a normalisation, each with its own affine map.
+        self._qk = [
+            tuple(
+                torch.stack([getattr(norm, name) for norm in (block.msa.norm_q, block.msa.norm_k)])[:, None]
+                for name in ("weight", "bias")
+            )
+            for block in self._blocks
+        ]
+
+    def rotations(self, positions: Tensor) -> Tensor:
+        """Return e^(i position frequency), complex64 (N, 1, 1, D / 2)."""
+        angles = positions.float()[:, None] * self._frequencies
+        return torch.polar(torch.ones_like(angles), angles)[:, None, None]
+
+    def __call__(self, latents: Tensor, row: int | Tensor, plan: Plan, rotations: Tensor) -> Tensor:
+        """Run the network.
+
+        Args:
+            latents: (N * patch_size, C).
+            row: of the modulation table: one for all, or int64 (N,).
+            plan: of the N rows.
+            rotations: of their positions.
+
+        Returns: float32, the network's output (n, C) for the latents of all rows but the clean ones.
+        """
+        config = self.dit.config
+        x = latents.reshape(-1, config.patch_size * config.txt_in_channels)
+        x = self.dit.txt_in(x.to(self.dit.txt_in.proj.weight.dtype))
+        last = config.num_layers - 1
+        for layer in range(config.num_layers):
+            x = self._block(x, row, plan, rotations, layer, plan.clean_rows if layer == last else 0)
+        weight, bias = self.modulation.output(row[plan.clean_rows :] if isinstance(row, Tensor) else row)
+        x = self.dit.txt_out(modulated_norm(x, weight, bias, config.norm_eps))
+        return x.reshape(-1, config.txt_out_channels).float()
+
+    def _block(
+        self, x: Tensor, row: int | Tensor, plan: Plan, rotations: Tensor, layer: int, kept: int
+    ) -> Tensor:
+        """One layer; rows before ``kept`` only leave their keys and values."""
+        block, config = self._blocks[layer], self.dit.config
+        modulation = self.modulation.at(row, layer)
+        h = modulated_norm(x, modulation[0], modulation[1], config.norm_eps)
+        qkv = block.msa.proj_qkv(h).unflatten(-1, (3, config.heads, config.head_dim))
+        weight, bias = self._qk[layer]
+        qk = torch.addcmul(bias, F.layer_norm(qkv[:, :2], (config.head_dim,), eps=config.norm_eps), weight)
+        pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
+        q, k = torch.view_as_real(pairs * rotations).flatten(-2).to(qkv.dtype).unbind(1)
+        if kept:
+            x, q = x[kept:], q[kept:]
+            modulation = tuple(part[kept:] if part.ndim == 2 else part for part in modulation)
+        attended = plan.attend(q, k, qkv[:, 2], layer, kept)
+        x = torch.addcmul(x, modulation[2], block.msa.proj_out(attended.flatten(-2)))
+        h = modulated_norm(x, modulation[3], modulation[4], config.norm_eps)
+        return torch.addcmul(x, modulation[5], block.mlp(h))
