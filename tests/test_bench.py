@@ -20,13 +20,14 @@ from colada.bench import contestants, machine, mixed, run
 from colada.bench.ar import matched_parameters, streaming
 from colada.bench.commands import bench_app
 from colada.bench.machine import Rates, copy_bandwidth, fastest, machine_name, matmul_rate
-from colada.bench.mixed import Request, full_batch, measure_mixed, mixed_requests, reference_serve
+from colada.bench.mixed import Request, engine_serve, full_batch, measure_mixed, mixed_requests
 from colada.bench.models import SIZES, random_model, size_configs
 from colada.bench.plain import PlainGenerator
 from colada.bench.run import Spread, measure_cell, random_prompts, sweep, take_turn
 from colada.bench.work import Job, Work, blocks_of, generation_work, history_bytes, limit, prompt_latents
 from colada.config import DiTConfig, TextVAEConfig
 from colada.dit import DiT
+from colada.engine.engine import Engine
 from colada.errors import ColadaError
 from colada.generation import BlockGenerator, sample_noise
 from colada.model import ColaDLM
@@ -398,18 +399,18 @@ def test_the_ideal_is_the_rate_of_a_full_batch(monkeypatch: pytest.MonkeyPatch) 
         measure_mixed(lambda *_: 0, requests, 2, CPU, vocab_size=50, repeats=1, warm_up=0)
 
 
-def test_the_reference_keeps_its_slots_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_keeps_its_slots_full(monkeypatch: pytest.MonkeyPatch) -> None:
     widths = []
-    next_block = BlockGenerator.next_block
+    next_block = Engine.next_block
 
-    def noted(self: BlockGenerator, samples: Sequence[Any]) -> Iterator[Any]:
-        widths.append(len(samples))
-        return next_block(self, samples)
+    def noted(self: Engine) -> Iterator[Any]:
+        yield from next_block(self)
+        widths.append(len(self.under_way))
 
-    monkeypatch.setattr(BlockGenerator, "next_block", noted)
+    monkeypatch.setattr(Engine, "next_block", noted)
     # 2, 1, 3 and 1 blocks of 4: the tail of the second prompt takes 3 tokens of its only block.
     requests = [Request((1,) * 4, 8), Request((1,) * 7, 1), Request((), 11), Request((2,) * 9, 3)]
-    assert reference_serve(tiny_model(), 2, 3.0, 0)(requests, 2) == 23
+    assert engine_serve(tiny_model(), 2, 3.0, 0)(requests, 2) == 23
     assert widths == [2, 2, 2, 1]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from colada.engine.engine import Engine, Request
+from colada.engine.kernels import linears
 from colada.engine.memory import Memory, Plan, Regions, Span
 from colada.engine.passes import Modulation
 from colada.errors import ColadaError
@@ -247,6 +248,18 @@ def test_the_modulation_table_forgets_when_it_is_full(model: ColaDLM) -> None:
         after = modulation.at(modulation.rows([250.0])[250.0], 0)
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 33])
+def test_products_are_those_of_the_layer(rows: int) -> None:
+    layer = torch.nn.Linear(24, 40)
+    x = torch.randn(rows, 24)
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    for weight in (layer.weight, layer.weight.to(torch.bfloat16)):  # oneDNN's own call, and the layer's
+        linear, linear_gelu = linears(weight)
+        torch.testing.assert_close(linear(x, layer).double(), exact, atol=2e-6, rtol=1e-6)
+        curved = torch.nn.functional.gelu(exact, approximate="tanh")
+        torch.testing.assert_close(linear_gelu(x, layer).double(), curved, atol=2e-6, rtol=1e-6)
 
 
 # --- memory -------------------------------------------------------------------------------------

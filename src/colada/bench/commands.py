@@ -79,7 +79,7 @@ def generate(
     from rich.console import Console
 
     from colada.bench.machine import measure_rates
-    from colada.bench.mixed import measure_mixed, mixed_requests, reference_serve
+    from colada.bench.mixed import engine_serve, measure_mixed, mixed_requests
     from colada.bench.report import (
         Setting,
         check_plot,
@@ -124,7 +124,7 @@ def generate(
             vocab = network.vae.config.vocab_size
             served.append(
                 measure_mixed(
-                    reference_serve(network, job.steps, guidance, seed),
+                    engine_serve(network, job.steps, guidance, seed),
                     mixed_requests(mixed, job.context, new_tokens, vocab, seed),
                     job.batch,
                     network.device,

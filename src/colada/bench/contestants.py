@@ -14,6 +14,7 @@ from colada.bench.work import Job, blocks_of, prompt_latents
 from colada.config import TextVAEConfig
 from colada.generation import BlockGenerator, sample_noise
 from colada.model import ColaDLM
+from colada.settings import Settings
 from colada.streaming import Chunk, Transcript
 
 Prompts = Sequence[Sequence[int]]
@@ -24,24 +25,27 @@ Contestant = Callable[[Prompts, Job], Iterator[Chunk]]
 ENGINE, AR = "engine", "ar"
 
 
+def fixed_settings(steps: int, guidance: float, seed: int) -> Settings:
+    """Return what all contestants share: the released solver and grid, greedy, without an end."""
+    return {
+        "steps": steps,
+        "guidance": guidance,
+        "solver": "euler",
+        "schedule": "uniform",
+        "temperature": 0.0,
+        "repetition_penalty": 1.0,
+        "stop": (),
+        "end_ids": (),
+        "seed": seed,
+        "noise": "per-sample",
+    }
+
+
 def engine(model: ColaDLM, guidance: float, seed: int) -> Contestant:
     """Return the model's own ``stream``, with the settings that all contestants share."""
 
     def stream(prompts: Prompts, job: Job) -> Iterator[Chunk]:
-        return model.stream(
-            prompts,
-            job.new_tokens,
-            steps=job.steps,
-            guidance=guidance,
-            solver="euler",
-            schedule="uniform",
-            temperature=0.0,
-            repetition_penalty=1.0,
-            seed=seed,
-            stop=(),
-            end_ids=(),
-            noise="per-sample",
-        )
+        return model.stream(prompts, job.new_tokens, **fixed_settings(job.steps, guidance, seed))
 
     return stream
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from colada.bench.contestants import fixed_settings
 from colada.bench.machine import synchronise
 from colada.bench.run import Spread
 from colada.errors import ColadaError
-from colada.generation import BlockGenerator, Sample, sample_noise
 from colada.model import ColaDLM
-from colada.streaming import Transcript
 
 
 @dataclass(frozen=True)
@@ -120,33 +118,20 @@ def _timed(serve: Serve, requests: Sequence[Request], slots: int, device: torch.
     return seconds
 
 
-def reference_serve(model: ColaDLM, steps: int, guidance: float, seed: int) -> Serve:
-    """Return continuous batching on the readable loop: a slot that falls free takes the next request."""
-    config = model.vae.config
-    shape = (config.block_size, config.latent_dim)
+def engine_serve(model: ColaDLM, steps: int, guidance: float, seed: int) -> Serve:
+    """Return continuous batching by :class:`~colada.session.Session`, with history for so many at once."""
 
-    @torch.inference_mode()
     def serve(requests: Sequence[Request], slots: int) -> int:
-        generator = BlockGenerator(model.vae, model.dit, steps=steps)
-        waiting = deque(enumerate(requests))
-        active: list[tuple[Sample, Transcript]] = []
-        tokens = 0
-        while waiting or active:
-            arriving = [waiting.popleft() for _ in range(min(len(waiting), slots - len(active)))]
-            seeds = [seed + number for number, _ in arriving]
-            noises = [sample_noise(own, shape, model.device) for own in seeds]
-            prompts = [request.ids for _, request in arriving]
-            pad_id = model.pad_id if any(prompts) else 0
-            started = generator.start(prompts, noises, seeds, [guidance] * len(arriving), pad_id)
-            for sample, (_, request) in zip(started, arriving, strict=True):
-                skip = len(sample.known) * config.patch_size
-                active.append((sample, Transcript(None, skip, request.new_tokens, (), ())))
-            for _ in generator.next_block([sample for sample, _ in active]):
-                pass
-            for sample, transcript in active:
-                assert sample.block is not None
-                tokens += len(transcript.add(sample.block.ids)[1])
-            active = [own for own in active if own[1].finish_reason is None]
-        return tokens
+        config = model.vae.config
+        # Whole blocks for the prompt and what follows it; the largest requests may meet.
+        rooms = sorted(
+            (-(-(len(own.ids) + own.new_tokens) // config.block_tokens) + 1) * config.block_size
+            for own in requests
+        )
+        session = model.session(history=sum(rooms[-slots:]), slots=slots)
+        for number, own in enumerate(requests):
+            settings = fixed_settings(steps, guidance, seed + number)
+            session.submit(own.ids, own.new_tokens, **settings)
+        return sum(len(chunk.tokens) for chunk in session.chunks())
 
     return serve

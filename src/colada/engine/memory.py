@@ -128,6 +128,11 @@ class Plan:
         )
         self._clean_groups = _grouped(clean, 0)
         self._groups = _grouped(noisy, len(clean))
+        # Rows of each group, all of them and without the clean ones; the last are the blocks alone.
+        alone_rows = [alone * size] if alone else []
+        self._late_rows = [group.count * size for group in self._groups] + alone_rows
+        self._rows = [group.count * size for group in self._clean_groups] + self._late_rows
+        self._views: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -145,28 +150,30 @@ class Plan:
         keys, values = self.memory.keys[layer], self.memory.values[layer]
         keys.index_copy_(0, self._slots, k[: self.written_rows])
         values.index_copy_(0, self._slots, v[: self.written_rows])
-        groups = self._groups if kept else [*self._clean_groups, *self._groups]
+        if layer not in self._views:
+            groups = [*self._clean_groups, *self._groups]
+            self._views[layer] = [(self._seen(keys, group), self._seen(values, group)) for group in groups]
         outputs = []
-        for group in groups:
-            rows = slice(group.first * self.size - kept, (group.first + group.count) * self.size - kept)
-            seen = (self._seen(memory, group) for memory in (keys, values))
-            outputs.append(self._attention(q[rows], *seen))
+        parts = q.split(self._late_rows if kept else self._rows)
+        views = self._views[layer][len(self._clean_groups) :] if kept else self._views[layer]
+        for own, (past_keys, past_values) in zip(parts, views, strict=False):
+            outputs.append(self._attention(own, past_keys, past_values))
         if self.alone:
-            own = (x[self.written_rows :].unflatten(0, (self.alone, self.size)) for x in (k, v))
-            outputs.append(self._attention(q[self.written_rows - kept :], *own))
+            new = (x[self.written_rows :].unflatten(0, (self.alone, self.size)) for x in (k, v))
+            outputs.append(self._attention(parts[-1], *(x.transpose(1, 2) for x in new)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
     def _seen(memory: Tensor, group: _Group) -> Tensor:
-        """Return what a group sees as a view (count, length, K, D) of one layer's memory."""
+        """Return what a group sees as a view (count, K, length, D) of one layer's memory."""
         position, head, channel = memory.stride()
         return memory.as_strided(
-            (group.count, group.length, *memory.shape[1:]),
-            (group.spacing * position, position, head, channel),
+            (group.count, memory.shape[1], group.length, memory.shape[2]),
+            (group.spacing * position, head, position, channel),
             memory.storage_offset() + group.start * position,
         )
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = q.unflatten(0, (-1, self.size))
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q = q.view(-1, self.size, *q.shape[1:])
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)
         return out.transpose(1, 2).flatten(0, 1)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colada.dit import ROPE_THETA, DiT, DiTBlock
+from colada.engine.kernels import linears
 from colada.engine.memory import Plan
 from colada.layers import inverse_frequencies
 
@@ -96,6 +97,7 @@ class PriorPass:
     def __init__(self, dit: DiT) -> None:
         self.dit, self.modulation = dit, Modulation(dit)
         config = dit.config
+        self._linear, self._linear_gelu = linears(dit.txt_in.proj.weight)
         self._blocks = [cast(DiTBlock, block) for block in dit.blocks]
         still = (config.head_dim - config.rope_dim + 1) // 2
         # Channels that pass through turn with frequency zero: one complex product for the whole head.
@@ -143,7 +145,7 @@ class PriorPass:
         block, config = self._blocks[layer], self.dit.config
         modulation = self.modulation.at(row, layer)
         h = modulated_norm(x, modulation[0], modulation[1], config.norm_eps)
-        qkv = block.msa.proj_qkv(h).unflatten(-1, (3, config.heads, config.head_dim))
+        qkv = self._linear(h, block.msa.proj_qkv).unflatten(-1, (3, config.heads, config.head_dim))
         weight, bias = self._qk[layer]
         qk = torch.addcmul(bias, F.layer_norm(qkv[:, :2], (config.head_dim,), eps=config.norm_eps), weight)
         pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
@@ -152,6 +154,7 @@ class PriorPass:
             x, q = x[kept:], q[kept:]
             modulation = tuple(part[kept:] if part.ndim == 2 else part for part in modulation)
         attended = plan.attend(q, k, qkv[:, 2], layer, kept)
-        x = torch.addcmul(x, modulation[2], block.msa.proj_out(attended.flatten(-2)))
+        x = torch.addcmul(x, modulation[2], self._linear(attended.flatten(-2), block.msa.proj_out))
         h = modulated_norm(x, modulation[3], modulation[4], config.norm_eps)
-        return torch.addcmul(x, modulation[5], block.mlp(h))
+        h = self._linear(self._linear_gelu(h, block.mlp.proj_in), block.mlp.proj_out)
+        return torch.addcmul(x, modulation[5], h)
