@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from colada.bench import contestants, machine, mixed, run
 from colada.bench.ar import matched_parameters, streaming
 from colada.bench.commands import bench_app
+from colada.bench.levers import EXACT, Lever, measure_levers, own_prompts
 from colada.bench.machine import Rates, copy_bandwidth, fastest, machine_name, matmul_rate
 from colada.bench.mixed import Request, engine_serve, full_batch, measure_mixed, mixed_requests
 from colada.bench.models import SIZES, random_model, size_configs
@@ -414,6 +415,29 @@ def test_the_engine_keeps_its_slots_full(monkeypatch: pytest.MonkeyPatch) -> Non
     assert widths == [2, 2, 2, 1]
 
 
+# --- levers ---------------------------------------------------------------------------------------
+
+
+def test_levers_are_priced_against_the_exact_flow() -> None:
+    chosen = [
+        Lever("exact", EXACT),
+        Lever("few", {"steps": 2, "solver": "euler", "schedule": "uniform"}),
+        Lever("half", {"steps": 4, "solver": "ab2", "schedule": "uniform", "interval": (0.6, 1.0)}),
+    ]
+    exact, few, half = measure_levers(tiny_model, chosen, count=6, context=8, repeats=2, seed=0)
+    assert (exact.error, exact.agreement, exact.agreement_error) == (0, 1, 0)
+    assert few.error > 0.01
+    assert [price.passes for price in (exact, few, half)] == [512, 4, 2 + 2 + 1 + 1]
+    assert half.seconds.least > 0
+
+
+def test_own_prompts_are_seeded_and_as_long_as_asked() -> None:
+    model = tiny_model()
+    prompts = own_prompts(model, 70, 5, 3)
+    assert [len(ids) for ids in prompts] == [5] * 70
+    assert prompts[66] == model.generate([[]], 5, seed=69)[0].tokens
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -468,7 +492,7 @@ def test_tables_fit_a_terminal_of_eighty_columns(
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     assert {"engine", "plain", "reference"} <= set(rows)
     assert "batch 2, context 4, 2 steps" in out
-    assert "2 mixed requests, 2 slots" in out
+    assert "2 mixed requests, 2 at once" in out
     drawn = plot.read_text()
     assert all(name in drawn for name in ("engine", "plain", "reference", "limit", "batch 2, context 4"))
 

@@ -42,6 +42,7 @@ COMMANDS = [
     ["tokenizer", "decode"],
     ["bench"],
     ["bench", "generate"],
+    ["bench", "levers"],
 ]
 
 

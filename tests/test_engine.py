@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from colada.engine.engine import Engine, Request
+from colada.engine.engine import Engine
 from colada.engine.kernels import linears
 from colada.engine.memory import Memory, Plan, Regions, Span
 from colada.engine.passes import Modulation
+from colada.engine.request import Request
 from colada.errors import ColadaError
 from colada.generation import BlockGenerator, sample_noise
 from colada.model import ColaDLM, load
@@ -248,6 +249,26 @@ def test_the_modulation_table_forgets_when_it_is_full(model: ColaDLM) -> None:
         after = modulation.at(modulation.rows([250.0])[250.0], 0)
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_long_prefix_is_committed_in_parts(model: ColaDLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in ("transport", "engine"):
+        monkeypatch.setattr(f"colada.engine.{room}.COMMITTED_ROWS", 8)
+    widths: list[int] = []
+    real = model.dit.txt_in.forward
+
+    def count(x: Tensor) -> Tensor:
+        widths.append(len(x) // 4)
+        return real(x)
+
+    monkeypatch.setattr(model.dit.txt_in, "forward", count)
+    requests = [request(model, range(n), 8, n, steps=2, guidance=3.0) for n in (22, 5, 16)]
+    found = serve(Engine(model.vae, model.dit, capacity=120), requests)
+    # 5 + 1 + 4 blocks of prefix, two at a time; the last two share the first step of 3 guided samples.
+    assert widths[:6] == [2, 2, 2, 2, 2 + 6, 6]
+    monkeypatch.undo()
+    for own, blocks in zip(requests, found, strict=True):
+        same(blocks, reference(model, own))
 
 
 @pytest.mark.parametrize("rows", [1, 16, 33])

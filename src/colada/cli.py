@@ -16,7 +16,14 @@ from colada import __version__
 from colada.bench.commands import bench_app
 from colada.errors import ColadaError
 from colada.evaluation.commands import eval_app
-from colada.options import DeviceOption, DtypeOption, ModelOption, RevisionOption, load_model
+from colada.options import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    QuantiseOption,
+    RevisionOption,
+    load_model,
+)
 from colada.training import commands
 
 if TYPE_CHECKING:
@@ -122,6 +129,10 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option("--guidance", "-g", help=f"Guidance scale; 1 is off. {_OWN}")
     ] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help=f"Guide only while a = t / T is between these. {_OWN}"),
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(help=f"Of token sampling; 0 picks the likeliest. {_OWN}")
     ] = None,
@@ -147,6 +158,7 @@ def generate(
     ] = None,
     noise: Annotated[str | None, typer.Option(metavar="NAME", help=f"per-sample or released. {_OWN}")] = None,
     dtype: DtypeOption = None,
+    quantise: QuantiseOption = None,
     device: DeviceOption = "cpu",
     batch: Annotated[int, typer.Option(help="How many prompts are continued together.")] = 16,
     chat: Annotated[
@@ -167,7 +179,7 @@ def generate(
     texts = _texts(prompt, file, lines)
     if batch < 1:
         raise ColadaError(f"batch={batch}, expected at least 1")
-    network = load_model(model, revision, dtype, device)
+    network = load_model(model, revision, dtype, device, quantise)
     prompts = texts
     if chat:
         prompts = [network.chat_prompt([{"role": "user", "content": text}]) for text in texts]
@@ -179,6 +191,7 @@ def generate(
     given: Settings = {
         "steps": steps,
         "guidance": guidance,
+        "guidance_interval": guidance_interval,
         "solver": solver,
         "schedule": schedule,
         "temperature": temperature,

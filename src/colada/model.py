@@ -23,10 +23,12 @@ from colada.checkpoint import (
     write_model,
 )
 from colada.dit import DiT
-from colada.engine.engine import Engine, Request
+from colada.engine.engine import Engine
+from colada.engine.request import Request
 from colada.errors import ColadaError
 from colada.flow import choose
 from colada.generation import NOISE_RULES, SEED_STRIDE, TransportStep, encode
+from colada.quantise import quantise
 from colada.sampling import Sampling
 from colada.session import Session
 from colada.settings import (
@@ -89,6 +91,7 @@ class ColaDLM:
         self.vae, self.dit, self.tokenizer, self.origin = vae.eval(), dit.eval(), tokenizer, origin
         self.generation = dict(generation or {})
         self.chat_template = chat_template
+        self.quantised: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -101,8 +104,29 @@ class ColaDLM:
         self.dit.to(device, dtype)
         return self
 
+    def quantise(self, name: str) -> ColaDLM:
+        """Quantise the weights of the transformer layers that generate, in place, and return self.
+
+        Args:
+            name: "int8" (weights, on any device) or "fp8" (weights and products, on GPUs that have it).
+
+        Raises:
+            ColadaError: as :func:`colada.quantise.quantise`; or if that was done before.
+        """
+        if self.quantised is not None:
+            raise ColadaError(f"{self.origin or 'the model'} is quantised already, to {self.quantised}")
+        quantise((self.dit, self.vae.decoder), name)
+        self.quantised = name
+        return self
+
     def save(self, directory: str | Path) -> None:
-        """Write the model in the released format, with its tokenizer; see :func:`checkpoint.write_model`."""
+        """Write the model in the released format, with its tokenizer; see :func:`checkpoint.write_model`.
+
+        Raises:
+            ColadaError: for a quantised model, which the format cannot hold; or as ``write_model``.
+        """
+        if self.quantised is not None:
+            raise ColadaError(f"a model quantised to {self.quantised} cannot be saved: save it before")
         save_tokenizer = self.tokenizer.save if self.tokenizer is not None else None
         write_model(Path(directory), self.vae, self.dit, save_tokenizer, self.generation, self.chat_template)
 

@@ -31,10 +31,16 @@ DtypeOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps.")]
+QuantiseOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Layers in int8, or fp8 on GPUs that have it; less exact."),
+]
 
 
-def load_model(model: str | None, revision: str | None, dtype: str | None, device: str) -> ColaDLM:
-    """Load the model that the four options name.
+def load_model(
+    model: str | None, revision: str | None, dtype: str | None, device: str, quantise: str | None = None
+) -> ColaDLM:
+    """Load the model that the options name.
 
     Raises:
         ColadaError: for an unknown type or device, or if the model cannot be loaded.
@@ -50,4 +56,5 @@ def load_model(model: str | None, revision: str | None, dtype: str | None, devic
     }
     wanted = choose("dtype", dtype, dtypes) if dtype is not None else None
     place = find_device(device)
-    return load(model, revision=revision, device=place, dtype=wanted)
+    loaded = load(model, revision=revision, device=place, dtype=wanted)
+    return loaded.quantise(quantise) if quantise is not None else loaded

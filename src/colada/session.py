@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Unpack
 
-from colada.engine.engine import Engine, Request, Slot
+from colada.engine.engine import Engine
+from colada.engine.request import Request, Slot
 from colada.errors import ColadaError
 from colada.generation import TransportStep
 from colada.settings import Prompt, Settings

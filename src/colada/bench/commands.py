@@ -1,4 +1,4 @@
-"""The commands that measure speed: ``bench generate``."""
+"""The commands that measure speed and its price: ``bench generate`` and ``bench levers``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from colada.errors import ColadaError, nearest
-from colada.options import DeviceOption, DtypeOption, ModelOption, RevisionOption, load_model
+from colada.options import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    QuantiseOption,
+    RevisionOption,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from colada.bench.contestants import Contestant
@@ -67,6 +74,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of random weights, prompts and noise.")] = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    quantise: QuantiseOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the tokens per second: .png, .svg or .pdf.")
@@ -106,6 +114,8 @@ def generate(
         network = _random_model(size or "tiny", block_size or 16, layers, width, dtype, device, seed)
     else:
         network = load_model(model, revision, dtype, device)
+    if quantise is not None:
+        network.quantise(quantise)
     contestants = _contestants(network, names, guidance, seed)
     console = Console(highlight=False, quiet=as_json)
     config, weight = network.dit.config, network.dit.txt_in.proj.weight
@@ -142,6 +152,50 @@ def generate(
         write_plot(plot, setting, cells)
         if not as_json:
             print(f"wrote {plot}")
+
+
+@bench_app.command("levers")
+def levers(
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    prompts: Annotated[int, typer.Option(min=2, help="Texts that the model begins by itself.")] = 256,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each lever that count.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts and noise.")] = 0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Price the levers that change the result: solver, grid, steps, guidance's interval, bfloat16, int8.
+
+    Each generates the block after the same prompts from the same noise; the flow in 256 steps is exact.
+    """
+    import dataclasses
+    import importlib.util
+
+    from rich.console import Console
+
+    from colada.bench.levers import levers as all_levers
+    from colada.bench.levers import measure_levers
+    from colada.bench.machine import machine_name
+    from colada.bench.report import print_levers
+    from colada.device import find_device
+    from colada.training.provenance import provenance
+
+    def make() -> ColaDLM:
+        return load_model(model, revision, dtype, device)
+
+    chosen = all_levers(importlib.util.find_spec("torchao") is not None)
+    prices = measure_levers(make, chosen, count=prompts, context=context, repeats=repeats, seed=seed)
+    place = find_device(device)
+    if as_json:
+        made = {"made_with": provenance(place), "machine": machine_name(place), "seed": seed}
+        made |= {"prompts": prompts, "context": context, "model": model or "bundled"}
+        print(json.dumps({**made, "levers": [dataclasses.asdict(price) for price in prices]}, indent=2))
+    else:
+        console = Console(highlight=False)
+        console.print(f"{machine_name(place)}, {prompts} prompts of {context} tokens, seed {seed}")
+        print_levers(prices, console)
 
 
 def _numbers(option: str, text: str, least: int) -> list[int]:

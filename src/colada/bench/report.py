@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from colada.bench.contestants import AR, ENGINE
+from colada.bench.levers import Price
 from colada.bench.machine import Rates, machine_name
 from colada.bench.mixed import Mixed
 from colada.bench.run import Cell, Result, Spread
@@ -161,10 +162,29 @@ def print_mixed(mixed: Mixed, console: Console) -> None:
     """Print how continuous batching did on mixed lengths."""
     share = mixed.share
     console.print(
-        f"\n[bold]{mixed.requests} mixed requests, {mixed.slots} slots[/]: "
+        f"\n[bold]{mixed.requests} mixed requests, {mixed.slots} at once[/]: "
         f"{_number(mixed.tokens / mixed.seconds.median)} tokens/s, {share.median:.0%} "
         f"({share.least:.0%}–{share.most:.0%}) of the ideal"
     )
+
+
+def print_levers(prices: Sequence[Price], console: Console) -> None:
+    """Print what each lever costs and saves."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
+    for title in ("passes", "time", "error", "same tokens", "entropy", "pairs"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for price in prices:
+        table.add_row(
+            price.name,
+            str(price.passes),
+            _seconds(price.seconds.median),
+            f"{price.error:.3f}",
+            f"{price.agreement:.1%} ± {price.agreement_error:.1%}",
+            f"{price.entropy:.2f}",
+            f"{price.distinct:.0%}",
+        )
+    console.print(table)
 
 
 def print_memory(device: torch.device, console: Console) -> None:

@@ -150,6 +150,8 @@ class Plan:
         keys, values = self.memory.keys[layer], self.memory.values[layer]
         keys.index_copy_(0, self._slots, k[: self.written_rows])
         values.index_copy_(0, self._slots, v[: self.written_rows])
+        if kept == len(self):
+            return q
         if layer not in self._views:
             groups = [*self._clean_groups, *self._groups]
             self._views[layer] = [(self._seen(keys, group), self._seen(values, group)) for group in groups]

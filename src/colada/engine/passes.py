@@ -97,8 +97,8 @@ class PriorPass:
     def __init__(self, dit: DiT) -> None:
         self.dit, self.modulation = dit, Modulation(dit)
         config = dit.config
-        self._linear, self._linear_gelu = linears(dit.txt_in.proj.weight)
         self._blocks = [cast(DiTBlock, block) for block in dit.blocks]
+        self._linear, self._linear_gelu = linears(self._blocks[0].mlp.proj_in.weight)
         still = (config.head_dim - config.rope_dim + 1) // 2
         # Channels that pass through turn with frequency zero: one complex product for the whole head.
         self._frequencies = F.pad(inverse_frequencies(config.rope_dim, ROPE_THETA), (0, still))
@@ -134,6 +134,8 @@ class PriorPass:
         last = config.num_layers - 1
         for layer in range(config.num_layers):
             x = self._block(x, row, plan, rotations, layer, plan.clean_rows if layer == last else 0)
+        if not len(x):
+            return latents[:0].float()
         weight, bias = self.modulation.output(row[plan.clean_rows :] if isinstance(row, Tensor) else row)
         x = self.dit.txt_out(modulated_norm(x, weight, bias, config.norm_eps))
         return x.reshape(-1, config.txt_out_channels).float()
@@ -154,6 +156,8 @@ class PriorPass:
             x, q = x[kept:], q[kept:]
             modulation = tuple(part[kept:] if part.ndim == 2 else part for part in modulation)
         attended = plan.attend(q, k, qkv[:, 2], layer, kept)
+        if not len(x):
+            return x
         x = torch.addcmul(x, modulation[2], self._linear(attended.flatten(-2), block.msa.proj_out))
         h = modulated_norm(x, modulation[3], modulation[4], config.norm_eps)
         h = self._linear(self._linear_gelu(h, block.mlp.proj_in), block.mlp.proj_out)
