@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from colada.bench import contestants, machine, mixed, run
-from colada.bench.ar import matched_parameters, streaming
+from colada.bench.ar import ar, matched_parameters
 from colada.bench.commands import bench_app
 from colada.bench.levers import EXACT, Lever, measure_levers, own_prompts
 from colada.bench.machine import Rates, copy_bandwidth, fastest, machine_name, matmul_rate
@@ -211,16 +211,12 @@ def test_the_ar_opponent_matches_what_generates() -> None:
     assert matched_parameters(model) == everything - encoder
 
 
-def test_another_models_stream_is_a_contestant() -> None:
-    asked: dict[str, Any] = {}
-
-    def stream(prompts: Sequence[Sequence[int]], new_tokens: int, **settings: Any) -> Iterator[Chunk]:
-        asked.update(settings)
-        return iter([Chunk(0, number, None, "", (1,)) for number in range(new_tokens)])
-
-    job = Job(1, 2, 6)
-    turn = take_turn(streaming(stream, 4), [[1, 2]], job, 4, CPU)
-    assert asked == {"temperature": 0.0, "seed": 4, "stop": (), "end_ids": ()}
+def test_the_ar_opponent_writes_what_a_job_asks_for() -> None:
+    model = random_model(*size_configs("tiny", layers=1, width=64), CPU, torch.float32, 0)
+    job = Job(2, 3, 6)
+    chunks = list(ar(model, 7.0, 0)([[1, 2, 3], [4, 5, 6]], job))
+    assert [sum(len(chunk.tokens) for chunk in chunks if chunk.index == own) for own in (0, 1)] == [6, 6]
+    turn = take_turn(ar(model, 7.0, 0), [[1, 2, 3], [4, 5, 6]], job, 4, CPU)
     assert 0 < turn.first < turn.seconds
 
 
@@ -461,8 +457,8 @@ def test_json_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert [cell["job"]["batch"] for cell in found["cells"]] == [1, 2]
     for cell in found["cells"]:
-        assert list(cell["results"]) == ["engine", "plain", "reference"]
-        assert set(cell["speedups"]) == {"plain", "reference"}
+        assert list(cell["results"]) == ["engine", "plain", "reference", "ar"]
+        assert set(cell["speedups"]) == {"plain", "reference", "ar"}
         work, tokens = cell["work"].values(), cell["job"]["batch"] * 10
         assert cell["flops_per_token"] == pytest.approx(sum(part["flops"] for part in work) / tokens)
         assert cell["limit_tokens_per_second"] == pytest.approx(tokens / cell["least_seconds"])

@@ -29,7 +29,7 @@ _METADATA_KEYS = frozenset(
 )
 
 
-class _Config:
+class NetworkConfig:
     """What both configurations share: checked construction, and reading and writing a mapping."""
 
     model_type: ClassVar[str]
@@ -98,7 +98,7 @@ def _extension(default: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class DiTConfig(_Config):
+class DiTConfig(NetworkConfig):
     """The block-causal Diffusion Transformer (``model_type`` "cola_dit"); defaults are the released 1.8B.
 
     ``prediction`` is an extension: "velocity" (released) or "z0", what the
@@ -144,7 +144,7 @@ class DiTConfig(_Config):
 
 
 @dataclass(frozen=True)
-class TextVAEConfig(_Config):
+class TextVAEConfig(NetworkConfig):
     """The Text VAE (``model_type`` "cola_text_vae"); defaults are the released 0.5B.
 
     ``pad_token_id`` is an extension for models whose tokenizer does not name its

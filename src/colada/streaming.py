@@ -80,7 +80,7 @@ class Transcript:
     def __init__(
         self, tokenizer: Tokenizer | None, skip: int, limit: int, stop: Sequence[str], end_ids: Sequence[int]
     ) -> None:
-        self._tokenizer, self.skip, self._limit = tokenizer, skip, limit
+        self._tokenizer, self.skip, self.limit = tokenizer, skip, limit
         self._stop, self._end_ids = tuple(stop), frozenset(end_ids)
         self._released = 0
         self.tokens: list[int] = []
@@ -95,7 +95,7 @@ class Transcript:
                 self.finish_reason = "end"
                 break
             self.tokens.append(token)
-            if len(self.tokens) == self._limit:
+            if len(self.tokens) == self.limit:
                 self.finish_reason = "length"
                 break
         self.text = self._decode(self.tokens)
@@ -107,7 +107,7 @@ class Transcript:
     def guess(self, ids: Sequence[int]) -> tuple[str, tuple[int, ...]]:
         """Return how a guess of the coming block would read, up to an end token or the limit."""
         new = []
-        for token in self._new(ids, peek=True)[: self._limit - len(self.tokens)]:
+        for token in self._new(ids, peek=True)[: self.limit - len(self.tokens)]:
             if token in self._end_ids:
                 break
             new.append(token)

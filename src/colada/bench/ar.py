@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+import torch
+
+from colada.baselines.autoregressive import AutoregressiveLM
+from colada.baselines.config import matched_config
+from colada.baselines.decoder import Decoder
 from colada.bench.contestants import Contestant, Prompts
 from colada.bench.work import Job
-from colada.errors import ColadaError
 from colada.model import ColaDLM
 from colada.streaming import Chunk
 
@@ -17,19 +21,20 @@ def matched_parameters(model: ColaDLM) -> int:
     return sum(parameter.numel() for network in networks for parameter in network.parameters())
 
 
-def streaming(stream: Callable[..., Iterator[Chunk]], seed: int) -> Contestant:
-    """Return a contestant of a model's ``stream``, greedy and without an end."""
-
-    def contestant(prompts: Prompts, job: Job) -> Iterator[Chunk]:
-        return stream(prompts, job.new_tokens, temperature=0.0, seed=seed, stop=(), end_ids=())
-
-    return contestant
-
-
 def ar(model: ColaDLM, guidance: float, seed: int) -> Contestant:
     """Return an AR decoder of the model's size, random weights, on its device and in its type.
 
     Raises:
-        ColadaError: always, until there is such a decoder.
+        ColadaError: if no network of usual proportions has that size.
     """
-    raise ColadaError(f"--opponents ar: no AR decoder of {matched_parameters(model):,} parameters is there")
+    with torch.device("meta"):
+        decoder = Decoder(matched_config(matched_parameters(model), model.vae.config.vocab_size))
+    weight = model.dit.txt_in.proj.weight
+    decoder.to(weight.dtype).to_empty(device=weight.device)
+    decoder.init_weights(torch.Generator(weight.device).manual_seed(seed))
+    opponent = AutoregressiveLM(decoder)
+
+    def stream(prompts: Prompts, job: Job) -> Iterator[Chunk]:
+        return opponent.stream(prompts, job.new_tokens)
+
+    return stream

@@ -62,7 +62,7 @@ def generate(
             help="plain: straightforward PyTorch; reference: this package's readable loop; ar: a decoder of"
             " equal size; or none.",
         ),
-    ] = "plain,reference",
+    ] = "plain,reference,ar",
     mixed: Annotated[
         int | None,
         typer.Option(

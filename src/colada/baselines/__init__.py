@@ -1,0 +1,1 @@
+"""What Cola DLM is compared with: models of equal size that predict tokens themselves."""

@@ -1,0 +1,199 @@
+"""Autoregressive generation, token by token, with keys and values in memory made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from colada.baselines.decoder import Decoder
+from colada.errors import ColadaError
+from colada.generation import block_generator
+from colada.layers import attend
+from colada.packing import Layout
+from colada.sampling import Sampling
+from colada.streaming import Chunk, Completion, Transcript
+from colada.tokenizer import Tokenizer
+
+
+class KeyValueCache:
+    """Keys and values of a batch, (layers, B, positions, K, D) each, and the pass that uses them.
+
+    A pass is either the prompts', packed, or one new token of every sample.
+    """
+
+    def __init__(self, decoder: Decoder, batch: int, positions: int) -> None:
+        config, weight = decoder.config, decoder.wte.weight
+        shape = (config.num_layers, batch, positions, config.num_heads, config.dim // config.num_heads)
+        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.zeros_like(self.keys)
+        self._decoder = decoder
+        self._layout: Layout | None = None
+        self._where: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+        self._seen = 0
+        self._mask: Tensor | None = None
+        self.table: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    def prompts(self, lengths: Sequence[int]) -> KeyValueCache:
+        """Become the pass of packed prompts of these lengths."""
+        device = self.keys.device
+        self._layout = Layout(lengths, 1, device=device)
+        sample = torch.arange(len(lengths), device=device)
+        rows = sample.repeat_interleave(torch.tensor(lengths, device=device))
+        self._where = rows, self._layout.positions
+        self.table = self._decoder.table(self._layout.positions)
+        return self
+
+    def token(self, positions: Sequence[int]) -> KeyValueCache:
+        """Become the pass of one token of every sample, at these positions."""
+        device = self.keys.device
+        at = torch.tensor(positions, device=device)
+        self._layout, self._where = None, (torch.arange(len(positions), device=device), at)
+        self._seen = max(positions) + 1
+        self._mask = None
+        if min(positions) != max(positions):
+            self._mask = (torch.arange(self._seen, device=device) <= at[:, None])[:, None, None]
+        self.table = self._decoder.table(at)
+        return self
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """Keep keys and values (N, K, D), and attend; see :class:`colada.layers.Shared`."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self._where], values[self._where] = k, v
+        if self._layout is not None:
+            return attend(q, k, v, self._layout)
+        k, v = keys[:, : self._seen].transpose(1, 2), values[:, : self._seen].transpose(1, 2)
+        out = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=self._mask)
+        return out.squeeze(2)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these samples of the batch alone."""
+        index = torch.tensor(rows, device=self.keys.device)
+        self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
+
+
+class AutoregressiveLM:
+    """A decoder that writes: the interface of :class:`colada.model.ColaDLM` as far as it has a meaning here.
+
+    Args:
+        decoder: the network.
+        tokenizer: without one, prompts are ids and text is empty.
+        bos_id: what an empty prompt begins with.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None = None, *, bos_id: int = 0) -> None:
+        self.decoder, self.tokenizer, self.bos_id = decoder.eval(), tokenizer, bos_id
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.decoder.wte.weight.device
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        *,
+        sampling: Sampling | None = None,
+        seeds: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+        end_ids: Sequence[int] = (),
+    ) -> list[Completion]:
+        """Continue every prompt, given as ids; arguments as :meth:`stream`."""
+        seeds = range(len(prompts)) if seeds is None else seeds
+        transcripts = self._transcripts(len(prompts), max_new_tokens, stop, end_ids)
+        for _ in self._run(prompts, transcripts, sampling or Sampling(), seeds):
+            pass
+        return [
+            Completion(own.text, tuple(own.tokens), own.finish_reason or "length", seed)
+            for own, seed in zip(transcripts, seeds, strict=True)
+        ]
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        *,
+        sampling: Sampling | None = None,
+        seeds: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+        end_ids: Sequence[int] = (),
+    ) -> Iterator[Chunk]:
+        """Yield a chunk after every token of every prompt.
+
+        Args:
+            prompts: ids.
+            max_new_tokens: of each, unless an end token or stop string is first.
+            sampling: how tokens are picked; greedy by default.
+            seeds: one each, for the draws; 0, 1, ... by default.
+            stop, end_ids: what ends a text.
+
+        Raises:
+            ColadaError: for a number of tokens below 1, or another number of seeds than prompts.
+        """
+        seeds = range(len(prompts)) if seeds is None else seeds
+        transcripts = self._transcripts(len(prompts), max_new_tokens, stop, end_ids)
+        return self._run(prompts, transcripts, sampling or Sampling(), seeds)
+
+    def _transcripts(
+        self, count: int, max_new_tokens: int, stop: Sequence[str], end_ids: Sequence[int]
+    ) -> list[Transcript]:
+        if max_new_tokens < 1:
+            raise ColadaError(f"max_new_tokens={max_new_tokens}, expected a whole number of at least 1")
+        return [Transcript(self.tokenizer, 0, max_new_tokens, stop, end_ids) for _ in range(count)]
+
+    @torch.inference_mode()
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        transcripts: Sequence[Transcript],
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> Iterator[Chunk]:
+        if len(seeds) != len(prompts):
+            raise ColadaError(f"{len(seeds)} values of seed for {len(prompts)} prompts, expected one each")
+        if not prompts:
+            return
+        given = [list(ids) or [self.bos_id] for ids in prompts]
+        lengths = [len(ids) for ids in given]
+        cache = KeyValueCache(self.decoder, len(given), max(lengths) + transcripts[0].limit)
+        packed = torch.tensor([token for ids in given for token in ids], device=self.device)
+        hidden = self.decoder.run(packed, cache.prompts(lengths))
+        hidden = hidden[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
+        active, seen = list(range(len(given))), [set[int]() for _ in given]
+        step = 0
+        while True:
+            ids = self._pick(self.decoder.logits(hidden), active, seen, sampling, seeds, step)
+            for index, token in zip(active, ids, strict=True):
+                seen[index].add(token)
+                text, tokens = transcripts[index].add([token])
+                yield Chunk(index, step, None, text, tokens, transcripts[index].finish_reason)
+            rows = [row for row, own in enumerate(active) if transcripts[own].finish_reason is None]
+            if not rows:
+                return
+            if len(rows) < len(active):
+                active, ids = [active[row] for row in rows], [ids[row] for row in rows]
+                cache.keep(rows)
+            new = torch.tensor(ids, device=self.device)
+            hidden = self.decoder.run(new, cache.token([lengths[own] + step for own in active]))
+            step += 1
+
+    def _pick(
+        self,
+        logits: Tensor,
+        active: Sequence[int],
+        seen: Sequence[set[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        step: int,
+    ) -> list[int]:
+        """Return one token for each row of logits (B, V)."""
+        if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+            ids: list[int] = logits.argmax(-1).tolist()
+            return ids
+        return [
+            int(sampling.pick(own[None], seen[index], block_generator(seeds[index], step, 1)))
+            for index, own in zip(active, logits, strict=True)
+        ]
