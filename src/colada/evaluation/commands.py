@@ -1,4 +1,4 @@
-"""The commands around benchmarks: ``eval run`` and ``eval score``."""
+"""The commands around benchmarks: ``eval run``, ``eval score`` and ``eval likelihood``."""
 
 from __future__ import annotations
 
@@ -152,6 +152,81 @@ def score(
         write_page(html, ", ".join(map(str, files)), scores, outputs, facts)
         if not as_json:
             print(f"wrote {html}")
+
+
+@eval_app.command("likelihood")
+def likelihood(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Texts: .txt, .jsonl or .parquet, or folders of them."),
+    ],
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    field: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many texts. Default: all.")] = None,
+    samples: Annotated[int, typer.Option(help="K of the importance-weighted bound.")] = 1,
+    at: Annotated[float, typer.Option(help="a = t / T of the latents that the bound is over.")] = 0.6,
+    steps: Annotated[int, typer.Option(help="Solver steps, to the noise and to the data.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of noise and probes.")] = 0,
+    batch: Annotated[int, typer.Option(help="Texts computed together; changes no result.")] = 8,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON, a record a text.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Measure texts in bits per byte: an upper bound, from a lower bound on log p(x)."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from colada.evaluation import likelihood as room
+    from colada.evaluation.records import replace_file
+    from colada.evaluation.texts import TextScore, read_texts, summarise
+    from colada.training.display import Display
+    from colada.training.provenance import provenance
+
+    texts = read_texts(files, field, limit)
+    network = load_model(model, revision, dtype, device)
+    display = Display(Console(stderr=True, quiet=quiet))
+    with display.task("likelihood", total=len(texts)):
+        found = room.likelihood(
+            network,
+            [text.text for text in texts],
+            samples=samples,
+            at=at,
+            steps=steps,
+            seed=seed,
+            batch=batch,
+            progress=display.advance,
+        )
+    scores = [
+        TextScore(
+            text.origin,
+            own.tokens,
+            own.bytes,
+            own.bound,
+            {"reconstruction": own.reconstruction, "prior": own.prior, "entropy": own.entropy},
+        )
+        for text, own in zip(texts, found.texts, strict=True)
+    ]
+    settings = {"samples": samples, "at": at, "steps": steps, "seed": seed, "dtype": dtype, "device": device}
+    result = summarise(scores, "bound")
+    error = result["standard_error"]
+    spread = f" ± {error:.3f}" if error is not None else " (one text, so no standard error)"
+    print(f"at most {result['bits_per_byte']:.3f}{spread} bits per byte: a bound, not the likelihood")
+    print(f"{result['texts']} texts, {result['tokens']:,} tokens, {result['bytes']:,} bytes")
+    print("nats per token: " + ", ".join(f"{k} {v:.3f}" for k, v in result["parts_per_token"].items()))
+    print(", ".join(f"{name} {value}" for name, value in settings.items() if value is not None))
+    if out is not None:
+        record = {
+            **result,
+            "model": network.origin,
+            "settings": settings,
+            "made_with": provenance(network.device),
+            "records": [asdict(score) for score in scores],
+        }
+        replace_file(out, json.dumps(record, indent=2) + "\n")
+        print(f"wrote {out}")
 
 
 # --- what they are given -------------------------------------------------------------------------

@@ -102,10 +102,11 @@ def likelihood(
     texts: Sequence[Prompt],
     *,
     samples: int = 1,
-    at: float = 0.5,
+    at: float = 0.6,
     steps: int = 32,
     seed: int = 0,
     batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Likelihood:
     """Return lower bounds on the log-likelihood of texts.
 
@@ -120,6 +121,7 @@ def likelihood(
         steps: of the flow from a to 1 (Heun, two evaluations each), and as many of Euler from a to 0.
         seed: text i, sample k have the stream of (seed, i, k).
         batch: texts of as many blocks that are computed together.
+        progress: called after every batch with how many texts are done, and of how many.
 
     Raises:
         ColadaError: naming a value out of range, for an empty text, or a deterministic encoder.
@@ -148,6 +150,8 @@ def likelihood(
             text = texts[number]
             size = len(text.encode()) if isinstance(text, str) else 0
             found[number] = TextBound(len(ids[number]), size, bound, *means)
+        if progress is not None:
+            progress(len(found), len(texts))
     return Likelihood(tuple(found[number] for number in range(len(texts))), samples)
 
 

@@ -1,0 +1,89 @@
+"""Texts to measure, and what their log-likelihoods say, however these were computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from colada.data.documents import find_files, read_records, split_file, text_of
+from colada.errors import ColadaError
+
+Kind = Literal["bound", "exact"]
+"""What a log-likelihood is: a lower bound on log p(x), or log p(x) itself."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, and its place: file and line or row, from 1."""
+
+    text: str
+    origin: str
+
+
+def read_texts(files: Sequence[Path], field: str = "text", limit: int | None = None) -> list[Text]:
+    """Return the texts of .txt, .jsonl and .parquet files or folders, in order, of every split but test.
+
+    White-space-only ones are left out.
+
+    Args:
+        files: files or folders.
+        field: key or column of the text.
+        limit: the first so many; None for all.
+
+    Raises:
+        ColadaError: naming file and line, for what cannot be read; if there is no text.
+    """
+    parts = (part for where in files for path in find_files(where) for part in split_file(path))
+    records = (record for part in parts for record in read_records(part, [field], 0.0))
+    texts = (Text(text_of(record.values[0], field, record.origin), record.origin) for record in records)
+    found = list(islice((text for text in texts if text.text.strip()), limit))
+    if not found:
+        raise ColadaError(f"{', '.join(map(str, files)) or 'no file'}: no text")
+    return found
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """log p(x) of a text, or a bound on it, in nats.
+
+    Attributes:
+        origin: the text's place.
+        tokens, bytes: its size; bytes are of UTF-8.
+        log_likelihood: of the whole text.
+        parts: what it is made of, by name, in nats; may be empty.
+    """
+
+    origin: str
+    tokens: int
+    bytes: int
+    log_likelihood: float
+    parts: dict[str, float]
+
+
+def summarise(scores: Sequence[TextScore], kind: Kind) -> dict[str, Any]:
+    """Return the figures of some texts, all bytes counting alike, for JSON.
+
+    ``bits_per_byte`` is -log2 p(x) over all texts / their bytes, an upper bound where ``kind`` is "bound";
+    ``standard_error`` is that of this ratio over texts, None for a single one.
+    ``parts_per_token`` is in nats.
+    """
+    size, tokens = sum(score.bytes for score in scores), sum(score.tokens for score in scores)
+    bits = [-score.log_likelihood / math.log(2) for score in scores]
+    rate, count = sum(bits) / size, len(scores)
+    residuals = sum((own - rate * score.bytes) ** 2 for own, score in zip(bits, scores, strict=True))
+    return {
+        "kind": kind,
+        "bits_per_byte": rate,
+        "standard_error": math.sqrt(residuals * count / (count - 1)) / size if count > 1 else None,
+        "bits_per_token": sum(bits) / tokens,
+        "texts": count,
+        "tokens": tokens,
+        "bytes": size,
+        "parts_per_token": {
+            name: sum(score.parts[name] for score in scores) / tokens for name in scores[0].parts
+        },
+    }
