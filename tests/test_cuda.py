@@ -37,6 +37,32 @@ def test_generation_runs_in_bfloat16() -> None:
     assert [len(done.tokens) for done in model.generate(PROMPTS, 13, guidance=3.0)] == [13, 13, 13]
 
 
+def test_replayed_graphs_change_nothing_and_are_kept_between_calls() -> None:
+    on_cpu, on_gpu = tiny_model(), tiny_model().to("cuda")
+    for seed in range(3):
+        expected = [done.tokens for done in on_cpu.generate(PROMPTS, 21, guidance=3.0, seed=seed)]
+        assert [done.tokens for done in on_gpu.generate(PROMPTS, 21, guidance=3.0, seed=seed)] == expected
+    engine = on_gpu._kept
+    assert engine is not None
+    assert engine.graphs is not None
+    assert 0 < len(engine.graphs) <= 6
+
+
+def test_requests_of_every_kind_share_a_gpu() -> None:
+    settings = [
+        {"steps": 2, "guidance": 1.0},
+        {"steps": 5, "solver": "ab2"},
+        {"steps": 3, "temperature": 1.0},
+    ]
+    on_cpu, session = tiny_model(), tiny_model().to("cuda").session(history=256, slots=2)
+    for seed, (prompt, own) in enumerate(zip(PROMPTS, settings, strict=True)):
+        session.submit(prompt, 13, seed=seed, **own)
+    for _ in session.chunks():
+        pass
+    for seed, (prompt, own, done) in enumerate(zip(PROMPTS, settings, session.completions(), strict=True)):
+        assert done.tokens == on_cpu.generate([prompt], 13, seed=seed, **own)[0].tokens
+
+
 def same(ours: list[Tensor], theirs: list[Tensor]) -> None:
     """Equal but for rounding, relative to the largest number of all."""
     largest = max(float(tensor.abs().max()) for tensor in theirs)

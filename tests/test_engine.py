@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -201,6 +202,62 @@ def test_a_block_begun_and_left_is_begun_again(model: ColaDLM) -> None:
         assert block is not None
         found.append((block.latents, block.ids))
     same(found, reference(model, own))
+
+
+# --- passes of equal shape ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dit", [{}, {"prediction": "z0", "patch_size": 2}])
+def test_histories_read_in_buckets_change_nothing(dit: dict[str, Any]) -> None:
+    model = tiny_model(dit=dit)
+    requests = mixed_requests(model, seed=2)
+    found = serve(Engine(model.vae, model.dit, capacity=96, bucket=16), requests)
+    for own, blocks in zip(requests, found, strict=True):
+        same(blocks, reference(model, own), 2e-4 if dit else 2e-5)
+
+
+def test_passes_of_equal_shape_are_replayed(model: ColaDLM) -> None:
+    requests = [request(model, range(5), 20, seed, steps=3, guidance=3.0) for seed in range(2)]
+    engine = Engine(model.vae, model.dit, capacity=64, bucket=32)
+    found = serve(engine, requests)
+    # Six blocks; the third step of the first is alone without clean rows and with a tail: a row each.
+    assert len(engine.graphs) == 2
+    for own, blocks in zip(requests, found, strict=True):
+        same(blocks, reference(model, own))
+
+
+def test_what_a_failed_sample_leaves_does_not_reach_the_next(
+    model: ColaDLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = replace(request(model, range(6), 20, 1, steps=2), noise=lambda block: torch.full((4, 8), torch.nan))
+    good = request(model, range(3), 9, 2, steps=2)
+    engine = Engine(model.vae, model.dit, capacity=32, bucket=32)
+    none, found = serve(engine, [bad, good])
+    assert none == []
+    same(found, reference(model, good))
+
+
+def test_an_engine_that_replays_is_kept_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    first = model.generate([[1, 2, 3, 4, 5]], 20, steps=2, guidance=3.0)
+    assert model._kept is None
+    monkeypatch.setattr("colada.model.Engine", partial(Engine, bucket=32))
+    monkeypatch.setattr("colada.model.history_unit", lambda size, device: 32)
+    assert model.generate([[1, 2, 3, 4, 5]], 20, steps=2, guidance=3.0) == first
+    kept = model._kept
+    assert kept is not None
+    assert model.generate([[1, 2, 3, 4, 5]], 20, steps=2, guidance=3.0) == first
+    assert model._kept is kept
+    next(model.stream([[1]], 20))  # left under way: busy for ever
+    model.generate([[1]], 20)
+    assert model._kept is not kept
+    model.to(dtype=torch.float32)
+    assert model._kept is None
+
+
+def test_a_bucket_holds_whole_blocks(model: ColaDLM) -> None:
+    with pytest.raises(ColadaError, match="bucket=10, expected a multiple of the block of 4 latents"):
+        Engine(model.vae, model.dit, capacity=32, bucket=10)
 
 
 # --- less work ----------------------------------------------------------------------------------

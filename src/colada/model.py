@@ -23,7 +23,8 @@ from colada.checkpoint import (
     write_model,
 )
 from colada.dit import DiT
-from colada.engine.engine import Engine
+from colada.engine.engine import Engine, history_unit
+from colada.engine.memory import round_up
 from colada.engine.request import Request
 from colada.errors import ColadaError
 from colada.flow import choose
@@ -92,6 +93,7 @@ class ColaDLM:
         self.generation = dict(generation or {})
         self.chat_template = chat_template
         self.quantised: str | None = None
+        self._kept: Engine | None = None
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +102,7 @@ class ColaDLM:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> ColaDLM:
         """Move or convert both networks in place, and return self."""
+        self._kept = None
         self.vae.to(device, dtype)
         self.dit.to(device, dtype)
         return self
@@ -115,6 +118,7 @@ class ColaDLM:
         """
         if self.quantised is not None:
             raise ColadaError(f"{self.origin or 'the model'} is quantised already, to {self.quantised}")
+        self._kept = None
         quantise((self.dit, self.vae.decoder), name)
         self.quantised = name
         return self
@@ -256,7 +260,14 @@ class ColaDLM:
 
     def _engine(self, capacity: int, slots: int | None = None, pad_id: int | None = None) -> Engine:
         pad_id = self.pad_id if pad_id is None else pad_id
-        return Engine(self.vae, self.dit, capacity=capacity, slots=slots, pad_id=pad_id)
+        kept = self._kept
+        fits = kept is not None and not kept.busy and kept.regions.capacity >= capacity
+        if fits and kept is not None and (kept.slots, kept.pad_id) == (slots, pad_id):
+            return kept
+        engine = Engine(self.vae, self.dit, capacity=capacity, slots=slots, pad_id=pad_id)
+        # What a GPU replays is worth keeping from one call to the next.
+        self._kept = engine if engine.graphs is not None else None
+        return engine
 
     def _open(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings) -> Session:
         """Return a session of these prompts alone, with just the history they need."""
@@ -272,7 +283,8 @@ class ColaDLM:
             for prompt, seed, scale in zip(prompts, seeds, guidance, strict=True)
         ]
         patch, size = self.vae.config.patch_size, self.vae.config.block_size
-        capacity = sum(request.room(patch, size) for request, _ in requests)
+        unit = history_unit(size, self.device)
+        capacity = sum(round_up(request.room(patch, size), unit) for request, _ in requests)
         # Without a token to pad, no padding id is needed.
         session = Session(self._engine(capacity, pad_id=self.pad_id if any(prompts) else 0), self._request)
         for request, transcript in requests:
@@ -372,7 +384,8 @@ class ColaDLM:
         hole = len(left) // patch, (len(left) + tokens) // patch
         request = dataclasses.replace(request, ids=whole, hole=hole)
         size = self.vae.config.block_size
-        session = Session(self._engine(request.room(patch, size)), self._request)
+        room = round_up(request.room(patch, size), history_unit(size, self.device))
+        session = Session(self._engine(room), self._request)
         transcript.skip = hole[0] % size * patch
         session.add(request, transcript)
         for _ in session.chunks():

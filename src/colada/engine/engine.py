@@ -16,13 +16,22 @@ import torch
 from torch import Tensor
 
 from colada.dit import DiT
-from colada.engine.memory import Memory, Plan, Regions, Span
+from colada.engine.graphs import Graphs
+from colada.engine.memory import Memory, Plan, Regions, Span, round_up
 from colada.engine.request import Request, Slot
 from colada.engine.transport import COMMITTED_ROWS, Transport
 from colada.errors import ColadaError
 from colada.generation import Block, TransportStep, block_generator, encode
 from colada.layers import inverse_frequencies, rotary_table
 from colada.vae import TextVAE
+
+GPU_BUCKET = 128
+"""Latents of history by which a GPU's passes change their shape."""
+
+
+def history_unit(size: int, device: torch.device) -> int:
+    """Return the latents of history whose multiples a request takes, with blocks of so many latents."""
+    return round_up(GPU_BUCKET, size) if device.type == "cuda" else size
 
 
 class Engine:
@@ -34,16 +43,33 @@ class Engine:
             rounded up to whole blocks, from when it is admitted until it leaves.
         slots: requests generated together at most; None is no limit.
         pad_id: fills up prompts.
+        bucket: give requests history in multiples of so many latents, and replay passes of equal shape;
+            by default 128 on a GPU, where each replay is a CUDA graph, and elsewhere None, not at all.
+
+    Raises:
+        ColadaError: if the bucket is no multiple of the block.
     """
 
     def __init__(
-        self, vae: TextVAE, dit: DiT, *, capacity: int, slots: int | None = None, pad_id: int = 0
+        self,
+        vae: TextVAE,
+        dit: DiT,
+        *,
+        capacity: int,
+        slots: int | None = None,
+        pad_id: int = 0,
+        bucket: int | None = None,
     ) -> None:
         self.vae, self.dit, self.slots, self.pad_id = vae, dit, slots, pad_id
         self._size, self._patch = vae.config.block_size, vae.config.patch_size
-        capacity = capacity // self._size * self._size
-        self.regions = Regions(capacity)
         device = dit.txt_in.proj.weight.device
+        if bucket is None and device.type == "cuda":
+            bucket = history_unit(self._size, device)
+        if bucket is not None and bucket % self._size:
+            raise ColadaError(f"bucket={bucket}, expected a multiple of the block of {self._size} latents")
+        self._unit = bucket or self._size
+        capacity = capacity // self._unit * self._unit
+        self.regions = Regions(capacity)
         prior, decoder = dit.config, vae.config
         self._prior_memory = Memory(
             prior.num_layers,
@@ -62,9 +88,15 @@ class Engine:
             device,
         )
         self._decoder_frequencies = inverse_frequencies(decoder.dim // decoder.num_heads, decoder.rope_theta)
-        self._transport = Transport(dit, self._prior_memory, self._size)
+        bucket = None if bucket is None else bucket // prior.patch_size
+        self._transport = Transport(dit, self._prior_memory, self._size, bucket)
         self._waiting: deque[Request] = deque()
         self.under_way: list[Slot] = []
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """The passes that are replayed, if any are."""
+        return self._transport.graphs
 
     @property
     def busy(self) -> bool:
@@ -78,13 +110,16 @@ class Engine:
 
     # --- who is under way ------------------------------------------------------------------
 
+    def _room(self, request: Request) -> int:
+        return round_up(request.room(self._patch, self._size), self._unit)
+
     def submit(self, request: Request) -> None:
         """Let a request wait for its admission, first come first served.
 
         Raises:
             ColadaError: if it could never be admitted; nothing else is affected.
         """
-        room, capacity = request.room(self._patch, self._size), self.regions.capacity
+        room, capacity = self._room(request), self.regions.capacity
         if room > capacity:
             raise ColadaError(f"a request of {room} latents, expected at most {capacity}: the history's room")
         self._waiting.append(request)
@@ -92,6 +127,9 @@ class Engine:
     def leave(self, slot: Slot) -> None:
         """Take a slot out between blocks; its region is free again."""
         self.under_way.remove(slot)
+        if slot.error is not None:  # A masked read of NaN is NaN.
+            patch = self.dit.config.patch_size
+            self._prior_memory.forget(slot.start // patch, slot.length // patch)
         self.regions.give_back(slot.start, slot.length)
 
     def withdraw(self, request: Request) -> None:
@@ -103,7 +141,7 @@ class Engine:
         """Give those who wait, in order, the room there is, and encode their prompts in one pass."""
         arriving: list[tuple[Request, int]] = []
         while self._waiting and (self.slots is None or len(self.under_way) + len(arriving) < self.slots):
-            start = self.regions.take(self._waiting[0].room(self._patch, self._size))
+            start = self.regions.take(self._room(self._waiting[0]))
             if start is None:
                 break
             arriving.append((self._waiting.popleft(), start))
@@ -118,9 +156,7 @@ class Engine:
         if request.hole is not None:
             where[request.hole[0] - prefix : request.hole[1] - prefix] = False
         pinned = latents[prefix : prefix + given]
-        return Slot(
-            request, start, request.room(self._patch, self._size), blocks, latents[:prefix], where, pinned
-        )
+        return Slot(request, start, self._room(request), blocks, latents[:prefix], where, pinned)
 
     # --- one block -------------------------------------------------------------------------
 

@@ -59,6 +59,11 @@ class Memory:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
+    def forget(self, start: int, length: int) -> None:
+        """Set positions to zero, so that masked reads of them are harmless."""
+        self.keys[:, start : start + length] = 0
+        self.values[:, start : start + length] = 0
+
     @property
     def bytes(self) -> int:
         """Size of both."""
@@ -87,11 +92,16 @@ class _Group:
     length: int
 
 
-def _grouped(spans: list[Span], offset: int) -> list[_Group]:
+def round_up(length: int, multiple: int) -> int:
+    """Return the least multiple that is no less than a length."""
+    return -(-length // multiple) * multiple
+
+
+def _grouped(spans: list[Span], offset: int, bucket: int) -> list[_Group]:
     """Join neighbouring spans of one length and even spacing (upwards: strides are never negative)."""
     groups: list[_Group] = []
     for number, span in enumerate(spans, start=offset):
-        length = span.end - span.start
+        length = round_up(span.end - span.start, bucket)
         if groups and groups[-1].length == length:
             last = groups[-1]
             spacing = span.start - (last.start + (last.count - 1) * last.spacing)
@@ -103,7 +113,10 @@ def _grouped(spans: list[Span], offset: int) -> list[_Group]:
 
 
 class Plan:
-    """Where the rows of a pass are written and what they see; no mask, because no row sees part of a span.
+    """Where the rows of a pass are written and what they see.
+
+    There is no mask, because no row sees part of a span; unless spans are read in buckets, so that
+    passes over growing histories keep their shapes, with what is beyond a span's end masked.
 
     The rows are those of the clean spans, of the noisy spans, and of blocks that see only themselves and
     are written nowhere (the unconditional ones).
@@ -113,21 +126,37 @@ class Plan:
         clean, noisy: spans; the rows of clean ones are not needed after their keys and values are written.
         alone: blocks that see only themselves.
         size: positions in a block.
+        bucket: read spans in multiples of so many positions, which must all be their own sample's.
     """
 
-    def __init__(self, memory: Memory, clean: list[Span], noisy: list[Span], alone: int, size: int) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        clean: list[Span],
+        noisy: list[Span],
+        alone: int,
+        size: int,
+        bucket: int | None = None,
+    ) -> None:
         device = memory.keys.device
         self.memory, self.size, self.alone = memory, size, alone
         self.clean_rows = len(clean) * size
         self.written_rows = (len(clean) + len(noisy)) * size
         own = [range(span.end - size, span.end) for span in [*clean, *noisy]]
-        self._slots = torch.tensor([slot for part in own for slot in part], device=device)
+        self.slots = torch.tensor([slot for part in own for slot in part], device=device)
         starts = [span.end - span.start - size for span in [*clean, *noisy]] + [0] * alone
         self.positions = torch.tensor(
             [start + place for start in starts for place in range(size)], device=device
         )
-        self._clean_groups = _grouped(clean, 0)
-        self._groups = _grouped(noisy, len(clean))
+        self._clean_groups = _grouped(clean, 0, bucket or 1)
+        self._groups = _grouped(noisy, len(clean), bucket or 1)
+        self.masks: list[Tensor] = []  # of each group, (count, 1, 1, length); none where all is seen
+        if bucket is not None:
+            spans = [*clean, *noisy]
+            for group in [*self._clean_groups, *self._groups]:
+                members = spans[group.first : group.first + group.count]
+                seen = torch.tensor([span.end - span.start for span in members], device=device)
+                self.masks.append((torch.arange(group.length, device=device) < seen[:, None])[:, None, None])
         # Rows of each group, all of them and without the clean ones; the last are the blocks alone.
         alone_rows = [alone * size] if alone else []
         self._late_rows = [group.count * size for group in self._groups] + alone_rows
@@ -137,6 +166,17 @@ class Plan:
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.positions)
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What passes must share to be replayed one for another: all but what :meth:`take` takes."""
+        return self.clean_rows, self.alone, self.size, tuple(self._clean_groups), tuple(self._groups)
+
+    def take(self, other: Plan) -> None:
+        """Take over what another plan of the same shape writes to and sees, in place."""
+        self.slots.copy_(other.slots)
+        for mask, theirs in zip(self.masks, other.masks, strict=True):
+            mask.copy_(theirs)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, kept: int = 0) -> Tensor:
         """Write keys and values (N, K, D) of one layer to memory, and attend.
@@ -148,8 +188,8 @@ class Plan:
         Returns: (N - kept, K, D).
         """
         keys, values = self.memory.keys[layer], self.memory.values[layer]
-        keys.index_copy_(0, self._slots, k[: self.written_rows])
-        values.index_copy_(0, self._slots, v[: self.written_rows])
+        keys.index_copy_(0, self.slots, k[: self.written_rows])
+        values.index_copy_(0, self.slots, v[: self.written_rows])
         if kept == len(self):
             return q
         if layer not in self._views:
@@ -157,9 +197,10 @@ class Plan:
             self._views[layer] = [(self._seen(keys, group), self._seen(values, group)) for group in groups]
         outputs = []
         parts = q.split(self._late_rows if kept else self._rows)
-        views = self._views[layer][len(self._clean_groups) :] if kept else self._views[layer]
-        for own, (past_keys, past_values) in zip(parts, views, strict=False):
-            outputs.append(self._attention(own, past_keys, past_values))
+        first = len(self._clean_groups) if kept else 0
+        for number, (past_keys, past_values) in enumerate(self._views[layer][first:]):
+            mask = self.masks[first + number] if self.masks else None
+            outputs.append(self._attention(parts[number], past_keys, past_values, mask))
         if self.alone:
             new = (x[self.written_rows :].unflatten(0, (self.alone, self.size)) for x in (k, v))
             outputs.append(self._attention(parts[-1], *(x.transpose(1, 2) for x in new)))
@@ -175,7 +216,7 @@ class Plan:
             memory.storage_offset() + group.start * position,
         )
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         q = q.view(-1, self.size, *q.shape[1:])
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask)
         return out.transpose(1, 2).flatten(0, 1)

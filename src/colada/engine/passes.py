@@ -29,6 +29,7 @@ class Modulation:
 
     def __init__(self, dit: DiT) -> None:
         self._dit = dit
+        self.version = 0  # of the table's tensors: they are made anew when timesteps are added
         self._row: dict[float, int] = {}
         self._layers: list[Tensor] = []
         self._output = torch.empty(0)
@@ -56,6 +57,7 @@ class Modulation:
             layers = [torch.cat(both) for both in zip(self._layers, layers, strict=True)]
             output = torch.cat([self._output, output])
         self._layers, self._output = layers, output
+        self.version += 1
         self._row |= {timestep: len(self._row) + number for number, timestep in enumerate(timesteps)}
         self._views = {}
 
@@ -68,7 +70,10 @@ class Modulation:
         return torch.stack(parts, 1)
 
     def at(self, row: int | Tensor, layer: int) -> tuple[Tensor, ...]:
-        """Return a layer's six vectors: (dim,) for the row that all share, (N, dim) for a row each."""
+        """Return a layer's six vectors: (dim,) for the row that all share, (N, dim) for a row each.
+
+        A row that all share may also be int64 (1,), so that it can change without anyone noticing; (1, dim).
+        """
         if isinstance(row, Tensor):
             return self._layers[layer].index_select(0, row).unbind(1)
         if row not in self._views:
@@ -122,7 +127,7 @@ class PriorPass:
 
         Args:
             latents: (N * patch_size, C).
-            row: of the modulation table: one for all, or int64 (N,).
+            row: of the modulation table: one for all, or int64 (N,); (1,) if no row is clean.
             plan: of the N rows.
             rotations: of their positions.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from colada.dit import DiT
+from colada.engine.graphs import Graphs
 from colada.engine.memory import Memory, Plan, Span
 from colada.engine.passes import PriorPass
 from colada.engine.request import Slot
@@ -61,12 +62,15 @@ class Transport:
         dit: whose weights are used as they are.
         memory: of its histories.
         size: latents in a block.
+        bucket: read histories in multiples of so many positions and replay passes of equal shape;
+            None reads just what is there.
     """
 
-    def __init__(self, dit: DiT, memory: Memory, size: int) -> None:
-        self.dit, self._memory, self._size = dit, memory, size
+    def __init__(self, dit: DiT, memory: Memory, size: int, bucket: int | None = None) -> None:
+        self.dit, self._memory, self._size, self._bucket = dit, memory, size, bucket
         self._device = dit.txt_in.proj.weight.device
         self._prior = PriorPass(dit)
+        self.graphs = Graphs(self._prior) if bucket is not None else None
 
     def run(self, slots: Sequence[Slot], z: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Integrate dz/da = v from noise z (B, block, C); yields step, steps, z and the z0 pointed at.
@@ -93,7 +97,8 @@ class Transport:
             noisy = now if step.everyone is None else now[step.everyone]
             noisy = noisy.flatten(0, 1)
             rows = torch.cat([*committed, noisy]) if number == 0 else noisy
-            velocity = self._prior(rows, step.row, step.plan, step.rotations)
+            forward = self._prior if self.graphs is None or step.plan.clean_rows else self.graphs
+            velocity = forward(rows, step.row, step.plan, step.rotations)
             if number == 0:
                 for slot in slots:
                     slot.history += len(slot.uncommitted)
@@ -183,7 +188,7 @@ class Transport:
             commits = clean if number == 0 else []
             key = (len(commits), active, tuple(guided))
             if key not in plans:
-                plan = Plan(self._memory, commits, noisy[:active], len(guided), size)
+                plan = Plan(self._memory, commits, noisy[:active], len(guided), size, self._bucket)
                 plans[key] = plan, self._prior.rotations(plan.positions)
             index = torch.tensor(guided, device=device)
             everyone = torch.cat([torch.arange(active, device=device), index]) if guided else None

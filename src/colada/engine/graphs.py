@@ -1,0 +1,74 @@
+"""Passes of equal shape, captured once and replayed: on a GPU a replay is one launch in place of hundreds."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from colada.engine.memory import Plan
+from colada.engine.passes import PriorPass
+
+_KEPT_GRAPHS = 16
+
+
+class _Graph:
+    """One pass with inputs that stay where they are."""
+
+    def __init__(self, prior: PriorPass, latents: Tensor, row: Tensor, plan: Plan, rotations: Tensor) -> None:
+        self._prior, self._plan = prior, plan
+        self._latents, self._row, self._rotations = latents.clone(), row.clone(), rotations.clone()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output = torch.empty(0)
+        if latents.is_cuda:
+            aside = torch.cuda.Stream(latents.device)
+            aside.wait_stream(torch.cuda.current_stream(latents.device))
+            with torch.cuda.stream(aside):
+                self._run()  # lets libraries allocate what they keep
+            torch.cuda.current_stream(latents.device).wait_stream(aside)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._output = self._run()
+
+    def _run(self) -> Tensor:
+        return self._prior(self._latents, self._row, self._plan, self._rotations)
+
+    def __call__(self, latents: Tensor, row: Tensor, plan: Plan, rotations: Tensor) -> Tensor:
+        self._latents.copy_(latents)
+        self._row.copy_(row)
+        if plan is not self._plan:
+            self._plan.take(plan)
+            self._rotations.copy_(rotations)
+        if self._graph is None:
+            return self._run()
+        self._graph.replay()
+        return self._output.clone()
+
+
+class Graphs:
+    """Runs passes without clean rows as replays; elsewhere than on a GPU, as what would be replayed.
+
+    Args:
+        prior: the pass.
+    """
+
+    def __init__(self, prior: PriorPass) -> None:
+        self._prior = prior
+        self._kept: OrderedDict[object, _Graph] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Return the number of passes that are kept."""
+        return len(self._kept)
+
+    def __call__(self, latents: Tensor, row: int | Tensor, plan: Plan, rotations: Tensor) -> Tensor:
+        """Run a pass whose plan reads in buckets; arguments and result as :class:`PriorPass`."""
+        index = row if isinstance(row, Tensor) else torch.tensor([row], device=latents.device)
+        key = plan.shape, latents.shape, index.shape, self._prior.modulation.version
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        else:
+            self._kept[key] = _Graph(self._prior, latents, index, plan, rotations)
+            if len(self._kept) > _KEPT_GRAPHS:
+                self._kept.popitem(last=False)
+        return self._kept[key](latents, index, plan, rotations)
