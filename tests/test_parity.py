@@ -45,7 +45,7 @@ def test_every_fixture_holds_at_3e_6_in_single_passes_and_1e_5_in_generation(
         errors = run_case(directory)
         for part in SINGLE_PASSES:
             assert errors[part] <= 3e-6, (directory.name, part)
-        for part in ("latents", "logits"):
+        for part in ("latents", "logits", "engine_latents", "engine_logits"):
             assert errors[part] <= 1e-5, (directory.name, part)
         assert errors["tokens_equal"] is True, directory.name
 
@@ -63,9 +63,13 @@ def _perturb(case: Path, part: str, name: str, amount: float) -> None:
 @pytest.mark.parametrize(
     ("part", "name", "seen"),
     [
-        ("cola_dit", "blocks.0.mlp.proj_in.bias", {"velocity", "latents"}),
-        ("cola_vae", "encoder.blocks.0.ffn_out.bias", {"encode_mean", "encode_logvar", "latents"}),
-        ("cola_vae", "decoder.final_layer.bias", {"decode", "logits"}),
+        ("cola_dit", "blocks.0.mlp.proj_in.bias", {"velocity", "latents", "engine_latents"}),
+        (
+            "cola_vae",
+            "encoder.blocks.0.ffn_out.bias",
+            {"encode_mean", "encode_logvar", "latents", "engine_latents"},
+        ),
+        ("cola_vae", "decoder.final_layer.bias", {"decode", "logits", "engine_logits"}),
     ],
 )
 def test_one_weight_off_by_a_thousandth_is_noticed_where_it_is(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,10 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from colada.checkpoint import read_dit, read_json, read_vae
+from colada.dit import DiT
+from colada.engine.engine import Engine
+from colada.engine.request import Request
 from colada.errors import ColadaError
-from colada.generation import BlockGenerator
+from colada.generation import Block, BlockGenerator, Noise
 from colada.packing import pad_to_multiple
 from colada.sampling import Sampling
+from colada.vae import TextVAE
 
 
 def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
@@ -80,48 +85,86 @@ def _compare(directory: Path, case: dict[str, Any], expected: dict[str, Tensor])
         velocity = dit(expected["dit.input"], expected["dit.timestep"], dit.layout(lengths))
         errors["velocity"] = relative_error([velocity], [expected["dit.drift"]])
 
-    # Guided generation with the fixture's own noise, for as many blocks as it has.
-    count = len(prompts)
-    engine = BlockGenerator(
-        vae,
-        dit,
-        steps=settings["timestep_num"],
-        sampling=Sampling(
-            temperature=settings["temperature"], repetition_penalty=settings["repetition_penalty"]
-        ),
+    # Guided generation with the fixture's own noise, for as many blocks as it has: by the readable
+    # loop, and by the engine that users run. The released code drops the prompt's tokens beyond its
+    # prefix, and nothing else.
+    blocks_of = range(case["n_blocks"])
+    noise = [expected[f"generate.noise.{b}"].split(size) for b in blocks_of]
+    sampling = Sampling(
+        temperature=settings["temperature"], repetition_penalty=settings["repetition_penalty"]
     )
-    noise = [expected[f"generate.noise.{b}"].split(size) for b in range(case["n_blocks"])]
 
     def given_noise(block: int, sample: int) -> Tensor:
         return noise[block][sample]
 
-    samples = engine.start(
-        prompts,
-        [partial(given_noise, sample=number) for number in range(count)],
-        [0] * count,
-        [settings["guidance_scale"]] * count,
-        pad_id,
-    )
-    latents: list[Tensor] = []
-    logits_of: list[Tensor] = []
-    generated: list[list[int]] = [[] for _ in prompts]
-    for _ in range(case["n_blocks"]):
-        for _ in engine.next_block(samples):
-            pass
-        blocks = [sample.block for sample in samples if sample.block is not None]
-        latents.append(torch.cat([block.latents for block in blocks]))
-        logits_of.append(torch.cat([block.logits for block in blocks]))
-        for own, block in zip(generated, blocks, strict=True):
-            own.extend(block.ids)
-    blocks_of = range(case["n_blocks"])
-    errors["latents"] = relative_error(latents, [expected[f"generate.latents.{b}"] for b in blocks_of])
-    errors["logits"] = relative_error(logits_of, [expected[f"generate.logits.{b}"] for b in blocks_of])
-    # The released code drops the prompt's tokens beyond its prefix, and nothing else.
-    errors["tokens_equal"] = [
-        own[max(0, len(ids) - -(-len(ids) // patch) // size * size * patch) :]
-        for own, ids in zip(generated, prompts, strict=True)
-    ] == case["generated"]
+    noises = [partial(given_noise, sample=number) for number in range(len(prompts))]
+    steps, guidance = settings["timestep_num"], settings["guidance_scale"]
+    made = {
+        "": _by_reference(vae, dit, case, noises, steps, guidance, sampling),
+        "engine_": _by_engine(vae, dit, case, noises, steps, guidance, sampling),
+    }
+    equal = []
+    for kind, generated in made.items():
+        for part in ("latents", "logits"):
+            ours = [torch.cat([getattr(block, part) for block in blocks]) for blocks in generated]
+            theirs = [expected[f"generate.{part}.{b}"] for b in blocks_of]
+            errors[kind + part] = relative_error(ours, theirs)
+        for number, ids in enumerate(prompts):
+            own = [token for blocks in generated for token in blocks[number].ids]
+            tail = max(0, len(ids) - -(-len(ids) // patch) // size * size * patch)
+            equal.append(own[tail:] == case["generated"][number])
+    errors["tokens_equal"] = all(equal)
     return errors
+
+
+def _by_reference(
+    vae: TextVAE,
+    dit: DiT,
+    case: dict[str, Any],
+    noises: Sequence[Noise],
+    steps: int,
+    guidance: float,
+    sampling: Sampling,
+) -> list[list[Block]]:
+    """Return the blocks of every prompt, number by number, as the readable loop makes them."""
+    prompts = case["prompts"]
+    loop = BlockGenerator(vae, dit, steps=steps, sampling=sampling)
+    count = len(prompts)
+    samples = loop.start(prompts, noises, [0] * count, [guidance] * count, case["pad_token_id"])
+    made = []
+    for _ in range(case["n_blocks"]):
+        for _ in loop.next_block(samples):
+            pass
+        made.append([sample.block for sample in samples if sample.block is not None])
+    return made
+
+
+def _by_engine(
+    vae: TextVAE,
+    dit: DiT,
+    case: dict[str, Any],
+    noises: Sequence[Noise],
+    steps: int,
+    guidance: float,
+    sampling: Sampling,
+) -> list[list[Block]]:
+    """Return the same as :func:`_by_reference`, as the engine makes them."""
+    patch, size = vae.config.patch_size, vae.config.block_size
+    tokens = case["n_blocks"] * vae.config.block_tokens
+    requests = [
+        Request(tuple(ids), tokens, noise, 0, guidance, steps=steps, sampling=sampling)
+        for ids, noise in zip(case["prompts"], noises, strict=True)
+    ]
+    capacity = sum(request.room(patch, size) for request in requests)
+    engine = Engine(vae, dit, capacity=capacity, pad_id=case["pad_token_id"])
+    for request in requests:
+        engine.submit(request)
+    made = []
+    for _ in range(case["n_blocks"]):
+        for _ in engine.next_block():
+            pass
+        made.append([slot.block for slot in engine.under_way if slot.block is not None])
+    return made
 
 
 def report(directory: Path, tolerance: float) -> int:
