@@ -25,7 +25,7 @@ from colada.dit import DiT
 from colada.engine.engine import Engine
 from colada.engine.request import Request
 from colada.errors import ColadaError
-from colada.generation import Block, BlockGenerator, Noise
+from colada.generation import Block, BlockGenerator
 from colada.packing import pad_to_multiple
 from colada.sampling import Sampling
 from colada.vae import TextVAE
@@ -97,11 +97,21 @@ def _compare(directory: Path, case: dict[str, Any], expected: dict[str, Tensor])
     def given_noise(block: int, sample: int) -> Tensor:
         return noise[block][sample]
 
-    noises = [partial(given_noise, sample=number) for number in range(len(prompts))]
-    steps, guidance = settings["timestep_num"], settings["guidance_scale"]
+    requests = [
+        Request(
+            tuple(ids),
+            case["n_blocks"] * vae.config.block_tokens,
+            partial(given_noise, sample=number),
+            0,
+            settings["guidance_scale"],
+            steps=settings["timestep_num"],
+            sampling=sampling,
+        )
+        for number, ids in enumerate(prompts)
+    ]
     made = {
-        "": _by_reference(vae, dit, case, noises, steps, guidance, sampling),
-        "engine_": _by_engine(vae, dit, case, noises, steps, guidance, sampling),
+        "": _by_reference(vae, dit, requests, case["n_blocks"], pad_id),
+        "engine_": _by_engine(vae, dit, requests, case["n_blocks"], pad_id),
     }
     equal = []
     for kind, generated in made.items():
@@ -118,21 +128,19 @@ def _compare(directory: Path, case: dict[str, Any], expected: dict[str, Tensor])
 
 
 def _by_reference(
-    vae: TextVAE,
-    dit: DiT,
-    case: dict[str, Any],
-    noises: Sequence[Noise],
-    steps: int,
-    guidance: float,
-    sampling: Sampling,
+    vae: TextVAE, dit: DiT, requests: Sequence[Request], blocks: int, pad_id: int
 ) -> list[list[Block]]:
-    """Return the blocks of every prompt, number by number, as the readable loop makes them."""
-    prompts = case["prompts"]
-    loop = BlockGenerator(vae, dit, steps=steps, sampling=sampling)
-    count = len(prompts)
-    samples = loop.start(prompts, noises, [0] * count, [guidance] * count, case["pad_token_id"])
+    """Return the blocks of every request, number by number, as the readable loop makes them."""
+    loop = BlockGenerator(vae, dit, steps=requests[0].steps, sampling=requests[0].sampling)
+    samples = loop.start(
+        [own.ids for own in requests],
+        [own.noise for own in requests],
+        [own.seed for own in requests],
+        [own.guidance for own in requests],
+        pad_id,
+    )
     made = []
-    for _ in range(case["n_blocks"]):
+    for _ in range(blocks):
         for _ in loop.next_block(samples):
             pass
         made.append([sample.block for sample in samples if sample.block is not None])
@@ -140,27 +148,15 @@ def _by_reference(
 
 
 def _by_engine(
-    vae: TextVAE,
-    dit: DiT,
-    case: dict[str, Any],
-    noises: Sequence[Noise],
-    steps: int,
-    guidance: float,
-    sampling: Sampling,
+    vae: TextVAE, dit: DiT, requests: Sequence[Request], blocks: int, pad_id: int
 ) -> list[list[Block]]:
     """Return the same as :func:`_by_reference`, as the engine makes them."""
-    patch, size = vae.config.patch_size, vae.config.block_size
-    tokens = case["n_blocks"] * vae.config.block_tokens
-    requests = [
-        Request(tuple(ids), tokens, noise, 0, guidance, steps=steps, sampling=sampling)
-        for ids, noise in zip(case["prompts"], noises, strict=True)
-    ]
-    capacity = sum(request.room(patch, size) for request in requests)
-    engine = Engine(vae, dit, capacity=capacity, pad_id=case["pad_token_id"])
-    for request in requests:
-        engine.submit(request)
+    rooms = [own.room(vae.config.patch_size, vae.config.block_size) for own in requests]
+    engine = Engine(vae, dit, capacity=sum(rooms), pad_id=pad_id)
+    for own in requests:
+        engine.submit(own)
     made = []
-    for _ in range(case["n_blocks"]):
+    for _ in range(blocks):
         for _ in engine.next_block():
             pass
         made.append([slot.block for slot in engine.under_way if slot.block is not None])
