@@ -20,7 +20,7 @@ import torch
 import colada
 from colada.cli import _size, main
 from colada.flow import SCHEDULES, SOLVERS
-from colada.generation import NOISE_RULES
+from colada.generation import NOISE_RULES, Noise, sample_noise
 from colada.info import count_parameters, describe, history_values
 from colada.layers import History
 from colada.model import ColaDLM
@@ -548,6 +548,41 @@ def test_truncated_weights_are_named(run: Run, saved: Path, tmp_path: Path) -> N
         result = run(*command)
         assert result.code == 2
         assert "truncated" in result.err
+
+
+@pytest.mark.parametrize("form", [["--json"], ["--no-stream"]])
+def test_a_prompt_that_fails_loses_nothing_of_the_others(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: list[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Once upon a time\nThe dog\nOne day\n")
+    arguments = ["generate", "--file", prompts, "--lines", "-n", "8", "--steps", "2", "--batch", "2", *form]
+    whole = run(*arguments)
+    assert whole.code == 0
+
+    def noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noise:
+        draw = sample_noise(seed, shape, device)
+        return lambda block: draw(block) * (torch.nan if (seed, block) == (1, 1) else 1)
+
+    monkeypatch.setitem(NOISE_RULES, "per-sample", noise)
+    result = run(*arguments)
+    assert result.code == 2
+    assert "error: 1 of 3 prompts failed, first number 1: block 1 of a request" in result.err
+    if form == ["--json"]:
+        before, after = ([json.loads(line) for line in own.out.splitlines()] for own in (whole, result))
+        assert [after[0], after[2]] == [before[0], before[2]]
+        assert "not finite" in after[1]["error"]
+    else:
+        assert result.out.startswith(whole.out[: whole.out.index("The dog")])
+        assert result.out.endswith(whole.out[whole.out.index("One day") :])
+
+
+def test_one_streamed_prompt_that_fails_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NOISE_RULES, "per-sample", lambda *_: lambda block: torch.full((4, 64), torch.nan))
+    result = run("generate", "Once upon a time", "-n", "8", "--steps", "2")
+    assert result.code == 2
+    assert result.out.startswith("Once upon a time")
+    assert "latents that are not finite" in result.err
 
 
 def test_an_interrupt_is_quiet(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

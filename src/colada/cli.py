@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from colada.info import ModelInfo
     from colada.model import ColaDLM
     from colada.settings import Settings
+    from colada.streaming import Completion
     from colada.tokenizer import Tokenizer
 
 app = typer.Typer(
@@ -187,6 +188,7 @@ def generate(
     from colada.flow import choose
     from colada.generation import SEED_STRIDE
     from colada.settings import RELEASED_SETTINGS
+    from colada.streaming import GenerationError
 
     given: Settings = {
         "steps": steps,
@@ -211,28 +213,52 @@ def generate(
         shown = "" if chat else prompts[0]
         _stream(network, prompts[0], shown, max_new_tokens, {**given, "seed": seed}, chosen["steps"])
         return
+    errors: dict[int, str] = {}  # by prompt; the others are finished and printed first
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         settings: Settings = {**given, "seed": seeds[start : start + batch]}
         if as_json:
-            own_texts = texts[start : start + batch]
-            for own, done in zip(own_texts, network.generate(some, max_new_tokens, **settings), strict=True):
-                fields = {"text": done.text, "tokens": done.tokens, "finish_reason": done.finish_reason}
-                line = {"prompt": own, **fields, "seed": done.seed, "settings": chosen}
+            try:
+                made: Sequence[Completion | None] = network.generate(some, max_new_tokens, **settings)
+            except GenerationError as error:
+                made = error.completions
+                errors |= {start + number: why for number, why in error.errors.items()}
+            for number, done in enumerate(made, start):
+                if done is None:
+                    fields: dict[str, Any] = {"finish_reason": "error", "error": errors[number]}
+                else:
+                    fields = {"text": done.text, "tokens": done.tokens, "finish_reason": done.finish_reason}
+                line = {"prompt": texts[number], **fields, "seed": seeds[number], "settings": chosen}
                 print(json.dumps(line), flush=True)
             continue
         shown_some = [""] * len(some) if chat else some
-        for number, text in enumerate(_in_order(network, some, shown_some, max_new_tokens, settings), start):
+        failed: dict[int, str] = {}
+        in_order = _in_order(network, some, shown_some, max_new_tokens, settings, failed)
+        for number, text in enumerate(in_order, start):
             print("\n" * (number > 0) + text, flush=True)
+        errors |= {start + number: why for number, why in failed.items()}
+    if errors:
+        which, why = min(errors.items())
+        raise ColadaError(f"{len(errors)} of {len(prompts)} prompts failed, first number {which}: {why}")
 
 
 def _in_order(
-    network: ColaDLM, prompts: Sequence[str], shown: Sequence[str], max_new_tokens: int, settings: Settings
+    network: ColaDLM,
+    prompts: Sequence[str],
+    shown: Sequence[str],
+    max_new_tokens: int,
+    settings: Settings,
+    errors: dict[int, str],
 ) -> Iterator[str]:
-    """Yield what is shown of a prompt with its continuation, once it and all before it are finished."""
+    """Yield what is shown of a prompt with its continuation, once it and all before it are finished.
+
+    Why prompts failed is added to ``errors``.
+    """
     texts, finished, next_one = list(shown), set(), 0
     for chunk in network.stream(prompts, max_new_tokens, **settings):
         texts[chunk.index] += chunk.text
+        if chunk.error is not None:
+            errors[chunk.index] = chunk.error
         if chunk.finish_reason is not None:
             finished.add(chunk.index)
         while next_one in finished:
@@ -251,11 +277,15 @@ def _stream(
     console = Console(highlight=False)
     live = sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
     chunks = network.stream(prompt, max_new_tokens, guesses=live, **settings)
+    error: str | None = None
     if not live:
         print(shown, end="", flush=True)
         for chunk in chunks:
             print(chunk.text, end="", flush=True)
+            error = chunk.error
         print()
+        if error is not None:
+            raise ColadaError(error)
         return
     tokens, begin = 0, time.perf_counter()
     with LiveText(console) as view:
@@ -264,12 +294,15 @@ def _stream(
             if chunk.step is None:
                 tokens += len(chunk.tokens)
                 view.write(chunk.text)
+                error = chunk.error
             else:
                 rate = tokens / (time.perf_counter() - begin)
                 status = (
                     f"block {chunk.block + 1} · step {chunk.step}/{steps} · {tokens} tokens ({rate:.0f}/s)"
                 )
                 view.guess(chunk.text, status)
+    if error is not None:
+        raise ColadaError(error)
 
 
 # --- reconstruct, info, parity -----------------------------------------------------------------

@@ -122,8 +122,6 @@ class Session:
             for own, request in zip(self._transcripts, self._requests, strict=True)
         ]
         if self._errors:
-            which, why = next(iter(self._errors.items()))
-            count = f"{len(self._errors)} of {len(made)} samples failed, the first is number {which}: {why}"
             done = [None if number in self._errors else one for number, one in enumerate(made)]
-            raise GenerationError(count, done)
+            raise GenerationError(done, self._errors)
         return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from colada.errors import ColadaError
@@ -59,11 +59,14 @@ class GenerationError(ColadaError):
 
     Attributes:
         completions: of every prompt in order, None where it failed.
+        errors: why, by number.
     """
 
-    def __init__(self, message: str, completions: Sequence[Completion | None]) -> None:
-        super().__init__(message)
-        self.completions = tuple(completions)
+    def __init__(self, completions: Sequence[Completion | None], errors: Mapping[int, str]) -> None:
+        which, why = min(errors.items())
+        count = f"{len(errors)} of {len(completions)} samples failed"
+        super().__init__(f"{count}, the first is number {which}: {why}")
+        self.completions, self.errors = tuple(completions), dict(errors)
 
 
 class Transcript:

@@ -445,15 +445,22 @@ class Trainer:
 
     def save_model(self, directory: Path) -> None:
         """Write the networks in the released format; all ranks must call it."""
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        states = [get_model_state_dict(network, options=whole) for network in (self.vae, self.dit)]
-        if self.ranks.first:
-            vae, dit = TextVAE(self.vae.config), DiT(self.dit.config)
-            vae.load_state_dict(states[0])
-            dit.load_state_dict(states[1])
+        whole = self._whole(self.vae, self.dit)
+        if whole is not None:
             dtype = DTYPES[self.recipe.run.save_dtype]
-            write_model(vae, dit, dtype, self.tokenizer, self.generation, self.template, directory)
+            write_model(*whole, dtype, self.tokenizer, self.generation, self.template, directory)
         self.ranks.wait()
+
+    def _whole(self, vae: TextVAE, dit: DiT) -> tuple[TextVAE, DiT] | None:
+        """Gather copies of two networks on the first rank's CPU; None on the others. All must call it."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        states = [get_model_state_dict(network, options=options) for network in (vae, dit)]
+        if not self.ranks.first:
+            return None
+        whole = TextVAE(vae.config), DiT(dit.config)
+        for network, state in zip(whole, states, strict=True):
+            network.load_state_dict(state)
+        return whole
 
     def _model(self, vae: TextVAE, dit: DiT) -> ColaDLM:
         return ColaDLM(
@@ -467,17 +474,26 @@ class Trainer:
 
     def _sample(self, monitors: Monitors, stage: Stage, step: int, networks: nn.ModuleDict) -> None:
         run = self.recipe.run
-        model = self._model(_vae(networks) if "vae" in networks else self.vae, _dit(networks))
+        parts: tuple[TextVAE, DiT] | None
+        parts = _vae(networks) if "vae" in networks else self.vae, _dit(networks)
+        if self.ranks.mesh is not None:
+            # The engine reads weights where they are; sharded ones are not whole anywhere.
+            parts = self._whole(*parts)
+        if parts is None:
+            self.ranks.wait()
+            return
+        model = self._model(*parts).to(self.ranks.device)
         prompts = list(run.sample_prompts)
         asked = prompts
         if self.recipe.data.chats:
             asked = [model.chat_prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
-        # On all ranks alike: a sharded network computes only together. Uncompiled: shapes keep changing.
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"):  # shapes keep changing
             answers = model.generate(asked, run.sample_tokens, seed=self.recipe.seed)
         for prompt, done in zip(prompts, answers, strict=True):
             monitors.text(stage.number, step, prompt, f"{prompt}|{done.text}")
             self.display.say(f"sample: {escape(prompt)}[bold]|[/bold]{escape(done.text)}")
+        if self.ranks.mesh is not None:
+            self.ranks.wait()
 
     def _log(self, monitors: Monitors, stage: Stage, step: int, split: str, values: dict[str, Any]) -> None:
         with disk_errors(self.out):
