@@ -174,14 +174,14 @@ def likelihood(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON, a record a text.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
-    """Measure texts in bits per byte: an upper bound, from a lower bound on log p(x)."""
-    from dataclasses import asdict
+    """Measure texts in bits per byte; of Cola DLM an upper bound, from a lower bound on log p(x)."""
+    from dataclasses import asdict, replace
 
     from rich.console import Console
 
-    from colada.evaluation import likelihood as room
+    from colada.evaluation.measure import kind, measure
     from colada.evaluation.records import replace_file
-    from colada.evaluation.texts import TextScore, read_texts, summarise
+    from colada.evaluation.texts import read_texts, summarise
     from colada.training.display import Display
     from colada.training.provenance import provenance
 
@@ -189,7 +189,7 @@ def likelihood(
     network = load_model(model, revision, dtype, device)
     display = Display(Console(stderr=True, quiet=quiet))
     with display.task("likelihood", total=len(texts)):
-        found = room.likelihood(
+        found = measure(
             network,
             [text.text for text in texts],
             samples=samples,
@@ -199,23 +199,17 @@ def likelihood(
             batch=batch,
             progress=display.advance,
         )
-    scores = [
-        TextScore(
-            text.origin,
-            own.tokens,
-            own.bytes,
-            own.bound,
-            {"reconstruction": own.reconstruction, "prior": own.prior, "entropy": own.entropy},
-        )
-        for text, own in zip(texts, found.texts, strict=True)
-    ]
+    scores = [replace(own, origin=text.origin) for text, own in zip(texts, found, strict=True)]
     settings = {"samples": samples, "at": at, "steps": steps, "seed": seed, "dtype": dtype, "device": device}
-    result = summarise(scores, "bound")
+    result = summarise(scores, kind(network))
     error = result["standard_error"]
     spread = f" ± {error:.3f}" if error is not None else " (one text, so no standard error)"
-    print(f"at most {result['bits_per_byte']:.3f}{spread} bits per byte: a bound, not the likelihood")
+    bound = result["kind"] == "bound"
+    first, last = ("at most ", ": a bound, not the likelihood") if bound else ("", "")
+    print(f"{first}{result['bits_per_byte']:.3f}{spread} bits per byte{last}")
     print(f"{result['texts']} texts, {result['tokens']:,} tokens, {result['bytes']:,} bytes")
-    print("nats per token: " + ", ".join(f"{k} {v:.3f}" for k, v in result["parts_per_token"].items()))
+    if result["parts_per_token"]:
+        print("nats per token: " + ", ".join(f"{k} {v:.3f}" for k, v in result["parts_per_token"].items()))
     print(", ".join(f"{name} {value}" for name, value in settings.items() if value is not None))
     if out is not None:
         record = {
