@@ -1,4 +1,4 @@
-"""The commands around benchmarks: ``eval run``, ``eval score`` and ``eval likelihood``."""
+"""The commands around benchmarks and texts: ``colada eval``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from colada.evaluation.data import Benchmark
     from colada.evaluation.tasks import Task
 
-eval_app = typer.Typer(help="Run the eight benchmarks, and score outputs.")
+eval_app = typer.Typer(help="Run benchmarks, score outputs, measure texts.")
 
 REPORT_FILE = "report.html"
 
@@ -221,6 +221,24 @@ def likelihood(
         }
         replace_file(out, json.dumps(record, indent=2) + "\n")
         print(f"wrote {out}")
+
+
+@eval_app.command(
+    "harness",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def harness(context: typer.Context) -> None:
+    """Run the lm-evaluation-harness (extra eval); its arguments, with --model_args model=DIR,...
+
+    All arguments are those of the harness's own lm-eval run; --help shows them.
+    """
+    try:
+        from colada.evaluation.harness import run_harness
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise ColadaError("eval harness needs lm_eval: pip install 'colada-lm[eval]'") from None
+    run_harness(context.args)
 
 
 # --- what they are given -------------------------------------------------------------------------
