@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, Protocol, TypeVar
 
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -25,6 +26,8 @@ from colada.tokenizer import Tokenizer
 
 NEW_TOKENS = 256
 """Of a request that names no number, as elsewhere in the harness."""
+
+Item = TypeVar("Item")
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # The first one counts.
 
@@ -113,18 +116,9 @@ class HarnessLM(LM):  # type: ignore[misc]
         some = [number for number, (_, own) in enumerate(asked) if own]
         found = self._measure([asked[number] for number in some], [seeds[number] for number in some])
         totals = dict(zip(some, found, strict=True))
-        greedy = {}
-        by_length = sorted(some, key=lambda number: len(asked[number][1]))
-        for numbers in _chunks(by_length, self.batch_size, lambda number: len(asked[number][1])):
-            done = self.model.generate(
-                [asked[number][0] for number in numbers],
-                len(asked[numbers[0]][1]),
-                **{**self.settings, "temperature": 0.0, "stop": (), "end_ids": ()},
-                seed=[seeds[number] for number in numbers],
-            )
-            for number, completion in zip(numbers, done, strict=True):
-                greedy[number] = list(completion.tokens) == asked[number][1]
-        results = [(totals.get(number, 0.0), greedy.get(number, True)) for number in range(len(requests))]
+        greedy = self._greedy([asked[number] for number in some])
+        right = dict(zip(some, greedy, strict=True))
+        results = [(totals.get(number, 0.0), right.get(number, True)) for number in range(len(requests))]
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, result)
         return results
@@ -144,6 +138,22 @@ class HarnessLM(LM):  # type: ignore[misc]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
+
+    def _greedy(self, asked: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
+        """Return whether each text is what is written greedily after its context: once a context."""
+        lengths: dict[tuple[int, ...], int] = {}
+        for context, own in asked:
+            lengths[tuple(context)] = max(len(own), lengths.get(tuple(context), 0))
+        written: dict[tuple[int, ...], tuple[int, ...]] = {}
+        for contexts in _chunks(sorted(lengths, key=lengths.__getitem__), self.batch_size):
+            done = self.model.generate(
+                [list(context) for context in contexts],
+                lengths[contexts[-1]],
+                **{**self.settings, "temperature": 0.0, "stop": (), "end_ids": ()},
+                seed=[self._seed("greedy", context) for context in contexts],
+            )
+            written |= {context: own.tokens for context, own in zip(contexts, done, strict=True)}
+        return [written[tuple(context)][: len(own)] == tuple(own) for context, own in asked]
 
     def _measure(self, asked: Sequence[tuple[list[int], list[int]]], seeds: Sequence[int]) -> list[float]:
         if not asked:
@@ -267,16 +277,14 @@ def split_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[l
     return before, tokenizer.encode(continuation)
 
 
-def _chunks(numbers: Sequence[int], size: int, key: Any) -> Iterator[list[int]]:
+def _chunks(
+    items: Sequence[Item], size: int, key: Callable[[Item], object] = lambda _: None
+) -> Iterator[list[Item]]:
     """Yield neighbours of one key, at most ``size`` at a time."""
-    chunk: list[int] = []
-    for number in numbers:
-        if chunk and (len(chunk) == size or key(number) != key(chunk[0])):
-            yield chunk
-            chunk = []
-        chunk.append(number)
-    if chunk:
-        yield chunk
+    for _, own in groupby(items, key):
+        alike = list(own)
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]
 
 
 def run_harness(arguments: Sequence[str]) -> None:
