@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -218,6 +218,95 @@ def likelihood(
             "settings": settings,
             "made_with": provenance(network.device),
             "records": [asdict(score) for score in scores],
+        }
+        replace_file(out, json.dumps(record, indent=2) + "\n")
+        print(f"wrote {out}")
+
+
+@eval_app.command("generative")
+def generative(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Real texts: .txt, .jsonl or .parquet, or folders of them."),
+    ],
+    judge: Annotated[
+        str,
+        typer.Option(metavar="WHERE", help="The judge: a model directory or hub id; hf:ID of transformers."),
+    ],
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    field: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many texts. Default: all.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each text, as prompt; 0 writes from nothing.")] = 16,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of a continuation.")] = 64,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the tokens. Default: the model's own.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep so many tokens; 0 all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest up to this share.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Solver steps per block. Default: the model's own.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", "-g", help="Guidance scale. Default: the model's own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of continuations, and of the judge's noise.")] = 0,
+    batch: Annotated[int, typer.Option(help="Texts computed together; changes no result.")] = 16,
+    judge_samples: Annotated[int, typer.Option(help="K of a judge's bound.")] = 1,
+    judge_at: Annotated[float, typer.Option(help="a = t / T of a judge's bound.")] = 0.6,
+    judge_steps: Annotated[int, typer.Option(help="Solver steps of a judge's bound.")] = 32,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON, a record a text.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Perplexity of generated text under a judge, beside its entropy and distinct-n, and real text's own."""
+    from rich.console import Console
+
+    from colada.device import find_device
+    from colada.evaluation import generative as room
+    from colada.evaluation.records import replace_file
+    from colada.evaluation.report import print_generative
+    from colada.evaluation.run import require_tokenizer
+    from colada.evaluation.texts import read_texts
+    from colada.training.display import Display
+    from colada.training.provenance import provenance
+
+    texts = read_texts(files, field, limit)
+    network = load_model(model, revision, dtype, device)
+    chosen: room.Judge
+    if judge.startswith(room.TRANSFORMERS):
+        chosen = room.TransformersJudge(judge.removeprefix(room.TRANSFORMERS), find_device(device))
+    else:
+        bound = {"samples": judge_samples, "at": judge_at, "steps": judge_steps, "seed": seed, "batch": batch}
+        chosen = room.ModelJudge(load_model(judge, None, dtype, device), require_tokenizer(network), **bound)
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "steps": steps, "guidance": guidance}
+    named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    lengths = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "seed": seed}
+    display = Display(Console(stderr=True, quiet=quiet))
+    with display.task("generative", total=len(texts)):
+        result = room.read_generated(
+            network,
+            texts,
+            chosen,
+            **lengths,
+            batch=batch,
+            writing=display.advance,
+            judging=display.advance,
+            **named,
+        )
+    settings = {**network.generation, **named, **lengths, "dtype": dtype, "device": device}
+    print_generative(result, chosen.origin, Console(highlight=False))
+    print(", ".join(f"{name} {value}" for name, value in settings.items() if value is not None))
+    if out is not None:
+        record = {
+            "model": network.origin,
+            "judge": chosen.origin,
+            "settings": settings,
+            "judge_settings": chosen.settings,
+            "files": [str(file) for file in files],
+            "made_with": provenance(network.device),
+            **result,
         }
         replace_file(out, json.dumps(record, indent=2) + "\n")
         print(f"wrote {out}")
