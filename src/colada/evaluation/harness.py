@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from colada.errors import ColadaError
-from colada.evaluation.measure import measure
+from colada.evaluation.measure import kind, measure
 from colada.model import ColaDLM
 from colada.options import load_model
 from colada.settings import check_settings, require_count
 from colada.tokenizer import Tokenizer
+from colada.training.provenance import provenance
 
 NEW_TOKENS = 256
 """Of a request that names no number, as elsewhere in the harness."""
@@ -248,9 +251,6 @@ class HarnessLM(LM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness's results say about the model."""
-        from colada.evaluation.measure import kind
-        from colada.training.provenance import provenance
-
         bound = {name: value for name, value in self._bound.items() if name != "batch"}
         return {
             "model_source": self.model.origin,
@@ -295,10 +295,6 @@ def run_harness(arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: as the harness's command does.
     """
-    import sys
-
-    from lm_eval.__main__ import cli_evaluate
-
     named = {own.partition("=")[0] for own in arguments}
     ours = []
     if not named & {"--config", "-C"}:
