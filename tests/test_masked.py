@@ -19,6 +19,7 @@ from colada.baselines.masked import MaskedLM, transfers
 from colada.baselines.objectives import MaskDraws, decoder_loss, draw_masks, first_tokens
 from colada.data.rows import FILLING, Batch
 from colada.errors import ColadaError
+from colada.evaluation.measure import kind, measure
 from colada.packing import Layout
 
 PROMPTS = [[3, 1, 4, 1], [], [2, 0], [5, 3, 5, 4, 2, 1, 0]]
@@ -181,6 +182,21 @@ def test_lladas_bound_does_not_depend_on_the_batch() -> None:
         log_likelihood(model, contexts, texts, samples=0)
 
 
+def test_every_kind_of_model_is_measured_by_one_function() -> None:
+    ar, llada = AutoregressiveLM(tiny("ar")), MaskedLM(tiny("llada"))
+    texts, given = [[1, 2], [3]], [[4], []]
+    assert (kind(ar), kind(llada)) == ("exact", "bound")
+    for model in (ar, llada):
+        found = [own.log_likelihood for own in measure(model, texts, given)]
+        assert found == log_likelihood(model, given, texts, samples=32)
+        each = [own.log_likelihood for own in measure(model, texts, given, seed=[3, 4])]
+        alone = [
+            measure(model, [text], [own], seed=[seed])[0]
+            for text, own, seed in zip(texts, given, (3, 4), strict=True)
+        ]
+        assert each == pytest.approx([own.log_likelihood for own in alone], abs=1e-5)
+
+
 # --- objectives ----------------------------------------------------------------------------------
 
 
@@ -253,5 +269,5 @@ def test_training_learns_what_can_be_predicted(objective: str) -> None:
         decoder_loss(decoder, Batch(ids), draws).total.backward()
         optimiser.step()
     kind = MaskedLM if objective == "llada" else AutoregressiveLM
-    (made,) = kind(decoder.eval()).generate([[0, 5, 10, 3]], 6)
-    assert list(made.tokens) == [8, 1, 6, 11, 4, 9]
+    (made,) = kind(decoder.eval()).generate([[0, 5, 10, 3]], 8)
+    assert list(made.tokens) == [8, 1, 6, 11, 4, 9, 2, 7]

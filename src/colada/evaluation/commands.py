@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from colada.errors import ColadaError
-from colada.options import DeviceOption, DtypeOption, ModelOption, RevisionOption, load_cola, load_model
+from colada.options import DeviceOption, DtypeOption, ModelOption, RevisionOption, load_model
 
 if TYPE_CHECKING:
     from colada.evaluation.data import Benchmark
@@ -162,7 +162,9 @@ def likelihood(
     revision: RevisionOption = None,
     field: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many texts. Default: all.")] = None,
-    samples: Annotated[int, typer.Option(help="K of the importance-weighted bound.")] = 1,
+    samples: Annotated[
+        int | None, typer.Option(help="K of a bound. Default: 1 for Cola DLM, 32 for LLaDA.")
+    ] = None,
     at: Annotated[float, typer.Option(help="a = t / T of the latents that the bound is over.")] = 0.6,
     steps: Annotated[int, typer.Option(help="Solver steps, to the noise and to the data.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of noise and probes.")] = 0,
@@ -177,14 +179,14 @@ def likelihood(
 
     from rich.console import Console
 
-    from colada.evaluation.measure import kind, measure
+    from colada.evaluation.measure import SAMPLES, kind, measure
     from colada.evaluation.records import replace_file
     from colada.evaluation.texts import read_texts, summarise
     from colada.training.display import Display
     from colada.training.provenance import provenance
 
     texts = read_texts(files, field, limit)
-    network = load_cola(model, revision, dtype, device)
+    network = load_model(model, revision, dtype, device)
     display = Display(Console(stderr=True, quiet=quiet))
     with display.task("likelihood", total=len(texts)):
         found = measure(
@@ -198,7 +200,10 @@ def likelihood(
             progress=display.advance,
         )
     scores = [replace(own, origin=text.origin) for text, own in zip(texts, found, strict=True)]
-    settings = {"samples": samples, "at": at, "steps": steps, "seed": seed, "dtype": dtype, "device": device}
+    settings: dict[str, Any] = {"samples": samples or SAMPLES[network.arch], "seed": seed}
+    settings |= {"dtype": dtype, "device": device}
+    if network.arch == "cola":
+        settings |= {"at": at, "steps": steps}
     result = summarise(scores, kind(network))
     error = result["standard_error"]
     spread = f" ± {error:.3f}" if error is not None else " (one text, so no standard error)"
@@ -250,7 +255,9 @@ def generative(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of continuations, and of the judge's noise.")] = 0,
     batch: Annotated[int, typer.Option(help="Texts computed together; changes no result.")] = 16,
-    judge_samples: Annotated[int, typer.Option(help="K of a judge's bound.")] = 1,
+    judge_samples: Annotated[
+        int | None, typer.Option(help="K of a judge's bound. Default: 1 for Cola DLM, 32 for LLaDA.")
+    ] = None,
     judge_at: Annotated[float, typer.Option(help="a = t / T of a judge's bound.")] = 0.6,
     judge_steps: Annotated[int, typer.Option(help="Solver steps of a judge's bound.")] = 32,
     device: DeviceOption = "cpu",

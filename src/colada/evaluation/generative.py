@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from colada.errors import ColadaError
 from colada.evaluation.measure import kind, measure
 from colada.evaluation.texts import Kind, Text, TextScore, ratio_error
-from colada.model import ColaDLM
+from colada.language_model import LanguageModel
 from colada.settings import Prompt, require_count
 from colada.tokenizer import Tokenizer
 
@@ -90,7 +90,7 @@ class ModelJudge:
         ColadaError: if it has no tokenizer.
     """
 
-    def __init__(self, model: ColaDLM, writer: Tokenizer, **settings: Any) -> None:
+    def __init__(self, model: LanguageModel, writer: Tokenizer, **settings: Any) -> None:
         if model.tokenizer is None:
             raise ColadaError(f"{model.origin or 'the judge'} has no tokenizer.json, and judges text")
         self.model, self.origin, self.kind, self.settings = model, model.origin, kind(model), settings
@@ -188,7 +188,7 @@ def figures(passages: Sequence[Passage], scores: Sequence[TextScore]) -> dict[st
 
 
 def read_generated(
-    model: ColaDLM,
+    model: LanguageModel,
     texts: Sequence[Text],
     judge: Judge,
     *,

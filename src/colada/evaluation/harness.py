@@ -20,8 +20,8 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from colada.errors import ColadaError
-from colada.evaluation.measure import kind, measure
-from colada.model import ColaDLM
+from colada.evaluation.measure import SAMPLES, kind, measure
+from colada.language_model import LanguageModel
 from colada.options import load_model
 from colada.settings import check_settings, require_count
 from colada.tokenizer import Tokenizer
@@ -66,14 +66,14 @@ class HarnessLM(LM):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: ColaDLM | str | None = None,
+        model: LanguageModel | str | None = None,
         *,
         revision: str | None = None,
         dtype: str | None = None,
         device: str = "cpu",
         batch_size: int | str = 8,
         max_batch_size: int | None = None,
-        samples: int = 1,
+        samples: int | None = None,
         at: float = 0.6,
         flow_steps: int = 32,
         seed: int = 0,
@@ -92,14 +92,19 @@ class HarnessLM(LM):  # type: ignore[misc]
             if name in settings:
                 raise ColadaError(f"{name}={settings[name]!r}: the tasks say where a text ends")
         check_settings(settings)
-        self.model = model if isinstance(model, ColaDLM) else load_model(model, revision, dtype, device)
+        self.model = model if isinstance(model, LanguageModel) else load_model(model, revision, dtype, device)
         if self.model.tokenizer is None:
             raise ColadaError(
                 f"{self.model.origin or 'this model'} has no tokenizer.json, and tasks are text"
             )
         self.encoding: Tokenizer = self.model.tokenizer
         self.batch_size, self.seed, self.max_length, self.settings = int(size), seed, max_length, settings
-        self._bound: dict[str, Any] = {"samples": samples, "at": at, "steps": flow_steps, "batch": int(size)}
+        self._bound: dict[str, Any] = {
+            "samples": samples or SAMPLES[self.model.arch],
+            "at": at,
+            "steps": flow_steps,
+            "batch": int(size),
+        }
         self._device = self.model.device
 
     # --- likelihood ------------------------------------------------------------------------

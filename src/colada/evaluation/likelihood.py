@@ -13,8 +13,8 @@ log (1/K) sum_k w_k (Burda et al., arXiv 1509.00519).
 
 The prior's term: log p(z_a) = log N(z_1) + integral of div v from a to 1 (Chen et al., arXiv 1806.07366),
 block by block under the finished blocks before. The divergence is the exact trace of the block's Jacobian
-where it is small, else Hutchinson's estimate e . J e, whose noise averages out for K = 1; for larger K it
-adds to that of the weights.
+where it is small or K > 1, else Hutchinson's estimate e . J e, whose noise averages out for K = 1 but would
+lift the log of a mean of K weights above the bound.
 
 A context is given as a prompt is to generation: padded and encoded alone, as posterior means. Its whole
 blocks are clean history. The latents of its tail are pinned in the first block of x, at timestep 0: they are
@@ -47,7 +47,7 @@ from colada.packing import pad_to_multiple
 from colada.settings import Prompt
 
 EXACT_NUMBERS = 64
-"""Numbers in a block up to which its trace is exact."""
+"""Numbers in a block up to which its trace is exact for K = 1, too."""
 
 Velocity = Callable[[Tensor, float], Tensor]
 """z (B, L, C) and a -> v (B, L, C), each block's depending on its own z only."""
@@ -153,13 +153,15 @@ def likelihood(
     for number, own in enumerate(ids):
         if not own:
             raise ColadaError(f"text {number} has no tokens")
+    numbers = model.vae.config.block_size * model.vae.config.latent_dim
+    exact = samples > 1 or numbers <= EXACT_NUMBERS
     found: dict[int, TextBound] = {}
     for some in _batches(contexts, ids, model.vae.config, batch):
         asked = [(contexts[number], ids[number]) for number in some]
         each = []
         for k in range(samples):
             streams = [(*stems[number], k) for number in some]
-            each.append(_terms(model, asked, streams, at, steps))
+            each.append(_terms(model, asked, streams, at, steps, exact))
         terms = torch.stack(each)
         bounds = terms.sum(-1).logsumexp(0) - math.log(samples)
         for number, bound, means in zip(some, bounds.tolist(), terms.mean(0).tolist(), strict=True):
@@ -198,12 +200,14 @@ def _terms(
     streams: Sequence[tuple[int, ...]],
     at: float,
     steps: int,
+    exact: bool,
 ) -> Tensor:
     """Return log p(x | z0(z_a)), log p(z_a) and -log q(z_a | x) of one sample a text, float64 (B, 3).
 
     Args:
         asked: contexts and texts, with equally many latents of prefix and blocks after it.
         streams: of each text's noise.
+        exact: take the trace itself for the divergence, not an estimate.
     """
     vae, device, config = model.vae, model.device, model.vae.config
     size, width, patch = config.block_size, config.latent_dim, config.patch_size
@@ -240,7 +244,7 @@ def _terms(
         expected = padded[:, prefix * patch :].to(device)
         spelled = -F.cross_entropy(logits.transpose(1, 2).double(), expected, reduction="none")
         reconstruction = (spelled * scored).sum(1)
-    if size * width <= EXACT_NUMBERS:
+    if exact:
         probes = torch.eye(size * width, device=device).view(-1, 1, 1, size, width)
         probes = probes.expand(-1, rows, length // size, -1, -1).flatten(2, 3)
     else:
