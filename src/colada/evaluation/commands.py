@@ -89,7 +89,7 @@ def run(
     from colada.settings import RELEASED_SETTINGS
     from colada.training.display import Display
 
-    chosen = _tasks(tasks)
+    chosen = chosen_tasks(tasks)
     part = Part(*_place(rank, world))
     benchmarks = [_benchmark(task, data, prompts, shots, seed, limit, sample) for task in chosen]
     if device == "cuda":
@@ -232,7 +232,12 @@ def likelihood(
 # --- what they are given -------------------------------------------------------------------------
 
 
-def _tasks(names: str | None) -> list[Task]:
+def chosen_tasks(names: str | None) -> list[Task]:
+    """Return the tasks that an option names, the eight by default.
+
+    Raises:
+        ColadaError: for an unknown task, or one that is there twice.
+    """
     from colada.evaluation.tasks import THE_EIGHT, find_task
 
     wanted = list(THE_EIGHT) if names is None else [name.strip() for name in names.split(",")]

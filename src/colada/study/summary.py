@@ -1,0 +1,249 @@
+"""A study's results as points with errors over seeds, and as tables and a record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from colada.errors import ColadaError
+from colada.evaluation.statistics import wilson
+from colada.evaluation.tasks import Task
+from colada.study.cells import ARCHS, TITLES, Cost, Counts, Result
+from colada.training.plan import scaled
+
+Verdict = Literal["above", "at", "below"]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds, in per cent, and its standard error, None for one seed."""
+
+    value: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Return the mean of some values, with s / sqrt(n), s² their variance with n - 1."""
+        n, mean = len(values), sum(values) / len(values)
+        if n == 1:
+            return cls(mean, None)
+        return cls(mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n))
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f}" + (f" ± {self.error:.1f}" if self.error is not None else "")
+
+
+def verdict(successes: int, trials: int, chance: float) -> Verdict:
+    """Return where the 95% interval (Wilson's) of a share is: wholly above or below chance, or around it."""
+    low, high = wilson(successes, trials)
+    return "above" if low > chance else "below" if high < chance else "at"
+
+
+@dataclass(frozen=True)
+class Point:
+    """An architecture at a recipe, over its seeds.
+
+    Attributes:
+        name: the recipe's.
+        arch: which.
+        cost: of one model.
+        seeds: those with a result.
+        scores: by task.
+        average: of the tasks, by seed first.
+        pooled: by task, the counts of all seeds together.
+    """
+
+    name: str
+    arch: str
+    cost: Cost
+    seeds: tuple[int, ...]
+    scores: dict[str, Mean]
+    average: Mean
+    pooled: dict[str, Counts]
+
+    def to_dict(self, tasks: Sequence[Task]) -> dict[str, Any]:
+        """Return it for JSON, in per cent."""
+        found = {}
+        for task in tasks:
+            score, pooled = self.scores[task.name], self.pooled[task.name]
+            own: dict[str, Any] = {
+                "score": score.value,
+                "standard_error_over_seeds": score.error,
+                "items": pooled.items,
+                "correct": pooled.correct,
+                "interval_95": [100 * bound for bound in wilson(pooled.correct, pooled.items)],
+            }
+            if task.chance is not None:
+                own |= {
+                    "chance": 100 * task.chance,
+                    "is": verdict(pooled.correct, pooled.items, task.chance),
+                    "named": pooled.named,
+                    "named_interval_95": [100 * bound for bound in wilson(pooled.named, pooled.items)],
+                    "right_among_named": pooled.right,
+                    "right_interval_95": [100 * bound for bound in wilson(pooled.right, pooled.named)],
+                    "right_is": verdict(pooled.right, pooled.named, task.chance),
+                }
+            found[task.name] = own
+        return {
+            "recipe": self.name,
+            "arch": self.arch,
+            "seeds": list(self.seeds),
+            "parameters": self.cost.total_parameters,
+            "flops": self.cost.total_flops,
+            "average": {"score": self.average.value, "standard_error_over_seeds": self.average.error},
+            "tasks": found,
+        }
+
+
+def points_of(results: Sequence[Result]) -> list[Point]:
+    """Return the points of some results, at least one: by architecture, each from the cheapest on.
+
+    Raises:
+        ColadaError: if they are not answers to the same items, or models of one point differ in cost.
+    """
+    first = results[0]
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        name = f"{result.point}/{result.arch}/seed{result.seed}"
+        if result.asked != first.asked:
+            raise ColadaError(
+                f"{name} was asked {result.asked}, and {first.point}/{first.arch}/seed{first.seed}"
+                f" {first.asked}: run the study to its end with one of them"
+            )
+        group = groups.setdefault((result.arch, result.point), [])
+        if group and group[0].cost != result.cost:
+            raise ColadaError(f"{name}: its ledger is not that of seed {group[0].seed}: another recipe?")
+        group.append(result)
+    points = []
+    for (arch, point), group in groups.items():
+        pooled = {task: group[0].counts[task] for task in first.counts}
+        for result in group[1:]:
+            pooled = {task: counts + result.counts[task] for task, counts in pooled.items()}
+        points.append(
+            Point(
+                point,
+                arch,
+                group[0].cost,
+                tuple(sorted(result.seed for result in group)),
+                {task: Mean.of([result.score(task) for result in group]) for task in first.counts},
+                Mean.of([result.average for result in group]),
+                pooled,
+            )
+        )
+    return sorted(points, key=lambda point: (ARCHS.index(point.arch), point.cost.total_flops))
+
+
+def largest(points: Sequence[Point]) -> list[Point]:
+    """Return the most expensive point of each architecture."""
+    return list({point.arch: point for point in points}.values())
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def markdown(points: Sequence[Point], tasks: Sequence[Task]) -> str:
+    """Return the tables of a study."""
+    seeds = sorted({len(point.seeds) for point in points})
+    items = max(counts.items // len(points[0].seeds) for counts in points[0].pooled.values())
+    counted = " or ".join(map(str, seeds)) + (" seed" if seeds == [1] else " seeds")
+    return "\n\n".join(
+        (
+            "## What was trained",
+            "FLOPs are of the whole training run, everything counted; the narrower count is the paper's."
+            " The share is of Cola DLM's at the same point.",
+            _ledger_table(points),
+            "## Scores",
+            f"Per cent right of up to {items} items a task; mean ± standard error over {counted}. Every score"
+            " is of text that the model writes: an output that is no option is wrong, so a score can be below"
+            " chance.",
+            _score_table(points, tasks),
+            "## Above chance?",
+            "The items of all seeds together, 95% intervals (Wilson's): at the most expensive point of each"
+            " model. An output names an option by its letter or its text.",
+            _chance_table(largest(points), tasks),
+        )
+    )
+
+
+def _ledger_table(points: Sequence[Point]) -> str:
+    cola = {point.name: point.cost for point in points if point.arch == ARCHS[0]}
+    rows = []
+    for point in sorted(points, key=_by_name(points)):
+        cost, other = point.cost, cola.get(point.name)
+        rows.append(
+            (
+                point.name,
+                TITLES[point.arch],
+                f"{cost.total_parameters:,}",
+                f"{cost.total_parameters / other.total_parameters:.3f}" if other else "–",
+                scaled(cost.total_flops),
+                f"{cost.total_flops / other.total_flops:.3f}" if other else "–",
+                scaled(cost.narrow_flops),
+                f"{cost.tokens:,}",
+                str(len(point.seeds)),
+            )
+        )
+    titles = ("point", "model", "parameters", "share", "FLOPs", "share", "narrow FLOPs", "tokens", "seeds")
+    return _table(titles, rows, texts=2)
+
+
+def _score_table(points: Sequence[Point], tasks: Sequence[Task]) -> str:
+    rows = [
+        (
+            point.name,
+            TITLES[point.arch],
+            *(str(point.scores[task.name]) for task in tasks),
+            str(point.average),
+        )
+        for point in sorted(points, key=_by_name(points))
+    ]
+    chance = [f"{100 * task.chance:.1f}" if task.chance is not None else "–" for task in tasks]
+    rows.append(("", "chance", *chance, ""))
+    return _table(("point", "model", *(task.title for task in tasks), "average"), rows, texts=2)
+
+
+def _chance_table(points: Sequence[Point], tasks: Sequence[Task]) -> str:
+    rows = []
+    for task in tasks:
+        for point in points:
+            pooled = point.pooled[task.name]
+            if task.chance is None:
+                verdicts = ("–", "–", "–", "–", "–")
+            else:
+                verdicts = (
+                    f"{100 * task.chance:.1f}",
+                    verdict(pooled.correct, pooled.items, task.chance),
+                    _share(pooled.named, pooled.items),
+                    _share(pooled.right, pooled.named),
+                    verdict(pooled.right, pooled.named, task.chance) if pooled.named else "–",
+                )
+            chance, scored, named, right, chosen = verdicts
+            model = f"{TITLES[point.arch]} ({point.name})"
+            score = _share(pooled.correct, pooled.items)
+            rows.append((task.title, model, score, chance, scored, named, right, chosen))
+    titles = ("task", "model", "score", "chance", "is", "names an option", "right among those", "is")
+    return _table(titles, rows, texts=2)
+
+
+def _share(successes: int, trials: int) -> str:
+    """Return a share with its interval, in per cent."""
+    if not trials:
+        return "–"
+    low, high = wilson(successes, trials)
+    return f"{100 * successes / trials:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _by_name(points: Sequence[Point]) -> Any:
+    """Return a sorting key: points from the cheapest on, the architectures of one together."""
+    cost: dict[str, float] = {}
+    for point in points:
+        cost.setdefault(point.name, point.cost.total_flops)
+    return lambda point: (cost[point.name], point.name, ARCHS.index(point.arch))
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str:
+    """Return a Markdown table whose first ``texts`` columns are aligned left, the others right."""
+    rule = [*["---"] * texts, *["---:"] * (len(titles) - texts)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (titles, rule, *rows))
