@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,13 +176,14 @@ def write_result(path: Path, record: Mapping[str, Any]) -> None:
     replace_file(path, json.dumps(record, indent=2) + "\n")
 
 
-def read_results(out: Path) -> list[Result]:
-    """Return the results that there are in a study's directory: by seed, point and architecture.
+def read_results(out: Path, but: Collection[str] = ()) -> list[Result]:
+    """Return the results that there are in a study's directory, but for some cells' by name.
 
     Raises:
         ColadaError: naming a damaged file; if there is no result.
     """
-    results = [read_result(path) for path in sorted(out.glob(f"*/*/seed*/{CELL_FILE}"))]
+    paths = sorted(out.glob(f"*/*/seed*/{CELL_FILE}"))
+    results = [read_result(path) for path in paths if path.parent.relative_to(out).as_posix() not in but]
     if not results:
         raise ColadaError(f"{out} holds no <recipe>/<arch>/seed<k>/{CELL_FILE} yet: not begun, or no study")
     return results

@@ -77,7 +77,9 @@ def scaling(
     if outcome.elsewhere:
         print(f"other processes are at {', '.join(outcome.elsewhere)}; the last to end draws all")
     if finished:
-        results = [result for result in read_results(out) if result.asked == asked.to_dict()]
+        results = [
+            result for result in read_results(out, but=outcome.failed) if result.asked == asked.to_dict()
+        ]
         for path in write_figures(out, results):
             print(f"wrote {path}")
     if outcome.failed:

@@ -146,6 +146,7 @@ def draw_options(points: Sequence[Point], tasks: Sequence[Task]) -> Figure:
         axes.set_xlabel("% of outputs" if axes is panels[0] else "% of those that name one")
         axes.set_xlim(0, 100)
         axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
     tops = [number * (len(shown) + 1) for number in range(len(chosen))]
     for place, point in enumerate(shown):
         for top, task in zip(tops, chosen, strict=True):
@@ -180,7 +181,6 @@ def draw_options(points: Sequence[Point], tasks: Sequence[Task]) -> Figure:
             label="chance" if top == 0 else None,
         )
     panels[0].set_yticks([top + (len(shown) - 1) / 2 for top in tops], [task.title for task in chosen])
-    panels[0].tick_params(axis="y", length=0)
     panels[0].invert_yaxis()
     handles, labels = (
         [*one, *other]
