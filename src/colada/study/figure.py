@@ -117,7 +117,8 @@ def _panel(axes: Axes, title: str, values: Sequence[tuple[Point, Mean]], chance:
             )
     if chance is not None:
         axes.axhline(100 * chance, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="chance")
-    axes.margins(x=0.08)
+    every = [point.cost.total_flops for point, _ in values]
+    axes.set_xlim(min(every) / 1.25, max(every) * 1.25)
     top = max([mean.value + (mean.error or 0.0) for _, mean in values] + [100 * (chance or 0)])
     axes.set_ylim(0, max(5.0, 1.12 * top))
 
