@@ -18,11 +18,11 @@ from colada.errors import ColadaError
 from colada.evaluation.data import load_benchmark
 from colada.evaluation.tasks import find_task
 from colada.study import scaling
-from colada.study.cells import CELL_FILE, Result, find_archs, read_result, read_results, write_result
+from colada.study.cells import CELL_FILE, Counts, Result, find_archs, read_result, read_results, write_result
 from colada.study.data import RECORD_FILE, write_documents
 from colada.study.figure import draw_options, draw_scores, write_figures
 from colada.study.scaling import Asked, Outcome, plan_cells, run_study
-from colada.study.summary import markdown, points_of, verdict
+from colada.study.summary import Difference, markdown, points_of, verdict
 from colada.training.display import Display
 from colada.training.recipe import Recipe, save_recipe
 from colada.training.trainer import Interrupted, Trainer
@@ -303,6 +303,16 @@ def test_verdicts() -> None:
     assert verdict(0, 0, 0.25) == "at"  # Nothing is known.
 
 
+def test_differences() -> None:
+    # Newcombe's example (1998, table II, a): 56/70 - 48/80 = 0.2, from 0.0524 to 0.3339.
+    found = Difference.of(Counts(70, 56), Counts(80, 48))
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    assert str(found) == "**+20.0 (+5.2 to +33.4)**"
+    mean = Difference.mean([Difference(0.2, 0.1, 0.5), Difference(-0.2, -0.2, 0.2)])
+    assert (mean.value, mean.low, mean.high) == pytest.approx((0.0, -0.05, 0.25))
+    assert str(mean) == "+0.0 (−5.0 to +25.0)"
+
+
 def test_results_that_do_not_belong_together_are_refused(make: Callable[..., Result]) -> None:
     results = [make("one", "cola", 0, 1.0, 1, 1), make("one", "cola", 1, 1.0, 1, 1, limit=9)]
     with pytest.raises(ColadaError, match=r"one/cola/seed1 was asked .*'limit': 9"):
@@ -375,6 +385,7 @@ def test_figures_tables_and_record_are_written(make: Callable[..., Result], tmp_
     assert (tmp_path / "scaling.md").read_text() == tables + "\n"
     assert "| one | LLaDA | 10 | 1.000 | 2.04 T | 1.020 | 1.02 T | 5 | 1 |" in tables
     assert "| one | Cola DLM | 12.5 | 25.0 | 18.8 |" in tables
+    assert "| task | minus LLaDA (one) |\n| --- | ---: |\n| LAMBADA | +0.0 (" in tables
     assert "| OBQA | Cola DLM (one) | 25.0 (7.1 to 59.1) | 25.0 | at | 75.0 (40.9 to 92.9) |" in tables
 
 

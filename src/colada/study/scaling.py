@@ -127,18 +127,22 @@ def plan_cells(recipes: Sequence[Path], archs: Sequence[str], seeds: int, device
         changed = difference(first, same_data)
         if changed is not None:
             raise ColadaError(f"{path}: {changed}, from {recipes[0]}: the points must share their data")
-    cells = []
-    for seed in range(seeds):
-        own = []
-        for point, path in points.items():
-            some = []
-            for arch in archs:
-                recipe = load_recipe(path, [f"model.arch={arch}", f"seed={seed}", f"run.device={device}"])
-                some.append(Cell(point, arch, seed, recipe, cost_of(recipe)))
-            own.append(some)
-        own.sort(key=lambda some: some[0].cost.total_flops)
-        cells += [cell for some in own for cell in some]
-    return cells
+    costs = {
+        (point, arch): cost_of(load_recipe(path, [f"model.arch={arch}"]))
+        for point, path in points.items()
+        for arch in archs
+    }
+    order = sorted(points, key=lambda point: costs[point, archs[0]].total_flops)
+    return [
+        Cell(point, arch, seed, _recipe(points[point], arch, seed, device), costs[point, arch])
+        for seed in range(seeds)
+        for point in order
+        for arch in archs
+    ]
+
+
+def _recipe(path: Path, arch: str, seed: int, device: str) -> Recipe:
+    return load_recipe(path, [f"model.arch={arch}", f"seed={seed}", f"run.device={device}"])
 
 
 def cost_of(recipe: Recipe) -> Cost:

@@ -42,6 +42,40 @@ def verdict(successes: int, trials: int, chance: float) -> Verdict:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A difference of shares, and the bounds of its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, first: Counts, second: Counts) -> Difference:
+        """Return first minus second, as shares of their items that are correct.
+
+        The interval is made of those of both shares (Newcombe 1998, "Interval estimation for the difference
+        between independent proportions", method 10): wider than needed where the items are the same.
+        """
+        p, q = first.correct / first.items, second.correct / second.items
+        (p_low, p_high), (q_low, q_high) = (wilson(own.correct, own.items) for own in (first, second))
+        below, above = math.hypot(p - p_low, q_high - q), math.hypot(p_high - p, q - q_low)
+        return cls(p - q, p - q - below, p - q + above)
+
+    @classmethod
+    def mean(cls, parts: Sequence[Difference]) -> Difference:
+        """Return the mean of independent differences, its interval made of theirs likewise."""
+        n, value = len(parts), sum(part.value for part in parts) / len(parts)
+        below = math.hypot(*(part.value - part.low for part in parts)) / n
+        above = math.hypot(*(part.high - part.value for part in parts)) / n
+        return cls(value, value - below, value + above)
+
+    def __str__(self) -> str:
+        value, low, high = (f"{100 * x:+.1f}".replace("-", "−") for x in (self.value, self.low, self.high))
+        lead = "**" if self.low > 0 or self.high < 0 else ""
+        return f"{lead}{value} ({low} to {high}){lead}"
+
+
+@dataclass(frozen=True)
 class Point:
     """An architecture at a recipe, over its seeds.
 
@@ -159,6 +193,7 @@ def markdown(points: Sequence[Point], tasks: Sequence[Task]) -> str:
             " is of text that the model writes: an output that is no option is wrong, so a score can be below"
             " chance.",
             _score_table(points, tasks),
+            *_leads(largest(points), tasks),
             "## Above chance?",
             "The items of all seeds together, 95% intervals (Wilson's): at the most expensive point of each"
             " model. An output names an option by its letter or its text.",
@@ -202,6 +237,29 @@ def _score_table(points: Sequence[Point], tasks: Sequence[Task]) -> str:
     chance = [f"{100 * task.chance:.1f}" if task.chance is not None else "–" for task in tasks]
     rows.append(("", "chance", *chance, ""))
     return _table(("point", "model", *(task.title for task in tasks), "average"), rows, texts=2)
+
+
+def _leads(points: Sequence[Point], tasks: Sequence[Task]) -> list[str]:
+    """Return a section on where the first architecture leads the others, if there are others."""
+    first, *others = points
+    if not others:
+        return []
+    parts = {
+        other.arch: [Difference.of(first.pooled[task.name], other.pooled[task.name]) for task in tasks]
+        for other in others
+    }
+    rows = [
+        (task.title, *(str(parts[other.arch][number]) for other in others))
+        for number, task in enumerate(tasks)
+    ]
+    rows.append(("average", *(str(Difference.mean(parts[other.arch])) for other in others)))
+    named = [f"{TITLES[other.arch]} ({other.name})" for other in others]
+    return [
+        f"## Where {TITLES[first.arch]} leads",
+        f"{TITLES[first.arch]} ({first.name}) minus the others, in points of score, with 95% intervals over"
+        " the items of all seeds together; bold where the interval is all on one side of 0.",
+        _table(("task", *(f"minus {name}" for name in named)), rows, texts=1),
+    ]
 
 
 def _chance_table(points: Sequence[Point], tasks: Sequence[Task]) -> str:
