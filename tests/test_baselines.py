@@ -14,7 +14,7 @@ from colada.baselines.config import DecoderConfig, matched_config
 from colada.baselines.decoder import Decoder
 from colada.errors import ColadaError
 from colada.packing import Layout
-from colada.sampling import Sampling
+from colada.settings import Settings
 
 PROMPTS = [[3, 1, 4, 1, 5], [], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
 
@@ -85,7 +85,7 @@ def test_packed_logits_equal_plain_arithmetic_on_each_sample() -> None:
 
 
 def uncached(decoder: Decoder, prompt: Sequence[int], tokens: int) -> list[int]:
-    ids = list(prompt) or [0]
+    ids = [0, *prompt]  # what every text follows
     for _ in range(tokens):
         with torch.no_grad():
             ids.append(int(decoder(torch.tensor(ids), Layout([len(ids)], 1))[-1].argmax()))
@@ -100,14 +100,15 @@ def test_cached_generation_in_a_ragged_batch_equals_whole_passes_one_by_one() ->
     assert {own.finish_reason for own in made} == {"length"}
 
 
-@pytest.mark.parametrize("sampling", [Sampling(temperature=1.0), Sampling(repetition_penalty=1.5)])
-def test_a_sample_does_not_depend_on_its_batch(sampling: Sampling) -> None:
+@pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {"repetition_penalty": 1.5}])
+def test_a_sample_does_not_depend_on_its_batch(sampling: Settings) -> None:
     model = AutoregressiveLM(tiny_decoder())
     seeds = [5, 6, 7, 8]
-    together = model.generate(PROMPTS, 8, sampling=sampling, seeds=seeds)
+    together = model.generate(PROMPTS, 24, seed=seeds, **sampling)
     for prompt, seed, own in zip(PROMPTS, seeds, together, strict=True):
-        assert model.generate([prompt], 8, sampling=sampling, seeds=[seed]) == [own]
-    assert model.generate(PROMPTS, 8)[0].tokens != together[0].tokens
+        assert model.generate([prompt], 24, seed=[seed], **sampling) == [own]
+    greedy = model.generate(PROMPTS, 24)
+    assert [own.tokens for own in greedy] != [own.tokens for own in together]
 
 
 def test_who_ends_leaves_and_the_others_go_on() -> None:
@@ -128,7 +129,7 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ColadaError, match="max_new_tokens=0, expected a whole number of at least 1"):
         model.generate(PROMPTS, 0)
     with pytest.raises(ColadaError, match="1 values of seed for 4 prompts"):
-        model.generate(PROMPTS, 2, seeds=[1])
+        model.generate(PROMPTS, 2, seed=[1])
     with pytest.raises(ColadaError, match="dim=30, expected a multiple of num_heads=4"):
         DecoderConfig(dim=30, num_heads=4)
 

@@ -27,7 +27,16 @@ from huggingface_hub.errors import (
 
 import colada.checkpoint
 from colada import load
-from colada.checkpoint import find_tokenizer, locate, read_configs, read_dit, read_vae, write_model
+from colada.checkpoint import (
+    DIT_DIR,
+    VAE_DIR,
+    find_tokenizer,
+    locate,
+    read_configs,
+    read_dit,
+    read_vae,
+    write_model,
+)
 from colada.errors import ColadaError
 from colada.model import ColaDLM
 from helpers import (
@@ -265,7 +274,10 @@ def test_saving_where_a_file_lies_is_refused(tmp_path: Path) -> None:
 def test_tokenizer_and_settings_are_written_beside_the_networks(tmp_path: Path) -> None:
     model = tiny_model()
     write_model(
-        tmp_path / "model", model.vae, model.dit, lambda path: path.write_text("{}") and None, {"steps": 4}
+        tmp_path / "model",
+        {DIT_DIR: model.dit, VAE_DIR: model.vae},
+        lambda path: path.write_text("{}") and None,
+        {"steps": 4},
     )
     assert find_tokenizer(tmp_path / "model") == tmp_path / "model" / "tokenizer.json"
     assert json.loads((tmp_path / "model" / "generation_config.json").read_text()) == {"steps": 4}

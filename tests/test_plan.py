@@ -18,11 +18,11 @@ from colada.packing import block_causal, two_copy
 from colada.training import plan
 from colada.training.plan import (
     GIB,
-    Phase,
     Placement,
     Plan,
     Work,
     block_causal_pairs,
+    cola_phase,
     largest_micro_batch,
     memory_per_rank,
     mfu,
@@ -480,8 +480,11 @@ def test_readable_numbers(value: float, unit: Any, text: str) -> None:
 def test_a_plan_adds_up_and_prints_what_it_holds() -> None:
     vae, dit = tiny_vae_config(), tiny_dit_config()
     one, two = Work(1, 8, 16), Work(2, 4, 32, copies=2)
-    phases = (Phase("stage 1", 10, one, Placement(8)), Phase("stage 2", 5, two, Placement(2, 2)))
-    whole = Plan(vae, dit, phases)
+    phases = (
+        cola_phase("stage 1", 10, vae, dit, one, Placement(8)),
+        cola_phase("stage 2", 5, vae, dit, two, Placement(2, 2)),
+    )
+    whole = Plan(parameter_counts(vae, dit), phases)
     values = whole.to_dict()
     assert values["tokens"] == 10 * 8 * 16 + 5 * 4 * 32
     flops = [sum(training_flops(vae, dit, work).values()) for work in (one, two)]

@@ -1,8 +1,8 @@
 """The released checkpoint format: directories of ``config.json`` and safetensors files, read strictly.
 
 A model directory holds ``cola_dit/`` and ``cola_vae/``, and a ``tokenizer.json``
-beside them or one level up. Two files beside them are extensions:
-``generation_config.json``, the settings with which this model measures best, and
+beside them or one level up; that of a baseline holds ``decoder/`` instead. Two files beside
+them are extensions: ``generation_config.json``, the settings with which this model measures best, and
 ``chat_template.jinja``, how it writes conversations.
 """
 
@@ -27,19 +27,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from colada.config import DiTConfig, TextVAEConfig
+from colada.config import DiTConfig, NetworkConfig, TextVAEConfig
 from colada.dit import ROPE_THETA, DiT
 from colada.errors import ColadaError
 from colada.layers import inverse_frequencies
 from colada.vae import TextVAE
 
-DIT_DIR, VAE_DIR, TOKENIZER_FILE = "cola_dit", "cola_vae", "tokenizer.json"
+DIT_DIR, VAE_DIR, DECODER_DIR = "cola_dit", "cola_vae", "decoder"
+TOKENIZER_FILE = "tokenizer.json"
 GENERATION_FILE, CHAT_TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
-Network = TypeVar("Network", DiT, TextVAE)
+Network = TypeVar("Network", bound=nn.Module)
 
 
 # --- where a model is --------------------------------------------------------------------------
@@ -63,7 +64,8 @@ def locate(where: str | Path, revision: str | None = None) -> Path:
         raise ColadaError(f"{path} is a file, expected a model directory with {DIT_DIR}/ and {VAE_DIR}/")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ColadaError(f"no model at {name!r}: not a directory, and not a hub id of the form owner/name")
-    patterns = [f"{DIT_DIR}/*", f"{VAE_DIR}/*", TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE]
+    folders = [f"{folder}/*" for folder in (DIT_DIR, VAE_DIR, DECODER_DIR)]
+    patterns = [*folders, TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except RevisionNotFoundError:
@@ -120,6 +122,8 @@ def read_configs(directory: Path) -> tuple[TextVAEConfig, DiTConfig]:
     Raises:
         ColadaError: naming the file and key at fault.
     """
+    if (directory / DECODER_DIR).is_dir():
+        raise ColadaError(f"{directory} holds a baseline ({DECODER_DIR}/), expected a Cola DLM")
     for part in (DIT_DIR, VAE_DIR):
         if not (directory / part).is_dir():
             raise ColadaError(f"{directory} is no model directory: {part}/ is missing")
@@ -263,13 +267,15 @@ def _open(file: Path) -> Iterator[Any]:
 
 def write_model(
     directory: Path,
-    vae: TextVAE,
-    dit: DiT,
+    networks: Mapping[str, nn.Module],
     save_tokenizer: Callable[[Path], None] | None = None,
     generation: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
 ) -> None:
-    """Write both networks in the released format; an older model there is replaced once all is written.
+    """Write networks in the released format; an older model there is replaced once all is written.
+
+    Args:
+        networks: by folder; each has a ``config``.
 
     Raises:
         ColadaError: if the directory cannot be written (no space, no permission).
@@ -278,10 +284,12 @@ def write_model(
     partial = directory.with_name(directory.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        for part, network in ((DIT_DIR, dit), (VAE_DIR, vae)):
+        for part, network in networks.items():
             folder = partial / part
             folder.mkdir(parents=True)
-            write_json(folder / "config.json", network.config.to_dict())
+            config = network.config
+            assert isinstance(config, NetworkConfig)
+            write_json(folder / "config.json", config.to_dict())
             state = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
             save_torch_state_dict(state, folder, max_shard_size="5GB")
             for file in folder.glob("*.safetensors"):
@@ -294,7 +302,8 @@ def write_model(
         if chat_template is not None:
             (partial / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
         directory.mkdir(parents=True, exist_ok=True)
-        for name in (DIT_DIR, VAE_DIR, TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE):
+        folders = (DIT_DIR, VAE_DIR, DECODER_DIR)
+        for name in (*folders, TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE):
             target = directory / name
             if target.is_dir():
                 shutil.rmtree(target)

@@ -22,6 +22,7 @@ from colada.options import (
     ModelOption,
     QuantiseOption,
     RevisionOption,
+    load_cola,
     load_model,
 )
 from colada.study.commands import study_app
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from colada.info import ModelInfo
-    from colada.model import ColaDLM
+    from colada.language_model import LanguageModel
     from colada.settings import Settings
     from colada.streaming import Completion
     from colada.tokenizer import Tokenizer
@@ -189,7 +190,6 @@ def generate(
 
     from colada.flow import choose
     from colada.generation import SEED_STRIDE
-    from colada.settings import RELEASED_SETTINGS
     from colada.streaming import GenerationError
 
     given: Settings = {
@@ -205,15 +205,14 @@ def generate(
         "stop": stop or None,
         "noise": noise,
     }
-    named = {name: value for name, value in given.items() if value is not None}
-    chosen = {**RELEASED_SETTINGS, **network.generation, **named, "max_new_tokens": max_new_tokens}
+    chosen = {**network.chosen(given), "max_new_tokens": max_new_tokens}
     del chosen["seed"]  # Every prompt has its own.
-    stride = choose("noise", chosen["noise"], SEED_STRIDE)
+    stride = choose("noise", chosen.get("noise", "per-sample"), SEED_STRIDE)
     seeds = [seed + stride * number for number in range(len(prompts))]
 
     if len(prompts) == 1 and not as_json and not no_stream:
         shown = "" if chat else prompts[0]
-        _stream(network, prompts[0], shown, max_new_tokens, {**given, "seed": seed}, chosen["steps"])
+        _stream(network, prompts[0], shown, max_new_tokens, {**given, "seed": seed}, chosen.get("steps"))
         return
     errors: dict[int, str] = {}  # by prompt; the others are finished and printed first
     for start in range(0, len(prompts), batch):
@@ -245,7 +244,7 @@ def generate(
 
 
 def _in_order(
-    network: ColaDLM,
+    network: LanguageModel,
     prompts: Sequence[str],
     shown: Sequence[str],
     max_new_tokens: int,
@@ -269,7 +268,12 @@ def _in_order(
 
 
 def _stream(
-    network: ColaDLM, prompt: str, shown: str, max_new_tokens: int, settings: Settings, steps: int
+    network: LanguageModel,
+    prompt: str,
+    shown: str,
+    max_new_tokens: int,
+    settings: Settings,
+    steps: int | None,
 ) -> None:
     """Print what is shown of one prompt, and its continuation as it grows; on a terminal, with guesses."""
     from rich.console import Console
@@ -323,7 +327,7 @@ def reconstruct(
 ) -> None:
     """Send a text through the Text VAE and back, and count the tokens that survive."""
     texts = _texts(text, file, lines)
-    network = load_model(model, revision, dtype, device)
+    network = load_cola(model, revision, dtype, device)
     for own in texts:
         back = network.reconstruct(own)
         if as_json:

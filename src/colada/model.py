@@ -10,10 +10,14 @@ from typing import Any, Unpack
 
 import torch
 
-from colada.chat import check_messages, read_template, render
+from colada.baselines.load import load_decoder
+from colada.chat import read_template
 from colada.checkpoint import (
     CHAT_TEMPLATE_FILE,
+    DECODER_DIR,
+    DIT_DIR,
     GENERATION_FILE,
+    VAE_DIR,
     check_pair,
     find_tokenizer,
     locate,
@@ -29,6 +33,7 @@ from colada.engine.request import Request
 from colada.errors import ColadaError
 from colada.flow import choose
 from colada.generation import NOISE_RULES, SEED_STRIDE, TransportStep, encode
+from colada.language_model import LanguageModel
 from colada.quantise import quantise
 from colada.sampling import Sampling
 from colada.session import Session
@@ -37,7 +42,6 @@ from colada.settings import (
     SAMPLING_SETTINGS,
     Prompt,
     Settings,
-    check_settings,
     one_each,
     require_count,
     several,
@@ -58,19 +62,18 @@ class Reconstruction:
     accuracy: float
 
 
-class ColaDLM:
+class ColaDLM(LanguageModel):
     """A continuous latent diffusion language model, ready to use.
 
     Args:
         vae, dit: the networks; their widths and block sizes must agree.
-        tokenizer: without one, prompts are ids and text is empty.
-        origin: where the model is from, for :attr:`origin`.
-        generation: settings with which this model measures best, over the released ones.
-        chat_template: how :meth:`chat` writes conversations; Jinja, see :mod:`colada.chat`.
+        tokenizer, origin, generation, chat_template: see :class:`LanguageModel`.
 
     Raises:
         ColadaError: if the parts do not fit each other.
     """
+
+    defaults = RELEASED_SETTINGS
 
     def __init__(
         self,
@@ -83,17 +86,20 @@ class ColaDLM:
         chat_template: str | None = None,
     ) -> None:
         check_pair(vae.config, dit.config)
-        if tokenizer is not None and tokenizer.vocab_size > vae.config.vocab_size:
-            raise ColadaError(
-                f"{origin or 'model'}: the tokenizer has {tokenizer.vocab_size} entries, "
-                f"the Text VAE vocab_size={vae.config.vocab_size}"
-            )
-        check_settings(generation or {}, f"{origin}: generation settings")
-        self.vae, self.dit, self.tokenizer, self.origin = vae.eval(), dit.eval(), tokenizer, origin
-        self.generation = dict(generation or {})
-        self.chat_template = chat_template
+        self.vae, self.dit = vae.eval(), dit.eval()
+        super().__init__(tokenizer, origin, generation, chat_template)
         self.quantised: str | None = None
         self._kept: Engine | None = None
+
+    @property
+    def arch(self) -> str:
+        """ "cola"."""
+        return "cola"
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+        return self.vae.config.vocab_size
 
     @property
     def device(self) -> torch.device:
@@ -132,25 +138,10 @@ class ColaDLM:
         if self.quantised is not None:
             raise ColadaError(f"a model quantised to {self.quantised} cannot be saved: save it before")
         save_tokenizer = self.tokenizer.save if self.tokenizer is not None else None
-        write_model(Path(directory), self.vae, self.dit, save_tokenizer, self.generation, self.chat_template)
+        networks = {DIT_DIR: self.dit, VAE_DIR: self.vae}
+        write_model(Path(directory), networks, save_tokenizer, self.generation, self.chat_template)
 
     # --- tokens and latents ----------------------------------------------------------------
-
-    def ids(self, prompt: Prompt) -> list[int]:
-        """Return a prompt's ids: a text's tokens, or the ids themselves once checked.
-
-        Raises:
-            ColadaError: for a text without a tokenizer, or an id outside the vocabulary.
-        """
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ColadaError("this model has no tokenizer.json: give prompts as lists of ids")
-            return self.tokenizer.encode(prompt)
-        vocab = self.vae.config.vocab_size
-        for token in prompt:
-            if not isinstance(token, int) or not 0 <= token < vocab:
-                raise ColadaError(f"prompt id {token!r}, expected whole numbers from 0 to {vocab - 1}")
-        return list(prompt)
 
     @property
     def pad_id(self) -> int:
@@ -272,9 +263,7 @@ class ColaDLM:
     def _open(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings) -> Session:
         """Return a session of these prompts alone, with just the history they need."""
         prompts = several(prompts)
-        check_settings(settings)
-        chosen = {**RELEASED_SETTINGS, **self.generation}
-        chosen |= {name: value for name, value in settings.items() if value is not None}
+        chosen = self.chosen(settings)
         stride = choose("noise", chosen["noise"], SEED_STRIDE)
         seeds = one_each("seed", chosen["seed"], len(prompts), stride)
         guidance = one_each("guidance", chosen["guidance"], len(prompts), 0)
@@ -300,19 +289,10 @@ class ColaDLM:
             ColadaError: naming the argument at fault.
         """
         require_count("max_new_tokens", max_new_tokens)
-        check_settings(settings)
-        chosen = {**RELEASED_SETTINGS, **self.generation}
-        chosen |= {name: value for name, value in settings.items() if value is not None}
+        chosen = self.chosen(settings)
         ids = self.ids(prompt)
         (seed,), (guidance,) = (one_each(name, chosen[name], 1, 0) for name in ("seed", "guidance"))
-        stop = [chosen["stop"]] if isinstance(chosen["stop"], str) else list(chosen["stop"])
-        if stop and self.tokenizer is None:
-            raise ColadaError("stop strings need a tokenizer, and this model has none")
-        if "" in stop:
-            raise ColadaError("stop='', expected strings of at least one character")
-        end_ids = chosen["end_ids"]
-        if end_ids is None:
-            end_ids = self.tokenizer.end_ids if self.tokenizer is not None else ()
+        stop, end_ids = self.endings(chosen)
         shape = (self.vae.config.block_size, self.vae.config.latent_dim)
         low, high = chosen["guidance_interval"]
         request = Request(
@@ -333,33 +313,6 @@ class ColaDLM:
         """Return how many tokens the first block only repeats: those of the prompt's pinned latents."""
         patch, size = self.vae.config.patch_size, self.vae.config.block_size
         return -(-len(ids) // patch) % size * patch
-
-    @torch.inference_mode()
-    def chat(
-        self, messages: Sequence[Mapping[str, str]], max_new_tokens: int = 256, **settings: Unpack[Settings]
-    ) -> Completion:
-        """Return the assistant's answer to a conversation, without the token that ends it.
-
-        Args:
-            messages: objects with ``role`` and ``content``, as in training.
-            max_new_tokens, settings: see :meth:`generate`.
-
-        Raises:
-            ColadaError: if the model has no chat template, or for a malformed conversation.
-        """
-        return self.generate([self.chat_prompt(messages)], max_new_tokens, **settings)[0]
-
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Return a conversation as the text that the assistant's answer continues; raises as :meth:`chat`."""
-        if self.tokenizer is None:
-            raise ColadaError("this model has no tokenizer.json, and a chat is text")
-        if self.chat_template is None:
-            raise ColadaError(
-                f"{self.origin or 'this model'} has no chat template ({CHAT_TEMPLATE_FILE}): "
-                "put one into its directory, or set chat_template"
-            )
-        checked = check_messages(list(messages), self.tokenizer, "chat")
-        return render(checked, self.tokenizer, self.chat_template, "chat", answer=True)
 
     def infill(self, before: Prompt, after: Prompt, tokens: int, **settings: Unpack[Settings]) -> Completion:
         """Fill a hole of exactly ``tokens`` tokens between two texts.
@@ -399,8 +352,29 @@ def load(
     revision: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+) -> LanguageModel:
+    """Load a model of any architecture; see :func:`load_cola` for the arguments.
+
+    Returns: a :class:`ColaDLM`, or what is in the directory of a baseline.
+
+    Raises:
+        ColadaError: if the model cannot be found, read or is inconsistent.
+    """
+    if where is not None:
+        directory = locate(where, revision)
+        if (directory / DECODER_DIR).is_dir():
+            return load_decoder(directory, str(where), device=device, dtype=dtype)
+    return load_cola(where, revision=revision, device=device, dtype=dtype)
+
+
+def load_cola(
+    where: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> ColaDLM:
-    """Load a model.
+    """Load a Cola DLM.
 
     Args:
         where: nothing for the bundled model, a directory in the released format, or a hub

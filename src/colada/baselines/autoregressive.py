@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colada.baselines.decoder import Decoder
-from colada.errors import ColadaError
+from colada.baselines.model import DEFAULTS, DecoderLM, Writing
 from colada.generation import block_generator
 from colada.layers import attend
 from colada.packing import Layout
 from colada.sampling import Sampling
-from colada.streaming import Chunk, Completion, Transcript
-from colada.tokenizer import Tokenizer
+from colada.streaming import Chunk
 
 
 class KeyValueCache:
@@ -74,89 +73,16 @@ class KeyValueCache:
         self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
 
 
-class AutoregressiveLM:
-    """A decoder that writes: the interface of :class:`colada.model.ColaDLM` as far as it has a meaning here.
+class AutoregressiveLM(DecoderLM):
+    """A decoder that writes token by token; every text follows ``bos_token_id``."""
 
-    Args:
-        decoder: the network.
-        tokenizer: without one, prompts are ids and text is empty.
-        bos_id: what an empty prompt begins with.
-    """
-
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None = None, *, bos_id: int = 0) -> None:
-        self.decoder, self.tokenizer, self.bos_id = decoder.eval(), tokenizer, bos_id
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return self.decoder.wte.weight.device
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int = 64,
-        *,
-        sampling: Sampling | None = None,
-        seeds: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
-        end_ids: Sequence[int] = (),
-    ) -> list[Completion]:
-        """Continue every prompt, given as ids; arguments as :meth:`stream`."""
-        seeds = range(len(prompts)) if seeds is None else seeds
-        transcripts = self._transcripts(len(prompts), max_new_tokens, stop, end_ids)
-        for _ in self._run(prompts, transcripts, sampling or Sampling(), seeds):
-            pass
-        return [
-            Completion(own.text, tuple(own.tokens), own.finish_reason or "length", seed)
-            for own, seed in zip(transcripts, seeds, strict=True)
-        ]
-
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int = 64,
-        *,
-        sampling: Sampling | None = None,
-        seeds: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
-        end_ids: Sequence[int] = (),
-    ) -> Iterator[Chunk]:
-        """Yield a chunk after every token of every prompt.
-
-        Args:
-            prompts: ids.
-            max_new_tokens: of each, unless an end token or stop string is first.
-            sampling: how tokens are picked; greedy by default.
-            seeds: one each, for the draws; 0, 1, ... by default.
-            stop, end_ids: what ends a text.
-
-        Raises:
-            ColadaError: for a number of tokens below 1, or another number of seeds than prompts.
-        """
-        seeds = range(len(prompts)) if seeds is None else seeds
-        transcripts = self._transcripts(len(prompts), max_new_tokens, stop, end_ids)
-        return self._run(prompts, transcripts, sampling or Sampling(), seeds)
-
-    def _transcripts(
-        self, count: int, max_new_tokens: int, stop: Sequence[str], end_ids: Sequence[int]
-    ) -> list[Transcript]:
-        if max_new_tokens < 1:
-            raise ColadaError(f"max_new_tokens={max_new_tokens}, expected a whole number of at least 1")
-        return [Transcript(self.tokenizer, 0, max_new_tokens, stop, end_ids) for _ in range(count)]
+    objective = "ar"
+    defaults = DEFAULTS
 
     @torch.inference_mode()
-    def _run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        transcripts: Sequence[Transcript],
-        sampling: Sampling,
-        seeds: Sequence[int],
-    ) -> Iterator[Chunk]:
-        if len(seeds) != len(prompts):
-            raise ColadaError(f"{len(seeds)} values of seed for {len(prompts)} prompts, expected one each")
-        if not prompts:
-            return
-        given = [list(ids) or [self.bos_id] for ids in prompts]
+    def _run(self, writing: Writing) -> Iterator[Chunk]:
+        transcripts, seeds, sampling = writing.transcripts, writing.seeds, writing.sampling
+        given = [[self.decoder.config.bos_token_id, *ids] for ids in writing.prompts]
         lengths = [len(ids) for ids in given]
         cache = KeyValueCache(self.decoder, len(given), max(lengths) + transcripts[0].limit)
         packed = torch.tensor([token for ids in given for token in ids], device=self.device)

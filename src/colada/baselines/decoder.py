@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -38,12 +39,12 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens in, logits out. Which tokens see which is the layout's: causal with blocks of one."""
+    """Tokens in, logits out. Which tokens see which is the layout's: see :meth:`layout`."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.dim)
+        self.wte = nn.Embedding(config.embeddings, config.dim)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_layers))
         self.final_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -64,9 +65,20 @@ class Decoder(nn.Module):
         config = self.config
         return rotary_table(positions, inverse_frequencies(config.dim // config.num_heads, config.rope_theta))
 
-    def forward(self, ids: Tensor, layout: Layout) -> Tensor:
-        """Return the logits float32 (N, V) of packed ids (N,)."""
-        return self.logits(self.run(ids, Pass(layout, self.table(layout.positions))))
+    def layout(self, lengths: Sequence[int]) -> Layout:
+        """Return the packing of samples of these lengths: causal, or for "llada" all of a sample visible."""
+        block = 1 if self.config.objective == "ar" else max(1, *lengths)
+        return Layout(lengths, block, device=self.wte.weight.device)
+
+    def rows_layout(self, rows: int, length: int, sample: Tensor | None = None) -> Layout:
+        """Return the packing of equal training rows; ``sample`` (rows, length) numbers each row's samples."""
+        block = 1 if self.config.objective == "ar" else length
+        return Layout.rows(rows, length, block, 0, sample, self.wte.weight.device)
+
+    def forward(self, ids: Tensor, layout: Layout, where: Tensor | None = None) -> Tensor:
+        """Return the logits float32 (n, V) of packed ids (N,), at all positions or at ``where`` (n,)."""
+        hidden = self.run(ids, Pass(layout, self.table(layout.positions)))
+        return self.logits(hidden if where is None else hidden.index_select(0, where))
 
     def run(self, ids: Tensor, shared: Shared) -> Tensor:
         """Return the last layer's output (N, dim) for rows of ids (N,)."""

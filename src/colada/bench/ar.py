@@ -35,6 +35,6 @@ def ar(model: ColaDLM, guidance: float, seed: int) -> Contestant:
     opponent = AutoregressiveLM(decoder)
 
     def stream(prompts: Prompts, job: Job) -> Iterator[Chunk]:
-        return opponent.stream(prompts, job.new_tokens)
+        return opponent.stream(prompts, job.new_tokens, end_ids=())
 
     return stream

@@ -16,7 +16,7 @@ from colada.options import (
     ModelOption,
     QuantiseOption,
     RevisionOption,
-    load_model,
+    load_cola,
 )
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def generate(
     if given:
         network = _random_model(size or "tiny", block_size or 16, layers, width, dtype, device, seed)
     else:
-        network = load_model(model, revision, dtype, device)
+        network = load_cola(model, revision, dtype, device)
     if quantise is not None:
         network.quantise(quantise)
     contestants = _contestants(network, names, guidance, seed)
@@ -183,7 +183,7 @@ def levers(
     from colada.training.provenance import provenance
 
     def make() -> ColaDLM:
-        return load_model(model, revision, dtype, device)
+        return load_cola(model, revision, dtype, device)
 
     chosen = all_levers(importlib.util.find_spec("torchao") is not None)
     prices = measure_levers(make, chosen, count=prompts, context=context, repeats=repeats, seed=seed)

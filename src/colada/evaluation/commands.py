@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from colada.errors import ColadaError
-from colada.options import DeviceOption, DtypeOption, ModelOption, RevisionOption, load_model
+from colada.options import DeviceOption, DtypeOption, ModelOption, RevisionOption, load_cola, load_model
 
 if TYPE_CHECKING:
     from colada.evaluation.data import Benchmark
@@ -86,7 +86,6 @@ def run(
 
     from colada.evaluation.report import print_tables, write_page
     from colada.evaluation.run import Part, evaluate
-    from colada.settings import RELEASED_SETTINGS
     from colada.training.display import Display
 
     chosen = chosen_tasks(tasks)
@@ -96,8 +95,7 @@ def run(
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun's processes take a GPU each.
     network = load_model(model, revision, dtype, device)
     given = {"steps": steps, "guidance": guidance}
-    named = {name: value for name, value in given.items() if value is not None}
-    settings = {**RELEASED_SETTINGS, **network.generation, **named, "temperature": 0.0}
+    settings = {**network.chosen(given), "temperature": 0.0}
     del settings["seed"]  # Every item has its own.
     display = Display(Console(stderr=True, quiet=quiet or part.rank > 0))
     results = evaluate(
@@ -186,7 +184,7 @@ def likelihood(
     from colada.training.provenance import provenance
 
     texts = read_texts(files, field, limit)
-    network = load_model(model, revision, dtype, device)
+    network = load_cola(model, revision, dtype, device)
     display = Display(Console(stderr=True, quiet=quiet))
     with display.task("likelihood", total=len(texts)):
         found = room.likelihood(

@@ -21,6 +21,10 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Directory of the run. Default: runs/ and the recipe's name.")
     ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="cola, ar or llada, in place of the recipe's model.arch."),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="File or folder of text, in place of the recipe's data.sources.")
     ] = None,
@@ -45,7 +49,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
-    """Train a model from text, both stages; under torchrun on several ranks.
+    """Train a model from text, both stages, or a baseline of equal size; under torchrun on several ranks.
 
     Ctrl-C and SIGTERM save the state; running again resumes it.
     """
@@ -58,7 +62,8 @@ def train(
     from colada.training.parallel import joined, world_size
 
     sources = [] if data is None else [f"data.sources=[{{path: {json.dumps(str(data))}}}]"]
-    settings = load_recipe(recipe, [*sources, *(overrides or [])])
+    archs = [] if arch is None else [f"model.arch={arch}"]
+    settings = load_recipe(recipe, [*sources, *archs, *(overrides or [])])
     if dry_run:
         from colada.training.dry_run import plan_run
 
@@ -69,7 +74,9 @@ def train(
             for name, value in plan.lines():
                 print(f"{name:<32}{value:>14}")
         return
-    out = Path("runs") / recipe.stem if out is None else out
+    if out is None:
+        kind = settings.model.arch
+        out = Path("runs") / (recipe.stem if kind == "cola" else f"{recipe.stem}-{kind}")
     run = settings.run
     with joined(run.device, run.shard, run.replicas) as group:
         display = Display(Console(stderr=True, quiet=quiet or not group.first))

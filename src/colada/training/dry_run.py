@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from colada.checkpoint import locate, read_configs
+from colada.baselines.config import DecoderConfig, matched_config
+from colada.baselines.load import read_decoder_config
+from colada.checkpoint import DECODER_DIR, locate, read_configs
 from colada.config import DiTConfig, TextVAEConfig
+from colada.errors import ColadaError
 from colada.tokenizer import Tokenizer
-from colada.training.plan import Phase, Placement, Plan, Work
-from colada.training.recipe import Recipe
+from colada.training.decoder_plan import decoder_flops, decoder_parameters, decoder_phase
+from colada.training.plan import Phase, Placement, Plan, Work, cola_phase, parameter_counts
+from colada.training.recipe import OptimiserSection, Recipe
 
 
 def step_work(recipe: Recipe, stage: int, vae: TextVAEConfig, joint: bool = False) -> Work:
     """Return what a step of a stage computes; ``joint`` says whether the Text VAE learns in stage 2."""
-    section, two = recipe.stage(stage), recipe.stage2
+    section, two = recipe.stage1 if stage == 1 else recipe.stage2, recipe.stage2
     masked = recipe.stage1.mask > 0
     if stage == 1:
         return Work(1, section.batch, section.length, masked=masked)
@@ -28,18 +32,20 @@ def plan_run(recipe: Recipe, ranks: int) -> Plan:
     Raises:
         ColadaError: for settings that do not fit each other, or a model to continue from that is not there.
     """
-    vae, dit = configs_of(recipe)
+    recipe = resolve(recipe)
+    if recipe.model.arch == "cola":
+        vae, dit = configs_of(recipe)
+        return Plan(parameter_counts(vae, dit), tuple(_cola_phases(recipe, vae, dit, ranks)))
+    config, section = decoder_config_of(recipe), recipe.baseline
+    placement = _placement(recipe, section, ranks)
+    phase = decoder_phase(config, section.steps, section.batch, section.length, placement)
+    return Plan(decoder_parameters(config), (phase,))
+
+
+def _cola_phases(recipe: Recipe, vae: TextVAEConfig, dit: DiTConfig, ranks: int) -> list[Phase]:
     phases = []
-    for number in (1, 2):
-        section = recipe.stage(number)
-        placement = Placement(
-            micro_batch=section.micro_batch or max(1, section.batch // ranks),
-            shards=ranks // recipe.run.replicas if recipe.run.shard else 1,
-            checkpointing=recipe.run.checkpoint_activations,
-            bfloat16=recipe.run.precision == "bfloat16",
-            muon=section.optimiser == "muon",
-            ema=section.ema > 0,
-        )
+    for number, section in ((1, recipe.stage1), (2, recipe.stage2)):
+        placement = _placement(recipe, section, ranks)
         joint = sum(recipe.stage2.joint_at(step) for step in range(section.steps)) if number == 2 else 0
         parts = [("stage 1", section.steps, False)]
         if number == 2:
@@ -49,8 +55,50 @@ def plan_run(recipe: Recipe, ranks: int) -> Plan:
             ]
         for name, steps, learns in parts:
             if steps:
-                phases.append(Phase(name, steps, step_work(recipe, number, vae, learns), placement))
-    return Plan(vae, dit, tuple(phases))
+                work = step_work(recipe, number, vae, learns)
+                phases.append(cola_phase(name, steps, vae, dit, work, placement))
+    return phases
+
+
+def _placement(recipe: Recipe, section: OptimiserSection, ranks: int) -> Placement:
+    return Placement(
+        micro_batch=section.micro_batch or max(1, section.batch // ranks),
+        shards=ranks // recipe.run.replicas if recipe.run.shard else 1,
+        checkpointing=recipe.run.checkpoint_activations,
+        bfloat16=recipe.run.precision == "bfloat16",
+        muon=section.optimiser == "muon",
+        ema=section.ema > 0,
+    )
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Return a baseline's recipe with what follows from that of Cola DLM filled in.
+
+    Without ``model.decoder`` (and ``model.init``) it has as many parameters as Text VAE and DiT
+    together, and weights that begin with a spread of dim^-1/2; without ``baseline.steps``, as many steps as take the FLOPs of both stages, everything counted.
+
+    Raises:
+        ColadaError: for settings that do not fit each other.
+    """
+    if recipe.model.arch == "cola":
+        return recipe
+    if recipe.model.init is None and not recipe.model.decoder:
+        total = sum(parameter_counts(*_cola_configs(recipe)).values())
+        config = matched_config(total, _vocab_size(recipe), objective=recipe.model.arch)
+        names = ("dim", "num_layers", "num_heads", "ffn_dim")
+        decoder = {name: getattr(config, name) for name in names}
+        decoder["init_std"] = round(config.dim**-0.5, 4)  # 0.02 at the width it is usual for
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"decoder": decoder})})
+    section = recipe.baseline
+    if section.steps == 0:
+        if recipe.model.init is not None:
+            raise ColadaError("recipe: baseline.steps=0 with model.init, expected a number of steps")
+        vae, dit = _cola_configs(recipe)
+        wanted = sum(phase.steps * sum(phase.flops.values()) for phase in _cola_phases(recipe, vae, dit, 1))
+        each = sum(decoder_flops(decoder_config_of(recipe), section.batch, section.length).values())
+        steps = max(1, round(wanted / each))
+        recipe = recipe.model_copy(update={"baseline": section.model_copy(update={"steps": steps})})
+    return recipe
 
 
 def configs_of(recipe: Recipe) -> tuple[TextVAEConfig, DiTConfig]:
@@ -59,10 +107,30 @@ def configs_of(recipe: Recipe) -> tuple[TextVAEConfig, DiTConfig]:
     Raises:
         ColadaError: for settings that do not fit each other, or a model to continue from that is not there.
     """
-    file, init = recipe.tokenizer.file, recipe.model.init
-    size = recipe.tokenizer.vocab_size if file is None else Tokenizer.from_file(file).vocab_size
-    if init is None:
-        return recipe.configs(size, pad_id=size - 1)  # Which id it is changes no size.
-    vae, dit = read_configs(locate(init))
-    recipe.check_configs(vae, dit, vae.vocab_size if file is None else size)
+    if recipe.model.init is None:
+        return _cola_configs(recipe)
+    vae, dit = read_configs(locate(recipe.model.init))
+    own = recipe.tokenizer.file is None
+    recipe.check_configs(vae, dit, vae.vocab_size if own else _vocab_size(recipe))
     return vae, dit
+
+
+def decoder_config_of(recipe: Recipe) -> DecoderConfig:
+    """Return the configuration of a resolved baseline's recipe, without its data; raises as above."""
+    init = recipe.model.init
+    if init is None:
+        return recipe.decoder_config(_vocab_size(recipe), bos_id=0)  # Which id it is changes no size.
+    directory = locate(init)
+    if not (directory / DECODER_DIR).is_dir():
+        raise ColadaError(f"model.init={init} is no baseline, expected one for arch={recipe.model.arch!r}")
+    return read_decoder_config(directory)
+
+
+def _cola_configs(recipe: Recipe) -> tuple[TextVAEConfig, DiTConfig]:
+    size = _vocab_size(recipe)
+    return recipe.configs(size, pad_id=size - 1)  # Which id it is changes no size.
+
+
+def _vocab_size(recipe: Recipe) -> int:
+    file = recipe.tokenizer.file
+    return recipe.tokenizer.vocab_size if file is None else Tokenizer.from_file(file).vocab_size

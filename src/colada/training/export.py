@@ -1,4 +1,4 @@
-"""Networks of a run to a model in the released format."""
+"""Networks of a run to a model directory."""
 
 from __future__ import annotations
 
@@ -9,35 +9,32 @@ import torch
 from torch import nn
 
 from colada.checkpoint import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
-from colada.config import DiTConfig, TextVAEConfig
-from colada.dit import DiT
-from colada.model import ColaDLM, load
+from colada.language_model import LanguageModel
+from colada.model import load
 from colada.tokenizer import Tokenizer
 from colada.training.checkpoints import RECIPE, disk_errors, read_state, read_tensors
-from colada.training.recipe import load_recipe
-from colada.training.stages import initialise
-from colada.vae import TextVAE
+from colada.training.cola import ColaSystem
+from colada.training.decoder import DecoderSystem
+from colada.training.recipe import Recipe, load_recipe
+from colada.training.stages import System
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def write_model(
-    vae: TextVAE,
-    dit: DiT,
-    dtype: torch.dtype,
-    tokenizer: Tokenizer,
-    generation: dict[str, Any],
-    template: str | None,
-    directory: Path,
-) -> None:
-    """Write networks, which are cast to ``dtype``, as a model directory.
+def system_of(recipe: Recipe, tokenizer: Tokenizer, start: LanguageModel | None = None) -> System:
+    """Return what the recipe's architecture brings to a run; ``start`` is a model to continue from."""
+    kind = ColaSystem if recipe.model.arch == "cola" else DecoderSystem
+    return kind(recipe, tokenizer, start)
+
+
+def write_model(model: LanguageModel, dtype: torch.dtype, directory: Path) -> None:
+    """Write a model, which is cast to ``dtype``, as a model directory.
 
     Raises:
         ColadaError: if it cannot be written.
     """
-    model = ColaDLM(vae.to(dtype), dit.to(dtype), tokenizer, generation=generation, chat_template=template)
     with disk_errors(directory):
-        model.save(directory)
+        model.to(dtype=dtype).save(directory)
 
 
 def export(checkpoint: Path, directory: Path) -> str:
@@ -50,30 +47,23 @@ def export(checkpoint: Path, directory: Path) -> str:
     """
     state, recipe = read_state(checkpoint), load_recipe(checkpoint / RECIPE)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER_FILE)
-    vae = TextVAE(TextVAEConfig.from_dict(state["vae"], f"{checkpoint}: vae"))
-    dit = DiT(DiTConfig.from_dict(state["dit"], f"{checkpoint}: dit"))
-    networks: dict[str, nn.Module] = {"vae": vae, "dit": dit}
-    stage, learning = state["stage"], ["vae"]
-    words = f"stage {stage}, step {state['step']}"
-    if stage == 1:
-        del networks["dit"]
-        words += ", the DiT as it began"
-        if recipe.model.init is None:
-            initialise(recipe.seed, vae, dit)
-        else:
-            dit = load(recipe.model.init).dit
-    else:
-        learning = ["dit"] if recipe.stage2.vae == "frozen" else ["dit", "vae"]
+    start = load(recipe.model.init) if recipe.model.init is not None else None
+    system = system_of(recipe, tokenizer, start)
+    stage = system.stage(state["stage"], nn.ModuleDict)
     tensors: dict[str, Any] = {}
-    for name, network in networks.items():
-        if recipe.stage(stage).ema and name in learning:
+    for name, network in stage.networks.items():
+        if stage.section.ema:
             averaged = {f"module.{name}.{key}": value for key, value in network.state_dict().items()}
             tensors["average"] = tensors.get("average", {}) | averaged
         else:
             tensors[name] = network.state_dict()
+    for name in stage.resting.keys() & system.networks.keys():
+        tensors[name] = stage.resting[name].state_dict()
     read_tensors(checkpoint, tensors)  # In place.
     template = checkpoint / CHAT_TEMPLATE_FILE
     text = template.read_text(encoding="utf-8") if template.is_file() else None
-    dtype = DTYPES[recipe.run.save_dtype]
-    write_model(vae, dit, dtype, tokenizer, state["generation"], text, directory)
-    return words
+    parts = {"tokenizer": tokenizer, "generation": state["generation"], "chat_template": text}
+    write_model(system.model(system.networks, **parts), DTYPES[recipe.run.save_dtype], directory)
+    begun = system.networks.keys() - stage.networks.keys() - stage.resting.keys()
+    rest = "".join(f", the {'DiT' if name == 'dit' else name} as it began" for name in sorted(begun))
+    return f"stage {state['stage']}, step {state['step']}{rest}"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colada.chat import DEFAULT_TEMPLATE, read_template
-from colada.config import TextVAEConfig
 from colada.data.documents import Split, find_files
 from colada.data.rows import MixedRows, Rows, SampleRows, StreamRows
 from colada.data.shards import prepare
@@ -30,8 +29,10 @@ class Inputs:
         """Return what tells this training text from other: one digest a source, in their order."""
         return [streams["train"].digest for _, streams in self.streams]
 
-    def rows(self, split: Split, section: OptimiserSection, seed: int, config: TextVAEConfig) -> Rows:
+    def rows(self, split: Split, section: OptimiserSection, seed: int, block: int) -> Rows:
         """Return the rows of a stage: of all sources by weight, those too short for validation left out.
+
+        Whole samples are padded to multiples of ``block`` tokens.
 
         Raises:
             ColadaError: if there is too little text.
@@ -40,7 +41,7 @@ class Inputs:
         problem: ColadaError | None = None
         for source, streams in self.streams:
             try:
-                rows = self._rows(streams[split], section.length, seed, f"{source.name}: {split}", config)
+                rows = self._rows(streams[split], section.length, seed, f"{source.name}: {split}", block)
             except ColadaError as error:
                 if split == "train":
                     raise
@@ -53,10 +54,10 @@ class Inputs:
             raise ColadaError(f"{problem}; {advice}")
         return parts[0][0] if len(parts) == 1 else MixedRows(parts, seed)
 
-    def _rows(self, stream: TokenStream, length: int, seed: int, name: str, config: TextVAEConfig) -> Rows:
+    def _rows(self, stream: TokenStream, length: int, seed: int, name: str, block: int) -> Rows:
         data = self.recipe.data
         if data.packing == "samples":
-            return SampleRows(stream, length, config.block_tokens, seed=seed, pad_id=self.pad_id, name=name)
+            return SampleRows(stream, length, block, seed=seed, pad_id=self.pad_id, name=name)
         return StreamRows(stream, length, seed=seed, align=data.align, name=name)
 
 

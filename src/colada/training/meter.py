@@ -8,21 +8,18 @@ import time
 
 import torch
 
-from colada.config import DiTConfig, TextVAEConfig
 from colada.training.parallel import Ranks
-from colada.training.plan import Work, mfu, peak_flops, training_flops
+from colada.training.plan import mfu, peak_flops
 
 
 class Meter:
     """Tokens per second, MFU and memory since the last reading.
 
     Args:
-        vae, dit: the configurations, from which useful FLOPs are counted.
         precision: of the matrix products.
     """
 
-    def __init__(self, vae: TextVAEConfig, dit: DiTConfig, ranks: Ranks, precision: torch.dtype) -> None:
-        self._configs = vae, dit
+    def __init__(self, ranks: Ranks, precision: torch.dtype) -> None:
         self._ranks = ranks
         self._peak, _ = peak_flops(ranks.device, precision)
         self.restart()
@@ -31,10 +28,10 @@ class Meter:
         """Begin to measure anew."""
         self._begin, self._tokens, self._flops = time.perf_counter(), 0, 0.0
 
-    def count(self, work: Work) -> None:
-        """Add a step."""
-        self._tokens += work.tokens
-        self._flops += sum(training_flops(*self._configs, work).values())
+    def count(self, tokens: int, flops: float) -> None:
+        """Add a step: its tokens and useful FLOPs, over all ranks."""
+        self._tokens += tokens
+        self._flops += flops
 
     def read(self) -> dict[str, float]:
         """Return tokens/s over all ranks, MFU, and this rank's largest memory in GB; measure anew."""

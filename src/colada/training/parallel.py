@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from colada.baselines.decoder import Decoder
 from colada.device import find_device
 from colada.dit import DiT
 from colada.errors import ColadaError
@@ -129,8 +130,7 @@ def lay_out(networks: nn.ModuleDict, ranks: Ranks, precision: torch.dtype) -> No
     # What is outside blocks too: averaged weights would stay gathered after a validation.
     shard = partial(fully_shard, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
     for network in networks.values():
-        assert isinstance(network, DiT | TextVAE)
-        halves = [network] if isinstance(network, DiT) else [network.encoder, network.decoder]
+        halves = [network.encoder, network.decoder] if isinstance(network, TextVAE) else [network]
         for half in halves:
             assert isinstance(half.blocks, nn.ModuleList)
             for block in half.blocks:
@@ -153,13 +153,13 @@ def average_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
             parameter.grad /= ranks.size
 
 
-def recompute(dit: DiT) -> None:
+def recompute(network: DiT | Decoder) -> None:
     """Compute each block again in the backward pass instead of keeping its activations."""
-    for block in dit.blocks:
+    for block in network.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def compile_blocks(dit: DiT) -> None:
+def compile_blocks(network: DiT | Decoder) -> None:
     """Compile each block by itself: they share one compiled function."""
-    for block in dit.blocks:
+    for block in network.blocks:
         block.compile()

@@ -20,7 +20,7 @@ import bisect
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -129,8 +129,8 @@ def two_copy_pairs(blocks: int, block_size: int, copies: int = 1) -> int:
     return clean + copies * block_causal_pairs(blocks, block_size)
 
 
-def _matrices(module: nn.Module) -> int:
-    """Entries of the matrices that every position is multiplied by; an embedding is none."""
+def matrix_entries(module: nn.Module) -> int:
+    """Return the entries of the matrices that every position is multiplied by; an embedding is none."""
     products = (m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv1d))
     return sum(product.weight.numel() for product in products)
 
@@ -158,9 +158,9 @@ def training_flops(vae: TextVAEConfig, dit: DiTConfig, work: Work) -> dict[str, 
     blocks = work.blocks(vae)
     latents = blocks * vae.block_size
     attention = 4 * vae.dim * block_causal_pairs(blocks, vae.block_size)
-    head_entries = _matrices(text.decoder.final_layer)
-    decoder_entries = _matrices(text.decoder) - head_entries
-    encoder = work.rows * (2 * latents * _matrices(text.encoder) + vae.encoder_num_blocks * attention)
+    head_entries = matrix_entries(text.decoder.final_layer)
+    decoder_entries = matrix_entries(text.decoder) - head_entries
+    encoder = work.rows * (2 * latents * matrix_entries(text.encoder) + vae.encoder_num_blocks * attention)
     decoder = work.rows * (2 * latents * decoder_entries + vae.decoder_num_blocks * attention)
     head = 2 * work.tokens * head_entries
     parts: dict[str, float] = {"encoder": encoder}
@@ -177,7 +177,7 @@ def training_flops(vae: TextVAEConfig, dit: DiTConfig, work: Work) -> dict[str, 
     size = dit.block_size // dit.patch_size
     pairs = two_copy_pairs(blocks, size, work.copies)
     adaln_entries = _adaln_matrices(prior)
-    products = 2 * _dit_positions(dit, work, blocks) * (_matrices(prior) - adaln_entries)
+    products = 2 * _dit_positions(dit, work, blocks) * (matrix_entries(prior) - adaln_entries)
     parts["DiT"] = 3 * work.rows * (products + 4 * dit.num_layers * dit.heads * dit.head_dim * pairs)
     timesteps = work.rows * work.copies * (blocks if work.per_block else 1) + (blocks > 1)
     parts["AdaLN"] = 3 * 2 * timesteps * adaln_entries
@@ -190,8 +190,8 @@ def _dit_positions(dit: DiTConfig, work: Work, blocks: int) -> int:
 
 
 def _adaln_matrices(prior: DiT) -> int:
-    blocks = sum(_matrices(module) for module in prior.modules() if isinstance(module, AdaLN))
-    return blocks + _matrices(prior.txt_out_ada) + _matrices(prior.emb_in)
+    blocks = sum(matrix_entries(module) for module in prior.modules() if isinstance(module, AdaLN))
+    return blocks + matrix_entries(prior.txt_out_ada) + matrix_entries(prior.emb_in)
 
 
 # --- memory ------------------------------------------------------------------------------------
@@ -246,6 +246,14 @@ def memory_per_rank(vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: P
     """
     text, prior = _networks(vae, dit)
     trained: list[nn.Module] = [text] * work.vae_learns + [prior] * (work.stage == 2)
+    parts = state_bytes(trained, placement)
+    if work.stage == 2:
+        parts["networks at rest"] = 4 * _count(text) / placement.shards
+    return parts | _activations(vae, dit, work, placement)
+
+
+def state_bytes(trained: Sequence[nn.Module], placement: Placement) -> dict[str, float]:
+    """Return what networks that learn need beside activations, see :func:`memory_per_rank`."""
     parameters = sum(_count(network) for network in trained)
     moments = 2 * parameters - (sum(map(_muon_entries, trained)) if placement.muon else 0)
     parts = {
@@ -255,14 +263,11 @@ def memory_per_rank(vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: P
     }
     if placement.ema:
         parts["average"] = 4 * parameters / placement.shards
-    if work.stage == 2:
-        parts["networks at rest"] = 4 * _count(text) / placement.shards
     entry = 2 if placement.bfloat16 else 4
     if placement.shards > 1:
         parts["working copy"] = float(entry * sum(map(_gathered_entries, trained)))
     elif placement.bfloat16:
-        parts["working copy"] = float(entry * sum(map(_matrices, trained)))
-    parts |= _activations(vae, dit, work, placement)
+        parts["working copy"] = float(entry * sum(map(matrix_entries, trained)))
     return parts
 
 
@@ -438,14 +443,28 @@ class Phase:
     Attributes:
         name: as printed.
         steps: how many.
-        work: what each computes.
-        placement: and how it lies on a rank.
+        tokens: of a step, over all ranks.
+        flops: useful ones of a step by part.
+        memory: bytes a rank needs by part.
+        placement: how a step lies on a rank.
+        work: what else describes a step.
     """
 
     name: str
     steps: int
-    work: Work
+    tokens: int
+    flops: Mapping[str, float]
+    memory: Mapping[str, float]
     placement: Placement
+    work: Mapping[str, Any]
+
+
+def cola_phase(
+    name: str, steps: int, vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: Placement
+) -> Phase:
+    """Return steps of a Cola DLM's run."""
+    flops, memory = training_flops(vae, dit, work), memory_per_rank(vae, dit, work, placement)
+    return Phase(name, steps, work.tokens, flops, memory, placement, dataclasses.asdict(work))
 
 
 @dataclass(frozen=True)
@@ -453,40 +472,41 @@ class Plan:
     """What a run will compute and need; nothing is allocated.
 
     Attributes:
-        vae, dit: the configurations.
+        parameters: of each network.
         phases: in order. Joint and frozen steps that take turns are two; the memory of the joint one counts.
     """
 
-    vae: TextVAEConfig
-    dit: DiTConfig
+    parameters: Mapping[str, int]
     phases: tuple[Phase, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps."""
+        return sum(phase.steps * phase.tokens for phase in self.phases)
+
+    @property
+    def flops(self) -> float:
+        """Useful FLOPs of all steps."""
+        return sum(phase.steps * sum(phase.flops.values()) for phase in self.phases)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values: counts, FLOPs, and bytes of memory."""
-        counts = parameter_counts(self.vae, self.dit)
-        phases = []
-        for phase in self.phases:
-            flops = training_flops(self.vae, self.dit, phase.work)
-            memory = memory_per_rank(self.vae, self.dit, phase.work, phase.placement)
-            phases.append(
-                {
-                    "name": phase.name,
-                    "steps": phase.steps,
-                    "work": dataclasses.asdict(phase.work),
-                    "placement": dataclasses.asdict(phase.placement),
-                    "tokens_per_step": phase.work.tokens,
-                    "flops_per_step": _with_total(flops),
-                    "memory_per_rank": _with_total(memory),
-                    "tokens": phase.steps * phase.work.tokens,
-                    "flops": phase.steps * sum(flops.values()),
-                }
-            )
-        return {
-            "parameters": _with_total(counts),
-            "phases": phases,
-            "tokens": sum(phase["tokens"] for phase in phases),
-            "flops": sum(phase["flops"] for phase in phases),
-        }
+        phases = [
+            {
+                "name": phase.name,
+                "steps": phase.steps,
+                "work": dict(phase.work),
+                "placement": dataclasses.asdict(phase.placement),
+                "tokens_per_step": phase.tokens,
+                "flops_per_step": _with_total(phase.flops),
+                "memory_per_rank": _with_total(phase.memory),
+                "tokens": phase.steps * phase.tokens,
+                "flops": phase.steps * sum(phase.flops.values()),
+            }
+            for phase in self.phases
+        ]
+        parameters = _with_total(self.parameters)
+        return {"parameters": parameters, "phases": phases, "tokens": self.tokens, "flops": self.flops}
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the plan as names, indented by level, and readable values."""
@@ -502,7 +522,7 @@ class Plan:
         return [*lines, ("tokens", scaled(values["tokens"])), ("FLOPs", scaled(values["flops"], "FLOP"))]
 
 
-def _with_total(parts: dict[str, Any]) -> dict[str, Any]:
+def _with_total(parts: Mapping[str, Any]) -> dict[str, Any]:
     return {**parts, "total": sum(parts.values())}
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from colada.baselines.config import DecoderConfig
 from colada.checkpoint import check_pair
 from colada.config import DiTConfig, TextVAEConfig
 from colada.data.sources import Source
@@ -87,16 +88,23 @@ class TokenizerSection(_Section):
 class ModelSection(_Section):
     """What is trained: a model to continue from, or the configurations of a new one."""
 
+    arch: Literal["cola", "ar", "llada"] = Field(
+        "cola", description="Cola DLM, or a baseline: an autoregressive decoder, or LLaDA."
+    )
     init: str | None = Field(
         None, description="Directory or hub id of a model to continue from, in the released format."
     )
     vae: dict[str, Any] = Field({}, description="Keys of cola_vae/config.json; the vocabulary is filled in.")
     dit: dict[str, Any] = Field({}, description="Keys of cola_dit/config.json; the channels are filled in.")
+    decoder: dict[str, Any] = Field(
+        {},
+        description="Baselines: keys of decoder/config.json; without any, as many parameters as vae and dit.",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSection:
-        if self.init is not None and (self.vae or self.dit):
-            raise ValueError("init gives the configurations: expected no vae and dit keys beside it")
+        if self.init is not None and (self.vae or self.dit or self.decoder):
+            raise ValueError("init gives the configurations: expected no vae, dit and decoder keys beside it")
         return self
 
 
@@ -177,6 +185,15 @@ class Stage2Section(OptimiserSection):
         )
 
 
+class BaselineSection(OptimiserSection):
+    """A baseline's only stage: model.arch ar or llada, on the same data and rows."""
+
+    steps: int = Field(
+        0, ge=0, description="Optimiser steps; 0: as many as take the FLOPs of stage1 and stage2."
+    )
+    random_length: float = Field(0.01, ge=0, le=1, description="llada: share of rows cut to a random length.")
+
+
 class RunSection(_Section):
     """How often things happen, in steps (0: never), and on what and how the run computes."""
 
@@ -226,13 +243,16 @@ class Recipe(_Section):
     model: ModelSection = ModelSection()
     stage1: Stage1Section = Stage1Section()
     stage2: Stage2Section = Stage2Section()
+    baseline: BaselineSection = BaselineSection()
     run: RunSection = RunSection()
     generation: dict[str, Any] = Field(
         {}, description="Settings stored with the model and used for samples: steps, guidance, solver, ..."
     )
 
     def stage(self, number: int) -> OptimiserSection:
-        """Return the section of a stage, 1 or 2."""
+        """Return the section of a stage, 1 or 2; a baseline has one stage."""
+        if self.model.arch != "cola":
+            return self.baseline
         return self.stage1 if number == 1 else self.stage2
 
     def configs(self, vocab_size: int, pad_id: int) -> tuple[TextVAEConfig, DiTConfig]:
@@ -249,6 +269,20 @@ class Recipe(_Section):
         )
         self.check_configs(vae, dit, vocab_size)
         return vae, dit
+
+    def decoder_config(self, vocab_size: int, bos_id: int) -> DecoderConfig:
+        """Return the configuration of a baseline, completed with what the tokenizer decides.
+
+        Raises:
+            ColadaError: naming the key at fault.
+        """
+        filled = {"vocab_size": vocab_size, "bos_token_id": bos_id, "objective": self.model.arch}
+        config = DecoderConfig.from_dict({**filled, **self.model.decoder}, "recipe: model.decoder")
+        for name, value in (("vocab_size", vocab_size), ("objective", self.model.arch)):
+            if getattr(config, name) != value:
+                found = getattr(config, name)
+                raise ColadaError(f"recipe: model.decoder.{name}={found!r}, expected {value!r}")
+        return config
 
     def check_configs(self, vae: TextVAEConfig, dit: DiTConfig, vocab_size: int) -> None:
         """Check that networks, tokenizer and row lengths fit each other.
@@ -350,8 +384,12 @@ def _dumped(name: str, value: Any, indent: str) -> list[str]:
 
 def difference(old: Recipe, new: Recipe) -> str | None:
     """Return the first key that makes ``new`` another run than ``old``, with both values, or None."""
-    sections = ("seed", "data", "tokenizer", "model", "stage1", "stage2")
-    before, after = (recipe.model_dump(mode="json", include=set(sections)) for recipe in (old, new))
+    sections: dict[str, Any] = dict.fromkeys(("seed", "data", "tokenizer"), True)
+    if new.model.arch == "cola":
+        sections |= {"model": {"arch", "init", "vae", "dit"}, "stage1": True, "stage2": True}
+    else:
+        sections |= {"model": {"arch", "init", "decoder"}, "baseline": True}
+    before, after = (recipe.model_dump(mode="json", include=sections) for recipe in (old, new))
     return _difference("", before, after)
 
 

@@ -1,28 +1,25 @@
-"""The two stages: which networks learn, with which optimisers, and what a step draws and minimises."""
+"""What a stage of a run is to the trainer, and what an architecture brings to a run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
+from colada.config import NetworkConfig
 from colada.data.rows import Batch
-from colada.dit import DiT
-from colada.objectives import (
-    Counts,
-    Draws,
-    Loss,
-    draw_randomness,
-    stage1_loss,
-    stage2_frozen_loss,
-    stage2_joint_loss,
-)
-from colada.training.optimisation import make_optimisers
+from colada.language_model import LanguageModel
+from colada.objectives import Counts, Loss
 from colada.training.recipe import OptimiserSection, Recipe
-from colada.vae import TextVAE
+
+Network = TypeVar("Network", bound=nn.Module)
+
+LayOut = Callable[[dict[str, nn.Module]], nn.ModuleDict]
+"""Lays networks over the ranks, and puts them on the device."""
 
 
 def row_generator(seed: int, stage: int, row: int) -> torch.Generator:
@@ -31,75 +28,96 @@ def row_generator(seed: int, stage: int, row: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
-def initialise(seed: int, vae: TextVAE, dit: DiT) -> None:
-    """Give both networks the first weights of a run with this seed."""
-    vae.init_weights(row_generator(seed, 0, 0))
-    dit.init_weights(row_generator(seed, 0, 1))
+def owned(network: Network) -> Network:
+    """Return a network to go on training, float32, with weights of its own: a file's are read-only."""
+    network.float().train()
+    for parameter in network.parameters():
+        parameter.data = parameter.data.clone()
+    return network
 
 
-@dataclass
-class Stage:
+class Draws(Protocol):
+    """Everything random in the loss of a batch."""
+
+    def to(self, device: torch.device) -> Draws:
+        """Return the draws on a device."""
+
+    def rows(self, begin: int, end: int) -> Draws:
+        """Return the draws of some rows, for a micro-batch."""
+
+
+class Stage(ABC):
     """A stage of a run.
 
     Attributes:
         number: 1 or 2.
-        recipe, pad_id: what it depends on.
-        networks: those that learn, "vae" or "dit" or both.
+        recipe: what it depends on.
+        networks: those that learn, by name.
         optimisers: theirs.
-        vae: the Text VAE, learning or not.
-        reference: a joint stage 2's q_ref.
+        resting: networks that do not learn and that a checkpoint holds, by name.
     """
 
-    number: int
-    recipe: Recipe
-    pad_id: int
-    networks: nn.ModuleDict
-    optimisers: list[torch.optim.Optimizer]
-    vae: TextVAE
-    reference: TextVAE | None = None
+    def __init__(
+        self,
+        number: int,
+        recipe: Recipe,
+        networks: nn.ModuleDict,
+        optimisers: list[torch.optim.Optimizer],
+        resting: dict[str, nn.Module],
+    ) -> None:
+        self.number, self.recipe, self.networks = number, recipe, networks
+        self.optimisers, self.resting = optimisers, resting
 
     @property
     def section(self) -> OptimiserSection:
         """Its section of the recipe."""
         return self.recipe.stage(self.number)
 
+    @abstractmethod
     def draw(self, rows: Sequence[int]) -> Draws:
         """Return what the loss of rows with these numbers draws; B is their number."""
-        generators = [row_generator(self.recipe.seed, self.number, row) for row in rows]
-        config, weights = self.vae.config, self.recipe.vae_weights()
-        flow = self.recipe.flow_settings(config.latent_dim) if self.number == 2 else None
-        masked = self.number == 1 or self.recipe.stage2.vae != "frozen"
-        return draw_randomness(generators, config, self.section.length, weights, flow, masked)
 
-    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
+    @abstractmethod
+    def count(self, rows: Batch, draws: Any) -> Counts:
+        """Return a batch's share in the counts of its step."""
+
+    @abstractmethod
+    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Any, counts: Counts, step: int) -> Loss:
         """Return the loss of rows in a step, with the networks that learn or their average."""
-        weights = self.recipe.vae_weights()
-        vae = networks["vae"] if "vae" in networks else self.vae  # noqa: SIM401 - it has no get()
-        assert isinstance(vae, TextVAE)
-        if self.number == 1:
-            return stage1_loss(vae, rows, draws, weights, counts)
-        dit = networks["dit"]
-        assert isinstance(dit, DiT)
-        if not self.recipe.stage2.joint_at(step):
-            return stage2_frozen_loss(vae, dit, rows, draws, weights, self.pad_id, counts)
-        assert self.reference is not None
-        joint = self.recipe.joint_weights()
-        return stage2_joint_loss(vae, dit, self.reference, rows, draws, weights, joint, self.pad_id, counts)
+
+    @abstractmethod
+    def flops(self, step: int) -> float:
+        """Return the useful FLOPs of a step."""
 
 
-def first_stage(recipe: Recipe, pad_id: int, vae: TextVAE) -> Stage:
-    """Return stage 1."""
-    optimisers = make_optimisers(vae, recipe.stage1, recipe.stage1.lr)
-    return Stage(1, recipe, pad_id, nn.ModuleDict({"vae": vae}), optimisers, vae)
+class System(ABC):
+    """An architecture in a run: its networks, and the stages in which they learn.
 
+    Attributes:
+        recipe: what it depends on.
+        networks: all that are saved, by name.
+        numbers: of the stages.
+        block_tokens: rows are whole numbers of so many tokens.
+    """
 
-def second_stage(recipe: Recipe, pad_id: int, vae: TextVAE, dit: DiT, reference: TextVAE | None) -> Stage:
-    """Return stage 2, in which the Text VAE stops learning or goes on, with a learning rate of its own."""
-    section = recipe.stage2
-    networks, optimisers = nn.ModuleDict({"dit": dit}), make_optimisers(dit, section, section.lr)
-    if section.vae == "frozen":
-        vae.requires_grad_(False)
-    else:
-        networks["vae"] = vae
-        optimisers += make_optimisers(vae, section, section.lr * section.vae_lr)
-    return Stage(2, recipe, pad_id, networks, optimisers, vae, reference)
+    recipe: Recipe
+    networks: dict[str, nn.Module]
+    numbers: tuple[int, ...]
+    block_tokens: int
+
+    @abstractmethod
+    def prepare(self, lay_out: LayOut, recompute: bool, compiled: bool) -> None:
+        """Lay out what the first stage needs; activations may be computed again, blocks be compiled."""
+
+    @abstractmethod
+    def stage(self, number: int, lay_out: LayOut) -> Stage:
+        """Return a stage over these networks; a later one takes those of earlier ones as they are now."""
+
+    @abstractmethod
+    def model(self, networks: Mapping[str, nn.Module], **parts: Any) -> LanguageModel:
+        """Return networks, by name, as a model; ``parts`` as :class:`LanguageModel` takes them."""
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """Return the configuration of each network."""
+        found = {name: network.config for name, network in self.networks.items()}
+        return {name: own.to_dict() for name, own in found.items() if isinstance(own, NetworkConfig)}

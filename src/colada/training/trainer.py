@@ -1,4 +1,4 @@
-"""The training run: text to rows, stage 1, stage 2, a saved model.
+"""The training run: text to rows, the stages of an architecture, a saved model.
 
 What step k computes is a pure function of the recipe and k (rows, noise, learning rate), whatever
 the number of ranks and the micro-batches. A resumed run needs the weights, their average and the
@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,10 +34,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from colada.checkpoint import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.data.rows import Batch, Rows, batch
-from colada.dit import DiT
 from colada.errors import ColadaError
-from colada.model import ColaDLM, load
-from colada.objectives import Counts, Draws, count, readable
+from colada.language_model import LanguageModel
+from colada.model import load
+from colada.objectives import Counts, readable
 from colada.settings import check_settings
 from colada.tokenizer import Tokenizer
 from colada.training.checkpoints import (
@@ -51,19 +51,17 @@ from colada.training.checkpoints import (
     read_tensors,
 )
 from colada.training.display import Display
-from colada.training.dry_run import configs_of, step_work
-from colada.training.export import DTYPES, write_model
+from colada.training.dry_run import plan_run, resolve
+from colada.training.export import DTYPES, system_of, write_model
 from colada.training.inputs import chat_template, prepare_inputs, train_tokenizer
 from colada.training.meter import Meter
 from colada.training.monitors import METRICS_FILE, Monitors, check_names, make_monitors
 from colada.training.optimisation import average_weights, learning_rate, set_learning_rate
-from colada.training.parallel import Ranks, average_gradients, compile_blocks, lay_out, recompute, run_device
-from colada.training.plan import parameter_counts
+from colada.training.parallel import Ranks, average_gradients, lay_out, run_device
 from colada.training.provenance import provenance
 from colada.training.recipe import Recipe, commented, difference, load_recipe, save_recipe
 from colada.training.report import write_report
-from colada.training.stages import Stage, first_stage, initialise, second_stage
-from colada.vae import TextVAE
+from colada.training.stages import Draws, Stage
 
 MODEL = "model"
 VALIDATION_ROW = 2**40  # Noise for validation: rows that no training run reaches.
@@ -103,7 +101,7 @@ class Trainer:
         resume: str = "auto",
         ranks: Ranks | None = None,
     ) -> None:
-        self.recipe, self.out = recipe, out
+        self.out = out
         self.ranks = ranks or Ranks(0, 1, run_device(recipe.run.device))
         self.device = self.ranks.device
         self.display = display if display is not None and self.ranks.first else Display()
@@ -111,7 +109,8 @@ class Trainer:
         # What can be refused at once, before hours of tokenising.
         check_settings(recipe.generation, "recipe: generation")
         check_names(recipe.run.monitors)
-        configs_of(recipe)
+        self.recipe = recipe = resolve(recipe)
+        plan = plan_run(recipe, self.ranks.size)
         self.resumed = find(out, resume)
         if self.resumed is not None:
             changed = difference(load_recipe(self.resumed / RECIPE), recipe)
@@ -131,13 +130,13 @@ class Trainer:
                 recipe, self.tokenizer, self.template, cache, self.display.say, self.display.advance
             )
         self._check_data()
-        self.vae, self.dit = self._networks(start)
+        self.system = system_of(recipe, self.tokenizer, start)
+        self.system.prepare(self._lay_out, recipe.run.checkpoint_activations, recipe.run.compile)
         self.checkpoints = Checkpoints(
             out / "checkpoints", recipe.run.keep_last, recipe.run.keep_every, self.ranks.first
         )
-        counts = parameter_counts(self.vae.config, self.dit.config)
         self.made_with = provenance(self.device) | {
-            "parameters": ", ".join(f"{name} {number:,}" for name, number in counts.items())
+            "parameters": ", ".join(f"{name} {number:,}" for name, number in plan.parameters.items())
         }
 
     def _check_data(self) -> None:
@@ -154,7 +153,7 @@ class Trainer:
                     " restore it, or start from its export: model.init"
                 )
 
-    def _tokenizer(self, start: ColaDLM | None) -> Tokenizer:
+    def _tokenizer(self, start: LanguageModel | None) -> Tokenizer:
         file = self.recipe.tokenizer.file
         own = (self.resumed or self.out) / TOKENIZER_FILE
         if self.resumed is not None:
@@ -179,50 +178,15 @@ class Trainer:
                 tokenizer.save(own)
         return tokenizer
 
-    def _networks(self, start: ColaDLM | None) -> tuple[TextVAE, DiT]:
-        """Return both networks, new or to continue from, laid over the ranks."""
-        run = self.recipe.run
-        if start is not None:
-            vae, dit = start.vae.float(), start.dit.float()
-            self.recipe.check_configs(vae.config, dit.config, self.tokenizer.vocab_size)
-            # Weights mapped from a file are read-only.
-            for parameter in [*vae.parameters(), *dit.parameters()]:
-                parameter.data = parameter.data.clone()
-            vae.train(), dit.train()
-        else:
-            vae_config, dit_config = self.recipe.configs(self.tokenizer.vocab_size, self.tokenizer.pad_id)
-            vae, dit = TextVAE(vae_config), DiT(dit_config)
-            initialise(self.recipe.seed, vae, dit)
-        if run.checkpoint_activations:
-            recompute(dit)
-        if run.compile:
-            compile_blocks(dit)
-        self._lay_out({"vae": vae})
-        return vae, dit
-
     def _lay_out(self, networks: dict[str, nn.Module]) -> nn.ModuleDict:
         made = nn.ModuleDict(networks)
         lay_out(made, self.ranks, DTYPES[self.recipe.run.precision])
         return made.to(self.device)
 
-    # --- the two stages --------------------------------------------------------------------
-
-    def _stage(self, number: int) -> Stage:
-        """Return a stage over this trainer's networks; stage 2 takes the Text VAE as it is now."""
-        recipe, pad_id = self.recipe, self.tokenizer.pad_id
-        if number == 1:
-            return first_stage(recipe, pad_id, self.vae)
-        # Only now: stage 1 has the memory for itself.
-        self._lay_out({"dit": self.dit})
-        reference = None
-        if recipe.stage2.vae != "frozen":
-            reference = TextVAE(self.vae.config)
-            self._lay_out({"reference": reference})
-            reference.requires_grad_(False).load_state_dict(self.vae.state_dict())
-        return second_stage(recipe, pad_id, self.vae, self.dit, reference)
+    # --- the stages ------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run both stages, or what is left of them, and save the model under ``out/model``.
+        """Run all stages, or what is left of them, and save the model under ``out/model``.
 
         Raises:
             Interrupted: after SIGINT or SIGTERM, once the state is saved.
@@ -242,9 +206,9 @@ class Trainer:
         )
         try:
             with self._graceful_stop():
-                for number in (1, 2):
+                for number in self.system.numbers:
                     if saved is None or number >= saved["stage"]:
-                        self._run_stage(self._stage(number), saved, monitors)
+                        self._run_stage(self.system.stage(number, self._lay_out), saved, monitors)
                         saved = None
                 self.checkpoints.finish()
         finally:
@@ -273,9 +237,7 @@ class Trainer:
 
     def _state(self, stage: Stage, average: AveragedModel | None) -> dict[str, Any]:
         """Return all tensors that a checkpoint holds, by name."""
-        networks = {"vae": self.vae, **dict(stage.networks.items())}
-        if stage.reference is not None:
-            networks["reference"] = stage.reference
+        networks = {**stage.resting, **dict(stage.networks.items())}
         state: dict[str, Any] = {name: network.state_dict() for name, network in networks.items()}
         state["optimisers"] = get_optimizer_state_dict(stage.networks, stage.optimisers)
         if average is not None:
@@ -293,10 +255,11 @@ class Trainer:
         section, run = stage.section, self.recipe.run
         if section.steps == 0:
             return
-        rows = self.inputs.rows("train", section, self.recipe.seed + stage.number, self.vae.config)
+        block = self.system.block_tokens
+        rows = self.inputs.rows("train", section, self.recipe.seed + stage.number, block)
         validation = None
         if run.validate_every:
-            validation = self.inputs.rows("validation", section, self.recipe.seed, self.vae.config)
+            validation = self.inputs.rows("validation", section, self.recipe.seed, block)
         average = None
         if section.ema:
             fresh = {name: type(network)(network.config) for name, network in stage.networks.items()}
@@ -314,7 +277,7 @@ class Trainer:
             assert isinstance(module, nn.ModuleDict)
             return module
 
-        meter = Meter(self.vae.config, self.dit.config, self.ranks, DTYPES[run.precision])
+        meter = Meter(self.ranks, DTYPES[run.precision])
         with self.display.task(f"stage {stage.number}", section.steps, progress.step):
             for step, (own, draws) in self._ahead(stage, rows, progress.step):
                 terms, norm = self._step(stage, step, own, draws)
@@ -324,8 +287,7 @@ class Trainer:
                 elif average is not None:
                     average.update_parameters(stage.networks)
                 progress.step, progress.tokens = step + 1, progress.tokens + section.batch * section.length
-                joint = stage.number == 2 and self.recipe.stage2.joint_at(step)
-                meter.count(step_work(self.recipe, stage.number, self.vae.config, joint))
+                meter.count(section.batch * section.length, stage.flops(step))
                 done, last = step + 1, step + 1 == section.steps
                 if done % run.log_every == 0 or last:
                     values = self._readable(terms) | {"grad_norm": norm, "lr": self._rate(stage, step)}
@@ -336,7 +298,8 @@ class Trainer:
                     losses = self._validate(stage, best(), validation, step)
                     self._log(monitors, stage, done, "validation", {"tokens": progress.tokens, **losses})
                     meter.restart()
-                if stage.number == 2 and run.sample_every and (done % run.sample_every == 0 or last):
+                final = stage.number == self.system.numbers[-1]
+                if final and run.sample_every and (done % run.sample_every == 0 or last):
                     self._sample(monitors, stage, done, best())
                     meter.restart()
                 stop, spent = self._agreed_stop(), progress.skipped > run.max_skipped
@@ -381,9 +344,9 @@ class Trainer:
             end = min(begin + size, len(own))
             yield own.rows(begin, end).to(self.device), draws.rows(begin, end).to(self.device)
 
-    def _counts(self, own: Batch, draws: Draws) -> Counts:
+    def _counts(self, stage: Stage, own: Batch, draws: Draws) -> Counts:
         """Return the counts of the whole step, over all ranks."""
-        counts = count(own, draws, self.vae.config)
+        counts = stage.count(own, draws)
         values = self.ranks.sum(
             torch.tensor([counts.tokens, counts.latents, counts.noisy], dtype=torch.float64)
         )
@@ -397,7 +360,7 @@ class Trainer:
         Returns: the loss terms, and the gradient's norm; None where the step was skipped because
             the loss or the norm is not finite.
         """
-        counts = self._counts(own, draws)
+        counts = self._counts(stage, own, draws)
         stage.networks.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)
@@ -428,7 +391,7 @@ class Trainer:
         """Return the mean of each loss term over the same validation rows, noise and timesteps every time."""
         number = max(1, self.recipe.run.validation_rows // self.ranks.size) * self.ranks.size
         own, draws = self._rows_and_draws(stage, rows, self.ranks.share(number), VALIDATION_ROW)
-        counts, terms = self._counts(own, draws), dict[str, Tensor]()
+        counts, terms = self._counts(stage, own, draws), dict[str, Tensor]()
         for part, drawn in self._passes(stage, own, draws):
             with self._autocast():
                 _add(terms, stage.loss(networks, part, drawn, counts, step).terms)
@@ -444,29 +407,27 @@ class Trainer:
         return stage.section.lr * learning_rate(step, stage.section)
 
     def save_model(self, directory: Path) -> None:
-        """Write the networks in the released format; all ranks must call it."""
-        whole = self._whole(self.vae, self.dit)
+        """Write the networks as a model directory; all ranks must call it."""
+        whole = self._whole(self.system.networks)
         if whole is not None:
-            dtype = DTYPES[self.recipe.run.save_dtype]
-            write_model(*whole, dtype, self.tokenizer, self.generation, self.template, directory)
+            write_model(self._model(whole), DTYPES[self.recipe.run.save_dtype], directory)
         self.ranks.wait()
 
-    def _whole(self, vae: TextVAE, dit: DiT) -> tuple[TextVAE, DiT] | None:
-        """Gather copies of two networks on the first rank's CPU; None on the others. All must call it."""
+    def _whole(self, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module] | None:
+        """Gather copies of networks on the first rank's CPU; None on the others. All must call it."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        states = [get_model_state_dict(network, options=options) for network in (vae, dit)]
+        states = {name: get_model_state_dict(network, options=options) for name, network in networks.items()}
         if not self.ranks.first:
             return None
-        whole = TextVAE(vae.config), DiT(dit.config)
-        for network, state in zip(whole, states, strict=True):
-            network.load_state_dict(state)
+        whole = {name: type(network)(network.config) for name, network in networks.items()}
+        for name, network in whole.items():
+            network.load_state_dict(states[name])
         return whole
 
-    def _model(self, vae: TextVAE, dit: DiT) -> ColaDLM:
-        return ColaDLM(
-            vae,
-            dit,
-            self.tokenizer,
+    def _model(self, networks: Mapping[str, nn.Module]) -> LanguageModel:
+        return self.system.model(
+            networks,
+            tokenizer=self.tokenizer,
             origin=str(self.out),
             generation=self.generation,
             chat_template=self.template,
@@ -474,15 +435,13 @@ class Trainer:
 
     def _sample(self, monitors: Monitors, stage: Stage, step: int, networks: nn.ModuleDict) -> None:
         run = self.recipe.run
-        parts: tuple[TextVAE, DiT] | None
-        parts = _vae(networks) if "vae" in networks else self.vae, _dit(networks)
-        if self.ranks.mesh is not None:
-            # The engine reads weights where they are; sharded ones are not whole anywhere.
-            parts = self._whole(*parts)
+        best = {**self.system.networks, **dict(networks.items())}
+        # The engine reads weights where they are; sharded ones are not whole anywhere.
+        parts = best if self.ranks.mesh is None else self._whole(best)
         if parts is None:
             self.ranks.wait()
             return
-        model = self._model(*parts).to(self.ranks.device)
+        model = self._model(parts).to(self.ranks.device)
         prompts = list(run.sample_prompts)
         asked = prompts
         if self.recipe.data.chats:
@@ -501,7 +460,7 @@ class Trainer:
 
     def _save(self, stage: Stage, average: AveragedModel | None, progress: Progress, wait: bool) -> None:
         state = {"stage": stage.number, **asdict(progress), "made_with": self.made_with}
-        state |= {"vae": self.vae.config.to_dict(), "dit": self.dit.config.to_dict()}
+        state |= self.system.configs()
         state |= {"data": self.inputs.digests(), "generation": self.generation, "written": time.time()}
         files = {
             RECIPE: commented(self.recipe),
@@ -541,15 +500,3 @@ class Trainer:
 def _add(sums: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
     for name, term in terms.items():
         sums[name] = sums[name] + term if name in sums else term
-
-
-def _vae(networks: nn.ModuleDict) -> TextVAE:
-    vae = networks["vae"]
-    assert isinstance(vae, TextVAE)
-    return vae
-
-
-def _dit(networks: nn.ModuleDict) -> DiT:
-    dit = networks["dit"]
-    assert isinstance(dit, DiT)
-    return dit

@@ -1,0 +1,112 @@
+"""log p(x) of the baselines: exact for AR, LLaDA's own lower bound.
+
+AR: sum over i of log p(x_i | x_<i). LLaDA (arXiv 2502.09992, equation 6): with l uniform on 1..L and l of the
+L tokens masked at random,
+
+    log p(x) >= E_l E_mask [ L / l * sum over masked i of log p(x_i | the unmasked) ]
+
+A given context is visible throughout, and never masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from colada.baselines.model import DecoderLM
+from colada.errors import ColadaError
+from colada.generation import block_generator
+
+
+@torch.inference_mode()
+def log_likelihood(
+    model: DecoderLM,
+    contexts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    *,
+    samples: int = 32,
+    seed: int = 0,
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Return log p(text | context) of each text, in nats: exact for AR, the mean of a bound for LLaDA.
+
+    Args:
+        contexts: ids, may be empty.
+        texts: ids, none empty.
+        samples: masks drawn for each text of a LLaDA model; not looked at for AR.
+        seed: text i, sample k have the stream of (seed, i, k): results do not depend on ``batch``.
+        batch: texts computed together.
+        progress: called after every batch with how many texts are done, and of how many.
+
+    Raises:
+        ColadaError: for a value out of range, or an empty text.
+    """
+    for name, value in (("samples", samples), ("batch", batch)):
+        if value < 1:
+            raise ColadaError(f"{name}={value}, expected at least 1")
+    for number, text in enumerate(texts):
+        if not len(text):
+            raise ColadaError(f"text {number} has no tokens")
+    found: list[float] = []
+    for begin in range(0, len(texts), batch):
+        some = slice(begin, begin + batch)
+        if model.objective == "ar":
+            found += _exact(model, contexts[some], texts[some])
+        else:
+            numbers = range(begin, min(begin + batch, len(texts)))
+            drawn = [_masked(model, contexts[some], texts[some], numbers, seed, k) for k in range(samples)]
+            found += torch.stack(drawn).mean(0).tolist()
+        if progress is not None:
+            progress(len(found), len(texts))
+    return found
+
+
+def _exact(
+    model: DecoderLM, contexts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+) -> list[float]:
+    bos = model.decoder.config.bos_token_id
+    rows = [[bos, *context, *text][:-1] for context, text in zip(contexts, texts, strict=True)]
+    return _sums(model, rows, texts, [torch.arange(len(text)) for text in texts]).tolist()
+
+
+def _masked(
+    model: DecoderLM,
+    contexts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    seed: int,
+    sample: int,
+) -> Tensor:
+    """Return one sample of the bound of each text, float64 (B,)."""
+    mask, rows, chosen, weights = model.decoder.config.mask_id, [], [], []
+    for number, context, text in zip(numbers, contexts, texts, strict=True):
+        # A generator of (seed, text, sample), like those of blocks.
+        generator = block_generator(seed, number, 2 + sample)
+        count = int(torch.randint(1, len(text) + 1, (), generator=generator))
+        where = torch.randperm(len(text), generator=generator)[:count].sort().values
+        ids = torch.tensor(text)
+        ids[where] = mask
+        rows.append([*context, *ids.tolist()])
+        chosen.append(where)
+        weights.append(len(text) / count)
+    return _sums(model, rows, texts, chosen) * torch.tensor(weights, dtype=torch.float64)
+
+
+def _sums(
+    model: DecoderLM, rows: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], chosen: Sequence[Tensor]
+) -> Tensor:
+    """Return the sum of log p of the chosen tokens of each text, float64 (B,); texts end where rows do."""
+    device = model.device
+    ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
+    where = torch.cat([end - len(text) + own for end, text, own in zip(ends, texts, chosen, strict=True)]).to(
+        device
+    )
+    wanted = torch.cat([torch.tensor(text)[own] for text, own in zip(texts, chosen, strict=True)]).to(device)
+    packed = torch.tensor([token for row in rows for token in row], device=device)
+    logits = model.decoder(packed, model.decoder.layout([len(row) for row in rows]), where)
+    each = -F.cross_entropy(logits.double(), wanted, reduction="none").cpu()
+    return torch.stack([own.sum() for own in each.split([len(own) for own in chosen])])

@@ -1,0 +1,65 @@
+"""A baseline's directory to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from colada.baselines.autoregressive import AutoregressiveLM
+from colada.baselines.config import DecoderConfig
+from colada.baselines.decoder import Decoder
+from colada.baselines.masked import MaskedLM
+from colada.baselines.model import DecoderLM
+from colada.chat import read_template
+from colada.checkpoint import (
+    CHAT_TEMPLATE_FILE,
+    DECODER_DIR,
+    GENERATION_FILE,
+    find_tokenizer,
+    read_json,
+    read_weights,
+)
+from colada.tokenizer import Tokenizer
+
+MODELS: dict[str, type[DecoderLM]] = {"ar": AutoregressiveLM, "llada": MaskedLM}
+"""By objective."""
+
+
+def read_decoder_config(directory: Path) -> DecoderConfig:
+    """Return the configuration in a baseline's directory; raises ColadaError naming file and key."""
+    file = directory / DECODER_DIR / "config.json"
+    return DecoderConfig.from_dict(read_json(file), str(file))
+
+
+def load_decoder(
+    directory: Path,
+    origin: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> DecoderLM:
+    """Load a baseline; see :func:`colada.load`.
+
+    Args:
+        directory: with ``decoder/``.
+        origin: what the model is called.
+        device: where to put the network.
+        dtype: convert the weights; they keep the file's type by default.
+
+    Raises:
+        ColadaError: for what is missing, damaged or inconsistent.
+    """
+    config = read_decoder_config(directory)
+    file, settings, template = (
+        find_tokenizer(directory),
+        directory / GENERATION_FILE,
+        directory / CHAT_TEMPLATE_FILE,
+    )
+    return MODELS[config.objective](
+        read_weights(lambda: Decoder(config), directory / DECODER_DIR, dtype, device),
+        Tokenizer.from_file(file) if file is not None else None,
+        origin=origin,
+        generation=read_json(settings) if settings.is_file() else None,
+        chat_template=read_template(template) if template.is_file() else None,
+    )

@@ -1,0 +1,152 @@
+"""A baseline as users see it: the interface of every language model, over a decoder."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self, Unpack
+
+import torch
+
+from colada.baselines.decoder import Decoder
+from colada.checkpoint import DECODER_DIR, write_model
+from colada.errors import ColadaError
+from colada.language_model import LanguageModel
+from colada.sampling import Sampling
+from colada.settings import (
+    RELEASED_SETTINGS,
+    SAMPLING_SETTINGS,
+    Prompt,
+    Settings,
+    one_each,
+    require_count,
+    several,
+)
+from colada.streaming import Chunk, Completion, Transcript
+from colada.tokenizer import Tokenizer
+
+DEFAULTS = {name: RELEASED_SETTINGS[name] for name in (*SAMPLING_SETTINGS, "seed", "stop", "end_ids")}
+"""Settings that both baselines have."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What is asked for, of all prompts together.
+
+    Attributes:
+        prompts: ids.
+        transcripts: one each, which follow what is written and say when it is done.
+        seeds: one each, of the token draws.
+        sampling: how tokens are picked.
+        steps: passes a block, where there are blocks; None for as many as tokens.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    transcripts: Sequence[Transcript]
+    seeds: Sequence[int]
+    sampling: Sampling
+    steps: int | None = None
+
+
+class DecoderLM(LanguageModel):
+    """A baseline, ready to use.
+
+    Args:
+        decoder: the network; its ``objective`` must be the class's.
+        tokenizer, origin, generation, chat_template: see :class:`LanguageModel`.
+
+    Raises:
+        ColadaError: if the parts do not fit each other.
+    """
+
+    objective: ClassVar[str]
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None = None,
+        *,
+        origin: str = "",
+        generation: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        if decoder.config.objective != self.objective:
+            raise ColadaError(f"objective={decoder.config.objective!r}, expected {self.objective!r}")
+        self.decoder = decoder.eval()
+        super().__init__(tokenizer, origin, generation, chat_template)
+
+    @property
+    def arch(self) -> str:
+        """ "ar" or "llada"."""
+        return self.objective
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+        return self.decoder.config.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.decoder.wte.weight.device
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move or convert the network in place, and return self."""
+        self.decoder.to(device, dtype)
+        return self
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``decoder/``, tokenizer and settings; see :func:`colada.checkpoint.write_model`."""
+        save_tokenizer = self.tokenizer.save if self.tokenizer is not None else None
+        networks = {DECODER_DIR: self.decoder}
+        write_model(Path(directory), networks, save_tokenizer, self.generation, self.chat_template)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **settings: Unpack[Settings]
+    ) -> list[Completion]:
+        """Continue every prompt, in one batch; see :meth:`LanguageModel.generate`."""
+        writing = self._writing(prompts, max_new_tokens, settings)
+        for _ in self._chunks(writing):
+            pass
+        return [
+            Completion(own.text, tuple(own.tokens), own.finish_reason or "length", seed)
+            for own, seed in zip(writing.transcripts, writing.seeds, strict=True)
+        ]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 64,
+        *,
+        guesses: bool = False,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Chunk]:
+        """Yield a chunk after every token or block of every prompt; there are no guesses."""
+        return self._chunks(self._writing(prompts, max_new_tokens, settings))
+
+    def _writing(
+        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings
+    ) -> Writing:
+        prompts = several(prompts)
+        require_count("max_new_tokens", max_new_tokens)
+        chosen = self.chosen(settings)
+        stop, end_ids = self.endings(chosen)
+        steps = chosen.get("steps")
+        if steps is not None:
+            require_count("steps", steps)
+        return Writing(
+            [self.ids(prompt) for prompt in prompts],
+            [Transcript(self.tokenizer, 0, max_new_tokens, stop, end_ids) for _ in prompts],
+            one_each("seed", chosen["seed"], len(prompts), 1),
+            Sampling(**{name: chosen[name] for name in SAMPLING_SETTINGS}),
+            steps,
+        )
+
+    def _chunks(self, writing: Writing) -> Iterator[Chunk]:
+        return self._run(writing) if writing.prompts else iter(())
+
+    @abstractmethod
+    def _run(self, writing: Writing) -> Iterator[Chunk]:
+        """Write until every transcript has a finish reason; there is at least one prompt."""

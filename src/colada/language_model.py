@@ -1,0 +1,181 @@
+"""What every model that writes has in common, whatever its architecture."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, Unpack
+
+import torch
+
+from colada.chat import check_messages, render
+from colada.checkpoint import CHAT_TEMPLATE_FILE
+from colada.errors import ColadaError
+from colada.settings import Prompt, Settings, check_settings
+from colada.streaming import Chunk, Completion
+from colada.tokenizer import Tokenizer
+
+ARCHITECTURES = {"cola": "Cola DLM", "ar": "autoregressive", "llada": "LLaDA"}
+"""By name, what readers call it."""
+
+
+class LanguageModel(ABC):
+    """A model that continues texts: :class:`~colada.model.ColaDLM`, or a baseline.
+
+    Args:
+        tokenizer: without one, prompts are ids and text is empty.
+        origin: where the model is from.
+        generation: settings with which this model measures best, over :attr:`defaults`.
+        chat_template: how :meth:`chat` writes conversations; Jinja, see :mod:`colada.chat`.
+
+    Raises:
+        ColadaError: if the tokenizer or the settings do not fit.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]]
+    """The settings that this kind of model has, and their values."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        origin: str,
+        generation: Mapping[str, Any] | None,
+        chat_template: str | None,
+    ) -> None:
+        self.tokenizer, self.origin, self.chat_template = tokenizer, origin, chat_template
+        if tokenizer is not None and tokenizer.vocab_size > self.vocab_size:
+            raise ColadaError(
+                f"{origin or 'model'}: the tokenizer has {tokenizer.vocab_size} entries, "
+                f"the model vocab_size={self.vocab_size}"
+            )
+        check_settings(generation or {}, f"{origin}: generation settings")
+        self.generation = dict(generation or {})
+
+    @property
+    @abstractmethod
+    def arch(self) -> str:
+        """One of :data:`ARCHITECTURES`."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @abstractmethod
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move or convert the weights in place, and return self."""
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> None:
+        """Write a directory that :func:`colada.load` reads. Raises ColadaError if it cannot be written."""
+
+    @abstractmethod
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 64,
+        *,
+        guesses: bool = False,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Chunk]:
+        """Yield what each prompt's continuation grows by; arguments as :meth:`generate`.
+
+        With ``guesses``, also how what is under way would read now, for models that have such a thing.
+        Arguments are checked here, before the first chunk is asked for.
+        """
+
+    @abstractmethod
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **settings: Unpack[Settings]
+    ) -> list[Completion]:
+        """Continue every prompt.
+
+        Args:
+            prompts: texts, or lists of ids; one or several.
+            max_new_tokens: how many tokens each gets, unless an end token or stop string is first.
+            settings: see :class:`Settings`.
+
+        Returns: one completion a prompt, in order.
+
+        Raises:
+            ColadaError: naming the argument at fault.
+        """
+
+    def chosen(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all settings of a generation: those given, else the model's own, else the defaults.
+
+        Raises:
+            ColadaError: for one of the wrong type, or that this kind of model does not have.
+        """
+        check_settings(settings)
+        given = {name: value for name, value in settings.items() if value is not None}
+        for name, value in given.items():
+            if name not in self.defaults:
+                kind = ARCHITECTURES[self.arch]
+                raise ColadaError(f"{name}={value!r}: {self.origin or 'the model'} ({kind}) has no {name}")
+        return {**self.defaults, **self.generation, **given}
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's ids: a text's tokens, or the ids themselves once checked.
+
+        Raises:
+            ColadaError: for a text without a tokenizer, or an id outside the vocabulary.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ColadaError("this model has no tokenizer.json: give prompts as lists of ids")
+            return self.tokenizer.encode(prompt)
+        for token in prompt:
+            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise ColadaError(
+                    f"prompt id {token!r}, expected whole numbers from 0 to {self.vocab_size - 1}"
+                )
+        return list(prompt)
+
+    def endings(self, chosen: Mapping[str, Any]) -> tuple[list[str], Sequence[int]]:
+        """Return the stop strings and end tokens of chosen settings.
+
+        Raises:
+            ColadaError: for stop strings without a tokenizer, or an empty one.
+        """
+        stop = [chosen["stop"]] if isinstance(chosen["stop"], str) else list(chosen["stop"])
+        if stop and self.tokenizer is None:
+            raise ColadaError("stop strings need a tokenizer, and this model has none")
+        if "" in stop:
+            raise ColadaError("stop='', expected strings of at least one character")
+        end_ids = chosen["end_ids"]
+        if end_ids is None:
+            end_ids = self.tokenizer.end_ids if self.tokenizer is not None else ()
+        return stop, end_ids
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], max_new_tokens: int = 256, **settings: Unpack[Settings]
+    ) -> Completion:
+        """Return the assistant's answer to a conversation, without the token that ends it.
+
+        Args:
+            messages: objects with ``role`` and ``content``, as in training.
+            max_new_tokens, settings: see :meth:`generate`.
+
+        Raises:
+            ColadaError: if the model has no chat template, or for a malformed conversation.
+        """
+        return self.generate([self.chat_prompt(messages)], max_new_tokens, **settings)[0]
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return a conversation as the text that the assistant's answer continues; raises as :meth:`chat`."""
+        if self.tokenizer is None:
+            raise ColadaError("this model has no tokenizer.json, and a chat is text")
+        if self.chat_template is None:
+            raise ColadaError(
+                f"{self.origin or 'this model'} has no chat template ({CHAT_TEMPLATE_FILE}): "
+                "put one into its directory, or set chat_template"
+            )
+        checked = check_messages(list(messages), self.tokenizer, "chat")
+        return render(checked, self.tokenizer, self.chat_template, "chat", answer=True)

@@ -1,0 +1,101 @@
+"""A baseline in a run: one network, one stage, on the same rows as Cola DLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from colada.baselines.decoder import Decoder
+from colada.baselines.load import MODELS
+from colada.baselines.model import DecoderLM
+from colada.baselines.objectives import MaskDraws, count, decoder_loss, draw_masks
+from colada.data.rows import Batch
+from colada.errors import ColadaError
+from colada.language_model import LanguageModel
+from colada.objectives import Counts, Loss
+from colada.tokenizer import Tokenizer
+from colada.training.decoder_plan import decoder_flops
+from colada.training.optimisation import make_optimisers
+from colada.training.parallel import compile_blocks
+from colada.training.parallel import recompute as recompute_blocks
+from colada.training.recipe import Recipe
+from colada.training.stages import LayOut, Stage, System, owned, row_generator
+
+
+class DecoderStage(Stage):
+    """The only stage of a baseline."""
+
+    def __init__(self, recipe: Recipe, decoder: Decoder) -> None:
+        self.decoder = decoder
+        optimisers = make_optimisers(decoder, recipe.baseline, recipe.baseline.lr)
+        super().__init__(1, recipe, nn.ModuleDict({"decoder": decoder}), optimisers, {})
+
+    def draw(self, rows: Sequence[int]) -> MaskDraws:
+        """Return what the loss of rows with these numbers draws: masks for LLaDA, nothing for AR."""
+        if self.decoder.config.objective == "ar":
+            return MaskDraws()
+        generators = [row_generator(self.recipe.seed, self.number, row) for row in rows]
+        return draw_masks(generators, self.section.length, self.recipe.baseline.random_length)
+
+    def count(self, rows: Batch, draws: MaskDraws) -> Counts:
+        """Return a batch's share in the counts of its step."""
+        return count(rows, draws)
+
+    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: MaskDraws, counts: Counts, step: int) -> Loss:
+        """Return the loss of rows in a step, with the network that learns or its average."""
+        decoder = networks["decoder"]
+        assert isinstance(decoder, Decoder)
+        return decoder_loss(decoder, rows, draws, counts)
+
+    def flops(self, step: int) -> float:
+        """Return the useful FLOPs of a step."""
+        section = self.section
+        return sum(decoder_flops(self.decoder.config, section.batch, section.length).values())
+
+
+class DecoderSystem(System):
+    """A decoder, a new one or that of a baseline to continue from.
+
+    Raises:
+        ColadaError: if it does not fit the recipe.
+    """
+
+    numbers = (1,)
+    block_tokens = 1
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, start: LanguageModel | None) -> None:
+        self.recipe = recipe
+        if start is None:
+            self.decoder = Decoder(recipe.decoder_config(tokenizer.vocab_size, tokenizer.end_ids[0]))
+            self.decoder.init_weights(row_generator(recipe.seed, 0, 2))
+        else:
+            if not isinstance(start, DecoderLM) or start.arch != recipe.model.arch:
+                wanted = recipe.model.arch
+                raise ColadaError(f"model.init={recipe.model.init} is {start.arch}, model.arch is {wanted!r}")
+            self.decoder = owned(start.decoder)
+            if start.vocab_size != tokenizer.vocab_size:
+                raise ColadaError(
+                    f"model.init={recipe.model.init} has vocab_size={start.vocab_size}, "
+                    f"the tokenizer {tokenizer.vocab_size}"
+                )
+        self.networks = {"decoder": self.decoder}
+
+    def prepare(self, lay_out: LayOut, recompute: bool, compiled: bool) -> None:
+        """Lay out the decoder."""
+        if recompute:
+            recompute_blocks(self.decoder)
+        if compiled:
+            compile_blocks(self.decoder)
+        lay_out({"decoder": self.decoder})
+
+    def stage(self, number: int, lay_out: LayOut) -> DecoderStage:
+        """Return the stage."""
+        return DecoderStage(self.recipe, self.decoder)
+
+    def model(self, networks: Mapping[str, nn.Module], **parts: Any) -> DecoderLM:
+        """Return the network as a model."""
+        decoder = networks["decoder"]
+        assert isinstance(decoder, Decoder)
+        return MODELS[decoder.config.objective](decoder, **parts)
