@@ -62,7 +62,9 @@ def recipes(tmp_path: Path) -> list[Path]:
     paths = []
     for name, steps in (("big", 4), ("little", 2)):
         paths.append(tmp_path / f"{name}.yaml")
-        quiet = ["run.validate_every=0", "run.sample_every=0", f"data.cache={tmp_path / 'shards'}"]
+        # No decoder is as small as the tiny Cola DLM.
+        decoder = "model.decoder={dim: 16, num_layers: 1, num_heads: 2, ffn_dim: 40}"
+        quiet = [decoder, "generation={}", "run.validate_every=0", "run.sample_every=0", f"data.cache={tmp_path / 'shards'}"]
         save_recipe(runs.recipe(f"stage1.steps={steps}", f"stage2.steps={steps}", *quiet), paths[-1])
     return paths
 
@@ -160,6 +162,21 @@ def test_an_interrupted_training_goes_on(
     assert run_study(cells, ASKED, items, out, Display()).made == [cells[0].name]
     run_study(cells, ASKED, items, whole, Display())
     runs.assert_same_run(out / cells[0].name / "training", whole / cells[0].name / "training")
+
+
+def test_all_architectures_are_trained_at_equal_cost_and_asked(
+    recipes: list[Path], benchmarks: Path, tmp_path: Path
+) -> None:
+    out, archs = tmp_path / "study", ["cola", "ar", "llada"]
+    cells = plan_cells(recipes[1:], archs, 1, "cpu")
+    outcome = run_study(cells, ASKED, ASKED.benchmarks(benchmarks), out, Display())
+    assert outcome.made == [f"little/{arch}/seed0" for arch in archs]
+    costs = {result.arch: result.cost for result in read_results(out)}
+    for cost in costs.values():
+        # Steps are whole, and the runs short: a step is a good part of one.
+        assert cost.total_flops == pytest.approx(costs["cola"].total_flops, rel=0.3)
+    for arch in archs:
+        assert len((out / f"little/{arch}/seed0/evaluation/obqa.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.usefixtures("untrained")

@@ -11,9 +11,9 @@ from typing import Any
 from colada.errors import ColadaError, nearest
 from colada.evaluation.records import replace_file
 from colada.evaluation.tasks import Task, find_task
+from colada.language_model import ARCHITECTURES
 
-ARCHS = ("cola", "ar", "llada")
-TITLES = {"cola": "Cola DLM", "ar": "AR", "llada": "LLaDA"}
+ARCHS = tuple(ARCHITECTURES)
 
 CELL_FILE = "cell.json"
 

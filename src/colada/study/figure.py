@@ -11,7 +11,8 @@ from colada.errors import ColadaError
 from colada.evaluation.records import replace_file
 from colada.evaluation.statistics import wilson
 from colada.evaluation.tasks import Task
-from colada.study.cells import ARCHS, TITLES, Result
+from colada.language_model import ARCHITECTURES
+from colada.study.cells import ARCHS, Result
 from colada.study.summary import Mean, Point, largest, markdown, points_of
 from colada.training.checkpoints import disk_errors
 
@@ -107,7 +108,7 @@ def _panel(axes: Axes, title: str, values: Sequence[tuple[Point, Mean]], chance:
                 [flops for flops, _ in own],
                 [mean.value for _, mean in own],
                 yerr=[mean.error or 0.0 for _, mean in own],
-                label=TITLES[arch],
+                label=ARCHITECTURES[arch],
                 color=COLOURS[arch],
                 marker=MARKERS[arch],
                 markersize=4,
@@ -164,7 +165,9 @@ def draw_options(points: Sequence[Point], tasks: Sequence[Task]) -> Figure:
                     [100 * share],
                     [top + place],
                     xerr=[[100 * max(0.0, share - low)], [100 * max(0.0, high - share)]],
-                    label=f"{TITLES[point.arch]}, {point.name}" if top == 0 and axes is panels[0] else None,
+                    label=f"{ARCHITECTURES[point.arch]}, {point.name}"
+                    if top == 0 and axes is panels[0]
+                    else None,
                     color=COLOURS[point.arch],
                     marker=MARKERS[point.arch],
                     markersize=4,

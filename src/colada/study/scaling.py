@@ -23,6 +23,7 @@ from colada.model import load
 from colada.study.cells import CELL_FILE, Cost, read_result, write_result
 from colada.training.checkpoints import RECIPE, disk_errors
 from colada.training.display import Display
+from colada.training.dry_run import resolve
 from colada.training.ledger import ledger
 from colada.training.recipe import Recipe, difference, load_recipe
 from colada.training.trainer import MODEL, Trainer
@@ -128,7 +129,7 @@ def plan_cells(recipes: Sequence[Path], archs: Sequence[str], seeds: int, device
         if changed is not None:
             raise ColadaError(f"{path}: {changed}, from {recipes[0]}: the points must share their data")
     costs = {
-        (point, arch): cost_of(load_recipe(path, [f"model.arch={arch}"]))
+        (point, arch): cost_of(_recipe(path, arch, 0, device))
         for point, path in points.items()
         for arch in archs
     }
@@ -142,7 +143,7 @@ def plan_cells(recipes: Sequence[Path], archs: Sequence[str], seeds: int, device
 
 
 def _recipe(path: Path, arch: str, seed: int, device: str) -> Recipe:
-    return load_recipe(path, [f"model.arch={arch}", f"seed={seed}", f"run.device={device}"])
+    return resolve(load_recipe(path, [f"model.arch={arch}", f"seed={seed}", f"run.device={device}"]))
 
 
 def cost_of(recipe: Recipe) -> Cost:
@@ -211,6 +212,8 @@ def run_cell(
         Trainer(cell.recipe, run, display).run()
         trained.touch()
     model = load(run / MODEL, device=find_device(cell.recipe.run.device))
+    settings = {**model.chosen({}), "temperature": 0.0}
+    del settings["seed"]  # Every item has its own.
     results = evaluate(
         model,
         benchmarks,
@@ -218,6 +221,7 @@ def run_cell(
         seed=cell.seed,
         max_new_tokens=asked.max_new_tokens,
         display=display,
+        **settings,
     )
     assert results is not None  # It is the only rank.
     record = results.record

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from colada.errors import ColadaError
 from colada.evaluation.statistics import wilson
 from colada.evaluation.tasks import Task
-from colada.study.cells import ARCHS, TITLES, Cost, Counts, Result
+from colada.language_model import ARCHITECTURES
+from colada.study.cells import ARCHS, Cost, Counts, Result
 from colada.training.plan import scaled
 
 Verdict = Literal["above", "at", "below"]
@@ -210,7 +211,7 @@ def _ledger_table(points: Sequence[Point]) -> str:
         rows.append(
             (
                 point.name,
-                TITLES[point.arch],
+                ARCHITECTURES[point.arch],
                 f"{cost.total_parameters:,}",
                 f"{cost.total_parameters / other.total_parameters:.3f}" if other else "–",
                 scaled(cost.total_flops),
@@ -228,7 +229,7 @@ def _score_table(points: Sequence[Point], tasks: Sequence[Task]) -> str:
     rows = [
         (
             point.name,
-            TITLES[point.arch],
+            ARCHITECTURES[point.arch],
             *(str(point.scores[task.name]) for task in tasks),
             str(point.average),
         )
@@ -253,11 +254,11 @@ def _leads(points: Sequence[Point], tasks: Sequence[Task]) -> list[str]:
         for number, task in enumerate(tasks)
     ]
     rows.append(("average", *(str(Difference.mean(parts[other.arch])) for other in others)))
-    named = [f"{TITLES[other.arch]} ({other.name})" for other in others]
+    named = [f"{ARCHITECTURES[other.arch]} ({other.name})" for other in others]
     return [
-        f"## Where {TITLES[first.arch]} leads",
-        f"{TITLES[first.arch]} ({first.name}) minus the others, in points of score, with 95% intervals over"
-        " the items of all seeds together; bold where the interval is all on one side of 0.",
+        f"## Where {ARCHITECTURES[first.arch]} leads",
+        f"{ARCHITECTURES[first.arch]} ({first.name}) minus the others, in points of score, with 95% intervals"
+        " over the items of all seeds together; bold where the interval is all on one side of 0.",
         _table(("task", *(f"minus {name}" for name in named)), rows, texts=1),
     ]
 
@@ -278,7 +279,7 @@ def _chance_table(points: Sequence[Point], tasks: Sequence[Task]) -> str:
                     verdict(pooled.right, pooled.named, task.chance) if pooled.named else "–",
                 )
             chance, scored, named, right, chosen = verdicts
-            model = f"{TITLES[point.arch]} ({point.name})"
+            model = f"{ARCHITECTURES[point.arch]} ({point.name})"
             score = _share(pooled.correct, pooled.items)
             rows.append((task.title, model, score, chance, scored, named, right, chosen))
     titles = ("task", "model", "score", "chance", "is", "names an option", "right among those", "is")
