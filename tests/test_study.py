@@ -64,7 +64,15 @@ def recipes(tmp_path: Path) -> list[Path]:
         paths.append(tmp_path / f"{name}.yaml")
         # No decoder is as small as the tiny Cola DLM.
         decoder = "model.decoder={dim: 16, num_layers: 1, num_heads: 2, ffn_dim: 40}"
-        quiet = [decoder, "generation={}", "run.validate_every=0", "run.sample_every=0", f"data.cache={tmp_path / 'shards'}"]
+        small = ["baseline.batch=1", "baseline.length=8", "baseline.warmup=1"]
+        quiet = [
+            decoder,
+            *small,
+            "generation={}",
+            "run.validate_every=0",
+            "run.sample_every=0",
+            f"data.cache={tmp_path / 'shards'}",
+        ]
         save_recipe(runs.recipe(f"stage1.steps={steps}", f"stage2.steps={steps}", *quiet), paths[-1])
     return paths
 
@@ -270,8 +278,13 @@ def make(tmp_path: Path) -> Callable[..., Result]:
         naming = {"named": 6, "right": obqa}
         record = {
             "cell": {"recipe": point, "arch": arch, "seed": seed},
-            "ledger": {"parameters": {"a": 7, "b": 3}, "flops": {"x": flops, "y": flops}, "tokens": 5}
-            | {"narrow_flops": flops},
+            "ledger": {
+                "arch": arch,
+                "parameters": {"a": 7, "b": 3, "total": 10},
+                "flops": {"x": flops, "y": flops, "total": 2 * flops},
+                "tokens": 5,
+                "narrow_flops": flops,
+            },
             "asked": {"limit": 8, **asked},
             "scores": {
                 "tasks": {

@@ -12,6 +12,7 @@ from colada.errors import ColadaError, nearest
 from colada.evaluation.records import replace_file
 from colada.evaluation.tasks import Task, find_task
 from colada.language_model import ARCHITECTURES
+from colada.training.ledger import Ledger
 
 ARCHS = tuple(ARCHITECTURES)
 
@@ -33,52 +34,6 @@ def find_archs(names: str) -> tuple[str, ...]:
         if wanted.count(name) > 1:
             raise ColadaError(f"--archs {names}: {name!r} is there twice")
     return wanted
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a model is and what its training computes.
-
-    Attributes:
-        parameters: by part.
-        flops: of the whole training run, by part, everything counted.
-        tokens: trained on.
-        narrow_flops: of the paper's narrower count.
-    """
-
-    parameters: Mapping[str, int]
-    flops: Mapping[str, float]
-    tokens: int
-    narrow_flops: float
-
-    @property
-    def total_parameters(self) -> int:
-        """All of them."""
-        return sum(self.parameters.values())
-
-    @property
-    def total_flops(self) -> float:
-        """All of them."""
-        return float(sum(self.flops.values()))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return {
-            "parameters": dict(self.parameters),
-            "flops": dict(self.flops),
-            "tokens": self.tokens,
-            "narrow_flops": self.narrow_flops,
-        }
-
-    @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Cost:
-        """Return what :meth:`to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
-        return cls(
-            {str(name): int(value) for name, value in fields["parameters"].items()},
-            {str(name): float(value) for name, value in fields["flops"].items()},
-            int(fields["tokens"]),
-            float(fields["narrow_flops"]),
-        )
 
 
 @dataclass(frozen=True)
@@ -123,7 +78,7 @@ class Result:
     point: str
     arch: str
     seed: int
-    cost: Cost
+    cost: Ledger
     asked: dict[str, Any]
     counts: dict[str, Counts]
     record: dict[str, Any]
@@ -157,13 +112,24 @@ def read_result(path: Path) -> Result:
         counts = {find_task(name).name: _counts(score) for name, score in record["scores"]["tasks"].items()}
         if not counts:
             raise ValueError("no tasks")
-        cost, asked = Cost.of(record["ledger"]), dict(record["asked"])
+        cost, asked = _ledger(record["ledger"]), dict(record["asked"])
         return Result(str(cell["recipe"]), cell["arch"], int(cell["seed"]), cost, asked, counts, record)
     except OSError as error:
         raise ColadaError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, ColadaError) as error:
         advice = "delete it, and the study makes it again from the outputs beside it"
         raise ColadaError(f"{path}: not a cell's result ({error!r}); {advice}") from None
+
+
+def _ledger(fields: Mapping[str, Any]) -> Ledger:
+    """Return the ledger that was written; totals are added up again."""
+    parameters, flops = (
+        {name: value + 0 for name, value in fields[key].items() if name != "total"}
+        for key in ("parameters", "flops")
+    )
+    return Ledger(
+        str(fields["arch"]), parameters, flops, int(fields["tokens"]), float(fields["narrow_flops"])
+    )
 
 
 def _counts(score: Mapping[str, Any]) -> Counts:

@@ -20,11 +20,11 @@ from colada.evaluation.data import Benchmark, load_benchmark
 from colada.evaluation.run import MAX_NEW_TOKENS, evaluate
 from colada.evaluation.tasks import find_task
 from colada.model import load
-from colada.study.cells import CELL_FILE, Cost, read_result, write_result
+from colada.study.cells import CELL_FILE, read_result, write_result
 from colada.training.checkpoints import RECIPE, disk_errors
 from colada.training.display import Display
 from colada.training.dry_run import resolve
-from colada.training.ledger import ledger
+from colada.training.ledger import Ledger, ledger
 from colada.training.recipe import Recipe, difference, load_recipe
 from colada.training.trainer import MODEL, Trainer
 
@@ -83,7 +83,7 @@ class Cell:
     arch: str
     seed: int
     recipe: Recipe
-    cost: Cost
+    cost: Ledger
 
     @property
     def name(self) -> str:
@@ -129,7 +129,7 @@ def plan_cells(recipes: Sequence[Path], archs: Sequence[str], seeds: int, device
         if changed is not None:
             raise ColadaError(f"{path}: {changed}, from {recipes[0]}: the points must share their data")
     costs = {
-        (point, arch): cost_of(_recipe(path, arch, 0, device))
+        (point, arch): ledger(_recipe(path, arch, 0, device))
         for point, path in points.items()
         for arch in archs
     }
@@ -144,11 +144,6 @@ def plan_cells(recipes: Sequence[Path], archs: Sequence[str], seeds: int, device
 
 def _recipe(path: Path, arch: str, seed: int, device: str) -> Recipe:
     return resolve(load_recipe(path, [f"model.arch={arch}", f"seed={seed}", f"run.device={device}"]))
-
-
-def cost_of(recipe: Recipe) -> Cost:
-    """Return the ledger of a recipe. Raises ColadaError for settings that do not fit each other."""
-    return Cost.of(ledger(recipe).to_dict())
 
 
 def run_study(

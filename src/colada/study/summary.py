@@ -11,7 +11,8 @@ from colada.errors import ColadaError
 from colada.evaluation.statistics import wilson
 from colada.evaluation.tasks import Task
 from colada.language_model import ARCHITECTURES
-from colada.study.cells import ARCHS, Cost, Counts, Result
+from colada.study.cells import ARCHS, Counts, Result
+from colada.training.ledger import Ledger
 from colada.training.plan import scaled
 
 Verdict = Literal["above", "at", "below"]
@@ -92,7 +93,7 @@ class Point:
 
     name: str
     arch: str
-    cost: Cost
+    cost: Ledger
     seeds: tuple[int, ...]
     scores: dict[str, Mean]
     average: Mean
@@ -186,8 +187,8 @@ def markdown(points: Sequence[Point], tasks: Sequence[Task]) -> str:
     return "\n\n".join(
         (
             "## What was trained",
-            "FLOPs are of the whole training run, everything counted; the narrower count is the paper's."
-            " The share is of Cola DLM's at the same point.",
+            "FLOPs are of the whole training run, everything counted; the narrow count is 6 N D, of the"
+            " network that generates latents or tokens alone. The share is of Cola DLM's at the same point.",
             _ledger_table(points),
             "## Scores",
             f"Per cent right of up to {items} items a task; mean ± standard error over {counted}. Every score"
