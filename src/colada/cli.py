@@ -25,6 +25,7 @@ from colada.options import (
     load_cola,
     load_model,
 )
+from colada.study.commands import study_app
 from colada.training import commands
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ tokenizer_app = typer.Typer(help="Train a tokenizer, and see what one does.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench", help="Measure speed.")
+app.add_typer(study_app, name="study")
 for command in (commands.train, commands.recipe, commands.report, commands.export):
     app.command()(command)
 

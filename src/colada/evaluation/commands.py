@@ -88,7 +88,7 @@ def run(
     from colada.evaluation.run import Part, evaluate
     from colada.training.display import Display
 
-    chosen = _tasks(tasks)
+    chosen = chosen_tasks(tasks)
     part = Part(*_place(rank, world))
     benchmarks = [_benchmark(task, data, prompts, shots, seed, limit, sample) for task in chosen]
     if device == "cuda":
@@ -338,7 +338,12 @@ def harness(context: typer.Context) -> None:
 # --- what they are given -------------------------------------------------------------------------
 
 
-def _tasks(names: str | None) -> list[Task]:
+def chosen_tasks(names: str | None) -> list[Task]:
+    """Return the tasks that an option names, the eight by default.
+
+    Raises:
+        ColadaError: for an unknown task, or one that is there twice.
+    """
     from colada.evaluation.tasks import THE_EIGHT, find_task
 
     wanted = list(THE_EIGHT) if names is None else [name.strip() for name in names.split(",")]

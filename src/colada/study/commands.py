@@ -1,0 +1,124 @@
+"""The commands around studies: ``study scaling``, ``study figure`` and ``study data``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from colada.errors import ColadaError
+from colada.options import DeviceOption
+
+study_app = typer.Typer(help="Train several models on the same data, and compare them.")
+
+
+@study_app.command("scaling")
+def scaling(
+    recipes: Annotated[
+        list[Path], typer.Argument(metavar="RECIPE...", help="One for each compute point, named by its file.")
+    ],
+    benchmarks: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory of <task>.<split>.jsonl(.gz) records.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Directory of the study; what it has already is not made again.")
+    ] = Path("runs/scaling"),
+    archs: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Which of cola, ar, llada.")
+    ] = "cola,ar,llada",
+    seeds: Annotated[int, typer.Option(min=1, help="How many models of each kind and point.")] = 2,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Which tasks. Default: the eight.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only so many items of each task, drawn once for all. Default: all."),
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Demonstrations in each prompt.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Of an item.")] = 32,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of this process. Default: one a core.")
+    ] = None,
+    device: DeviceOption = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Train each recipe as each model, ask all of them the same items, and draw score over training FLOPs.
+
+    OUT/scaling.svg, .png, .md and .json; OUT/options.svg and .png. Stopped at any
+    moment, the same command goes on. Started several times, the processes share the work.
+    """
+    import sys
+
+    from rich.console import Console
+
+    from colada.evaluation.commands import chosen_tasks
+    from colada.study.cells import find_archs, read_results
+    from colada.study.figure import write_figures
+    from colada.study.scaling import Asked, plan_cells, run_study
+    from colada.training.display import Display
+    from colada.training.trainer import Interrupted
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    # All that can be wrong is found before anything is trained.
+    asked = Asked(tuple(task.name for task in chosen_tasks(tasks)), limit, shots, max_new_tokens)
+    cells = plan_cells(recipes, find_archs(archs), seeds, device)
+    items = asked.benchmarks(benchmarks)
+    try:
+        outcome = run_study(cells, asked, items, out, Display(Console(stderr=True, quiet=quiet)))
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(130) from None
+    finished = set(outcome.made + outcome.kept)
+    print(f"{len(finished)} of {len(cells)} cells are finished, {len(outcome.made)} of them by this process")
+    if outcome.elsewhere:
+        print(f"other processes are at {', '.join(outcome.elsewhere)}; the last to end draws all")
+    if finished:
+        results = [
+            result for result in read_results(out, but=outcome.failed) if result.asked == asked.to_dict()
+        ]
+        for path in write_figures(out, results):
+            print(f"wrote {path}")
+    if outcome.failed:
+        name, why = next(iter(outcome.failed.items()))
+        raise ColadaError(f"{len(outcome.failed)} of {len(cells)} cells failed, first {name}: {why}")
+
+
+@study_app.command("figure")
+def figure(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory of a study, finished or not.")],
+) -> None:
+    """Draw what a study has so far: its figures, tables and record."""
+    from colada.study.cells import read_results
+    from colada.study.figure import write_figures
+
+    for path in write_figures(out, read_results(out)):
+        print(f"wrote {path}")
+
+
+@study_app.command("data")
+def data(
+    benchmarks: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Directory of <task>.<split>.jsonl(.gz) records, training and scored."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the documents.")],
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Which tasks. Default: all that have a training split."),
+    ] = None,
+) -> None:
+    """Write benchmarks' training splits as text: each question as the evaluation asks it, and its answer.
+
+    Records that a task is scored on are left out. Prints what each licence allows.
+    """
+    from colada.evaluation.commands import chosen_tasks
+    from colada.study.data import TRAINING, write_documents
+
+    chosen = list(TRAINING) if tasks is None else [task.name for task in chosen_tasks(tasks)]
+    write_documents(benchmarks, out, chosen, print)

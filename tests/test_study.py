@@ -1,0 +1,451 @@
+"""The scaling study: who is trained and asked when, what is kept, what the figure says of given results."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+import runs
+from colada.cli import main
+from colada.errors import ColadaError
+from colada.evaluation.data import load_benchmark
+from colada.evaluation.tasks import find_task
+from colada.study import scaling
+from colada.study.cells import CELL_FILE, Counts, Result, find_archs, read_result, read_results, write_result
+from colada.study.data import RECORD_FILE, write_documents
+from colada.study.figure import draw_options, draw_scores, write_figures
+from colada.study.scaling import Asked, Outcome, plan_cells, run_study
+from colada.study.summary import Difference, markdown, points_of, verdict
+from colada.training.display import Display
+from colada.training.recipe import Recipe, save_recipe
+from colada.training.trainer import Interrupted, Trainer
+
+LAMBADA = [
+    {"id": n, "context": "", "question": f"Ann saw {n} birds and one", "answer": "cat"} for n in range(6)
+]
+OBQA = [
+    {
+        "id": n,
+        "context": "",
+        "question": f"Which of {n}?",
+        "choices": ["red", "blue", "green", "grey"],
+        "answer": "blue",
+        "answer_index": 1,
+    }
+    for n in range(6)
+]
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture
+def benchmarks(tmp_path: Path) -> Path:
+    directory = tmp_path / "benchmarks"
+    directory.mkdir()
+    write_records(directory / "lambada.test.jsonl", LAMBADA)
+    write_records(directory / "obqa.test.jsonl", OBQA)
+    return directory
+
+
+@pytest.fixture
+def recipes(tmp_path: Path) -> list[Path]:
+    """Two points; the one named first is the more expensive."""
+    paths = []
+    for name, steps in (("big", 4), ("little", 2)):
+        paths.append(tmp_path / f"{name}.yaml")
+        # No decoder is as small as the tiny Cola DLM.
+        decoder = "model.decoder={dim: 16, num_layers: 1, num_heads: 2, ffn_dim: 40}"
+        small = ["baseline.batch=1", "baseline.length=8", "baseline.warmup=1"]
+        quiet = [
+            decoder,
+            *small,
+            "generation={}",
+            "run.validate_every=0",
+            "run.sample_every=0",
+            f"data.cache={tmp_path / 'shards'}",
+        ]
+        save_recipe(runs.recipe(f"stage1.steps={steps}", f"stage2.steps={steps}", *quiet), paths[-1])
+    return paths
+
+
+ASKED = Asked(("lambada", "obqa"), limit=3, max_new_tokens=4)
+
+
+def study(recipes: list[Path], benchmarks: Path, out: Path, asked: Asked = ASKED, seeds: int = 1) -> Outcome:
+    cells = plan_cells(recipes, ["cola"], seeds, "cpu")
+    return run_study(cells, asked, asked.benchmarks(benchmarks), out, Display())
+
+
+class CopyingTrainer:
+    """Stands in for the trainer: a model that was trained once, whatever the recipe."""
+
+    def __init__(self, recipe: Recipe, out: Path, display: Display) -> None:
+        out.mkdir(parents=True)
+        save_recipe(recipe, out / "recipe.yaml")
+        self.out = out
+
+    def run(self) -> None:
+        shutil.copytree(self.model, self.out / "model")
+
+    model: Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained")
+    Trainer(runs.recipe("run.validate_every=0", "run.sample_every=0", "run.save_every=100"), out).run()
+    return out / "model"
+
+
+@pytest.fixture
+def untrained(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training costs nothing, where what is tested is all else."""
+    monkeypatch.setattr(CopyingTrainer, "model", trained, raising=False)
+    monkeypatch.setattr(scaling, "Trainer", CopyingTrainer)
+
+
+def forbid(*arguments: object, **options: object) -> None:
+    raise AssertionError("this was done before")
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("untrained")
+def test_all_points_of_a_seed_come_first_and_nothing_is_done_twice(
+    recipes: list[Path], benchmarks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "study"
+    cells = ["little/cola/seed0", "big/cola/seed0", "little/cola/seed1", "big/cola/seed1"]
+    assert study(recipes, benchmarks, out, seeds=2).made == cells
+    result = read_result(out / cells[0] / CELL_FILE)
+    assert (result.point, result.arch, result.seed) == ("little", "cola", 0)
+    assert [(name, counts.items) for name, counts in result.counts.items()] == [("lambada", 3), ("obqa", 3)]
+    assert result.cost.total_flops > 0
+    assert "torch" in result.record["made_with"]
+
+    monkeypatch.setattr(scaling, "Trainer", forbid)
+    monkeypatch.setattr(scaling, "evaluate", forbid)
+    again = study(recipes, benchmarks, out, seeds=2)
+    assert (again.made, again.kept, again.failed) == ([], cells, {})
+
+
+@pytest.mark.usefixtures("untrained")
+def test_what_was_trained_before_an_interrupt_is_not_trained_again(
+    recipes: list[Path], benchmarks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "study"
+    with monkeypatch.context() as patch:
+        patch.setattr(scaling, "evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            study(recipes[1:], benchmarks, out)
+    weights = next((out / "little/cola/seed0/training/model").rglob("*.safetensors")).read_bytes()
+
+    monkeypatch.setattr(scaling, "Trainer", forbid)
+    assert study(recipes[1:], benchmarks, out).made == ["little/cola/seed0"]
+    assert weights == next((out / "little/cola/seed0/training/model").rglob("*.safetensors")).read_bytes()
+
+
+def test_an_interrupted_training_goes_on(
+    recipes: list[Path], benchmarks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = plan_cells(recipes[:1], ["cola"], 1, "cpu")
+    out, whole = tmp_path / "study", tmp_path / "whole"
+    items = ASKED.benchmarks(benchmarks)
+    with pytest.raises(Interrupted):
+        run_study(cells, ASKED, items, out, runs.At(2, 3))
+    assert not (out / cells[0].name / CELL_FILE).exists()
+    assert run_study(cells, ASKED, items, out, Display()).made == [cells[0].name]
+    run_study(cells, ASKED, items, whole, Display())
+    runs.assert_same_run(out / cells[0].name / "training", whole / cells[0].name / "training")
+
+
+def test_all_architectures_are_trained_at_equal_cost_and_asked(
+    recipes: list[Path], benchmarks: Path, tmp_path: Path
+) -> None:
+    out, archs = tmp_path / "study", ["cola", "ar", "llada"]
+    cells = plan_cells(recipes[1:], archs, 1, "cpu")
+    outcome = run_study(cells, ASKED, ASKED.benchmarks(benchmarks), out, Display())
+    assert outcome.made == [f"little/{arch}/seed0" for arch in archs]
+    costs = {result.arch: result.cost for result in read_results(out)}
+    for cost in costs.values():
+        # Steps are whole, and the runs short: a step is a good part of one.
+        assert cost.total_flops == pytest.approx(costs["cola"].total_flops, rel=0.3)
+    for arch in archs:
+        assert len((out / f"little/{arch}/seed0/evaluation/obqa.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.usefixtures("untrained")
+def test_more_items_keep_the_outputs_there_are(
+    recipes: list[Path], benchmarks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "study"
+    study(recipes[1:], benchmarks, out)
+    outputs = out / "little/cola/seed0/evaluation/obqa.jsonl"
+    before = outputs.read_text()
+    monkeypatch.setattr(scaling, "Trainer", forbid)
+    more = Asked(ASKED.tasks, limit=5, max_new_tokens=4)
+    assert study(recipes[1:], benchmarks, out, more).made == ["little/cola/seed0"]
+    assert outputs.read_text().startswith(before)
+    assert read_results(out)[0].counts["obqa"].items == 5
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_cell_that_another_process_is_at_is_left_to_it(
+    recipes: list[Path], benchmarks: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    (out / "little/cola/seed0").mkdir(parents=True)
+    with FileLock(out / "little/cola/seed0/lock"):
+        outcome = study(recipes, benchmarks, out)
+    assert (outcome.made, outcome.elsewhere) == (["big/cola/seed0"], ["little/cola/seed0"])
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_damaged_cell_is_named_and_the_others_go_on(
+    recipes: list[Path], benchmarks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "study"
+    damaged = out / "little/cola/seed0" / CELL_FILE
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text('{"cell": {"recipe": "little"')
+    command = ["study", "scaling", *map(str, recipes), "--benchmarks", str(benchmarks), "--out", str(out)]
+    command += ["--archs", "cola", "--seeds", "1", "--tasks", "lambada,obqa", "--limit", "3", "-n", "4", "-q"]
+    assert main(command) == 2
+    assert f"1 of 2 cells failed, first little/cola/seed0: {damaged}" in capsys.readouterr().err
+    assert (out / "big/cola/seed0" / CELL_FILE).is_file()
+    assert main(["study", "figure", str(out)]) == 2
+    assert str(damaged) in capsys.readouterr().err
+
+    damaged.unlink()
+    assert main(command) == 0
+    assert "2 of 2 cells are finished, 1 of them by this process" in capsys.readouterr().out
+    record = json.loads((out / "scaling.json").read_text())
+    assert [(point["recipe"], point["seeds"]) for point in record["points"]] == [
+        ("little", [0]),
+        ("big", [0]),
+    ]
+    assert all("ledger" in cell and "commit" not in cell for cell in record["cells"])
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_cell_trained_with_another_recipe_is_refused(
+    recipes: list[Path], benchmarks: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    study(recipes[1:], benchmarks, out)
+    recipes[1].write_text(recipes[1].read_text().replace("mask_ratio: 0.15", "mask_ratio: 0.2"))
+    failed = study(recipes[1:], benchmarks, out).failed["little/cola/seed0"]
+    assert "stage1.mask_ratio was 0.15 and is now 0.2" in failed
+
+
+def test_bad_requests_are_named(recipes: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ColadaError, match=r"unknown architecture 'lada' \(did you mean 'llada'\?\)"):
+        find_archs("cola,lada")
+    with pytest.raises(ColadaError, match="'ar' is there twice"):
+        find_archs("ar,cola,ar")
+    other = tmp_path / "other"
+    other.mkdir()
+    twin = other / "big.yaml"
+    twin.write_text(recipes[0].read_text())
+    with pytest.raises(ColadaError, match="recipes of one name"):
+        plan_cells([*recipes, twin], ["cola"], 1, "cpu")
+    recipes[1].write_text(recipes[1].read_text().replace("align: 0.5", "align: 0.25"))
+    with pytest.raises(ColadaError, match=r"data\.align was 0\.5 and is now 0\.25.*must share their data"):
+        plan_cells(recipes, ["cola"], 1, "cpu")
+
+
+# --- what the results say ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Result]:
+    """Writes a cell's file with scores of 8 items a task, and reads it."""
+
+    def make(point: str, arch: str, seed: int, flops: float, lambada: int, obqa: int, **asked: Any) -> Result:
+        naming = {"named": 6, "right": obqa}
+        record = {
+            "cell": {"recipe": point, "arch": arch, "seed": seed},
+            "ledger": {
+                "arch": arch,
+                "parameters": {"a": 7, "b": 3, "total": 10},
+                "flops": {"x": flops, "y": flops, "total": 2 * flops},
+                "tokens": 5,
+                "narrow_flops": flops,
+            },
+            "asked": {"limit": 8, **asked},
+            "scores": {
+                "tasks": {
+                    "lambada": {"items": 8, "correct": lambada},
+                    "obqa": {"items": 8, "correct": obqa, "naming": naming},
+                }
+            },
+        }
+        path = tmp_path / point / arch / f"seed{seed}" / CELL_FILE
+        path.parent.mkdir(parents=True)
+        write_result(path, record)
+        return read_result(path)
+
+    return make
+
+
+def test_means_and_errors_over_seeds(make: Callable[..., Result]) -> None:
+    results = [make("one", "cola", seed, 50.0, correct, 4) for seed, correct in enumerate((2, 4, 6))]
+    (point,) = points_of(results)
+    # 25, 50 and 75%: their standard deviation is 25, so the mean's error 25 / sqrt(3).
+    assert point.scores["lambada"].value == pytest.approx(50)
+    assert point.scores["lambada"].error == pytest.approx(14.433757)
+    assert point.scores["obqa"].error == pytest.approx(0)
+    # Averages 37.5, 50 and 62.5.
+    assert point.average.value == pytest.approx(50)
+    assert point.average.error == pytest.approx(12.5 / math.sqrt(3))
+    assert (point.pooled["obqa"].items, point.pooled["obqa"].correct) == (24, 12)
+    assert (point.pooled["obqa"].named, point.pooled["obqa"].right) == (18, 12)
+    assert (point.cost.total_parameters, point.cost.total_flops) == (10, 100.0)
+    record = point.to_dict(results[0].tasks)
+    # p ± z sqrt(p (1 - p) / n), solved for p by hand: 12 of 24.
+    assert record["tasks"]["obqa"]["interval_95"] == pytest.approx([31.43, 68.57], abs=0.01)
+    assert record["tasks"]["obqa"]["is"] == "above"
+
+
+def test_one_seed_has_no_error(make: Callable[..., Result]) -> None:
+    (point,) = points_of([make("one", "ar", 0, 1.0, 1, 1)])
+    assert point.scores["lambada"].error is None
+    assert str(point.scores["lambada"]) == "12.5"
+
+
+def test_verdicts() -> None:
+    assert verdict(40, 64, 0.25) == "above"
+    assert verdict(16, 64, 0.25) == "at"
+    assert verdict(1, 64, 0.25) == "below"
+    assert verdict(0, 0, 0.25) == "at"  # Nothing is known.
+
+
+def test_differences() -> None:
+    # Newcombe's example (1998, table II, a): 56/70 - 48/80 = 0.2, from 0.0524 to 0.3339.
+    found = Difference.of(Counts(70, 56), Counts(80, 48))
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    assert str(found) == "**+20.0 (+5.2 to +33.4)**"
+    mean = Difference.mean([Difference(0.2, 0.1, 0.5), Difference(-0.2, -0.2, 0.2)])
+    assert (mean.value, mean.low, mean.high) == pytest.approx((0.0, -0.05, 0.25))
+    assert str(mean) == "+0.0 (−5.0 to +25.0)"
+
+
+def test_results_that_do_not_belong_together_are_refused(make: Callable[..., Result]) -> None:
+    results = [make("one", "cola", 0, 1.0, 1, 1), make("one", "cola", 1, 1.0, 1, 1, limit=9)]
+    with pytest.raises(ColadaError, match=r"one/cola/seed1 was asked .*'limit': 9"):
+        points_of(results)
+    with pytest.raises(ColadaError, match="one/cola/seed2: its ledger is not that of seed 0"):
+        points_of([results[0], make("one", "cola", 2, 2.0, 1, 1)])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('"correct": 1', '"correct": 9', "impossible counts"),
+        ('"items"', '"item"', "KeyError('items')"),
+        ('"cola"', '"coal"', "arch 'coal'"),
+        ('"lambada"', '"lambda"', "did you mean 'lambada'"),
+        ('"flops": {', '"flop": {', "KeyError('flops')"),
+    ],
+)
+def test_damage_is_named(
+    make: Callable[..., Result], tmp_path: Path, old: str, new: str, reason: str
+) -> None:
+    make("one", "cola", 0, 1.0, 1, 1)
+    path = tmp_path / "one/cola/seed0" / CELL_FILE
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ColadaError) as error:
+        read_results(tmp_path)
+    assert str(path) in str(error.value)
+    assert reason in str(error.value)
+
+
+def test_the_figure_shows_the_means_their_errors_and_chance(make: Callable[..., Result]) -> None:
+    results = [
+        make(point, arch, seed, flops, seed + extra, 2)
+        for point, flops, extra in (("one", 1e12, 1), ("two", 4e12, 3))
+        for arch in ("cola", "ar")
+        for seed in (0, 1)
+    ]
+    points = points_of(results)
+    assert [(point.arch, point.name) for point in points] == [
+        ("cola", "one"),
+        ("cola", "two"),
+        ("ar", "one"),
+        ("ar", "two"),
+    ]
+    figure = draw_scores(points, results[0].tasks)
+    lambada, obqa, average = figure.axes
+    assert [axes.get_title("left") for axes in figure.axes] == ["LAMBADA", "OBQA", "Average of 2"]
+    line = lambada.containers[0].lines[0]
+    assert line.get_xdata().tolist() == [2e12, 8e12]
+    assert line.get_ydata().tolist() == [18.75, 43.75]  # of 1 and 2, of 3 and 4, in 8
+    # Two values that are 12.5 apart: the standard error is half of it.
+    segments = lambada.containers[0].lines[2][0].get_segments()
+    assert [segment[:, 1].tolist() for segment in segments] == [[12.5, 25.0], [37.5, 50.0]]
+    chance = [line for line in obqa.lines if line.get_label() == "chance"]
+    assert chance[0].get_ydata() == [25.0, 25.0]
+    assert not [line for axes in (lambada, average) for line in axes.lines if line.get_label() == "chance"]
+    named, right = draw_options(points, results[0].tasks).axes
+    assert named.containers[0].lines[0].get_xdata() == [75.0]
+    assert right.containers[0].lines[0].get_xdata() == [pytest.approx(100 / 3)]
+
+
+def test_figures_tables_and_record_are_written(make: Callable[..., Result], tmp_path: Path) -> None:
+    results = [make("one", arch, 0, flops, 1, 2) for arch, flops in (("cola", 1e12), ("llada", 1.02e12))]
+    written = {path.name for path in write_figures(tmp_path, results)}
+    assert written == {
+        *("scaling.svg", "scaling.png", "options.svg", "options.png"),
+        *("scaling.md", "scaling.json"),
+    }
+    tables = markdown(points_of(results), results[0].tasks)
+    assert (tmp_path / "scaling.md").read_text() == tables + "\n"
+    assert "| one | LLaDA | 10 | 1.000 | 2.04 T | 1.020 | 1.02 T | 5 | 1 |" in tables
+    assert "| one | Cola DLM | 12.5 | 25.0 | 18.8 |" in tables
+    assert "| task | minus LLaDA (one) |\n| --- | ---: |\n| LAMBADA | +0.0 (" in tables
+    assert "| OBQA | Cola DLM (one) | 25.0 (7.1 to 59.1) | 25.0 | at | 75.0 (40.9 to 92.9) |" in tables
+
+
+# --- in-domain text ------------------------------------------------------------------------------
+
+
+def test_documents_are_what_the_evaluation_asks_and_the_answer(benchmarks: Path, tmp_path: Path) -> None:
+    fresh = {**OBQA[0], "id": "new", "question": "Which of them?"}
+    write_records(benchmarks / "obqa.train.jsonl", [fresh, OBQA[4]])
+    said: list[str] = []
+    (written,) = write_documents(benchmarks, tmp_path / "text", ["obqa"], said.append)
+    assert (written.documents, written.scored) == (1, 1)  # The other one is asked in the evaluation.
+    (line,) = (tmp_path / "text/obqa.train.jsonl").read_text().splitlines()
+    text = json.loads(line)["text"]
+    assert text == "Question: Which of them?\n(A) red\n(B) blue\n(C) green\n(D) grey\nAnswer: blue"
+    asked = load_benchmark(find_task("obqa"), benchmarks / "obqa.train.jsonl", shots=0).items[0]
+    assert text == asked.prefix + asked.prompt + " blue"
+    assert "Apache-2.0" in said[0]
+    assert "lambada, race, squad, story_cloze" in said[1]
+    assert json.loads((tmp_path / "text" / RECORD_FILE).read_text())["files"][0]["documents"] == 1
+
+
+def test_what_is_scored_on_is_no_training_text(
+    benchmarks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_records(benchmarks / "obqa.train.jsonl", OBQA)
+    with pytest.raises(ColadaError, match=r"obqa\.train\.jsonl: every record is among those"):
+        write_documents(benchmarks, tmp_path / "text", ["obqa"])
+    with pytest.raises(ColadaError, match="lambada has no training split"):
+        write_documents(benchmarks, tmp_path / "text", ["lambada"])
+    assert main(["study", "data", "--benchmarks", str(benchmarks), "--out", str(tmp_path / "text")]) == 2
+    assert "no mmlu.dev.jsonl or mmlu.dev.jsonl.gz, data files there: lambada" in capsys.readouterr().err
+    assert not (tmp_path / "text").exists()
