@@ -434,7 +434,10 @@ def test_documents_are_what_the_evaluation_asks_and_the_answer(benchmarks: Path,
     asked = load_benchmark(find_task("obqa"), benchmarks / "obqa.train.jsonl", shots=0).items[0]
     assert text == asked.prefix + asked.prompt + " blue"
     assert "Apache-2.0" in said[0]
-    assert "lambada, race, squad, story_cloze" in said[1]
+    assert "lambada, mmlu, race, squad, story_cloze" in said[1]
+    write_documents(benchmarks, tmp_path / "letters", ["obqa"], letters=True)
+    (line,) = (tmp_path / "letters/obqa.train.jsonl").read_text().splitlines()
+    assert json.loads(line)["text"] == text.removesuffix(" blue") + " (B) blue"
     assert json.loads((tmp_path / "text" / RECORD_FILE).read_text())["files"][0]["documents"] == 1
 
 
@@ -447,5 +450,5 @@ def test_what_is_scored_on_is_no_training_text(
     with pytest.raises(ColadaError, match="lambada has no training split"):
         write_documents(benchmarks, tmp_path / "text", ["lambada"])
     assert main(["study", "data", "--benchmarks", str(benchmarks), "--out", str(tmp_path / "text")]) == 2
-    assert "no mmlu.dev.jsonl or mmlu.dev.jsonl.gz, data files there: lambada" in capsys.readouterr().err
+    assert "no hellaswag.train.jsonl or hellaswag.train.jsonl.gz, data files there: lambada" in capsys.readouterr().err
     assert not (tmp_path / "text").exists()

@@ -112,6 +112,9 @@ def data(
         str | None,
         typer.Option(metavar="NAME,...", help="Which tasks. Default: all that have a training split."),
     ] = None,
+    letters: Annotated[
+        bool, typer.Option("--letters", help="Put an option's letter before its text in the answers.")
+    ] = False,
 ) -> None:
     """Write benchmarks' training splits as text: each question as the evaluation asks it, and its answer.
 
@@ -121,4 +124,4 @@ def data(
     from colada.study.data import TRAINING, write_documents
 
     chosen = list(TRAINING) if tasks is None else [task.name for task in chosen_tasks(tasks)]
-    write_documents(benchmarks, out, chosen, print)
+    write_documents(benchmarks, out, chosen, print, letters)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from colada.errors import ColadaError
@@ -36,7 +37,6 @@ class Training:
 
 
 TRAINING: dict[str, Training] = {
-    "mmlu": Training("dev", "MIT"),
     "obqa": Training("train", "Apache-2.0"),
     "hellaswag": Training(
         "train", "MIT as released, texts under it are CC BY-NC-SA: local experiments only, ship no weights"
@@ -72,9 +72,14 @@ class Written:
     licence: str
 
 
-def document(item: Item) -> str:
-    """Return an item as a text: what a model is asked, and then the answer."""
-    return f"{item.prefix}{item.prompt} {item.answer}"
+def document(item: Item, letter: bool = False) -> str:
+    """Return an item as a text: what a model is asked, and then the answer, after its option's letter if asked.
+
+    The release's scoring reads a letter in brackets where the output is short: a model that has learnt no more
+    than the form can then be right by chance.
+    """
+    option = f" ({ascii_uppercase[item.choices.index(item.answer)]})" if letter and item.choices else ""
+    return f"{item.prefix}{item.prompt}{option} {item.answer}"
 
 
 def training_of(task: Task) -> Training:
@@ -93,6 +98,7 @@ def write_documents(
     out: Path,
     tasks: Sequence[str] = tuple(TRAINING),
     say: Callable[[str], None] = lambda line: None,
+    letters: bool = False,
 ) -> list[Written]:
     """Write ``out/<task>.<split>.jsonl``, a document a line under "text", and ``out/in-domain.json``.
 
@@ -104,6 +110,7 @@ def write_documents(
         out: made if need be.
         tasks: of which; all that have a training split by default.
         say: called with a line for each task, and one for the tasks without.
+        letters: put an option's letter before its text in the answers, see :func:`document`.
 
     Raises:
         ColadaError: for a task without a training split, or records that are missing or malformed.
@@ -120,7 +127,7 @@ def write_documents(
         kept = [record for record in records if _question(record) not in asked]
         if not kept:
             raise ColadaError(f"{source}: every record is among those that {task.name} is scored on")
-        texts[task.name] = [document(item) for item in build_items(task, kept, ())]
+        texts[task.name] = [document(item, letters) for item in build_items(task, kept, ())]
         written.append(
             Written(
                 task.name,
@@ -145,7 +152,7 @@ def write_documents(
         say(f"{one.file}: {one.documents:,} documents, {one.characters:,} characters{said} ({one.licence})")
     without = [name for name in THE_EIGHT if name not in TRAINING]
     say(f"nothing in-domain, there being no training split: {', '.join(without)}")
-    record: dict[str, Any] = {"files": [asdict(one) for one in written], "without": without}
+    record: dict[str, Any] = {"letters": letters, "files": [asdict(one) for one in written], "without": without}
     replace_file(out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
     return written
 
