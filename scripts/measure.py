@@ -12,7 +12,6 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +24,7 @@ from colada.data.documents import find_files, read_documents
 from colada.data.rows import StreamRows, batch
 from colada.data.shards import prepare
 from colada.data.sources import Source
+from colada.evaluation.generative import distinct
 from colada.flow import TimestepLaw, calibrated_loc
 from colada.objectives import (
     FlowSettings,
@@ -45,12 +45,6 @@ BATCH = 25
 def words(text: str) -> list[str]:
     """Return the words of a text, lower-case, punctuation aside."""
     return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
-
-
-def distinct2(texts: Iterable[Sequence[str]]) -> float:
-    """Return the share of different pairs among all pairs of neighbouring words."""
-    pairs = [pair for text in texts for pair in pairwise(text)]
-    return len(set(pairs)) / max(1, len(pairs))
 
 
 class Trigrams:
@@ -163,7 +157,7 @@ def main(
         result[name] = {
             "words": len(everything),
             "known_word_share": sum(word in known for word in everything) / max(1, len(everything)),
-            "distinct2": distinct2(texts),
+            "distinct2": distinct(texts, 2),
             "trigram_nats": judge.nats_per_word(texts),
         }
     result["samples"] = stories[:samples]

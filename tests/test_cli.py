@@ -653,3 +653,13 @@ def test_version_and_bare_command(run: Run) -> None:
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys; from colada.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_harness_is_an_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "lm_eval.__main__", raising=False)
+    monkeypatch.delitem(sys.modules, "colada.evaluation.harness", raising=False)
+    assert main(["eval", "harness", "--tasks", "x"]) == 2
+    assert (
+        capsys.readouterr().err.strip() == "error: eval harness needs lm_eval: pip install 'colada-lm[eval]'"
+    )

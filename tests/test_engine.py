@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from colada.engine import kernels
 from colada.engine.engine import Engine
-from colada.engine.kernels import linears
 from colada.engine.memory import Memory, Plan, Regions, Span
 from colada.engine.passes import Modulation
 from colada.engine.request import Request
@@ -328,16 +329,47 @@ def test_a_long_prefix_is_committed_in_parts(model: ColaDLM, monkeypatch: pytest
         same(blocks, reference(model, own))
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("rows", [1, 16, 33])
-def test_products_are_those_of_the_layer(rows: int) -> None:
+def test_products_are_those_of_the_layer(rows: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = torch.nn.Linear(24, 40)
     x = torch.randn(rows, 24)
     exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
-    for weight in (layer.weight, layer.weight.to(torch.bfloat16)):  # oneDNN's own call, and the layer's
-        linear, linear_gelu = linears(weight)
-        torch.testing.assert_close(linear(x, layer).double(), exact, atol=2e-6, rtol=1e-6)
-        curved = torch.nn.functional.gelu(exact, approximate="tanh")
-        torch.testing.assert_close(linear_gelu(x, layer).double(), curved, atol=2e-6, rtol=1e-6)
+    curved = torch.nn.functional.gelu(exact, approximate="tanh")
+    for available in (kernels.ONEDNN, False):  # oneDNN's own call, and the layer's
+        monkeypatch.setattr(kernels, "ONEDNN", available)
+        out = kernels.product(layer, packed=packed)(x)
+        torch.testing.assert_close(out.double(), exact, atol=2e-6, rtol=1e-6)
+        out = kernels.product(layer, gelu=True, packed=packed)(x)
+        torch.testing.assert_close(out.double(), curved, atol=2e-6, rtol=1e-6)
+
+
+def test_weights_too_large_to_be_packed_are_used_as_stored(
+    model: ColaDLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def noted(layer: torch.nn.Linear, *, gelu: bool = False, packed: bool = False) -> kernels.Product:
+        asked.append(packed)
+        return kernels.product(layer, gelu=gelu, packed=packed)
+
+    monkeypatch.setattr("colada.engine.passes.product", noted)
+    own = request(model, range(9), 12, 0)
+    for most, packed in ((2**29, True), (1000, False)):
+        monkeypatch.setattr(kernels, "PACKED_BYTES", most)
+        same(serve(Engine(model.vae, model.dit, capacity=64), [own])[0], reference(model, own))
+        assert set(asked) == {packed}
+        asked.clear()
+
+
+def test_each_call_uses_the_weights_as_they_are_then() -> None:
+    model = tiny_model()
+    before = model.generate([[1, 2, 3]], 12, seed=3)[0].tokens
+    for block in model.dit.blocks:
+        block.mlp.proj_out.weight.data.mul_(-3)  # type: ignore[union-attr, operator]
+    after = model.generate([[1, 2, 3]], 12, seed=3)[0].tokens
+    anew = ColaDLM(copy.deepcopy(model.vae), copy.deepcopy(model.dit))
+    assert before != after == anew.generate([[1, 2, 3]], 12, seed=3)[0].tokens
 
 
 # --- memory -------------------------------------------------------------------------------------

@@ -180,6 +180,10 @@ def test_hutchinson_is_used_for_wide_blocks_and_agrees(
     )
     assert estimates[0] == estimates[1] != exact.prior
     assert estimates[0].item() == pytest.approx(exact.prior, rel=0.5)
+    # An estimate's noise would enter the weights of several samples: they take the trace itself.
+    two = likelihood(model, [TEXTS[1]], samples=2, steps=3)
+    monkeypatch.undo()
+    assert two == likelihood(model, [TEXTS[1]], samples=2, steps=3)
 
 
 def test_bits_per_byte_of_the_bundled_model() -> None:

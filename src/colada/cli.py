@@ -363,6 +363,7 @@ def info(
 def _print_info(found: ModelInfo, console: Console) -> None:
     from rich.table import Table
 
+    from colada.checkpoint import DECODER_DIR, DIT_DIR, VAE_DIR
     from colada.info import BYTES
 
     def table(*columns: str, rows: Sequence[Sequence[str]]) -> None:
@@ -390,9 +391,11 @@ def _print_info(found: ModelInfo, console: Console) -> None:
     shares = [(part, f"{n:,}", f"{n / found.total:.1%}") for part, n in found.parameters.items()]
     table("Part", "Parameters", "Share", rows=[*shares, ("Total", f"{found.total:,}", "100.0%")])
     memory = [(name, _size(found.weight_bytes(name)), _size(found.history_bytes(name))) for name in BYTES]
-    table("Memory", "Weights", "History per latent", rows=memory)
-    values("Text VAE", found.vae.to_dict())
-    values("DiT", found.dit.to_dict())
+    per = "token" if DECODER_DIR in found.configs else "latent"
+    table("Memory", "Weights", f"History per {per}", rows=memory)
+    titles = {VAE_DIR: "Text VAE", DIT_DIR: "DiT", DECODER_DIR: "Decoder"}
+    for folder, config in found.configs.items():
+        values(titles[folder], config.to_dict())
     values("Generation", dict(found.generation))
     table("File", "Size", rows=[(name, _size(size)) for name, size in found.files.items()])
 

@@ -202,11 +202,12 @@ class DiT(nn.Module):
         )
 
     def two_copy_layout(
-        self, rows: int, length: int, copies: int = 1, sample: Tensor | None = None
+        self, rows: int, length: int, copies: int = 1, sample: Tensor | None = None, history: int = 0
     ) -> Layout:
         """Return the packing of rows ``[clean length - block | noisy length | ...]``, lengths in latents.
 
-        ``sample`` (rows, length) numbers the samples of each row, which do not see each other.
+        ``sample`` (rows, length) numbers the samples of each row, which do not see each other; ``history``
+        is how many latents, in whole blocks, every row follows and all its cells see.
         """
         patch = self.config.patch_size
         return Layout.rows(
@@ -216,6 +217,7 @@ class DiT(nn.Module):
             copies,
             None if sample is None else sample[:, patch - 1 :: patch],
             self.txt_in.proj.weight.device,
+            history // patch,
         )
 
     def forward(

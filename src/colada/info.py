@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from colada.baselines.config import DecoderConfig
+from colada.baselines.load import MODELS, read_decoder_config
 from colada.checkpoint import (
+    DECODER_DIR,
     DIT_DIR,
     GENERATION_FILE,
     VAE_DIR,
@@ -20,7 +23,7 @@ from colada.checkpoint import (
     read_configs,
     read_json,
 )
-from colada.config import DiTConfig, TextVAEConfig
+from colada.config import DiTConfig, NetworkConfig, TextVAEConfig
 from colada.dit import DiT
 from colada.errors import ColadaError
 from colada.model import BUNDLED
@@ -52,6 +55,13 @@ def count_parameters(vae: TextVAE, dit: DiT) -> dict[str, int]:
     return counts
 
 
+def count_decoder_parameters(config: DecoderConfig) -> dict[str, int]:
+    """Return the number of parameters of a baseline's parts."""
+    embedding, head = config.embeddings * config.dim, config.vocab_size * config.dim
+    rest = config.parameters - embedding - head
+    return {"Embedding": embedding, "Layers": rest, "Head": head}
+
+
 def history_values(vae: TextVAEConfig, dit: DiTConfig) -> float:
     """Return how many numbers a latent adds to the histories: keys and values per DiT and decoder layer."""
     prior = dit.num_layers * 2 * dit.heads * dit.head_dim / dit.patch_size
@@ -66,7 +76,8 @@ class ModelInfo:
         origin: as the user named it.
         directory: where it is on this machine.
         parameters: by part, see :data:`PARTS`.
-        vae, dit: the configurations.
+        configs: by folder of the directory.
+        history: numbers that one latent, or token of a baseline, adds to the histories.
         dtypes: types of the stored tensors, in the file format's words ("F32", "BF16").
         generation: the settings it generates with unless told otherwise.
         tokenizer: file and number of entries, or None.
@@ -76,8 +87,8 @@ class ModelInfo:
     origin: str
     directory: Path
     parameters: dict[str, int]
-    vae: TextVAEConfig
-    dit: DiTConfig
+    configs: Mapping[str, NetworkConfig]
+    history: float
     dtypes: tuple[str, ...]
     generation: Mapping[str, Any]
     tokenizer: tuple[Path, int] | None
@@ -93,8 +104,8 @@ class ModelInfo:
         return self.total * BYTES[dtype]
 
     def history_bytes(self, dtype: str) -> float:
-        """Return the memory that one latent of one sample adds to the histories."""
-        return history_values(self.vae, self.dit) * BYTES[dtype]
+        """Return the memory that one latent or token of one sample adds to the histories."""
+        return self.history * BYTES[dtype]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -105,8 +116,7 @@ class ModelInfo:
             "weight_bytes": {dtype: self.weight_bytes(dtype) for dtype in BYTES},
             "history_bytes_per_latent": {dtype: self.history_bytes(dtype) for dtype in BYTES},
             "stored_dtypes": self.dtypes,
-            "cola_vae": self.vae.to_dict(),
-            "cola_dit": self.dit.to_dict(),
+            **{folder: config.to_dict() for folder, config in self.configs.items()},
             "generation": self.generation,
             "tokenizer": self.tokenizer and {"file": str(self.tokenizer[0]), "entries": self.tokenizer[1]},
             "files": self.files,
@@ -120,24 +130,32 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> Mo
         ColadaError: if the model cannot be found, or a file cannot be read.
     """
     directory = locate(BUNDLED if where is None else where, revision)
-    vae, dit = read_configs(directory)
-    with torch.device("meta"):
-        parameters = count_parameters(TextVAE(vae), DiT(dit))
+    configs: dict[str, NetworkConfig]
+    if (directory / DECODER_DIR).is_dir():
+        decoder = read_decoder_config(directory)
+        configs, parameters = {DECODER_DIR: decoder}, count_decoder_parameters(decoder)
+        defaults = MODELS[decoder.objective].defaults
+        # A LLaDA model keeps no history: every pass reads all tokens.
+        history = 2.0 * decoder.num_layers * decoder.dim if decoder.objective == "ar" else 0.0
+    else:
+        vae, dit = read_configs(directory)
+        configs, defaults, history = {VAE_DIR: vae, DIT_DIR: dit}, RELEASED_SETTINGS, history_values(vae, dit)
+        with torch.device("meta"):
+            parameters = count_parameters(TextVAE(vae), DiT(dit))
     settings, tokenizer = directory / GENERATION_FILE, find_tokenizer(directory)
     own = [
         *directory.glob("*.json"),
         *directory.glob("*.jinja"),
-        *(directory / VAE_DIR).iterdir(),
-        *(directory / DIT_DIR).iterdir(),
+        *(file for folder in configs for file in (directory / folder).iterdir()),
     ]
     return ModelInfo(
         origin="bundled" if where is None else str(where),
         directory=directory,
         parameters=parameters,
-        vae=vae,
-        dit=dit,
-        dtypes=_dtypes(directory),
-        generation={**RELEASED_SETTINGS, **(read_json(settings) if settings.is_file() else {})},
+        configs=configs,
+        history=history,
+        dtypes=_dtypes(directory, configs),
+        generation={**defaults, **(read_json(settings) if settings.is_file() else {})},
         tokenizer=(tokenizer, Tokenizer.from_file(tokenizer).vocab_size) if tokenizer is not None else None,
         files={
             str(file.relative_to(directory)): file.stat().st_size for file in sorted(own) if file.is_file()
@@ -145,10 +163,10 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> Mo
     )
 
 
-def _dtypes(directory: Path) -> tuple[str, ...]:
+def _dtypes(directory: Path, folders: Iterable[str]) -> tuple[str, ...]:
     """Return the types of the stored tensors, from the headers of the weight files."""
     found: set[str] = set()
-    for file in sorted(directory.glob("cola_*/*.safetensors")):
+    for file in sorted(file for folder in folders for file in (directory / folder).glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as handle:
                 found.update(handle.get_slice(name).get_dtype() for name in handle.keys())  # noqa: SIM118

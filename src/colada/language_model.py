@@ -49,8 +49,9 @@ class LanguageModel(ABC):
                 f"{origin or 'model'}: the tokenizer has {tokenizer.vocab_size} entries, "
                 f"the model vocab_size={self.vocab_size}"
             )
-        check_settings(generation or {}, f"{origin}: generation settings")
         self.generation = dict(generation or {})
+        check_settings(self.generation, f"{origin}: generation settings")
+        self._require_known(self.generation)
 
     @property
     @abstractmethod
@@ -115,11 +116,14 @@ class LanguageModel(ABC):
         """
         check_settings(settings)
         given = {name: value for name, value in settings.items() if value is not None}
-        for name, value in given.items():
+        self._require_known(given)
+        return {**self.defaults, **self.generation, **given}
+
+    def _require_known(self, settings: Mapping[str, Any]) -> None:
+        for name, value in settings.items():
             if name not in self.defaults:
                 kind = ARCHITECTURES[self.arch]
                 raise ColadaError(f"{name}={value!r}: {self.origin or 'the model'} ({kind}) has no {name}")
-        return {**self.defaults, **self.generation, **given}
 
     def ids(self, prompt: Prompt) -> list[int]:
         """Return a prompt's ids: a text's tokens, or the ids themselves once checked.

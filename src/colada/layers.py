@@ -61,6 +61,12 @@ class History:
         """Return the number of committed positions."""
         return self.layers[0][0].shape[0] if self.layers else 0
 
+    def copy(self) -> History:
+        """Return a history of the same positions; what is appended to one is not in the other."""
+        copied = History()
+        copied.layers = list(self.layers)
+        return copied
+
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Append keys and values (L, K, D) of new positions to one layer."""
         if layer == len(self.layers):

@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -127,6 +128,7 @@ class Layout:
         copies: int = 0,
         sample: Tensor | None = None,
         device: torch.device | str = "cpu",
+        history: int = 0,
     ) -> Layout:
         """Return the layout of equal training rows, clean or ``[clean | noisy 1 | ... | noisy m]``.
 
@@ -134,25 +136,34 @@ class Layout:
             copies: noisy copies, which share one clean copy; see :func:`two_copy_cells`.
             sample: (rows, length), which sample of its row a position belongs to; samples do not see
                 each other. None where every row is one sample.
+            history: committed positions of each row, whole blocks, seen by all its cells.
         """
         device = torch.device(device)
         if sample is None:
-            return cls._equal_rows(rows, length, block_size, copies, device)
+            return cls._equal_rows(rows, length, block_size, copies, device, history)
         position, block, copy = (x.to(device) for x in two_copy_cells(length, block_size, copies))
-        return cls._of_cells(rows, block_size, position, block, copy, sample.to(device)[:, position])
+        own = sample.to(device)[:, position]
+        return cls._of_cells(rows, block_size, position, block, copy, own, history)
 
     @classmethod
     @lru_cache(maxsize=64)
     def _equal_rows(
-        cls, rows: int, length: int, block_size: int, copies: int, device: torch.device
+        cls, rows: int, length: int, block_size: int, copies: int, device: torch.device, history: int
     ) -> Layout:
         # Kept: a training run asks for the same layout at every step, and its block mask is slow to build.
         position, block, copy = (x.to(device) for x in two_copy_cells(length, block_size, copies))
-        return cls._of_cells(rows, block_size, position, block, copy, None)
+        return cls._of_cells(rows, block_size, position, block, copy, None, history)
 
     @classmethod
     def _of_cells(
-        cls, rows: int, block_size: int, position: Tensor, block: Tensor, copy: Tensor, sample: Tensor | None
+        cls,
+        rows: int,
+        block_size: int,
+        position: Tensor,
+        block: Tensor,
+        copy: Tensor,
+        sample: Tensor | None,
+        history: int = 0,
     ) -> Layout:
         cells = len(position)
 
@@ -161,19 +172,21 @@ class Layout:
             return seen if sample is None else seen & (sample[row, query] == sample[row, key])
 
         mask: Tensor | BlockMask | None
-        if position.device.type == "cuda":
+        if position.device.type == "cuda" and history == 0:
             mask = create_block_mask(
                 visible, None if sample is None else rows, None, cells, cells, device=str(position.device)
             )
         else:
             at = torch.arange(cells, device=position.device)
             row = torch.arange(1 if sample is None else rows, device=position.device)
-            mask = visible(row[:, None, None, None], row, at[:, None], at[None, :])
+            mask = F.pad(
+                visible(row[:, None, None, None], row, at[:, None], at[None, :]), (history, 0), value=True
+            )
             mask = None if bool(mask.all()) else mask[0] if mask.ndim == 4 and sample is None else mask
         layout = cls.__new__(cls)
-        layout.lengths, layout.history = (cells,) * rows, (0,) * rows
+        layout.lengths, layout.history = (cells,) * rows, (history,) * rows
         layout.block_size, layout.device = block_size, position.device
-        layout.positions = position.repeat(rows)
+        layout.positions = (position + history).repeat(rows)
         layout.groups = (Group(tuple(range(rows)), cells, mask, None),)
         return layout
 

@@ -28,7 +28,7 @@ def log_likelihood(
     texts: Sequence[Sequence[int]],
     *,
     samples: int = 32,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
@@ -38,7 +38,8 @@ def log_likelihood(
         contexts: ids, may be empty.
         texts: ids, none empty.
         samples: masks drawn for each text of a LLaDA model; not looked at for AR.
-        seed: text i, sample k have the stream of (seed, i, k): results do not depend on ``batch``.
+        seed: text i, sample k have the stream of (seed, i, k), or with one each of (seed of i, 0, k): results
+            do not depend on ``batch``.
         batch: texts computed together.
         progress: called after every batch with how many texts are done, and of how many.
 
@@ -51,14 +52,19 @@ def log_likelihood(
     for number, text in enumerate(texts):
         if not len(text):
             raise ColadaError(f"text {number} has no tokens")
+    if isinstance(seed, int):
+        streams = [(seed, number) for number in range(len(texts))]
+    else:
+        streams = [(own, 0) for own in seed]
+    if len(streams) != len(texts):
+        raise ColadaError(f"{len(streams)} values of seed for {len(texts)} texts, expected one, or one each")
     found: list[float] = []
     for begin in range(0, len(texts), batch):
         some = slice(begin, begin + batch)
         if model.objective == "ar":
             found += _exact(model, contexts[some], texts[some])
         else:
-            numbers = range(begin, min(begin + batch, len(texts)))
-            drawn = [_masked(model, contexts[some], texts[some], numbers, seed, k) for k in range(samples)]
+            drawn = [_masked(model, contexts[some], texts[some], streams[some], k) for k in range(samples)]
             found += torch.stack(drawn).mean(0).tolist()
         if progress is not None:
             progress(len(found), len(texts))
@@ -77,15 +83,14 @@ def _masked(
     model: DecoderLM,
     contexts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
-    numbers: Sequence[int],
-    seed: int,
+    streams: Sequence[tuple[int, int]],
     sample: int,
 ) -> Tensor:
     """Return one sample of the bound of each text, float64 (B,)."""
     mask, rows, chosen, weights = model.decoder.config.mask_id, [], [], []
-    for number, context, text in zip(numbers, contexts, texts, strict=True):
-        # A generator of (seed, text, sample), like those of blocks.
-        generator = block_generator(seed, number, 2 + sample)
+    for stream, context, text in zip(streams, contexts, texts, strict=True):
+        # Like those of blocks, whose purposes are 0 and 1.
+        generator = block_generator(*stream, 2 + sample)
         count = int(torch.randint(1, len(text) + 1, (), generator=generator))
         where = torch.randperm(len(text), generator=generator)[:count].sort().values
         ids = torch.tensor(text)

@@ -17,6 +17,8 @@ from colada.generation import block_generator
 from colada.sampling import Sampling
 from colada.streaming import Chunk
 
+_TIE = 1e-5  # of probability: what a place further right counts less
+
 
 class MaskedLM(DecoderLM):
     """A masked diffusion model that writes: prompt, then masks for all new tokens, filled block by block.
@@ -86,6 +88,7 @@ def fill(
     """
     picked = sampling.pick(logits, seen, generator).to(logits.device)
     confidence = logits.softmax(-1).gather(1, picked[:, None]).squeeze(1)
-    confidence = confidence.masked_fill(block != mask, -1.0)
-    chosen = confidence.topk(count).indices
+    # Where nothing but masks is seen all are equally sure, to rounding: then from left to right.
+    confidence = confidence - _TIE * torch.arange(len(block), device=block.device)
+    chosen = confidence.masked_fill(block != mask, -1.0).topk(count).indices
     block[chosen] = picked[chosen]

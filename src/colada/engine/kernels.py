@@ -1,46 +1,54 @@
-"""Matrix products as fast as the machine has them, on the weights as they are stored."""
+"""Matrix products as fast as the machine has them, of weights as they are stored or of packed copies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Linear = Callable[[Tensor, nn.Linear], Tensor]
-"""x (N, in), and a layer, to (N, out)."""
-
+Product = Callable[[Tensor], Tensor]
+"""x (N, in) to (N, out)."""
 
 ONEDNN = torch.backends.mkldnn.is_available()
 
-
-def _plain(x: Tensor, layer: nn.Linear) -> Tensor:
-    out: Tensor = layer(x)
-    return out
+PACKED_BYTES = 2**29
+"""The most that packed copies of an engine's weights may take; above, it computes on the stored ones."""
 
 
-def _plain_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
-    return F.gelu(layer(x), approximate="tanh")
+def has_onednn(weight: Tensor) -> bool:
+    """Return whether oneDNN can multiply by weights like this one: dense float32 on a CPU."""
+    dense = type(weight) in (Tensor, nn.Parameter)  # not a quantised kind
+    return dense and weight.device.type == "cpu" and weight.dtype == torch.float32 and ONEDNN
 
 
-def _onednn(x: Tensor, layer: nn.Linear) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
-    return out
+def fits_packed(layers: Iterable[nn.Linear]) -> bool:
+    """Return whether copies of these layers' weights fit into :data:`PACKED_BYTES`, all of them."""
+    return sum(layer.weight.nbytes for layer in layers) <= PACKED_BYTES
 
 
-def _onednn_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], "tanh")
-    return out
-
-
-def linears(weight: Tensor) -> tuple[Linear, Linear]:
-    """Return the linear map, and the one followed by a tanh-approximate GELU, for weights like this one.
+def product(layer: nn.Linear, *, gelu: bool = False, packed: bool = False) -> Product:
+    """Return a layer as a function, followed by a tanh-approximate GELU if asked.
 
     In float32 on a CPU, :func:`torch.nn.functional.linear` goes to the BLAS library; oneDNN, which
     compiled models use, is faster at the few rows of a block, and fuses the GELU.
+
+    Args:
+        layer: whose bias, and unless packed whose weight, is used as it is.
+        gelu: apply it.
+        packed: multiply by a copy of the weight as it is now, in the order in which oneDNN reads it. At few
+            rows reading the weights takes the time, and the stored order, an output after the other, is
+            one of long strides to it. Without oneDNN there is no copy.
     """
-    dense = type(weight) in (Tensor, nn.Parameter)  # not a quantised kind
-    if dense and weight.device.type == "cpu" and weight.dtype == torch.float32 and ONEDNN:
-        return _onednn, _onednn_gelu
-    return _plain, _plain_gelu
+    if not has_onednn(layer.weight):
+        return (lambda x: F.gelu(layer(x), approximate="tanh")) if gelu else layer
+    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()) if packed else layer.weight
+    run, bias = torch.ops.mkldnn._linear_pointwise.default, layer.bias
+    after: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
+
+    def call(x: Tensor) -> Tensor:
+        out: Tensor = run(x, weight, bias, *after)
+        return out
+
+    return call

@@ -10,10 +10,10 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from colada.dit import ROPE_THETA, DiT, DiTBlock
-from colada.engine.kernels import linears
+from colada.engine.kernels import fits_packed, product
 from colada.engine.memory import Plan
 from colada.layers import inverse_frequencies
 
@@ -92,6 +92,17 @@ def modulated_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tenso
     return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=eps), weight)
 
 
+def _turned(x: Tensor, norm: nn.LayerNorm, rotations: Tensor) -> Tensor:
+    """Return queries or keys (N, K, D) normalised and rotated, in float32."""
+    h = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    pairs = torch.view_as_complex(h.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+
+
+def _matrices(block: DiTBlock) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    return block.msa.proj_qkv, block.msa.proj_out, block.mlp.proj_in, block.mlp.proj_out
+
+
 class PriorPass:
     """The DiT over rows of many requests.
 
@@ -103,24 +114,21 @@ class PriorPass:
         self.dit, self.modulation = dit, Modulation(dit)
         config = dit.config
         self._blocks = [cast(DiTBlock, block) for block in dit.blocks]
-        self._linear, self._linear_gelu = linears(self._blocks[0].mlp.proj_in.weight)
+        matrices = [_matrices(block) for block in self._blocks]
+        packed = fits_packed([layer for own in matrices for layer in own])
+        self._products = [
+            tuple(product(layer, gelu=number == 2, packed=packed) for number, layer in enumerate(own))
+            for own in matrices
+        ]
         still = (config.head_dim - config.rope_dim + 1) // 2
         # Channels that pass through turn with frequency zero: one complex product for the whole head.
         self._frequencies = F.pad(inverse_frequencies(config.rope_dim, ROPE_THETA), (0, still))
         self._frequencies = self._frequencies.to(dit.txt_in.proj.weight.device)
-        # Per layer, (2, 1, D): queries and keys share a normalisation, each with its own affine map.
-        self._qk = [
-            tuple(
-                torch.stack([getattr(norm, name) for norm in (block.msa.norm_q, block.msa.norm_k)])[:, None]
-                for name in ("weight", "bias")
-            )
-            for block in self._blocks
-        ]
 
     def rotations(self, positions: Tensor) -> Tensor:
-        """Return e^(i position frequency), complex64 (N, 1, 1, D / 2)."""
+        """Return e^(i position frequency), complex64 (N, 1, D / 2)."""
         angles = positions.float()[:, None] * self._frequencies
-        return torch.polar(torch.ones_like(angles), angles)[:, None, None]
+        return torch.polar(torch.ones_like(angles), angles)[:, None]
 
     def __call__(self, latents: Tensor, row: int | Tensor, plan: Plan, rotations: Tensor) -> Tensor:
         """Run the network.
@@ -149,21 +157,19 @@ class PriorPass:
         self, x: Tensor, row: int | Tensor, plan: Plan, rotations: Tensor, layer: int, kept: int
     ) -> Tensor:
         """One layer; rows before ``kept`` only leave their keys and values."""
-        block, config = self._blocks[layer], self.dit.config
+        config = self.dit.config
+        to_qkv, from_heads, expand, contract = self._products[layer]
         modulation = self.modulation.at(row, layer)
         h = modulated_norm(x, modulation[0], modulation[1], config.norm_eps)
-        qkv = self._linear(h, block.msa.proj_qkv).unflatten(-1, (3, config.heads, config.head_dim))
-        weight, bias = self._qk[layer]
-        qk = torch.addcmul(bias, F.layer_norm(qkv[:, :2], (config.head_dim,), eps=config.norm_eps), weight)
-        pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
-        q, k = torch.view_as_real(pairs * rotations).flatten(-2).to(qkv.dtype).unbind(1)
+        q, k, v = to_qkv(h).unflatten(-1, (3, config.heads, config.head_dim)).unbind(1)
+        msa = self._blocks[layer].msa
+        q, k = _turned(q, msa.norm_q, rotations), _turned(k, msa.norm_k, rotations)
         if kept:
             x, q = x[kept:], q[kept:]
             modulation = tuple(part[kept:] if part.ndim == 2 else part for part in modulation)
-        attended = plan.attend(q, k, qkv[:, 2], layer, kept)
+        attended = plan.attend(q, k, v, layer, kept)
         if not len(x):
             return x
-        x = torch.addcmul(x, modulation[2], self._linear(attended.flatten(-2), block.msa.proj_out))
+        x = torch.addcmul(x, modulation[2], from_heads(attended.flatten(-2)))
         h = modulated_norm(x, modulation[3], modulation[4], config.norm_eps)
-        h = self._linear(self._linear_gelu(h, block.mlp.proj_in), block.mlp.proj_out)
-        return torch.addcmul(x, modulation[5], h)
+        return torch.addcmul(x, modulation[5], contract(expand(h)))

@@ -1,22 +1,22 @@
-"""The commands around benchmarks: ``eval run``, ``eval score`` and ``eval likelihood``."""
+"""The commands around benchmarks and texts: ``colada eval``."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from colada.errors import ColadaError
-from colada.options import DeviceOption, DtypeOption, ModelOption, RevisionOption, load_cola, load_model
+from colada.options import DeviceOption, DtypeOption, ModelOption, RevisionOption, load_model
 
 if TYPE_CHECKING:
     from colada.evaluation.data import Benchmark
     from colada.evaluation.tasks import Task
 
-eval_app = typer.Typer(help="Run the eight benchmarks, and score outputs.")
+eval_app = typer.Typer(help="Run benchmarks, score outputs, measure texts.")
 
 REPORT_FILE = "report.html"
 
@@ -162,7 +162,9 @@ def likelihood(
     revision: RevisionOption = None,
     field: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many texts. Default: all.")] = None,
-    samples: Annotated[int, typer.Option(help="K of the importance-weighted bound.")] = 1,
+    samples: Annotated[
+        int | None, typer.Option(help="K of a bound. Default: 1 for Cola DLM, 32 for LLaDA.")
+    ] = None,
     at: Annotated[float, typer.Option(help="a = t / T of the latents that the bound is over.")] = 0.6,
     steps: Annotated[int, typer.Option(help="Solver steps, to the noise and to the data.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of noise and probes.")] = 0,
@@ -172,22 +174,22 @@ def likelihood(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON, a record a text.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
-    """Measure texts in bits per byte: an upper bound, from a lower bound on log p(x)."""
-    from dataclasses import asdict
+    """Measure texts in bits per byte; of Cola DLM an upper bound, from a lower bound on log p(x)."""
+    from dataclasses import asdict, replace
 
     from rich.console import Console
 
-    from colada.evaluation import likelihood as room
+    from colada.evaluation.measure import SAMPLES, kind, measure
     from colada.evaluation.records import replace_file
-    from colada.evaluation.texts import TextScore, read_texts, summarise
+    from colada.evaluation.texts import read_texts, summarise
     from colada.training.display import Display
     from colada.training.provenance import provenance
 
     texts = read_texts(files, field, limit)
-    network = load_cola(model, revision, dtype, device)
+    network = load_model(model, revision, dtype, device)
     display = Display(Console(stderr=True, quiet=quiet))
     with display.task("likelihood", total=len(texts)):
-        found = room.likelihood(
+        found = measure(
             network,
             [text.text for text in texts],
             samples=samples,
@@ -197,23 +199,20 @@ def likelihood(
             batch=batch,
             progress=display.advance,
         )
-    scores = [
-        TextScore(
-            text.origin,
-            own.tokens,
-            own.bytes,
-            own.bound,
-            {"reconstruction": own.reconstruction, "prior": own.prior, "entropy": own.entropy},
-        )
-        for text, own in zip(texts, found.texts, strict=True)
-    ]
-    settings = {"samples": samples, "at": at, "steps": steps, "seed": seed, "dtype": dtype, "device": device}
-    result = summarise(scores, "bound")
+    scores = [replace(own, origin=text.origin) for text, own in zip(texts, found, strict=True)]
+    settings: dict[str, Any] = {"samples": samples or SAMPLES[network.arch], "seed": seed}
+    settings |= {"dtype": dtype, "device": device}
+    if network.arch == "cola":
+        settings |= {"at": at, "steps": steps}
+    result = summarise(scores, kind(network))
     error = result["standard_error"]
     spread = f" ± {error:.3f}" if error is not None else " (one text, so no standard error)"
-    print(f"at most {result['bits_per_byte']:.3f}{spread} bits per byte: a bound, not the likelihood")
+    bound = result["kind"] == "bound"
+    first, last = ("at most ", ": a bound, not the likelihood") if bound else ("", "")
+    print(f"{first}{result['bits_per_byte']:.3f}{spread} bits per byte{last}")
     print(f"{result['texts']} texts, {result['tokens']:,} tokens, {result['bytes']:,} bytes")
-    print("nats per token: " + ", ".join(f"{k} {v:.3f}" for k, v in result["parts_per_token"].items()))
+    if result["parts_per_token"]:
+        print("nats per token: " + ", ".join(f"{k} {v:.3f}" for k, v in result["parts_per_token"].items()))
     print(", ".join(f"{name} {value}" for name, value in settings.items() if value is not None))
     if out is not None:
         record = {
@@ -225,6 +224,115 @@ def likelihood(
         }
         replace_file(out, json.dumps(record, indent=2) + "\n")
         print(f"wrote {out}")
+
+
+@eval_app.command("generative")
+def generative(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Real texts: .txt, .jsonl or .parquet, or folders of them."),
+    ],
+    judge: Annotated[
+        str,
+        typer.Option(metavar="WHERE", help="The judge: a model directory or hub id; hf:ID of transformers."),
+    ],
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    field: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many texts. Default: all.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each text, as prompt; 0 writes from nothing.")] = 16,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of a continuation.")] = 64,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the tokens. Default: the model's own.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep so many tokens; 0 all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest up to this share.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Solver steps per block. Default: the model's own.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", "-g", help="Guidance scale. Default: the model's own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of continuations, and of the judge's noise.")] = 0,
+    batch: Annotated[int, typer.Option(help="Texts computed together; changes no result.")] = 16,
+    judge_samples: Annotated[
+        int | None, typer.Option(help="K of a judge's bound. Default: 1 for Cola DLM, 32 for LLaDA.")
+    ] = None,
+    judge_at: Annotated[float, typer.Option(help="a = t / T of a judge's bound.")] = 0.6,
+    judge_steps: Annotated[int, typer.Option(help="Solver steps of a judge's bound.")] = 32,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON, a record a text.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Perplexity of generated text under a judge, beside its entropy and distinct-n, and real text's own."""
+    from rich.console import Console
+
+    from colada.device import find_device
+    from colada.evaluation import generative as room
+    from colada.evaluation.records import replace_file
+    from colada.evaluation.report import print_generative
+    from colada.evaluation.run import require_tokenizer
+    from colada.evaluation.texts import read_texts
+    from colada.training.display import Display
+    from colada.training.provenance import provenance
+
+    texts = read_texts(files, field, limit)
+    network = load_model(model, revision, dtype, device)
+    chosen: room.Judge
+    if judge.startswith(room.TRANSFORMERS):
+        chosen = room.TransformersJudge(judge.removeprefix(room.TRANSFORMERS), find_device(device))
+    else:
+        bound = {"samples": judge_samples, "at": judge_at, "steps": judge_steps, "seed": seed, "batch": batch}
+        chosen = room.ModelJudge(load_model(judge, None, dtype, device), require_tokenizer(network), **bound)
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "steps": steps, "guidance": guidance}
+    named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    lengths = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "seed": seed}
+    display = Display(Console(stderr=True, quiet=quiet))
+    with display.task("generative", total=len(texts)):
+        result = room.read_generated(
+            network,
+            texts,
+            chosen,
+            **lengths,
+            batch=batch,
+            writing=display.advance,
+            judging=display.advance,
+            **named,
+        )
+    settings = {**network.generation, **named, **lengths, "dtype": dtype, "device": device}
+    print_generative(result, chosen.origin, Console(highlight=False))
+    print(", ".join(f"{name} {value}" for name, value in settings.items() if value is not None))
+    if out is not None:
+        record = {
+            "model": network.origin,
+            "judge": chosen.origin,
+            "settings": settings,
+            "judge_settings": chosen.settings,
+            "files": [str(file) for file in files],
+            "made_with": provenance(network.device),
+            **result,
+        }
+        replace_file(out, json.dumps(record, indent=2) + "\n")
+        print(f"wrote {out}")
+
+
+@eval_app.command(
+    "harness",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def harness(context: typer.Context) -> None:
+    """Run the lm-evaluation-harness (extra eval); its arguments, with --model_args model=DIR,...
+
+    All arguments are those of the harness's own lm-eval run; --help shows them.
+    """
+    try:
+        from colada.evaluation.harness import run_harness
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise ColadaError("eval harness needs lm_eval: pip install 'colada-lm[eval]'") from None
+    run_harness(context.args)
 
 
 # --- what they are given -------------------------------------------------------------------------

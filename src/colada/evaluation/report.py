@@ -61,6 +61,30 @@ def print_tables(scores: Sequence[Score], console: Console) -> None:
     console.print(table)
 
 
+def print_generative(result: Mapping[str, Any], judge: str, console: Console) -> None:
+    """Print what :func:`colada.evaluation.generative.read_generated` returns, with its judge's name."""
+    bound = result["kind"] == "bound"
+    table = _table(f"Judge: {judge}", "Generated", "Real")
+    columns = result["generated"], result["real"]
+    table.add_row("perplexity, at most" if bound else "perplexity", *map(_perplexity, columns))
+    table.add_row("entropy of a text, bits", *(f"{own['entropy']:.3f}" for own in columns))
+    table.add_row("entropy of all, bits", *(f"{own['entropy_together']:.3f}" for own in columns))
+    for name in [name for name in columns[0] if name.startswith("distinct_")]:
+        table.add_row(name.replace("_", "-"), *(f"{own[name]:.3f}" for own in columns))
+    for name in ("texts", "tokens"):
+        table.add_row(name, *(f"{own[name]:,}" for own in columns))
+    console.print(table)
+    console.print(
+        f"{result['left_out']} texts too short, {result['empty']} without a continuation,"
+        f" {result['ended']} ended early"
+    )
+
+
+def _perplexity(own: Mapping[str, Any]) -> str:
+    error = own["standard_error"]
+    return f"{own['perplexity']:.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
 def _table(first: str, *others: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column(first, no_wrap=True)

@@ -64,6 +64,16 @@ class TextScore:
     parts: dict[str, float]
 
 
+def ratio_error(values: Sequence[float], sizes: Sequence[float]) -> float | None:
+    """Return the standard error of sum(values) / sum(sizes) over independent pairs, None for a single one."""
+    count, size = len(values), sum(sizes)
+    if count < 2:
+        return None
+    rate = sum(values) / size
+    residuals = sum((value - rate * own) ** 2 for value, own in zip(values, sizes, strict=True))
+    return math.sqrt(residuals * count / (count - 1)) / size
+
+
 def summarise(scores: Sequence[TextScore], kind: Kind) -> dict[str, Any]:
     """Return the figures of some texts, all bytes counting alike, for JSON.
 
@@ -73,14 +83,12 @@ def summarise(scores: Sequence[TextScore], kind: Kind) -> dict[str, Any]:
     """
     size, tokens = sum(score.bytes for score in scores), sum(score.tokens for score in scores)
     bits = [-score.log_likelihood / math.log(2) for score in scores]
-    rate, count = sum(bits) / size, len(scores)
-    residuals = sum((own - rate * score.bytes) ** 2 for own, score in zip(bits, scores, strict=True))
     return {
         "kind": kind,
-        "bits_per_byte": rate,
-        "standard_error": math.sqrt(residuals * count / (count - 1)) / size if count > 1 else None,
+        "bits_per_byte": sum(bits) / size,
+        "standard_error": ratio_error(bits, [score.bytes for score in scores]),
         "bits_per_token": sum(bits) / tokens,
-        "texts": count,
+        "texts": len(scores),
         "tokens": tokens,
         "bytes": size,
         "parts_per_token": {

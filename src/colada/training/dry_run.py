@@ -75,7 +75,8 @@ def resolve(recipe: Recipe) -> Recipe:
     """Return a baseline's recipe with what follows from that of Cola DLM filled in.
 
     Without ``model.decoder`` (and ``model.init``) it has as many parameters as Text VAE and DiT
-    together, and weights that begin with a spread of dim^-1/2; without ``baseline.steps``, as many steps as take the FLOPs of both stages, everything counted.
+    together, and first weights of spread dim^-1/2; without ``baseline.steps``, as many steps as
+    take the FLOPs of both stages, everything counted.
 
     Raises:
         ColadaError: for settings that do not fit each other.

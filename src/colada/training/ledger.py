@@ -1,8 +1,8 @@
 """What a model cost: parameters and training FLOPs, everything counted, so that "matched" can be checked.
 
-Everything: the Text VAE with its embeddings, stage 1 with its masked stream, both copies of a stage-2 row, the
-frozen or the reference encoder, heads. Beside it the narrow count, 6 N D: N parameters of the network that
-generates latents or tokens (the DiT; the decoder without its embedding), D tokens of the stage in which it learns.
+Everything: the Text VAE with its embeddings, stage 1 with its masked stream, both copies of a stage-2 row,
+the frozen or the reference encoder, heads. Beside it the narrow count, 6 N D: N parameters of the network
+that generates latents or tokens (the DiT; the decoder without its embedding), D tokens of its stage.
 Papers compare by such a number; that of Cola DLM does not say which it used.
 """
 

@@ -191,6 +191,9 @@ class BaselineSection(OptimiserSection):
     steps: int = Field(
         0, ge=0, description="Optimiser steps; 0: as many as take the FLOPs of stage1 and stage2."
     )
+    generation: dict[str, Any] = Field(
+        {}, description="Settings stored with the baseline, in place of those under generation."
+    )
     random_length: float = Field(0.01, ge=0, le=1, description="llada: share of rows cut to a random length.")
 
 
@@ -254,6 +257,11 @@ class Recipe(_Section):
         if self.model.arch != "cola":
             return self.baseline
         return self.stage1 if number == 1 else self.stage2
+
+    @property
+    def own_generation(self) -> dict[str, Any]:
+        """The settings stored with what is trained."""
+        return self.generation if self.model.arch == "cola" else self.baseline.generation
 
     def configs(self, vocab_size: int, pad_id: int) -> tuple[TextVAEConfig, DiTConfig]:
         """Return both configurations, completed with what the tokenizer decides and checked together.

@@ -107,7 +107,7 @@ class Trainer:
         self.display = display if display is not None and self.ranks.first else Display()
         self._stop = False
         # What can be refused at once, before hours of tokenising.
-        check_settings(recipe.generation, "recipe: generation")
+        check_settings(recipe.own_generation, "recipe: generation")
         check_names(recipe.run.monitors)
         self.recipe = recipe = resolve(recipe)
         plan = plan_run(recipe, self.ranks.size)
@@ -121,7 +121,7 @@ class Trainer:
                 out.mkdir(parents=True, exist_ok=True)
                 save_recipe(recipe, out / RECIPE)
         start = load(recipe.model.init) if recipe.model.init is not None else None
-        self.generation = {**(start.generation if start is not None else {}), **recipe.generation}
+        self.generation = {**(start.generation if start is not None else {}), **recipe.own_generation}
         self.template = chat_template(recipe, start.chat_template if start is not None else None)
         self.tokenizer = self._tokenizer(start)
         cache = Path(recipe.data.cache) if recipe.data.cache is not None else out / "shards"

@@ -1,0 +1,95 @@
+"""How likely texts are under a model, whichever kind it is: the one way in for everything that asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from colada.baselines.likelihood import log_likelihood
+from colada.baselines.model import DecoderLM
+from colada.errors import ColadaError
+from colada.evaluation.likelihood import likelihood
+from colada.evaluation.texts import Kind, TextScore
+from colada.language_model import LanguageModel
+from colada.model import ColaDLM
+from colada.settings import Prompt
+
+SAMPLES = {"cola": 1, "ar": 1, "llada": 32}
+"""By architecture, how many samples of a bound are drawn unless told otherwise."""
+
+
+def kind(model: LanguageModel) -> Kind:
+    """Return what :func:`measure` finds of a model: "bound", or "exact"."""
+    return "exact" if model.arch == "ar" else "bound"
+
+
+def measure(
+    model: LanguageModel,
+    texts: Sequence[Prompt],
+    given: Sequence[Prompt] | None = None,
+    *,
+    samples: int | None = None,
+    at: float = 0.6,
+    steps: int = 32,
+    seed: int | Sequence[int] = 0,
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[TextScore]:
+    """Return log p(text | given) of each text, or a lower bound on it, see :func:`kind`.
+
+    The tokens scored are those of the text alone, after those of what is given.
+
+    Args:
+        model: under whose distribution; see :mod:`colada.evaluation.likelihood` for what a bound is of.
+        texts: texts, or lists of ids; none empty.
+        given: what each of them follows; an empty one is none, as is None for all.
+        samples: K of a bound, of :data:`SAMPLES` if None: importance-weighted for Cola DLM, masks drawn for
+            LLaDA; what is exact needs none.
+        at, steps: of Cola DLM's bound, see :func:`~colada.evaluation.likelihood.likelihood`.
+        seed: of a bound's randomness: one for all, or one each.
+        batch: texts computed together; changes no result.
+        progress: called after every batch with how many texts are done, and of how many.
+
+    Returns: a score a text, in order; ``origin`` is empty, ``bytes`` 0 where a text is given as ids.
+
+    Raises:
+        ColadaError: naming the argument at fault, or for a model that has no likelihood.
+    """
+    samples = SAMPLES[model.arch] if samples is None else samples
+    if isinstance(model, DecoderLM):
+        return _decoder(model, texts, given, samples, seed, batch, progress)
+    if not isinstance(model, ColaDLM):
+        raise ColadaError(f"{model.origin or 'the model'} ({model.arch}) has no likelihood")
+    found = likelihood(
+        model, texts, given, samples=samples, at=at, steps=steps, seed=seed, batch=batch, progress=progress
+    )
+    return [
+        TextScore(
+            "",
+            own.tokens,
+            own.bytes,
+            own.bound,
+            {"reconstruction": own.reconstruction, "prior": own.prior, "entropy": own.entropy},
+        )
+        for own in found.texts
+    ]
+
+
+def _decoder(
+    model: DecoderLM,
+    texts: Sequence[Prompt],
+    given: Sequence[Prompt] | None,
+    samples: int,
+    seed: int | Sequence[int],
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[TextScore]:
+    """Return what the baselines' own likelihood says."""
+    contexts = [[] for _ in texts] if given is None else [model.ids(context) for context in given]
+    if len(contexts) != len(texts):
+        raise ColadaError(f"{len(contexts)} contexts for {len(texts)} texts, expected one each")
+    ids = [model.ids(text) for text in texts]
+    found = log_likelihood(model, contexts, ids, samples=samples, seed=seed, batch=batch, progress=progress)
+    sizes = [len(text.encode()) if isinstance(text, str) else 0 for text in texts]
+    return [
+        TextScore("", len(own), size, value, {}) for own, size, value in zip(ids, sizes, found, strict=True)
+    ]

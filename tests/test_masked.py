@@ -1,0 +1,273 @@
+"""LLaDA and the likelihoods of both baselines, against enumeration and loops written plainly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations, product
+from pathlib import Path
+
+import pytest
+import torch
+
+import colada
+from colada.baselines.autoregressive import AutoregressiveLM
+from colada.baselines.config import DecoderConfig, matched_config
+from colada.baselines.decoder import Decoder
+from colada.baselines.likelihood import log_likelihood
+from colada.baselines.masked import MaskedLM, transfers
+from colada.baselines.objectives import MaskDraws, decoder_loss, draw_masks, first_tokens
+from colada.data.rows import FILLING, Batch
+from colada.errors import ColadaError
+from colada.evaluation.measure import kind, measure
+from colada.packing import Layout
+
+PROMPTS = [[3, 1, 4, 1], [], [2, 0], [5, 3, 5, 4, 2, 1, 0]]
+
+
+def tiny(objective: str, vocab_size: int = 6, init_std: float = 0.5, **over: int) -> Decoder:
+    shape = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "block_size": 4, **over}
+    decoder = Decoder(DecoderConfig(objective=objective, vocab_size=vocab_size, init_std=init_std, **shape))
+    decoder.init_weights(torch.Generator().manual_seed(1))
+    return decoder.eval()
+
+
+@torch.no_grad()
+def read(decoder: Decoder, ids: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities (L, V) of one sample that sees all of itself, or causally."""
+    block = 1 if decoder.config.objective == "ar" else len(ids)
+    return decoder(torch.tensor(list(ids)), Layout([len(ids)], block)).double().log_softmax(-1)
+
+
+# --- generation ----------------------------------------------------------------------------------
+
+
+def plainly(decoder: Decoder, prompt: Sequence[int], tokens: int, steps: int | None) -> list[int]:
+    """Low-confidence remasking in blocks from left to right, greedily, written as one reads it."""
+    mask, size = decoder.config.mask_id, decoder.config.block_size
+    ids = [*prompt, *[mask] * tokens]
+    for begin in range(len(prompt), len(ids), size):
+        block = range(begin, min(begin + size, len(ids)))
+        left = len(block)
+        passes = min(steps or len(block), len(block))
+        for step in range(passes):
+            log_p = read(decoder, ids)
+            masked = [at for at in block if ids[at] == mask]
+            masked.sort(key=lambda at: 1e-5 * (at - begin) - float(log_p[at].max().exp()))
+            count = math.ceil(left / (passes - step))
+            left -= count
+            for at in masked[:count]:
+                ids[at] = int(log_p[at].argmax())
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("steps", [None, 1, 2, 3])
+def test_generation_in_a_ragged_batch_is_the_plain_loop_one_by_one(steps: int | None) -> None:
+    decoder = tiny("llada")
+    made = MaskedLM(decoder).generate(PROMPTS, 10, steps=steps)
+    assert [list(own.tokens) for own in made] == [plainly(decoder, own, 10, steps) for own in PROMPTS]
+    assert len({own.tokens for own in made}) > 1
+
+
+def test_steps_share_the_tokens_as_evenly_as_can_be() -> None:
+    assert transfers(16, 16) == [1] * 16
+    assert transfers(10, 4) == [3, 3, 2, 2]
+    assert sum(transfers(7, 3)) == 7
+
+
+def test_sampling_depends_on_the_samples_own_seed_alone() -> None:
+    model = MaskedLM(tiny("llada", vocab_size=30))
+    together = model.generate(PROMPTS, 9, seed=[4, 5, 6, 7], temperature=1.0)
+    for prompt, seed, own in zip(PROMPTS, (4, 5, 6, 7), together, strict=True):
+        assert model.generate([prompt], 9, seed=[seed], temperature=1.0) == [own]
+    again = model.generate(PROMPTS, 9, seed=[5, 5, 6, 7], temperature=1.0)
+    assert again[0].tokens != together[0].tokens
+    assert again[1:] == together[1:]
+
+
+def test_an_end_token_ends_a_text_and_not_the_others() -> None:
+    model = MaskedLM(tiny("llada", vocab_size=30))
+    free = model.generate(PROMPTS, 12)
+    end = free[0].tokens[1]
+    cut = model.generate(PROMPTS, 12, end_ids=[end])
+    assert cut[0].tokens == free[0].tokens[:1]
+    for whole, own in zip(free, cut, strict=True):
+        ended = end in whole.tokens
+        assert own.tokens == (whole.tokens[: whole.tokens.index(end)] if ended else whole.tokens)
+
+
+def test_settings_that_a_baseline_does_not_have_are_refused_by_name() -> None:
+    with pytest.raises(ColadaError, match=r"guidance=3.0: the model \(LLaDA\) has no guidance"):
+        MaskedLM(tiny("llada")).generate(PROMPTS, 4, guidance=3.0)
+    with pytest.raises(ColadaError, match=r"steps=4: the model \(autoregressive\) has no steps"):
+        AutoregressiveLM(tiny("ar")).generate(PROMPTS, 4, steps=4)
+    with pytest.raises(ColadaError, match="objective='ar', expected 'llada'"):
+        MaskedLM(tiny("ar"))
+
+
+@pytest.mark.parametrize("kind", [AutoregressiveLM, MaskedLM])
+def test_a_saved_baseline_is_loaded_as_it_was(
+    tmp_path: Path, kind: type[AutoregressiveLM] | type[MaskedLM]
+) -> None:
+    model = kind(tiny(kind.objective), generation={"temperature": 0.0, "top_k": 3})
+    model.save(tmp_path / "model")
+    loaded = colada.load(tmp_path / "model")
+    assert isinstance(loaded, kind)
+    assert loaded.arch == kind.objective
+    assert loaded.generation == model.generation
+    assert loaded.generate(PROMPTS, 6) == model.generate(PROMPTS, 6)
+    (tmp_path / "model" / "decoder" / "model.safetensors").unlink()
+    with pytest.raises(ColadaError, match=r"model.safetensors is missing"):
+        colada.load(tmp_path / "model")
+
+
+def test_a_masked_network_of_matched_size_counts_its_mask() -> None:
+    config = matched_config(500_000, 1000, objective="llada")
+    assert sum(parameter.numel() for parameter in Decoder(config).parameters()) == config.parameters
+    assert config.embeddings == 1001
+
+
+# --- likelihood ----------------------------------------------------------------------------------
+
+
+def test_the_probabilities_of_all_texts_after_a_context_add_up_to_one() -> None:
+    model = AutoregressiveLM(tiny("ar", vocab_size=4))
+    texts = [list(text) for text in product(range(4), repeat=3)]
+    for context in ([], [3, 2]):
+        found = log_likelihood(model, [context] * len(texts), texts, batch=7)
+        assert sum(math.exp(own) for own in found) == pytest.approx(1, abs=1e-6)
+        bos = model.decoder.config.bos_token_id
+        for text, own in zip(texts[5:60:11], found[5:60:11], strict=True):
+            log_p = read(model.decoder, [bos, *context, *text])[len(context) :]
+            assert own == pytest.approx(sum(float(log_p[i][t]) for i, t in enumerate(text)), abs=1e-5)
+
+
+def enumerated_bound(decoder: Decoder, context: Sequence[int], text: Sequence[int]) -> tuple[float, float]:
+    """The mean of the bound over every number of masks and every set of them, and its variance."""
+    mask, length = decoder.config.mask_id, len(text)
+    mean = square = 0.0
+    for count in range(1, length + 1):
+        sets = list(combinations(range(length), count))
+        for where in sets:
+            ids = [*context, *(mask if i in where else t for i, t in enumerate(text))]
+            log_p = read(decoder, ids)[len(context) :]
+            value = length / count * sum(float(log_p[i][text[i]]) for i in where)
+            mean += value / len(sets) / length
+            square += value**2 / len(sets) / length
+    return mean, square - mean**2
+
+
+@pytest.mark.parametrize("context", [[], [3, 2]])
+def test_lladas_bound_is_the_mean_over_all_masks(context: list[int]) -> None:
+    model = MaskedLM(tiny("llada", vocab_size=4))
+    texts, samples = [[1, 2, 3, 0], [0, 0, 1], [2]], 400
+    found = log_likelihood(model, [context] * 3, texts, samples=samples, batch=2)
+    for own, text in zip(found, texts, strict=True):
+        mean, variance = enumerated_bound(model.decoder, context, text)
+        assert abs(own - mean) < 4 * math.sqrt(variance / samples) + 1e-6
+    # A bound: no more than one over all texts of a length.
+    everything = [enumerated_bound(model.decoder, context, text)[0] for text in product(range(4), repeat=2)]
+    assert 0.01 < sum(math.exp(own) for own in everything) <= 1
+
+
+def test_lladas_bound_does_not_depend_on_the_batch() -> None:
+    model = MaskedLM(tiny("llada", vocab_size=30))
+    texts = [[1, 2, 3, 4, 5], [9, 8], [7, 7, 7, 7, 1, 2]]
+    contexts = [[4], [], [5, 6]]
+    one, all_at_once = (log_likelihood(model, contexts, texts, samples=3, batch=size) for size in (1, 3))
+    assert one == pytest.approx(all_at_once, abs=1e-5)
+    with pytest.raises(ColadaError, match="text 1 has no tokens"):
+        log_likelihood(model, contexts[:2], [[1], []])
+    with pytest.raises(ColadaError, match="samples=0, expected at least 1"):
+        log_likelihood(model, contexts, texts, samples=0)
+
+
+def test_every_kind_of_model_is_measured_by_one_function() -> None:
+    ar, llada = AutoregressiveLM(tiny("ar")), MaskedLM(tiny("llada"))
+    texts, given = [[1, 2], [3]], [[4], []]
+    assert (kind(ar), kind(llada)) == ("exact", "bound")
+    for model in (ar, llada):
+        found = [own.log_likelihood for own in measure(model, texts, given)]
+        assert found == log_likelihood(model, given, texts, samples=32)
+        each = [own.log_likelihood for own in measure(model, texts, given, seed=[3, 4])]
+        alone = [
+            measure(model, [text], [own], seed=[seed])[0]
+            for text, own, seed in zip(texts, given, (3, 4), strict=True)
+        ]
+        assert each == pytest.approx([own.log_likelihood for own in alone], abs=1e-5)
+
+
+# --- objectives ----------------------------------------------------------------------------------
+
+
+def test_the_ar_loss_is_exact_likelihood_per_token() -> None:
+    decoder = tiny("ar", vocab_size=30)
+    ids = torch.randint(30, (3, 7), generator=torch.Generator().manual_seed(2))
+    loss = decoder_loss(decoder, Batch(ids), MaskDraws())
+    exact = log_likelihood(AutoregressiveLM(decoder), [[]] * 3, ids.tolist())
+    assert float(loss.total.detach()) == pytest.approx(-sum(exact) / ids.numel(), rel=1e-5)
+
+
+def test_samples_of_a_row_and_what_is_given_are_kept_apart() -> None:
+    decoder = tiny("ar", vocab_size=30)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 1, 0, 0]])
+    sample = torch.tensor([[0, 0, 0, 1, 1, 1, FILLING, FILLING]])
+    trained = torch.tensor([[False, True, True, True, True, True, False, False]])
+    assert first_tokens(Batch(ids, sample)).tolist() == [
+        [True, False, False, True, False, False, True, False]
+    ]
+    loss = decoder_loss(decoder, Batch(ids, sample, trained), MaskDraws())
+    model = AutoregressiveLM(decoder)
+    exact = log_likelihood(model, [[5], []], [[6, 7], [8, 9, 1]])
+    assert float(loss.total.detach()) == pytest.approx(-sum(exact) / 5, rel=1e-5)
+
+
+def test_the_masked_loss_by_hand() -> None:
+    decoder = tiny("llada", vocab_size=30)
+    ids = torch.randint(30, (2, 6), generator=torch.Generator().manual_seed(3))
+    trained = torch.ones_like(ids, dtype=torch.bool)
+    trained[0, :2] = False  # a prompt: never masked
+    masked = torch.tensor([[1, 1, 1, 0, 0, 1], [0, 1, 0, 0, 1, 1]], dtype=torch.bool)
+    share, length = torch.tensor([0.5, 0.25]), torch.tensor([6, 5])
+    loss = decoder_loss(decoder, Batch(ids, None, trained), MaskDraws(share, masked, length))
+    mask, expected = decoder.config.mask_id, 0.0
+    first = [ids[0, 0], ids[0, 1], mask, ids[0, 3], ids[0, 4], mask]
+    second = [ids[1, 0], mask, ids[1, 2], ids[1, 3], mask]  # its last token is cut off
+    for row, where, weight in ((first, (2, 5), 2.0), (second, (1, 4), 4.0)):
+        log_p = read(decoder, [int(own) for own in row])
+        number = 0 if row is first else 1
+        expected -= weight * sum(float(log_p[at][ids[number, at]]) for at in where)
+    assert float(loss.total.detach()) == pytest.approx(expected / (4 + 5), rel=1e-5)
+
+
+def test_draws_depend_on_the_row_alone_and_have_the_stated_shares() -> None:
+    def generators(rows: Sequence[int]) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(row) for row in rows]
+
+    several, one = draw_masks(generators(range(400)), 64, 0.25), draw_masks(generators([7]), 64, 0.25)
+    for part in ("share", "masked", "length"):
+        assert torch.equal(getattr(several, part)[7:8], getattr(one, part))
+    assert several.share is not None
+    assert several.masked is not None
+    assert several.length is not None
+    assert float(several.share.mean()) == pytest.approx(0.5, abs=0.06)
+    errors = several.masked.float().mean(1) - several.share
+    assert float(errors.abs().mean()) < 0.08
+    assert float((several.length < 64).float().mean()) == pytest.approx(0.25, abs=0.07)
+
+
+@pytest.mark.parametrize("objective", ["ar", "llada"])
+def test_training_learns_what_can_be_predicted(objective: str) -> None:
+    decoder = tiny(objective, vocab_size=12, init_std=0.15, dim=32, num_heads=4, ffn_dim=64)
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
+    generators = [torch.Generator().manual_seed(i) for i in range(16)]
+    starts = torch.Generator().manual_seed(0)
+    for _ in range(150 if objective == "ar" else 600):
+        ids = (torch.randint(12, (16, 1), generator=starts) + 5 * torch.arange(12)) % 12
+        draws = draw_masks(generators, 12, 0.0) if objective == "llada" else MaskDraws()
+        optimiser.zero_grad()
+        decoder_loss(decoder, Batch(ids), draws).total.backward()
+        optimiser.step()
+    kind = MaskedLM if objective == "llada" else AutoregressiveLM
+    (made,) = kind(decoder.eval()).generate([[0, 5, 10, 3]], 8)
+    assert list(made.tokens) == [8, 1, 6, 11, 4, 9, 2, 7]
