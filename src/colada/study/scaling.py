@@ -147,10 +147,10 @@ def plan_cells(recipes: Sequence[Path], archs: Sequence[str], seeds: int, device
 def _recipe(path: Path, arch: str, seed: int, device: str) -> Recipe:
     recipe = load_recipe(path, [f"model.arch={arch}", f"seed={seed}", f"run.device={device}"])
     kinds: dict[str, type[LanguageModel]] = {"cola": ColaDLM, **MODELS}
-    for name, value in recipe.generation.items():
+    for name, value in recipe.own_generation.items():
         if name not in kinds[arch].defaults:
             raise ColadaError(
-                f"{path}: generation.{name}={value!r}, but {ARCHITECTURES[arch]} has no {name}: leave it out"
+                f"{path}: generation sets {name}={value!r}, but {ARCHITECTURES[arch]} has no {name}"
             )
     return resolve(recipe)
 
