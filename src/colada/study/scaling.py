@@ -14,12 +14,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from colada.baselines.load import MODELS
 from colada.device import find_device
 from colada.errors import ColadaError
 from colada.evaluation.data import Benchmark, load_benchmark
 from colada.evaluation.run import MAX_NEW_TOKENS, evaluate
 from colada.evaluation.tasks import find_task
-from colada.model import load
+from colada.language_model import ARCHITECTURES, LanguageModel
+from colada.model import ColaDLM, load
 from colada.study.cells import CELL_FILE, read_result, write_result
 from colada.training.checkpoints import RECIPE, disk_errors
 from colada.training.display import Display
@@ -112,7 +114,7 @@ def plan_cells(recipes: Sequence[Path], archs: Sequence[str], seeds: int, device
 
     Raises:
         ColadaError: for a recipe that is none or cannot be of an architecture, two of one name, recipes
-            whose data or tokenizer differ.
+            whose data or tokenizer differ, settings of generation that a model does not have.
     """
     if seeds < 1:
         raise ColadaError(f"--seeds {seeds}, expected at least 1")
@@ -143,7 +145,14 @@ def plan_cells(recipes: Sequence[Path], archs: Sequence[str], seeds: int, device
 
 
 def _recipe(path: Path, arch: str, seed: int, device: str) -> Recipe:
-    return resolve(load_recipe(path, [f"model.arch={arch}", f"seed={seed}", f"run.device={device}"]))
+    recipe = load_recipe(path, [f"model.arch={arch}", f"seed={seed}", f"run.device={device}"])
+    kinds: dict[str, type[LanguageModel]] = {"cola": ColaDLM, **MODELS}
+    for name, value in recipe.own_generation.items():
+        if name not in kinds[arch].defaults:
+            raise ColadaError(
+                f"{path}: generation sets {name}={value!r}, but {ARCHITECTURES[arch]} has no {name}"
+            )
+    return resolve(recipe)
 
 
 def run_study(
