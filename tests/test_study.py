@@ -456,5 +456,8 @@ def test_what_is_scored_on_is_no_training_text(
     with pytest.raises(ColadaError, match="lambada has no training split"):
         write_documents(benchmarks, tmp_path / "text", ["lambada"])
     assert main(["study", "data", "--benchmarks", str(benchmarks), "--out", str(tmp_path / "text")]) == 2
-    assert "no hellaswag.train.jsonl or hellaswag.train.jsonl.gz, data files there: lambada" in capsys.readouterr().err
+    assert (
+        "no hellaswag.train.jsonl or hellaswag.train.jsonl.gz, data files there: lambada"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "text").exists()

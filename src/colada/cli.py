@@ -47,7 +47,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench", help="Measure speed.")
 app.add_typer(study_app, name="study")
-for command in (commands.train, commands.recipe, commands.report, commands.export):
+for command in (commands.train, commands.recipe, commands.report, commands.export, commands.ledger):
     app.command()(command)
 
 # typer exports no other name for click's usage errors, and only newer versions carry their own click.

@@ -152,7 +152,11 @@ def write_documents(
         say(f"{one.file}: {one.documents:,} documents, {one.characters:,} characters{said} ({one.licence})")
     without = [name for name in THE_EIGHT if name not in TRAINING]
     say(f"nothing in-domain, there being no training split: {', '.join(without)}")
-    record: dict[str, Any] = {"letters": letters, "files": [asdict(one) for one in written], "without": without}
+    record: dict[str, Any] = {
+        "letters": letters,
+        "files": [asdict(one) for one in written],
+        "without": without,
+    }
     replace_file(out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
     return written
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from colada.errors import ColadaError
+from colada.errors import ColadaError, nearest
 
 
 def train(
@@ -130,6 +130,58 @@ def recipe(
         from colada.training.recipe import commented, load_recipe
 
     print(commented(load_recipe(start or Path(os.devnull), overrides or [])), end="")
+
+
+def ledger(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes, YAML files.")],
+    archs: Annotated[
+        str, typer.Option(metavar="NAME,...", help="What each is trained as; the baselines are matched.")
+    ] = "cola,ar,llada",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipes; may be repeated."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count what models cost: parameters and training FLOPs, everything counted, and 6 N D beside it.
+
+    Nothing is trained.
+    """
+    with _training_extra():
+        from colada.training.ledger import ledger as count
+        from colada.training.recipe import load_recipe
+    from rich.console import Console
+    from rich.table import Table
+
+    from colada.language_model import ARCHITECTURES
+    from colada.training.plan import scaled
+
+    names = [name.strip() for name in archs.split(",")]
+    for name in names:
+        if name not in ARCHITECTURES:
+            raise ColadaError(f"--archs {archs}: {name!r}{nearest(name, ARCHITECTURES)}")
+    found = [
+        (path, count(load_recipe(path, [*(overrides or []), f"model.arch={name}"])))
+        for path in recipes
+        for name in names
+    ]
+    if as_json:
+        print(json.dumps([{"recipe": str(path), **own.to_dict()} for path, own in found], indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    table.add_column("Recipe")
+    for column in ("Model", "Parameters", "Tokens", "FLOPs", "6 N D"):
+        table.add_column(column, justify="right")
+    for path, own in found:
+        flops, narrow = scaled(own.total_flops, "FLOP"), scaled(own.narrow_flops, "FLOP")
+        model = ARCHITECTURES[own.arch]
+        table.add_row(path.stem, model, f"{own.total_parameters:,}", f"{own.tokens:,}", flops, narrow)
+        for part, value in own.flops.items():
+            share = f"{100 * value / own.total_flops:.1f}%"
+            table.add_row("", "", "", f"[dim]{part}[/dim]", f"[dim]{share}[/dim]", "")
+    Console(highlight=False).print(table)
 
 
 @contextmanager
