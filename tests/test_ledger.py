@@ -36,13 +36,10 @@ def test_useful_flops_of_a_decoder_are_those_that_run(objective: str) -> None:
     decoder = Decoder(config)
     decoder.init_weights(torch.Generator().manual_seed(0))
     batch = Batch(torch.randint(40, (rows, length), generator=torch.Generator().manual_seed(0)))
-    draws, half = MaskDraws(), length * rows
+    draws = MaskDraws()
     if objective == "llada":
         drawn = draw_masks([torch.Generator().manual_seed(i) for i in range(rows)], length, 0.0)
-        half = length * rows // 2
-        masked = torch.zeros(rows * length, dtype=torch.bool)
-        masked[:half] = True  # just half of the tokens
-        draws = MaskDraws(drawn.share, masked.view(rows, length), drawn.length)
+        draws = MaskDraws(torch.full((rows,), 0.5), drawn.order, drawn.length)  # just half of the tokens
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         decoder_loss(decoder, batch, draws).total.backward()
     parts = decoder_flops(config, rows, length)

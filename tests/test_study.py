@@ -266,7 +266,7 @@ def test_bad_requests_are_named(recipes: list[Path], tmp_path: Path) -> None:
     quiet = ["generation={guidance: 3.0}", "baseline.generation={guidance: 3.0}"]
     save_recipe(runs.recipe(*quiet, "model.decoder={dim: 16, num_heads: 2, num_layers: 1}"), guided)
     assert len(plan_cells([guided], ["cola"], 1, "cpu")) == 1
-    with pytest.raises(ColadaError, match=r"guided\.yaml: generation sets guidance=3\.0, but autoregressive"):
+    with pytest.raises(ColadaError, match=r"guided\.yaml: generation: guidance=3\.0, but AR has no guidance"):
         plan_cells([guided], ["cola", "ar"], 1, "cpu")
     recipes[1].write_text(recipes[1].read_text().replace("align: 0.5", "align: 0.25"))
     with pytest.raises(ColadaError, match=r"data\.align was 0\.5 and is now 0\.25.*must share their data"):

@@ -16,7 +16,7 @@ from colada.settings import Prompt, Settings, check_settings
 from colada.streaming import Chunk, Completion
 from colada.tokenizer import Tokenizer
 
-ARCHITECTURES = {"cola": "Cola DLM", "ar": "autoregressive", "llada": "LLaDA"}
+ARCHITECTURES = {"cola": "Cola DLM", "ar": "AR", "llada": "LLaDA"}
 """By name, what readers call it."""
 
 
@@ -32,6 +32,9 @@ class LanguageModel(ABC):
     Raises:
         ColadaError: if the tokenizer or the settings do not fit.
     """
+
+    arch: ClassVar[str]
+    """One of :data:`ARCHITECTURES`."""
 
     defaults: ClassVar[Mapping[str, Any]]
     """The settings that this kind of model has, and their values."""
@@ -50,13 +53,7 @@ class LanguageModel(ABC):
                 f"the model vocab_size={self.vocab_size}"
             )
         self.generation = dict(generation or {})
-        check_settings(self.generation, f"{origin}: generation settings")
-        self._require_known(self.generation)
-
-    @property
-    @abstractmethod
-    def arch(self) -> str:
-        """One of :data:`ARCHITECTURES`."""
+        self.check(self.generation, f"{origin}: generation settings")
 
     @property
     @abstractmethod
@@ -114,16 +111,18 @@ class LanguageModel(ABC):
         Raises:
             ColadaError: for one of the wrong type, or that this kind of model does not have.
         """
-        check_settings(settings)
         given = {name: value for name, value in settings.items() if value is not None}
-        self._require_known(given)
+        self.check(given)
         return {**self.defaults, **self.generation, **given}
 
-    def _require_known(self, settings: Mapping[str, Any]) -> None:
+    @classmethod
+    def check(cls, settings: Mapping[str, Any], origin: str = "") -> None:
+        """Raise ColadaError for a setting that does not exist, is of the wrong type, or not of this kind."""
+        check_settings(settings, origin)
         for name, value in settings.items():
-            if name not in self.defaults:
-                kind = ARCHITECTURES[self.arch]
-                raise ColadaError(f"{name}={value!r}: {self.origin or 'the model'} ({kind}) has no {name}")
+            if name not in cls.defaults:
+                where = f"{origin}: " if origin else ""
+                raise ColadaError(f"{where}{name}={value!r}, but {ARCHITECTURES[cls.arch]} has no {name}")
 
     def ids(self, prompt: Prompt) -> list[int]:
         """Return a prompt's ids: a text's tokens, or the ids themselves once checked.

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 import torch
 
-from colada.baselines.load import load_decoder
+from colada.baselines.load import MODELS, load_decoder
 from colada.chat import read_template
 from colada.checkpoint import (
     CHAT_TEMPLATE_FILE,
@@ -73,6 +73,7 @@ class ColaDLM(LanguageModel):
         ColadaError: if the parts do not fit each other.
     """
 
+    arch = "cola"
     defaults = RELEASED_SETTINGS
 
     def __init__(
@@ -90,11 +91,6 @@ class ColaDLM(LanguageModel):
         super().__init__(tokenizer, origin, generation, chat_template)
         self.quantised: str | None = None
         self._kept: Engine | None = None
-
-    @property
-    def arch(self) -> str:
-        """ "cola"."""
-        return "cola"
 
     @property
     def vocab_size(self) -> int:
@@ -344,6 +340,10 @@ class ColaDLM(LanguageModel):
         for _ in session.chunks():
             pass
         return session.completions()[0]
+
+
+KINDS: dict[str, type[LanguageModel]] = {"cola": ColaDLM, **MODELS}
+"""By architecture."""
 
 
 def load(

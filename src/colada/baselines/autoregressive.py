@@ -76,7 +76,7 @@ class KeyValueCache:
 class AutoregressiveLM(DecoderLM):
     """A decoder that writes token by token; every text follows ``bos_token_id``."""
 
-    objective = "ar"
+    arch = "ar"
     defaults = DEFAULTS
 
     @torch.inference_mode()

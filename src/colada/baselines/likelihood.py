@@ -61,7 +61,7 @@ def log_likelihood(
     found: list[float] = []
     for begin in range(0, len(texts), batch):
         some = slice(begin, begin + batch)
-        if model.objective == "ar":
+        if model.arch == "ar":
             found += _exact(model, contexts[some], texts[some])
         else:
             drawn = [_masked(model, contexts[some], texts[some], streams[some], k) for k in range(samples)]

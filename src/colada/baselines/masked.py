@@ -26,7 +26,7 @@ class MaskedLM(DecoderLM):
     The setting ``steps`` is passes a block; as many as a block has tokens by default.
     """
 
-    objective = "llada"
+    arch = "llada"
     defaults: ClassVar[Mapping[str, Any]] = {**DEFAULTS, "steps": None}
 
     @torch.inference_mode()

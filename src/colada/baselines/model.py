@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 
@@ -54,14 +54,12 @@ class DecoderLM(LanguageModel):
     """A baseline, ready to use.
 
     Args:
-        decoder: the network; its ``objective`` must be the class's.
+        decoder: the network; its ``objective`` must be the class's ``arch``.
         tokenizer, origin, generation, chat_template: see :class:`LanguageModel`.
 
     Raises:
         ColadaError: if the parts do not fit each other.
     """
-
-    objective: ClassVar[str]
 
     def __init__(
         self,
@@ -72,15 +70,10 @@ class DecoderLM(LanguageModel):
         generation: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
     ) -> None:
-        if decoder.config.objective != self.objective:
-            raise ColadaError(f"objective={decoder.config.objective!r}, expected {self.objective!r}")
+        if decoder.config.objective != self.arch:
+            raise ColadaError(f"objective={decoder.config.objective!r}, expected {self.arch!r}")
         self.decoder = decoder.eval()
         super().__init__(tokenizer, origin, generation, chat_template)
-
-    @property
-    def arch(self) -> str:
-        """ "ar" or "llada"."""
-        return self.objective
 
     @property
     def vocab_size(self) -> int:

@@ -1,8 +1,10 @@
 """What the baselines minimise, in nats per token.
 
 AR: -log p(x_i | x_<i), every token, the first of a sample after ``bos_token_id``.
-LLaDA: t ~ U(0, 1), each token masked with probability t, 1/t * sum over masked i of -log p(x_i | the
-unmasked) (arXiv 2502.09992, equation 3); a small share of rows is cut to a random length.
+LLaDA: of the n tokens of a row, l masked at random, l uniform on 1..n, and n/l * sum over masked i of
+-log p(x_i | the unmasked). That has the expectation of masking each token with probability t ~ U(0, 1) and a
+weight of 1/t (arXiv 2502.09992, equations 3 and 6), without the rows in which next to nothing is masked and
+1/t is huge. A small share of rows is cut to a random length.
 
 As in :mod:`colada.objectives`, what is random is drawn first, row by row, and sums are divided by counts of
 the whole step.
@@ -22,21 +24,19 @@ from colada.baselines.decoder import Decoder
 from colada.data.rows import FILLING, Batch
 from colada.objectives import Counts, Loss
 
-_LEAST_SHARE = 1e-3  # t is no smaller, as 1 / t would grow without bound.
-
 
 @dataclass(frozen=True)
 class MaskDraws:
     """Everything random in the loss of a LLaDA batch; an AR one has nothing random.
 
     Attributes:
-        share: (B,), t.
-        masked: bool (B, L), where a uniform draw is below t.
+        share: (B,), uniform on (0, 1]: which share of a row's tokens is masked.
+        order: (B, L), uniform: the tokens with the least are masked.
         length: (B,), tokens that the row is cut to.
     """
 
     share: Tensor | None = None
-    masked: Tensor | None = None
+    order: Tensor | None = None
     length: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MaskDraws:
@@ -54,22 +54,21 @@ class MaskDraws:
 
 
 def draw_masks(generators: Sequence[torch.Generator], length: int, random_length: float) -> MaskDraws:
-    """Draw t, masks and lengths, each row from a CPU generator of its own.
+    """Draw shares, orders and lengths, each row from a CPU generator of its own.
 
     Args:
         generators: one a row.
         length: tokens a row.
         random_length: share of rows that are cut to a length uniform on 1..length.
     """
-    shares, masks, lengths = [], [], []
+    shares, orders, lengths = [], [], []
     for own in generators:
-        share = _LEAST_SHARE + (1 - _LEAST_SHARE) * torch.rand((), generator=own)
-        shares.append(share)
-        masks.append(torch.rand(length, generator=own) < share)
+        shares.append(1 - torch.rand((), generator=own))
+        orders.append(torch.rand(length, generator=own))
         cut = torch.rand((), generator=own) < random_length
         shorter = torch.randint(1, length + 1, (), generator=own)
         lengths.append(torch.where(cut, shorter, length))
-    return MaskDraws(torch.stack(shares), torch.stack(masks), torch.stack(lengths))
+    return MaskDraws(torch.stack(shares), torch.stack(orders), torch.stack(lengths))
 
 
 def learnt_tokens(batch: Batch, draws: MaskDraws) -> Tensor:
@@ -132,8 +131,11 @@ def _visible(
     if config.objective == "ar":
         inputs = batch.ids.roll(1, 1).masked_fill(first_tokens(batch), config.bos_token_id)
         return inputs, learnt, torch.ones_like(learnt, dtype=torch.float32)
-    assert draws.masked is not None
+    assert draws.order is not None
     assert draws.share is not None
-    masked = draws.masked & learnt
+    tokens = learnt.sum(1)
+    count = (draws.share * tokens).ceil()
+    rank = draws.order.masked_fill(~learnt, 2.0).argsort(1).argsort(1)
+    masked = learnt & (rank < count[:, None])
     inputs = batch.ids.masked_fill(masked, config.mask_id)
-    return inputs, masked, (1 / draws.share)[:, None].expand(batch.ids.shape)
+    return inputs, masked, (tokens / count.clamp(min=1))[:, None].expand(batch.ids.shape)

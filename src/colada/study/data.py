@@ -73,10 +73,10 @@ class Written:
 
 
 def document(item: Item, letter: bool = False) -> str:
-    """Return an item as a text: what a model is asked, and then the answer, after its option's letter if asked.
+    """Return an item as a text: what a model is asked, and then the answer, if asked after its letter.
 
-    The release's scoring reads a letter in brackets where the output is short: a model that has learnt no more
-    than the form can then be right by chance.
+    The release's scoring reads a letter in brackets where the output is short: a model that has learnt no
+    more than the form can then be right by chance.
     """
     option = f" ({ascii_uppercase[item.choices.index(item.answer)]})" if letter and item.choices else ""
     return f"{item.prefix}{item.prompt}{option} {item.answer}"

@@ -14,14 +14,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from colada.baselines.load import MODELS
 from colada.device import find_device
 from colada.errors import ColadaError
 from colada.evaluation.data import Benchmark, load_benchmark
 from colada.evaluation.run import MAX_NEW_TOKENS, evaluate
 from colada.evaluation.tasks import find_task
-from colada.language_model import ARCHITECTURES, LanguageModel
-from colada.model import ColaDLM, load
+from colada.model import KINDS, load
 from colada.study.cells import CELL_FILE, read_result, write_result
 from colada.training.checkpoints import RECIPE, disk_errors
 from colada.training.display import Display
@@ -146,12 +144,7 @@ def plan_cells(recipes: Sequence[Path], archs: Sequence[str], seeds: int, device
 
 def _recipe(path: Path, arch: str, seed: int, device: str) -> Recipe:
     recipe = load_recipe(path, [f"model.arch={arch}", f"seed={seed}", f"run.device={device}"])
-    kinds: dict[str, type[LanguageModel]] = {"cola": ColaDLM, **MODELS}
-    for name, value in recipe.own_generation.items():
-        if name not in kinds[arch].defaults:
-            raise ColadaError(
-                f"{path}: generation sets {name}={value!r}, but {ARCHITECTURES[arch]} has no {name}"
-            )
+    KINDS[arch].check(recipe.own_generation, f"{path}: generation")
     return resolve(recipe)
 
 

@@ -36,9 +36,8 @@ from colada.checkpoint import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.data.rows import Batch, Rows, batch
 from colada.errors import ColadaError
 from colada.language_model import LanguageModel
-from colada.model import load
+from colada.model import KINDS, load
 from colada.objectives import Counts, readable
-from colada.settings import check_settings
 from colada.tokenizer import Tokenizer
 from colada.training.checkpoints import (
     RECIPE,
@@ -107,7 +106,7 @@ class Trainer:
         self.display = display if display is not None and self.ranks.first else Display()
         self._stop = False
         # What can be refused at once, before hours of tokenising.
-        check_settings(recipe.own_generation, "recipe: generation")
+        KINDS[recipe.model.arch].check(recipe.own_generation, "recipe: generation")
         check_names(recipe.run.monitors)
         self.recipe = recipe = resolve(recipe)
         plan = plan_run(recipe, self.ranks.size)
