@@ -124,6 +124,7 @@ def test_what_does_not_concern_an_architecture_does_not_make_another_run() -> No
     assert difference(cola, other) is None
     assert difference(baseline("ar"), baseline("ar", "stage2.lr=0.5")) is None
     assert difference(baseline("ar"), baseline("ar", "baseline.lr=0.5")) is not None
+    assert difference(baseline("ar"), baseline("ar", "baseline.llada_lr=0.5")) is None
     assert difference(baseline("ar"), baseline("llada")) == "model.arch was 'ar' and is now 'llada'"
 
 

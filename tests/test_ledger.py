@@ -20,6 +20,7 @@ from colada.training.ledger import ledger
 from colada.training.plan import Placement
 from colada.training.recipe import Recipe, load_recipe
 
+ARCHS = ("ar", "llada")
 DEBUG = Path(__file__).parent.parent / "recipes" / "debug.yaml"
 
 
@@ -27,7 +28,7 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe(DEBUG, overrides)
 
 
-@pytest.mark.parametrize("objective", ["ar", "llada"])
+@pytest.mark.parametrize("objective", ARCHS)
 def test_useful_flops_of_a_decoder_are_those_that_run(objective: str) -> None:
     rows, length = 3, 16
     config = DecoderConfig(
@@ -49,7 +50,7 @@ def test_useful_flops_of_a_decoder_are_those_that_run(objective: str) -> None:
     assert counter.get_total_flops() == pytest.approx(sum(parts.values()) + invisible, rel=1e-9)
 
 
-@pytest.mark.parametrize("arch", ["ar", "llada"])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_a_baseline_has_the_parameters_and_the_flops_of_cola(arch: str) -> None:
     cola, other = ledger(recipe()), ledger(recipe(f"model.arch={arch}"))
     assert other.total_parameters == pytest.approx(cola.total_parameters, rel=0.03)
@@ -76,6 +77,8 @@ def test_what_a_recipe_names_stays_as_it_is() -> None:
     assert own.baseline.steps == 7
     assert own.model.decoder == {"dim": 64, "num_layers": 1, "num_heads": 2, "ffn_dim": 64}
     assert resolve(own) == own
+    rates = [resolve(recipe(f"model.arch={arch}", "baseline.llada_lr=5e-4")).baseline.lr for arch in ARCHS]
+    assert rates == [1e-3, 5e-4]
     with pytest.raises(ColadaError, match=r"model.decoder.objective='llada', expected 'ar'"):
         resolve(recipe("model.arch=ar", "model.decoder={objective: llada}"))
 

@@ -91,6 +91,9 @@ def resolve(recipe: Recipe) -> Recipe:
         decoder["init_std"] = round(config.dim**-0.5, 4)  # 0.02 at the width it is usual for
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"decoder": decoder})})
     section = recipe.baseline
+    if recipe.model.arch == "llada" and section.llada_lr is not None:
+        section = section.model_copy(update={"lr": section.llada_lr, "llada_lr": None})
+        recipe = recipe.model_copy(update={"baseline": section})
     if section.steps == 0:
         if recipe.model.init is not None:
             raise ColadaError("recipe: baseline.steps=0 with model.init, expected a number of steps")

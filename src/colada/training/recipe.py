@@ -191,6 +191,9 @@ class BaselineSection(OptimiserSection):
     steps: int = Field(
         0, ge=0, description="Optimiser steps; 0: as many as take the FLOPs of stage1 and stage2."
     )
+    llada_lr: float | None = Field(
+        None, gt=0, description="llada: highest learning rate, if it wants another than lr."
+    )
     generation: dict[str, Any] = Field(
         {}, description="Settings stored with the baseline, in place of those under generation."
     )
@@ -396,7 +399,10 @@ def difference(old: Recipe, new: Recipe) -> str | None:
     if new.model.arch == "cola":
         sections |= {"model": {"arch", "init", "vae", "dit"}, "stage1": True, "stage2": True}
     else:
-        sections |= {"model": {"arch", "init", "decoder"}, "baseline": True}
+        own = set(BaselineSection.model_fields) - {"llada_lr"}  # which is resolved to lr
+        if new.model.arch == "ar":
+            own.remove("random_length")
+        sections |= {"model": {"arch", "init", "decoder"}, "baseline": own}
     before, after = (recipe.model_dump(mode="json", include=sections) for recipe in (old, new))
     return _difference("", before, after)
 
