@@ -498,8 +498,8 @@ def test_metrics_are_one_json_object_a_line(uninterrupted: dict[str, Path], vari
 def test_validation_is_the_same_measurement_every_time(tmp_path: Path) -> None:
     made = Trainer(recipe(), tmp_path)
     for number in (1, 2):
-        stage = made._stage(number)
-        rows = made.inputs.rows("validation", stage.section, 0, made.vae.config)
+        stage = made.system.stage(number, made._lay_out)
+        rows = made.inputs.rows("validation", stage.section, 0, made.system.block_tokens)
         first = made._validate(stage, stage.networks, rows, 0)
         torch.manual_seed(1)
         assert made._validate(stage, stage.networks, rows, 0) == first
