@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from measure import Trigrams, distinct2, words
+from measure import Trigrams, words
 from rich.console import Console
 
 import colada
 from colada.data.documents import find_files, read_documents
 from colada.data.sources import read_texts
+from colada.evaluation.generative import distinct
 from colada.training.display import Display
 from colada.training.recipe import Recipe, load_recipe
 from colada.training.trainer import Trainer
@@ -66,7 +67,7 @@ def run(
     def quality(texts: Sequence[Sequence[str]]) -> dict[str, float]:
         flat = [word for own in texts for word in own]
         share = sum(word in known for word in flat) / max(1, len(flat))
-        return {"known": share, "distinct2": distinct2(texts), "trigram": judge.nats_per_word(texts)}
+        return {"known": share, "distinct2": distinct(texts, 2), "trigram": judge.nats_per_word(texts)}
 
     out.mkdir(parents=True, exist_ok=True)
     done = {(row["variant"], row["seed"]) for row in _results(out)}
