@@ -153,6 +153,7 @@ def ledger(
         from colada.training.ledger import ledger as count
         from colada.training.recipe import load_recipe
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from colada.language_model import ARCHITECTURES
@@ -170,17 +171,17 @@ def ledger(
     if as_json:
         print(json.dumps([{"recipe": str(path), **own.to_dict()} for path, own in found], indent=2))
         return
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-    table.add_column("Recipe")
-    for column in ("Model", "Parameters", "Tokens", "FLOPs", "6 N D"):
-        table.add_column(column, justify="right")
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("Recipe, model", no_wrap=True)
+    for column in ("Parameters", "Tokens", "FLOPs", "6 N D"):
+        table.add_column(column, justify="right", no_wrap=True)
     for path, own in found:
         flops, narrow = scaled(own.total_flops, "FLOP"), scaled(own.narrow_flops, "FLOP")
-        model = ARCHITECTURES[own.arch]
-        table.add_row(path.stem, model, f"{own.total_parameters:,}", f"{own.tokens:,}", flops, narrow)
+        model = f"{escape(path.stem)}, {ARCHITECTURES[own.arch]}"
+        table.add_row(model, f"{own.total_parameters:,}", f"{own.tokens:,}", flops, narrow)
         for part, value in own.flops.items():
-            share = f"{100 * value / own.total_flops:.1f}%"
-            table.add_row("", "", "", f"[dim]{part}[/dim]", f"[dim]{share}[/dim]", "")
+            name, share = part.replace("frozen Text VAE", "frozen"), 100 * value / own.total_flops
+            table.add_row(f"[dim]  {name}[/dim]", "", "", f"[dim]{share:.1f}%[/dim]", "")
     Console(highlight=False).print(table)
 
 
