@@ -19,13 +19,14 @@ import torch
 import typer
 import yaml
 
-from colada import ColaDLM, load
+from colada import ColaDLM
 from colada.data.documents import find_files, read_documents
 from colada.data.rows import StreamRows, batch
 from colada.data.shards import prepare
 from colada.data.sources import Source
 from colada.evaluation.generative import distinct
 from colada.flow import TimestepLaw, calibrated_loc
+from colada.model import load_cola
 from colada.objectives import (
     FlowSettings,
     VAEWeights,
@@ -121,7 +122,7 @@ def main(
     settings: Annotated[list[str], typer.Option("--set", help="Generation setting, name=value.")] = [],  # noqa: B006
 ) -> None:
     """Print the measurements as JSON."""
-    lm = load(model, dtype=torch.float32)
+    lm = load_cola(model, dtype=torch.float32)
     assert lm.tokenizer is not None
     chosen: dict[str, Any] = {
         name: yaml.safe_load(value) for name, _, value in (s.partition("=") for s in settings)

@@ -119,6 +119,20 @@ def test_a_baseline_goes_on_from_another_and_not_from_another_kind(
         Trainer(baseline("ar", *start, "baseline.steps=0"), tmp_path / "steps")
 
 
+def test_a_checkpoint_is_exported_without_the_model_it_went_on_from(
+    tmp_path: Path, uninterrupted: dict[str, Path]
+) -> None:
+    shutil.copytree(uninterrupted["llada"] / "model", tmp_path / "start")
+    start = [f"model.init={tmp_path / 'start'}", "model.vae={}", "model.dit={}", "model.decoder={}"]
+    Trainer(baseline("llada", *start), tmp_path / "run").run()
+    shutil.rmtree(tmp_path / "start")
+    export(tmp_path / "run" / "checkpoints" / Place(1, 6).name, tmp_path / "model")
+    one, two = colada.load(tmp_path / "model"), colada.load(tmp_path / "run" / "model")
+    assert isinstance(one, DecoderLM)
+    assert isinstance(two, DecoderLM)
+    assert same(one.decoder.state_dict(), two.decoder.state_dict())
+
+
 def test_what_does_not_concern_an_architecture_does_not_make_another_run() -> None:
     cola, other = recipe(), recipe("baseline.lr=0.5", "model.decoder={dim: 16}")
     assert difference(cola, other) is None
@@ -203,6 +217,8 @@ def test_the_commands_take_a_baselines_model(
     assert main(["eval", "likelihood", str(texts), "--model", model, "-q"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("at most ") == (arch == "llada")
+    assert main(["eval", "likelihood", str(texts), "--model", model, "-q", "--at", "0.5"]) == 2
+    assert "has no at" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import colada
+from colada.baselines.config import DecoderConfig
+from colada.baselines.decoder import Decoder
+from colada.baselines.load import MODELS
 from colada.cli import app
 from colada.errors import ColadaError
 from colada.evaluation.likelihood import likelihood
@@ -296,3 +300,34 @@ def test_a_model_without_tokenizer_has_no_tasks() -> None:
 
     with pytest.raises(ColadaError, match=r"no tokenizer\.json"):
         HarnessLM(tiny_model())
+
+
+# --- baselines ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["ar", "llada"])
+def test_a_baselines_answers_depend_on_the_request_alone(arch: str) -> None:
+    from colada.evaluation.harness import HarnessLM
+
+    tokenizer = colada.load().tokenizer
+    assert tokenizer is not None
+    shape = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24}
+    config = DecoderConfig(objective=arch, vocab_size=tokenizer.vocab_size, init_std=0.5, **shape)
+    decoder = Decoder(config)
+    decoder.init_weights(torch.Generator().manual_seed(0))
+    model = MODELS[arch](decoder, tokenizer)
+    context = "Once upon a time"
+    asked = []
+    for length in (1, 2, 4):
+        (made,) = model.generate([context], length, end_ids=())
+        asked.append(Instance(context, made.text))
+    asked.append(Instance(context, " there was a dog"))
+    alone = [HarnessLM(model, batch_size=1).loglikelihood([own])[0] for own in asked]
+    together = HarnessLM(model, batch_size=8).loglikelihood(asked)
+    assert [greedy for _, greedy in together] == [greedy for _, greedy in alone]
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], abs=1e-3)
+    assert not together[3][1]
+    with pytest.raises(ColadaError, match="has no guidance"):
+        HarnessLM(model, guidance=3.0)
+    with pytest.raises(ColadaError, match="samples=0" if arch == "llada" else "has no samples"):
+        HarnessLM(model, samples=0)

@@ -78,7 +78,23 @@ def test_what_a_recipe_names_stays_as_it_is() -> None:
     assert own.model.decoder == {"dim": 64, "num_layers": 1, "num_heads": 2, "ffn_dim": 64}
     assert resolve(own) == own
     rates = [resolve(recipe(f"model.arch={arch}", "baseline.llada_lr=5e-4")).baseline.lr for arch in ARCHS]
-    assert rates == [1e-3, 5e-4]
+    assert rates == [recipe().stage2.lr, 5e-4]
+
+
+def test_what_is_left_out_follows_from_cola() -> None:
+    own = resolve(recipe("model.arch=llada", "model.decoder.block_size=8", "baseline.batch=3"))
+    cola = ledger(recipe())
+    assert own.model.decoder["block_size"] == 8
+    assert decoder_config_of(own).parameters == pytest.approx(cola.total_parameters, rel=0.03)
+    assert (own.baseline.batch, own.baseline.length) == (3, own.stage2.length)
+    assert own.baseline.ema == own.stage2.ema
+    # A recipe for a cluster, planned on one machine.
+    assert plan_run(recipe("run.replicas=2"), 1).flops == cola.total_flops
+    with pytest.raises(ColadaError, match=r"baseline.steps=0 with no steps of stage1 and stage2"):
+        resolve(recipe("model.arch=ar", "stage1.steps=0", "stage2.steps=0"))
+
+
+def test_a_named_objective_must_be_the_architectures() -> None:
     with pytest.raises(ColadaError, match=r"model.decoder.objective='llada', expected 'ar'"):
         resolve(recipe("model.arch=ar", "model.decoder={objective: llada}"))
 

@@ -101,6 +101,8 @@ def test_settings_that_a_baseline_does_not_have_are_refused_by_name() -> None:
         MaskedLM(tiny("llada")).generate(PROMPTS, 4, guidance=3.0)
     with pytest.raises(ColadaError, match=r"steps=4, but AR has no steps"):
         AutoregressiveLM(tiny("ar")).generate(PROMPTS, 4, steps=4)
+    with pytest.raises(ColadaError, match="steps=5, expected at most the 4 tokens of a block"):
+        MaskedLM(tiny("llada")).generate(PROMPTS, 4, steps=5)
     with pytest.raises(ColadaError, match="objective='ar', expected 'llada'"):
         MaskedLM(tiny("ar"))
 

@@ -129,6 +129,9 @@ class DecoderLM(LanguageModel):
         steps = chosen.get("steps")
         if steps is not None:
             require_count("steps", steps)
+            if steps > self.decoder.config.block_size:
+                size = self.decoder.config.block_size
+                raise ColadaError(f"steps={steps}, expected at most the {size} tokens of a block")
         return Writing(
             [self.ids(prompt) for prompt in prompts],
             [Transcript(self.tokenizer, 0, max_new_tokens, stop, end_ids) for _ in prompts],

@@ -165,8 +165,12 @@ def likelihood(
     samples: Annotated[
         int | None, typer.Option(help="K of a bound. Default: 1 for Cola DLM, 32 for LLaDA.")
     ] = None,
-    at: Annotated[float, typer.Option(help="a = t / T of the latents that the bound is over.")] = 0.6,
-    steps: Annotated[int, typer.Option(help="Solver steps, to the noise and to the data.")] = 32,
+    at: Annotated[
+        float | None, typer.Option(help="a = t / T of the latents that the bound is over. Default: 0.6.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Solver steps, to the noise and to the data. Default: 32.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of noise and probes.")] = 0,
     batch: Annotated[int, typer.Option(help="Texts computed together; changes no result.")] = 8,
     device: DeviceOption = "cpu",
@@ -179,7 +183,7 @@ def likelihood(
 
     from rich.console import Console
 
-    from colada.evaluation.measure import SAMPLES, kind, measure
+    from colada.evaluation.measure import bound_settings, kind, measure
     from colada.evaluation.records import replace_file
     from colada.evaluation.texts import read_texts, summarise
     from colada.training.display import Display
@@ -187,23 +191,19 @@ def likelihood(
 
     texts = read_texts(files, field, limit)
     network = load_model(model, revision, dtype, device)
+    bound = bound_settings(network, samples=samples, at=at, steps=steps)
     display = Display(Console(stderr=True, quiet=quiet))
     with display.task("likelihood", total=len(texts)):
         found = measure(
             network,
             [text.text for text in texts],
-            samples=samples,
-            at=at,
-            steps=steps,
             seed=seed,
             batch=batch,
             progress=display.advance,
+            **bound,
         )
     scores = [replace(own, origin=text.origin) for text, own in zip(texts, found, strict=True)]
-    settings: dict[str, Any] = {"samples": samples or SAMPLES[network.arch], "seed": seed}
-    settings |= {"dtype": dtype, "device": device}
-    if network.arch == "cola":
-        settings |= {"at": at, "steps": steps}
+    settings: dict[str, Any] = {**bound, "seed": seed, "dtype": dtype, "device": device}
     result = summarise(scores, kind(network))
     error = result["standard_error"]
     spread = f" ± {error:.3f}" if error is not None else " (one text, so no standard error)"
@@ -258,8 +258,12 @@ def generative(
     judge_samples: Annotated[
         int | None, typer.Option(help="K of a judge's bound. Default: 1 for Cola DLM, 32 for LLaDA.")
     ] = None,
-    judge_at: Annotated[float, typer.Option(help="a = t / T of a judge's bound.")] = 0.6,
-    judge_steps: Annotated[int, typer.Option(help="Solver steps of a judge's bound.")] = 32,
+    judge_at: Annotated[
+        float | None, typer.Option(help="a = t / T of a judge's bound. Default: 0.6.")
+    ] = None,
+    judge_steps: Annotated[
+        int | None, typer.Option(help="Solver steps of a judge's bound. Default: 32.")
+    ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON, a record a text.")] = None,
@@ -270,6 +274,7 @@ def generative(
 
     from colada.device import find_device
     from colada.evaluation import generative as room
+    from colada.evaluation.measure import bound_settings
     from colada.evaluation.records import replace_file
     from colada.evaluation.report import print_generative
     from colada.evaluation.run import require_tokenizer
@@ -283,8 +288,9 @@ def generative(
     if judge.startswith(room.TRANSFORMERS):
         chosen = room.TransformersJudge(judge.removeprefix(room.TRANSFORMERS), find_device(device))
     else:
-        bound = {"samples": judge_samples, "at": judge_at, "steps": judge_steps, "seed": seed, "batch": batch}
-        chosen = room.ModelJudge(load_model(judge, None, dtype, device), require_tokenizer(network), **bound)
+        reader = load_model(judge, None, dtype, device)
+        bound = bound_settings(reader, samples=judge_samples, at=judge_at, steps=judge_steps)
+        chosen = room.ModelJudge(reader, require_tokenizer(network), **bound, seed=seed, batch=batch)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "steps": steps, "guidance": guidance}
     named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lengths = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "seed": seed}
@@ -300,7 +306,7 @@ def generative(
             judging=display.advance,
             **named,
         )
-    settings = {**network.generation, **named, **lengths, "dtype": dtype, "device": device}
+    settings = {**network.chosen(named), **lengths, "dtype": dtype, "device": device}
     print_generative(result, chosen.origin, Console(highlight=False))
     print(", ".join(f"{name} {value}" for name, value in settings.items() if value is not None))
     if out is not None:

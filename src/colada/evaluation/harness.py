@@ -20,7 +20,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from colada.errors import ColadaError
-from colada.evaluation.measure import SAMPLES, kind, measure
+from colada.evaluation.measure import bound_settings, kind, measure
 from colada.language_model import LanguageModel
 from colada.options import load_model
 from colada.settings import check_settings, require_count
@@ -54,7 +54,7 @@ class HarnessLM(LM):  # type: ignore[misc]
         model: a model, or where to load one from, see :func:`colada.load`; the bundled one if left out.
         revision, dtype, device: of loading, as on the command line.
         batch_size: requests computed together; changes no result.
-        samples, at, flow_steps: of the bound, see :func:`~colada.evaluation.measure.measure`.
+        samples, at, flow_steps: of the bound, see :func:`~colada.evaluation.measure.bound_settings`.
         seed: every request has a seed of its own, made of this one and of what it asks.
         max_length: tokens of context and continuation together. Contexts lose their beginning; a longer text
             is measured in windows of half as many tokens, each after the one before. None: no limit.
@@ -74,8 +74,8 @@ class HarnessLM(LM):  # type: ignore[misc]
         batch_size: int | str = 8,
         max_batch_size: int | None = None,
         samples: int | None = None,
-        at: float = 0.6,
-        flow_steps: int = 32,
+        at: float | None = None,
+        flow_steps: int | None = None,
         seed: int = 0,
         max_length: int | None = None,
         **settings: Any,
@@ -99,12 +99,8 @@ class HarnessLM(LM):  # type: ignore[misc]
             )
         self.encoding: Tokenizer = self.model.tokenizer
         self.batch_size, self.seed, self.max_length, self.settings = int(size), seed, max_length, settings
-        self._bound: dict[str, Any] = {
-            "samples": samples or SAMPLES[self.model.arch],
-            "at": at,
-            "steps": flow_steps,
-            "batch": int(size),
-        }
+        self.model.check(settings)
+        self._bound = bound_settings(self.model, samples=samples, at=at, steps=flow_steps)
         self._device = self.model.device
 
     # --- likelihood ------------------------------------------------------------------------
@@ -148,10 +144,28 @@ class HarnessLM(LM):  # type: ignore[misc]
         return totals
 
     def _greedy(self, asked: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
-        """Return whether each text is what is written greedily after its context: once a context."""
+        """Return whether each text is what is written greedily after its context: once a context.
+
+        What a LLaDA model writes first depends on how many masks follow: once a context and length there.
+        """
+        if self.model.arch == "llada":
+            by_length: dict[int, set[tuple[int, ...]]] = {}
+            for context, own in asked:
+                by_length.setdefault(len(own), set()).add(tuple(context))
+            said = {
+                (context, length): written
+                for length, contexts in by_length.items()
+                for context, written in self._written(dict.fromkeys(contexts, length)).items()
+            }
+            return [said[tuple(context), len(own)] == tuple(own) for context, own in asked]
         lengths: dict[tuple[int, ...], int] = {}
         for context, own in asked:
             lengths[tuple(context)] = max(len(own), lengths.get(tuple(context), 0))
+        written = self._written(lengths)
+        return [written[tuple(context)][: len(own)] == tuple(own) for context, own in asked]
+
+    def _written(self, lengths: dict[tuple[int, ...], int]) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Return what is written greedily after each context, at least so many tokens."""
         written: dict[tuple[int, ...], tuple[int, ...]] = {}
         for contexts in _chunks(sorted(lengths, key=lengths.__getitem__), self.batch_size):
             done = self.model.generate(
@@ -161,13 +175,13 @@ class HarnessLM(LM):  # type: ignore[misc]
                 seed=[self._seed("greedy", context) for context in contexts],
             )
             written |= {context: own.tokens for context, own in zip(contexts, done, strict=True)}
-        return [written[tuple(context)][: len(own)] == tuple(own) for context, own in asked]
+        return written
 
     def _measure(self, asked: Sequence[tuple[list[int], list[int]]], seeds: Sequence[int]) -> list[float]:
         if not asked:
             return []
         texts, given = [own for _, own in asked], [context for context, _ in asked]
-        scores = measure(self.model, texts, given, seed=seeds, **self._bound)
+        scores = measure(self.model, texts, given, seed=seeds, batch=self.batch_size, **self._bound)
         return [score.log_likelihood for score in scores]
 
     def _windows(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:
@@ -256,11 +270,10 @@ class HarnessLM(LM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness's results say about the model."""
-        bound = {name: value for name, value in self._bound.items() if name != "batch"}
         return {
             "model_source": self.model.origin,
-            "likelihood": {"kind": kind(self.model), **bound},
-            "settings": {**self.model.generation, **self.settings},
+            "likelihood": {"kind": kind(self.model), **self._bound},
+            "settings": self.model.chosen(self.settings),
             "seed": self.seed,
             "max_length": self.max_length,
             "made_with": provenance(self.model.device),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from colada.baselines.likelihood import log_likelihood
 from colada.baselines.model import DecoderLM
 from colada.errors import ColadaError
 from colada.evaluation.likelihood import likelihood
 from colada.evaluation.texts import Kind, TextScore
-from colada.language_model import LanguageModel
+from colada.language_model import ARCHITECTURES, LanguageModel
 from colada.model import ColaDLM
-from colada.settings import Prompt
+from colada.settings import Prompt, require_count
 
 SAMPLES = {"cola": 1, "ar": 1, "llada": 32}
 """By architecture, how many samples of a bound are drawn unless told otherwise."""
@@ -20,6 +21,35 @@ SAMPLES = {"cola": 1, "ar": 1, "llada": 32}
 def kind(model: LanguageModel) -> Kind:
     """Return what :func:`measure` finds of a model: "bound", or "exact"."""
     return "exact" if model.arch == "ar" else "bound"
+
+
+def bound_settings(
+    model: LanguageModel, *, samples: int | None, at: float | None, steps: int | None
+) -> dict[str, Any]:
+    """Return the settings of a model's likelihood that count, for :func:`measure`; None is the default.
+
+    Args:
+        model: AR has none, LLaDA ``samples``, Cola DLM all.
+        samples, at, steps: see :func:`measure`.
+
+    Raises:
+        ColadaError: for one that is out of range, or that this kind of model does not have.
+    """
+    defaults = {"samples": SAMPLES[model.arch], "at": 0.6, "steps": 32}
+    kept = {"cola": ("samples", "at", "steps"), "llada": ("samples",), "ar": ()}[model.arch]
+    for name, value in {"samples": samples, "at": at, "steps": steps}.items():
+        if value is None:
+            continue
+        if name not in kept:
+            what = ARCHITECTURES[model.arch]
+            raise ColadaError(f"{name}={value!r}, but the likelihood of {what} has no {name}")
+        if name == "at":
+            if not isinstance(value, int | float) or not 0 < value < 1:
+                raise ColadaError(f"at={value!r}, expected a number between 0 and 1")
+        else:
+            require_count(name, value)
+        defaults[name] = value
+    return {name: defaults[name] for name in kept}
 
 
 def measure(

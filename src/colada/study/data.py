@@ -110,7 +110,8 @@ def write_documents(
         out: made if need be.
         tasks: of which; all that have a training split by default.
         say: called with a line for each task, and one for the tasks without.
-        letters: put an option's letter before its text in the answers, see :func:`document`.
+        letters: put an option's letter before its text in the answers of tasks whose scoring reads it, see
+            :func:`document`.
 
     Raises:
         ColadaError: for a task without a training split, or records that are missing or malformed.
@@ -127,7 +128,9 @@ def write_documents(
         kept = [record for record in records if _question(record) not in asked]
         if not kept:
             raise ColadaError(f"{source}: every record is among those that {task.name} is scored on")
-        texts[task.name] = [document(item, letters) for item in build_items(task, kept, ())]
+        texts[task.name] = [
+            document(item, letters and task.rule == "option") for item in build_items(task, kept, ())
+        ]
         written.append(
             Written(
                 task.name,

@@ -172,8 +172,19 @@ def points_of(results: Sequence[Result]) -> list[Point]:
 
 
 def largest(points: Sequence[Point]) -> list[Point]:
-    """Return the most expensive point of each architecture."""
-    return list({point.arch: point for point in points}.values())
+    """Return each architecture's result at the most expensive point that all of them have.
+
+    While a study is under way there may be none: then the most expensive point of each.
+    """
+    archs = {point.arch for point in points}
+    shared = [
+        point.name for point in points if {own.arch for own in points if own.name == point.name} == archs
+    ]
+    costs = {point.name: point.cost.total_flops for point in points if point.name in shared}
+    if not costs:
+        return list({point.arch: point for point in points}.values())
+    name = max(costs, key=costs.__getitem__)
+    return [point for point in points if point.name == name]
 
 
 # --- tables --------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ from colada.training.decoder_plan import decoder_flops, decoder_parameters, deco
 from colada.training.plan import Phase, Placement, Plan, Work, cola_phase, parameter_counts
 from colada.training.recipe import OptimiserSection, Recipe
 
+_SHAPE = ("dim", "num_layers", "num_heads", "ffn_dim")
+"""Keys of ``model.decoder`` that decide a baseline's parameters."""
+
 
 def step_work(recipe: Recipe, stage: int, vae: TextVAEConfig, joint: bool = False) -> Work:
     """Return what a step of a stage computes; ``joint`` says whether the Text VAE learns in stage 2."""
@@ -63,7 +66,7 @@ def _cola_phases(recipe: Recipe, vae: TextVAEConfig, dit: DiTConfig, ranks: int)
 def _placement(recipe: Recipe, section: OptimiserSection, ranks: int) -> Placement:
     return Placement(
         micro_batch=section.micro_batch or max(1, section.batch // ranks),
-        shards=ranks // recipe.run.replicas if recipe.run.shard else 1,
+        shards=max(1, ranks // recipe.run.replicas) if recipe.run.shard else 1,
         checkpointing=recipe.run.checkpoint_activations,
         bfloat16=recipe.run.precision == "bfloat16",
         muon=section.optimiser == "muon",
@@ -72,23 +75,33 @@ def _placement(recipe: Recipe, section: OptimiserSection, ranks: int) -> Placeme
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Return a baseline's recipe with what follows from that of Cola DLM filled in.
+    """Return a recipe in which the baseline's section has what follows from Cola DLM's filled in.
 
-    Without ``model.decoder`` (and ``model.init``) it has as many parameters as Text VAE and DiT
+    What that section leaves out of rows and optimiser is as in stage 2. Without a shape in
+    ``model.decoder`` (and without ``model.init``) a baseline has as many parameters as Text VAE and DiT
     together, and first weights of spread dim^-1/2; without ``baseline.steps``, as many steps as
     take the FLOPs of both stages, everything counted.
 
     Raises:
         ColadaError: for settings that do not fit each other.
     """
+    given = recipe.baseline.model_fields_set
+    same = {
+        name: getattr(recipe.stage2, name)
+        for name in OptimiserSection.model_fields
+        if name not in given and name != "steps"
+    }
+    if same:
+        section = recipe.baseline.model_copy(update=same)
+        recipe = recipe.model_copy(update={"baseline": section})
     if recipe.model.arch == "cola":
         return recipe
-    if recipe.model.init is None and not recipe.model.decoder:
+    if recipe.model.init is None and not set(_SHAPE) & recipe.model.decoder.keys():
         total = sum(parameter_counts(*_cola_configs(recipe)).values())
         config = matched_config(total, _vocab_size(recipe), objective=recipe.model.arch)
-        names = ("dim", "num_layers", "num_heads", "ffn_dim")
-        decoder = {name: getattr(config, name) for name in names}
+        decoder = {name: getattr(config, name) for name in _SHAPE}
         decoder["init_std"] = round(config.dim**-0.5, 4)  # 0.02 at the width it is usual for
+        decoder |= recipe.model.decoder
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"decoder": decoder})})
     section = recipe.baseline
     if recipe.model.arch == "llada" and section.llada_lr is not None:
@@ -99,6 +112,8 @@ def resolve(recipe: Recipe) -> Recipe:
             raise ColadaError("recipe: baseline.steps=0 with model.init, expected a number of steps")
         vae, dit = _cola_configs(recipe)
         wanted = sum(phase.steps * sum(phase.flops.values()) for phase in _cola_phases(recipe, vae, dit, 1))
+        if wanted == 0:
+            raise ColadaError("recipe: baseline.steps=0 with no steps of stage1 and stage2 to match")
         each = sum(decoder_flops(decoder_config_of(recipe), section.batch, section.length).values())
         steps = max(1, round(wanted / each))
         recipe = recipe.model_copy(update={"baseline": section.model_copy(update={"steps": steps})})

@@ -15,7 +15,7 @@ from colada.tokenizer import Tokenizer
 from colada.training.checkpoints import RECIPE, disk_errors, read_state, read_tensors
 from colada.training.cola import ColaSystem
 from colada.training.decoder import DecoderSystem
-from colada.training.recipe import Recipe, load_recipe
+from colada.training.recipe import ModelSection, Recipe, load_recipe
 from colada.training.stages import System
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,7 +47,14 @@ def export(checkpoint: Path, directory: Path) -> str:
     """
     state, recipe = read_state(checkpoint), load_recipe(checkpoint / RECIPE)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER_FILE)
-    start = load(recipe.model.init) if recipe.model.init is not None else None
+    start = None
+    if recipe.model.init is not None:
+        if recipe.model.arch == "cola" and state["stage"] == 1:
+            start = load(recipe.model.init)  # The DiT as it began is not in the checkpoint.
+        else:
+            configs = {name: state[name] for name in ("vae", "dit", "decoder") if name in state}
+            model = ModelSection(arch=recipe.model.arch, **configs)
+            recipe = recipe.model_copy(update={"model": model})
     system = system_of(recipe, tokenizer, start)
     stage = system.stage(state["stage"], nn.ModuleDict)
     tensors: dict[str, Any] = {}

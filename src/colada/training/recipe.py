@@ -98,7 +98,8 @@ class ModelSection(_Section):
     dit: dict[str, Any] = Field({}, description="Keys of cola_dit/config.json; the channels are filled in.")
     decoder: dict[str, Any] = Field(
         {},
-        description="Baselines: keys of decoder/config.json; without any, as many parameters as vae and dit.",
+        description="Baselines: keys of decoder/config.json; without dim, num_layers, num_heads and ffn_dim,"
+        " as many parameters as vae and dit together.",
     )
 
     @model_validator(mode="after")
@@ -116,7 +117,9 @@ class OptimiserSection(_Section):
     micro_batch: int | None = Field(
         None, ge=1, description="Rows per pass on each rank; gradients are accumulated. Unset: all at once."
     )
-    length: int = Field(128, ge=1, description="Tokens per row, a multiple of patch_size * block_size.")
+    length: int = Field(
+        128, ge=1, description="Tokens per row; for Cola DLM a multiple of patch_size * block_size."
+    )
     optimiser: Literal["adamw", "muon"] = Field(
         "adamw",
         description="muon orthogonalises the updates of the blocks' matrices (AdamW for the rest),"
@@ -186,7 +189,7 @@ class Stage2Section(OptimiserSection):
 
 
 class BaselineSection(OptimiserSection):
-    """A baseline's only stage: model.arch ar or llada, on the same data and rows."""
+    """A baseline's only stage: model.arch ar or llada, on the same data. Keys left out are as in stage2."""
 
     steps: int = Field(
         0, ge=0, description="Optimiser steps; 0: as many as take the FLOPs of stage1 and stage2."
@@ -209,7 +212,7 @@ class RunSection(_Section):
     save_every: int = Field(500, ge=1, description="Steps between checkpoints.")
     keep_last: int = Field(2, ge=1, description="Checkpoints kept.")
     keep_every: int = Field(0, ge=0, description="Checkpoints at multiples of so many steps are kept too.")
-    sample_every: int = Field(1000, ge=0, description="Steps between samples, in stage 2.")
+    sample_every: int = Field(1000, ge=0, description="Steps between samples, in the last stage.")
     sample_prompts: tuple[str, ...] = Field(
         ("Once upon a time",), description="What samples continue, or answer where there are conversations."
     )
@@ -227,9 +230,10 @@ class RunSection(_Section):
         "float32", description="Of matrix products; weights, optimiser and latents stay float32."
     )
     save_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the saved model.")
-    compile: bool = Field(False, description="torch.compile each transformer block of the DiT.")
+    compile: bool = Field(False, description="torch.compile each transformer block of the DiT or decoder.")
     checkpoint_activations: bool = Field(
-        False, description="Compute the DiT's blocks again in the backward pass instead of keeping them."
+        False,
+        description="Compute blocks of the DiT or decoder again in the backward pass.",
     )
     device: str = Field("auto", description="cpu, cuda, or auto: cuda where there is one.")
     shard: bool = Field(
@@ -399,7 +403,7 @@ def difference(old: Recipe, new: Recipe) -> str | None:
     if new.model.arch == "cola":
         sections |= {"model": {"arch", "init", "vae", "dit"}, "stage1": True, "stage2": True}
     else:
-        own = set(BaselineSection.model_fields) - {"llada_lr"}  # which is resolved to lr
+        own = set(BaselineSection.model_fields) - {"llada_lr", "generation"}  # the one is resolved to lr
         if new.model.arch == "ar":
             own.remove("random_length")
         sections |= {"model": {"arch", "init", "decoder"}, "baseline": own}
