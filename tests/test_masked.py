@@ -108,6 +108,15 @@ def test_settings_that_a_baseline_does_not_have_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("kind", [AutoregressiveLM, MaskedLM])
+def test_logits_that_are_not_finite_are_no_text(kind: type[AutoregressiveLM] | type[MaskedLM]) -> None:
+    model = kind(tiny(kind.arch), origin="broken")
+    with torch.no_grad():
+        model.decoder.lm_head.weight[2] = torch.nan
+    with pytest.raises(ColadaError, match="broken has logits that are not finite"):
+        model.generate(PROMPTS, 4)
+
+
+@pytest.mark.parametrize("kind", [AutoregressiveLM, MaskedLM])
 def test_a_saved_baseline_is_loaded_as_it_was(
     tmp_path: Path, kind: type[AutoregressiveLM] | type[MaskedLM]
 ) -> None:

@@ -17,8 +17,9 @@ from colada.cli import main
 from colada.errors import ColadaError
 from colada.evaluation.data import load_benchmark
 from colada.evaluation.tasks import find_task
+from colada.language_model import find_archs
 from colada.study import scaling
-from colada.study.cells import CELL_FILE, Counts, Result, find_archs, read_result, read_results, write_result
+from colada.study.cells import CELL_FILE, Counts, Result, read_result, read_results, write_result
 from colada.study.data import RECORD_FILE, write_documents
 from colada.study.figure import draw_options, draw_scores, write_figures
 from colada.study.scaling import Asked, Outcome, plan_cells, run_study

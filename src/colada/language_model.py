@@ -11,13 +11,31 @@ import torch
 
 from colada.chat import check_messages, render
 from colada.checkpoint import CHAT_TEMPLATE_FILE
-from colada.errors import ColadaError
+from colada.errors import ColadaError, nearest
 from colada.settings import Prompt, Settings, check_settings
 from colada.streaming import Chunk, Completion
 from colada.tokenizer import Tokenizer
 
 ARCHITECTURES = {"cola": "Cola DLM", "ar": "AR", "llada": "LLaDA"}
 """By name, what readers call it."""
+
+
+def find_archs(names: str) -> tuple[str, ...]:
+    """Return architectures, named with commas between.
+
+    Raises:
+        ColadaError: for an unknown one, with the nearest, or one that is there twice.
+    """
+    wanted = tuple(name.strip() for name in names.split(","))
+    for name in wanted:
+        if name not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ColadaError(
+                f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)}, expected some of {known}"
+            )
+        if wanted.count(name) > 1:
+            raise ColadaError(f"architectures {names}: {name!r} is there twice")
+    return wanted
 
 
 class LanguageModel(ABC):

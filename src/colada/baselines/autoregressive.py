@@ -91,7 +91,9 @@ class AutoregressiveLM(DecoderLM):
         active, seen = list(range(len(given))), [set[int]() for _ in given]
         step = 0
         while True:
-            ids = self._pick(self.decoder.logits(hidden), active, seen, sampling, seeds, step)
+            logits = self.decoder.logits(hidden)
+            self._require_finite(logits)
+            ids = self._pick(logits, active, seen, sampling, seeds, step)
             for index, token in zip(active, ids, strict=True):
                 seen[index].add(token)
                 text, tokens = transcripts[index].add([token])

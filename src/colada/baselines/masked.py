@@ -60,7 +60,9 @@ class MaskedLM(DecoderLM):
         lengths = [len(row) for row in rows]
         first = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths) + torch.tensor(starts)
         where = (first[:, None] + torch.arange(length)).flatten().to(self.device)
-        return self.decoder(torch.cat(list(rows)), self.decoder.layout(lengths), where).split(length)
+        logits = self.decoder(torch.cat(list(rows)), self.decoder.layout(lengths), where)
+        self._require_finite(logits)
+        return logits.split(length)
 
 
 def transfers(tokens: int, steps: int) -> list[int]:

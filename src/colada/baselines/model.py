@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self, Unpack
 
 import torch
+from torch import Tensor
 
 from colada.baselines.decoder import Decoder
 from colada.checkpoint import DECODER_DIR, write_model
@@ -139,6 +140,11 @@ class DecoderLM(LanguageModel):
             Sampling(**{name: chosen[name] for name in SAMPLING_SETTINGS}),
             steps,
         )
+
+    def _require_finite(self, logits: Tensor) -> None:
+        """Raise ColadaError for logits that are no numbers: what is picked from them means nothing."""
+        if not bool(logits.isfinite().all()):
+            raise ColadaError(f"{self.origin or 'the model'} has logits that are not finite")
 
     def _chunks(self, writing: Writing) -> Iterator[Chunk]:
         return self._run(writing) if writing.prompts else iter(())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colada.errors import ColadaError, nearest
+from colada.errors import ColadaError
 from colada.evaluation.records import replace_file
 from colada.evaluation.tasks import Task, find_task
 from colada.language_model import ARCHITECTURES
@@ -17,23 +17,6 @@ from colada.training.ledger import Ledger
 ARCHS = tuple(ARCHITECTURES)
 
 CELL_FILE = "cell.json"
-
-
-def find_archs(names: str) -> tuple[str, ...]:
-    """Return architectures, named with commas between.
-
-    Raises:
-        ColadaError: for an unknown one, with the nearest, or one that is there twice.
-    """
-    wanted = tuple(name.strip() for name in names.split(","))
-    for name in wanted:
-        if name not in ARCHS:
-            raise ColadaError(
-                f"unknown architecture {name!r}{nearest(name, ARCHS)}, expected some of {', '.join(ARCHS)}"
-            )
-        if wanted.count(name) > 1:
-            raise ColadaError(f"--archs {names}: {name!r} is there twice")
-    return wanted
 
 
 @dataclass(frozen=True)

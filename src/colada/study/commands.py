@@ -53,7 +53,8 @@ def scaling(
     from rich.console import Console
 
     from colada.evaluation.commands import chosen_tasks
-    from colada.study.cells import find_archs, read_results
+    from colada.language_model import find_archs
+    from colada.study.cells import read_results
     from colada.study.figure import write_figures
     from colada.study.scaling import Asked, plan_cells, run_study
     from colada.training.display import Display

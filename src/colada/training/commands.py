@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from colada.errors import ColadaError, nearest
+from colada.errors import ColadaError
 
 
 def train(
@@ -156,17 +156,13 @@ def ledger(
     from rich.markup import escape
     from rich.table import Table
 
-    from colada.language_model import ARCHITECTURES
+    from colada.language_model import ARCHITECTURES, find_archs
     from colada.training.plan import scaled
 
-    names = [name.strip() for name in archs.split(",")]
-    for name in names:
-        if name not in ARCHITECTURES:
-            raise ColadaError(f"--archs {archs}: {name!r}{nearest(name, ARCHITECTURES)}")
     found = [
         (path, count(load_recipe(path, [*(overrides or []), f"model.arch={name}"])))
         for path in recipes
-        for name in names
+        for name in find_archs(archs)
     ]
     if as_json:
         print(json.dumps([{"recipe": str(path), **own.to_dict()} for path, own in found], indent=2))
