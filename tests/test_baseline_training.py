@@ -158,7 +158,7 @@ def test_the_losses_of_two_ranks_are_those_of_one(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "colada", "train", str(file), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     found, expected = ([record["nll"] for record in metrics(run)] for run in (out, uninterrupted[arch]))
     assert found == pytest.approx(expected, rel=1e-4)
