@@ -17,6 +17,7 @@ from colada.baselines.model import DecoderLM
 from colada.cli import main
 from colada.errors import ColadaError
 from colada.training.checkpoints import Place
+from colada.training.dry_run import resolve
 from colada.training.export import export
 from colada.training.recipe import Recipe, commented, difference
 from colada.training.trainer import Interrupted, Trainer
@@ -154,7 +155,7 @@ def test_the_losses_of_two_ranks_are_those_of_one(
     tmp_path: Path, uninterrupted: dict[str, Path], arch: str
 ) -> None:
     file, out = tmp_path / "recipe.yaml", tmp_path / "run"
-    file.write_text(commented(baseline(arch)))
+    file.write_text(commented(resolve(baseline(arch))))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "colada", "train", str(file), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
