@@ -91,7 +91,7 @@ class Checkpoints:
         with disk_errors(self.directory):
             if self.first:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                partial.mkdir(parents=True, exist_ok=True)  # Another rank's writer may have made it already.
         self._finished.clear()
         writing = async_save(
             state, checkpoint_id=partial, process_group=self._group, no_dist=self._group is None
