@@ -11,7 +11,7 @@ import torch
 
 import colada
 from colada.generation import TransportStep
-from colada.model import BUNDLED
+from colada.locate import BUNDLED
 from colada.parity import relative_error
 
 PROMPTS = ["Once upon a time", "The little dog", "", "One day, Lily and her mother went to the park to"]

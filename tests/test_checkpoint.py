@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -25,19 +26,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-import colada.checkpoint
+import colada
 from colada import load
-from colada.checkpoint import (
-    DIT_DIR,
-    VAE_DIR,
-    find_tokenizer,
-    locate,
-    read_configs,
-    read_dit,
-    read_vae,
-    write_model,
-)
+from colada.checkpoint import read_configs, read_dit, read_vae, write_model
+from colada.dit import DiT
 from colada.errors import ColadaError
+from colada.locate import DIT_DIR, VAE_DIR, find_tokenizer, locate
 from colada.model import ColaDLM
 from helpers import (
     Array,
@@ -52,7 +46,7 @@ from helpers import (
 )
 
 DIT_WEIGHTS, VAE_WEIGHTS = "cola_dit/model.safetensors", "cola_vae/model.safetensors"
-PACKAGE = Path(colada.checkpoint.__file__).parents[1]
+PACKAGE = Path(colada.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -185,9 +179,9 @@ def test_a_sharded_set_is_read_as_its_index_says(broken: Path, saved: Path) -> N
 def test_a_large_model_is_written_in_shards_that_are_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = colada.checkpoint.save_torch_state_dict
+    original = huggingface_hub.save_torch_state_dict
     monkeypatch.setattr(
-        colada.checkpoint,
+        huggingface_hub,
         "save_torch_state_dict",
         lambda state, folder, max_shard_size: original(state, folder, max_shard_size="40KB"),
     )
@@ -239,7 +233,7 @@ def test_a_failed_save_leaves_the_old_model_in_place_and_nothing_else(
     broken: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
     calls = []
-    original = colada.checkpoint.save_torch_state_dict
+    original = huggingface_hub.save_torch_state_dict
 
     def full_disk(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
@@ -247,7 +241,7 @@ def test_a_failed_save_leaves_the_old_model_in_place_and_nothing_else(
             raise OSError(28, "No space left on device")
         original(*args, **kwargs)
 
-    monkeypatch.setattr(colada.checkpoint, "save_torch_state_dict", full_disk)
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", full_disk)
     with pytest.raises(ColadaError, match=r"cannot write the model to .*model: .*No space left") as caught:
         tiny_model(9).save(broken)
     assert "\n" not in str(caught.value)
@@ -326,7 +320,7 @@ def test_weights_of_the_wanted_type_are_mapped_and_others_cost_their_own_size(
 ) -> None:
     config = tiny_dit_config(txt_dim=512, emb_dim=512, num_layers=2)
     with torch.device("meta"):
-        shapes = {name: t.shape for name, t in colada.checkpoint.DiT(config).state_dict().items()}
+        shapes = {name: t.shape for name, t in DiT(config).state_dict().items()}
     frequencies = tiny_dit().blocks[0].msa.rope.rope.freqs.numpy()
     values = {
         name: frequencies if name.endswith("freqs") else np.full(tuple(shape), 0.5, np.float32)
@@ -523,7 +517,7 @@ def _hub(monkeypatch: pytest.MonkeyPatch, answer: Path | BaseException) -> list[
             raise answer
         return str(answer)
 
-    monkeypatch.setattr(colada.checkpoint, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     return calls
 
 

@@ -25,7 +25,8 @@ from colada.evaluation.report import write_page
 from colada.evaluation.run import RESULTS_FILE, Part, Results, evaluate, fingerprint, item_seed
 from colada.evaluation.statistics import average, score
 from colada.evaluation.tasks import TASKS, Item
-from colada.model import BUNDLED, ColaDLM
+from colada.locate import BUNDLED
+from colada.model import ColaDLM
 from colada.streaming import Completion
 from colada.tokenizer import Tokenizer
 from colada.training.display import Display

@@ -8,10 +8,7 @@ them are extensions: ``generation_config.json``, the settings with which this mo
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,83 +16,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from colada.config import DiTConfig, NetworkConfig, TextVAEConfig
+from colada.device import unallocated
 from colada.dit import ROPE_THETA, DiT
 from colada.errors import ColadaError
 from colada.layers import inverse_frequencies
+from colada.locate import CHAT_TEMPLATE_FILE, DECODER_DIR, DIT_DIR, GENERATION_FILE, TOKENIZER_FILE, VAE_DIR
 from colada.vae import TextVAE
 
-DIT_DIR, VAE_DIR, DECODER_DIR = "cola_dit", "cola_vae", "decoder"
-TOKENIZER_FILE = "tokenizer.json"
-GENERATION_FILE, CHAT_TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 Network = TypeVar("Network", bound=nn.Module)
-
-
-# --- where a model is --------------------------------------------------------------------------
-
-
-def locate(where: str | Path, revision: str | None = None) -> Path:
-    """Return the directory of a model: itself, or the local copy of a hub repository, downloaded if need be.
-
-    Raises:
-        ColadaError: if there is no such directory, repository or revision, or the hub cannot be reached.
-    """
-    name = str(where)
-    path = Path(os.path.expanduser(name))
-    if name and os.path.isdir(path):
-        if revision is not None:
-            raise ColadaError(
-                f"{path}: revision={revision!r} was given, but this is a directory, not a hub id"
-            )
-        return path
-    if name and os.path.exists(path):
-        raise ColadaError(f"{path} is a file, expected a model directory with {DIT_DIR}/ and {VAE_DIR}/")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise ColadaError(f"no model at {name!r}: not a directory, and not a hub id of the form owner/name")
-    folders = [f"{folder}/*" for folder in (DIT_DIR, VAE_DIR, DECODER_DIR)]
-    patterns = [*folders, TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except RevisionNotFoundError:
-        raise ColadaError(f"hub repository {name!r} has no revision {revision!r}") from None
-    except RepositoryNotFoundError:
-        raise ColadaError(f"no directory and no hub repository called {name!r} (or it is private)") from None
-    except HFValidationError as error:
-        raise ColadaError(f"{name!r} is not a hub id: {error}") from None
-    except OSError as error:
-        if not isinstance(error, LocalEntryNotFoundError) and error.errno in (errno.ENOSPC, errno.EACCES):
-            raise ColadaError(f"cannot store {name!r} in the hub's local cache: {error}") from None
-        raise _unreachable(name) from None
-    except Exception as error:
-        # The hub's HTTP library has errors of its own, which differ between versions.
-        raise _unreachable(name, f": {type(error).__name__}") from error
-
-
-def _unreachable(name: str, why: str = "") -> ColadaError:
-    return ColadaError(
-        f"{name!r} is neither a local directory nor in the hub's local cache, and the hub cannot be "
-        f"reached (offline?{why}); download it where there is a network, or give a directory"
-    )
-
-
-def find_tokenizer(directory: Path) -> Path | None:
-    """Return the tokenizer file beside the two networks or one level up, or None."""
-    for candidate in (directory / TOKENIZER_FILE, directory.parent / TOKENIZER_FILE):
-        if candidate.is_file():
-            return candidate
-    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -172,7 +106,7 @@ def read_weights(
     Raises:
         ColadaError: for a missing, extra or misshapen tensor, or a truncated or corrupt file.
     """
-    with torch.device("meta"):
+    with unallocated():
         network = build()
     wanted = network.state_dict()
     files = _weight_files(folder)
@@ -280,6 +214,8 @@ def write_model(
     Raises:
         ColadaError: if the directory cannot be written (no space, no permission).
     """
+    from huggingface_hub import save_torch_state_dict  # only when needed: 0.4 s
+
     directory = directory.resolve()
     partial = directory.with_name(directory.name + ".partial")
     try:

@@ -363,8 +363,8 @@ def info(
 def _print_info(found: ModelInfo, console: Console) -> None:
     from rich.table import Table
 
-    from colada.checkpoint import DECODER_DIR, DIT_DIR, VAE_DIR
     from colada.info import BYTES
+    from colada.locate import DECODER_DIR, DIT_DIR, VAE_DIR
 
     def table(*columns: str, rows: Sequence[Sequence[str]]) -> None:
         grid = Table(*columns[:1], box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
@@ -499,8 +499,7 @@ def _tokenizer(model: str | None, file: Path | None) -> Tokenizer:
             raise ColadaError(f"--model {model} and --file {file}, expected one of them")
         return Tokenizer.from_file(file)
 
-    from colada.checkpoint import find_tokenizer, locate
-    from colada.model import BUNDLED
+    from colada.locate import BUNDLED, find_tokenizer, locate
 
     directory = locate(BUNDLED if model is None else model)
     found = find_tokenizer(directory)

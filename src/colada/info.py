@@ -8,25 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from colada.baselines.config import DecoderConfig
 from colada.baselines.load import MODELS, read_decoder_config
-from colada.checkpoint import (
-    DECODER_DIR,
-    DIT_DIR,
-    GENERATION_FILE,
-    VAE_DIR,
-    find_tokenizer,
-    locate,
-    read_configs,
-    read_json,
-)
+from colada.checkpoint import read_configs, read_json
 from colada.config import DiTConfig, NetworkConfig, TextVAEConfig
+from colada.device import unallocated
 from colada.dit import DiT
 from colada.errors import ColadaError
-from colada.model import BUNDLED
+from colada.locate import BUNDLED, DECODER_DIR, DIT_DIR, GENERATION_FILE, VAE_DIR, find_tokenizer, locate
 from colada.settings import RELEASED_SETTINGS
 from colada.tokenizer import Tokenizer
 from colada.vae import TextVAE
@@ -140,7 +131,7 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> Mo
     else:
         vae, dit = read_configs(directory)
         configs, defaults, history = {VAE_DIR: vae, DIT_DIR: dit}, RELEASED_SETTINGS, history_values(vae, dit)
-        with torch.device("meta"):
+        with unallocated():
             parameters = count_parameters(TextVAE(vae), DiT(dit))
     settings, tokenizer = directory / GENERATION_FILE, find_tokenizer(directory)
     own = [

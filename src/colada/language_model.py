@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self, Unpack
 import torch
 
 from colada.chat import check_messages, render
-from colada.checkpoint import CHAT_TEMPLATE_FILE
 from colada.errors import ColadaError, nearest
+from colada.locate import CHAT_TEMPLATE_FILE
 from colada.settings import Prompt, Settings, check_settings
 from colada.streaming import Chunk, Completion
 from colada.tokenizer import Tokenizer

@@ -12,20 +12,7 @@ import torch
 
 from colada.baselines.load import MODELS, load_decoder
 from colada.chat import read_template
-from colada.checkpoint import (
-    CHAT_TEMPLATE_FILE,
-    DECODER_DIR,
-    DIT_DIR,
-    GENERATION_FILE,
-    VAE_DIR,
-    check_pair,
-    find_tokenizer,
-    locate,
-    read_dit,
-    read_json,
-    read_vae,
-    write_model,
-)
+from colada.checkpoint import check_pair, read_dit, read_json, read_vae, write_model
 from colada.dit import DiT
 from colada.engine.engine import Engine, history_unit
 from colada.engine.memory import round_up
@@ -34,6 +21,16 @@ from colada.errors import ColadaError
 from colada.flow import choose
 from colada.generation import NOISE_RULES, SEED_STRIDE, TransportStep, encode
 from colada.language_model import LanguageModel
+from colada.locate import (
+    BUNDLED,
+    CHAT_TEMPLATE_FILE,
+    DECODER_DIR,
+    DIT_DIR,
+    GENERATION_FILE,
+    VAE_DIR,
+    find_tokenizer,
+    locate,
+)
 from colada.quantise import quantise
 from colada.sampling import Sampling
 from colada.session import Session
@@ -49,8 +46,6 @@ from colada.settings import (
 from colada.streaming import Chunk, Completion, Transcript
 from colada.tokenizer import Tokenizer
 from colada.vae import TextVAE
-
-BUNDLED = Path(__file__).parent / "bundled"
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,8 @@ from colada.baselines.decoder import Decoder
 from colada.baselines.masked import MaskedLM
 from colada.baselines.model import DecoderLM
 from colada.chat import read_template
-from colada.checkpoint import (
-    CHAT_TEMPLATE_FILE,
-    DECODER_DIR,
-    GENERATION_FILE,
-    find_tokenizer,
-    read_json,
-    read_weights,
-)
+from colada.checkpoint import read_json, read_weights
+from colada.locate import CHAT_TEMPLATE_FILE, DECODER_DIR, GENERATION_FILE, find_tokenizer
 from colada.tokenizer import Tokenizer
 
 MODELS: dict[str, type[DecoderLM]] = {"ar": AutoregressiveLM, "llada": MaskedLM}

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from colada.baselines.decoder import Decoder
-from colada.checkpoint import DECODER_DIR, write_model
+from colada.checkpoint import write_model
 from colada.errors import ColadaError
 from colada.language_model import LanguageModel
+from colada.locate import DECODER_DIR
 from colada.sampling import Sampling
 from colada.settings import (
     RELEASED_SETTINGS,

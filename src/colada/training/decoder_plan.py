@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
-
 from colada.baselines.config import DecoderConfig
 from colada.baselines.decoder import Decoder
+from colada.device import unallocated
 from colada.training.plan import Phase, Placement, block_causal_pairs, matrix_entries, state_bytes
 
 
 @lru_cache(maxsize=4)
 def _network(config: DecoderConfig) -> Decoder:
     """The network without memory."""
-    with torch.device("meta"):
+    with unallocated():
         return Decoder(config)
 
 

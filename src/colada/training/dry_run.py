@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from colada.baselines.config import DecoderConfig, matched_config
 from colada.baselines.load import read_decoder_config
-from colada.checkpoint import DECODER_DIR, locate, read_configs
+from colada.checkpoint import read_configs
 from colada.config import DiTConfig, TextVAEConfig
 from colada.errors import ColadaError
+from colada.locate import DECODER_DIR, locate
 from colada.tokenizer import Tokenizer
 from colada.training.decoder_plan import decoder_flops, decoder_parameters, decoder_phase
 from colada.training.plan import Phase, Placement, Plan, Work, cola_phase, parameter_counts

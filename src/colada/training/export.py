@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from colada.checkpoint import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.language_model import LanguageModel
+from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.model import load
 from colada.tokenizer import Tokenizer
 from colada.training.checkpoints import RECIPE, disk_errors, read_state, read_tensors

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from colada.config import DiTConfig, TextVAEConfig
+from colada.device import unallocated
 from colada.dit import AdaLN, DiT
 from colada.errors import ColadaError
 from colada.vae import TextVAE
@@ -97,7 +98,7 @@ class Work:
 @lru_cache(maxsize=4)
 def _networks(vae: TextVAEConfig, dit: DiTConfig) -> tuple[TextVAE, DiT]:
     """Both networks without memory."""
-    with torch.device("meta"):
+    with unallocated():
         return TextVAE(vae), DiT(dit)
 
 

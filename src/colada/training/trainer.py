@@ -32,10 +32,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from colada.checkpoint import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.data.rows import Batch, Rows, batch
 from colada.errors import ColadaError
 from colada.language_model import LanguageModel
+from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.model import KINDS, load
 from colada.objectives import Counts, readable
 from colada.tokenizer import Tokenizer

@@ -1,0 +1,136 @@
+"""Where a model is: a directory, or a hub repository's local copy. Nothing here waits for torch."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import re
+from pathlib import Path
+
+from colada.errors import ColadaError
+
+DIT_DIR, VAE_DIR, DECODER_DIR = "cola_dit", "cola_vae", "decoder"
+TOKENIZER_FILE = "tokenizer.json"
+GENERATION_FILE, CHAT_TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+_PARTS = (DIT_DIR, VAE_DIR, DECODER_DIR)
+
+
+def locate(where: str | Path, revision: str | None = None) -> Path:
+    """Return the directory of a model: itself, or the local copy of a hub repository, downloaded if need be.
+
+    Raises:
+        ColadaError: if there is no such directory, repository or revision, or the hub cannot be reached.
+    """
+    path = local(where, revision)
+    return _download(str(where), revision) if path is None else path
+
+
+def local(where: str | Path, revision: str | None = None) -> Path | None:
+    """Return the directory of a model that is on this machine, or None for a hub repository's id.
+
+    Raises:
+        ColadaError: for anything else, with the nearest thing that is a model.
+    """
+    name = str(where)
+    path = Path(os.path.expanduser(name))
+    if name and os.path.isdir(path):
+        if revision is not None:
+            raise ColadaError(
+                f"{path}: revision={revision!r} was given, but this is a directory, not a hub id"
+            )
+        if not _is_model(path):
+            raise ColadaError(
+                f"{path} is no model directory: {DIT_DIR}/ and {VAE_DIR}/ are missing{_hint(path)}"
+            )
+        return path
+    if name and os.path.exists(path):
+        raise ColadaError(
+            f"{path} is a file, expected a model directory with {DIT_DIR}/ and {VAE_DIR}/{_hint(path)}"
+        )
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        reason = "not a directory, and not a hub id of the form owner/name"
+        raise ColadaError(f"no model at {name!r}: {reason}{_hint(path)}")
+    return None
+
+
+def find_tokenizer(directory: Path) -> Path | None:
+    """Return the tokenizer file beside the two networks or one level up, or None."""
+    for candidate in (directory / TOKENIZER_FILE, directory.parent / TOKENIZER_FILE):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _is_model(path: Path) -> bool:
+    return any(os.path.isdir(path / part) for part in _PARTS)
+
+
+def _hint(path: Path) -> str:
+    """Return which model, or command, a path that is none may have meant, in brackets; or nothing."""
+    if _is_model(path / "model"):
+        return f" (did you mean {path / 'model'}?)"
+    for parent in list(path.parents)[:2]:  # of a part, or of a file in one
+        if path.name and _is_model(parent):
+            return f" (did you mean {parent}?)"
+    if os.path.isfile(path / "state.json"):
+        return f" (a checkpoint: colada export {path} MODEL makes it a model)"
+    if os.path.isdir(path / "checkpoints"):
+        return f" (a run that has no model yet: colada export {path / 'checkpoints'}/... MODEL makes one)"
+    if not os.path.exists(path):
+        return _nearest_sibling(path)
+    return ""
+
+
+def _nearest_sibling(path: Path) -> str:
+    """Return the directory whose name is nearest to the first part of a path that is not there."""
+    missing = path
+    while missing != missing.parent and not os.path.exists(missing.parent):
+        missing = missing.parent
+    try:
+        names = [entry.name for entry in os.scandir(missing.parent) if entry.is_dir()]
+    except OSError:
+        return ""  # Only the hint is lost: what is wrong has been said.
+    close = difflib.get_close_matches(missing.name, names, n=1)
+    return f" (did you mean {missing.parent / close[0]}?)" if close else ""
+
+
+def _download(name: str, revision: str | None) -> Path:
+    # 0.4 s that only a hub id should cost.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = [*(f"{part}/*" for part in _PARTS), TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except RevisionNotFoundError:
+        raise ColadaError(f"hub repository {name!r} has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise ColadaError(
+            f"no directory and no hub repository called {name!r} (or it is private){_hint(Path(name))}"
+        ) from None
+    except HFValidationError as error:
+        raise ColadaError(f"{name!r} is not a hub id: {error}") from None
+    except OSError as error:
+        if not isinstance(error, LocalEntryNotFoundError) and error.errno in (errno.ENOSPC, errno.EACCES):
+            raise ColadaError(f"cannot store {name!r} in the hub's local cache: {error}") from None
+        raise _unreachable(name) from None
+    except Exception as error:
+        # The hub's HTTP library has errors of its own, which differ between versions.
+        raise _unreachable(name, f": {type(error).__name__}") from error
+
+
+def _unreachable(name: str, why: str = "") -> ColadaError:
+    return ColadaError(
+        f"{name!r} is neither a local directory nor in the hub's local cache, and the hub cannot be "
+        f"reached (offline?{why}); download it where there is a network, or give a directory"
+        f"{_hint(Path(name))}"
+    )
