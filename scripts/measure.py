@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -37,6 +37,7 @@ from colada.objectives import (
     row_layouts,
     stage2_frozen_loss,
 )
+from colada.settings import Settings, TextRequest
 
 OPENING = "Once upon a time"
 PROMPT_WORDS = 8
@@ -102,11 +103,11 @@ def write(
     model: ColaDLM, prompts: list[str], seeds: list[int], tokens: int, settings: dict[str, Any]
 ) -> list[str]:
     """Return the continuations of prompts, each with its own seed."""
-    texts: list[str] = []
-    for at in range(0, len(prompts), BATCH):
-        some = slice(at, at + BATCH)
-        texts += [done.text for done in model.generate(prompts[some], tokens, seed=seeds[some], **settings)]
-    return texts
+    requests = [
+        TextRequest(prompt, tokens, cast(Settings, {**settings, "seed": seed}))
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    return [done.text for done in model.complete_all(requests, BATCH)]
 
 
 def main(

@@ -26,6 +26,7 @@ import colada
 from colada.data.documents import find_files, read_documents
 from colada.data.sources import read_texts
 from colada.evaluation.generative import distinct
+from colada.settings import TextRequest
 from colada.training.display import Display
 from colada.training.recipe import Recipe, load_recipe
 from colada.training.trainer import Trainer
@@ -80,12 +81,11 @@ def run(
             Trainer(made, directory, Display(Console(stderr=True))).run()
             model = colada.load(directory / "model")
             for guidance in GUIDANCE:
-                texts = []
-                for at in range(0, len(prompts), BATCH):
-                    some = model.generate(
-                        prompts[at : at + BATCH], NEW_TOKENS, seed=1000 * seed + at, guidance=guidance
-                    )
-                    texts += [words(completion.text) for completion in some]
+                requests = [
+                    TextRequest(prompt, NEW_TOKENS, {"seed": 1000 * seed + number, "guidance": guidance})
+                    for number, prompt in enumerate(prompts)
+                ]
+                texts = [words(own.text) for own in model.complete_all(requests, BATCH)]
                 _append(out, {"variant": variant, "seed": seed, "guidance": guidance, **quality(texts)})
     _append(out, {"variant": "real continuations", "seed": 0, "guidance": None, **quality(real)})
 

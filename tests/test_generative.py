@@ -128,8 +128,10 @@ def test_where_the_model_ends_early_the_real_text_is_cut(
     lengths = {0: 3, 1: 0}
     monkeypatch.setattr(
         model,
-        "generate",
-        lambda prompts, count, seed, **_: [Completion("", (1,) * lengths[s], "end", s) for s in seed],
+        "complete",
+        lambda requests, batch: (
+            (n, Completion("", (1,) * lengths[n], "end", n)) for n in range(len(requests))
+        ),
     )
     judge = CountingJudge()
     found = read_generated(model, TEXTS, judge, prompt_tokens=0, new_tokens=8)

@@ -190,7 +190,7 @@ def generate(
 
     from colada.flow import choose
     from colada.generation import SEED_STRIDE
-    from colada.streaming import GenerationError
+    from colada.settings import TextRequest
 
     given: Settings = {
         "steps": steps,
@@ -214,56 +214,37 @@ def generate(
         shown = "" if chat else prompts[0]
         _stream(network, prompts[0], shown, max_new_tokens, {**given, "seed": seed}, chosen.get("steps"))
         return
+    requests = [
+        TextRequest(own, max_new_tokens, {**given, "seed": own_seed})
+        for own, own_seed in zip(prompts, seeds, strict=True)
+    ]
     errors: dict[int, str] = {}  # by prompt; the others are finished and printed first
-    for start in range(0, len(prompts), batch):
-        some = prompts[start : start + batch]
-        settings: Settings = {**given, "seed": seeds[start : start + batch]}
+    for number, done in enumerate(_in_order(network.complete(requests, batch))):
+        if done.error is not None:
+            errors[number] = done.error
         if as_json:
-            try:
-                made: Sequence[Completion | None] = network.generate(some, max_new_tokens, **settings)
-            except GenerationError as error:
-                made = error.completions
-                errors |= {start + number: why for number, why in error.errors.items()}
-            for number, done in enumerate(made, start):
-                if done is None:
-                    fields: dict[str, Any] = {"finish_reason": "error", "error": errors[number]}
-                else:
-                    fields = {"text": done.text, "tokens": done.tokens, "finish_reason": done.finish_reason}
-                line = {"prompt": texts[number], **fields, "seed": seeds[number], "settings": chosen}
-                print(json.dumps(line), flush=True)
-            continue
-        shown_some = [""] * len(some) if chat else some
-        failed: dict[int, str] = {}
-        in_order = _in_order(network, some, shown_some, max_new_tokens, settings, failed)
-        for number, text in enumerate(in_order, start):
-            print("\n" * (number > 0) + text, flush=True)
-        errors |= {start + number: why for number, why in failed.items()}
+            fields: dict[str, Any] = {"text": done.text, "tokens": done.tokens}
+            if done.error is not None:
+                fields = {"error": done.error}
+            fields["finish_reason"] = done.finish_reason
+            line = {"prompt": texts[number], **fields, "seed": seeds[number], "settings": chosen}
+            print(json.dumps(line), flush=True)
+        else:
+            shown = "" if chat else prompts[number]
+            print("\n" * (number > 0) + shown + done.text, flush=True)
     if errors:
         which, why = min(errors.items())
         raise ColadaError(f"{len(errors)} of {len(prompts)} prompts failed, first number {which}: {why}")
 
 
-def _in_order(
-    network: LanguageModel,
-    prompts: Sequence[str],
-    shown: Sequence[str],
-    max_new_tokens: int,
-    settings: Settings,
-    errors: dict[int, str],
-) -> Iterator[str]:
-    """Yield what is shown of a prompt with its continuation, once it and all before it are finished.
-
-    Why prompts failed is added to ``errors``.
-    """
-    texts, finished, next_one = list(shown), set(), 0
-    for chunk in network.stream(prompts, max_new_tokens, **settings):
-        texts[chunk.index] += chunk.text
-        if chunk.error is not None:
-            errors[chunk.index] = chunk.error
-        if chunk.finish_reason is not None:
-            finished.add(chunk.index)
-        while next_one in finished:
-            yield texts[next_one]
+def _in_order(completions: Iterator[tuple[int, Completion]]) -> Iterator[Completion]:
+    """Yield completions in the order of their numbers, each once all before it are finished."""
+    waiting: dict[int, Completion] = {}
+    next_one = 0
+    for number, done in completions:
+        waiting[number] = done
+        while next_one in waiting:
+            yield waiting.pop(next_one)
             next_one += 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
@@ -12,8 +12,8 @@ import torch
 from colada.chat import check_messages, render
 from colada.errors import ColadaError, nearest
 from colada.locate import CHAT_TEMPLATE_FILE
-from colada.settings import Prompt, Settings, check_settings
-from colada.streaming import Chunk, Completion
+from colada.settings import Prompt, Settings, TextRequest, check_settings
+from colada.streaming import Chunk, Completion, GenerationError
 from colada.tokenizer import Tokenizer
 
 ARCHITECTURES = {"cola": "Cola DLM", "ar": "AR", "llada": "LLaDA"}
@@ -122,6 +122,47 @@ class LanguageModel(ABC):
         Raises:
             ColadaError: naming the argument at fault.
         """
+
+    @abstractmethod
+    def complete(self, requests: Iterable[TextRequest], batch: int = 16) -> Iterator[tuple[int, Completion]]:
+        """Yield the number and the completion of each request as it is finished.
+
+        This is how many texts are written: ``batch`` at a time, and as some leave, others join. A text
+        does not depend on who shares the batch. One that fails has an ``error``, and the others go on.
+
+        Args:
+            requests: each with settings of its own.
+            batch: how many are under way together.
+
+        Raises:
+            ColadaError: naming the argument at fault, before anything is written.
+        """
+
+    def complete_all(
+        self,
+        requests: Sequence[TextRequest],
+        batch: int = 16,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Return the completions of requests in their order; see :meth:`complete`.
+
+        Args:
+            requests, batch: as there.
+            progress: called after every one with how many are finished, and of how many.
+
+        Raises:
+            GenerationError: if some failed; it carries the others.
+        """
+        finished: dict[int, Completion] = {}
+        for number, completion in self.complete(requests, batch):
+            finished[number] = completion
+            if progress is not None:
+                progress(len(finished), len(requests))
+        completions = [finished[number] for number in range(len(requests))]
+        errors = {number: own.error for number, own in enumerate(completions) if own.error is not None}
+        if errors:
+            raise GenerationError([None if own.error else own for own in completions], errors)
+        return completions
 
     def chosen(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return all settings of a generation: those given, else the model's own, else the defaults.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -39,6 +39,7 @@ from colada.settings import (
     SAMPLING_SETTINGS,
     Prompt,
     Settings,
+    TextRequest,
     one_each,
     require_count,
     several,
@@ -227,6 +228,22 @@ class ColaDLM(LanguageModel):
         """
         return self._open(prompts, max_new_tokens, settings).chunks(guesses, callback)
 
+    def complete(self, requests: Iterable[TextRequest], batch: int = 16) -> Iterator[tuple[int, Completion]]:
+        """See :meth:`LanguageModel.complete`: one session, in whose slots the requests take turns."""
+        require_count("batch", batch)
+        checked = [self._request(own.prompt, own.max_new_tokens, own.settings) for own in requests]
+        return self._completions(checked, batch)
+
+    def _completions(
+        self, checked: Sequence[tuple[Request, Transcript]], batch: int
+    ) -> Iterator[tuple[int, Completion]]:
+        for chunk in self._session_of(checked, batch).chunks():
+            if chunk.finish_reason is None:
+                continue
+            (request, transcript), reason = checked[chunk.index], chunk.finish_reason
+            tokens = tuple(transcript.tokens)
+            yield chunk.index, Completion(transcript.text, tokens, reason, request.seed, chunk.error)
+
     def session(self, *, history: int = 8192, slots: int | None = None) -> Session:
         """Return a session, to which requests with settings of their own may be submitted at any time.
 
@@ -252,7 +269,7 @@ class ColaDLM(LanguageModel):
         return engine
 
     def _open(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings) -> Session:
-        """Return a session of these prompts alone, with just the history they need."""
+        """Return a session of these prompts alone, all under way together."""
         prompts = several(prompts)
         chosen = self.chosen(settings)
         stride = choose("noise", chosen["noise"], SEED_STRIDE)
@@ -262,11 +279,18 @@ class ColaDLM(LanguageModel):
             self._request(prompt, max_new_tokens, {**settings, "seed": seed, "guidance": scale})
             for prompt, seed, scale in zip(prompts, seeds, guidance, strict=True)
         ]
+        return self._session_of(requests)
+
+    def _session_of(
+        self, requests: Sequence[tuple[Request, Transcript]], slots: int | None = None
+    ) -> Session:
+        """Return a session of these requests alone, with just the history that ``slots`` of them need."""
         patch, size = self.vae.config.patch_size, self.vae.config.block_size
         unit = history_unit(size, self.device)
-        capacity = sum(round_up(request.room(patch, size), unit) for request, _ in requests)
+        rooms = sorted((round_up(own.room(patch, size), unit) for own, _ in requests), reverse=True)
         # Without a token to pad, no padding id is needed.
-        session = Session(self._engine(capacity, pad_id=self.pad_id if any(prompts) else 0), self._request)
+        pad_id = self.pad_id if any(own.ids for own, _ in requests) else 0
+        session = Session(self._engine(sum(rooms[:slots]), slots, pad_id), self._request)
         for request, transcript in requests:
             session.add(request, transcript)
         return session

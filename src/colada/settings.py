@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from colada.errors import ColadaError, nearest
 
@@ -42,6 +42,20 @@ class Settings(TypedDict, total=False):
     stop: str | Sequence[str] | None
     end_ids: Sequence[int] | None
     noise: str | None
+
+
+class TextRequest(NamedTuple):
+    """A text to be continued, with settings of its own; its seed is one number.
+
+    Attributes:
+        prompt: a text, or ids.
+        max_new_tokens: how many tokens follow it, unless an end token or stop string is first.
+        settings: over the model's own.
+    """
+
+    prompt: Prompt
+    max_new_tokens: int
+    settings: Settings
 
 
 RELEASED_SETTINGS: dict[str, Any] = {

@@ -44,14 +44,16 @@ class Completion:
         text: what follows the prompt, without end tokens, cut before the stop string.
         tokens: its tokens, at most ``max_new_tokens``; the end token and what
             spells the stop string are left out.
-        finish_reason: "length", "end" (an end token) or "stop" (a stop string).
+        finish_reason: "length", "end" (an end token), "stop" (a stop string), or "error".
         seed: the sample's own seed.
+        error: why the sample failed; its text is what was finished before.
     """
 
     text: str
     tokens: tuple[int, ...]
     finish_reason: str
     seed: int
+    error: str | None = None
 
 
 class GenerationError(ColadaError):

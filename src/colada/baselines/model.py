@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -22,6 +22,7 @@ from colada.settings import (
     SAMPLING_SETTINGS,
     Prompt,
     Settings,
+    TextRequest,
     one_each,
     require_count,
     several,
@@ -50,6 +51,11 @@ class Writing:
     seeds: Sequence[int]
     sampling: Sampling
     steps: int | None = None
+
+    def completion(self, number: int) -> Completion:
+        """Return what became of a prompt."""
+        own = self.transcripts[number]
+        return Completion(own.text, tuple(own.tokens), own.finish_reason or "length", self.seeds[number])
 
 
 class DecoderLM(LanguageModel):
@@ -105,10 +111,7 @@ class DecoderLM(LanguageModel):
         writing = self._writing(prompts, max_new_tokens, settings)
         for _ in self._chunks(writing):
             pass
-        return [
-            Completion(own.text, tuple(own.tokens), own.finish_reason or "length", seed)
-            for own, seed in zip(writing.transcripts, writing.seeds, strict=True)
-        ]
+        return [writing.completion(number) for number in range(len(writing.prompts))]
 
     def stream(
         self,
@@ -120,6 +123,34 @@ class DecoderLM(LanguageModel):
     ) -> Iterator[Chunk]:
         """Yield a chunk after every token or block of every prompt; there are no guesses."""
         return self._chunks(self._writing(prompts, max_new_tokens, settings))
+
+    def complete(self, requests: Iterable[TextRequest], batch: int = 16) -> Iterator[tuple[int, Completion]]:
+        """See :meth:`LanguageModel.complete`: requests of equal length and settings share a batch."""
+        require_count("batch", batch)
+        alike: dict[str, list[tuple[int, Writing]]] = {}
+        for number, own in enumerate(requests):
+            rest = {name: value for name, value in own.settings.items() if name != "seed"}
+            key = repr((own.max_new_tokens, sorted(rest.items())))
+            writing = self._writing([own.prompt], own.max_new_tokens, own.settings)
+            alike.setdefault(key, []).append((number, writing))
+        return self._completions(list(alike.values()), batch)
+
+    def _completions(
+        self, alike: Sequence[Sequence[tuple[int, Writing]]], batch: int
+    ) -> Iterator[tuple[int, Completion]]:
+        for group in alike:
+            for start in range(0, len(group), batch):
+                numbers = [number for number, _ in group[start : start + batch]]
+                parts = [writing for _, writing in group[start : start + batch]]
+                writing = replace(
+                    parts[0],
+                    prompts=[part.prompts[0] for part in parts],
+                    transcripts=[part.transcripts[0] for part in parts],
+                    seeds=[part.seeds[0] for part in parts],
+                )
+                for chunk in self._chunks(writing):
+                    if chunk.finish_reason is not None:
+                        yield numbers[chunk.index], writing.completion(chunk.index)
 
     def _writing(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings

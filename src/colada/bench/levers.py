@@ -20,6 +20,7 @@ from colada.flow import SCHEDULES
 from colada.generation import sample_noise
 from colada.model import ColaDLM
 from colada.sampling import Sampling
+from colada.settings import TextRequest
 
 EXACT = {"steps": 256, "solver": "ab2", "schedule": "front-loaded", "interval": (0.0, 1.0)}
 """So many steps that more change nothing: what the solvers approximate."""
@@ -84,12 +85,8 @@ def levers(quantised: bool) -> list[Lever]:
 
 def own_prompts(model: ColaDLM, count: int, tokens: int, seed: int) -> list[tuple[int, ...]]:
     """Return beginnings of texts that the model itself writes from nothing: in its domain, and seeded."""
-    made: list[tuple[int, ...]] = []
-    for start in range(0, count, 64):
-        some = range(start, min(count, start + 64))
-        seeds = [seed + number for number in some]
-        made += [own.tokens for own in model.generate([[] for _ in some], tokens, seed=seeds, end_ids=())]
-    return made
+    requests = [TextRequest([], tokens, {"seed": seed + number, "end_ids": ()}) for number in range(count)]
+    return [own.tokens for own in model.complete_all(requests, 64)]
 
 
 def next_blocks(

@@ -10,13 +10,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from colada.errors import ColadaError
 from colada.evaluation.measure import kind, measure
 from colada.evaluation.texts import Kind, Text, TextScore, ratio_error
 from colada.language_model import LanguageModel
-from colada.settings import Prompt, require_count
+from colada.settings import Prompt, Settings, TextRequest, require_count
 from colada.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -233,13 +233,11 @@ def read_generated(
     long = [(text, ids) for text in texts if len(ids := tokenizer.encode(text.text)) >= length]
     if not long:
         raise ColadaError(f"none of {len(texts)} texts has the {length} tokens of prompt and continuation")
-    written: list[tuple[int, ...]] = []
-    for start in range(0, len(long), batch):
-        prompts = [ids[:prompt_tokens] for _, ids in long[start : start + batch]]
-        seeds = [seed + start + number for number in range(len(prompts))]
-        written += [done.tokens for done in model.generate(prompts, new_tokens, seed=seeds, **settings)]
-        if writing is not None:
-            writing(len(written), len(long))
+    requests = [
+        TextRequest(ids[:prompt_tokens], new_tokens, cast(Settings, {**settings, "seed": seed + number}))
+        for number, (_, ids) in enumerate(long)
+    ]
+    written = [done.tokens for done in model.complete_all(requests, batch, writing)]
     pairs = [
         (
             text.origin,

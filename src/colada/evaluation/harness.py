@@ -11,9 +11,8 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import LM
@@ -23,14 +22,13 @@ from colada.errors import ColadaError
 from colada.evaluation.measure import bound_settings, kind, measure
 from colada.language_model import LanguageModel
 from colada.options import load_model
-from colada.settings import check_settings, require_count
+from colada.settings import Settings, TextRequest, check_settings, require_count
+from colada.streaming import Completion
 from colada.tokenizer import Tokenizer
 from colada.training.provenance import provenance
 
 NEW_TOKENS = 256
 """Of a request that names no number, as elsewhere in the harness."""
-
-Item = TypeVar("Item")
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # The first one counts.
 
@@ -166,16 +164,19 @@ class HarnessLM(LM):  # type: ignore[misc]
 
     def _written(self, lengths: dict[tuple[int, ...], int]) -> dict[tuple[int, ...], tuple[int, ...]]:
         """Return what is written greedily after each context, at least so many tokens."""
-        written: dict[tuple[int, ...], tuple[int, ...]] = {}
-        for contexts in _chunks(sorted(lengths, key=lengths.__getitem__), self.batch_size):
-            done = self.model.generate(
-                [list(context) for context in contexts],
-                lengths[contexts[-1]],
-                **{**self.settings, "temperature": 0.0, "stop": (), "end_ids": ()},
-                seed=[self._seed("greedy", context) for context in contexts],
-            )
-            written |= {context: own.tokens for context, own in zip(contexts, done, strict=True)}
-        return written
+        fixed = {**self.settings, "temperature": 0.0, "stop": (), "end_ids": ()}
+        completions = self._complete(
+            [
+                (context, length, {**fixed, "seed": self._seed("greedy", context)})
+                for context, length in lengths.items()
+            ]
+        )
+        return {context: own.tokens for context, own in zip(lengths, completions, strict=True)}
+
+    def _complete(self, wanted: Sequence[tuple[Sequence[int], int, dict[str, Any]]]) -> list[Completion]:
+        """Return the completions of contexts, each with a number of tokens and settings."""
+        requests = [TextRequest(ids, length, cast(Settings, settings)) for ids, length, settings in wanted]
+        return self.model.complete_all(requests, self.batch_size)
 
     def _measure(self, asked: Sequence[tuple[list[int], list[int]]], seeds: Sequence[int]) -> list[float]:
         if not asked:
@@ -222,18 +223,15 @@ class HarnessLM(LM):  # type: ignore[misc]
             key = json.dumps(request.args, sort_keys=True, default=str)
             seeds.append(self._seed("generate_until", key, repeats[key]))
             repeats[key] += 1
-        keys = [json.dumps(own, sort_keys=True) for own in asked]
-        texts: dict[int, str] = {}
-        for numbers in _chunks(
-            sorted(range(len(requests)), key=keys.__getitem__), self.batch_size, keys.__getitem__
-        ):
-            length, settings = asked[numbers[0]]
-            contexts = [self._cut(self.encoding.encode(requests[n].args[0]), length) for n in numbers]
-            done = self.model.generate(contexts, length, **settings, seed=[seeds[n] for n in numbers])
-            for number, completion in zip(numbers, done, strict=True):
-                texts[number] = completion.text
-                self.cache_hook.add_partial("generate_until", requests[number].args, completion.text)
-        return [texts[number] for number in range(len(requests))]
+        completions = self._complete(
+            [
+                (self._cut(self.encoding.encode(request.args[0]), length), length, {**settings, "seed": seed})
+                for request, (length, settings), seed in zip(requests, asked, seeds, strict=True)
+            ]
+        )
+        for request, completion in zip(requests, completions, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, completion.text)
+        return [completion.text for completion in completions]
 
     def _asked(self, arguments: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Return number of tokens and settings that a request's generation arguments stand for."""
@@ -293,16 +291,6 @@ def split_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[l
     if whole[: len(before)] == before:
         return before, whole[len(before) :]
     return before, tokenizer.encode(continuation)
-
-
-def _chunks(
-    items: Sequence[Item], size: int, key: Callable[[Item], object] = lambda _: None
-) -> Iterator[list[Item]]:
-    """Yield neighbours of one key, at most ``size`` at a time."""
-    for _, own in groupby(items, key):
-        alike = list(own)
-        for start in range(0, len(alike), size):
-            yield alike[start : start + size]
 
 
 def run_harness(arguments: Sequence[str]) -> None:

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -27,6 +26,7 @@ from colada.evaluation.records import replace_file
 from colada.evaluation.scoring import normalise
 from colada.evaluation.statistics import Score, average, score
 from colada.evaluation.tasks import Item, Task
+from colada.settings import Settings, TextRequest, require_count
 from colada.streaming import Completion
 from colada.tokenizer import Tokenizer
 from colada.training.display import Display
@@ -37,7 +37,6 @@ MAX_NEW_TOKENS = 32  # as the release
 
 _CHECKED_ITEMS = 16  # of each task, to see that the tokenizer spells them
 _SAMPLED_WEIGHTS = 256  # of each tensor, for the fingerprint
-_LOG_SECONDS = 60.0
 
 
 class Model(Protocol):
@@ -56,9 +55,8 @@ class Model(Protocol):
     def device(self) -> torch.device:
         """Where it computes."""
 
-    @property
-    def generate(self) -> Callable[..., list[Completion]]:
-        """Called with a list of prompts, ``max_new_tokens``, a list of seeds ``seed=``, and settings."""
+    def complete(self, requests: Sequence[TextRequest], batch: int) -> Iterator[tuple[int, Completion]]:
+        """Yield the number and the completion of each request as it is finished."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def evaluate(
         batch: how many items are generated together; outputs do not depend on it.
         part: which share of the items is this process's.
         display: where progress is shown.
-        settings: of ``model.generate``, over the model's own.
+        settings: of generation, over the model's own.
 
     Returns: the results; None while other ranks' items are missing.
 
@@ -131,8 +129,7 @@ def evaluate(
             other items, or cannot be written.
     """
     part, display = part or Part(), display or Display()
-    if batch < 1:
-        raise ColadaError(f"batch={batch}, expected at least 1")
+    require_count("batch", batch)
     tokenizer = require_tokenizer(model)
     given = {name: value for name, value in settings.items() if value is not None}
     chosen = {**model.generation, "temperature": 0.0, **given}
@@ -150,15 +147,20 @@ def evaluate(
         _begin(out, benchmark, made_with)
         waiting.append(_waiting(out, benchmark, seed, part, display))
 
-    def ask(task: Task, some: Sequence[Item]) -> list[Completion]:
-        own = {**chosen, "seed": [item_seed(seed, task, item) for item in some]}
-        return model.generate([item.prefix + item.prompt for item in some], max_new_tokens, **own)
-
     for benchmark, items in zip(benchmarks, waiting, strict=True):
         task = benchmark.task
         if items:
+            requests = [
+                TextRequest(
+                    item.prefix + item.prompt,
+                    max_new_tokens,
+                    cast(Settings, {**chosen, "seed": item_seed(seed, task, item)}),
+                )
+                for item in items
+            ]
             with display.task(task.name, total=len(items)):
-                _generate(ask, task, items, part.file(out, task), batch, display)
+                completions = model.complete(requests, batch)
+                _write_outputs(completions, task, items, part.file(out, task), display)
         _join(out, benchmark)
     outputs = {benchmark.task.name: _outputs(out, benchmark) for benchmark in benchmarks}
     if any(len(outputs[benchmark.task.name]) < len(benchmark.items) for benchmark in benchmarks):
@@ -248,32 +250,40 @@ def fingerprint(model: Model) -> str:
 # --- generation ----------------------------------------------------------------------------------
 
 
-def _generate(
-    ask: Callable[[Task, Sequence[Item]], list[Completion]],
+def _write_outputs(
+    completions: Iterator[tuple[int, Completion]],
     task: Task,
     items: Sequence[Item],
     file: Path,
-    batch: int,
     display: Display,
 ) -> None:
-    """Append the outputs of some items to a file, a batch at a time."""
-    begin = said = time.monotonic()
-    for start in range(0, len(items), batch):
-        some = items[start : start + batch]
-        lines = [
-            Output.of_completion(item, completion).line(task)
-            for item, completion in zip(some, ask(task, some), strict=True)
-        ]
-        try:
-            with file.open("a", encoding="utf-8") as stream:
-                stream.writelines(lines)
-        except OSError as error:
-            raise ColadaError(f"{file}: cannot be written ({error.strerror or error})") from None
-        done, now = start + len(some), time.monotonic()
+    """Append the outputs of some items to a file, each as it is finished.
+
+    Raises:
+        ColadaError: if the file cannot be written; or if items failed, once all others are written.
+    """
+    errors: dict[str, str] = {}
+    for done, (number, completion) in enumerate(completions, 1):
+        item = items[number]
+        if completion.error is None:
+            _append(file, Output.of_completion(item, completion).line(task))
+        else:
+            errors[item.id] = completion.error
         display.advance(done, len(items))
-        if now - said > _LOG_SECONDS and not display.console.is_terminal:
-            said, left = now, (now - begin) / done * (len(items) - done)
-            display.say(f"{task.name}: {done} of {len(items)} items, {left / 60:.0f} min left")
+    if errors:
+        which, why = next(iter(errors.items()))
+        raise ColadaError(
+            f"{len(errors)} of {len(items)} items of {task.name} failed, first {which!r}: {why}"
+        )
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        # Lone surrogates as JSON escapes them.
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(line)
+    except OSError as error:
+        raise ColadaError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 # --- the output directory ------------------------------------------------------------------------
@@ -367,11 +377,13 @@ def _outputs(out: Path, benchmark: Benchmark) -> list[Output]:
 
 
 def _join(out: Path, benchmark: Benchmark) -> None:
-    """Put the ranks' files into one once all items are there."""
+    """Put all outputs into one file, in the order of the items, once they are there."""
     task = benchmark.task
+    joined = out / f"{task.name}.jsonl"
     outputs = _outputs(out, benchmark)
-    if len(outputs) < len(benchmark.items) or _files(out, task) == [out / f"{task.name}.jsonl"]:
+    if len(outputs) < len(benchmark.items):
         return
-    write_outputs(out / f"{task.name}.jsonl", task, outputs)
+    if _files(out, task) != [joined] or read_outputs(joined, task) != outputs:
+        write_outputs(joined, task, outputs)
     for path in out.glob(f"{task.name}.rank*of*.jsonl"):
         path.unlink(missing_ok=True)
