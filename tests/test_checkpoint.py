@@ -33,6 +33,7 @@ from colada.dit import DiT
 from colada.errors import ColadaError
 from colada.locate import DIT_DIR, VAE_DIR, find_tokenizer, locate
 from colada.model import ColaDLM
+from colada.tokenizer import Tokenizer
 from helpers import (
     Array,
     as_safetensors,
@@ -171,7 +172,7 @@ def test_a_sharded_set_is_read_as_its_index_says(broken: Path, saved: Path) -> N
     _refused(broken, rf"model-00002-of-00002\.safetensors.*{re.escape(names[0])}")
     weight_map[names[0]] = "gone.safetensors"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    _refused(broken, r"gone\.safetensors is missing")
+    _refused(broken, r"gone\.safetensors: no such file")
     index.write_text("{}")
     _refused(broken, r"index\.json has no weight_map")
 
@@ -183,7 +184,7 @@ def test_a_large_model_is_written_in_shards_that_are_read_back(
     monkeypatch.setattr(
         huggingface_hub,
         "save_torch_state_dict",
-        lambda state, folder, max_shard_size: original(state, folder, max_shard_size="40KB"),
+        lambda *given, **named: original(*given, **{**named, "max_shard_size": "40KB"}),
     )
     model = tiny_model()
     model.save(tmp_path / "model")
@@ -260,7 +261,7 @@ def test_a_model_can_be_saved_to_the_current_directory(
 
 def test_saving_where_a_file_lies_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("mine")
-    with pytest.raises(ColadaError, match="cannot write the model to"):
+    with pytest.raises(ColadaError, match="model is a file"):
         tiny_model().save(tmp_path / "model")
     assert (tmp_path / "model").read_text() == "mine"
 
@@ -270,7 +271,7 @@ def test_tokenizer_and_settings_are_written_beside_the_networks(tmp_path: Path) 
     write_model(
         tmp_path / "model",
         {DIT_DIR: model.dit, VAE_DIR: model.vae},
-        lambda path: path.write_text("{}") and None,
+        Tokenizer.train([], 260),
         {"steps": 4},
     )
     assert find_tokenizer(tmp_path / "model") == tmp_path / "model" / "tokenizer.json"
@@ -437,7 +438,7 @@ def test_a_file_of_garbage_is_named(broken: Path, garbage: bytes) -> None:
 @pytest.mark.parametrize("file", [DIT_WEIGHTS, VAE_WEIGHTS, "cola_dit/config.json", "cola_vae/config.json"])
 def test_a_missing_file_is_named(broken: Path, file: str) -> None:
     (broken / file).unlink()
-    _refused(broken, rf"{file} is missing$")
+    _refused(broken, rf"{file}: no such file")
 
 
 def test_a_directory_in_place_of_a_file_is_named(broken: Path) -> None:
@@ -455,11 +456,11 @@ def test_a_directory_without_both_parts_is_no_model(broken: Path, part: str) -> 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(b"{", "is not valid JSON"), (b"\xff\xfe", "is not valid JSON"), (b"[]", "holds a JSON list")],
+    [(b"{", "is not valid JSON"), (b"\xff\xfe", "is not UTF-8"), (b"[]", "holds a list")],
 )
 def test_a_config_that_is_no_json_object_is_named(broken: Path, text: bytes, message: str) -> None:
     (broken / "cola_dit" / "config.json").write_bytes(text)
-    _refused(broken, rf"cola_dit.config\.json {message}")
+    _refused(broken, rf"cola_dit.config\.json.*{message}")
 
 
 def test_rotary_frequencies_of_another_width_are_refused(broken: Path) -> None:

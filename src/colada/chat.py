@@ -21,6 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from colada.errors import ColadaError, nearest
+from colada.files import read_text
 from colada.tokenizer import IM_END, IM_START, Tokenizer
 
 DEFAULT_TEMPLATE = (
@@ -32,6 +33,9 @@ DEFAULT_TEMPLATE = (
 """ChatML."""
 
 ANSWERING = "assistant"  # The role whose turns are learnt.
+_MOST_TEMPLATE = 2**20  # Bytes; the longest known have a tenth of it.
+# Python's own compiler, which reads what Jinja makes of a template, has limits of its own.
+_TEMPLATE_ERRORS = (TemplateError, RecursionError, MemoryError, SyntaxError, ValueError, OverflowError)
 ROLES = ("system", "developer", "user", ANSWERING, "tool")
 
 
@@ -41,14 +45,12 @@ def read_template(path: Path) -> str:
     Raises:
         ColadaError: if the file cannot be read or is no Jinja template.
     """
-    try:
-        template = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ColadaError(f"cannot read the chat template {path}: {error}") from None
+    template = read_text(path, "a chat template", _MOST_TEMPLATE)
     try:
         _environment().from_string(template)
-    except TemplateError as error:
-        raise ColadaError(f"{path} is not a chat template: {error}") from None
+    except _TEMPLATE_ERRORS as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError | MemoryError) else str(error)
+        raise ColadaError(f"{path} is not a chat template: {' '.join(reason.split())}") from None
     return template
 
 

@@ -8,10 +8,14 @@ them are extensions: ``generation_config.json``, the settings with which this mo
 
 from __future__ import annotations
 
-import json
+import hashlib
+import math
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,32 +23,32 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from colada.chat import read_template
 from colada.config import DiTConfig, NetworkConfig, TextVAEConfig
 from colada.device import unallocated
 from colada.dit import ROPE_THETA, DiT
 from colada.errors import ColadaError
+from colada.files import atomic_directory, open_file, read_json_object, write_json, write_text
 from colada.layers import inverse_frequencies
-from colada.locate import CHAT_TEMPLATE_FILE, DECODER_DIR, DIT_DIR, GENERATION_FILE, TOKENIZER_FILE, VAE_DIR
+from colada.locate import (
+    CHAT_TEMPLATE_FILE,
+    DECODER_DIR,
+    DIT_DIR,
+    GENERATION_FILE,
+    TOKENIZER_FILE,
+    VAE_DIR,
+    find_tokenizer,
+)
+from colada.tokenizer import Tokenizer
 from colada.vae import TextVAE
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+FOLDERS = (DIT_DIR, VAE_DIR, DECODER_DIR)
+PARTS = (*FOLDERS, TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE)
+_MODEL_FILE = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_SAVE = "save"  # The key of the weights' metadata that says which were saved together.
 
 Network = TypeVar("Network", bound=nn.Module)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raises ColadaError naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ColadaError(f"{path} is missing") from None
-    except OSError as error:
-        raise ColadaError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ColadaError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ColadaError(f"{path} holds a JSON {type(values).__name__}, expected an object")
-    return values
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -62,8 +66,8 @@ def read_configs(directory: Path) -> tuple[TextVAEConfig, DiTConfig]:
         if not (directory / part).is_dir():
             raise ColadaError(f"{directory} is no model directory: {part}/ is missing")
     dit_file, vae_file = directory / DIT_DIR / "config.json", directory / VAE_DIR / "config.json"
-    dit = DiTConfig.from_dict(read_json(dit_file), str(dit_file))
-    vae = TextVAEConfig.from_dict(read_json(vae_file), str(vae_file))
+    dit = DiTConfig.from_dict(read_json_object(dit_file), str(dit_file))
+    vae = TextVAEConfig.from_dict(read_json_object(vae_file), str(vae_file))
     check_pair(vae, dit, str(directory))
     return vae, dit
 
@@ -95,6 +99,21 @@ def read_vae(
     return read_weights(lambda: TextVAE(config), directory / VAE_DIR, dtype, device)
 
 
+def read_parts(directory: Path) -> dict[str, Any]:
+    """Return what stands beside the networks, None where it does not: tokenizer, generation, chat_template.
+
+    Raises:
+        ColadaError: naming the file that cannot be read.
+    """
+    tokenizer = find_tokenizer(directory)
+    settings, template = directory / GENERATION_FILE, directory / CHAT_TEMPLATE_FILE
+    return {
+        "tokenizer": None if tokenizer is None else Tokenizer.from_file(tokenizer),
+        "generation": read_json_object(settings) if os.path.lexists(settings) else None,
+        "chat_template": read_template(template) if os.path.lexists(template) else None,
+    }
+
+
 def read_weights(
     build: Callable[[], Network], folder: Path, dtype: torch.dtype | None, device: str | torch.device
 ) -> Network:
@@ -102,62 +121,89 @@ def read_weights(
 
     Tensors that already have the wanted type are mapped from the file. Others
     are converted one by one, so that memory peaks at the result's size plus one tensor.
+    Without ``dtype``, tensors of several types become the widest of these, in which none loses anything.
 
     Raises:
-        ColadaError: for a missing, extra or misshapen tensor, or a truncated or corrupt file.
+        ColadaError: for a missing, extra or misshapen tensor, one with values that are not finite, or a
+            truncated or corrupt file.
     """
     with unallocated():
         network = build()
     wanted = network.state_dict()
     files = _weight_files(folder)
     _check_names(folder, files, wanted)
-    tensors: dict[str, Tensor] = {}
+    stored: dict[str, torch.dtype] = {}
     for file in dict.fromkeys(files.values()):
-        names = [name for name, at in files.items() if at == file]
-        with _open(file) as handle:
-            for name in names:
+        with open_weights(file) as handle:
+            for name in (name for name, at in files.items() if at == file):
                 part = handle.get_slice(name)
-                shape = tuple(part.get_shape())
-                if shape != tuple(wanted[name].shape):
-                    expected = tuple(wanted[name].shape)
+                shape, expected = tuple(part.get_shape()), tuple(wanted[name].shape)
+                if shape != expected:
                     raise ColadaError(
                         f"{file}: tensor {name} has shape {shape}, its config expects {expected}"
                     )
-                if part.get_dtype() not in ("F32", "BF16", "F16", "F64"):
+                if part.get_dtype() not in _TYPES:
                     raise ColadaError(
                         f"{file}: tensor {name} is of type {part.get_dtype()}, expected a float"
                     )
-                if dtype is None or part.get_dtype() == _SAFETENSORS_NAMES.get(dtype):
-                    tensors[name] = handle.get_tensor(name)
+                stored[name] = _TYPES[part.get_dtype()]
+    kept = reduce(torch.promote_types, stored.values()) if dtype is None else dtype
+    tensors: dict[str, Tensor] = {}
+    for file in dict.fromkeys(files.values()):
+        names = [name for name, at in files.items() if at == file]
+        with open_weights(file) as handle:
+            tensors |= {name: handle.get_tensor(name) for name in names if stored[name] == kept}
         for name in names:
-            if name not in tensors:
+            if stored[name] != kept:
                 # Opened anew for each tensor: the pages of the last one leave memory with its handle.
-                with _open(file) as handle:
-                    tensors[name] = handle.get_tensor(name).to(dtype)
+                with open_weights(file) as handle:
+                    tensors[name] = handle.get_tensor(name).to(kept)
+            # NaN is the least and the greatest value of what holds it.
+            if not all(math.isfinite(end) for end in tensors[name].aminmax()):
+                as_type = "" if stored[name] == kept else f" in {str(kept).removeprefix('torch.')}"
+                raise ColadaError(f"{file}: tensor {name} holds values that are not finite{as_type}")
     if isinstance(network, DiT):
         _check_frequencies(folder, network, tensors)
     network.load_state_dict(tensors, strict=True, assign=True)
     return network.to(device)
 
 
-_SAFETENSORS_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-}
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 def _weight_files(folder: Path) -> dict[str, Path]:
     """Return which file holds each tensor, from the index of a sharded set or the single file's header."""
     index = folder / INDEX_FILE
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ColadaError(f"{index} has no weight_map")
-        return {name: folder / str(file) for name, file in weight_map.items()}
-    with _open(folder / WEIGHTS_FILE) as handle:
-        return dict.fromkeys(handle.keys(), folder / WEIGHTS_FILE)
+    if not os.path.lexists(index):
+        with open_weights(folder / WEIGHTS_FILE) as handle:
+            return dict.fromkeys(handle.keys(), folder / WEIGHTS_FILE)
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ColadaError(f"{index} has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ColadaError(f"{index}: {name} is in {file!r}, expected the name of a file beside it")
+    return {name: folder / file for name, file in weight_map.items()}
+
+
+def check_one_save(directory: Path) -> None:
+    """Raise ColadaError for networks that say that they were not saved together; other software's do not."""
+    saves = {part: _save_of(directory / part) for part in (DIT_DIR, VAE_DIR)}
+    if None not in saves.values() and len(set(saves.values())) > 1:
+        said = " and ".join(f"{part}/ is of save {save}" for part, save in saves.items())
+        raise ColadaError(f"{directory} mixes two models: {said}; save or export it again")
+
+
+def _save_of(folder: Path) -> str | None:
+    """Return what a folder's weights say of the save they are of, None if nothing."""
+    index = folder / INDEX_FILE
+    if os.path.lexists(index):
+        metadata = read_json_object(index).get("metadata")
+    else:
+        with open_weights(folder / WEIGHTS_FILE) as handle:
+            metadata = handle.metadata()
+    save = metadata.get(_SAVE) if isinstance(metadata, dict) else None
+    return None if save is None else str(save)
 
 
 def _check_names(folder: Path, files: Mapping[str, Path], wanted: Mapping[str, Tensor]) -> None:
@@ -184,16 +230,22 @@ def _check_frequencies(folder: Path, network: DiT, tensors: Mapping[str, Tensor]
 
 
 @contextmanager
-def _open(file: Path) -> Iterator[Any]:
+def open_weights(file: Path) -> Iterator[Any]:
+    """Open a safetensors file.
+
+    Raises:
+        ColadaError: if it is no regular file, may not be read, or is damaged.
+    """
+    # The library reports every file that it cannot open as missing.
+    with open_file(file, "weights"):
+        pass
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
-    except FileNotFoundError:
-        raise ColadaError(f"{file} is missing") from None
     except OSError as error:
-        raise ColadaError(f"cannot read {file}: {error}") from None
+        raise ColadaError(f"{file}: cannot be read ({error})") from None
     except SafetensorError as error:
-        raise ColadaError(f"{file} is truncated or corrupt: {error}") from None
+        raise ColadaError(f"{file} is truncated or corrupt: {' '.join(str(error).split())}") from None
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -202,57 +254,136 @@ def _open(file: Path) -> Iterator[Any]:
 def write_model(
     directory: Path,
     networks: Mapping[str, nn.Module],
-    save_tokenizer: Callable[[Path], None] | None = None,
+    tokenizer: Tokenizer | None = None,
     generation: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
 ) -> None:
-    """Write networks in the released format; an older model there is replaced once all is written.
+    """Write networks in the released format; an older model there is replaced at once when all is written.
+
+    Other files beside an older model stay. Where the directory itself must stay (a mount point, a working
+    directory), its parts are exchanged one by one, the networks last: what is stopped there is no model.
 
     Args:
         networks: by folder; each has a ``config``.
 
     Raises:
-        ColadaError: if the directory cannot be written (no space, no permission).
+        ColadaError: if the directory cannot be written (no space, no permission), or holds something else
+            than a model.
     """
-    from huggingface_hub import save_torch_state_dict  # only when needed: 0.4 s
-
     directory = directory.resolve()
-    partial = directory.with_name(directory.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        for part, network in networks.items():
-            folder = partial / part
-            folder.mkdir(parents=True)
-            config = network.config
-            assert isinstance(config, NetworkConfig)
-            write_json(folder / "config.json", config.to_dict())
-            state = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
-            save_torch_state_dict(state, folder, max_shard_size="5GB")
-            for file in folder.glob("*.safetensors"):
-                # The library writes them for the owner only; whoever may read the config may read these.
-                file.chmod((folder / "config.json").stat().st_mode)
-        if save_tokenizer is not None:
-            save_tokenizer(partial / TOKENIZER_FILE)
-        if generation:
-            write_json(partial / GENERATION_FILE, generation)
-        if chat_template is not None:
-            (partial / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
-        directory.mkdir(parents=True, exist_ok=True)
-        folders = (DIT_DIR, VAE_DIR, DECODER_DIR)
-        for name in (*folders, TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE):
-            target = directory / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
-            if (partial / name).exists():
-                (partial / name).replace(target)
-        partial.rmdir()
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _check_replaceable(directory)
+        inside = _must_stay(directory)
+        with atomic_directory(directory / ".new" if inside else directory) as partial:
+            _write_networks(partial, networks)
+            if tokenizer is not None:
+                tokenizer.save(partial / TOKENIZER_FILE)
+            if generation:
+                write_json(partial / GENERATION_FILE, generation)
+            if chat_template is not None:
+                write_text(partial / CHAT_TEMPLATE_FILE, chat_template)
+            if not inside and directory.is_dir():
+                _carry_over(directory, partial)
+        if inside:
+            _exchange_parts(directory, directory / ".new")
+    except (OSError, shutil.Error, SafetensorError) as error:
         raise ColadaError(f"cannot write the model to {directory}: {error}") from None
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write an indented JSON object with its keys sorted."""
-    path.write_text(json.dumps(dict(values), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _write_networks(directory: Path, networks: Mapping[str, nn.Module]) -> None:
+    from huggingface_hub import save_torch_state_dict  # only when needed: 0.4 s
+
+    states = {
+        part: {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
+        for part, network in networks.items()
+    }
+    # Of the content, so that equal models are equal files.
+    digest = hashlib.sha256()
+    for part, state in states.items():
+        for name, tensor in state.items():
+            head = tensor.flatten()[:1024].cpu().contiguous().view(torch.uint8)
+            digest.update(f"{part}.{name}:{tuple(tensor.shape)}".encode() + head.numpy().tobytes())
+    for part, network in networks.items():
+        folder = directory / part
+        folder.mkdir()
+        config = network.config
+        assert isinstance(config, NetworkConfig)
+        write_json(folder / "config.json", config.to_dict())
+        save = digest.hexdigest()[:16]
+        save_torch_state_dict(states[part], folder, max_shard_size="5GB", metadata={_SAVE: save})
+        for file in folder.glob("*.safetensors"):
+            _order_metadata(file, save)
+            # The library writes them for the owner only; whoever may read the config may read these.
+            file.chmod((folder / "config.json").stat().st_mode)
+
+
+def _order_metadata(file: Path, save: str) -> None:
+    """Put the two entries of a safetensors file's metadata in one order: the library's varies."""
+    wanted, other = f'{{"format":"pt","{_SAVE}":"{save}"}}', f'{{"{_SAVE}":"{save}","format":"pt"}}'
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = stream.read(size).replace(other.encode(), wanted.encode(), 1)
+        stream.seek(8)
+        stream.write(header)
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Refuse a directory that holds something else than a model, or than a model's files in its parts."""
+    if not os.path.lexists(directory):
+        return
+    if not directory.is_dir():
+        raise ColadaError(f"{directory} is a file, expected a directory for a model")
+    there = [part for part in FOLDERS if (directory / part / "config.json").is_file()]
+    for part in FOLDERS if there else ():
+        if os.path.lexists(directory / part) and part not in there:
+            raise ColadaError(f"{directory / part} is no part of a model, and would be removed")
+    others = sorted(name for name in os.listdir(directory) if name != ".new")
+    if not there and others and not (directory / ".new").is_dir():  # Not one whose saving was stopped.
+        raise ColadaError(
+            f"{directory} holds {others[0]!r} and no model, expected an empty or new directory, or a model"
+        )
+    for part in there:
+        for name in sorted(os.listdir(directory / part)):
+            if not _MODEL_FILE.fullmatch(name):
+                raise ColadaError(f"{directory / part / name} is no file of a model, and would be removed")
+
+
+def _must_stay(directory: Path) -> bool:
+    """Whether a directory cannot give its name to another, or would be missed: someone works in it."""
+    if not directory.is_dir():
+        return False
+    here = None
+    with suppress(FileNotFoundError):  # The working directory may be gone.
+        here = Path.cwd()
+    within = here is not None and here.is_relative_to(directory)
+    return within or os.path.ismount(directory) or not os.access(directory.parent, os.W_OK)
+
+
+def _carry_over(directory: Path, partial: Path) -> None:
+    """Give a model's directory what else the one before holds, as links to the same files."""
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        return set(names) & {*PARTS, ".new"} if Path(folder) == directory else set()
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:  # A file system without them.
+            shutil.copy2(source, target, follow_symlinks=False)
+
+    shutil.copytree(
+        directory, partial, symlinks=True, ignore=left_out, copy_function=link, dirs_exist_ok=True
+    )
+
+
+def _exchange_parts(directory: Path, new: Path) -> None:
+    """Give a directory the parts of another, which is removed with the old ones."""
+    old = new / "old"
+    old.mkdir()
+    for name in PARTS:
+        if os.path.lexists(directory / name):
+            os.rename(directory / name, old / name)
+    for name in reversed(PARTS):  # The networks last: until then, this is no model.
+        if os.path.lexists(new / name):
+            os.rename(new / name, directory / name)
+    shutil.rmtree(new)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import gzip
 import itertools
 import json
@@ -392,7 +393,7 @@ def atomic_writer(path: str | Path) -> Iterator[IO[bytes]]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        sync_directory(target.parent)
+        _sync(target.parent)
     except OSError as error:
         raise ColadaError(f"{path}: cannot be written ({_reason(error)})") from None
 
@@ -408,6 +409,45 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
     """Write an indented JSON object with its keys sorted, at once."""
     write_text(path, json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def atomic_directory(final: Path) -> Iterator[Path]:
+    """Make a directory at once: yields an empty one beside it, which takes its name once all is on disk.
+
+    What had the name before is removed then; what a killed process left beside it, before.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    beginning = f".{final.name[:50]}."
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(f"{glob.escape(beginning)}*-*.partial"):
+        if not _runs(left.name.removeprefix(beginning).partition("-")[0]):
+            shutil.rmtree(left)
+    partial = final.with_name(f"{beginning}{os.getpid()}-{next(_counter)}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        for folder, _, names in os.walk(partial):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        replace_directory(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _runs(number: str) -> bool:
+    """Whether a process of this machine has the number."""
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:  # It is someone else's.
+        return True
+    return True
 
 
 def replace_directory(partial: Path, final: Path) -> None:
@@ -427,12 +467,12 @@ def replace_directory(partial: Path, final: Path) -> None:
             old = final.with_name(f".{final.name[:50]}.{os.getpid()}-{next(_counter)}.old")
             os.rename(final, old)
             os.rename(partial, final)
-        sync_directory(final.parent)
+        _sync(final.parent)
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
         else:
             old.unlink()
-    sync_directory(final.parent)
+    _sync(final.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -449,9 +489,11 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
-def sync_directory(directory: Path) -> None:
-    """Write a directory's names through to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Write a file, or a directory's names, through to the disk; a link has nothing of its own."""
+    if path.is_symlink():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from colada.baselines.config import DecoderConfig
 from colada.baselines.load import MODELS, read_decoder_config
-from colada.checkpoint import read_configs, read_json
+from colada.checkpoint import open_weights, read_configs
 from colada.config import DiTConfig, NetworkConfig, TextVAEConfig
 from colada.device import unallocated
 from colada.dit import DiT
-from colada.errors import ColadaError
+from colada.files import read_json_object
 from colada.locate import BUNDLED, DECODER_DIR, DIT_DIR, GENERATION_FILE, VAE_DIR, find_tokenizer, locate
 from colada.settings import RELEASED_SETTINGS
 from colada.tokenizer import Tokenizer
@@ -146,7 +145,7 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> Mo
         configs=configs,
         history=history,
         dtypes=_dtypes(directory, configs),
-        generation={**defaults, **(read_json(settings) if settings.is_file() else {})},
+        generation={**defaults, **(read_json_object(settings) if os.path.lexists(settings) else {})},
         tokenizer=(tokenizer, Tokenizer.from_file(tokenizer).vocab_size) if tokenizer is not None else None,
         files={
             str(file.relative_to(directory)): file.stat().st_size for file in sorted(own) if file.is_file()
@@ -158,9 +157,6 @@ def _dtypes(directory: Path, folders: Iterable[str]) -> tuple[str, ...]:
     """Return the types of the stored tensors, from the headers of the weight files."""
     found: set[str] = set()
     for file in sorted(file for folder in folders for file in (directory / folder).glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as handle:
-                found.update(handle.get_slice(name).get_dtype() for name in handle.keys())  # noqa: SIM118
-        except SafetensorError as error:
-            raise ColadaError(f"{file} is truncated or corrupt: {error}") from None
+        with open_weights(file) as handle:
+            found.update(handle.get_slice(name).get_dtype() for name in handle.keys())  # noqa: SIM118
     return tuple(sorted(found))

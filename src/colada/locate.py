@@ -60,7 +60,7 @@ def local(where: str | Path, revision: str | None = None) -> Path | None:
 def find_tokenizer(directory: Path) -> Path | None:
     """Return the tokenizer file beside the two networks or one level up, or None."""
     for candidate in (directory / TOKENIZER_FILE, directory.parent / TOKENIZER_FILE):
-        if candidate.is_file():
+        if os.path.lexists(candidate):
             return candidate
     return None
 

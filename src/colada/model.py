@@ -11,8 +11,7 @@ from typing import Any, Unpack
 import torch
 
 from colada.baselines.load import MODELS, load_decoder
-from colada.chat import read_template
-from colada.checkpoint import check_pair, read_dit, read_json, read_vae, write_model
+from colada.checkpoint import check_one_save, check_pair, read_dit, read_parts, read_vae, write_model
 from colada.dit import DiT
 from colada.engine.engine import Engine, history_unit
 from colada.engine.memory import round_up
@@ -23,12 +22,9 @@ from colada.generation import NOISE_RULES, SEED_STRIDE, TransportStep, encode
 from colada.language_model import LanguageModel
 from colada.locate import (
     BUNDLED,
-    CHAT_TEMPLATE_FILE,
     DECODER_DIR,
     DIT_DIR,
-    GENERATION_FILE,
     VAE_DIR,
-    find_tokenizer,
     locate,
 )
 from colada.quantise import quantise
@@ -129,9 +125,8 @@ class ColaDLM(LanguageModel):
         """
         if self.quantised is not None:
             raise ColadaError(f"a model quantised to {self.quantised} cannot be saved: save it before")
-        save_tokenizer = self.tokenizer.save if self.tokenizer is not None else None
         networks = {DIT_DIR: self.dit, VAE_DIR: self.vae}
-        write_model(Path(directory), networks, save_tokenizer, self.generation, self.chat_template)
+        write_model(Path(directory), networks, self.tokenizer, self.generation, self.chat_template)
 
     # --- tokens and latents ----------------------------------------------------------------
 
@@ -412,13 +407,11 @@ def load_cola(
     if where is None and dtype is None:
         dtype = torch.float32
     directory = locate(BUNDLED if where is None else where, revision)
-    file = find_tokenizer(directory)
-    settings, template = directory / GENERATION_FILE, directory / CHAT_TEMPLATE_FILE
+    vae, dit = read_vae(directory, dtype, device), read_dit(directory, dtype, device)
+    check_one_save(directory)
     return ColaDLM(
-        read_vae(directory, dtype, device),
-        read_dit(directory, dtype, device),
-        Tokenizer.from_file(file) if file is not None else None,
+        vae,
+        dit,
         origin="bundled" if where is None else str(where),
-        generation=read_json(settings) if settings.is_file() else None,
-        chat_template=read_template(template) if template.is_file() else None,
+        **read_parts(directory),
     )

@@ -16,15 +16,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from colada.checkpoint import read_dit, read_json, read_vae
+from colada.checkpoint import open_weights, read_dit, read_vae
 from colada.dit import DiT
 from colada.engine.engine import Engine
 from colada.engine.request import Request
 from colada.errors import ColadaError
+from colada.files import read_json_object
 from colada.generation import Block, BlockGenerator
 from colada.packing import pad_to_multiple
 from colada.sampling import Sampling
@@ -51,11 +50,9 @@ def run_case(directory: Path) -> dict[str, Any]:
     Raises:
         ColadaError: if the directory is not a fixture.
     """
-    case = read_json(directory / "case.json")
-    try:
-        expected = load_file(directory / "expected.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ColadaError(f"cannot read {directory / 'expected.safetensors'}: {error}") from None
+    case = read_json_object(directory / "case.json")
+    with open_weights(directory / "expected.safetensors") as handle:
+        expected = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     try:
         return _compare(directory, case, expected)
     except KeyError as error:

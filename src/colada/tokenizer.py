@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from colada.errors import ColadaError
+from colada.files import MOST_JSON, read_text, write_text
 
 # The names OLMo 2 (dolma2) uses, so that released checkpoints and new ones share code.
 END_OF_TEXT = "<|endoftext|>"
@@ -61,12 +62,7 @@ class Tokenizer:
         Raises ColadaError, naming the file, when it is missing, is not a
         tokenizer, or lacks ``<|endoftext|>`` or ``<|pad|>``.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ColadaError(f"{path}: no such file, expected a tokenizer.json") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ColadaError(f"{path}: cannot be read as a tokenizer.json ({error})") from error
+        text = read_text(path, "a tokenizer.json", MOST_JSON)
         try:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
@@ -152,11 +148,8 @@ class Tokenizer:
         return text
 
     def save(self, path: str | Path) -> None:
-        """Write a ``tokenizer.json``. Raises ColadaError when ``path`` cannot be written."""
-        try:
-            Path(path).write_text(self.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise ColadaError(f"{path}: cannot be written ({error.strerror})") from error
+        """Write a ``tokenizer.json``, at once. Raises ColadaError when ``path`` cannot be written."""
+        write_text(path, self.to_json())
 
     @property
     def specials(self) -> tuple[str, ...]:

@@ -11,10 +11,9 @@ from colada.baselines.config import DecoderConfig
 from colada.baselines.decoder import Decoder
 from colada.baselines.masked import MaskedLM
 from colada.baselines.model import DecoderLM
-from colada.chat import read_template
-from colada.checkpoint import read_json, read_weights
-from colada.locate import CHAT_TEMPLATE_FILE, DECODER_DIR, GENERATION_FILE, find_tokenizer
-from colada.tokenizer import Tokenizer
+from colada.checkpoint import read_parts, read_weights
+from colada.files import read_json_object
+from colada.locate import DECODER_DIR
 
 MODELS: dict[str, type[DecoderLM]] = {"ar": AutoregressiveLM, "llada": MaskedLM}
 """By objective."""
@@ -23,7 +22,7 @@ MODELS: dict[str, type[DecoderLM]] = {"ar": AutoregressiveLM, "llada": MaskedLM}
 def read_decoder_config(directory: Path) -> DecoderConfig:
     """Return the configuration in a baseline's directory; raises ColadaError naming file and key."""
     file = directory / DECODER_DIR / "config.json"
-    return DecoderConfig.from_dict(read_json(file), str(file))
+    return DecoderConfig.from_dict(read_json_object(file), str(file))
 
 
 def load_decoder(
@@ -45,15 +44,8 @@ def load_decoder(
         ColadaError: for what is missing, damaged or inconsistent.
     """
     config = read_decoder_config(directory)
-    file, settings, template = (
-        find_tokenizer(directory),
-        directory / GENERATION_FILE,
-        directory / CHAT_TEMPLATE_FILE,
-    )
     return MODELS[config.objective](
         read_weights(lambda: Decoder(config), directory / DECODER_DIR, dtype, device),
-        Tokenizer.from_file(file) if file is not None else None,
         origin=origin,
-        generation=read_json(settings) if settings.is_file() else None,
-        chat_template=read_template(template) if template.is_file() else None,
+        **read_parts(directory),
     )

@@ -100,9 +100,8 @@ class DecoderLM(LanguageModel):
 
     def save(self, directory: str | Path) -> None:
         """Write ``decoder/``, tokenizer and settings; see :func:`colada.checkpoint.write_model`."""
-        save_tokenizer = self.tokenizer.save if self.tokenizer is not None else None
         networks = {DECODER_DIR: self.decoder}
-        write_model(Path(directory), networks, save_tokenizer, self.generation, self.chat_template)
+        write_model(Path(directory), networks, self.tokenizer, self.generation, self.chat_template)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **settings: Unpack[Settings]
