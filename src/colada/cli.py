@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from colada import __version__
 from colada.bench.commands import bench_app
@@ -19,25 +22,49 @@ from colada.evaluation.commands import eval_app
 from colada.options import (
     DeviceOption,
     DtypeOption,
+    FileOption,
+    LinesOption,
     ModelOption,
-    QuantiseOption,
     RevisionOption,
+    TextArgument,
+    check_model_options,
     load_cola,
-    load_model,
+    read_texts,
 )
 from colada.study.commands import study_app
 from colada.training import commands
+from colada.writing import chat, generate
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from colada.info import ModelInfo
-    from colada.language_model import LanguageModel
-    from colada.settings import Settings
-    from colada.streaming import Completion
     from colada.tokenizer import Tokenizer
 
+
+class _Commands(typer.core.TyperGroup):
+    """All commands; says so where one is interrupted and has nothing of its own to say."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _interrupts_said():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, context: Any) -> Any:
+        with _interrupts_said():
+            return super().invoke(context)
+
+
+@contextmanager
+def _interrupts_said() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("interrupted")
+        raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Colada: Cola DLM, the continuous latent diffusion language model.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -47,34 +74,48 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench", help="Measure speed.")
 app.add_typer(study_app, name="study")
-for command in (commands.train, commands.recipe, commands.report, commands.export, commands.ledger):
+for command in (
+    generate,
+    chat,
+    commands.train,
+    commands.recipe,
+    commands.report,
+    commands.export,
+    commands.ledger,
+):
     app.command()(command)
 
 # typer exports no other name for click's usage errors, and only newer versions carry their own click.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
-_OWN = "Default: the model's own."
+_TABLES_WIDTH = 60  # Narrower, the tables of rich's help cut the options' names.
 
-TextArgument = Annotated[
-    str | None,
-    typer.Argument(help="The text. Without one, or with -, all of standard input but its last line break."),
-]
-FileOption = Annotated[
-    Path | None,
-    typer.Option("--file", "-f", help="Take each line that is not empty as a text; - is standard input."),
-]
-LinesOption = Annotated[bool, typer.Option("--lines", help="Take each line of standard input as a text.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 2 for what the user can mend, 130 for an interrupt."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # Where a terminal cannot show a character.
+    # Before torch is imported. Threads that spin while they wait starve each other where cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    code = _run(args)
     try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer cannot be written: the interpreter would try at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        gone = isinstance(error, BrokenPipeError)
+        code = code or (1 if gone else _fail(f"cannot write to standard output: {error.strerror}"))
+    return code
+
+
+def _run(args: Sequence[str] | None) -> int:
+    try:
+        _check_streams()
+        if shutil.get_terminal_size().columns < _TABLES_WIDTH:
+            app.rich_markup_mode = None
         command = typer.main.get_command(app)
         code = command.main(args, prog_name="colada", standalone_mode=False)
-        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except _UsageError as error:
         return _fail(_usage(error))
@@ -82,10 +123,35 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except (typer.Abort, KeyboardInterrupt):
         return 130
+    except BrokenPipeError:
+        return 1
     except OSError as error:
-        # What is left in the buffer cannot be written: the interpreter would try at its end, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1 if isinstance(error, BrokenPipeError) else _fail(str(error))
+        return _fail(f"{error.filename or 'cannot read or write'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        # torch has no type of its own for it on a CPU.
+        if not isinstance(error, MemoryError) and not re.search(r"out of memory|allocate memory", str(error)):
+            raise
+        return _fail(f"out of memory: {str(error) or 'this machine has too little for what was asked'}")
+
+
+def _check_streams() -> None:
+    """Make the standard streams ones that can be used.
+
+    Raises:
+        ColadaError: if standard output is closed: what a command prints would be lost.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Else a file that is opened later would be this stream.
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    if sys.stdout is None:
+        raise ColadaError("standard output is closed, expected a place for it (> /dev/null throws it away)")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Where a terminal cannot show a character.
 
 
 def _usage(error: Any) -> str:
@@ -94,13 +160,20 @@ def _usage(error: Any) -> str:
     # Newer typers let pydantic convert, whose message leaves out the value.
     details = getattr(error.__cause__, "errors", None)
     if details is not None:
-        message += f", not {details()[0]['input']!r}"
+        value = repr(details()[0]["input"])
+        message += f", not {value if len(value) <= 60 else value[:57] + '...'}"
     return f"{message} (see {error.ctx.command_path} --help)" if error.ctx is not None else message
 
 
 def _fail(message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    _say(f"error: {' '.join(message.split())}")
     return 2
+
+
+def _say(line: str) -> None:
+    # Where nobody reads standard error, the exit status still says it.
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -114,182 +187,6 @@ def colada(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-# --- generate ----------------------------------------------------------------------------------
-
-
-@app.command()
-def generate(
-    prompt: TextArgument = None,
-    file: FileOption = None,
-    lines: LinesOption = False,
-    model: ModelOption = None,
-    revision: RevisionOption = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="How many tokens, unless the text ends before.")
-    ] = 64,
-    steps: Annotated[int | None, typer.Option(help=f"Solver steps per block. {_OWN}")] = None,
-    guidance: Annotated[
-        float | None, typer.Option("--guidance", "-g", help=f"Guidance scale; 1 is off. {_OWN}")
-    ] = None,
-    guidance_interval: Annotated[
-        tuple[float, float] | None,
-        typer.Option(metavar="LOW HIGH", help=f"Guide only while a = t / T is between these. {_OWN}"),
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help=f"Of token sampling; 0 picks the likeliest. {_OWN}")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help=f"Sample among the k likeliest tokens; 0 is off. {_OWN}")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help=f"Sample among the likeliest tokens that reach this probability; 1 is off. {_OWN}"),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help=f"Above 1, tokens seen before are less likely; 1 is off. {_OWN}")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Prompt i, from 0, has seed + i (seed + 1000 i with released noise).")
-    ] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help=f"End the text before this string; may be repeated. {_OWN}")
-    ] = None,
-    solver: Annotated[str | None, typer.Option(metavar="NAME", help=f"euler or ab2. {_OWN}")] = None,
-    schedule: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"uniform, front-loaded or logit-normal. {_OWN}")
-    ] = None,
-    noise: Annotated[str | None, typer.Option(metavar="NAME", help=f"per-sample or released. {_OWN}")] = None,
-    dtype: DtypeOption = None,
-    quantise: QuantiseOption = None,
-    device: DeviceOption = "cpu",
-    batch: Annotated[int, typer.Option(help="How many prompts are continued together.")] = 16,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Take each text as a user's message, and print the answer alone.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a prompt, each on its line.")
-    ] = False,
-    no_stream: Annotated[
-        bool, typer.Option("--no-stream", help="Print a text when it is finished, not as it grows.")
-    ] = False,
-) -> None:
-    """Continue a text, or several.
-
-    On a terminal a single text is shown as it forms: what is finished, and the
-    block under way as it would read after each solver step.
-    """
-    texts = _texts(prompt, file, lines)
-    if batch < 1:
-        raise ColadaError(f"batch={batch}, expected at least 1")
-    network = load_model(model, revision, dtype, device, quantise)
-    prompts = texts
-    if chat:
-        prompts = [network.chat_prompt([{"role": "user", "content": text}]) for text in texts]
-
-    from colada.flow import choose
-    from colada.generation import SEED_STRIDE
-    from colada.settings import TextRequest
-
-    given: Settings = {
-        "steps": steps,
-        "guidance": guidance,
-        "guidance_interval": guidance_interval,
-        "solver": solver,
-        "schedule": schedule,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-        "stop": stop or None,
-        "noise": noise,
-    }
-    chosen = {**network.chosen(given), "max_new_tokens": max_new_tokens}
-    del chosen["seed"]  # Every prompt has its own.
-    stride = choose("noise", chosen.get("noise", "per-sample"), SEED_STRIDE)
-    seeds = [seed + stride * number for number in range(len(prompts))]
-
-    if len(prompts) == 1 and not as_json and not no_stream:
-        shown = "" if chat else prompts[0]
-        _stream(network, prompts[0], shown, max_new_tokens, {**given, "seed": seed}, chosen.get("steps"))
-        return
-    requests = [
-        TextRequest(own, max_new_tokens, {**given, "seed": own_seed})
-        for own, own_seed in zip(prompts, seeds, strict=True)
-    ]
-    errors: dict[int, str] = {}  # by prompt; the others are finished and printed first
-    for number, done in enumerate(_in_order(network.complete(requests, batch))):
-        if done.error is not None:
-            errors[number] = done.error
-        if as_json:
-            fields: dict[str, Any] = {"text": done.text, "tokens": done.tokens}
-            if done.error is not None:
-                fields = {"error": done.error}
-            fields["finish_reason"] = done.finish_reason
-            line = {"prompt": texts[number], **fields, "seed": seeds[number], "settings": chosen}
-            print(json.dumps(line), flush=True)
-        else:
-            shown = "" if chat else prompts[number]
-            print("\n" * (number > 0) + shown + done.text, flush=True)
-    if errors:
-        which, why = min(errors.items())
-        raise ColadaError(f"{len(errors)} of {len(prompts)} prompts failed, first number {which}: {why}")
-
-
-def _in_order(completions: Iterator[tuple[int, Completion]]) -> Iterator[Completion]:
-    """Yield completions in the order of their numbers, each once all before it are finished."""
-    waiting: dict[int, Completion] = {}
-    next_one = 0
-    for number, done in completions:
-        waiting[number] = done
-        while next_one in waiting:
-            yield waiting.pop(next_one)
-            next_one += 1
-
-
-def _stream(
-    network: LanguageModel,
-    prompt: str,
-    shown: str,
-    max_new_tokens: int,
-    settings: Settings,
-    steps: int | None,
-) -> None:
-    """Print what is shown of one prompt, and its continuation as it grows; on a terminal, with guesses."""
-    from rich.console import Console
-
-    from colada.terminal import PROMPT_STYLE, LiveText
-
-    console = Console(highlight=False)
-    live = sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
-    chunks = network.stream(prompt, max_new_tokens, guesses=live, **settings)
-    error: str | None = None
-    if not live:
-        print(shown, end="", flush=True)
-        for chunk in chunks:
-            print(chunk.text, end="", flush=True)
-            error = chunk.error
-        print()
-        if error is not None:
-            raise ColadaError(error)
-        return
-    tokens, begin = 0, time.perf_counter()
-    with LiveText(console) as view:
-        view.write(shown, PROMPT_STYLE)
-        for chunk in chunks:
-            if chunk.step is None:
-                tokens += len(chunk.tokens)
-                view.write(chunk.text)
-                error = chunk.error
-            else:
-                rate = tokens / (time.perf_counter() - begin)
-                status = (
-                    f"block {chunk.block + 1} · step {chunk.step}/{steps} · {tokens} tokens ({rate:.0f}/s)"
-                )
-                view.guess(chunk.text, status)
-    if error is not None:
-        raise ColadaError(error)
 
 
 # --- reconstruct, info, parity -----------------------------------------------------------------
@@ -307,7 +204,8 @@ def reconstruct(
     as_json: JsonOption = False,
 ) -> None:
     """Send a text through the Text VAE and back, and count the tokens that survive."""
-    texts = _texts(text, file, lines)
+    check_model_options(model, revision, dtype, device)
+    texts = read_texts(text, file, lines)
     network = load_cola(model, revision, dtype, device)
     for own in texts:
         back = network.reconstruct(own)
@@ -447,7 +345,7 @@ def tokenizer_encode(
     as_json: JsonOption = False,
 ) -> None:
     """Print a text's ids and what each spells; U+FFFD stands for part of a character."""
-    (text,) = _texts(text, None, False)
+    (text,) = read_texts(text, None, False)
     tokenizer = _tokenizer(model, file)
     ids = tokenizer.encode(text)
     pieces = [tokenizer.decode([token], skip_special=False) for token in ids]
@@ -487,40 +385,3 @@ def _tokenizer(model: str | None, file: Path | None) -> Tokenizer:
     if found is None:
         raise ColadaError(f"{directory} has no tokenizer.json")
     return Tokenizer.from_file(found)
-
-
-# --- what commands share -----------------------------------------------------------------------
-
-
-def _texts(text: str | None, file: Path | None, lines: bool) -> list[str]:
-    """Return the texts that a command is given: its argument, the lines of a file, or standard input."""
-    if text not in (None, "-"):
-        if file is not None or lines:
-            other = f"--file {file}" if file is not None else "--lines"
-            raise ColadaError(f"a text ({text!r}) and {other}, expected one of them")
-        return [str(text)]
-    if file is not None and str(file) != "-":
-        name, raw = str(file), _read(file)
-    elif text is None and file is None and sys.stdin.isatty():
-        raise ColadaError("no text: give one as argument, with --file, or on standard input")
-    else:
-        name, raw = "standard input", sys.stdin.buffer.read()
-    try:
-        content = raw.decode()
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
-        raise ColadaError(f"{name}: {byte} is not UTF-8, expected UTF-8 text") from None
-    if file is None and not lines:
-        texts = [content.removesuffix("\n").removesuffix("\r")]
-    else:
-        texts = [line.removesuffix("\r") for line in content.split("\n") if line.strip()]
-    if not any(texts):
-        raise ColadaError(f"{name} is empty, expected text")
-    return texts
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ColadaError(f"cannot read {file}: {error.strerror}") from None
