@@ -1,6 +1,7 @@
-"""How fast the DiT trains (stage 2): against a naive reference, by noisy copies, and at the released size.
+"""How fast training is: against a naive reference and other code, by noisy copies, and at the released size.
 
 python benchmarks/training.py naive     the tokens/s of this package over those of a plain implementation
+python benchmarks/training.py turns     compiled or not, by precision and block, against another checkout
 python benchmarks/training.py copies    1, 2 and 4 noisy copies that share one clean copy
 python benchmarks/training.py sizes     tokens/s, MFU and peak memory of tiny, small and 2.3b
 
@@ -11,13 +12,14 @@ step as in colada.training.plan, which states the formulas.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
-import math
-import platform
-import resource
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,35 +28,24 @@ import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
+from step import CLIP, LR, Case, Elsewhere, Step, open_gates, peak_bytes, synchronise
 from torch import Tensor
 
-from colada.config import DiTConfig, TextVAEConfig
-from colada.data.rows import Batch
+from colada.bench.machine import machine_name
+from colada.config import DiTConfig
 from colada.dit import ROPE_THETA, DiT, modulate
-from colada.flow import T, TimestepLaw, calibrated_loc, interpolate, target_velocity
+from colada.flow import T, TimestepLaw, interpolate, target_velocity
 from colada.layers import inverse_frequencies, rotary_table, rotate_interleaved
-from colada.objectives import FlowSettings, VAEWeights, draw_randomness, flow_errors, stage2_frozen_loss
+from colada.objectives import flow_errors
 from colada.packing import two_copy, two_copy_cells
-from colada.training.parallel import compile_blocks, recompute
-from colada.training.plan import Work, peak_flops, training_flops
-from colada.vae import TextVAE
+from colada.training.plan import peak_flops, training_flops
+from colada.training.provenance import provenance
+
+TOLERANCE = 1e-5  # Of gradients in float32, relative to the largest of a parameter's.
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Json = Annotated[Path | None, typer.Option("--json", help="Write the measurements here.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-
-# The DiT of each size; the Text VAE beside it is the released one's shape at 2.3b.
-SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "tiny": (
-        {"txt_dim": 256, "emb_dim": 256, "heads": 4, "head_dim": 64, "rope_dim": 48, "num_layers": 6},
-        {"dim": 128, "ffn_dim": 512, "num_heads": 4, "encoder_num_blocks": 2, "decoder_num_blocks": 2},
-    ),
-    "small": (
-        {"txt_dim": 768, "emb_dim": 768, "heads": 12, "head_dim": 64, "rope_dim": 48, "num_layers": 12},
-        {"dim": 512, "ffn_dim": 2048, "num_heads": 8, "encoder_num_blocks": 4, "decoder_num_blocks": 4},
-    ),
-    "2.3b": ({}, {}),
-}
 
 
 # --- the naive reference -----------------------------------------------------------------------
@@ -105,53 +96,45 @@ def naive_flow_loss(dit: DiT, z0: Tensor, noise: Tensor, timestep: Tensor) -> Te
 # --- measuring ---------------------------------------------------------------------------------
 
 
-def open_gates(dit: DiT) -> DiT:
-    """Give random values to what is initialised with zeros, so that gradients reach every parameter."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in dit.parameters():
-        if not bool(parameter.detach().any()):
-            parameter.data.normal_(std=0.02, generator=generator)
-    return dit
-
-
-def take_turns(steps: dict[str, Callable[[], None]], repeats: int, warmup: int) -> dict[str, list[float]]:
+def take_turns(
+    steps: Mapping[str, Callable[[], None]], repeats: int, warmup: int, device: str
+) -> dict[str, list[float]]:
     """Return the seconds of each variant's steps, which alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(warmup + repeats):
         for name, step in steps.items():
-            synchronise()
+            synchronise(device)
             begin = time.perf_counter()
             step()
-            synchronise()
+            synchronise(device)
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
 
 
-def synchronise() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return the median, least and largest of some values."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def hardware(device: str) -> dict[str, Any]:
     """Return what the figures depend on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    made_with = provenance(torch.device(device))
+    return {**made_with, "device": machine_name(torch.device(device))}
+
+
+def readable(value: Any) -> str:
+    """Return a cell of a table: four digits, and the range of a spread below its median."""
+    if isinstance(value, dict):
+        return f"{value['median']:,.4g}\n{value['least']:,.4g}–{value['most']:,.4g}"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def report(title: str, rows: Sequence[dict[str, Any]], target: Path | None, device: str) -> None:
     """Print rows as a table, and write them."""
     table = Table(*rows[0], title=title, title_justify="left")
     for row in rows:
-        table.add_row(
-            *(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values())
-        )
+        table.add_row(*map(readable, row.values()))
     console = Console()
     console.print(table)
     console.print(", ".join(f"{name} {value}" for name, value in hardware(device).items()))
@@ -159,14 +142,27 @@ def report(title: str, rows: Sequence[dict[str, Any]], target: Path | None, devi
         target.write_text(json.dumps({"title": title, **hardware(device), "rows": list(rows)}, indent=2))
 
 
-def training_step(dit: DiT, loss: Callable[[], Tensor], clip: float = 1.0) -> Callable[[], None]:
+def speed(case: Case, seconds: Sequence[float], peak: float) -> dict[str, Any]:
+    """Return tokens/s, the seconds of a step and MFU."""
+    median = statistics.median(seconds)
+    useful = sum(training_flops(*case.configs(), case.work()).values())
+    return {"tokens/s": case.tokens / median, "s/step": spread(seconds), "MFU": useful / median / peak}
+
+
+def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Return the largest difference of a gradient, relative to the largest entry of that parameter's."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - own).abs().max() / own.abs().max()) for name, own in theirs.items())
+
+
+def training_step(dit: DiT, loss: Callable[[], Tensor]) -> Callable[[], None]:
     """Return a whole optimiser step: loss, gradients, clipping, fused AdamW."""
-    optimiser = torch.optim.AdamW(dit.parameters(), lr=1e-4, fused=True)
+    optimiser = torch.optim.AdamW(dit.parameters(), lr=LR, fused=True)
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
         loss().backward()
-        torch.nn.utils.clip_grad_norm_(dit.parameters(), clip)
+        torch.nn.utils.clip_grad_norm_(dit.parameters(), CLIP)
         optimiser.step()
 
     return step
@@ -200,7 +196,8 @@ def naive(
     )
     ours, plain = DiT(config), DiT(config)
     ours.init_weights(torch.Generator().manual_seed(0))
-    open_gates(ours).to(device)
+    open_gates(ours)
+    ours.to(device)
     plain.load_state_dict(ours.state_dict())
     plain.to(device)
     shape = (batch, length, config.txt_in_channels)
@@ -216,79 +213,30 @@ def naive(
 
     our_loss().backward()
     plain_loss().backward()
-    error = max(
-        float((a.grad - b.grad).abs().max() / b.grad.abs().max())
-        for a, b in zip(ours.parameters(), plain.parameters(), strict=True)
-        if a.grad is not None and b.grad is not None
-    )
+    found = [{n: p.grad for n, p in dit.named_parameters() if p.grad is not None} for dit in (ours, plain)]
+    error = largest_difference(*found)
     seconds = take_turns(
-        {"naive": training_step(plain, plain_loss), "colada": training_step(ours, our_loss)}, repeats, warmup
+        {"naive": training_step(plain, plain_loss), "colada": training_step(ours, our_loss)},
+        repeats,
+        warmup,
+        device,
     )
     ratios = [a / b for a, b in zip(seconds["naive"], seconds["colada"], strict=True)]
-    rows = [
-        {
-            "variant": name,
-            "tokens/s": batch * length / statistics.median(own),
-            "s/step": spread(own)["median"],
-            "least": min(own),
-            "most": max(own),
-        }
-        for name, own in seconds.items()
-    ]
+    rows = []
+    for name, own in seconds.items():
+        ratios = [a / b for a, b in zip(seconds["naive"], own, strict=True)]
+        tokens = batch * length / statistics.median(own)
+        rows.append({"variant": name, "tokens/s": tokens, "s/step": spread(own), "ratio": spread(ratios)})
     title = f"width {width}, {layers} layers, batch {batch}, length {length}, block {block}, float32"
-    rows.append(
-        {
-            "variant": "ratio",
-            "tokens/s": statistics.median(ratios),
-            "s/step": math.nan,
-            "least": min(ratios),
-            "most": max(ratios),
-        }
-    )
     report(title, rows, target, device)
     print(f"largest relative difference of a parameter's gradient: {error:.1e}")
-    if error > 1e-5:
+    if error > TOLERANCE:
         raise typer.Exit(1)
-
-
-def _case(
-    size: str, batch: int, length: int, copies: int, device: str, compiled: bool, recomputed: bool
-) -> tuple[Callable[[], None], Work, TextVAEConfig, DiTConfig]:
-    dit_keys, vae_keys = SIZES[size]
-    latent = 16 if size == "2.3b" else 64
-    vae_config = TextVAEConfig.from_dict(
-        {"latent_dim": latent, "block_size": 16, "vocab_size": 100278 if size == "2.3b" else 8192, **vae_keys}
-    )
-    dit_config = DiTConfig.from_dict(
-        {"txt_in_channels": latent, "txt_out_channels": latent, "block_size": 16, **dit_keys}
-    )
-    with torch.device(device):
-        vae, dit = TextVAE(vae_config).requires_grad_(False), DiT(dit_config)
-    vae.init_weights(torch.Generator(device).manual_seed(0))
-    dit.init_weights(torch.Generator(device).manual_seed(0))
-    if recomputed:
-        recompute(dit)
-    if compiled:
-        compile_blocks(dit)
-    weights = VAEWeights()
-    settings = FlowSettings(TimestepLaw(calibrated_loc(latent)), copies=copies)
-    generators = [torch.Generator().manual_seed(row) for row in range(batch)]
-    draws = draw_randomness(generators, vae_config, length, weights, settings, masked=False)
-    rows = Batch(torch.randint(0, 8000, (batch, length), generator=generators[0]))
-    place = torch.device(device)
-
-    def loss() -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            return stage2_frozen_loss(vae, dit, rows.to(place), draws.to(place), weights, 0).total
-
-    prefixes = min(1.0, settings.prefix_share * length / vae_config.block_tokens)
-    work = Work(2, batch, length, copies, masked=False, prefixes=prefixes)
-    return training_step(dit, loss), work, vae_config, dit_config
 
 
 @app.command()
 def copies(
-    size: Annotated[str, typer.Option(help=", ".join(SIZES))] = "tiny",
+    size: Annotated[str, typer.Option(help="tiny, small or 2.3b.")] = "tiny",
     batch: int = 8,
     length: int = 128,
     repeats: int = 5,
@@ -298,10 +246,9 @@ def copies(
     target: Json = None,
 ) -> None:
     """Steps of the frozen stage 2 in bfloat16 with 1, 2 and 4 noisy copies: what each further one costs."""
-    steps = {}
-    for number in (1, 2, 4):
-        steps[str(number)] = _case(size, batch, length, number, device, compiled, False)[0]
-    seconds = take_turns(steps, repeats, warmup)
+    base = Case(size, batch=batch, length=length, device=device, compiled=compiled)
+    steps = {number: Step(dataclasses.replace(base, copies=number)) for number in (1, 2, 4)}
+    seconds = take_turns({str(number): step for number, step in steps.items()}, repeats, warmup, device)
     alone = statistics.median(seconds["1"])
     rows = []
     for name, own in seconds.items():
@@ -309,10 +256,8 @@ def copies(
         rows.append(
             {
                 "noisy copies": name,
-                "s/step": median,
-                "least": min(own),
-                "most": max(own),
-                "noisy tokens/s": int(name) * batch * length / median,
+                "s/step": spread(own),
+                "noisy tokens/s": int(name) * base.tokens / median,
                 "ratio to 1": int(name) * alone / median,
             }
         )
@@ -321,9 +266,11 @@ def copies(
 
 @app.command()
 def sizes(
-    which: Annotated[list[str] | None, typer.Option("--size", help=", ".join(SIZES))] = None,
+    which: Annotated[list[str] | None, typer.Option("--size", help="tiny, small, 2.3b; all.")] = None,
     batch: Annotated[int, typer.Option(help="Rows at once.")] = 8,
     length: int = 512,
+    stage: Annotated[int, typer.Option(min=1, max=2)] = 2,
+    layers: Annotated[int | None, typer.Option(help="Of the DiT, in place of the size's.")] = None,
     repeats: int = 5,
     warmup: int = 2,
     device: Device = "cpu",
@@ -331,34 +278,106 @@ def sizes(
     recomputed: Annotated[bool, typer.Option("--checkpoint-activations")] = False,
     target: Json = None,
 ) -> None:
-    """Whole steps of the frozen stage 2 in bfloat16: text tokens/s, MFU and peak memory."""
+    """Whole steps in bfloat16: text tokens/s, MFU and peak memory."""
     peak, origin = peak_flops(torch.device(device), torch.bfloat16)
     rows = []
-    for size in which or list(SIZES):
-        step, work, vae, dit = _case(size, batch, length, 1, device, compiled, recomputed)
+    for size in which or ["tiny", "small", "2.3b"]:
+        case = Case(
+            size, stage, batch=batch, length=length, device=device, layers=layers,
+            compiled=compiled, recomputed=recomputed,
+        )  # fmt: skip
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        own = take_turns({size: step}, repeats, warmup)[size]
-        median = statistics.median(own)
-        used = (
-            torch.cuda.max_memory_allocated()
-            if device == "cuda"
-            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        )
-        rows.append(
-            {
-                "size": size,
-                "tokens/s": batch * length / median,
-                "s/step": median,
-                "least": min(own),
-                "most": max(own),
-                "MFU": sum(training_flops(vae, dit, work).values()) / median / peak,
-                "GB": used / 1e9,
-            }
-        )
+        step = Step(case)
+        own = take_turns({size: step}, repeats, warmup, device)[size]
+        rows.append({"size": size, **speed(case, own, peak), "GB": peak_bytes(device) / 1e9})
         del step
-    title = f"batch {batch}, length {length}, bfloat16; peak {peak / 1e12:.3g} TFLOP/s ({origin})"
+    title = f"stage {stage}, batch {batch}, length {length}, bfloat16; "
+    report(title + f"peak {peak / 1e12:.3g} TFLOP/s ({origin})", rows, target, device)
+
+
+@app.command()
+def turns(
+    against: Annotated[
+        Path | None, typer.Option(help="Another checkout of this repository, to take turns with.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="tiny (the size of recipes/tiny.yaml), small or 2.3b.")] = "tiny",
+    stage: Annotated[int, typer.Option(min=1, max=2)] = 2,
+    block: Annotated[list[int] | None, typer.Option(help="Latents in a block; 4 and 16.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="bfloat16, float32; both.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compiled variants too.")] = True,
+    batch: int = 16,
+    length: int = 128,
+    layers: Annotated[int | None, typer.Option(help="Of the DiT, in place of the size's.")] = None,
+    repeats: int = 9,
+    warmup: int = 2,
+    device: Device = "cpu",
+    target: Json = None,
+) -> None:
+    """Whole steps, compiled and not, in turns; with --against also those of another checkout's code.
+
+    Every variant is a process of its own that waits while the others compute. Ratios are to the other
+    checkout, uncompiled (without one to this code, uncompiled), turn by turn; so are the differences of the
+    gradients, which end the command with status 1 where they exceed 1e-5 in float32.
+    """
+    here, peaks, rows, apart = Path(__file__).resolve().parents[1], dict[str, float](), [], False
+    for kind, width in itertools.product(precision or ["bfloat16", "float32"], block or [4, 16]):
+        case = Case(size, stage, width, batch, length, precision=kind, device=device, layers=layers)
+        who = {"before": (case, against)} if against is not None else {}
+        who["now"] = (case, here)
+        if compiled:
+            tuned = dataclasses.replace(case, compiled=True)
+            who |= {"now, compiled": (tuned, here)}
+            if against is not None:
+                who["before, compiled"] = (tuned, against)
+        processes = {name: Elsewhere(own, Path(where or here)) for name, (own, where) in who.items()}
+        base = next(iter(processes))
+        with tempfile.TemporaryDirectory() as directory:
+            found = {
+                name: torch.load(process.ask(f"gradients {Path(directory) / str(number)}"))
+                for number, (name, process) in enumerate(processes.items())
+            }
+        seconds: dict[str, list[float]] = {name: [] for name in processes}
+        for number in range(warmup + repeats):
+            for name, process in processes.items():
+                taken = process.seconds()
+                if number >= warmup:
+                    seconds[name].append(taken)
+        memory = {name: process.ask("peak") for name, process in processes.items()}
+        for process in processes.values():
+            process.close()
+        if kind not in peaks:
+            peaks[kind] = peak_flops(torch.device(device), getattr(torch, kind))[0]
+        for name, own in seconds.items():
+            ratios = [then / now for then, now in zip(seconds[base], own, strict=True)]
+            error = largest_difference(found[name], found[base])
+            apart |= kind == "float32" and error > TOLERANCE
+            rows.append(
+                {
+                    "variant": f"{kind}, block {width}, {name}",
+                    **speed(who[name][0], own, peaks[kind]),
+                    "ratio": spread(ratios),
+                    "gradients": error,
+                    "GB": memory[name] / 1e9,
+                }
+            )
+    other = "" if against is None else f"; before: {commit(against)}"
+    title = f"{size}, stage {stage}, batch {batch}, length {length}, {repeats} turns{other}"
     report(title, rows, target, device)
+    if apart:
+        raise typer.Exit(1)
+
+
+def commit(checkout: Path) -> str:
+    """Return the commit of a checkout, with "+" where its source differs from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "src") else "")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""What the benchmarks compare is what they say: the same step, by the code that is named."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from step import Case, Elsewhere, Step  # noqa: E402
+
+CASE = Case(batch=2, length=32, block=4, layers=1, precision="float32")
+
+
+def test_a_step_elsewhere_is_that_of_the_other_checkout(tmp_path: Path) -> None:
+    """The other checkout's flow loss is three times ours, so its gradients must be too, and no others."""
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("bundled", "__pycache__"))
+    losses = tmp_path / "src/colada/objectives.py"
+    text, old = losses.read_text(), "    return Loss(flow, _detached("
+    assert text.count(old) == 1
+    losses.write_text(text.replace(old, "    return Loss(3 * flow, _detached("))
+    other = Elsewhere(CASE, tmp_path)
+    try:
+        assert other.made_with["colada"] == str(tmp_path)
+        assert other.seconds() > 0
+        other.close()
+        other = Elsewhere(CASE, tmp_path)  # The step has changed the weights.
+        theirs = torch.load(other.ask(f"gradients {tmp_path / 'gradients'}"))
+    finally:
+        other.close()
+    ours = Step(CASE).gradients()
+    assert ours.keys() == theirs.keys()
+    for name, own in ours.items():
+        torch.testing.assert_close(theirs[name], 3 * own, rtol=1e-4, atol=1e-7)
+
+
+def test_a_process_that_fails_is_no_measurement(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        Elsewhere(Case(size="no such size"), ROOT)
