@@ -201,7 +201,10 @@ def test_facts_table_and_skipped_steps(tmp_path: Path) -> None:
     checkpoint.mkdir(parents=True)
     made_with = {"colada": "0.1.0", "torch": "2.13.0", "commit": "abc123+", "device": "x86_64"}
     (checkpoint / "state.json").write_text(
-        json.dumps({"stage": 2, "step": 12, "written": 1.0, "made_with": made_with})
+        json.dumps(
+            {"stage": 2, "step": 12, "tokens": 96, "skipped": 0, "number": 3, "made_with": made_with}
+            | {"data": [], "generation": {}}
+        )
     )
     page = Page(write_report(run))
     said = "|".join(page.text)

@@ -1,20 +1,24 @@
 """Checkpoints of a run: written beside the training, atomically, readable on any number of ranks.
 
 ``checkpoints/stage2-00000500/`` holds the state as ``torch.distributed.checkpoint`` writes it, the recipe,
-the tokenizer, and ``state.json`` (stage, step, versions, commit). A checkpoint under way has a
+the tokenizer, and ``state.json`` (stage, step, number, versions, commit). A checkpoint under way has a
 name that begins with a dot, and gets its own only when all of it is on disk:
 whatever stops the process, the last complete one stays.
+
+Checkpoints are in the order of their numbers, which count what was written: clocks go back, and a run may go
+on from an earlier step.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,15 +27,33 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from colada.errors import ColadaError
+from colada.files import read_json_object, replace_directory, write_text
 
 RECIPE, STATE = "recipe.yaml", "state.json"
+_LITTLE = 2**26  # Bytes left on a disk that may as well be full.
 # That one process is alone is no news; said by the writing thread too, so not only here and there.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-_NAME = re.compile(r"stage([12])-(\d+)")
+_NAME = re.compile(r"stage([12])-(\d{1,18})")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+_STATE_VALUES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("stage", "1 or 2", lambda value: _is_count(value) and value in (1, 2)),
+    *((name, "a whole number of at least 0", _is_count) for name in ("step", "tokens", "skipped", "number")),
+    ("written", "a time", lambda value: isinstance(value, int | float) and math.isfinite(value)),
+    ("data", "a list of digests", lambda value: isinstance(value, list)),
+    ("generation", "an object", lambda value: isinstance(value, dict)),
+    ("made_with", "an object", lambda value: isinstance(value, dict)),
+)
+_OPTIONAL = ("number", "written")  # Earlier versions wrote the one, and this one the other.
 
 
 @contextmanager
@@ -74,12 +96,21 @@ class Checkpoints:
         self._writing: Future[Any] | None = None
         self._finished = threading.Event()
         self._error: BaseException | None = None
+        self._number: int | None = None  # Of the last one written; None: not yet looked up.
 
-    def save(self, place: Place, state: dict[str, Any], files: Mapping[str, str], wait: bool) -> None:
+    def save(
+        self,
+        place: Place,
+        tensors: dict[str, Any],
+        state: Mapping[str, Any],
+        files: Mapping[str, str],
+        wait: bool,
+    ) -> None:
         """Write a checkpoint; training goes on meanwhile unless ``wait``.
 
         Args:
-            state: networks and optimisers by name; copied before this returns.
+            tensors: networks and optimisers by name; copied before this returns.
+            state: what ``state.json`` says besides the checkpoint's number.
             files: texts by file name, written with it.
             wait: return only when it is complete.
 
@@ -88,17 +119,23 @@ class Checkpoints:
         """
         self.finish()
         partial = self.directory / f".{place.name}.partial"
-        with disk_errors(self.directory):
-            if self.first:
-                shutil.rmtree(partial, ignore_errors=True)
+        texts = dict(files)
+        if self.first:
+            if self._number is None:
+                self._number = max((number for (number, _), _ in _written(self.directory)), default=0)
+            self._number += 1
+            texts[STATE] = json.dumps({**state, "number": self._number}, indent=2)
+            with disk_errors(self.directory):
+                for left in self.directory.glob(".*"):  # By runs that were killed while they wrote.
+                    shutil.rmtree(left)
                 partial.mkdir(parents=True, exist_ok=True)  # Another rank's writer may have made it already.
         self._finished.clear()
         writing = async_save(
-            state, checkpoint_id=partial, process_group=self._group, no_dist=self._group is None
+            tensors, checkpoint_id=partial, process_group=self._group, no_dist=self._group is None
         )
         assert isinstance(writing, Future)
         self._writing = writing
-        writing.add_done_callback(lambda done: self._complete(done, place, partial, files))
+        writing.add_done_callback(lambda done: self._complete(done, place, partial, texts))
         if wait:
             self.finish()
 
@@ -111,29 +148,27 @@ class Checkpoints:
         if self._writing is None:
             return
         self._finished.wait()
-        self._writing = None
-        if self._error is not None:
-            raise ColadaError(f"cannot write to {self.directory}: {_reason(self._error)}")
+        self._writing, error, self._error = None, self._error, None
+        if isinstance(error, OSError | CheckpointException | RuntimeError):
+            raise ColadaError(f"cannot write to {self.directory}: {_reason(error)}{_space(self.directory)}")
+        if error is not None:
+            raise error
 
     def settle(self) -> None:
         """Let the checkpoint under way come to its end, good or bad."""
         if self._writing is not None:
             self._finished.wait()
 
-    def _complete(self, done: Future[Any], place: Place, partial: Path, files: Mapping[str, str]) -> None:
-        # Runs in the writing thread; an exception here would be lost.
+    def _complete(self, done: Future[Any], place: Place, partial: Path, texts: Mapping[str, str]) -> None:
+        # Runs in the writing thread, where an exception would be lost: ``finish`` raises it.
         try:
             done.result()
             if self.first:
-                for name, text in files.items():
-                    _write_through(partial / name, text)
-                final = self.directory / place.name
-                if final.exists():
-                    shutil.rmtree(final)
-                os.rename(partial, final)
-                _sync(self.directory)
+                for name, text in texts.items():
+                    write_text(partial / name, text)
+                replace_directory(partial, self.directory / place.name)
                 self._prune()
-        except (OSError, CheckpointException, RuntimeError) as error:
+        except BaseException as error:
             self._error = error
         finally:
             self._finished.set()
@@ -155,20 +190,29 @@ def places(directory: Path) -> list[Place]:
     """Return the places of the complete checkpoints in a directory, in the order in which they were written.
 
     That is the order of the run, unless it went back to an earlier one.
+
+    Raises:
+        ColadaError: naming one whose ``state.json`` is damaged.
     """
+    return [place for _, place in _written(directory)]
+
+
+def _written(directory: Path) -> list[tuple[tuple[int, float], Place]]:
+    """Return the places with what orders them: the number and, for those of earlier versions, the time."""
     there = []
     for path in directory.glob("stage*"):
         match = _NAME.fullmatch(path.name)
-        if not match or not (path / STATE).is_file():
+        if not match or not os.path.lexists(path / STATE):
             continue
         try:
-            written = read_state(path)["written"]
+            state = read_state(path)
         except ColadaError:
             if path.exists():
                 raise
             continue  # It was pruned meanwhile.
-        there.append((written, Place(int(match[1]), int(match[2]))))
-    return [place for _, place in sorted(there)]
+        place = Place(int(match[1]), int(match[2]))
+        there.append(((state.get("number", 0), state.get("written", 0.0)), place))
+    return sorted(there)
 
 
 def find(out: Path, resume: str) -> Path | None:
@@ -204,44 +248,50 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ColadaError: if there is none, or it is damaged.
     """
     file = checkpoint / STATE
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise ColadaError(f"{checkpoint} is no checkpoint: it has no {STATE}")
     try:
-        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = read_json_object(file)
+        for name, expected, holds in _STATE_VALUES:
+            value = state.get(name)
+            if not holds(value) and not (name in _OPTIONAL and name not in state):
+                raise ColadaError(f"{name}={value!r}, expected {expected}")
+    except ColadaError as error:
         raise ColadaError(f"{file} is damaged: {error}") from None
     return state
 
 
-def read_tensors(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Fill the tensors of a state, of any sharding, from a checkpoint; other values are replaced.
+def read_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
+    """Fill tensors, of any sharding, from a checkpoint; other values are replaced.
 
     Raises:
         ColadaError: if the checkpoint is damaged or of other networks.
     """
+    reader = FileSystemReader(checkpoint)
     try:
-        load(state, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
+        reader.read_metadata()  # ``load`` would print a stack trace, and look for another file.
+    except Exception as error:  # It is a pickle: damaged, it may raise anything.
+        raise ColadaError(f"{checkpoint} is damaged: .metadata cannot be read ({_reason(error)})") from None
+    try:
+        load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, CheckpointException) as error:
         raise ColadaError(f"{checkpoint} is damaged or of another model: {_reason(error)}") from None
-
-
-def _write_through(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:
     """Return the cause of an error in one line; a failed distributed write carries those of its ranks."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    # Torch's writer fails anew while it closes the file that could not be written.
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _space(directory: Path) -> str:
+    """Return how little is free on a directory's disk, where that may be why it cannot be written to."""
+    free = shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists())).free
+    return f" (the disk has {free:,} bytes left)" if free < _LITTLE else ""

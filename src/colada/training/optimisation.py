@@ -17,16 +17,19 @@ from colada.training.recipe import OptimiserSection
 def learning_rate(step: int, section: OptimiserSection) -> float:
     """Return the factor on the learning rate of a step, from 0.
 
-    Linear warm-up; then half a cosine down to ``final_lr``, or (wsd) 1 until the last ``decay`` of
-    the steps, which go down to ``final_lr`` in a line.
+    Linear warm-up; then half a cosine down, or (wsd) 1 until the last ``decay`` of the steps, which go down
+    in a line. The last step has ``final_lr``, unless it is one of the warm-up.
     """
     if step < section.warmup:
         return (step + 1) / section.warmup
+    if step + 1 >= section.steps:
+        return section.final_lr  # The cosine's would be a step later.
     start = section.warmup
     if section.schedule == "wsd":
         start = max(start, section.steps - round(section.decay * section.steps))
-    progress = min(1.0, max(0, step - start) / max(1, section.steps - start))
-    shape = 1 - progress if section.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+        shape = 1 - max(0, step + 1 - start) / max(1, section.steps - start)
+    else:
+        shape = 0.5 * (1 + math.cos(math.pi * (step - start) / (section.steps - start)))
     return section.final_lr + (1 - section.final_lr) * shape
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -34,6 +35,17 @@ def owned(network: Network) -> Network:
     for parameter in network.parameters():
         parameter.data = parameter.data.clone()
     return network
+
+
+@contextmanager
+def modes_kept(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Put networks that are used meanwhile back into the modes, training or not, that they were in."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Draws(Protocol):

@@ -7,7 +7,6 @@ optimiser's state; there is no generator and no position in the data to restore.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -38,10 +37,10 @@ from colada.language_model import LanguageModel
 from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.model import KINDS, load
 from colada.objectives import Counts, readable
+from colada.streaming import GenerationError
 from colada.tokenizer import Tokenizer
 from colada.training.checkpoints import (
     RECIPE,
-    STATE,
     Checkpoints,
     Place,
     disk_errors,
@@ -57,10 +56,11 @@ from colada.training.meter import Meter
 from colada.training.monitors import METRICS_FILE, Monitors, check_names, make_monitors
 from colada.training.optimisation import average_weights, learning_rate, set_learning_rate
 from colada.training.parallel import Ranks, average_gradients, lay_out, run_device
+from colada.training.plan import Plan
 from colada.training.provenance import provenance
 from colada.training.recipe import Recipe, commented, difference, load_recipe, save_recipe
 from colada.training.report import write_report
-from colada.training.stages import Draws, Stage
+from colada.training.stages import Draws, Stage, modes_kept
 
 MODEL = "model"
 VALIDATION_ROW = 2**40  # Noise for validation: rows that no training run reaches.
@@ -110,15 +110,20 @@ class Trainer:
         check_names(recipe.run.monitors)
         self.recipe = recipe = resolve(recipe)
         plan = plan_run(recipe, self.ranks.size)
-        self.resumed = find(out, resume)
-        if self.resumed is not None:
-            changed = difference(load_recipe(self.resumed / RECIPE), recipe)
-            if changed:
-                raise ColadaError(f"{self.resumed} is of another recipe: {changed}; give another --out")
-        elif self.ranks.first:
-            with disk_errors(out):
-                out.mkdir(parents=True, exist_ok=True)
-                save_recipe(recipe, out / RECIPE)
+        self._resumable(resume)  # Refused before there is a directory, and looked up again once it is ours.
+        self._lock = self._locked()
+        try:
+            self._prepare(plan, resume)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _prepare(self, plan: Plan, resume: str) -> None:
+        """Get data and networks ready in the directory, which is this run's alone."""
+        recipe, out = self.recipe, self.out
+        self.resumed = self._resumable(resume)
+        if self.resumed is None and self.ranks.first:
+            save_recipe(recipe, out / RECIPE)
         start = load(recipe.model.init) if recipe.model.init is not None else None
         self.generation = {**(start.generation if start is not None else {}), **recipe.own_generation}
         self.template = chat_template(recipe, start.chat_template if start is not None else None)
@@ -137,6 +142,34 @@ class Trainer:
         self.made_with = provenance(self.device) | {
             "parameters": ", ".join(f"{name} {number:,}" for name, number in plan.parameters.items())
         }
+
+    def _resumable(self, resume: str) -> Path | None:
+        """Return the checkpoint to go on from; raises :class:`ColadaError` if it is of another recipe."""
+        checkpoint = find(self.out, resume)
+        if checkpoint is not None:
+            changed = difference(load_recipe(checkpoint / RECIPE), self.recipe)
+            if changed:
+                raise ColadaError(f"{checkpoint} is of another recipe: {changed}; give another --out")
+        return checkpoint
+
+    def _locked(self) -> FileLock | None:
+        """Keep other runs out of the directory, which is made if need be; the first rank does for all."""
+        if not self.ranks.first:
+            return None
+        with disk_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.out / "lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise ColadaError(
+                    f"{self.out} is in use by another run: wait, or give another --out"
+                ) from None
+        return lock
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _check_data(self) -> None:
         """Refuse to go on with other text than the checkpoint was trained on: the rows would be others."""
@@ -191,8 +224,10 @@ class Trainer:
             Interrupted: after SIGINT or SIGTERM, once the state is saved.
             ColadaError: as the class says, or when too many steps were skipped.
         """
-        with self._alone():
+        try:
             self._run()
+        finally:
+            self._unlock()
         if self.recipe.run.report and self.ranks.first and (self.out / METRICS_FILE).is_file():
             self.display.say(f"wrote {write_report(self.out)}")
 
@@ -216,23 +251,6 @@ class Trainer:
                 self.checkpoints.settle()
         self.save_model(self.out / MODEL)
         self.display.say(f"saved the model to {self.out / MODEL}")
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other runs out of the directory."""
-        if not self.ranks.first:
-            yield
-            return
-        with disk_errors(self.out):
-            self.out.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = FileLock(self.out / "lock").acquire(timeout=0)
-            except Timeout:
-                raise ColadaError(
-                    f"{self.out} is in use by another run: wait, or give another --out"
-                ) from None
-        with lock:
-            yield
 
     def _state(self, stage: Stage, average: AveragedModel | None) -> dict[str, Any]:
         """Return all tensors that a checkpoint holds, by name."""
@@ -440,18 +458,34 @@ class Trainer:
         if parts is None:
             self.ranks.wait()
             return
-        model = self._model(parts).to(self.ranks.device)
-        prompts = list(run.sample_prompts)
-        asked = prompts
+        try:
+            with modes_kept(parts.values()):
+                texts = self._continued(self._model(parts).to(self.ranks.device))
+        # Whatever a sample cannot do (memory, weights that do not write yet), training can go on.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            texts = dict.fromkeys(run.sample_prompts, f" [no sample: {reason}]")
+        for prompt, text in texts.items():
+            monitors.text(stage.number, step, prompt, f"{prompt}|{text}")
+            self.display.say(f"sample: {escape(prompt)}[bold]|[/bold]{escape(text)}")
+        if self.ranks.mesh is not None:
+            self.ranks.wait()
+
+    def _continued(self, model: LanguageModel) -> dict[str, str]:
+        """Return what a model makes of each of the run's prompts."""
+        run = self.recipe.run
+        asked = prompts = list(run.sample_prompts)
         if self.recipe.data.chats:
             asked = [model.chat_prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
         with torch.compiler.set_stance("force_eager"):  # shapes keep changing
-            answers = model.generate(asked, run.sample_tokens, seed=self.recipe.seed)
-        for prompt, done in zip(prompts, answers, strict=True):
-            monitors.text(stage.number, step, prompt, f"{prompt}|{done.text}")
-            self.display.say(f"sample: {escape(prompt)}[bold]|[/bold]{escape(done.text)}")
-        if self.ranks.mesh is not None:
-            self.ranks.wait()
+            try:
+                done = model.generate(asked, run.sample_tokens, seed=self.recipe.seed)
+            except GenerationError as error:
+                return {
+                    prompt: own.text if own is not None else f" [no sample: {error.errors[number]}]"
+                    for number, (prompt, own) in enumerate(zip(prompts, error.completions, strict=True))
+                }
+        return {prompt: own.text for prompt, own in zip(prompts, done, strict=True)}
 
     def _log(self, monitors: Monitors, stage: Stage, step: int, split: str, values: dict[str, Any]) -> None:
         with disk_errors(self.out):
@@ -460,16 +494,12 @@ class Trainer:
     def _save(self, stage: Stage, average: AveragedModel | None, progress: Progress, wait: bool) -> None:
         state = {"stage": stage.number, **asdict(progress), "made_with": self.made_with}
         state |= self.system.configs()
-        state |= {"data": self.inputs.digests(), "generation": self.generation, "written": time.time()}
-        files = {
-            RECIPE: commented(self.recipe),
-            TOKENIZER_FILE: self.tokenizer.to_json(),
-            STATE: json.dumps(state, indent=2),
-        }
+        state |= {"data": self.inputs.digests(), "generation": self.generation}
+        files = {RECIPE: commented(self.recipe), TOKENIZER_FILE: self.tokenizer.to_json()}
         if self.template is not None:
             files[CHAT_TEMPLATE_FILE] = self.template
         place = Place(stage.number, progress.step)
-        self.checkpoints.save(place, self._state(stage, average), files, wait)
+        self.checkpoints.save(place, self._state(stage, average), state, files, wait)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.recipe.run.precision == "bfloat16"
