@@ -33,9 +33,9 @@ from torch import Tensor
 
 from colada.bench.machine import machine_name
 from colada.config import DiTConfig
-from colada.dit import ROPE_THETA, DiT, modulate
+from colada.dit import ROPE_THETA, DiT
 from colada.flow import T, TimestepLaw, interpolate, target_velocity
-from colada.layers import inverse_frequencies, rotary_table, rotate_interleaved
+from colada.layers import rotate_interleaved, rotations
 from colada.objectives import flow_errors
 from colada.packing import two_copy, two_copy_cells
 from colada.training.plan import peak_flops, training_flops
@@ -70,7 +70,7 @@ def naive_flow_loss(dit: DiT, z0: Tensor, noise: Tensor, timestep: Tensor) -> Te
     own = two_copy(length, size).to(z0.device).repeat(rows, rows)
     mask = own & (row[:, None] == row[None, :])
     positions = two_copy_cells(length, size)[0].to(z0.device).repeat(rows)
-    table = rotary_table(positions, inverse_frequencies(config.rope_dim, ROPE_THETA))
+    table = rotations(positions, config.rope_dim, config.head_dim, ROPE_THETA)
     x, emb = dit.txt_in(x), dit.emb_in(times)
 
     def attention(block: Any, h: Tensor) -> Tensor:
@@ -83,13 +83,13 @@ def naive_flow_loss(dit: DiT, z0: Tensor, noise: Tensor, timestep: Tensor) -> Te
 
     for block in dit.blocks:
         shift, scale = block.ada.msa_in(emb).chunk(2, -1)
-        h = modulate(F.layer_norm(x, (config.txt_dim,), eps=config.norm_eps), shift, scale)
+        h = F.layer_norm(x, (config.txt_dim,), eps=config.norm_eps) * (1 + scale) + shift
         x = x + block.ada.msa_out(emb) * attention(block, h)
         shift, scale = block.ada.mlp_in(emb).chunk(2, -1)
-        h = modulate(F.layer_norm(x, (config.txt_dim,), eps=config.norm_eps), shift, scale)
+        h = F.layer_norm(x, (config.txt_dim,), eps=config.norm_eps) * (1 + scale) + shift
         x = x + block.ada.mlp_out(emb) * block.mlp(h)
     shift, scale = dit.txt_out_ada["out_in"](emb).chunk(2, -1)
-    output = dit.txt_out(modulate(dit.txt_out_norm(x), shift, scale)).view(rows, cells, width)
+    output = dit.txt_out(dit.txt_out_norm(x) * (1 + scale) + shift).view(rows, cells, width)
     return (output[:, history.shape[1] :] - target_velocity(z0, noise)).square().mean()
 
 

@@ -12,12 +12,14 @@ from colada.layers import (
     History,
     attend,
     commit,
+    gelu_tanh,
     inverse_frequencies,
     rotary_table,
     rotate_half_split,
     rotate_interleaved,
+    rotations,
 )
-from colada.packing import Layout
+from colada.packing import Layout, sees, two_copy_cells
 from helpers import assert_close, plain_attention
 
 
@@ -35,7 +37,7 @@ def _random(positions: int, heads: int, width: int, seed: int = 0) -> torch.Tens
 def test_interleaved_rotation_turns_complex_pairs_and_leaves_the_rest(width: int, dims: int) -> None:
     positions = torch.tensor([0, 1, 5, 0, 300])
     x = _random(5, 3, width)
-    out = rotate_interleaved(x, rotary_table(positions, inverse_frequencies(dims, 10000.0)))
+    out = rotate_interleaved(x, rotations(positions, dims, width, 10000.0))
     for n, position in enumerate(positions.tolist()):
         for head in range(3):
             row = x[n, head].tolist()
@@ -63,27 +65,70 @@ def test_half_split_rotation_pairs_channel_k_with_k_plus_half(width: int) -> Non
                 assert out[n, head, half + k].item() == pytest.approx(turned.imag, abs=1e-4)
 
 
-@pytest.mark.parametrize("rotate", [rotate_interleaved, rotate_half_split])
-def test_scores_of_rotated_vectors_depend_on_the_distance_only(rotate) -> None:  # type: ignore[no-untyped-def]
-    frequencies = inverse_frequencies(8, 10000.0)
+def rotate(x: torch.Tensor, positions: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "interleaved":
+        return rotate_interleaved(x, rotations(positions, 8, 8, 10000.0))
+    return rotate_half_split(x, rotary_table(positions, inverse_frequencies(8, 10000.0)))
+
+
+KINDS = pytest.mark.parametrize("kind", ["interleaved", "half-split"])
+
+
+@KINDS
+def test_scores_of_rotated_vectors_depend_on_the_distance_only(kind: str) -> None:
     q, k = _random(1, 1, 8, 1), _random(1, 1, 8, 2)
 
     def score(at_q: int, at_k: int) -> float:
-        turned_q = rotate(q, rotary_table(torch.tensor([at_q]), frequencies))
-        turned_k = rotate(k, rotary_table(torch.tensor([at_k]), frequencies))
+        turned_q, turned_k = rotate(q, torch.tensor([at_q]), kind), rotate(k, torch.tensor([at_k]), kind)
         return float((turned_q * turned_k).sum())
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
 
 
-@pytest.mark.parametrize("rotate", [rotate_interleaved, rotate_half_split])
-def test_rotation_computes_in_float32_and_returns_the_input_type(rotate) -> None:  # type: ignore[no-untyped-def]
+@KINDS
+def test_rotation_computes_in_float32_and_returns_the_input_type(kind: str) -> None:
     x = _random(4, 2, 8).bfloat16()
-    table = rotary_table(torch.arange(4), inverse_frequencies(8, 10000.0))
-    out = rotate(x, table)
+    out = rotate(x, torch.arange(4), kind)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, rotate(x.float(), table).bfloat16())
+    assert torch.equal(out, rotate(x.float(), torch.arange(4), kind).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copies", [0, 1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_through_tiles_are_those_of_one_dense_softmax(
+    packed: bool, copies: int, dtype: torch.dtype
+) -> None:
+    sample = torch.arange(96).repeat(2, 1) // 40 if packed else None
+    layout = Layout.rows(2, 96, 4, copies, sample)
+    q, k, v, out = (_random(len(layout), 2, 8, seed).to(dtype) for seed in range(4))
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    found = attend(q, k, v, layout)
+    found_gradients = torch.autograd.grad(found, tensors, out)
+    position, block, copy = two_copy_cells(96, 4, copies)
+    visible = sees(block[:, None], block, copy[:, None], copy).expand(2, -1, -1)
+    if sample is not None:
+        own = sample[:, position]
+        visible = visible & (own[:, :, None] == own[:, None])
+    dense = [x.double().unflatten(0, (2, -1)).transpose(1, 2) for x in tensors]
+    scores = dense[0] @ dense[1].mT / math.sqrt(8)
+    shares = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+    expected = (shares @ dense[2]).transpose(1, 2).flatten(0, 1)
+    expected_gradients = torch.autograd.grad(expected, tensors, out.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 0.06
+    for ours, theirs in zip([found, *found_gradients], [expected, *expected_gradients], strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_compiled_gelu_is_the_tanh_approximation(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.linspace(-9, 9, 4001, dtype=torch.float32)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    expected = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(gelu_tanh(x).double(), expected, rtol=1e-5, atol=1e-6)
+    turned = rotate(_random(4, 2, 8), torch.arange(4), "interleaved")
+    monkeypatch.undo()
+    torch.testing.assert_close(turned, rotate(_random(4, 2, 8), torch.arange(4), "interleaved"))
 
 
 @pytest.mark.parametrize("block", [1, 3, 4])

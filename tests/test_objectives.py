@@ -34,7 +34,7 @@ from colada.objectives import (
     flow_errors,
     pin,
     readable,
-    row_layouts,
+    rows_layout,
     stage1_loss,
     stage2_frozen_loss,
     stage2_joint_loss,
@@ -232,7 +232,7 @@ def test_a_deterministic_encoder_has_no_kl_no_entropy_and_infinite_snr() -> None
 @pytest.mark.parametrize("wanted", [-1.0, 1.5, 4.5])
 def test_a_fixed_log_snr_is_exactly_that_of_every_latent(wanted: float) -> None:
     vae, batch = tiny_vae(encoder_last_ln=False).requires_grad_(False), token_rows(2, 16)
-    layout, _ = row_layouts(vae, batch)
+    layout = rows_layout(vae, batch)
     q, free = encode(vae, batch.ids, layout, wanted), encode(vae, batch.ids, layout)
     assert q.logvar is not None
     ratio = (q.mean**2).mean(-1) / q.logvar.exp().mean(-1)
@@ -411,7 +411,10 @@ class ExactPrior:
         variance = 1 - share**2
         return share, variance, (1 - a) ** 2 * variance + a**2
 
-    def __call__(self, packed: Tensor, timesteps: Timesteps, shape: tuple[int, int]) -> Tensor:
+    def __call__(
+        self, packed: Tensor, timesteps: Timesteps, shape: tuple[int, int], noisy_only: bool
+    ) -> Tensor:
+        assert noisy_only
         rows, copies = shape
         clean = (self.blocks - 1) * self.size
         packed = packed.view(rows, -1, packed.shape[-1])
@@ -425,7 +428,27 @@ class ExactPrior:
         z0 = share * history + (1 - a) * variance * surprise
         z1 = a * surprise
         answer = (z1 - z0 if self.config.prediction == "velocity" else z0).expand(blocks).flatten(1, 3)
-        return torch.cat([torch.zeros_like(packed[:, :clean]), answer], 1).flatten(0, 1)
+        return answer.flatten(0, 1)
+
+
+def test_logits_in_parts_give_the_loss_and_gradients_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = tiny_vae()
+    ids = torch.randint(0, vae.config.vocab_size, (3, 16), generator=seeded(0))
+    batch, weights = Batch(ids), VAEWeights()
+    draws = draw_randomness([seeded(row) for row in range(3)], vae.config, 16, weights)
+
+    def outcome() -> tuple[float, list[Tensor]]:
+        vae.zero_grad()
+        loss = stage1_loss(vae, batch, draws, weights)
+        loss.total.backward()
+        return float(loss.total.detach()), [p.grad.clone() for p in vae.parameters() if p.grad is not None]
+
+    whole, gradients = outcome()
+    monkeypatch.setattr(objectives, "LOGITS_AT_ONCE", 5 * vae.config.vocab_size)
+    parts, by_parts = outcome()
+    assert parts == pytest.approx(whole, rel=1e-6)
+    for one, other in zip(by_parts, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "z0"])
@@ -574,7 +597,7 @@ def test_no_share_or_blocks_of_one_latent_mean_no_prefixes() -> None:
 
 
 def pins_of(vae: TextVAE, batch: Batch, draws: Draws) -> Pinned:
-    pinned = pin(vae, batch, draws, row_layouts(vae, batch)[0], PAD)
+    pinned = pin(vae, batch, draws, rows_layout(vae, batch), PAD)
     assert pinned is not None
     return pinned
 
@@ -659,7 +682,7 @@ def test_pinned_latents_know_nothing_of_what_follows_them(patch: int) -> None:
 def test_batches_without_prompts_or_prefixes_have_no_pins() -> None:
     vae, batch = tiny_vae(), token_rows(2, 8)
     draws = draws_for(vae, batch, FlowSettings(prefix_share=0.0))
-    assert pin(vae, batch, draws, row_layouts(vae, batch)[0], PAD) is None
+    assert pin(vae, batch, draws, rows_layout(vae, batch), PAD) is None
 
 
 # --- stage 2 -------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from colada import layers, packing
 from colada.errors import ColadaError
 from colada.layers import attend
-from colada.packing import Layout, block_causal, pad_to_multiple, two_copy, two_copy_cells
+from colada.packing import Group, Layout, block_causal, pad_to_multiple, sees, two_copy, two_copy_cells
 from helpers import tiny_dit, tiny_vae
 
 
@@ -59,6 +58,25 @@ def test_a_row_that_is_no_multiple_of_the_block_is_refused() -> None:
         two_copy(10, 4)
 
 
+def written_in_full(group: Group, history: int = 0) -> torch.Tensor:
+    """What each sample's queries see by a group's tiles: bool (samples, asking, history + length)."""
+    full = torch.zeros(len(group.samples), group.asking, history + group.length, dtype=torch.bool)
+    asked = torch.zeros(group.asking, dtype=torch.int)
+    for tile in group.tiles:
+        queries, keys = (
+            torch.cat([torch.arange(*r) for r in ranges]) for ranges in (tile.queries, tile.keys)
+        )
+        seen = torch.ones(len(group.samples), len(queries), len(keys), dtype=torch.bool)
+        if tile.mask is not None:
+            assert isinstance(tile.mask, torch.Tensor)
+            last = tile.mask.shape[-1]
+            seen[:, :, len(keys) - last :] = tile.mask.reshape(-1, len(queries), last)
+        full[:, queries[:, None], keys] = seen
+        asked[queries] += 1
+    assert bool((asked == 1).all())
+    return full
+
+
 SAMPLES = torch.tensor([[0, 0, 0, 0, 1, 1, -1, -1], [5, 5, 2, 2, 2, 2, 2, 2]])
 
 
@@ -69,19 +87,45 @@ def test_samples_of_a_row_do_not_see_each_other(copies: int) -> None:
     assert layout.positions.tolist() == [p for _, p in cells] * 2
     (group,) = layout.groups
     assert group.samples == (0, 1)
-    assert isinstance(group.mask, torch.Tensor)
-    assert group.mask.shape == (2, 1, len(cells), len(cells))
-    for row, mask in enumerate(group.mask[:, 0].tolist()):
+    for row, visible in enumerate(written_in_full(group).tolist()):
         own = SAMPLES[row].tolist()
-        assert mask == [
+        assert visible == [
             [may_see(query, key, 2) and own[query[1]] == own[key[1]] for key in cells] for query in cells
         ]
 
 
-class _OnGPU(torch.Tensor):
-    """A tensor that says it is on a GPU."""
+@pytest.mark.parametrize("history", [0, 8])
+@pytest.mark.parametrize("copies", [0, 1, 2])
+@pytest.mark.parametrize(("length", "block"), [(4, 4), (64, 4), (100, 5), (96, 48), (600, 4)])
+def test_tiles_of_training_rows_hold_what_the_definition_says_and_no_large_mask(
+    length: int, block: int, copies: int, history: int
+) -> None:
+    if history % block:
+        history = block
+    layout = Layout.rows(1, length, block, copies, history=history)
+    _, at, copy = two_copy_cells(length, block, copies)
+    expected = sees(at[:, None], at, copy[:, None], copy)
+    expected = torch.nn.functional.pad(expected, (history, 0), value=True)
+    assert torch.equal(written_in_full(layout.groups[0], history)[0], expected)
+    clean = int((copy == 0).sum()) if copies else 0
+    assert torch.equal(written_in_full(layout.noisy_groups[0], history)[0], expected[clean:])
+    cells = layout.noisy_cells()
+    assert (cells is None) == (clean == 0)
+    assert cells is None or torch.equal(cells, torch.arange(clean, len(at)))
+    widest = max(block, 76) * (copies + 1)
+    assert all(tile.mask is None or tile.mask.numel() <= widest**2 for tile in layout.groups[0].tiles)
 
-    device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+
+@pytest.mark.parametrize(("length", "history"), [(1000, 0), (1000, 6), (515, 1021), (256, 4)])
+@pytest.mark.parametrize("block", [1, 4, 7, 300])
+def test_tiles_of_long_samples_hold_the_definition_in_masks_of_a_bounded_size(
+    length: int, history: int, block: int
+) -> None:
+    (group,) = Layout([length], block, [history]).groups
+    assert torch.equal(written_in_full(group, history)[0], block_causal(length, history + length, block))
+    assert all(
+        tile.mask is None or tile.mask.numel() <= max(packing.TILE, 2 * block) ** 2 for tile in group.tiles
+    )
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -97,27 +141,30 @@ def test_the_block_mask_of_a_gpu_is_the_dense_mask(
     sample = torch.stack([first, second]) if packed else None
     dense = Layout.rows(2, length, block, copies, sample)
     (group,) = dense.groups
-    assert isinstance(group.mask, torch.Tensor)
 
     def on_cpu(*args: Any, device: str) -> BlockMask:
         return create_block_mask(*args, device="cpu")
 
     monkeypatch.setattr(packing, "create_block_mask", on_cpu)
-    monkeypatch.setattr(layers, "_flex", lambda: flex_attention)
-    position, blocks, copy = two_copy_cells(length, block, copies)
-    own = None if sample is None else sample[:, position]
-    flex = Layout._of_cells(2, block, position.as_subclass(_OnGPU), blocks, copy, own)
-    mask = flex.groups[0].mask
+    monkeypatch.setattr(layers, "_compiled_flex", lambda: flex_attention)
+    flex = Layout._of_rows(2, length, block, copies, sample, torch.device("cpu"), 0, True)
+    (tile,) = flex.groups[0].tiles
+    mask = tile.mask
     assert isinstance(mask, BlockMask)
-    assert flex.groups[0] == replace(group, mask=mask)
+    assert flex.groups[0] == replace(group, tiles=(tile,))
     # A tile is computed if anything in it is visible.
-    cells = len(position)
-    tiles = torch.nn.functional.pad(group.mask.expand(2, 1, -1, -1), [0, -cells % 128] * 2)
+    cells = group.length
+    tiles = torch.nn.functional.pad(written_in_full(group)[:, None], [0, -cells % 128] * 2)
     tiles = tiles.unflatten(3, (-1, 128)).unflatten(2, (-1, 128)).any(5).any(3)
     assert torch.equal(mask.to_dense().expand(2, -1, -1, -1).bool(), tiles)
     assert not bool(tiles.all())
     q, k, v = torch.randn(3, len(dense), 2, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(attend(q, k, v, flex), attend(q, k, v, dense), rtol=1e-5, atol=1e-5)
+    noisy = dense.noisy_cells()
+    if noisy is not None:  # The last layer's: the noisy cells ask alone.
+        out = attend(q[noisy], k, v, flex)
+        torch.testing.assert_close(out, attend(q, k, v, dense)[noisy], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out, attend(q[noisy], k, v, dense), rtol=1e-5, atol=1e-5)
     with pytest.raises(ColadaError, match="heads of 8 channels, expected at least 16 on a GPU"):
         attend(q[..., :8], k[..., :8], v[..., :8], flex)
 
@@ -158,20 +205,20 @@ def test_positions_count_on_from_each_samples_history() -> None:
     assert layout.positions.tolist() == [0, 1, 2, 5, 6]
 
 
-def test_group_masks_are_the_definition_or_left_out_when_all_is_visible() -> None:
+def test_groups_see_the_definition_and_have_no_mask_when_all_is_visible() -> None:
     block = 4
     layout = Layout([4, 8, 3, 4], block, [0, 4, 6, 8])
     lengths, history = [4, 8, 3, 4], [0, 4, 6, 8]
+    masks = []
     for group in layout.groups:
         n, h = lengths[group.samples[0]], history[group.samples[0]]
         sees = [[j // block <= (h + i) // block for j in range(n + h)] for i in range(n)]
-        if all(map(all, sees)):
-            assert group.mask is None
-        else:
-            assert group.mask is not None
-            assert group.mask.tolist() == sees
-    assert any(group.mask is None for group in layout.groups)
-    assert any(group.mask is not None for group in layout.groups)
+        assert written_in_full(group, h)[0].tolist() == sees
+        (tile,) = group.tiles
+        assert (tile.mask is None) == all(map(all, sees))
+        masks.append(tile.mask)
+    assert any(mask is None for mask in masks)
+    assert any(mask is not None for mask in masks)
 
 
 def test_two_copy_layout_repeats_the_positions_of_both_copies() -> None:
@@ -180,17 +227,15 @@ def test_two_copy_layout_repeats_the_positions_of_both_copies() -> None:
     assert layout.lengths == (10, 10)
     (group,) = layout.groups
     assert group.samples == (0, 1)
-    assert group.mask is not None
-    assert group.mask.shape == (10, 10)
 
 
-def test_no_mask_is_larger_than_its_longest_sample_squared() -> None:
-    lengths = [4, 8, 12] * 30
-    layout = Layout(lengths, 4)
+def test_masks_of_many_samples_are_those_of_one() -> None:
+    layout = Layout([4, 8, 12] * 30, 4)
     for group in layout.groups:
-        assert group.mask is None or group.mask.shape == (group.length, group.length)
-    rows = Layout.rows(50, 8, 4, copies=1)
-    assert all(group.mask is not None and group.mask.numel() == 12 * 12 for group in rows.groups)
+        for tile in group.tiles:
+            assert tile.mask is None or tile.mask.shape == (group.length, group.length)
+    for group in Layout.rows(50, 8, 4, copies=1).groups:
+        assert all(tile.mask is not None and tile.mask.numel() <= 12 * 12 for tile in group.tiles)
 
 
 class _Largest(TorchDispatchMode):

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from colada import layers
 from colada.config import DiTConfig, TextVAEConfig
 from colada.dit import DiT
 from colada.errors import ColadaError
@@ -323,8 +324,10 @@ def test_activations_of_the_text_vae_against_what_autograd_keeps(over: dict[str,
 def test_activations_in_bfloat16_against_what_autograd_keeps(
     monkeypatch: pytest.MonkeyPatch, network: str
 ) -> None:
-    # On a GPU autocast computes norms in float32; on the CPU it has to be made to.
+    # On a GPU autocast computes norms in float32, and no scores are kept; the CPU has to be made to.
     norm = F.layer_norm
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(layers, "_scores_attention", lambda *qkv_mask: attention(*qkv_mask))
     monkeypatch.setattr(F, "layer_norm", lambda x, *args, **kwargs: norm(x.float(), *args, **kwargs))
     vae, dit = tiny_vae(), tiny_dit(num_layers=4)
 

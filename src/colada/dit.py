@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +19,34 @@ from torch import Tensor, nn
 from colada.config import DiTConfig
 from colada.errors import ColadaError
 from colada.flow import T, velocity_from_z0
-from colada.layers import History, Pass, inverse_frequencies, rotary_table, rotate_interleaved
+from colada.layers import History, Pass, gelu_tanh, inverse_frequencies, rotate_interleaved, rotations
 from colada.packing import Layout
 
 TIMESTEP_FEATURES = 256
 ROPE_THETA = 10000.0
 
 
+@lru_cache(maxsize=8)
+def _timestep_frequencies(count: int, device: torch.device) -> Tensor:
+    # Kept, so that a pass on a GPU waits for no copy.
+    with torch.inference_mode(False):
+        return torch.exp(
+            -math.log(10000.0) * torch.arange(count, dtype=torch.float32, device="cpu") / count
+        ).to(device)
+
+
 def timestep_features(timestep: Tensor) -> Tensor:
     """Return [sin | cos] of t exp(-ln(10000) k / 128), k = 0..127: t (R,) in 0..1000 -> float32 (R, 256)."""
     half = TIMESTEP_FEATURES // 2
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
-    angles = timestep.float()[:, None] * frequencies.to(timestep.device)
+    angles = timestep.float()[:, None] * _timestep_frequencies(half, timestep.device)
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return x * (1 + scale) + shift."""
-    return x * (1 + scale) + shift
+def modulate(x: Tensor, modulation: Tensor, row: Tensor) -> Tensor:
+    """Return x (N, dim) times 1 + scale plus shift, rows ``row`` (N,) of modulation = [shift | scale]."""
+    shift, scale = modulation.chunk(2, -1)
+    # index_select, not [row]: its backward adds rows in parallel.
+    return torch.addcmul(shift.contiguous().index_select(0, row), x, (1 + scale).index_select(0, row))
 
 
 @dataclass(frozen=True)
@@ -105,11 +116,14 @@ class SelfAttention(nn.Module):
         self.rope = StoredFrequencies(config.rope_dim)
         self.proj_out = nn.Linear(width, config.txt_dim, bias=config.qk_bias)
 
-    def forward(self, x: Tensor, shared: Pass, layer: int) -> Tensor:
+    def forward(self, x: Tensor, shared: Pass[Tensor], layer: int, noisy: Tensor | None = None) -> Tensor:
         q, k, v = self.proj_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        turn = shared.table
+        if noisy is not None:
+            q = q.index_select(0, noisy)
         # Under autocast a norm may come out wider than its input; keys must match values.
-        q = rotate_interleaved(self.norm_q(q), shared.table).to(v.dtype)
-        k = rotate_interleaved(self.norm_k(k), shared.table).to(v.dtype)
+        q = rotate_interleaved(self.norm_q(q), turn if noisy is None else turn[noisy]).to(v.dtype)
+        k = rotate_interleaved(self.norm_k(k), turn).to(v.dtype)
         return self.proj_out(shared.attend(q, k, v, layer).flatten(-2))
 
 
@@ -122,7 +136,7 @@ class MLP(nn.Module):
         self.proj_out = nn.Linear(config.expand_ratio * config.txt_dim, config.txt_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj_out(F.gelu(self.proj_in(x), approximate="tanh"))
+        return self.proj_out(gelu_tanh(self.proj_in(x)))
 
 
 class AdaLN(nn.Module):
@@ -146,15 +160,23 @@ class DiTBlock(nn.Module):
         self.mlp = MLP(config)
         self.ada = AdaLN(config)
 
-    def forward(self, x: Tensor, emb: Tensor, row: Tensor, shared: Pass, layer: int) -> Tensor:
-        # index_select, not [row]: its backward adds rows in parallel.
-        shift, scale = self.ada.msa_in(emb).index_select(0, row).chunk(2, -1)
-        h = modulate(F.layer_norm(x, (self.dim,), eps=self.eps), shift, scale)
-        x = x + self.ada.msa_out(emb).index_select(0, row) * self.msa(h, shared, layer)
-        shift, scale = self.ada.mlp_in(emb).index_select(0, row).chunk(2, -1)
-        h = modulate(F.layer_norm(x, (self.dim,), eps=self.eps), shift, scale)
-        x = x + self.ada.mlp_out(emb).index_select(0, row) * self.mlp(h)
-        return x
+    def forward(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        row: Tensor,
+        shared: Pass[Tensor],
+        layer: int,
+        noisy: Tensor | None = None,
+    ) -> Tensor:
+        """Run the layer; with ``noisy``, int64 rows of x, the others leave their keys and values only."""
+        h = modulate(F.layer_norm(x, (self.dim,), eps=self.eps), self.ada.msa_in(emb), row)
+        attended = self.msa(h, shared, layer, noisy)
+        if noisy is not None:
+            x, row = x.index_select(0, noisy), row.index_select(0, noisy)
+        x = torch.addcmul(x, self.ada.msa_out(emb).index_select(0, row), attended)
+        h = modulate(F.layer_norm(x, (self.dim,), eps=self.eps), self.ada.mlp_in(emb), row)
+        return torch.addcmul(x, self.ada.mlp_out(emb).index_select(0, row), self.mlp(h))
 
 
 class DiT(nn.Module):
@@ -227,6 +249,7 @@ class DiT(nn.Module):
         layout: Layout,
         histories: Sequence[History | None] | None = None,
         committing: bool = False,
+        noisy_only: bool = False,
     ) -> Tensor:
         """Run the network on packed latents.
 
@@ -238,6 +261,8 @@ class DiT(nn.Module):
             layout: from :meth:`layout` or :meth:`two_copy_layout`.
             histories: per sample what it may see before its new positions, or None.
             committing: append the new positions to the histories.
+            noisy_only: of the rows of :meth:`two_copy_layout`, return the noisy cells only; the last
+                layer then computes no more of the clean ones than their keys and values.
 
         Returns: float32 (N, C), the velocity or z0, whichever ``config.prediction`` says.
         """
@@ -249,12 +274,14 @@ class DiT(nn.Module):
         row = timestep.row[patch - 1 :: patch]
         x = self.txt_in(x)
         emb = self.emb_in(timestep.values)
-        table = rotary_table(layout.positions, inverse_frequencies(config.rope_dim, ROPE_THETA))
+        table = rotations(layout.positions, config.rope_dim, config.head_dim, ROPE_THETA)
         shared = Pass(layout, table, histories, committing)
+        noisy = layout.noisy_cells() if noisy_only else None
         for layer, block in enumerate(self.blocks):
-            x = block(x, emb, row, shared, layer)
-        shift, scale = self.txt_out_ada["out_in"](emb).index_select(0, row).chunk(2, -1)
-        x = self.txt_out(modulate(self.txt_out_norm(x), shift, scale))
+            x = block(x, emb, row, shared, layer, noisy if layer + 1 == len(self.blocks) else None)
+        if noisy is not None:
+            row = row.index_select(0, noisy)
+        x = self.txt_out(modulate(self.txt_out_norm(x), self.txt_out_ada["out_in"](emb), row))
         return x.reshape(-1, config.txt_out_channels).float()
 
     def velocity(

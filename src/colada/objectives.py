@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from colada.config import TextVAEConfig
 from colada.data.rows import Batch
@@ -29,6 +30,8 @@ from colada.packing import Layout
 from colada.vae import Posterior, TextVAE
 
 Z0_MIN_A = 0.1  # Where z0 is predicted, its error counts as a velocity error at no smaller a than this.
+LOGITS_AT_ONCE = 2**26
+"""Logits held at once, 268 MB: those of a batch of the released size are 4.5 GB, and their gradient too."""
 TIME_BINS = 10  # Equal bins of [0, T) for the flow loss by timestep.
 
 
@@ -223,12 +226,16 @@ def pinned_latents(given: Tensor, patch: int) -> Tensor:
     return given.unflatten(1, (-1, patch)).any(-1)
 
 
-def row_layouts(vae: TextVAE, batch: Batch) -> tuple[Layout, Tensor | None]:
-    """Return how the Text VAE sees a batch, and which sample each latent (B, M) belongs to, if it matters."""
+def sample_of_latents(batch: Batch, patch: int) -> Tensor | None:
+    """Return which sample each latent (B, M) belongs to; None where every row is one sample."""
+    return None if batch.sample is None else batch.sample[:, patch - 1 :: patch]
+
+
+def rows_layout(vae: TextVAE, batch: Batch) -> Layout:
+    """Return how the Text VAE sees a batch."""
     rows, length = batch.ids.shape
     patch = vae.config.patch_size
-    sample = None if batch.sample is None else batch.sample[:, patch - 1 :: patch]
-    return vae.rows_layout(rows, length // patch, sample), sample
+    return vae.rows_layout(rows, length // patch, sample_of_latents(batch, patch))
 
 
 # --- the Text VAE's terms ----------------------------------------------------------------------
@@ -267,10 +274,22 @@ def reconstruction(vae: TextVAE, z0: Tensor, batch: Batch, layout: Layout) -> tu
 
     The decoder sees normalised latents, as it does in generation.
     """
-    logits = vae.decoder.logits(vae.decoder(vae.normalise(z0), layout))
-    ids = batch.ids.flatten()
-    nll = F.cross_entropy(logits, ids, reduction="none")
-    return within(batch, nll), within(batch, (logits.argmax(-1) == ids).float())
+    hidden = vae.decoder(vae.normalise(z0), layout)
+    rows = max(LOGITS_AT_ONCE // vae.config.vocab_size, 1)
+    parts = zip(hidden.split(rows), batch.ids.flatten().split(rows), strict=True)
+    # Where the logits are many, the backward pass makes them again, a part at a time.
+    kept = len(hidden) <= rows or not torch.is_grad_enabled()
+    spelled = [
+        _spell(vae, *part) if kept else checkpoint(_spell, vae, *part, use_reentrant=False) for part in parts
+    ]
+    nll, right = (torch.cat(own) for own in zip(*spelled, strict=True))
+    return within(batch, nll), within(batch, right)
+
+
+def _spell(vae: TextVAE, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return -log p of tokens (n,) given the decoder's hidden states, and where they are the likeliest."""
+    logits = vae.decoder.logits(hidden)
+    return F.cross_entropy(logits, ids, reduction="none"), (logits.argmax(-1) == ids).float()
 
 
 def masked_reconstruction(
@@ -327,7 +346,7 @@ def stage1_loss(
         counts: of the whole step; None where the batch is the step.
     """
     counts = counts or count(batch, draws, vae.config)
-    layout, _ = row_layouts(vae, batch)
+    layout = rows_layout(vae, batch)
     q = encode(vae, batch.ids, layout, weights.log_snr)
     nll, right = reconstruction(vae, draw(q, draws.posterior), batch, layout)
     terms = {"nll": nll / counts.tokens, "kl": within(batch, kl_standard_normal(q)) / counts.tokens}
@@ -388,8 +407,8 @@ def flow_errors(
     history = clean[:, : length - size]
     packed = torch.cat([history, z_t.flatten(1, 2)], 1).flatten(0, 1)
     row = torch.cat([row.new_zeros(history.shape[:2]), row.flatten(1)], 1).flatten()
-    output = dit(packed, Timesteps(times, row), dit.two_copy_layout(rows, length, copies, sample))
-    output = output.view(rows, -1, width)[:, history.shape[1] :].view(rows, copies, length, width)
+    layout = dit.two_copy_layout(rows, length, copies, sample)
+    output = dit(packed, Timesteps(times, row), layout, noisy_only=True).view(rows, copies, length, width)
     if dit.config.prediction == "velocity":
         error = output - target_velocity(clean[:, None], noise)
     else:
@@ -431,7 +450,7 @@ def flow_matching(
     assert draws.noise is not None
     z0 = vae.normalise(z0).view(len(batch), -1, vae.config.latent_dim)
     pinned = pin(vae, batch, draws, layout, pad_id)
-    sample = row_layouts(vae, batch)[1]
+    sample = sample_of_latents(batch, vae.config.patch_size)
     errors = flow_errors(dit, z0, draws.noise, draws.timestep, pinned, sample)
     flow = errors.sum() / counts.noisy
     free = torch.ones_like(errors) if pinned is None else (~pinned.where[:, None]).expand_as(errors).float()
@@ -465,7 +484,7 @@ def stage2_frozen_loss(
     """L = L_FM over the latents of a frozen Text VAE."""
     counts = counts or count(batch, draws, vae.config)
     with torch.no_grad():
-        layout, _ = row_layouts(vae, batch)
+        layout = rows_layout(vae, batch)
         q = encode(vae, batch.ids, layout, weights.log_snr)
         z0 = draw(q, draws.posterior)
     flow, terms = flow_matching(vae, dit, batch, draws, z0, layout, pad_id, counts)
@@ -489,7 +508,7 @@ def stage2_joint_loss(
         + lambda_fm L_FM + lambda_ref KL(q_phi(z0 | x) || q_ref(z0 | x)), q_ref the frozen stage-1 encoder.
     """
     counts = counts or count(batch, draws, vae.config)
-    layout, _ = row_layouts(vae, batch)
+    layout = rows_layout(vae, batch)
     q = encode(vae, batch.ids, layout, weights.log_snr)
     z0 = draw(q, draws.posterior)
     nll, right = reconstruction(vae, z0, batch, layout)

@@ -5,18 +5,17 @@ positions of all samples, K heads, D head width, C latent width, V vocabulary,
 S steps. Block-causal visibility: within a sample, a query of block i sees the
 keys of blocks j <= i, with block = position // block_size. Samples never see
 each other, and no mask over the packed batch is ever made: samples of equal
-shape form a group that shares one small mask.
+shape form a group that shares small masks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -69,25 +68,66 @@ def two_copy(length: int, block_size: int, copies: int = 1) -> Tensor:
     return sees(block[:, None], block[None, :], copy[:, None], copy[None, :])
 
 
+TILE = 256
+"""Most queries of one attention call over a long sample: its mask takes TILE² bytes and no more."""
+
+SEGMENT = 32
+"""Least positions of a training row whose queries attend together: shorter ones are many small products."""
+
+Range = tuple[int, int]
+
+
 @lru_cache(maxsize=256)
-def _mask(queries: int, keys: int, block_size: int, device: torch.device) -> Tensor | None:
-    visible = block_causal(queries, keys, block_size)
+def _own_mask(queries: int, before: int, block_size: int, device: torch.device) -> Tensor | None:
+    """Return what queries see of themselves, ``before`` positions into a block; None if all of it."""
+    visible = block_causal(queries, before + queries, block_size)[:, before:]
     return None if bool(visible.all()) else visible.to(device)
 
 
 @dataclass(frozen=True)
-class Group:
-    """Samples of one shape: their numbers, the shared mask, and where their new positions are packed.
+class Tile:
+    """Queries of a sample that attend in one call, and the keys that any of them sees.
 
-    ``mask`` is bool (L, keys) or (B_group, 1, L, keys), a FlexAttention block mask on a GPU's training
-    rows, or None where all is visible. ``index`` is (B_group * L,), or None when the group is
-    the whole batch in order.
+    A long sample is many tiles: no mask over all its positions exists, and what cannot be seen
+    by any query of a tile is not computed.
+
+    Attributes:
+        queries: ranges of the positions that ask, in order.
+        keys: ranges of history and new positions together, in order.
+        mask: bool (Q, n) or (B_group, 1, Q, n) over the last n keys, of which those before are seen by
+            all; a FlexAttention block mask on a GPU's training rows; None where all is visible.
+    """
+
+    queries: tuple[Range, ...]
+    keys: tuple[Range, ...]
+    mask: Tensor | BlockMask | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples of one shape: their numbers, their tiles, and where their new positions are packed.
+
+    ``length`` are the new positions of each; ``asking`` of them have queries, the last ones. ``index`` is
+    (B_group * length,), or None when the group is the whole batch in order.
     """
 
     samples: tuple[int, ...]
     length: int
-    mask: Tensor | BlockMask | None
+    asking: int
+    tiles: tuple[Tile, ...]
     index: Tensor | None
+
+
+def _causal_tiles(length: int, history: int, block_size: int, device: torch.device) -> tuple[Tile, ...]:
+    """Return the tiles of a sample of new positions after a history."""
+    tiles, start = [], 0
+    while start < length:
+        end = (history + start + max(TILE, block_size)) // block_size * block_size - history
+        end = min(end, length)
+        mask = _own_mask(end - start, (history + start) % block_size, block_size, device)
+        tiles.append(Tile(((start, end),), ((0, history + end),), mask))
+        start = end
+    return tuple(tiles)
 
 
 class Layout:
@@ -98,6 +138,13 @@ class Layout:
         block_size: positions in a block.
         history: committed positions of each sample, seen by its new ones; none by default.
         device: where masks and indices live.
+
+    Attributes:
+        positions: int64 (N,), of every packed position in its sample.
+        groups: samples that attend together, and how.
+        noisy_groups: the same with queries of noisy cells only, for the last layer of a pass whose
+            clean outputs nobody reads; ``groups`` where there are no noisy cells.
+        clean: clean cells at the beginning of each row, if there are noisy ones after them.
     """
 
     def __init__(
@@ -115,9 +162,8 @@ class Layout:
             [torch.arange(h, h + n) for n, h in zip(self.lengths, self.history, strict=True)]
             or [torch.zeros(0, dtype=torch.long)]
         ).to(self.device)
-        shapes = list(zip(self.lengths, self.history, strict=True))
-        masks = {(n, h): _mask(n, n + h, block_size, self.device) for n, h in set(shapes) if n > 0}
-        self.groups = self._group(shapes, masks)
+        self.groups = self._group(list(zip(self.lengths, self.history, strict=True)))
+        self.noisy_groups, self.clean = self.groups, 0
 
     @classmethod
     def rows(
@@ -134,82 +180,149 @@ class Layout:
 
         Args:
             copies: noisy copies, which share one clean copy; see :func:`two_copy_cells`.
-            sample: (rows, length), which sample of its row a position belongs to; samples do not see
-                each other. None where every row is one sample.
+            sample: (rows, length), which sample of its row a position belongs to; samples do not see each
+                other. None where every row is one sample.
             history: committed positions of each row, whole blocks, seen by all its cells.
         """
         device = torch.device(device)
         if sample is None:
             return cls._equal_rows(rows, length, block_size, copies, device, history)
-        position, block, copy = (x.to(device) for x in two_copy_cells(length, block_size, copies))
-        own = sample.to(device)[:, position]
-        return cls._of_cells(rows, block_size, position, block, copy, own, history)
+        flex = device.type == "cuda" and history == 0
+        return cls._of_rows(rows, length, block_size, copies, sample.to(device), device, history, flex)
 
     @classmethod
-    @lru_cache(maxsize=64)
+    @lru_cache(maxsize=16)
     def _equal_rows(
         cls, rows: int, length: int, block_size: int, copies: int, device: torch.device, history: int
     ) -> Layout:
         # Kept: a training run asks for the same layout at every step, and its block mask is slow to build.
-        position, block, copy = (x.to(device) for x in two_copy_cells(length, block_size, copies))
-        return cls._of_cells(rows, block_size, position, block, copy, None, history)
+        flex = device.type == "cuda" and history == 0
+        return cls._of_rows(rows, length, block_size, copies, None, device, history, flex)
 
     @classmethod
-    def _of_cells(
+    def _of_rows(
         cls,
         rows: int,
+        length: int,
         block_size: int,
-        position: Tensor,
-        block: Tensor,
-        copy: Tensor,
+        copies: int,
         sample: Tensor | None,
-        history: int = 0,
+        device: torch.device,
+        history: int,
+        flex: bool,
     ) -> Layout:
-        cells = len(position)
-
-        def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            seen = sees(block[query], block[key], copy[query], copy[key])
-            return seen if sample is None else seen & (sample[row, query] == sample[row, key])
-
-        mask: Tensor | BlockMask | None
-        if position.device.type == "cuda" and history == 0:
-            mask = create_block_mask(
-                visible, None if sample is None else rows, None, cells, cells, device=str(position.device)
-            )
-        else:
-            at = torch.arange(cells, device=position.device)
-            row = torch.arange(1 if sample is None else rows, device=position.device)
-            mask = F.pad(
-                visible(row[:, None, None, None], row, at[:, None], at[None, :]), (history, 0), value=True
-            )
-            mask = None if bool(mask.all()) else mask[0] if mask.ndim == 4 and sample is None else mask
+        position, block, copy = (part.to(device) for part in two_copy_cells(length, block_size, copies))
         layout = cls.__new__(cls)
-        layout.lengths, layout.history = (cells,) * rows, (history,) * rows
-        layout.block_size, layout.device = block_size, position.device
+        layout.lengths, layout.history = (len(position),) * rows, (history,) * rows
+        layout.block_size, layout.device = block_size, device
         layout.positions = (position + history).repeat(rows)
-        layout.groups = (Group(tuple(range(rows)), cells, mask, None),)
+        layout.clean = length - block_size if copies else 0
+        visibility = _Visibility(rows, position, block, copy, sample, history)
+        make = visibility.block_mask if flex else partial(visibility.tiles, length, copies, block_size)
+        group = partial(Group, tuple(range(rows)), len(position), index=None)
+        layout.groups = (group(asking=len(position), tiles=make(0)),)
+        layout.noisy_groups = layout.groups
+        if layout.clean:
+            layout.noisy_groups = (group(asking=copies * length, tiles=make(layout.clean)),)
         return layout
+
+    def noisy_cells(self) -> Tensor | None:
+        """Return the packed positions of noisy cells, int64; None where there is no clean one."""
+        if not self.clean:
+            return None
+        cells = torch.arange(len(self), device=self.device).view(len(self.lengths), -1)
+        return cells[:, self.clean :].flatten()
 
     def __len__(self) -> int:
         """Return the number N of packed positions."""
         return sum(self.lengths)
 
-    def _group(
-        self, shapes: list[tuple[int, int]], masks: dict[tuple[int, int], Tensor | None]
-    ) -> tuple[Group, ...]:
+    def _group(self, shapes: list[Range]) -> tuple[Group, ...]:
         starts = [0, *accumulate(self.lengths)]
-        members: dict[tuple[int, int], list[int]] = {}
+        members: dict[Range, list[int]] = {}
         for sample, shape in enumerate(shapes):
             if shape[0] > 0:
                 members.setdefault(shape, []).append(sample)
         groups = []
-        for shape, samples in members.items():
+        for (length, history), samples in members.items():
             index = None
             if len(members) > 1:
                 first = torch.tensor([starts[sample] for sample in samples])
-                index = (first[:, None] + torch.arange(shape[0])).flatten().to(self.device)
-            groups.append(Group(tuple(samples), shape[0], masks[shape], index))
+                index = (first[:, None] + torch.arange(length)).flatten().to(self.device)
+            tiles = _causal_tiles(length, history, self.block_size, self.device)
+            groups.append(Group(tuple(samples), length, length, tiles, index))
         return tuple(groups)
+
+
+@dataclass(frozen=True)
+class _Visibility:
+    """Who sees whom in equal training rows, cell by cell.
+
+    Attributes:
+        position, block, copy: of each cell, see :func:`two_copy_cells`.
+        sample: (rows, positions), or None where every row is one sample.
+        history: positions before all cells, seen by all of them.
+    """
+
+    rows: int
+    position: Tensor
+    block: Tensor
+    copy: Tensor
+    sample: Tensor | None
+    history: int
+
+    def mask(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """Return what cells see of others, bool (Q, K), or (rows, 1, Q, K) with samples; None if all."""
+        seen = sees(self.block[query, None], self.block[key], self.copy[query, None], self.copy[key])
+        if self.sample is not None:
+            of_query, of_key = self.sample[:, self.position[query]], self.sample[:, self.position[key]]
+            seen = (seen & (of_query[:, :, None] == of_key[:, None]))[:, None]
+        return None if bool(seen.all()) else seen
+
+    def tiles(self, length: int, copies: int, block_size: int, first: int) -> tuple[Tile, ...]:
+        """Return the tiles of queries from cell ``first`` on: segments of positions, in all copies.
+
+        Every query of a segment sees all clean positions before it, so that the mask is over the
+        segment only; with samples, which may end anywhere, it is over all keys.
+        """
+        clean = len(self.block) - copies * length
+        segment = -(-min(max(SEGMENT, length // 8), TILE) // block_size) * block_size
+        tiles = []
+        for start in range(0, length, segment):
+            end = min(start + segment, length)
+            noisy = [(clean + copy * length + start, clean + copy * length + end) for copy in range(copies)]
+            own = [(start, min(end, clean)), *noisy] if start < clean else noisy
+            keys = [(0, min(end, clean)), *noisy] if clean else noisy
+            masked = own if self.sample is None else keys
+            queries = [part for part in own if part[0] >= first]
+            if not queries:
+                continue
+            mask = self.mask(self._cells(queries), self._cells(masked))
+            before = self.history
+            shifted = [(begin + before * (begin > 0), stop + before) for begin, stop in keys]
+            asked = tuple((begin - first, stop - first) for begin, stop in queries)
+            tiles.append(Tile(asked, tuple(shifted), mask))
+        return tuple(tiles)
+
+    def _cells(self, ranges: Sequence[Range]) -> Tensor:
+        device = self.block.device
+        return torch.cat([torch.arange(start, end, device=device) for start, end in ranges])
+
+    def block_mask(self, first: int) -> tuple[Tile, ...]:
+        """Return one tile with a FlexAttention mask: all keys, and queries from cell ``first`` on."""
+        cells, sample, position = len(self.block), self.sample, self.position
+
+        def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            query = query + first
+            seen = sees(self.block[query], self.block[key], self.copy[query], self.copy[key])
+            if sample is not None:
+                seen = seen & (sample[row, position[query]] == sample[row, position[key]])
+            return seen
+
+        rows = None if sample is None else self.rows
+        device = str(self.block.device)
+        mask = create_block_mask(visible, rows, None, cells - first, cells, device=device)
+        return (Tile(((0, cells - first),), ((0, cells),), mask),)
 
 
 def pad_to_multiple(ids: Sequence[int], multiple: int, pad_id: int) -> list[int]:

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from colada.config import TextVAEConfig
 from colada.errors import ColadaError
-from colada.layers import History, Pass, Shared, inverse_frequencies, rotary_table, rotate_half_split
+from colada.layers import History, Pass, Shared, kept_frequencies, rotary_table, rotate_half_split
 from colada.packing import Layout
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of :func:`~colada.layers.rotary_table`."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class VAEBlock(nn.Module):
         hidden = config.ffn_dim // 2 if config.act == "swiglu" else config.ffn_dim
         self.ffn_out = nn.Linear(hidden, dim, bias=config.bias)
 
-    def forward(self, x: Tensor, shared: Shared, layer: int) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared[Rotary], layer: int) -> Tensor:
         if self.config.post_norm:
             a = self.attention(x, shared, layer)
             x = self.norm_attn(x) + a
@@ -53,7 +56,7 @@ class VAEBlock(nn.Module):
         x = x + self.attention(self.norm_attn(x), shared, layer)
         return x + self.ffn(self.norm_ffn(x))
 
-    def attention(self, x: Tensor, shared: Shared, layer: int) -> Tensor:
+    def attention(self, x: Tensor, shared: Shared[Rotary], layer: int) -> Tensor:
         """Attend (N, dim) to itself and the histories of the pass."""
         q, k, v = self.qkv_proj(x).chunk(3, -1)
         if self.config.clip_qkv is not None:
@@ -79,10 +82,9 @@ class VAEBlock(nn.Module):
         return self.ffn_out(x)
 
 
-def _table(config: TextVAEConfig, layout: Layout) -> tuple[Tensor, Tensor]:
-    return rotary_table(
-        layout.positions, inverse_frequencies(config.dim // config.num_heads, config.rope_theta)
-    )
+def _table(config: TextVAEConfig, layout: Layout) -> Rotary:
+    dims = config.dim // config.num_heads
+    return rotary_table(layout.positions, kept_frequencies(dims, config.rope_theta, layout.device))
 
 
 class TextEncoder(nn.Module):
@@ -138,7 +140,7 @@ class TextDecoder(nn.Module):
         shared = Pass(layout, _table(self.config, layout), histories, committing)
         return self.unpatch(self.run(latents, shared))
 
-    def run(self, latents: Tensor, shared: Shared) -> Tensor:
+    def run(self, latents: Tensor, shared: Shared[Rotary]) -> Tensor:
         """Latents (N, C) -> the last layer's output (N, dim)."""
         x = self.in_layer(latents.to(self.in_layer.weight.dtype))
         for layer, block in enumerate(self.blocks):

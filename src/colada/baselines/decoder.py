@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colada.baselines.config import DecoderConfig
-from colada.layers import Pass, Shared, inverse_frequencies, rotary_table, rotate_half_split
+from colada.layers import Pass, Shared, kept_frequencies, rotary_table, rotate_half_split
 from colada.packing import Layout
 
 
@@ -29,7 +29,7 @@ class DecoderBlock(nn.Module):
         self.ffn_proj = nn.Linear(dim, 2 * config.ffn_dim, bias=False)
         self.ffn_out = nn.Linear(config.ffn_dim, dim, bias=False)
 
-    def forward(self, x: Tensor, shared: Shared, layer: int) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared[tuple[Tensor, Tensor]], layer: int) -> Tensor:
         """Run the block on rows (N, dim)."""
         q, k, v = self.qkv_proj(self.norm_attn(x)).unflatten(-1, (3, self.heads, -1)).unbind(1)
         q, k = rotate_half_split(q, shared.table), rotate_half_split(k, shared.table)
@@ -63,7 +63,8 @@ class Decoder(nn.Module):
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rotary table of positions (N,)."""
         config = self.config
-        return rotary_table(positions, inverse_frequencies(config.dim // config.num_heads, config.rope_theta))
+        dims = config.dim // config.num_heads
+        return rotary_table(positions, kept_frequencies(dims, config.rope_theta, positions.device))
 
     def layout(self, lengths: Sequence[int]) -> Layout:
         """Return the packing of samples of these lengths: causal, or for "llada" all of a sample visible."""
@@ -80,7 +81,7 @@ class Decoder(nn.Module):
         hidden = self.run(ids, Pass(layout, self.table(layout.positions)))
         return self.logits(hidden if where is None else hidden.index_select(0, where))
 
-    def run(self, ids: Tensor, shared: Shared) -> Tensor:
+    def run(self, ids: Tensor, shared: Shared[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the last layer's output (N, dim) for rows of ids (N,)."""
         x = self.wte(ids)
         for layer, block in enumerate(self.blocks):

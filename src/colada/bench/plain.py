@@ -7,19 +7,21 @@ block; logits for the whole prefix. Same numbers as :class:`~colada.generation.B
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colada.bench.work import prompt_latents
-from colada.dit import ROPE_THETA, DiT, DiTBlock, modulate
+from colada.dit import ROPE_THETA, DiT, DiTBlock
 from colada.errors import ColadaError
 from colada.flow import T, uniform, velocity_from_z0
 from colada.generation import sample_noise
-from colada.layers import inverse_frequencies, rotary_table, rotate_interleaved
+from colada.layers import inverse_frequencies, rotary_table, rotate_interleaved, rotations
 from colada.packing import pad_to_multiple
 from colada.vae import TextVAE
 
@@ -43,13 +45,19 @@ class PlainHistory:
         return keys, values
 
 
+def modulated(x: Tensor, modulation: Tensor) -> Tensor:
+    """Return x * (1 + scale) + shift, modulation = [shift | scale], each (N, dim)."""
+    shift, scale = modulation.chunk(2, -1)
+    return x * (1 + scale) + shift
+
+
 class DensePass:
     """What the layers of a pass share: positions, one mask over the packed batch, and the history.
 
     Args:
         batch, length: samples, and new positions of each.
         block_size: in positions.
-        frequencies: of the rotary positions.
+        rotary: makes the rotary table of positions (N,).
         history: what the new positions see, and are added to when ``keep``.
     """
 
@@ -58,7 +66,7 @@ class DensePass:
         batch: int,
         length: int,
         block_size: int,
-        frequencies: Tensor,
+        rotary: Callable[[Tensor], Any],
         history: PlainHistory,
         keep: bool,
         device: torch.device,
@@ -71,7 +79,7 @@ class DensePass:
         sample = torch.arange(batch, device=device).repeat_interleave(length)
         earlier = position[:, None] // block_size >= key_position[None, :] // block_size
         self.mask = earlier & (sample[:, None] == key_sample[None, :])
-        self.table = rotary_table(position, frequencies)
+        self.table = rotary(position)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Attend, over the whole packed batch at once; all (N, K, D)."""
@@ -152,7 +160,7 @@ class PlainGenerator:
             batch,
             length // patch,
             config.block_size // patch,
-            inverse_frequencies(config.rope_dim, ROPE_THETA),
+            partial(rotations, dims=config.rope_dim, width=config.head_dim, theta=ROPE_THETA),
             history,
             keep,
             self.device,
@@ -163,14 +171,11 @@ class PlainGenerator:
         emb = self.dit.emb_in(timestep[:, patch - 1 :: patch].flatten())
         for layer, block in enumerate(self.dit.blocks):
             assert isinstance(block, DiTBlock)
-            shift, scale = block.ada.msa_in(emb).chunk(2, -1)
-            h = modulate(F.layer_norm(x, (block.dim,), eps=block.eps), shift, scale)
+            h = modulated(F.layer_norm(x, (block.dim,), eps=block.eps), block.ada.msa_in(emb))
             x = x + block.ada.msa_out(emb) * self._attention(block, h, shared, layer)
-            shift, scale = block.ada.mlp_in(emb).chunk(2, -1)
-            h = modulate(F.layer_norm(x, (block.dim,), eps=block.eps), shift, scale)
+            h = modulated(F.layer_norm(x, (block.dim,), eps=block.eps), block.ada.mlp_in(emb))
             x = x + block.ada.mlp_out(emb) * block.mlp(h)
-        shift, scale = self.dit.txt_out_ada["out_in"](emb).chunk(2, -1)
-        x = self.dit.txt_out(modulate(self.dit.txt_out_norm(x), shift, scale))
+        x = self.dit.txt_out(modulated(self.dit.txt_out_norm(x), self.dit.txt_out_ada["out_in"](emb)))
         output: Tensor = x.view_as(latents).float()
         if config.prediction == "velocity":
             return output
@@ -208,8 +213,9 @@ class PlainGenerator:
     def _vae_blocks(self, blocks: nn.ModuleList, x: Tensor, batch: int, history: PlainHistory) -> Tensor:
         config = self.vae.config
         frequencies = inverse_frequencies(config.dim // config.num_heads, config.rope_theta)
+        rotary = partial(rotary_table, frequencies=frequencies)
         length = len(x) // batch
-        shared = DensePass(batch, length, config.block_size, frequencies, history, True, self.device)
+        shared = DensePass(batch, length, config.block_size, rotary, history, True, self.device)
         for layer, block in enumerate(blocks):
             x = block(x, shared, layer)
         return x

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from colada.data.rows import Batch, Rows, batch
+from colada.device import keep_freed_memory
 from colada.errors import ColadaError
 from colada.language_model import LanguageModel
 from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
@@ -103,6 +104,8 @@ class Trainer:
         self.out = out
         self.ranks = ranks or Ranks(0, 1, run_device(recipe.run.device))
         self.device = self.ranks.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.display = display if display is not None and self.ranks.first else Display()
         self._stop = False
         # What can be refused at once, before hours of tokenising.
