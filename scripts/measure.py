@@ -34,7 +34,7 @@ from colada.objectives import (
     encode,
     readable,
     reconstruction,
-    row_layouts,
+    rows_layout,
     stage2_frozen_loss,
 )
 from colada.settings import Settings, TextRequest
@@ -88,7 +88,7 @@ def validation_losses(model: ColaDLM, rows: StreamRows, batches: int, size: int)
         some = batch(rows, numbers)
         generators = [torch.Generator().manual_seed(row) for row in numbers]
         draws = draw_randomness(generators, vae.config, rows.length, weights, settings)
-        layout, _ = row_layouts(vae, some)
+        layout = rows_layout(vae, some)
         _, right = reconstruction(vae, encode(vae, some.ids, layout).mean, some, layout)
         terms = readable(stage2_frozen_loss(vae, model.dit, some, draws, weights, model.pad_id).terms)
         sums.update(
