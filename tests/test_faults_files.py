@@ -16,6 +16,7 @@ from colada import files, load
 from colada.errors import ColadaError
 from colada.model import ColaDLM
 from colada.tokenizer import Tokenizer
+from colada.training.recipe import Recipe, load_recipe, save_recipe
 from helpers import read_safetensors, tiny_model, write_safetensors
 
 DIT_WEIGHTS, VAE_WEIGHTS = "cola_dit/model.safetensors", "cola_vae/model.safetensors"
@@ -292,3 +293,62 @@ def test_a_tokenizer_that_cannot_be_written_leaves_the_old_one(
     assert "No space left" in refused(lambda: tokenizer.save(path))
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+# --- recipes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stage1: {steps: 010}", "begins with 0"),
+        ("stage1: {steps: 1:30}", "stage1.steps='1:30'"),
+        ("stage1: {steps: 0x10}", "stage1.steps='0x10'"),
+        ("stage1: {steps: '10'}", "stage1.steps='10'"),
+        ("stage1: {steps: true}", "stage1.steps=True"),
+        ("stage1: {steps: 10.5}", "stage1.steps=10.5"),
+        ("stage1: {lr: yes}", "stage1.lr='yes'"),
+        ("stage1: {lr: .nan}", "stage1.lr=nan"),
+        ("stage2: {loc: -.inf}", "stage2.loc=-inf"),
+        ("seed: true", "seed=True"),
+        ("seed: 1e3", "seed=1000.0"),
+        ("data: {sources: [{path: x, weight: .inf}]}", "data.sources.0.weight=inf"),
+        ("data: {sources: [{path: x, weight: true}]}", "data.sources.0.weight=True"),
+        ("data: {sources: [{path: ''}]}", "data.sources.0.path=''"),
+        ("data: {sources: x}", "data.sources='x'"),
+        ("run: {report: 1}", "run.report=1"),
+        ("run: {report: 'yes'}", "run.report='yes'"),
+        ("seed: 1\nseed: 2", "'seed' twice"),
+        ("stage1: {steps: 1}\nstage1: {steps: 2}", "'stage1' twice"),
+        ("!!python/name:os.system x", "tag"),
+        ("seed: !!int x", "invalid literal"),
+        ("seed: 2020-13-45", "seed='2020-13-45'"),
+        ("seed: " + "9" * 5000, "thousands of digits"),
+        ("[" * 100_000, "nested too deeply"),
+        ("- a\n- b", "list"),
+        ("1: 2", "no string"),
+    ],
+)
+def test_recipes_hold_what_they_say(tmp_path: Path, text: str, said: str) -> None:
+    """B2, B8: as a file and, where it is one value, as an override."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    assert said in refused(lambda: load_recipe(recipe))
+    inner = re.fullmatch(r"(\w+): \{(\w+): (.*)\}", text)
+    if inner is not None and inner[1] != "data":
+        recipe.write_text("")
+        override = f"{inner[1]}.{inner[2]}={inner[3]}"
+        assert said in refused(lambda: load_recipe(recipe, [override]))
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """A21."""
+    (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbfseed: 3")
+    assert load_recipe(tmp_path / "recipe.yaml").seed == 3
+
+
+def test_a_recipe_is_saved_as_what_is_read_again(tmp_path: Path) -> None:
+    names = ["1e5", "010", "1:30", "yes", "null", "~", "a: b", "\u2028", "# a", "x" * 200]
+    recipe = Recipe.model_validate({"data": {"sources": [{"path": name} for name in names]}})
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe

@@ -88,7 +88,7 @@ def test_a_bad_recipe_is_refused_in_one_line_that_names_file_and_key(
 
 
 def test_a_recipe_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ColadaError, match=r"absent\.yaml.*No such file"):
+    with pytest.raises(ColadaError, match=r"absent\.yaml.*no such file"):
         load_recipe(tmp_path / "absent.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"seed: \xff\n")
     with pytest.raises(ColadaError, match=r"latin\.yaml"):

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from colada.data.documents import (
     Part,
@@ -27,15 +27,30 @@ from colada.errors import ColadaError
 Format = Literal["text", "messages", "pairs"]
 
 
-class Source(BaseModel):
+class Section(BaseModel):
+    """A section of a recipe: its keys only, each of its type as it is written, and finite.
+
+    A number is no string that spells one, and true is no 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        """YAML has lists where the recipe has tuples."""
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Source(Section):
     """A file or folder (``path``), or a data set (``hub``)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     path: str | None = Field(
-        None, description="File or folder of .txt, .jsonl, .parquet (or .gz of the first two)."
+        None, min_length=1, description="File or folder of .txt, .jsonl, .parquet (or .gz of the first two)."
     )
-    hub: str | None = Field(None, description="Or a data set's hub id or directory, read by `datasets`.")
+    hub: str | None = Field(
+        None, min_length=1, description="Or a data set's hub id or directory, read by `datasets`."
+    )
     config: str | None = Field(None, description="hub: which of the data set's configurations.")
     revision: str | None = Field(None, description="hub: branch, tag or commit.")
     split: str = Field("train", description="hub: which split to train on.")

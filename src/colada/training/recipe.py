@@ -11,23 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from colada.baselines.config import DecoderConfig
 from colada.checkpoint import check_pair
 from colada.config import DiTConfig, TextVAEConfig
-from colada.data.sources import Source
+from colada.data.sources import Section, Source
 from colada.errors import ColadaError, nearest
+from colada.files import dump_yaml, parse_yaml, read_yaml, write_text
 from colada.flow import TimestepLaw, calibrated_loc
 from colada.objectives import FlowSettings, JointWeights, VAEWeights
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataSection(_Section):
+class DataSection(Section):
     """Where the text is and how it becomes rows."""
 
     sources: tuple[Source, ...] = Field(
@@ -72,7 +68,7 @@ class DataSection(_Section):
         return any(source.format == "messages" for source in self.sources)
 
 
-class TokenizerSection(_Section):
+class TokenizerSection(Section):
     """A byte-level BPE trained on the run's own text, or the ``file`` of another."""
 
     vocab_size: int = Field(
@@ -85,7 +81,7 @@ class TokenizerSection(_Section):
     )
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """What is trained: a model to continue from, or the configurations of a new one."""
 
     arch: Literal["cola", "ar", "llada"] = Field(
@@ -109,7 +105,7 @@ class ModelSection(_Section):
         return self
 
 
-class OptimiserSection(_Section):
+class OptimiserSection(Section):
     """Length of a stage, its rows, and its optimiser."""
 
     steps: int = Field(1000, ge=0, description="Optimiser steps; 0 leaves the stage out.")
@@ -203,7 +199,7 @@ class BaselineSection(OptimiserSection):
     random_length: float = Field(0.01, ge=0, le=1, description="llada: share of rows cut to a random length.")
 
 
-class RunSection(_Section):
+class RunSection(Section):
     """How often things happen, in steps (0: never), and on what and how the run computes."""
 
     log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl.")
@@ -244,7 +240,7 @@ class RunSection(_Section):
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole training run."""
 
     seed: int = Field(0, ge=0, description="Decides weights, rows, noise and timesteps.")
@@ -340,12 +336,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ColadaError: one line naming the file and the key, for anything that is not a recipe.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ColadaError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ColadaError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ColadaError(f"{path} holds a {type(values).__name__}, expected sections such as 'data:'")
@@ -359,7 +350,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe with every key spelled out and explained."""
-    path.write_text(commented(recipe), encoding="utf-8")
+    write_text(path, commented(recipe))
 
 
 def commented(recipe: Recipe) -> str:
@@ -390,11 +381,9 @@ def _commented(section: BaseModel, depth: int) -> list[str]:
 
 def _dumped(name: str, value: Any, indent: str) -> list[str]:
     if isinstance(value, dict) and value:
-        block = yaml.safe_dump(value, sort_keys=False, default_flow_style=False)
-        return [f"{indent}{name}:", *(f"{indent}  {line}" for line in block.splitlines())]
+        return [f"{indent}{name}:", *(f"{indent}  {line}" for line in dump_yaml(value).splitlines())]
     # As an item of a list: a value alone would be followed by an end-of-document mark.
-    flow = yaml.safe_dump([value], default_flow_style=True, width=10**6)
-    return [f"{indent}{name}: {flow.strip()[1:-1]}"]
+    return [f"{indent}{name}: {dump_yaml([value], flow=True).strip()[1:-1]}"]
 
 
 def difference(old: Recipe, new: Recipe) -> str | None:
@@ -439,10 +428,7 @@ def _override(values: dict[str, Any], override: str) -> None:
             where = where[section]
         if not isinstance(where, dict | list):
             raise ColadaError(f"override {override!r}: {section!r} is not a section")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ColadaError(f"override {override!r}: {text!r} is not a YAML value") from None
+    value = parse_yaml(text, f"override {override!r}")
     if isinstance(where, list):
         _item(where, last, override)
         where[int(last)] = value
