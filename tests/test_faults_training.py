@@ -19,9 +19,10 @@ from colada.streaming import GenerationError
 from colada.training import checkpoints
 from colada.training.checkpoints import Place, find, places
 from colada.training.optimisation import learning_rate
-from colada.training.recipe import OptimiserSection
+from colada.training.recipe import load_recipe
+from colada.training.sections import OptimiserSection
 from colada.training.trainer import Trainer
-from runs import At, assert_same_run, recipe
+from runs import DEBUG, At, assert_same_run, recipe
 
 SHORT = ["stage2.steps=0", "run.sample_every=0"]
 
@@ -209,3 +210,64 @@ def test_a19_sampling_leaves_the_networks_in_training_mode(
     trainer.run()
     assert modes
     assert all(modes)
+
+
+# --- B: what a recipe may say --------------------------------------------------------------------
+
+# (key, value in YAML): each is refused when the recipe is read, with the key and the value.
+REFUSED = [
+    # Generation settings, for samples and for the saved model.
+    *(("generation", value) for value in ("{stepz: 4}", "{steps: a}", "{temperature: .nan}")),
+    ("baseline.generation", "{steps: true}"),
+    # NaN and infinities, anywhere.
+    *((key, value) for key in ("stage2.loc", "stage1.lr") for value in (".nan", ".inf", "1e999")),
+    ("model.vae", "{init_std: .nan}"),
+    ("stage2.betas", "[.nan, 0.9]"),
+    ("data.sources", "[{path: x, weight: .inf}]"),
+    # Shares, rates and sizes without a meaning.
+    *(("stage2.betas", value) for value in ("[2, 0.9]", "[0.9, -1]", "[0.9, 1.0]", "[0.9]", "[true, 0.9]")),
+    *(("stage1.final_lr", value) for value in ("-0.1", "1.5", "true", "'0.5'")),
+    *((key, "1e-300") for key in ("stage1.lr", "stage2.scale", "stage1.clip", "stage2.decay")),
+    *((key, "1e300") for key in ("stage1.lr", "stage2.lambda_fm", "stage1.beta", "stage2.loc")),
+    *(("data.sources", f"[{{path: x, weight: {value}}}]") for value in ("0", "1e-300", "true")),
+    # Counts: whole numbers with bounds.
+    *((key, "1" + "0" * 23) for key in ("stage1.steps", "stage2.batch", "stage2.length", "run.save_every")),
+    *((key, "-1") for key in ("stage1.steps", "stage1.warmup", "run.max_skipped", "seed", "data.workers")),
+    *((key, value) for key in ("stage1.steps", "seed", "stage2.copies") for value in ("true", "'3'", "2.5")),
+    *(("tokenizer.vocab_size", value) for value in ("1" + "0" * 30, "0")),
+    ("stage2.interval", "[0, 3]"),
+    # Numbers of YAML 1.1, and what is there twice.
+    *(("stage1.steps", value) for value in ("010", "1:30", "9" * 5000)),
+    ("stage1", "{steps: 3, steps: 4}"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), REFUSED, ids=[f"{key}={value[:20]}" for key, value in REFUSED])
+def test_b8_a_value_without_a_meaning_is_refused_when_the_recipe_is_read(
+    tmp_path: Path, key: str, value: str
+) -> None:
+    with pytest.raises(ColadaError) as caught:
+        load_recipe(DEBUG, [f"{key}={value}"])
+    assert "\n" not in str(caught.value)
+    assert key.split(".")[-1] in str(caught.value)
+    # In the file itself, and so by a dry run.
+    section, _, name = key.partition(".")
+    file = tmp_path / "own.yaml"
+    file.write_text(f"{section}:\n  {name}: {value}\n" if name else f"{section}: {value}\n")
+    with pytest.raises(ColadaError, match=r"own\.yaml"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("steps=10", r"did you mean stage1.steps or stage2.steps\?"),
+        ("vocab_size=300", r"did you mean tokenizer.vocab_size\?"),
+        ("stage1.prefix_share=0.1", r"did you mean stage2.prefix_share\?"),
+        ("stage1.stpes=10", r"did you mean 'steps'\?"),
+        ("llada_lr=1", r"did you mean baseline.llada_lr\?"),
+    ],
+)
+def test_a_key_in_the_wrong_place_gets_a_hint_at_the_right_one(override: str, hint: str) -> None:
+    with pytest.raises(ColadaError, match=hint):
+        load_recipe(DEBUG, [override])

@@ -57,7 +57,7 @@ def test_overrides_are_yaml_values(tmp_path: Path) -> None:
         ("stage1:\n  steps: many\n", r"stage1.steps='many'.*integer"),
         ("stage1:\n  steps: 2.5\n", r"stage1.steps=2.5.*integer"),
         ("stage2:\n  vae: thawed\n", r"stage2.vae='thawed'.*'frozen', 'joint' or 'interval'"),
-        ("stage2:\n  interval: [0, 3]\n", r"stage2: interval=\[0, 3\]"),
+        ("stage2:\n  interval: [0, 3]\n", r"stage2.interval.0=0.*greater than or equal to 1"),
         ("data:\n  sources: [{pth: x}]\n", r"unknown key 'data.sources.0.pth' \(did you mean 'path'\?\)"),
         ("data:\n  sources: []\n", r"data.sources"),
         (
@@ -65,7 +65,7 @@ def test_overrides_are_yaml_values(tmp_path: Path) -> None:
             r"data: packing='stream' with format='pairs' of x, expected 'samples'",
         ),
         ("model:\n  init: x\n  vae: {dim: 3}\n", r"model: init gives the configurations"),
-        ("stage1:\n  lr: -1\n", r"stage1.lr=-1.*greater than 0"),
+        ("stage1:\n  lr: -1\n", r"stage1.lr=-1.*greater than"),
         ("stage1:\n  betas: [0.9]\n", r"stage1.betas"),
         ("stage1: 3\n", r"stage1=3"),
         ("run:\n  log_every: 0\n", r"run.log_every=0"),

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from colada.chat import read_template
-from colada.config import DiTConfig, NetworkConfig, TextVAEConfig
+from colada.config import DiTConfig, NetworkConfig, TextVAEConfig, check_pair
 from colada.device import unallocated
 from colada.dit import ROPE_THETA, DiT
 from colada.errors import ColadaError
@@ -70,19 +70,6 @@ def read_configs(directory: Path) -> tuple[TextVAEConfig, DiTConfig]:
     vae = TextVAEConfig.from_dict(read_json_object(vae_file), str(vae_file))
     check_pair(vae, dit, str(directory))
     return vae, dit
-
-
-def check_pair(vae: TextVAEConfig, dit: DiTConfig, origin: str = "model") -> None:
-    """Raise ColadaError if a Text VAE and a DiT cannot be parts of one model."""
-    if dit.txt_in_channels != vae.latent_dim:
-        raise ColadaError(
-            f"{origin}: cola_dit txt_in_channels={dit.txt_in_channels} contradicts "
-            f"cola_vae latent_dim={vae.latent_dim}"
-        )
-    if dit.block_size != vae.block_size:
-        raise ColadaError(
-            f"{origin}: cola_dit block_size={dit.block_size} contradicts cola_vae block_size={vae.block_size}"
-        )
 
 
 def read_dit(directory: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> DiT:

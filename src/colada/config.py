@@ -229,3 +229,16 @@ class TextVAEConfig(NetworkConfig):
     def block_tokens(self) -> int:
         """Tokens in one block: ``patch_size * block_size``."""
         return self.patch_size * self.block_size
+
+
+def check_pair(vae: TextVAEConfig, dit: DiTConfig, origin: str = "model") -> None:
+    """Raise ColadaError if a Text VAE and a DiT cannot be parts of one model."""
+    if dit.txt_in_channels != vae.latent_dim:
+        raise ColadaError(
+            f"{origin}: cola_dit txt_in_channels={dit.txt_in_channels} contradicts "
+            f"cola_vae latent_dim={vae.latent_dim}"
+        )
+    if dit.block_size != vae.block_size:
+        raise ColadaError(
+            f"{origin}: cola_dit block_size={dit.block_size} contradicts cola_vae block_size={vae.block_size}"
+        )

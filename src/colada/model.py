@@ -11,7 +11,8 @@ from typing import Any, Unpack
 import torch
 
 from colada.baselines.load import MODELS, load_decoder
-from colada.checkpoint import check_one_save, check_pair, read_dit, read_parts, read_vae, write_model
+from colada.checkpoint import check_one_save, read_dit, read_parts, read_vae, write_model
+from colada.config import check_pair
 from colada.dit import DiT
 from colada.engine.engine import Engine, history_unit
 from colada.engine.memory import round_up

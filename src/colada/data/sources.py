@@ -73,7 +73,9 @@ class Source(Section):
     )
     prompt_column: str = Field("prompt", description="pairs: key or column of the prompt.")
     completion_column: str = Field("completion", description="pairs: key or column of the completion.")
-    weight: float = Field(1.0, gt=0, description="Share of the rows, relative to the other sources'.")
+    weight: float = Field(
+        1.0, ge=1e-9, le=1e9, description="Share of the rows, relative to the other sources'."
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> Source:

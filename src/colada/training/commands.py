@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -129,7 +128,7 @@ def recipe(
     with _training_extra():
         from colada.training.recipe import commented, load_recipe
 
-    print(commented(load_recipe(start or Path(os.devnull), overrides or [])), end="")
+    print(commented(load_recipe(start, overrides or [])), end="")
 
 
 def ledger(

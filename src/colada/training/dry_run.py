@@ -11,7 +11,8 @@ from colada.locate import DECODER_DIR, locate
 from colada.tokenizer import Tokenizer
 from colada.training.decoder_plan import decoder_flops, decoder_parameters, decoder_phase
 from colada.training.plan import Phase, Placement, Plan, Work, cola_phase, parameter_counts
-from colada.training.recipe import OptimiserSection, Recipe
+from colada.training.recipe import Recipe
+from colada.training.sections import OptimiserSection
 
 _SHAPE = ("dim", "num_layers", "num_heads", "ffn_dim")
 """Keys of ``model.decoder`` that decide a baseline's parameters."""

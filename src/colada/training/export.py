@@ -15,7 +15,8 @@ from colada.tokenizer import Tokenizer
 from colada.training.checkpoints import RECIPE, disk_errors, read_state, read_tensors
 from colada.training.cola import ColaSystem
 from colada.training.decoder import DecoderSystem
-from colada.training.recipe import ModelSection, Recipe, load_recipe
+from colada.training.recipe import Recipe, load_recipe
+from colada.training.sections import ModelSection
 from colada.training.stages import System
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -14,7 +14,8 @@ from colada.data.sources import Source, read_texts
 from colada.data.stream import TokenStream
 from colada.errors import ColadaError
 from colada.tokenizer import IM_END, Tokenizer
-from colada.training.recipe import OptimiserSection, Recipe
+from colada.training.recipe import Recipe
+from colada.training.sections import OptimiserSection
 
 
 @dataclass(frozen=True)

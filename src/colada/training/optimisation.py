@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from colada.training.recipe import OptimiserSection
+from colada.training.sections import OptimiserSection
 
 
 def learning_rate(step: int, section: OptimiserSection) -> float:

@@ -1,249 +1,45 @@
 """The recipe: one typed YAML file that says all a training run depends on.
 
-Every key has a default and a description here, from which ``recipes/reference.yaml`` and the recipe saved
-with a run are written. A key that does not exist is refused with the nearest name that does.
+Every key has a default and a description in its section, from which ``recipes/reference.yaml`` and the recipe
+saved with a run are written. A key that does not exist is refused with the nearest name that does.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from colada.baselines.config import DecoderConfig
-from colada.checkpoint import check_pair
-from colada.config import DiTConfig, TextVAEConfig
-from colada.data.sources import Section, Source
+from colada.config import DiTConfig, TextVAEConfig, check_pair
+from colada.data.sources import Section
 from colada.errors import ColadaError, nearest
 from colada.files import dump_yaml, parse_yaml, read_yaml, write_text
-from colada.flow import TimestepLaw, calibrated_loc
-from colada.objectives import FlowSettings, JointWeights, VAEWeights
+from colada.settings import check_settings
+from colada.training.sections import (
+    BaselineSection,
+    DataSection,
+    ModelSection,
+    OptimiserSection,
+    RunSection,
+    Stage1Section,
+    Stage2Section,
+    TokenizerSection,
+)
 
-
-class DataSection(Section):
-    """Where the text is and how it becomes rows."""
-
-    sources: tuple[Source, ...] = Field(
-        (Source(path="data"),),
-        min_length=1,
-        description="Where the text is; several are mixed by weight.",
-    )
-    validation_share: float = Field(
-        0.02,
-        ge=0,
-        lt=1,
-        description="Share of samples never trained on, where a source has no split.",
-    )
-    packing: Literal["stream", "samples"] = Field(
-        "stream",
-        description="stream: rows are cut from all text end to end and see across end-of-text tokens;"
-        " samples: whole documents or conversations, padded to whole blocks, which never see each other.",
-    )
-    align: float = Field(
-        0.5, ge=0, le=1, description="Share of stream rows moved to begin with a document's first token."
-    )
-    chat_template: str | None = Field(
-        None, description="Jinja file for conversations; unset: ChatML, or that of model.init."
-    )
-    cache: str | None = Field(
-        None,
-        description="Directory of token shards, reusable by other runs; unset: shards/ of the run.",
-    )
-    workers: int | None = Field(None, ge=1, description="Processes that tokenise; unset: one a CPU core.")
-
-    @model_validator(mode="after")
-    def _whole_samples(self) -> DataSection:
-        for source in self.sources:
-            if source.format != "text" and self.packing != "samples":
-                what = f"format={source.format!r} of {source.name}"
-                raise ValueError(f"packing={self.packing!r} with {what}, expected 'samples'")
-        return self
-
-    @property
-    def chats(self) -> bool:
-        """Whether there are conversations."""
-        return any(source.format == "messages" for source in self.sources)
-
-
-class TokenizerSection(Section):
-    """A byte-level BPE trained on the run's own text, or the ``file`` of another."""
-
-    vocab_size: int = Field(
-        8192,
-        ge=260,
-        description="Entries: 256 bytes, 4 special tokens, merges; not looked at with file or model.init.",
-    )
-    file: str | None = Field(
-        None, description="A tokenizer.json to use; unset: train one, or that of model.init."
-    )
-
-
-class ModelSection(Section):
-    """What is trained: a model to continue from, or the configurations of a new one."""
-
-    arch: Literal["cola", "ar", "llada"] = Field(
-        "cola", description="Cola DLM, or a baseline: an autoregressive decoder, or LLaDA."
-    )
-    init: str | None = Field(
-        None, description="Directory or hub id of a model to continue from, in the released format."
-    )
-    vae: dict[str, Any] = Field({}, description="Keys of cola_vae/config.json; the vocabulary is filled in.")
-    dit: dict[str, Any] = Field({}, description="Keys of cola_dit/config.json; the channels are filled in.")
-    decoder: dict[str, Any] = Field(
-        {},
-        description="Baselines: keys of decoder/config.json; without dim, num_layers, num_heads and ffn_dim,"
-        " as many parameters as vae and dit together.",
-    )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> ModelSection:
-        if self.init is not None and (self.vae or self.dit or self.decoder):
-            raise ValueError("init gives the configurations: expected no vae, dit and decoder keys beside it")
-        return self
-
-
-class OptimiserSection(Section):
-    """Length of a stage, its rows, and its optimiser."""
-
-    steps: int = Field(1000, ge=0, description="Optimiser steps; 0 leaves the stage out.")
-    batch: int = Field(32, ge=1, description="Rows per step, over all ranks.")
-    micro_batch: int | None = Field(
-        None, ge=1, description="Rows per pass on each rank; gradients are accumulated. Unset: all at once."
-    )
-    length: int = Field(
-        128, ge=1, description="Tokens per row; for Cola DLM a multiple of patch_size * block_size."
-    )
-    optimiser: Literal["adamw", "muon"] = Field(
-        "adamw",
-        description="muon orthogonalises the updates of the blocks' matrices (AdamW for the rest),"
-        " scaled to AdamW's size, so that both share one learning rate.",
-    )
-    lr: float = Field(1e-3, gt=0, description="Highest learning rate, after the warm-up.")
-    schedule: Literal["cosine", "wsd"] = Field(
-        "cosine", description="After the warm-up: half a cosine down; wsd: constant, then linear down."
-    )
-    final_lr: float = Field(0.05, ge=0, le=1, description="Share of lr that is left at the last step.")
-    warmup: int = Field(100, ge=0, description="Steps over which the learning rate rises.")
-    decay: float = Field(0.2, gt=0, le=1, description="Share of the steps in which wsd goes down.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates.")
-    weight_decay: float = Field(0.01, ge=0, description="On matrices only.")
-    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
-    ema: float = Field(
-        0.0, ge=0, lt=1, description="Decay of the averaged weights, which are the ones saved; 0: none."
-    )
-
-
-class Stage1Section(OptimiserSection):
-    """The Text VAE alone: -log p(x|z0) + beta KL + lambda_mask L_mask."""
-
-    beta: float = Field(1e-3, ge=0, description="Weight of KL(q || N(0, I)); in joint training, of E log q.")
-    mask: float = Field(0.5, ge=0, description="lambda_mask, in joint training too.")
-    mask_ratio: float = Field(
-        0.15, ge=0, lt=1, description="Share of the encoder's input tokens masked there."
-    )
-    log_snr: float | None = Field(None, description="Fix log(E mu^2 / E sigma^2); unset: learnt.")
-
-
-class Stage2Section(OptimiserSection):
-    """The DiT, with the Text VAE frozen or trained along."""
-
-    vae: Literal["frozen", "joint", "interval"] = Field(
-        "frozen", description="Whether the Text VAE learns too: never, always, or in intervals."
-    )
-    interval: tuple[int, int] = Field(
-        (100, 900), description="vae: interval: so many steps joint, so many frozen, and again."
-    )
-    vae_lr: float = Field(1.0, ge=0, description="The Text VAE's learning rate, as a factor on lr.")
-    copies: int = Field(1, ge=1, description="Noisy copies of each row, which share one clean copy.")
-    loc: float | None = Field(
-        None,
-        description="Centre of the timestep law t = T sigmoid(n), n ~ N(loc, scale^2); unset: by width.",
-    )
-    scale: float = Field(1.0, gt=0, description="Spread of the timestep law.")
-    timestep_per: Literal["block", "row"] = Field("block", description="What draws a timestep of its own.")
-    prefix_share: float = Field(
-        0.05, ge=0, le=1, description="Share of blocks with a clean prefix inside, as at the end of a prompt."
-    )
-    lambda_vae: float = Field(1.0, ge=0, description="Joint: weight of the Text VAE's terms.")
-    lambda_fm: float = Field(1.0, ge=0, description="Joint: weight of the flow.")
-    lambda_ref: float = Field(0.1, ge=0, description="Joint: weight of KL(q || q of stage 1).")
-
-    @model_validator(mode="after")
-    def _interval(self) -> Stage2Section:
-        if min(self.interval) < 1:
-            raise ValueError(f"interval={list(self.interval)}, expected two numbers of steps of at least 1")
-        return self
-
-    def joint_at(self, step: int) -> bool:
-        """Return whether the Text VAE learns in a step."""
-        return self.vae == "joint" or (
-            self.vae == "interval" and step % sum(self.interval) < self.interval[0]
-        )
-
-
-class BaselineSection(OptimiserSection):
-    """A baseline's only stage: model.arch ar or llada, on the same data. Keys left out are as in stage2."""
-
-    steps: int = Field(
-        0, ge=0, description="Optimiser steps; 0: as many as take the FLOPs of stage1 and stage2."
-    )
-    llada_lr: float | None = Field(
-        None, gt=0, description="llada: highest learning rate, if it wants another than lr."
-    )
-    generation: dict[str, Any] = Field(
-        {}, description="Settings stored with the baseline, in place of those under generation."
-    )
-    random_length: float = Field(0.01, ge=0, le=1, description="llada: share of rows cut to a random length.")
-
-
-class RunSection(Section):
-    """How often things happen, in steps (0: never), and on what and how the run computes."""
-
-    log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl.")
-    validate_every: int = Field(500, ge=0, description="Steps between validations.")
-    validation_rows: int = Field(64, ge=1, description="Rows of a validation, the same every time.")
-    save_every: int = Field(500, ge=1, description="Steps between checkpoints.")
-    keep_last: int = Field(2, ge=1, description="Checkpoints kept.")
-    keep_every: int = Field(0, ge=0, description="Checkpoints at multiples of so many steps are kept too.")
-    sample_every: int = Field(1000, ge=0, description="Steps between samples, in the last stage.")
-    sample_prompts: tuple[str, ...] = Field(
-        ("Once upon a time",), description="What samples continue, or answer where there are conversations."
-    )
-    sample_tokens: int = Field(48, ge=1, description="New tokens of a sample.")
-    max_skipped: int = Field(
-        10,
-        ge=0,
-        description="Steps with a non-finite loss or gradient are skipped; more of them end the run.",
-    )
-    monitors: tuple[str, ...] = Field(
-        (), description="Besides metrics.jsonl: tensorboard, or package.module:Class of your own."
-    )
-    report: bool = Field(True, description="Write report/report.html with plots at the end.")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of matrix products; weights, optimiser and latents stay float32."
-    )
-    save_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the saved model.")
-    compile: bool = Field(False, description="torch.compile each transformer block of the DiT or decoder.")
-    checkpoint_activations: bool = Field(
-        False,
-        description="Compute blocks of the DiT or decoder again in the backward pass.",
-    )
-    device: str = Field("auto", description="cpu, cuda, or auto: cuda where there is one.")
-    shard: bool = Field(
-        True, description="Several ranks: shard weights, gradients and optimiser over them (FSDP2)."
-    )
-    replicas: int = Field(
-        1, ge=1, description="Hybrid sharding: so many groups of ranks, each holding the model once."
-    )
+if TYPE_CHECKING:  # They import torch, which settings are checked without.
+    from colada.objectives import FlowSettings, JointWeights, VAEWeights
 
 
 class Recipe(Section):
     """A whole training run."""
 
-    seed: int = Field(0, ge=0, description="Decides weights, rows, noise and timesteps.")
+    seed: int = Field(0, ge=0, le=2**62, description="Decides weights, rows, noise and timesteps.")
     data: DataSection = DataSection()
     tokenizer: TokenizerSection = TokenizerSection()
     model: ModelSection = ModelSection()
@@ -254,6 +50,20 @@ class Recipe(Section):
     generation: dict[str, Any] = Field(
         {}, description="Settings stored with the model and used for samples: steps, guidance, solver, ..."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _finite(cls, values: Any) -> Any:
+        _check_finite(
+            values, ""
+        )  # Sections check their own; those of configurations and settings have no type.
+        return values
+
+    @model_validator(mode="after")
+    def _settings(self) -> Recipe:
+        check_settings(self.generation, "generation")
+        check_settings(self.baseline.generation, "baseline.generation")
+        return self
 
     def stage(self, number: int) -> OptimiserSection:
         """Return the section of a stage, 1 or 2; a baseline has one stage."""
@@ -315,37 +125,69 @@ class Recipe(Section):
 
     def vae_weights(self) -> VAEWeights:
         """Return the weights of the Text VAE's terms."""
+        from colada.objectives import VAEWeights
+
         s = self.stage1
         return VAEWeights(beta=s.beta, mask=s.mask, mask_ratio=s.mask_ratio, log_snr=s.log_snr)
 
     def joint_weights(self) -> JointWeights:
         """Return the weights of the joint loss."""
+        from colada.objectives import JointWeights
+
         s = self.stage2
         return JointWeights(vae=s.lambda_vae, flow=s.lambda_fm, reference=s.lambda_ref)
 
     def flow_settings(self, latent_dim: int) -> FlowSettings:
         """Return how flow matching draws examples; an unset loc is the paper's for this latent width."""
+        from colada.flow import TimestepLaw, calibrated_loc
+        from colada.objectives import FlowSettings
+
         s = self.stage2
         law = TimestepLaw(calibrated_loc(latent_dim) if s.loc is None else s.loc, s.scale)
         return FlowSettings(law, s.timestep_per == "block", s.copies, s.prefix_share)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, with ``section.key=value`` overrides (values in YAML; ``sources.0.path`` for lists).
+def load_recipe(
+    path: Path | None, overrides: Sequence[str] = (), replaced: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: the file; None for a recipe in which no key is set.
+        overrides: ``section.key=value`` each, with values in YAML; ``sources.0.path`` for lists.
+        replaced: values by ``section.key``, before the overrides.
 
     Raises:
         ColadaError: one line naming the file and the key, for anything that is not a recipe.
     """
-    values = read_yaml(path)
+    values = None if path is None else read_yaml(path)
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ColadaError(f"{path} holds a {type(values).__name__}, expected sections such as 'data:'")
+    for key, value in (replaced or {}).items():
+        _set(values, key, value, key)
     for override in overrides:
-        _override(values, override)
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ColadaError(f"override {override!r}, expected section.key=value")
+        _set(values, key, parse_yaml(text, f"override {override!r}: {text!r}"), override)
+    where = f"{path}: " if path is not None else ""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ColadaError(f"{path}: {_first_problem(error)}") from None
+        raise ColadaError(f"{where}{_first_problem(error)}") from None
+    except ColadaError as error:
+        raise ColadaError(f"{where}{error}") from None
+
+
+def _check_finite(values: Any, where: str) -> None:
+    if isinstance(values, float) and not math.isfinite(values):
+        raise ColadaError(f"{where}={values}, expected a finite number")
+    inner: Iterable[tuple[Any, Any]] = enumerate(values) if isinstance(values, list) else ()
+    if isinstance(values, Mapping):
+        inner = values.items()
+    for key, value in inner:
+        _check_finite(value, f"{where}.{key}" if where else str(key))
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -381,9 +223,11 @@ def _commented(section: BaseModel, depth: int) -> list[str]:
 
 def _dumped(name: str, value: Any, indent: str) -> list[str]:
     if isinstance(value, dict) and value:
-        return [f"{indent}{name}:", *(f"{indent}  {line}" for line in dump_yaml(value).splitlines())]
+        block = dump_yaml(value)
+        return [f"{indent}{name}:", *(f"{indent}  {line}" for line in block.splitlines())]
     # As an item of a list: a value alone would be followed by an end-of-document mark.
-    return [f"{indent}{name}: {dump_yaml([value], flow=True).strip()[1:-1]}"]
+    flow = dump_yaml([value], flow=True)
+    return [f"{indent}{name}: {flow.strip()[1:-1]}"]
 
 
 def difference(old: Recipe, new: Recipe) -> str | None:
@@ -413,10 +257,8 @@ def _difference(path: str, before: Any, after: Any) -> str | None:
     return next((words for words in found if words), None)
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ColadaError(f"override {override!r}, expected section.key=value")
+def _set(values: dict[str, Any], key: str, value: Any, override: str) -> None:
+    """Set ``section.key`` in a recipe's values."""
     *sections, last = key.split(".")
     where: Any = values
     for section in sections:
@@ -428,7 +270,6 @@ def _override(values: dict[str, Any], override: str) -> None:
             where = where[section]
         if not isinstance(where, dict | list):
             raise ColadaError(f"override {override!r}: {section!r} is not a section")
-    value = parse_yaml(text, f"override {override!r}")
     if isinstance(where, list):
         _item(where, last, override)
         where[int(last)] = value
@@ -437,7 +278,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _item(items: list[Any], number: str, override: str) -> Any:
-    if not number.isdecimal() or int(number) >= len(items):
+    if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= len(items):
         raise ColadaError(f"override {override!r}: {number!r}, expected a number from 0 to {len(items) - 1}")
     return items[int(number)]
 
@@ -450,7 +291,17 @@ def _first_problem(error: ValidationError) -> str:
         if problem["type"] == "value_error":
             return f"{where}: {reason}"
         return f"{where}={problem['input']!r}: {reason[0].lower()}{reason[1:]}"
-    return f"unknown key {where!r}{nearest(str(problem['loc'][-1]), _keys(problem['loc'][:-1]))}"
+    *section, key = problem["loc"]
+    return f"unknown key {where!r}{_elsewhere(str(key)) or nearest(str(key), _keys(section))}"
+
+
+def _elsewhere(key: str) -> str:
+    """Return a hint at the sections that have a key of this name, if there are any."""
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    having = [name for name, section in sections.items() if key in getattr(section, "model_fields", ())]
+    # What the stages have, a baseline has too.
+    having = [name for name in having if name != "baseline"] or having
+    return f" (did you mean {' or '.join(f'{name}.{key}' for name in having)}?)" if having else ""
 
 
 def _keys(location: Sequence[str | int]) -> Mapping[str, Any]:

@@ -15,7 +15,8 @@ from colada.config import NetworkConfig
 from colada.data.rows import Batch
 from colada.language_model import LanguageModel
 from colada.objectives import Counts, Loss
-from colada.training.recipe import OptimiserSection, Recipe
+from colada.training.recipe import Recipe
+from colada.training.sections import OptimiserSection
 
 Network = TypeVar("Network", bound=nn.Module)
 
