@@ -394,6 +394,64 @@ def test_pinned_positions_have_no_loss() -> None:
     assert not torch.equal(errors, flow_errors(dit, z0, noise, timestep, others))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_that_lose_sight_of_their_history_have_the_errors_of_isolated_blocks(packed: bool) -> None:
+    dit, g = tiny_dit(), seeded(3)
+    rows, copies, blocks, size = 2, 2, 3, dit.config.block_size
+    length, width = blocks * size, dit.config.txt_in_channels
+    z0 = torch.randn(rows, length, width, generator=g)
+    noise = torch.randn(rows, copies, length, width, generator=g)
+    timestep = (1000 * torch.rand(rows, copies, blocks, generator=g)).repeat_interleave(size, 2)
+    sample = (torch.arange(length) // (2 * size)).expand(rows, -1) if packed else None
+    alone = torch.rand(rows, copies, blocks, generator=g) < 0.5
+    alone[:, 0, 1], alone[:, 1, 1] = True, False
+    some = flow_errors(dit, z0, noise, timestep, None, sample, alone)
+    seeing = flow_errors(dit, z0, noise, timestep, None, sample)
+    # Each block as a row of its own: nothing before it, at its own positions.
+    isolated = torch.empty_like(some)
+    for block in range(blocks):
+        at = slice(block * size, (block + 1) * size)
+        part = flow_errors_at(dit, z0[:, at], noise[:, :, at], timestep[:, :, at], block * size)
+        isolated[:, :, at] = part
+    expected = torch.where(alone.repeat_interleave(size, 2), isolated, seeing)
+    torch.testing.assert_close(some, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(seeing, expected, rtol=1e-3)
+
+
+def flow_errors_at(dit: DiT, z0: Tensor, noise: Tensor, timestep: Tensor, start: int) -> Tensor:
+    """Errors (B, K, block) of one block without history at positions from ``start`` on, written plainly."""
+    rows, copies, size, width = noise.shape
+    a = (timestep / T)[..., None]
+    z_t = (1 - a) * z0[:, None] + a * noise
+    layout = dit.layout([size] * (rows * copies))
+    layout.positions = layout.positions + start
+    velocity = dit.velocity(z_t.view(-1, width), timestep.flatten(), layout).view_as(noise)
+    error = velocity - (noise - z0[:, None])
+    if dit.config.prediction == "z0":
+        error = error * a / a.clamp_min(0.1)
+    return error.square().mean(-1)
+
+
+def test_history_dropout_is_drawn_block_by_block_and_leaves_the_other_draws_alone() -> None:
+    config = tiny_vae_config()
+    without, dropped = (
+        draw_randomness(
+            [seeded(row) for row in range(200)],
+            config,
+            64,
+            WEIGHTS,
+            FlowSettings(copies=2, history_dropout=probability),
+        )
+        for probability in (0.0, 0.25)
+    )
+    assert without.alone is None
+    assert dropped.alone is not None
+    assert dropped.alone.shape == (200, 2, 64 // config.block_tokens)
+    assert float(dropped.alone.float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(without.noise, dropped.noise)  # type: ignore[arg-type]
+    assert torch.equal(without.timestep, dropped.timestep)  # type: ignore[arg-type]
+
+
 class ExactPrior:
     """The conditional expectation where z0^1 ~ N(0, 1) and then z0^b ~ N(rho z0^(b-1), 1 - rho^2)."""
 
@@ -401,7 +459,9 @@ class ExactPrior:
         self.config = SimpleNamespace(block_size=size, prediction=prediction)
         self.rho, self.blocks, self.size = rho, blocks, size
 
-    def two_copy_layout(self, rows: int, length: int, copies: int, sample: Tensor | None) -> tuple[int, int]:
+    def two_copy_layout(
+        self, rows: int, length: int, copies: int, sample: Tensor | None, alone: Tensor | None
+    ) -> tuple[int, int]:
         return rows, copies
 
     def moments(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -130,16 +130,19 @@ def test_tiles_of_long_samples_hold_the_definition_in_masks_of_a_bounded_size(
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("copies", [0, 1, 3])
+@pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_block_mask_of_a_gpu_is_the_dense_mask(
-    monkeypatch: pytest.MonkeyPatch, packed: bool, copies: int
+    monkeypatch: pytest.MonkeyPatch, packed: bool, copies: int, dropped: bool
 ) -> None:
     # Several tiles of 128 cells, the last of them not full.
     length, block = 192, 16
     # The samples of the second row end with a tile.
     first, second = torch.arange(4).repeat_interleave(48), torch.arange(3).repeat_interleave(64)
     sample = torch.stack([first, second]) if packed else None
-    dense = Layout.rows(2, length, block, copies, sample)
+    generator = torch.Generator().manual_seed(1)
+    alone = torch.rand(2, copies, length // block, generator=generator) < 0.3 if dropped and copies else None
+    dense = Layout.rows(2, length, block, copies, sample, alone=alone)
     (group,) = dense.groups
 
     def on_cpu(*args: Any, device: str) -> BlockMask:
@@ -147,7 +150,7 @@ def test_the_block_mask_of_a_gpu_is_the_dense_mask(
 
     monkeypatch.setattr(packing, "create_block_mask", on_cpu)
     monkeypatch.setattr(layers, "_compiled_flex", lambda: flex_attention)
-    flex = Layout._of_rows(2, length, block, copies, sample, torch.device("cpu"), 0, True)
+    flex = Layout._of_rows(2, length, block, copies, sample, torch.device("cpu"), 0, True, alone)
     (tile,) = flex.groups[0].tiles
     mask = tile.mask
     assert isinstance(mask, BlockMask)

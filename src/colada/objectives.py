@@ -89,12 +89,15 @@ class FlowSettings:
         prefix_share: share of blocks that keep a clean prefix inside, as when a prompt ends in a
             block; at most one a row, so no more than 1 in M / block_size, and none in samples with a
             prompt of their own.
+        history_dropout: probability with which a noisy block sees no clean cell, each block by itself:
+            what guidance calls unconditional is then trained in the middle of texts too.
     """
 
     law: TimestepLaw = field(default_factory=TimestepLaw)
     per_block: bool = True
     copies: int = 1
     prefix_share: float = 0.05
+    history_dropout: float = 0.0
 
 
 # --- what a step draws and counts ---------------------------------------------------------------
@@ -111,6 +114,8 @@ class Draws:
         timestep: (B, K, M) in 0..1000, constant within a block; None in stage 1.
         noise: (B, K, M, C), z1.
         prefix: bool (B, M), latents that stay clean at the beginning of a block.
+        alone: bool (B, K, M / block_size), noisy blocks that lose sight of all clean cells; None without
+            history dropout.
     """
 
     posterior: Tensor
@@ -119,6 +124,7 @@ class Draws:
     timestep: Tensor | None = None
     noise: Tensor | None = None
     prefix: Tensor | None = None
+    alone: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Draws:
         """Return the draws with a function applied to each."""
@@ -167,6 +173,9 @@ def draw_randomness(
             drawn["noise"].append(torch.randn((flow.copies, *shape), generator=own))
             if flow.prefix_share > 0:
                 drawn["prefix"].append(_draw_prefix(latents, block, flow.prefix_share, own))
+            if flow.history_dropout > 0:
+                chances = torch.rand(flow.copies, latents // block, generator=own)
+                drawn["alone"].append(chances < flow.history_dropout)
     return Draws(**{name: torch.stack(parts) for name, parts in drawn.items() if parts})
 
 
@@ -376,6 +385,7 @@ def flow_errors(
     timestep: Tensor,
     pinned: Pinned | None = None,
     sample: Tensor | None = None,
+    alone: Tensor | None = None,
 ) -> Tensor:
     """Return the error ||v_psi(z_t^b, t; z0^<b) - (z1 - z0)||^2 per latent number, all blocks at once.
 
@@ -390,6 +400,7 @@ def flow_errors(
         timestep: (B, K, M), constant within a block.
         pinned: the same in every copy.
         sample: (B, M), the sample of its row that a latent belongs to; samples do not see each other.
+        alone: bool (B, K, M / block_size), noisy blocks that see no clean cell; none by default.
 
     Returns: (B, K, M), 0 at pinned positions.
     """
@@ -407,7 +418,7 @@ def flow_errors(
     history = clean[:, : length - size]
     packed = torch.cat([history, z_t.flatten(1, 2)], 1).flatten(0, 1)
     row = torch.cat([row.new_zeros(history.shape[:2]), row.flatten(1)], 1).flatten()
-    layout = dit.two_copy_layout(rows, length, copies, sample)
+    layout = dit.two_copy_layout(rows, length, copies, sample, alone=alone)
     output = dit(packed, Timesteps(times, row), layout, noisy_only=True).view(rows, copies, length, width)
     if dit.config.prediction == "velocity":
         error = output - target_velocity(clean[:, None], noise)
@@ -451,7 +462,7 @@ def flow_matching(
     z0 = vae.normalise(z0).view(len(batch), -1, vae.config.latent_dim)
     pinned = pin(vae, batch, draws, layout, pad_id)
     sample = sample_of_latents(batch, vae.config.patch_size)
-    errors = flow_errors(dit, z0, draws.noise, draws.timestep, pinned, sample)
+    errors = flow_errors(dit, z0, draws.noise, draws.timestep, pinned, sample, draws.alone)
     flow = errors.sum() / counts.noisy
     free = torch.ones_like(errors) if pinned is None else (~pinned.where[:, None]).expand_as(errors).float()
     bins = (draws.timestep * (TIME_BINS / T)).long().clamp_max(TIME_BINS - 1).flatten()

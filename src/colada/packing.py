@@ -175,6 +175,7 @@ class Layout:
         sample: Tensor | None = None,
         device: torch.device | str = "cpu",
         history: int = 0,
+        alone: Tensor | None = None,
     ) -> Layout:
         """Return the layout of equal training rows, clean or ``[clean | noisy 1 | ... | noisy m]``.
 
@@ -183,12 +184,15 @@ class Layout:
             sample: (rows, length), which sample of its row a position belongs to; samples do not see each
                 other. None where every row is one sample.
             history: committed positions of each row, whole blocks, seen by all its cells.
+            alone: bool (rows, copies, blocks), noisy blocks that see no clean cell; none by default, and
+                not with a history.
         """
         device = torch.device(device)
-        if sample is None:
+        if sample is None and alone is None:
             return cls._equal_rows(rows, length, block_size, copies, device, history)
         flex = device.type == "cuda" and history == 0
-        return cls._of_rows(rows, length, block_size, copies, sample.to(device), device, history, flex)
+        sample, alone = (None if x is None else x.to(device) for x in (sample, alone))
+        return cls._of_rows(rows, length, block_size, copies, sample, device, history, flex, alone)
 
     @classmethod
     @lru_cache(maxsize=16)
@@ -210,6 +214,7 @@ class Layout:
         device: torch.device,
         history: int,
         flex: bool,
+        alone: Tensor | None = None,
     ) -> Layout:
         position, block, copy = (part.to(device) for part in two_copy_cells(length, block_size, copies))
         layout = cls.__new__(cls)
@@ -217,7 +222,7 @@ class Layout:
         layout.block_size, layout.device = block_size, device
         layout.positions = (position + history).repeat(rows)
         layout.clean = length - block_size if copies else 0
-        visibility = _Visibility(rows, position, block, copy, sample, history)
+        visibility = _Visibility(rows, position, block, copy, sample, history, alone)
         make = visibility.block_mask if flex else partial(visibility.tiles, length, copies, block_size)
         group = partial(Group, tuple(range(rows)), len(position), index=None)
         layout.groups = (group(asking=len(position), tiles=make(0)),)
@@ -262,6 +267,7 @@ class _Visibility:
         position, block, copy: of each cell, see :func:`two_copy_cells`.
         sample: (rows, positions), or None where every row is one sample.
         history: positions before all cells, seen by all of them.
+        alone: (rows, copies, blocks), noisy blocks that see no clean cell; None where there are none.
     """
 
     rows: int
@@ -270,20 +276,30 @@ class _Visibility:
     copy: Tensor
     sample: Tensor | None
     history: int
+    alone: Tensor | None = None
+
+    def _is_alone(self, row: Tensor, cell: Tensor) -> Tensor:
+        assert self.alone is not None
+        return (self.copy[cell] > 0) & self.alone[row, (self.copy[cell] - 1).clamp_min(0), self.block[cell]]
 
     def mask(self, query: Tensor, key: Tensor) -> Tensor | None:
         """Return what cells see of others, bool (Q, K), or (rows, 1, Q, K) with samples; None if all."""
         seen = sees(self.block[query, None], self.block[key], self.copy[query, None], self.copy[key])
         if self.sample is not None:
             of_query, of_key = self.sample[:, self.position[query]], self.sample[:, self.position[key]]
-            seen = (seen & (of_query[:, :, None] == of_key[:, None]))[:, None]
+            seen = seen & (of_query[:, :, None] == of_key[:, None])
+        if self.alone is not None:
+            row = torch.arange(self.rows, device=query.device)[:, None]
+            seen = seen & ~(self._is_alone(row, query)[:, :, None] & (self.copy[key] == 0))
+        if seen.ndim == 3:
+            seen = seen[:, None]
         return None if bool(seen.all()) else seen
 
     def tiles(self, length: int, copies: int, block_size: int, first: int) -> tuple[Tile, ...]:
         """Return the tiles of queries from cell ``first`` on: segments of positions, in all copies.
 
         Every query of a segment sees all clean positions before it, so that the mask is over the
-        segment only; with samples, which may end anywhere, it is over all keys.
+        segment only; with samples, which may end anywhere, or blocks alone, it is over all keys.
         """
         clean = len(self.block) - copies * length
         segment = -(-min(max(SEGMENT, length // 8), TILE) // block_size) * block_size
@@ -293,7 +309,7 @@ class _Visibility:
             noisy = [(clean + copy * length + start, clean + copy * length + end) for copy in range(copies)]
             own = [(start, min(end, clean)), *noisy] if start < clean else noisy
             keys = [(0, min(end, clean)), *noisy] if clean else noisy
-            masked = own if self.sample is None else keys
+            masked = own if self.sample is None and self.alone is None else keys
             queries = [part for part in own if part[0] >= first]
             if not queries:
                 continue
@@ -317,9 +333,11 @@ class _Visibility:
             seen = sees(self.block[query], self.block[key], self.copy[query], self.copy[key])
             if sample is not None:
                 seen = seen & (sample[row, position[query]] == sample[row, position[key]])
+            if self.alone is not None:
+                seen = seen & ~(self._is_alone(row, query) & (self.copy[key] == 0))
             return seen
 
-        rows = None if sample is None else self.rows
+        rows = None if sample is None and self.alone is None else self.rows
         device = str(self.block.device)
         mask = create_block_mask(visible, rows, None, cells - first, cells, device=device)
         return (Tile(((0, cells - first),), ((0, cells),), mask),)

@@ -144,7 +144,7 @@ class Recipe(Section):
 
         s = self.stage2
         law = TimestepLaw(calibrated_loc(latent_dim) if s.loc is None else s.loc, s.scale)
-        return FlowSettings(law, s.timestep_per == "block", s.copies, s.prefix_share)
+        return FlowSettings(law, s.timestep_per == "block", s.copies, s.prefix_share, s.history_dropout)
 
 
 def load_recipe(

@@ -179,6 +179,13 @@ class Stage2Section(OptimiserSection):
     prefix_share: float = Field(
         0.05, ge=0, le=1, description="Share of blocks with a clean prefix inside, as at the end of a prompt."
     )
+    history_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Probability with which a noisy block sees nothing before it: trains the unconditional"
+        " branch of guidance in the middle of texts.",
+    )
     lambda_vae: float = Field(1.0, ge=0, le=LARGEST, description="Joint: weight of the Text VAE's terms.")
     lambda_fm: float = Field(1.0, ge=0, le=LARGEST, description="Joint: weight of the flow.")
     lambda_ref: float = Field(0.1, ge=0, le=LARGEST, description="Joint: weight of KL(q || q of stage 1).")
