@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 from pathlib import Path
@@ -45,3 +46,23 @@ def test_too_short_a_text_is_said_before_anything_is_trained(minimal: ModuleType
     text.write_text("Too short.")
     with pytest.raises(SystemExit, match=r"short\.txt has \d+ tokens, expected more than a row of 64"):
         minimal.main([str(text), "--vocab-size", "260"])
+
+
+def test_the_notebook_s_cells_run_in_order(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "show", lambda: None)
+    plt.switch_backend("agg")
+    notebook = json.loads((EXAMPLES / "latents.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, object] = {}
+    for cell in code:
+        exec("".join(cell["source"]), names)
+    plt.close("all")
+    printed = capsys.readouterr().out
+    assert "100% of the tokens survive" in printed
+    assert len(re.findall(r"^block \d", printed, re.MULTILINE)) > 5
+    assert len(names["steps"]) == 3 * 16, "the latents of every step of three blocks"  # type: ignore[arg-type]
+    assert any(output.get("data", {}).get("image/png") for cell in code for output in cell["outputs"])
