@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from colada.errors import ColadaError
-from colada.locate import locate
+from colada.locate import find_tokenizer, locate
 
 
 @pytest.fixture
@@ -62,6 +62,25 @@ def test_a_path_of_two_parts_gets_its_hint_when_the_hub_has_no_such_repository(
 def test_a_folder_of_something_else_is_refused_without_a_guess(runs: Path) -> None:
     with pytest.raises(ColadaError, match=r"cola_dit/ and cola_vae/ are missing$"):
         locate(runs / "other")
+
+
+def test_a_repository_laid_out_as_the_released_one_is_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its networks are in ``cola_dlm/``, its tokenizer beside that."""
+    for part in ("cola_dit", "cola_vae"):
+        (tmp_path / "cola_dlm" / part).mkdir(parents=True)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    for found in (locate("owner/name"), locate(tmp_path)):
+        assert found == tmp_path / "cola_dlm"
+        assert find_tokenizer(found) == tmp_path / "tokenizer.json"
+
+
+def test_a_repository_of_something_else_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(ColadaError, match="hub repository 'owner/name' holds no model"):
+        locate("owner/name")
 
 
 def test_nothing_here_imports_torch_or_the_hub() -> None:

@@ -17,6 +17,7 @@ GENERATION_FILE, CHAT_TEMPLATE_FILE = "generation_config.json", "chat_template.j
 BUNDLED = Path(__file__).parent / "bundled"
 
 _PARTS = (DIT_DIR, VAE_DIR, DECODER_DIR)
+_RELEASED = "cola_dlm"  # The released hub repository has its networks in here, and the tokenizer beside it.
 
 
 def locate(where: str | Path, revision: str | None = None) -> Path:
@@ -108,9 +109,10 @@ def _download(name: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    patterns = [*(f"{part}/*" for part in _PARTS), TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE]
+    folders = [f"{part}/*" for part in (*_PARTS, f"{_RELEASED}/{DIT_DIR}", f"{_RELEASED}/{VAE_DIR}")]
+    patterns = [*folders, TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except RevisionNotFoundError:
         raise ColadaError(f"hub repository {name!r} has no revision {revision!r}") from None
     except RepositoryNotFoundError:
@@ -126,6 +128,10 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:
         # The hub's HTTP library has errors of its own, which differ between versions.
         raise _unreachable(name, f": {type(error).__name__}") from error
+    for path in (snapshot, snapshot / _RELEASED):
+        if _is_model(path):
+            return path
+    raise ColadaError(f"hub repository {name!r} holds no model: {DIT_DIR}/ and {VAE_DIR}/ are missing")
 
 
 def _unreachable(name: str, why: str = "") -> ColadaError:
