@@ -43,6 +43,8 @@ def local(where: str | Path, revision: str | None = None) -> Path | None:
             raise ColadaError(
                 f"{path}: revision={revision!r} was given, but this is a directory, not a hub id"
             )
+        if not _is_model(path) and _is_model(path / _RELEASED):
+            return path / _RELEASED
         if not _is_model(path):
             raise ColadaError(
                 f"{path} is no model directory: {DIT_DIR}/ and {VAE_DIR}/ are missing{_hint(path)}"
