@@ -1,6 +1,8 @@
 """What a terminal shows of a run."""
 
 import io
+import re
+import time
 
 import pytest
 from rich.console import Console
@@ -36,10 +38,36 @@ def test_progress_and_speed_are_the_last_to_go_on_a_narrow_terminal(width: int) 
     assert ("grad_norm" in line) == (width == 120)
 
 
-def test_elsewhere_a_step_is_a_line() -> None:
+def piped(steps: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines for steps of 120, at these seconds, where the output is no terminal."""
+    clock = iter([0.0, *steps.values()])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     file = io.StringIO()
     display = Display(Console(file=file, width=80))
     with display.task("stage 1", 120):
-        display.update(80, TERMS)
+        for step in steps:
+            display.update(step, TERMS)
+    return file.getvalue().splitlines()
+
+
+def test_elsewhere_a_step_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = "24,622 tokens/s nll 0.0123 kl 21.2 masked 0.659 log_snr 5.02 grad_norm 0.189"
-    assert file.getvalue() == f"stage 1 step 80: {expected}\n"
+    assert piped({80: 160.0}, monkeypatch) == [f"stage 1 step 80/120, 1:20 left: {expected}"]
+
+
+def test_lines_are_seconds_apart_but_for_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = piped({1: 1.0, 2: 2.0, 3: 7.0, 4: 8.0, 119: 8.5, 120: 9.0}, monkeypatch)
+    assert [line.split()[3].rstrip(":,") for line in lines] == ["1/120", "3/120", "120/120"]
+
+
+def test_after_the_second_step_a_terminal_shows_the_time_left() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, color_system=None, legacy_windows=False)
+    display = Display(console)
+    with display.task("stage 1", 120):
+        for step in (1, 2):
+            time.sleep(0.01)
+            display.advance(step, 120)
+    assert re.search(r"2/120 +\d+:\d\d", file.getvalue())

@@ -259,7 +259,7 @@ def write_model(
     """
     directory = directory.resolve()
     try:
-        _check_replaceable(directory)
+        check_replaceable(directory)
         inside = _must_stay(directory)
         with atomic_directory(directory / ".new" if inside else directory) as partial:
             _write_networks(partial, networks)
@@ -314,7 +314,7 @@ def _order_metadata(file: Path, save: str) -> None:
         stream.write(header)
 
 
-def _check_replaceable(directory: Path) -> None:
+def check_replaceable(directory: Path) -> None:
     """Refuse a directory that holds something else than a model, or than a model's files in its parts."""
     if not os.path.lexists(directory):
         return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,3 +71,18 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3  # mallopt(3)
         library.mallopt(mmap_threshold, 1 << 30)
         library.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Return a device's memory in bytes, as far as this process may use it; None where that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups, of either version
+        try:
+            bounds.append(int(Path("/sys/fs/cgroup", name).read_text()))
+        except (OSError, ValueError):  # There is no such group, or its bound is "max".
+            continue
+    return min(bounds)

@@ -194,16 +194,20 @@ class DiT(nn.Module):
         self.txt_out = Patch(config.txt_dim, config.txt_out_channels * patch)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Initialise every parameter: Xavier-uniform matrices, AdaLN and output at zero (adaLN-zero)."""
+        """Initialise every parameter; see :meth:`init_parameter`."""
         for name, parameter in self.named_parameters():
-            if "norm" in name:
-                nn.init.constant_(parameter, float(name.endswith("weight")))
-            elif parameter.ndim == 1 or "ada." in name or name.startswith("txt_out.") or "_ada." in name:
-                nn.init.zeros_(parameter)
-            elif name.startswith("emb_in."):
-                nn.init.normal_(parameter, std=0.02, generator=generator)
-            else:
-                nn.init.xavier_uniform_(parameter, generator=generator)
+            self.init_parameter(name, parameter, generator)
+
+    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator | None) -> None:
+        """Initialise one: Xavier-uniform matrices, AdaLN and output at zero (adaLN-zero)."""
+        if "norm" in name:
+            nn.init.constant_(parameter, float(name.endswith("weight")))
+        elif parameter.ndim == 1 or "ada." in name or name.startswith("txt_out.") or "_ada." in name:
+            nn.init.zeros_(parameter)
+        elif name.startswith("emb_in."):
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        else:
+            nn.init.xavier_uniform_(parameter, generator=generator)
 
     def layout(self, lengths: Sequence[int], histories: Sequence[History | None] | None = None) -> Layout:
         """Return the packing of samples of these many latents, which follow their histories.

@@ -169,15 +169,19 @@ class TextVAE(nn.Module):
         self.decoder = TextDecoder(config)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Initialise every parameter: matrices from a normal cut off at ``init_cutoff_factor`` deviations."""
-        std, cutoff = self.config.init_std, self.config.init_std * self.config.init_cutoff_factor
+        """Initialise every parameter; see :meth:`init_parameter`."""
         for name, parameter in self.named_parameters():
-            if "norm" in name:
-                nn.init.constant_(parameter, float(name.endswith("weight")))
-            elif parameter.ndim == 1:
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.trunc_normal_(parameter, 0.0, std, -cutoff, cutoff, generator=generator)
+            self.init_parameter(name, parameter, generator)
+
+    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator | None) -> None:
+        """Initialise one: matrices from a normal cut off at ``init_cutoff_factor`` deviations."""
+        std, cutoff = self.config.init_std, self.config.init_std * self.config.init_cutoff_factor
+        if "norm" in name:
+            nn.init.constant_(parameter, float(name.endswith("weight")))
+        elif parameter.ndim == 1:
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.trunc_normal_(parameter, 0.0, std, -cutoff, cutoff, generator=generator)
 
     def layout(self, lengths: Sequence[int], histories: Sequence[History | None] | None = None) -> Layout:
         """Return the packing of samples of these many *latents*, which follow their histories."""

@@ -50,15 +50,19 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Initialise every parameter: normal, what adds to the residual narrower by sqrt(2 layers)."""
-        config = self.config
+        """Initialise every parameter; see :meth:`init_parameter`."""
         for name, parameter in self.named_parameters():
-            if "norm" in name:
-                nn.init.ones_(parameter)
-            else:
-                added = name.endswith(("attn_out_proj.weight", "ffn_out.weight"))
-                std = config.init_std / math.sqrt(2 * config.num_layers) if added else config.init_std
-                nn.init.normal_(parameter, std=std, generator=generator)
+            self.init_parameter(name, parameter, generator)
+
+    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator | None) -> None:
+        """Initialise one: normal, what adds to the residual narrower by sqrt(2 layers)."""
+        config = self.config
+        if "norm" in name:
+            nn.init.ones_(parameter)
+        else:
+            added = name.endswith(("attn_out_proj.weight", "ffn_out.weight"))
+            std = config.init_std / math.sqrt(2 * config.num_layers) if added else config.init_std
+            nn.init.normal_(parameter, std=std, generator=generator)
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rotary table of positions (N,)."""

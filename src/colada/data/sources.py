@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -108,13 +108,16 @@ class Source(Section):
 # --- reading -----------------------------------------------------------------------------------
 
 
-def read_texts(source: Source, validation_share: float) -> Iterator[str]:
+def read_texts(source: Source, validation_share: float, among: Sequence[Part] | None = None) -> Iterator[str]:
     """Yield what a source's training records say, for a tokenizer to learn from.
+
+    Args:
+        among: those of its parts that are read; None for all.
 
     Raises:
         ColadaError: for what cannot be read or is no text, with its file and line or row.
     """
-    for part in parts(source):
+    for part in parts(source) if among is None else among:
         for record in read(source, part, validation_share):
             if record.split == "train":
                 yield from _texts(source, record)

@@ -29,14 +29,8 @@ from colada.training.parallel import compile_blocks
 from colada.training.parallel import recompute as recompute_blocks
 from colada.training.plan import training_flops
 from colada.training.recipe import Recipe
-from colada.training.stages import LayOut, Stage, System, owned, row_generator
+from colada.training.stages import LayOut, Stage, System, copied, drawn, row_generator
 from colada.vae import TextVAE
-
-
-def initialise(seed: int, vae: TextVAE, dit: DiT) -> None:
-    """Give both networks the first weights of a run with this seed."""
-    vae.init_weights(row_generator(seed, 0, 0))
-    dit.init_weights(row_generator(seed, 0, 1))
 
 
 class ColaStage(Stage):
@@ -115,18 +109,25 @@ class ColaSystem(System):
 
     numbers = (1, 2)
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, start: LanguageModel | None) -> None:
-        self.recipe, self._pad_id = recipe, tokenizer.pad_id
+    def __init__(
+        self, recipe: Recipe, tokenizer: Tokenizer, start: LanguageModel | None, whole: bool = True
+    ) -> None:
+        super().__init__(recipe, whole)
+        self._pad_id = tokenizer.pad_id
         if start is None:
             vae_config, dit_config = recipe.configs(tokenizer.vocab_size, tokenizer.pad_id)
-            self.vae, self.dit = TextVAE(vae_config), DiT(dit_config)
-            initialise(recipe.seed, self.vae, self.dit)
+        elif isinstance(start, ColaDLM):
+            vae_config, dit_config = start.vae.config, start.dit.config
+            recipe.check_configs(vae_config, dit_config, tokenizer.vocab_size)
         else:
-            if not isinstance(start, ColaDLM):
-                raise ColadaError(f"model.init={recipe.model.init} is {start.arch}, model.arch is 'cola'")
-            self.vae, self.dit = owned(start.vae), owned(start.dit)
-            recipe.check_configs(self.vae.config, self.dit.config, tokenizer.vocab_size)
-        self.networks = {"vae": self.vae, "dit": self.dit}
+            raise ColadaError(f"model.init={recipe.model.init} is {start.arch}, model.arch is 'cola'")
+        self.vae, self.dit = self._made(lambda: TextVAE(vae_config)), self._made(lambda: DiT(dit_config))
+        if start is None:
+            generators = [row_generator(recipe.seed, 0, number) for number in (0, 1)]
+            first = {"vae": drawn(self.vae, generators[0]), "dit": drawn(self.dit, generators[1])}
+        else:
+            first = {"vae": copied(start.vae), "dit": copied(start.dit)}
+        self._begin({"vae": self.vae, "dit": self.dit}, first)
         self.block_tokens = self.vae.config.block_tokens
 
     def prepare(self, lay_out: LayOut, recompute: bool, compiled: bool) -> None:
@@ -135,16 +136,16 @@ class ColaSystem(System):
             recompute_blocks(self.dit)
         if compiled:
             compile_blocks(self.dit)
-        lay_out({"vae": self.vae})
+        self._laid_out("vae", lay_out)
 
     def stage(self, number: int, lay_out: LayOut) -> ColaStage:
         """Return a stage over these networks; stage 2 takes the Text VAE as it is now."""
         if number == 1:
             return ColaStage(1, self.recipe, self._pad_id, self.vae, self.dit)
-        lay_out({"dit": self.dit})
+        self._laid_out("dit", lay_out)
         reference = None
         if self.recipe.stage2.vae != "frozen":
-            reference = TextVAE(self.vae.config)
+            reference = self._made(lambda: TextVAE(self.vae.config))
             lay_out({"reference": reference})
             reference.requires_grad_(False).load_state_dict(self.vae.state_dict())
         return ColaStage(2, self.recipe, self._pad_id, self.vae, self.dit, reference)

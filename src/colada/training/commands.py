@@ -7,12 +7,16 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from colada.errors import ColadaError
+
+if TYPE_CHECKING:
+    from colada.training.recipe import Recipe
 
 
 def train(
@@ -53,29 +57,32 @@ def train(
     Ctrl-C and SIGTERM save the state; running again resumes it.
     """
     with _training_extra():
+        from colada.training.environment import world_size
+        from colada.training.preflight import preflight
         from colada.training.recipe import load_recipe
-        from colada.training.trainer import MODEL, Interrupted, Trainer
-    from rich.console import Console
 
-    from colada.training.display import Display
-    from colada.training.parallel import joined, world_size
-
-    sources = [] if data is None else [f"data.sources=[{{path: {json.dumps(str(data))}}}]"]
+    replaced = {} if data is None else {"data.sources": [{"path": str(data)}]}
     archs = [] if arch is None else [f"model.arch={arch}"]
-    settings = load_recipe(recipe, [*sources, *archs, *(overrides or [])])
-    if dry_run:
-        from colada.training.dry_run import plan_run
-
-        plan = plan_run(settings, ranks or world_size())
-        if as_json:
-            print(json.dumps(plan.to_dict(), indent=2))
-        else:
-            for name, value in plan.lines():
-                print(f"{name:<32}{value:>14}")
-        return
+    settings = load_recipe(recipe, [*archs, *(overrides or [])], replaced)
     if out is None:
         kind = settings.model.arch
         out = Path("runs") / (recipe.stem if kind == "cola" else f"{recipe.stem}-{kind}")
+    for name, given in (("--ranks", ranks), ("--json", as_json or None)):
+        if given is not None and not dry_run:
+            raise ColadaError(f"{name} without --dry-run: it says what a run would take")
+    # Before torch is imported, which takes seconds.
+    notes = preflight(settings, out)
+    if dry_run:
+        _plan(settings, ranks or world_size(), as_json, notes)
+        return
+    from colada.loading import loading
+
+    with loading(f"torch for {recipe}"):
+        from rich.console import Console
+
+        from colada.training.display import Display
+        from colada.training.parallel import joined
+        from colada.training.trainer import MODEL, Interrupted, Trainer
     run = settings.run
     with joined(run.device, run.shard, run.replicas) as group:
         display = Display(Console(stderr=True, quiet=quiet or not group.first))
@@ -90,6 +97,26 @@ def train(
         prompt = next(iter(run.sample_prompts), "Once upon a time")
         chat = ["--chat"] if settings.data.chats else []
         print(shlex.join(["colada", "generate", "--model", str(out / MODEL), *chat, prompt]))
+
+
+def _plan(recipe: Recipe, ranks: int, as_json: bool, notes: list[str]) -> None:
+    """Print what a run will take, and what its data holds."""
+    from colada.training.dry_run import plan_run
+    from colada.training.survey import survey
+
+    plan, surveys = plan_run(recipe, ranks), survey(recipe)
+    if as_json:
+        print(json.dumps({**plan.to_dict(), "data": [asdict(own) for own in surveys]}, indent=2))
+        return
+    for name, value in plan.lines():
+        print(f"{name:<32}{value:>14}")
+    for own in surveys:
+        print(f"data {own.name}: {own}")
+    tokens = [own.tokens for own in surveys if own.tokens is not None]
+    if sum(tokens) and len(tokens) == len(surveys):
+        print(f"{'passes over the data':<32}{plan.tokens / sum(tokens):>14,.1f}")
+    for note in notes:
+        print(note)
 
 
 def report(

@@ -21,7 +21,7 @@ from colada.training.optimisation import make_optimisers
 from colada.training.parallel import compile_blocks
 from colada.training.parallel import recompute as recompute_blocks
 from colada.training.recipe import Recipe
-from colada.training.stages import LayOut, Stage, System, owned, row_generator
+from colada.training.stages import LayOut, Stage, System, copied, drawn, row_generator
 
 
 class DecoderStage(Stage):
@@ -65,22 +65,27 @@ class DecoderSystem(System):
     numbers = (1,)
     block_tokens = 1
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, start: LanguageModel | None) -> None:
-        self.recipe = recipe
+    def __init__(
+        self, recipe: Recipe, tokenizer: Tokenizer, start: LanguageModel | None, whole: bool = True
+    ) -> None:
+        super().__init__(recipe, whole)
         if start is None:
-            self.decoder = Decoder(recipe.decoder_config(tokenizer.vocab_size, tokenizer.end_ids[0]))
-            self.decoder.init_weights(row_generator(recipe.seed, 0, 2))
+            config = recipe.decoder_config(tokenizer.vocab_size, tokenizer.end_ids[0])
         else:
             if not isinstance(start, DecoderLM) or start.arch != recipe.model.arch:
                 wanted = recipe.model.arch
                 raise ColadaError(f"model.init={recipe.model.init} is {start.arch}, model.arch is {wanted!r}")
-            self.decoder = owned(start.decoder)
+            config = start.decoder.config
             if start.vocab_size != tokenizer.vocab_size:
                 raise ColadaError(
                     f"model.init={recipe.model.init} has vocab_size={start.vocab_size}, "
                     f"the tokenizer {tokenizer.vocab_size}"
                 )
-        self.networks = {"decoder": self.decoder}
+        self.decoder = self._made(lambda: Decoder(config))
+        first = drawn(self.decoder, row_generator(recipe.seed, 0, 2))
+        if isinstance(start, DecoderLM):
+            first = copied(start.decoder)
+        self._begin({"decoder": self.decoder}, {"decoder": first})
 
     def prepare(self, lay_out: LayOut, recompute: bool, compiled: bool) -> None:
         """Lay out the decoder."""
@@ -88,7 +93,7 @@ class DecoderSystem(System):
             recompute_blocks(self.decoder)
         if compiled:
             compile_blocks(self.decoder)
-        lay_out({"decoder": self.decoder})
+        self._laid_out("decoder", lay_out)
 
     def stage(self, number: int, lay_out: LayOut) -> DecoderStage:
         """Return the stage."""

@@ -1,7 +1,8 @@
-"""What a training run shows: progress on a terminal, one line a log interval elsewhere."""
+"""What a training run shows: progress on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 
 # What the line of a step leaves out: it is in metrics.jsonl.
+LINE_SECONDS = 5.0
+"""Elsewhere than on a terminal, lines of steps are at least so far apart."""
 _NOT_SHOWN = ("lr", "tokens", "tokens_per_s", "flow_by_t", "loss", "memory_gb")
 
 
@@ -21,7 +24,8 @@ class Display:
         self.console = console or Console(stderr=True, quiet=True)
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._title = ""
+        self._title, self._total, self._start = "", 0, 0
+        self._begin = self._line = 0.0  # When the task began, and when its last line was written.
 
     def say(self, line: str) -> None:
         """Print a line above the progress."""
@@ -32,7 +36,8 @@ class Display:
     @contextmanager
     def task(self, title: str, total: int, start: int = 0, passing: bool = False) -> Iterator[None]:
         """Show the progress of something that takes ``total`` steps; if ``passing``, until it is done."""
-        self._title = title
+        self._title, self._total, self._start = title, total, start
+        self._begin, self._line = time.monotonic(), -LINE_SECONDS
         whole, rest = Column(no_wrap=True), Column(ratio=1, no_wrap=True, overflow="ellipsis")
         columns = (
             TextColumn("[bold]{task.description}", table_column=whole),
@@ -65,7 +70,18 @@ class Display:
         # The first are the last that a narrow terminal leaves out.
         text = f"{terms['tokens_per_s']:,.0f} tokens/s "
         text += " ".join(f"{name} {value:.3g}" for name, value in shown.items())
+        now = time.monotonic()
         if self._progress is not None and self.console.is_terminal:
             self._progress.update(self._task, completed=step, terms=text)
-        else:
-            self.say(f"{self._title} step {step}: {text}")
+        elif step >= self._total or now - self._line >= LINE_SECONDS:
+            self._line = now
+            self.say(f"{self._title} step {step}/{self._total}{self._left(step, now)}: {text}")
+
+    def _left(self, step: int, now: float) -> str:
+        """Return how long the task will take from a step on, in words; nothing before the second one."""
+        done = step - self._start
+        if done < 2 or step >= self._total:
+            return ""
+        minutes, seconds = divmod(round((now - self._begin) / done * (self._total - step)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f", {hours}:{minutes:02}:{seconds:02} left" if hours else f", {minutes}:{seconds:02} left"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import torch
+
 from colada.baselines.config import DecoderConfig, matched_config
 from colada.baselines.load import read_decoder_config
 from colada.checkpoint import read_configs
 from colada.config import DiTConfig, TextVAEConfig
+from colada.device import memory_of
 from colada.errors import ColadaError
 from colada.locate import DECODER_DIR, locate
-from colada.tokenizer import Tokenizer
+from colada.model import KINDS
 from colada.training.decoder_plan import decoder_flops, decoder_parameters, decoder_phase
-from colada.training.plan import Phase, Placement, Plan, Work, cola_phase, parameter_counts
-from colada.training.recipe import Recipe
+from colada.training.environment import ranks_here
+from colada.training.plan import Phase, Placement, Plan, Work, cola_phase, parameter_counts, scaled
+from colada.training.recipe import Recipe, vocab_size
 from colada.training.sections import OptimiserSection
 
 _SHAPE = ("dim", "num_layers", "num_heads", "ffn_dim")
@@ -38,6 +42,7 @@ def plan_run(recipe: Recipe, ranks: int) -> Plan:
         ColadaError: for settings that do not fit each other, or a model to continue from that is not there.
     """
     recipe = resolve(recipe)
+    KINDS[recipe.model.arch].check(recipe.own_generation, "recipe: generation")
     if recipe.model.arch == "cola":
         vae, dit = configs_of(recipe)
         return Plan(parameter_counts(vae, dit), tuple(_cola_phases(recipe, vae, dit, ranks)))
@@ -45,6 +50,19 @@ def plan_run(recipe: Recipe, ranks: int) -> Plan:
     placement = _placement(recipe, section, ranks)
     phase = decoder_phase(config, section.steps, section.batch, section.length, placement)
     return Plan(decoder_parameters(config), (phase,))
+
+
+def check_memory(plan: Plan, device: torch.device) -> None:
+    """Raise ColadaError if a rank needs more memory than its device has."""
+    there = memory_of(device)
+    ranks = ranks_here() if device.type == "cpu" else 1
+    for phase in plan.phases:
+        needed = ranks * sum(phase.memory.values())
+        if there is not None and needed > there:
+            raise ColadaError(
+                f"{phase.name} would take about {scaled(needed, 'B')} of memory, but {device} has "
+                f"{scaled(there, 'B')}: expected a smaller batch or micro_batch, length, vocabulary or model"
+            )
 
 
 def _cola_phases(recipe: Recipe, vae: TextVAEConfig, dit: DiTConfig, ranks: int) -> list[Phase]:
@@ -100,7 +118,7 @@ def resolve(recipe: Recipe) -> Recipe:
         return recipe
     if recipe.model.init is None and not set(_SHAPE) & recipe.model.decoder.keys():
         total = sum(parameter_counts(*_cola_configs(recipe)).values())
-        config = matched_config(total, _vocab_size(recipe), objective=recipe.model.arch)
+        config = matched_config(total, vocab_size(recipe), objective=recipe.model.arch)
         decoder = {name: getattr(config, name) for name in _SHAPE}
         decoder["init_std"] = round(config.dim**-0.5, 4)  # 0.02 at the width it is usual for
         decoder |= recipe.model.decoder
@@ -132,7 +150,7 @@ def configs_of(recipe: Recipe) -> tuple[TextVAEConfig, DiTConfig]:
         return _cola_configs(recipe)
     vae, dit = read_configs(locate(recipe.model.init))
     own = recipe.tokenizer.file is None
-    recipe.check_configs(vae, dit, vae.vocab_size if own else _vocab_size(recipe))
+    recipe.check_configs(vae, dit, vae.vocab_size if own else vocab_size(recipe))
     return vae, dit
 
 
@@ -140,7 +158,7 @@ def decoder_config_of(recipe: Recipe) -> DecoderConfig:
     """Return the configuration of a resolved baseline's recipe, without its data; raises as above."""
     init = recipe.model.init
     if init is None:
-        return recipe.decoder_config(_vocab_size(recipe), bos_id=0)  # Which id it is changes no size.
+        return recipe.decoder_config(vocab_size(recipe), bos_id=0)  # Which id it is changes no size.
     directory = locate(init)
     if not (directory / DECODER_DIR).is_dir():
         raise ColadaError(f"model.init={init} is no baseline, expected one for arch={recipe.model.arch!r}")
@@ -148,10 +166,5 @@ def decoder_config_of(recipe: Recipe) -> DecoderConfig:
 
 
 def _cola_configs(recipe: Recipe) -> tuple[TextVAEConfig, DiTConfig]:
-    size = _vocab_size(recipe)
+    size = vocab_size(recipe)
     return recipe.configs(size, pad_id=size - 1)  # Which id it is changes no size.
-
-
-def _vocab_size(recipe: Recipe) -> int:
-    file = recipe.tokenizer.file
-    return recipe.tokenizer.vocab_size if file is None else Tokenizer.from_file(file).vocab_size

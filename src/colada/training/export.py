@@ -22,10 +22,17 @@ from colada.training.stages import System
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def system_of(recipe: Recipe, tokenizer: Tokenizer, start: LanguageModel | None = None) -> System:
-    """Return what the recipe's architecture brings to a run; ``start`` is a model to continue from."""
+def system_of(
+    recipe: Recipe, tokenizer: Tokenizer, start: LanguageModel | None = None, whole: bool = True
+) -> System:
+    """Return what the recipe's architecture brings to a run.
+
+    Args:
+        start: a model to continue from.
+        whole: see :class:`System`.
+    """
     kind = ColaSystem if recipe.model.arch == "cola" else DecoderSystem
-    return kind(recipe, tokenizer, start)
+    return kind(recipe, tokenizer, start, whole)
 
 
 def write_model(model: LanguageModel, dtype: torch.dtype, directory: Path) -> None:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from colada.errors import ColadaError, nearest
-from colada.flow import T
 
 METRICS_FILE, SAMPLES_FILE, TENSORBOARD_DIR = "metrics.jsonl", "samples.txt", "tensorboard"
 BUILT_IN = ("jsonl", "tensorboard")
@@ -278,6 +277,8 @@ class TensorBoard:
 def _scalars(name: str, value: float | list[float | None] | None) -> list[tuple[str, float]]:
     """Return the scalars of a value of a record, by tag; None is no scalar."""
     if isinstance(value, list):
+        from colada.flow import T  # It imports torch, and names of monitors are checked without.
+
         width = int(T) // len(value)
         bins = [f"{name}/{index * width:03d}-{(index + 1) * width}" for index in range(len(value))]
         return [(tag, one) for tag, one in zip(bins, value, strict=True) if one is not None]

@@ -2,16 +2,18 @@
 
 Started by ``torchrun``, every rank computes its rows of the same global batch; the gradients are
 averaged over all ranks. Weights, gradients and optimiser states are sharded (FSDP2), inside
-groups of ranks if ``replicas`` is above 1 (hybrid sharding), or not at all.
+groups of ranks if ``replicas`` is above 1 (hybrid sharding), or in groups of one rank, which is not at all.
+No rank builds a whole network: its shards are made, and filled one parameter at a time.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -19,12 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from colada.baselines.decoder import Decoder
 from colada.device import find_device
 from colada.dit import DiT
 from colada.errors import ColadaError
+from colada.training.environment import local_rank, world_size
 from colada.vae import TextVAE
 
 
@@ -35,13 +39,15 @@ class Ranks:
     Attributes:
         rank, size: its number, and how many there are.
         device: where it computes.
-        mesh: how FSDP lays the networks out; None where they are not sharded.
+        mesh: how FSDP lays the networks out; None for a rank alone.
+        patient: the group in which ranks wait for one that has long work to do.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    patient: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -63,18 +69,32 @@ class Ranks:
         """Return the sum over ranks."""
         if self.size > 1:
             values = values.to(self.device)
-            dist.all_reduce(values)
+            with _together():
+                dist.all_reduce(values)
         return values
 
     def wait(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks, days if need be."""
         if self.size > 1:
-            dist.barrier()
+            with _together():
+                dist.barrier(self.patient)
 
 
-def world_size() -> int:
-    """Return how many ranks ``torchrun`` started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+@contextmanager
+def _together() -> Iterator[None]:
+    """Say in one line that another rank is gone; what it failed of, it says itself."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise _gone(error) from None
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error) and "gloo" not in str(error):
+            raise
+        raise _gone(error) from None
+
+
+def _gone(error: Exception) -> ColadaError:
+    return ColadaError(f"another rank has ended, or cannot be reached: {str(error).partition(chr(10))[0]}")
 
 
 @contextmanager
@@ -82,7 +102,7 @@ def joined(device: str, shard: bool, replicas: int) -> Iterator[Ranks]:
     """Join the process group that ``torchrun`` describes, if it does, and leave it at the end.
 
     Raises:
-        ColadaError: for an unusable device, or replicas that do not divide the ranks.
+        ColadaError: for an unusable device or environment, or replicas that do not divide the ranks.
     """
     size = world_size()
     place = run_device(device)
@@ -92,18 +112,24 @@ def joined(device: str, shard: bool, replicas: int) -> Iterator[Ranks]:
     if size % replicas:
         raise ColadaError(f"run.replicas={replicas}, expected a divisor of the {size} ranks")
     if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        place = torch.device("cuda", local_rank(torch.cuda.device_count()))
         torch.cuda.set_device(place)
     # Both, where there is a GPU: checkpoints are written from the CPU while it computes.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
     try:
-        mesh = None
-        if shard and replicas > 1:
-            shape = (replicas, size // replicas)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).partition("\n")[0]
+        raise ColadaError(f"the {size} ranks cannot join at {where}: {reason}") from None
+    try:
+        groups = replicas if shard else size
+        if groups > 1:
+            shape = (groups, size // groups)
             mesh = init_device_mesh(place.type, shape, mesh_dim_names=("replicate", "shard"))
-        elif shard:
+        else:
             mesh = init_device_mesh(place.type, (size,), mesh_dim_names=("shard",))
-        yield Ranks(dist.get_rank(), size, place, mesh)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        yield Ranks(dist.get_rank(), size, place, mesh, patient)
     finally:
         dist.destroy_process_group()
 
@@ -143,14 +169,30 @@ def lay_out(networks: nn.ModuleDict, ranks: Ranks, precision: torch.dtype) -> No
             shard(half)
 
 
-def average_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
-    """Average the gradients of networks that are not sharded over the ranks."""
-    if ranks.mesh is not None or ranks.size == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= ranks.size
+def allocate(networks: nn.Module, device: torch.device) -> None:
+    """Give networks that were made without memory their own, uninitialised; buffers, which are real, stay."""
+    buffers = {name: buffer for name, buffer in networks.named_buffers() if not buffer.is_meta}
+    networks.to_empty(device=device)
+    for name, buffer in networks.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
+
+
+@torch.no_grad()
+def fill(network: nn.Module, value: Callable[[str, Tensor], Tensor]) -> None:
+    """Set every parameter, or this rank's part of it, one after the other.
+
+    Args:
+        value: returns a whole parameter by its name, on the CPU, given an uninitialised tensor of its shape.
+    """
+    for name, parameter in network.named_parameters():
+        whole = value(name, torch.empty(parameter.shape))
+        if isinstance(parameter, DTensor):
+            # Every rank has the same values: nothing is sent.
+            part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(part.to_local())
+        else:
+            parameter.copy_(whole)
 
 
 def recompute(network: DiT | Decoder) -> None:

@@ -147,6 +147,19 @@ class Recipe(Section):
         return FlowSettings(law, s.timestep_per == "block", s.copies, s.prefix_share, s.history_dropout)
 
 
+def vocab_size(recipe: Recipe) -> int:
+    """Return how many entries a new model's tokenizer has.
+
+    Raises:
+        ColadaError: if it is a file that is no tokenizer.
+    """
+    if recipe.tokenizer.file is None:
+        return recipe.tokenizer.vocab_size
+    from colada.tokenizer import Tokenizer
+
+    return Tokenizer.from_file(recipe.tokenizer.file).vocab_size
+
+
 def load_recipe(
     path: Path | None, overrides: Sequence[str] = (), replaced: Mapping[str, Any] | None = None
 ) -> Recipe:

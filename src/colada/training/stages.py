@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from colada.baselines.decoder import Decoder
 from colada.config import NetworkConfig
 from colada.data.rows import Batch
+from colada.device import unallocated
+from colada.dit import DiT
 from colada.language_model import LanguageModel
 from colada.objectives import Counts, Loss
+from colada.training.parallel import fill
 from colada.training.recipe import Recipe
 from colada.training.sections import OptimiserSection
+from colada.vae import TextVAE
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -30,12 +35,24 @@ def row_generator(seed: int, stage: int, row: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
-def owned(network: Network) -> Network:
-    """Return a network to go on training, float32, with weights of its own: a file's are read-only."""
-    network.float().train()
-    for parameter in network.parameters():
-        parameter.data = parameter.data.clone()
-    return network
+FirstWeights = Callable[[str, Tensor], Tensor]
+"""Returns a parameter of a network by its name, given an uninitialised tensor of its shape on the CPU."""
+
+
+def drawn(network: TextVAE | DiT | Decoder, generator: torch.Generator) -> FirstWeights:
+    """Return the first weights of a new network, drawn one parameter after the other."""
+
+    def value(name: str, tensor: Tensor) -> Tensor:
+        network.init_parameter(name, tensor, generator)
+        return tensor
+
+    return value
+
+
+def copied(network: nn.Module) -> FirstWeights:
+    """Return first weights that are those of another network, as float32."""
+    parameters = dict(network.named_parameters())
+    return lambda name, tensor: tensor.copy_(parameters[name].detach())
 
 
 @contextmanager
@@ -111,12 +128,40 @@ class System(ABC):
         networks: all that are saved, by name.
         numbers: of the stages.
         block_tokens: rows are whole numbers of so many tokens.
+
+    Args:
+        whole: give the networks memory and weights at once; else once they are laid over the ranks.
     """
 
     recipe: Recipe
     networks: dict[str, nn.Module]
     numbers: tuple[int, ...]
     block_tokens: int
+
+    def __init__(self, recipe: Recipe, whole: bool = True) -> None:
+        self.recipe, self._whole = recipe, whole
+        self._first: dict[str, FirstWeights] = {}
+
+    def _made(self, make: Callable[[], Network]) -> Network:
+        """Return a new network; without memory if it is to be laid out first."""
+        with nullcontext() if self._whole else unallocated():
+            return make()
+
+    def _begin(self, networks: dict[str, nn.Module], first: dict[str, FirstWeights]) -> None:
+        """Take networks and their first weights."""
+        self.networks, self._first = networks, first
+        if self._whole:
+            self._fill(networks)
+
+    def _fill(self, networks: Iterable[str]) -> None:
+        for name in networks:
+            if name in self._first:
+                fill(self.networks[name], self._first.pop(name))
+
+    def _laid_out(self, name: str, lay_out: LayOut) -> None:
+        """Lay a network over the ranks, with its first weights."""
+        lay_out({name: self.networks[name]})
+        self._fill([name])
 
     @abstractmethod
     def prepare(self, lay_out: LayOut, recompute: bool, compiled: bool) -> None:

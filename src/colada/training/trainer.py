@@ -13,8 +13,9 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
+from colada.checkpoint import check_replaceable
 from colada.data.rows import Batch, Rows, batch
-from colada.device import keep_freed_memory
+from colada.device import keep_freed_memory, unallocated
 from colada.errors import ColadaError
-from colada.language_model import LanguageModel
+from colada.language_model import ARCHITECTURES, LanguageModel
 from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
-from colada.model import KINDS, load
+from colada.model import load
 from colada.objectives import Counts, readable
 from colada.streaming import GenerationError
 from colada.tokenizer import Tokenizer
@@ -50,14 +52,15 @@ from colada.training.checkpoints import (
     read_tensors,
 )
 from colada.training.display import Display
-from colada.training.dry_run import plan_run, resolve
+from colada.training.dry_run import check_memory, plan_run, resolve
 from colada.training.export import DTYPES, system_of, write_model
 from colada.training.inputs import chat_template, prepare_inputs, train_tokenizer
 from colada.training.meter import Meter
-from colada.training.monitors import METRICS_FILE, Monitors, check_names, make_monitors
+from colada.training.monitors import METRICS_FILE, Monitors, make_monitors
 from colada.training.optimisation import average_weights, learning_rate, set_learning_rate
-from colada.training.parallel import Ranks, average_gradients, lay_out, run_device
-from colada.training.plan import Plan
+from colada.training.parallel import Ranks, allocate, lay_out, run_device
+from colada.training.plan import Plan, scaled
+from colada.training.preflight import preflight
 from colada.training.provenance import provenance
 from colada.training.recipe import Recipe, commented, difference, load_recipe, save_recipe
 from colada.training.report import write_report
@@ -109,10 +112,13 @@ class Trainer:
         self.display = display if display is not None and self.ranks.first else Display()
         self._stop = False
         # What can be refused at once, before hours of tokenising.
-        KINDS[recipe.model.arch].check(recipe.own_generation, "recipe: generation")
-        check_names(recipe.run.monitors)
+        notes = preflight(recipe, out)
         self.recipe = recipe = resolve(recipe)
         plan = plan_run(recipe, self.ranks.size)
+        check_memory(plan, self.device)
+        check_replaceable(out / MODEL)
+        for line in (*self._planned(plan), *notes):
+            self.display.say(line)
         self._resumable(resume)  # Refused before there is a directory, and looked up again once it is ours.
         self._lock = self._locked()
         try:
@@ -137,7 +143,7 @@ class Trainer:
                 recipe, self.tokenizer, self.template, cache, self.display.say, self.display.advance
             )
         self._check_data()
-        self.system = system_of(recipe, self.tokenizer, start)
+        self.system = system_of(recipe, self.tokenizer, start, whole=self.ranks.mesh is None)
         self.system.prepare(self._lay_out, recipe.run.checkpoint_activations, recipe.run.compile)
         self.checkpoints = Checkpoints(
             out / "checkpoints", recipe.run.keep_last, recipe.run.keep_every, self.ranks.first
@@ -145,6 +151,23 @@ class Trainer:
         self.made_with = provenance(self.device) | {
             "parameters": ", ".join(f"{name} {number:,}" for name, number in plan.parameters.items())
         }
+
+    def _planned(self, plan: Plan) -> list[str]:
+        """Return what is going to be trained, on what, and for how long, in lines of a terminal's width."""
+        run, where = self.recipe.run, str(self.device)
+        if self.device.type == "cuda":
+            where = torch.cuda.get_device_name(self.device)
+        elif self.device.type == "cpu":
+            threads = torch.get_num_threads()
+            where = f"cpu with {threads} thread{'s' if threads > 1 else ''}"
+        if self.ranks.size > 1:
+            where += f", {self.ranks.size} ranks"
+        parts = " + ".join(f"{name} {scaled(number)}" for name, number in plan.parameters.items())
+        steps = " + ".join(f"{phase.steps:,}" for phase in plan.phases) or "0"
+        return [
+            f"training {ARCHITECTURES[self.recipe.model.arch]} in {self.out}: {parts} parameters",
+            f"on {where}, {run.precision}; {steps} steps, {scaled(plan.tokens)} tokens",
+        ]
 
     def _resumable(self, resume: str) -> Path | None:
         """Return the checkpoint to go on from; raises :class:`ColadaError` if it is of another recipe."""
@@ -216,7 +239,10 @@ class Trainer:
     def _lay_out(self, networks: dict[str, nn.Module]) -> nn.ModuleDict:
         made = nn.ModuleDict(networks)
         lay_out(made, self.ranks, DTYPES[self.recipe.run.precision])
-        return made.to(self.device)
+        if self.ranks.mesh is None:
+            return made.to(self.device)
+        allocate(made, self.device)
+        return made
 
     # --- the stages ------------------------------------------------------------------------
 
@@ -231,7 +257,9 @@ class Trainer:
             self._run()
         finally:
             self._unlock()
-        if self.recipe.run.report and self.ranks.first and (self.out / METRICS_FILE).is_file():
+        # What it needs was looked for at the start, and said to be missing.
+        drawn = self.recipe.run.report and find_spec("matplotlib") is not None
+        if drawn and self.ranks.first and (self.out / METRICS_FILE).is_file():
             self.display.say(f"wrote {write_report(self.out)}")
 
     def _run(self) -> None:
@@ -282,10 +310,12 @@ class Trainer:
             validation = self.inputs.rows("validation", section, self.recipe.seed, block)
         average = None
         if section.ema:
-            fresh = {name: type(network)(network.config) for name, network in stage.networks.items()}
+            with nullcontext() if self.ranks.mesh is None else unallocated():
+                fresh = {name: type(network)(network.config) for name, network in stage.networks.items()}
             average = average_weights(nn.ModuleDict(fresh), section.ema)
             self._lay_out(dict(average.module.items()))  # type: ignore[operator]
             average.requires_grad_(False)
+            average.module.load_state_dict(stage.networks.state_dict())
         progress = Progress()
         if saved is not None:
             self._restore(stage, average)
@@ -307,6 +337,7 @@ class Trainer:
                 elif average is not None:
                     average.update_parameters(stage.networks)
                 progress.step, progress.tokens = step + 1, progress.tokens + section.batch * section.length
+                self.display.advance(step + 1, section.steps)
                 meter.count(section.batch * section.length, stage.flops(step))
                 done, last = step + 1, step + 1 == section.steps
                 if done % run.log_every == 0 or last:
@@ -392,7 +423,6 @@ class Trainer:
             _add(terms, loss.terms)
             total += loss.total.detach()
         parameters = [p for p in stage.networks.parameters() if p.grad is not None]
-        average_gradients(parameters, self.ranks)
         norm = nn.utils.clip_grad_norm_(parameters, stage.section.clip)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
