@@ -71,3 +71,18 @@ def test_after_the_second_step_a_terminal_shows_the_time_left() -> None:
             time.sleep(0.01)
             display.advance(step, 120)
     assert re.search(r"2/120 +\d+:\d\d", file.getvalue())
+
+
+def test_a_task_says_in_a_pipe_how_far_it_is_and_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    file = io.StringIO()
+    display = Display(Console(file=file, width=80))
+    with display.task("likelihood", 1, unit="tokens"):
+        for clock[0] in (1.0, 2.5, 5.0, 8.0, 13.0, 40.0):
+            display.advance(int(clock[0] * 100), 4000)
+    assert file.getvalue().splitlines() == [
+        "likelihood: 250 of 4,000 tokens, 0:38 left",
+        "likelihood: 800 of 4,000 tokens, 0:32 left",
+        "likelihood: 1,300 of 4,000 tokens, 0:27 left",
+    ]

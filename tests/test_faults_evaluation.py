@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
+from typing import Any
 
+import pytest
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from colada import layers
 from colada.baselines.config import DecoderConfig
 from colada.baselines.decoder import Decoder
 from colada.baselines.load import MODELS
 from colada.errors import ColadaError
+from colada.evaluation import likelihood as likelihood_room
+from colada.evaluation.likelihood import likelihood
+from colada.evaluation.measure import measure
 from colada.language_model import LanguageModel
 from colada.settings import TextRequest
 from helpers import tiny_model
@@ -66,3 +75,91 @@ def test_one_bad_request_is_found_before_anything_is_written() -> None:
     for model in models().values():
         with pytest.raises(ColadaError, match="prompt id 99"):
             model.complete([TextRequest([1], 4, {}), TextRequest([99], 4, {})], 1)
+
+
+# --- long texts ----------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that anything makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for part in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(part, Tensor) and not part.is_mkldnn:
+                # What is expanded takes no memory.
+                own = part.untyped_storage().nbytes() // max(1, part.element_size())
+                self.numbers = max(self.numbers, own)
+        return out
+
+
+def largest(model: LanguageModel, tokens: int) -> int:
+    text = [1 + number % 40 for number in range(tokens)]
+    with LargestTensor() as counted:
+        measure(model, [text], steps=1, samples=1)
+    return counted.numbers
+
+
+@pytest.mark.parametrize("arch", ["cola", "ar"])
+def test_memory_of_a_likelihood_is_linear_in_the_length(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood_room, "EXACT_NUMBERS", 0)
+    monkeypatch.setattr(likelihood_room, "GROUP_LATENTS", 64)
+    model = models()[arch]
+    short, long = largest(model, 768), largest(model, 1536)
+    assert long <= 2.1 * short
+    assert long < 1536**2 / 4
+
+
+def test_a_text_that_no_memory_holds_is_refused_before_it_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(likelihood_room, "memory_of", lambda device: 2**20)
+    with pytest.raises(ColadaError, match=r"a text of 4,000 tokens needs 0\.0 GiB for its keys"):
+        likelihood(tiny_model(), [[1], [2] * 4000])
+
+
+def test_groups_of_blocks_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text and probes, in groups of one block, of two, and in one."""
+    model, text = tiny_model(), [1 + number % 40 for number in range(30)]
+    found = []
+    for latents in (4, 8, 128):
+        monkeypatch.setattr(likelihood_room, "GROUP_LATENTS", latents)
+        found.append(likelihood(model, [text], [[3] * 9], steps=2).texts[0])
+    for other in found[1:]:
+        assert other.bound == pytest.approx(found[0].bound, rel=1e-5)
+        assert other.reconstruction == pytest.approx(found[0].reconstruction, rel=1e-5)
+
+
+def test_no_compiled_kernel_is_used_so_that_several_samples_may_follow_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A compiled kernel gives its buffers away in the first backward pass, and an exact trace has many."""
+
+    def compiled(*arguments: object, **options: object) -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(layers, "_flex", compiled)
+    model = tiny_model()
+    one, several = (likelihood(model, [[1, 2, 3]], samples=samples, steps=1) for samples in (1, 3))
+    assert one.samples == 1
+    assert several.samples == 3
+
+
+def _append(said: list[tuple[int, int]], done: int, total: int) -> None:
+    said.append((done, total))
+
+
+def test_progress_rises_to_all_tokens() -> None:
+    for arch, model in models().items():
+        said: list[tuple[int, int]] = []
+        measure(model, [[1] * 40, [2] * 9, [3] * 9], steps=2, progress=partial(_append, said))
+        assert said == sorted(said), arch
+        assert said[-1] == (58, 58)
+        assert all(total == 58 for _, total in said)
+        assert arch != "cola" or len(said) > 10

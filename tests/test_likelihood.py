@@ -7,8 +7,9 @@ from torch import Tensor
 
 from colada.errors import ColadaError
 from colada.evaluation import likelihood as room
-from colada.evaluation.likelihood import Velocity, divergence, finish, flow_velocity, likelihood, log_prior
-from colada.flow import T
+from colada.evaluation.likelihood import likelihood
+from colada.evaluation.prior import BlockFlow, Passes, Velocity, divergence, log_prior
+from colada.flow import Euler, T
 from colada.model import ColaDLM
 from helpers import tiny_model
 
@@ -40,6 +41,13 @@ def gaussian(mean: Tensor, deviation: Tensor) -> tuple[Velocity, Velocity]:
     return velocity, log_density
 
 
+def flow_velocity(model: ColaDLM, clean: Tensor) -> Velocity:
+    """Of all blocks at once, each under the clean ones (B, L, C) before it."""
+    flow = BlockFlow(Passes(model.dit), *clean.shape[:2])
+    flow.commit(clean)
+    return flow.velocity(0, clean.shape[1])
+
+
 def unit_probes(rows: int, blocks: int, size: int, width: int) -> Tensor:
     probes = torch.eye(size * width).view(-1, 1, 1, size, width)
     return probes.expand(-1, rows, blocks, -1, -1).flatten(2, 3)
@@ -68,7 +76,7 @@ def test_the_solver_converges_at_second_order() -> None:
 
 def test_the_divergence_is_the_trace_of_the_jacobian(model: ColaDLM) -> None:
     z = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(1))
-    velocity = flow_velocity(model.dit, torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(2)))
+    velocity = flow_velocity(model, torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(2)))
     v, trace = divergence(velocity, z, 0.4, unit_probes(2, 3, 4, 8))
     torch.testing.assert_close(v, velocity(z, 0.4))
     for row in range(2):
@@ -85,7 +93,7 @@ def test_the_divergence_is_the_trace_of_the_jacobian(model: ColaDLM) -> None:
 def test_random_signs_estimate_the_divergence_without_bias(model: ColaDLM) -> None:
     generator = torch.Generator().manual_seed(3)
     z = torch.randn(1, 8, 8, generator=generator)
-    velocity = flow_velocity(model.dit, z)
+    velocity = flow_velocity(model, z)
     _, exact = divergence(velocity, z, 0.7, unit_probes(1, 2, 4, 8))
     signs = torch.randint(2, (300, 1, 8, 8), generator=generator) * 2.0 - 1
     estimates = torch.stack([divergence(velocity, z, 0.7, one[None])[1] for one in signs])
@@ -98,7 +106,7 @@ def test_a_block_is_moved_under_its_clean_history(model: ColaDLM) -> None:
     """The velocity of all blocks at once is that of each alone, given the clean ones before it."""
     generator = torch.Generator().manual_seed(4)
     clean, z = torch.randn(2, 1, 12, 8, generator=generator)
-    found = flow_velocity(model.dit, clean)(z, 0.3)
+    found = flow_velocity(model, clean)(z, 0.3)
     for block in range(3):
         start, end = 4 * block, 4 * block + 4
         packed = torch.cat([clean[0, :start], z[0, start:end]])
@@ -141,7 +149,7 @@ def test_finishing_is_generation_from_where_the_latents_are(model: ColaDLM) -> N
     """Blocks follow each other under finished ones, here without any history kept."""
     z = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        found = finish(model.dit, z, 0.5, 4)
+        found = BlockFlow(Passes(model.dit), 1, 12).finish(z, [0.5, 0.375, 0.25, 0.125, 0.0], Euler)
         done = z[0, :0]
         for block in z[0].split(4):
             layout = model.dit.layout([len(done) + 4])

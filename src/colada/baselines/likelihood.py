@@ -19,6 +19,10 @@ from torch import Tensor
 from colada.baselines.model import DecoderLM
 from colada.errors import ColadaError
 from colada.generation import block_generator
+from colada.layers import Pass
+
+LOGITS_ROWS = 1024
+"""Tokens whose logits are computed together."""
 
 
 @torch.inference_mode()
@@ -41,7 +45,7 @@ def log_likelihood(
         seed: text i, sample k have the stream of (seed, i, k), or with one each of (seed of i, 0, k): results
             do not depend on ``batch``.
         batch: texts computed together.
-        progress: called after every batch with how many texts are done, and of how many.
+        progress: called after every batch with how many tokens are done, and of how many.
 
     Raises:
         ColadaError: for a value out of range, or an empty text.
@@ -67,7 +71,7 @@ def log_likelihood(
             drawn = [_masked(model, contexts[some], texts[some], streams[some], k) for k in range(samples)]
             found += torch.stack(drawn).mean(0).tolist()
         if progress is not None:
-            progress(len(found), len(texts))
+            progress(sum(map(len, texts[: len(found)])), sum(map(len, texts)))
     return found
 
 
@@ -112,6 +116,14 @@ def _sums(
     )
     wanted = torch.cat([torch.tensor(text)[own] for text, own in zip(texts, chosen, strict=True)]).to(device)
     packed = torch.tensor([token for row in rows for token in row], device=device)
-    logits = model.decoder(packed, model.decoder.layout([len(row) for row in rows]), where)
-    each = -F.cross_entropy(logits.double(), wanted, reduction="none").cpu()
+    layout = model.decoder.layout([len(row) for row in rows])
+    hidden = model.decoder.run(packed, Pass(layout, model.decoder.table(layout.positions)))
+    # A few at a time: of a long text, logits over the whole vocabulary would take most of the memory.
+    parts = zip(hidden.index_select(0, where).split(LOGITS_ROWS), wanted.split(LOGITS_ROWS), strict=True)
+    each = torch.cat(
+        [
+            -F.cross_entropy(model.decoder.logits(own).double(), ids, reduction="none").cpu()
+            for own, ids in parts
+        ]
+    )
     return torch.stack([own.sum() for own in each.split([len(own) for own in chosen])])

@@ -28,6 +28,11 @@ def fits_packed(layers: Iterable[nn.Linear]) -> bool:
     return sum(layer.weight.nbytes for layer in layers) <= PACKED_BYTES
 
 
+def plain_product(layer: nn.Linear, *, gelu: bool = False) -> Product:
+    """Return a layer as torch computes it, with gradients; see :func:`product`."""
+    return (lambda x: F.gelu(layer(x), approximate="tanh")) if gelu else layer
+
+
 def product(layer: nn.Linear, *, gelu: bool = False, packed: bool = False) -> Product:
     """Return a layer as a function, followed by a tanh-approximate GELU if asked.
 
@@ -42,7 +47,7 @@ def product(layer: nn.Linear, *, gelu: bool = False, packed: bool = False) -> Pr
             one of long strides to it. Without oneDNN there is no copy.
     """
     if not has_onednn(layer.weight):
-        return (lambda x: F.gelu(layer(x), approximate="tanh")) if gelu else layer
+        return plain_product(layer, gelu=gelu)
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()) if packed else layer.weight
     run, bias = torch.ops.mkldnn._linear_pointwise.default, layer.bias
     after: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")

@@ -6,15 +6,15 @@ See :meth:`colada.dit.DiT.forward` and :meth:`colada.vae.TextDecoder.forward` fo
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from functools import partial
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colada.dit import ROPE_THETA, DiT, DiTBlock
-from colada.engine.kernels import fits_packed, product
-from colada.engine.memory import Plan
+from colada.engine.kernels import fits_packed, plain_product, product
 from colada.layers import inverse_frequencies
 
 _KEPT_TIMESTEPS = 64
@@ -103,22 +103,36 @@ def _matrices(block: DiTBlock) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Line
     return block.msa.proj_qkv, block.msa.proj_out, block.mlp.proj_in, block.mlp.proj_out
 
 
+class Rows(Protocol):
+    """Which rows a pass has and what they see: a :class:`~colada.engine.memory.Plan`, or the like.
+
+    Attributes:
+        clean_rows: how many rows, the first ones, are not needed after their keys and values are written.
+    """
+
+    clean_rows: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, kept: int = 0) -> Tensor:
+        """See :meth:`colada.engine.memory.Plan.attend`."""
+
+
 class PriorPass:
     """The DiT over rows of many requests.
 
     Args:
         dit: whose weights are used as they are.
+        differentiable: compute by what has gradients, and no copies of the weights.
     """
 
-    def __init__(self, dit: DiT) -> None:
+    def __init__(self, dit: DiT, differentiable: bool = False) -> None:
         self.dit, self.modulation = dit, Modulation(dit)
         config = dit.config
         self._blocks = [cast(DiTBlock, block) for block in dit.blocks]
         matrices = [_matrices(block) for block in self._blocks]
         packed = fits_packed([layer for own in matrices for layer in own])
+        make = partial(product, packed=packed) if not differentiable else plain_product
         self._products = [
-            tuple(product(layer, gelu=number == 2, packed=packed) for number, layer in enumerate(own))
-            for own in matrices
+            tuple(make(layer, gelu=number == 2) for number, layer in enumerate(own)) for own in matrices
         ]
         still = (config.head_dim - config.rope_dim + 1) // 2
         # Channels that pass through turn with frequency zero: one complex product for the whole head.
@@ -130,7 +144,7 @@ class PriorPass:
         angles = positions.float()[:, None] * self._frequencies
         return torch.polar(torch.ones_like(angles), angles)[:, None]
 
-    def __call__(self, latents: Tensor, row: int | Tensor, plan: Plan, rotations: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, row: int | Tensor, plan: Rows, rotations: Tensor) -> Tensor:
         """Run the network.
 
         Args:
@@ -154,7 +168,7 @@ class PriorPass:
         return x.reshape(-1, config.txt_out_channels).float()
 
     def _block(
-        self, x: Tensor, row: int | Tensor, plan: Plan, rotations: Tensor, layer: int, kept: int
+        self, x: Tensor, row: int | Tensor, plan: Rows, rotations: Tensor, layer: int, kept: int
     ) -> Tensor:
         """One layer; rows before ``kept`` only leave their keys and values."""
         config = self.dit.config

@@ -169,7 +169,7 @@ def likelihood(
         float | None, typer.Option(help="a = t / T of the latents that the bound is over. Default: 0.6.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Solver steps, to the noise and to the data. Default: 32.")
+        int | None, typer.Option(help="Solver steps to the noise, and half as many to the data. Default: 16.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of noise and probes.")] = 0,
     batch: Annotated[int, typer.Option(help="Texts computed together; changes no result.")] = 8,
@@ -193,7 +193,7 @@ def likelihood(
     network = load_model(model, revision, dtype, device)
     bound = bound_settings(network, samples=samples, at=at, steps=steps)
     display = Display(Console(stderr=True, quiet=quiet))
-    with display.task("likelihood", total=len(texts)):
+    with display.task("likelihood", total=1, unit="tokens"):
         found = measure(
             network,
             [text.text for text in texts],
@@ -262,7 +262,7 @@ def generative(
         float | None, typer.Option(help="a = t / T of a judge's bound. Default: 0.6.")
     ] = None,
     judge_steps: Annotated[
-        int | None, typer.Option(help="Solver steps of a judge's bound. Default: 32.")
+        int | None, typer.Option(help="Solver steps of a judge's bound. Default: 16.")
     ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,

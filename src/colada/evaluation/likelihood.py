@@ -28,7 +28,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -36,21 +35,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colada.config import TextVAEConfig
-from colada.dit import DiT, Timesteps
+from colada.device import memory_of
+from colada.engine.memory import round_up
 from colada.errors import ColadaError
+from colada.evaluation.prior import BlockFlow, Passes, Pins, log_prior
 from colada.evaluation.texts import ratio_error
-from colada.flow import Euler, T, velocity_from_z0
-from colada.generation import encode, transport
+from colada.flow import AdamsBashforth2
+from colada.generation import encode
 from colada.layers import History
 from colada.model import ColaDLM
 from colada.packing import pad_to_multiple
-from colada.settings import Prompt
+from colada.settings import Prompt, require_count
+from colada.vae import TextVAE
 
 EXACT_NUMBERS = 64
 """Numbers in a block up to which its trace is exact for K = 1, too."""
 
-Velocity = Callable[[Tensor, float], Tensor]
-"""z (B, L, C) and a -> v (B, L, C), each block's depending on its own z only."""
+BATCH_LATENTS = 2**15
+"""Latents of the texts that are measured together; one longer text is measured alone."""
+
+GROUP_LATENTS = 128
+"""Latents of a text that are differentiated, and spelled, together."""
+
+PASS_COST = 1e8
+"""FLOPs whose time a pass over a single block takes beside its own; only progress depends on it."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ def likelihood(
     *,
     samples: int = 1,
     at: float = 0.6,
-    steps: int = 32,
+    steps: int = 16,
     seed: int | Sequence[int] = 0,
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
@@ -125,10 +133,11 @@ def likelihood(
         given: what each text follows, see the module; an empty one is none, as is None for all.
         samples: K.
         at: a of the latents z_a, above 0 and below 1.
-        steps: of the flow from a to 1 (Heun, two evaluations each), and as many of Euler from a to 0.
+        steps: of the flow from a to 1 (Heun, two evaluations each), and half as many of AB2 from a to 0.
         seed: text i, sample k have the stream of (seed, i, k); or of (seed[i], k), with one each.
-        batch: texts of as many blocks, after as many, that are computed together.
-        progress: called after every batch with how many texts are done, and of how many.
+        batch: samples of texts of as many blocks, after as many, that are computed together; of long texts
+            fewer.
+        progress: called every now and then with how many tokens' work is done, and of how many.
 
     Raises:
         ColadaError: naming a value out of range, for an empty text, other than one context or seed a text,
@@ -136,8 +145,7 @@ def likelihood(
     """
     given = [[] for _ in texts] if given is None else given
     for name, value in (("samples", samples), ("steps", steps), ("batch", batch)):
-        if value < 1:
-            raise ColadaError(f"{name}={value}, expected at least 1")
+        require_count(name, value)
     if not 0 < at < 1:
         raise ColadaError(f"at={at}, expected a number between 0 and 1")
     if not model.vae.config.use_variation:
@@ -153,256 +161,246 @@ def likelihood(
     for number, own in enumerate(ids):
         if not own:
             raise ColadaError(f"text {number} has no tokens")
-    numbers = model.vae.config.block_size * model.vae.config.latent_dim
-    exact = samples > 1 or numbers <= EXACT_NUMBERS
-    found: dict[int, TextBound] = {}
-    for some in _batches(contexts, ids, model.vae.config, batch):
-        asked = [(contexts[number], ids[number]) for number in some]
-        each = []
-        for k in range(samples):
-            streams = [(*stems[number], k) for number in some]
-            each.append(_terms(model, asked, streams, at, steps, exact))
-        terms = torch.stack(each)
-        bounds = terms.sum(-1).logsumexp(0) - math.log(samples)
-        for number, bound, means in zip(some, bounds.tolist(), terms.mean(0).tolist(), strict=True):
-            text = texts[number]
-            size = len(text.encode()) if isinstance(text, str) else 0
-            found[number] = TextBound(len(ids[number]), size, bound, *means)
-        if progress is not None:
-            progress(len(found), len(texts))
-    return Likelihood(tuple(found[number] for number in range(len(texts))), samples)
+    config = model.vae.config
+    exact = samples > 1 or config.block_size * config.latent_dim <= EXACT_NUMBERS
+    measured = _Measurement(model, Passes(model.dit), at, steps, exact)
+    batches = list(
+        _batches([_shape(*own, config) for own in zip(contexts, ids, strict=True)], samples, batch)
+    )
+    for shape, _ in batches:
+        measured.check_memory(shape)
+    meter = _Meter(measured, batches, sum(map(len, ids)), progress)
+    terms: dict[tuple[int, int], Tensor] = {}
+    for _, rows in batches:
+        asked = [(contexts[number], ids[number]) for number, _ in rows]
+        streams = [(*stems[number], sample) for number, sample in rows]
+        found = measured.terms(asked, streams, meter)
+        terms |= dict(zip(rows, found, strict=True))
+    bounds = []
+    for number, text in enumerate(texts):
+        parts = torch.stack([terms[number, sample] for sample in range(samples)])
+        bound = parts.sum(-1).logsumexp(0).item() - math.log(samples)
+        size = len(text.encode(errors="surrogatepass")) if isinstance(text, str) else 0
+        bounds.append(TextBound(len(ids[number]), size, bound, *parts.mean(0).tolist()))
+    return Likelihood(tuple(bounds), samples)
 
 
-def _shape(context: Sequence[int], text: Sequence[int], config: TextVAEConfig) -> tuple[int, int, int]:
-    """Return how many latents are prefix, how many the context's tail pins, and how many blocks follow."""
+@dataclass(frozen=True)
+class _Shape:
+    """Latents of a text: of the context's whole blocks, of its tail, and of all blocks after the former."""
+
+    prefix: int
+    tail: int
+    length: int
+
+
+def _shape(context: Sequence[int], text: Sequence[int], config: TextVAEConfig) -> _Shape:
     latents, length = (-(-len(ids) // config.patch_size) for ids in (context, text))
     prefix = latents // config.block_size * config.block_size
     tail = latents - prefix
-    return prefix, tail, -(-(tail + length) // config.block_size)
+    return _Shape(prefix, tail, round_up(tail + length, config.block_size))
 
 
-def _batches(
-    contexts: Sequence[Sequence[int]], ids: Sequence[Sequence[int]], config: TextVAEConfig, batch: int
-) -> Iterator[list[int]]:
-    """Yield the numbers of texts of equally many blocks after equally many, at most ``batch`` at a time."""
-    by_blocks: dict[tuple[int, int], list[int]] = {}
-    for number, (context, own) in enumerate(zip(contexts, ids, strict=True)):
-        prefix, _, blocks = _shape(context, own, config)
-        by_blocks.setdefault((prefix, blocks), []).append(number)
-    for numbers in by_blocks.values():
-        for start in range(0, len(numbers), batch):
-            yield numbers[start : start + batch]
+Row = tuple[int, int]
+"""Number of a text, and of one of its samples."""
 
 
-def _terms(
-    model: ColaDLM,
-    asked: Sequence[tuple[Sequence[int], Sequence[int]]],
-    streams: Sequence[tuple[int, ...]],
-    at: float,
-    steps: int,
-    exact: bool,
-) -> Tensor:
-    """Return log p(x | z0(z_a)), log p(z_a) and -log q(z_a | x) of one sample a text, float64 (B, 3).
+def _batches(shapes: Sequence[_Shape], samples: int, batch: int) -> Iterator[tuple[_Shape, list[Row]]]:
+    """Yield rows of equally many latents after equally many: at most ``batch``, fewer of long texts."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, own in enumerate(shapes):
+        alike.setdefault((own.prefix, own.length), []).append(number)
+    for (prefix, length), numbers in alike.items():
+        rows = [(number, sample) for number in numbers for sample in range(samples)]
+        most = max(1, min(batch, BATCH_LATENTS // (prefix + length)))
+        for start in range(0, len(rows), most):
+            some = rows[start : start + most]
+            yield _Shape(prefix, 0, length), some
 
-    Args:
-        asked: contexts and texts, with equally many latents of prefix and blocks after it.
-        streams: of each text's noise.
+
+class _Meter:
+    """Tells how many tokens are done, by the FLOPs of what is done: long texts take more for each token."""
+
+    def __init__(
+        self,
+        measured: _Measurement,
+        batches: Sequence[tuple[_Shape, list[Row]]],
+        tokens: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._tokens, self._progress, self._done = tokens, progress, 0.0
+        self._whole = sum(
+            cost
+            for shape, rows in batches
+            for cost in (measured.finish_cost(shape, len(rows)), measured.prior_cost(shape, len(rows)))
+        )
+
+    def add(self, cost: float) -> None:
+        """Count some more FLOPs as done."""
+        self._done += cost
+        if self._progress is not None:
+            self._progress(round(self._tokens * min(1.0, self._done / self._whole)), self._tokens)
+
+
+class _Measurement:
+    """How texts are measured: everything but the texts.
+
+    Attributes:
+        model, at, steps: see :func:`likelihood`.
+        passes: of the model's DiT.
         exact: take the trace itself for the divergence, not an estimate.
     """
-    vae, device, config = model.vae, model.device, model.vae.config
-    size, width, patch = config.block_size, config.latent_dim, config.patch_size
-    shapes = [_shape(context, text, config) for context, text in asked]
-    rows, prefix, length = len(asked), shapes[0][0], shapes[0][2] * size
-    generators = [_generator(stream) for stream in streams]
-    whole = [[*pad_to_multiple(context, patch, model.pad_id), *text] for context, text in asked]
-    padded = torch.tensor([pad_to_multiple(ids, config.block_tokens, model.pad_id) for ids in whole])
-    token = torch.arange(prefix * patch, padded.shape[1])
-    begin = torch.tensor([(prefix + tail) * patch for _, tail, _ in shapes])[:, None]
-    end = torch.tensor([len(ids) for ids in whole])[:, None]
-    scored = ((token >= begin) & (token < end)).to(device)
-    with torch.no_grad():
-        known = encode(vae, [context for context, _ in asked], model.pad_id)
-        clean = torch.stack([own[:prefix] for own in known])
-        pins = _pins(
-            [own[prefix : prefix + tail] for own, (_, tail, _) in zip(known, shapes, strict=True)], length
+
+    def __init__(self, model: ColaDLM, passes: Passes, at: float, steps: int, exact: bool) -> None:
+        self.model, self.passes, self.at, self.steps, self.exact = model, passes, at, steps, exact
+        # More steps to the data cost more and do not tighten the bound: see docs/evaluation.md.
+        finishing = -(-steps // 2)
+        self._grid = [at * (1 - step / finishing) for step in range(finishing + 1)]
+        config = model.dit.config
+        self._row_cost = 2.0 * sum(
+            own.numel() for name, own in model.dit.named_parameters() if "ada." not in name
         )
-        q = vae.encode(padded.flatten().to(device), [padded.shape[1]] * rows)
-        assert q.logvar is not None
-        noise = torch.stack([torch.randn(length, width, generator=own) for own in generators]).to(device)
-        mean, logvar = (own.view(rows, -1, width)[:, prefix:] for own in (vae.normalise(q.mean), q.logvar))
-        sigma = (0.5 * logvar).exp() * config.scaling_factor
-        deviation = ((1 - at) ** 2 * sigma**2 + at**2).sqrt()
-        z = pins.put((1 - at) * mean + deviation * noise)
-        own_entropy = 0.5 * noise.double() ** 2 + 0.5 * math.log(2 * math.pi) + deviation.double().log()
-        entropy = pins.free_sum(own_entropy)
-        histories = prefix_histories(model.dit, clean)
-        finished = finish(model.dit, z, at, steps, histories, pins)
-        latents = torch.cat([clean, finished], 1)
-        hidden = vae.decoder(latents.flatten(0, 1), vae.layout([prefix + length] * rows))
-        hidden = hidden.view(*padded.shape, -1)[:, prefix * patch :]
-        logits = vae.decoder.logits(hidden.flatten(0, 1)).view(rows, len(token), -1)
-        expected = padded[:, prefix * patch :].to(device)
-        spelled = -F.cross_entropy(logits.transpose(1, 2).double(), expected, reduction="none")
-        reconstruction = (spelled * scored).sum(1)
-    if exact:
-        probes = torch.eye(size * width, device=device).view(-1, 1, 1, size, width)
-        probes = probes.expand(-1, rows, length // size, -1, -1).flatten(2, 3)
-    else:
-        signs = [torch.randint(2, (length, width), generator=own) * 2.0 - 1 for own in generators]
-        probes = torch.stack(signs).to(device)[None]
-    prior = log_prior(flow_velocity(model.dit, finished, histories, pins), z, probes, steps, at, pins)
-    return torch.stack([reconstruction, prior, entropy], -1).cpu()
+        self._key_cost = 4.0 * config.num_layers * config.heads * config.head_dim
+
+    # --- what it costs ---------------------------------------------------------------------
+
+    def check_memory(self, shape: _Shape) -> None:
+        """Raise ColadaError if the keys and values of one text are more than the machine's memory."""
+        config, vae = self.model.dit.config, self.model.vae.config
+        width = config.num_layers * config.heads * config.head_dim + vae.decoder_num_blocks * vae.dim
+        latents = shape.prefix + shape.length
+        needed = 2 * latents * width * self.model.dit.txt_in.proj.weight.element_size()
+        there = memory_of(self.model.device)
+        if there is not None and needed > there / 2:
+            raise ColadaError(
+                f"a text of {latents * vae.patch_size:,} tokens needs {needed / 2**30:.1f} GiB for its keys"
+                f" and values, expected at most half of the {there / 2**30:.1f} GiB there are: cut it up"
+            )
+
+    def _group(self, rows: int) -> int:
+        """Return how many latents of each row are differentiated together, whole blocks."""
+        size = self.model.dit.config.block_size
+        return max(1, min(GROUP_LATENTS, 4 * GROUP_LATENTS // rows) // size) * size
+
+    def finish_cost(self, shape: _Shape, rows: int) -> float:
+        """Return the FLOPs of transporting the blocks of rows to the data, one after the other."""
+        size = self.model.dit.config.block_size
+        each = self._row_cost + self._key_cost * (shape.prefix + shape.length / 2)
+        return shape.length // size * (len(self._grid) - 1) * (PASS_COST + rows * size * each)
+
+    def prior_cost(self, shape: _Shape, rows: int) -> float:
+        """Return the FLOPs of the prior's term of rows."""
+        each = self._row_cost + self._key_cost * (shape.prefix + shape.length / 2 + self._group(rows))
+        probes = self.model.dit.config.block_size * self.model.vae.config.latent_dim if self.exact else 1
+        return 2 * self.steps * rows * shape.length * each * (1 + 2 * probes)
+
+    # --- the terms -------------------------------------------------------------------------
+
+    def terms(
+        self,
+        asked: Sequence[tuple[Sequence[int], Sequence[int]]],
+        streams: Sequence[tuple[int, ...]],
+        meter: _Meter,
+    ) -> Tensor:
+        """Return log p(x | z0(z_a)), log p(z_a) and -log q(z_a | x) of one sample a row, float64 (B, 3).
+
+        Args:
+            asked: contexts and texts, with equally many latents of prefix and blocks after it.
+            streams: of each row's noise.
+            meter: told what is done.
+        """
+        model, at = self.model, self.at
+        vae, device, config = model.vae, model.device, model.vae.config
+        width, patch = config.latent_dim, config.patch_size
+        shapes = [_shape(context, text, config) for context, text in asked]
+        rows, prefix, length = len(asked), shapes[0].prefix, shapes[0].length
+        shape = _Shape(prefix, 0, length)
+        generators = [_generator(stream) for stream in streams]
+        whole = [[*pad_to_multiple(context, patch, model.pad_id), *text] for context, text in asked]
+        padded = torch.tensor([pad_to_multiple(ids, config.block_tokens, model.pad_id) for ids in whole])
+        with torch.no_grad():
+            known = encode(vae, [context for context, _ in asked], model.pad_id)
+            clean = torch.stack([own[:prefix] for own in known])
+            tails = [own[prefix : prefix + one.tail] for own, one in zip(known, shapes, strict=True)]
+            pins = Pins.first(tails, length)
+            q = vae.encode(padded.flatten().to(device), [padded.shape[1]] * rows)
+            assert q.logvar is not None
+            noise = torch.stack([torch.randn(length, width, generator=own) for own in generators]).to(device)
+            mean, logvar = (
+                own.view(rows, -1, width)[:, prefix:] for own in (vae.normalise(q.mean), q.logvar)
+            )
+            sigma = (0.5 * logvar).exp() * config.scaling_factor
+            deviation = ((1 - at) ** 2 * sigma**2 + at**2).sqrt()
+            z = pins.put((1 - at) * mean + deviation * noise)
+            entropy = pins.free_sum(
+                0.5 * noise.double() ** 2 + 0.5 * math.log(2 * math.pi) + deviation.double().log()
+            )
+            flow = BlockFlow(self.passes, rows, prefix + length)
+            flow.commit(clean)
+            block_cost = self.finish_cost(shape, rows) / (length // config.block_size)
+            finished = flow.finish(
+                z, self._grid, AdamsBashforth2, prefix, pins, lambda number: meter.add(block_cost)
+            )
+            begin = [(prefix + own.tail) * patch for own in shapes]
+            end = [len(ids) for ids in whole]
+            latents = torch.cat([clean, finished], 1)
+            reconstruction = spelled(vae, latents, padded.to(device), begin, end)
+        # Unit vectors of a block in all blocks at once, or random signs: see divergence.
+        size, group, signs = config.block_size, self._group(rows), None
+        if not self.exact:
+            signs = torch.stack([torch.randint(2, (length, width), generator=own) for own in generators])
+            signs = (2.0 * signs - 1).to(device)
+        prior = torch.zeros(rows, dtype=torch.float64, device=device)
+        step_cost = self.prior_cost(shape, rows) / length / self.steps
+        for start in range(0, length, group):
+            own = z[:, start : start + group]
+            cost = step_cost * own.shape[1]
+            here = pins.part(start, start + group)
+            prior += log_prior(
+                flow.velocity(prefix + start, own.shape[1], here.where),
+                own,
+                _unit_probes(size, own) if signs is None else signs[None, :, start : start + group],
+                self.steps,
+                at,
+                here,
+                lambda number, cost=cost: meter.add(cost),  # type: ignore[misc]
+            )
+        return torch.stack([reconstruction, prior, entropy], -1).cpu()
+
+
+def _unit_probes(size: int, z: Tensor) -> Tensor:
+    """Return the unit vectors of a block, in all blocks of z (B, L, C) at once: (size * C, B, L, C)."""
+    rows, length, width = z.shape
+    probes = torch.eye(size * width, device=z.device).view(-1, 1, 1, size, width)
+    return probes.expand(-1, rows, length // size, -1, -1).flatten(2, 3)
+
+
+def spelled(vae: TextVAE, latents: Tensor, ids: Tensor, begin: Sequence[int], end: Sequence[int]) -> Tensor:
+    """Return the sums of log p(token | latents) of tokens ``begin`` to ``end`` of each row, float64 (B,).
+
+    A few blocks are decoded at a time, under those before them.
+
+    Args:
+        latents: (B, L, C).
+        ids: (B, L * patch_size).
+    """
+    rows, patch, size = len(latents), vae.config.patch_size, vae.config.block_size
+    histories = [History() for _ in range(rows)]
+    total = torch.zeros(rows, dtype=torch.float64, device=latents.device)
+    group = max(1, min(GROUP_LATENTS, 4 * GROUP_LATENTS // rows) // size) * size
+    first, last = (torch.tensor(own, device=latents.device)[:, None] for own in (begin, end))
+    for start in range(0, latents.shape[1], group):
+        part = latents[:, start : start + group]
+        layout = vae.layout([part.shape[1]] * rows, histories)
+        hidden = vae.decoder(part.flatten(0, 1), layout, histories)
+        token = torch.arange(start * patch, (start + part.shape[1]) * patch, device=latents.device)
+        scored = (token >= first) & (token < last)
+        logits = vae.decoder.logits(hidden).view(rows, len(token), -1)[scored]
+        values = -F.cross_entropy(logits.double(), ids[:, token][scored], reduction="none")
+        total.index_add_(0, scored.nonzero()[:, 0], values)
+    return total
 
 
 def _generator(stream: tuple[int, ...]) -> torch.Generator:
     state = np.random.SeedSequence(stream).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
-
-
-# --- the prior -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pins:
-    """Latents that are the context's and stay as they are: where (B, L) bool, their values (B, L, C)."""
-
-    where: Tensor
-    values: Tensor
-
-    def put(self, z: Tensor) -> Tensor:
-        """Return z (B, L, C) with the pinned latents in their places."""
-        return torch.where(self.where[..., None], self.values, z)
-
-    def free_sum(self, values: Tensor) -> Tensor:
-        """Return the sums of values (B, L, C) over the free latents, (B,)."""
-        return values.masked_fill(self.where[..., None], 0.0).sum((1, 2))
-
-
-def _pins(tails: Sequence[Tensor], length: int) -> Pins:
-    """Return tails (n, C), each pinned at the beginning of ``length`` latents."""
-    values = tails[0].new_zeros(len(tails), length, tails[0].shape[1])
-    where = torch.zeros(len(tails), length, dtype=torch.bool, device=values.device)
-    for row, tail in enumerate(tails):
-        values[row, : len(tail)], where[row, : len(tail)] = tail, True
-    return Pins(where, values)
-
-
-def no_pins(z: Tensor) -> Pins:
-    """Return what pins none of the latents z (B, L, C)."""
-    return Pins(torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device), torch.zeros_like(z))
-
-
-def prefix_histories(dit: DiT, clean: Tensor) -> list[History]:
-    """Return the histories of prefixes (B, P, C), whole blocks; empty ones for P = 0."""
-    histories = [History() for _ in clean]
-    if clean.shape[1]:
-        _commit(dit, clean, histories)
-    return histories
-
-
-def _commit(dit: DiT, latents: Tensor, histories: Sequence[History]) -> None:
-    layout = dit.layout([latents.shape[1]] * len(latents), histories)
-    dit(latents.flatten(0, 1), torch.zeros((), device=latents.device), layout, histories, committing=True)
-
-
-def finish(
-    dit: DiT,
-    z: Tensor,
-    at: float,
-    steps: int,
-    histories: Sequence[History] | None = None,
-    pins: Pins | None = None,
-) -> Tensor:
-    """Return where the flow takes z_a (B, L, C) at a = 0, each block under the finished ones before it.
-
-    Args:
-        histories: of what comes before, which stay as they are; none by default.
-        pins: latents that do not move; none by default.
-    """
-    rows, length, _ = z.shape
-    size, pins = dit.config.block_size, pins or no_pins(z)
-    histories = [history.copy() for history in histories] if histories else [History() for _ in range(rows)]
-    grid = [at * (1 - step / steps) for step in range(steps + 1)]
-    blocks = []
-    for block, where, values in zip(
-        z.split(size, 1), pins.where.split(size, 1), pins.values.split(size, 1), strict=True
-    ):
-        for done, _ in transport(dit, block, histories, where, values, [1.0] * rows, grid, Euler()):
-            block = done
-        blocks.append(block)
-        if len(blocks) * size < length:
-            _commit(dit, block, histories)
-    return torch.cat(blocks, 1)
-
-
-def flow_velocity(
-    dit: DiT, history: Tensor, histories: Sequence[History] | None = None, pins: Pins | None = None
-) -> Velocity:
-    """Return v_psi(z^b, a; history^<b) of all blocks at once, in one two-copy pass.
-
-    Args:
-        history: (B, L, C), the clean latents; block b sees those before it.
-        histories: of equally much that comes before them all; none by default.
-        pins: latents at timestep 0, whose velocity is 0; none by default.
-    """
-    rows, length, width = history.shape
-    pins = pins or no_pins(history)
-    before = len(histories[0]) * dit.config.patch_size if histories else 0
-    layout = dit.two_copy_layout(rows, length, history=before)
-    clean = history[:, : length - dit.config.block_size]
-    row = torch.cat([torch.zeros_like(pins.where[:, : clean.shape[1]]), ~pins.where], 1).flatten().long()
-
-    def velocity(z: Tensor, a: float) -> Tensor:
-        times = torch.tensor([0.0, T * a], device=z.device)
-        packed = torch.cat([clean, z], 1).flatten(0, 1)
-        output = dit(packed, Timesteps(times, row), layout, histories)
-        output = output.view(rows, -1, width)[:, clean.shape[1] :]
-        if dit.config.prediction == "z0":
-            at = torch.tensor(a, device=z.device)
-            output = velocity_from_z0(z.flatten(0, 1), output.flatten(0, 1), at).view_as(z)
-        return output.masked_fill(pins.where[..., None], 0.0)
-
-    return velocity
-
-
-def log_prior(
-    velocity: Velocity, z: Tensor, probes: Tensor, steps: int, at: float, pins: Pins | None = None
-) -> Tensor:
-    """Return log p(z), the density at a = ``at`` of the flow that starts at N(0, I), float64 (B,).
-
-    Heun's method on a geometric grid: near the data, where the flow contracts, v changes like 1 / a.
-
-    Args:
-        velocity: of each block; 0 at pinned latents.
-        z: (B, L, C).
-        probes: (R, B, L, C), for the divergence, see :func:`divergence`.
-        steps: of the solver.
-        pins: latents that are given: the density is of the others; none by default.
-    """
-    pins = pins or no_pins(z)
-    # Along a pinned latent nothing is probed: its velocity is 0, but it acts on the others'.
-    probes = probes.masked_fill(pins.where[..., None], 0.0)
-    grid = [at ** (1 - step / steps) for step in range(steps + 1)]
-    z, total = z.detach(), torch.zeros(len(z), dtype=torch.float64, device=z.device)
-    for a, a_next in pairwise(grid):
-        slope, trace = divergence(velocity, z, a, probes)
-        ahead, trace_ahead = divergence(velocity, z + (a_next - a) * slope, a_next, probes)
-        z = z + 0.5 * (a_next - a) * (slope + ahead)
-        total += 0.5 * (a_next - a) * (trace + trace_ahead).double()
-    return total - pins.free_sum(0.5 * z.double() ** 2 + 0.5 * math.log(2 * math.pi))
-
-
-def divergence(velocity: Velocity, z: Tensor, a: float, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return v (B, L, C) and the sum over probes e of e . (dv / dz) e, (B,).
-
-    With the unit vectors of a block, in all blocks at once, that is the exact trace, since a block's velocity
-    depends on no other noisy block; with one vector of random signs, Hutchinson's estimate.
-    """
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        v = velocity(z, a)
-        trace = torch.zeros(len(z), device=z.device)
-        for number, probe in enumerate(probes):
-            (product,) = torch.autograd.grad(v, z, probe, retain_graph=number + 1 < len(probes))
-            trace = trace + (product * probe).sum((1, 2))
-    return v.detach(), trace

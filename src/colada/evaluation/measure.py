@@ -35,7 +35,7 @@ def bound_settings(
     Raises:
         ColadaError: for one that is out of range, or that this kind of model does not have.
     """
-    defaults = {"samples": SAMPLES[model.arch], "at": 0.6, "steps": 32}
+    defaults = {"samples": SAMPLES[model.arch], "at": 0.6, "steps": 16}
     kept = {"cola": ("samples", "at", "steps"), "llada": ("samples",), "ar": ()}[model.arch]
     for name, value in {"samples": samples, "at": at, "steps": steps}.items():
         if value is None:
@@ -59,7 +59,7 @@ def measure(
     *,
     samples: int | None = None,
     at: float = 0.6,
-    steps: int = 32,
+    steps: int = 16,
     seed: int | Sequence[int] = 0,
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
@@ -77,7 +77,7 @@ def measure(
         at, steps: of Cola DLM's bound, see :func:`~colada.evaluation.likelihood.likelihood`.
         seed: of a bound's randomness: one for all, or one each.
         batch: texts computed together; changes no result.
-        progress: called after every batch with how many texts are done, and of how many.
+        progress: called every now and then with how many tokens are done, and of how many.
 
     Returns: a score a text, in order; ``origin`` is empty, ``bytes`` 0 where a text is given as ids.
 

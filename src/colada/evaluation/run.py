@@ -158,7 +158,7 @@ def evaluate(
                 )
                 for item in items
             ]
-            with display.task(task.name, total=len(items)):
+            with display.task(task.name, total=len(items), unit="items"):
                 completions = model.complete(requests, batch)
                 _write_outputs(completions, task, items, part.file(out, task), display)
         _join(out, benchmark)

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-# What the line of a step leaves out: it is in metrics.jsonl.
 LINE_SECONDS = 5.0
 """Elsewhere than on a terminal, lines of steps are at least so far apart."""
+FIRST_SECONDS = 2.0
+"""How long a task takes before a line says how long all of it will."""
+# What the line of a step leaves out: it is in metrics.jsonl.
 _NOT_SHOWN = ("lr", "tokens", "tokens_per_s", "flow_by_t", "loss", "memory_gb")
 
 
@@ -24,7 +26,7 @@ class Display:
         self.console = console or Console(stderr=True, quiet=True)
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._title, self._total, self._start = "", 0, 0
+        self._title, self._unit, self._total, self._start = "", "", 0, 0
         self._begin = self._line = 0.0  # When the task began, and when its last line was written.
 
     def say(self, line: str) -> None:
@@ -34,9 +36,14 @@ class Display:
         console.print(line, highlight=False, soft_wrap=not console.is_terminal)
 
     @contextmanager
-    def task(self, title: str, total: int, start: int = 0, passing: bool = False) -> Iterator[None]:
-        """Show the progress of something that takes ``total`` steps; if ``passing``, until it is done."""
-        self._title, self._total, self._start = title, total, start
+    def task(
+        self, title: str, total: int, start: int = 0, passing: bool = False, unit: str = "steps"
+    ) -> Iterator[None]:
+        """Show the progress of something that takes ``total`` steps, or units of another name.
+
+        If ``passing``, only until it is done.
+        """
+        self._title, self._unit, self._total, self._start = title, unit, total, start
         self._begin, self._line = time.monotonic(), -LINE_SECONDS
         whole, rest = Column(no_wrap=True), Column(ratio=1, no_wrap=True, overflow="ellipsis")
         columns = (
@@ -58,9 +65,15 @@ class Display:
                 self._progress = None
 
     def advance(self, done: int, total: int) -> None:
-        """Show how far the task is."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done, total=total)
+        """Show how far the task is; elsewhere than on a terminal with a line every few seconds."""
+        if self._progress is None:
+            return
+        self._progress.update(self._task, completed=done, total=total)
+        now = time.monotonic()
+        late = now - max(self._line + LINE_SECONDS, self._begin + FIRST_SECONDS) >= 0
+        if late and not self.console.is_terminal and done < total:
+            self._line, self._total = now, total
+            self.say(f"{self._title}: {done:,} of {total:,} {self._unit}{self._left(done, now)}")
 
     def update(self, step: int, terms: Mapping[str, Any]) -> None:
         """Show the terms of a step."""
