@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from colada.bench import contestants, machine, mixed, run
+from colada import model as model_module
+from colada.bench import contestants, levers, machine, mixed, run
 from colada.bench.ar import ar, matched_parameters
 from colada.bench.commands import bench_app
-from colada.bench.levers import EXACT, Lever, measure_levers, own_prompts
+from colada.bench.levers import EXACT, Lever, measure_levers, next_blocks, own_prompts
 from colada.bench.machine import Rates, copy_bandwidth, fastest, machine_name, matmul_rate
 from colada.bench.mixed import Request, engine_serve, full_batch, measure_mixed, mixed_requests
 from colada.bench.models import SIZES, random_model, size_configs
@@ -409,6 +411,30 @@ def test_the_engine_keeps_its_slots_full(monkeypatch: pytest.MonkeyPatch) -> Non
     requests = [Request((1,) * 4, 8), Request((1,) * 7, 1), Request((), 11), Request((2,) * 9, 3)]
     assert engine_serve(tiny_model(), 2, 3.0, 0)(requests, 2) == 23
     assert widths == [2, 2, 2, 1]
+
+
+@pytest.fixture
+def bucketed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's way on a CPU: every request takes history in multiples of 32 latents."""
+    for module in (levers, model_module):
+        monkeypatch.setattr(module, "history_unit", lambda size, device: 32)
+        monkeypatch.setattr(module, "Engine", partial(Engine, bucket=32))
+
+
+@pytest.mark.usefixtures("bucketed")
+@pytest.mark.parametrize("slots", [1, 3])
+def test_mixed_requests_are_served_where_history_comes_in_buckets(slots: int) -> None:
+    requests = mixed_requests(4, 12, 6, 50, seed=1)
+    assert engine_serve(tiny_model(), 2, 3.0, 0)(requests, slots) == sum(own.new_tokens for own in requests)
+
+
+@pytest.mark.usefixtures("bucketed")
+def test_every_prompt_of_a_lever_is_measured_where_history_comes_in_buckets() -> None:
+    model = tiny_model()
+    settings = {"steps": 2, "solver": "euler", "schedule": "uniform"}
+    prompts = [tuple(range(1, 2 + number)) for number in range(12)]
+    latents, ids, _ = next_blocks(model, prompts, 3.0, settings, seed=0)
+    assert len(latents) == len(ids) == 12
 
 
 # --- levers ---------------------------------------------------------------------------------------

@@ -329,19 +329,22 @@ def test_a_long_prefix_is_committed_in_parts(model: ColaDLM, monkeypatch: pytest
         same(blocks, reference(model, own))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("rows", [1, 16, 33])
-def test_products_are_those_of_the_layer(rows: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = torch.nn.Linear(24, 40)
-    x = torch.randn(rows, 24)
+def test_products_are_those_of_the_layer(
+    rows: int, packed: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = torch.nn.Linear(24, 40, dtype=dtype)
+    x = torch.randn(rows, 24, dtype=dtype)
     exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
     curved = torch.nn.functional.gelu(exact, approximate="tanh")
     for available in (kernels.ONEDNN, False):  # oneDNN's own call, and the layer's
         monkeypatch.setattr(kernels, "ONEDNN", available)
         out = kernels.product(layer, packed=packed)(x)
-        torch.testing.assert_close(out.double(), exact, atol=2e-6, rtol=1e-6)
+        torch.testing.assert_close(out.double(), exact, atol=tolerance, rtol=tolerance)
         out = kernels.product(layer, gelu=True, packed=packed)(x)
-        torch.testing.assert_close(out.double(), curved, atol=2e-6, rtol=1e-6)
+        torch.testing.assert_close(out.double(), curved, atol=tolerance, rtol=tolerance)
 
 
 def test_weights_too_large_to_be_packed_are_used_as_stored(

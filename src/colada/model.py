@@ -106,7 +106,7 @@ class ColaDLM(LanguageModel):
         """Quantise the weights of the transformer layers that generate, in place, and return self.
 
         Args:
-            name: "int8" (weights, on any device) or "fp8" (weights and products, on GPUs that have it).
+            name: "int8", int8 weights by output channel; experimental on a GPU, where it was never measured.
 
         Raises:
             ColadaError: as :func:`colada.quantise.quantise`; or if that was done before.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from colada.model import ColaDLM
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTISATIONS = ("int8", "fp8")
+QUANTISATIONS = ("int8",)
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 MOST_INPUT = 2**28
 """Bytes of standard input that are read."""
@@ -58,7 +58,10 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps.")]
 QuantiseOption = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Layers in int8, or fp8 on GPUs that have it; less exact."),
+    typer.Option(
+        metavar="NAME",
+        help="Layers with int8 weights: less memory, less exact; slower on a CPU.",
+    ),
 ]
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import nn
 
 from colada.errors import ColadaError
 from colada.flow import choose
 
-QUANTISATIONS = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8DynamicActivationFloat8WeightConfig"}
-"""By name, torchao's configuration: int8 weights by output channel, anywhere; fp8 products, on GPUs that
-have them (compute capability 8.9 and newer)."""
+QUANTISATIONS = {"int8": "Int8WeightOnlyConfig"}
+"""By name, torchao's configuration: int8 weights by output channel."""
 
 
 def quantise(networks: tuple[nn.Module, nn.Module], name: str) -> None:
@@ -26,12 +24,9 @@ def quantise(networks: tuple[nn.Module, nn.Module], name: str) -> None:
         name: one of :data:`QUANTISATIONS`.
 
     Raises:
-        ColadaError: for an unknown name, if torchao is missing, or a device that cannot compute so.
+        ColadaError: for an unknown name, or if torchao is missing.
     """
     config = choose("quantise", name, QUANTISATIONS)
-    device = next(networks[0].parameters()).device
-    if name == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
-        raise ColadaError(f"quantise='fp8' on {device}, expected a GPU of compute capability 8.9 or newer")
     logging.disable(logging.WARNING)  # torchao logs each of its own kernels that this machine has no use for
     try:
         import torchao.quantization as ao

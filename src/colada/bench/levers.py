@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from colada.bench.run import Spread
-from colada.engine.engine import Engine
+from colada.engine.engine import Engine, history_unit
+from colada.engine.memory import round_up
 from colada.engine.request import Request
+from colada.errors import ColadaError
 from colada.flow import SCHEDULES
 from colada.generation import sample_noise
 from colada.model import ColaDLM
@@ -110,7 +112,8 @@ def next_blocks(
         )
         for number, ids in enumerate(prompts)
     ]
-    capacity = sum(request.room(config.patch_size, config.block_size) for request in requests)
+    size, unit = config.block_size, history_unit(config.block_size, model.device)
+    capacity = sum(round_up(request.room(config.patch_size, size), unit) for request in requests)
     engine = Engine(model.vae, model.dit, capacity=capacity, pad_id=model.pad_id)
     for request in requests:
         engine.submit(request)
@@ -119,6 +122,10 @@ def next_blocks(
         pass
     seconds = time.perf_counter() - begin
     blocks = [slot.block for slot in engine.under_way if slot.block is not None]
+    if len(blocks) != len(requests):
+        raise ColadaError(
+            f"{len(blocks)} blocks were generated, expected one for each of {len(requests)} prompts"
+        )
     latents, ids = torch.stack([block.latents for block in blocks]), [block.ids for block in blocks]
     return latents, torch.tensor(ids), seconds
 

@@ -13,6 +13,7 @@ from colada.bench.machine import synchronise
 from colada.bench.run import Spread
 from colada.errors import ColadaError
 from colada.model import ColaDLM
+from colada.settings import TextRequest
 
 
 @dataclass(frozen=True)
@@ -119,19 +120,13 @@ def _timed(serve: Serve, requests: Sequence[Request], slots: int, device: torch.
 
 
 def engine_serve(model: ColaDLM, steps: int, guidance: float, seed: int) -> Serve:
-    """Return continuous batching by :class:`~colada.session.Session`, with history for so many at once."""
+    """Return continuous batching by :meth:`~colada.model.ColaDLM.complete_all`, in so many slots at once."""
 
     def serve(requests: Sequence[Request], slots: int) -> int:
-        config = model.vae.config
-        # Whole blocks for the prompt and what follows it; the largest requests may meet.
-        rooms = sorted(
-            (-(-(len(own.ids) + own.new_tokens) // config.block_tokens) + 1) * config.block_size
-            for own in requests
-        )
-        session = model.session(history=sum(rooms[-slots:]), slots=slots)
-        for number, own in enumerate(requests):
-            settings = fixed_settings(steps, guidance, seed + number)
-            session.submit(own.ids, own.new_tokens, **settings)
-        return sum(len(chunk.tokens) for chunk in session.chunks())
+        asked = [
+            TextRequest(own.ids, own.new_tokens, fixed_settings(steps, guidance, seed + number))
+            for number, own in enumerate(requests)
+        ]
+        return sum(len(own.tokens) for own in model.complete_all(asked, slots))
 
     return serve

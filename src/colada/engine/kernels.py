@@ -18,9 +18,12 @@ PACKED_BYTES = 2**29
 
 
 def has_onednn(weight: Tensor) -> bool:
-    """Return whether oneDNN can multiply by weights like this one: dense float32 on a CPU."""
+    """Return whether oneDNN can multiply by weights like this one: dense float32 or bfloat16 on a CPU."""
     dense = type(weight) in (Tensor, nn.Parameter)  # not a quantised kind
-    return dense and weight.device.type == "cpu" and weight.dtype == torch.float32 and ONEDNN
+    # Where a processor has no instructions for bfloat16, oneDNN may refuse it.
+    exact = weight.dtype == torch.float32
+    known = exact or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dense and weight.device.type == "cpu" and known and ONEDNN
 
 
 def fits_packed(layers: Iterable[nn.Linear]) -> bool:
@@ -36,8 +39,8 @@ def plain_product(layer: nn.Linear, *, gelu: bool = False) -> Product:
 def product(layer: nn.Linear, *, gelu: bool = False, packed: bool = False) -> Product:
     """Return a layer as a function, followed by a tanh-approximate GELU if asked.
 
-    In float32 on a CPU, :func:`torch.nn.functional.linear` goes to the BLAS library; oneDNN, which
-    compiled models use, is faster at the few rows of a block, and fuses the GELU.
+    On a CPU, :func:`torch.nn.functional.linear` goes to the BLAS library in float32; oneDNN,
+    which compiled models use, is faster at the few rows of a block, and fuses the GELU.
 
     Args:
         layer: whose bias, and unless packed whose weight, is used as it is.
