@@ -20,7 +20,8 @@ import typer
 import yaml
 
 from colada import ColaDLM
-from colada.data.documents import find_files, read_documents
+from colada.data.documents import read_documents
+from colada.data.listing import find_files
 from colada.data.rows import StreamRows, batch
 from colada.data.shards import prepare
 from colada.data.sources import Source

@@ -23,7 +23,8 @@ from measure import Trigrams, words
 from rich.console import Console
 
 import colada
-from colada.data.documents import find_files, read_documents
+from colada.data.documents import read_documents
+from colada.data.listing import find_files
 from colada.data.sources import read_texts
 from colada.evaluation.generative import distinct
 from colada.settings import TextRequest

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from colada.data.documents import Document, find_files, read_documents
+from colada.data.documents import Document, read_documents
+from colada.data.listing import find_files
 from colada.errors import ColadaError
 
 TEXTS = [f"Document {i}: naïve 東京\nsecond line, 🙂" for i in range(40)]
@@ -160,13 +161,13 @@ def test_bad_utf8_names_line_and_byte(tmp_path: Path, name: str) -> None:
 def test_bad_json_names_the_line(tmp_path: Path, bad: str) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a"}\n\n' + bad + "\n", encoding="utf-8")
-    assert read_error(path).startswith(f"{path}:3: not JSON")
+    assert read_error(path).startswith(f"{path}:3 is not valid JSON")
 
 
 def test_json_that_is_no_object_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a"}\n["text"]\n', encoding="utf-8")
-    assert read_error(path) == f"{path}:2: of type list, expected a JSON object"
+    assert read_error(path) == f"{path}:2 holds a list, expected a JSON object"
 
 
 def test_missing_column_lists_those_there_and_the_nearest(tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_corrupt_files_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         assert "read" in read_error(tmp_path / name)
     assert "unknown kind" in read_error(tmp_path / "x.csv")
-    assert "cannot be read" in read_error(tmp_path / "none.txt")
+    assert "no such file" in read_error(tmp_path / "none.txt")
 
 
 def test_missing_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

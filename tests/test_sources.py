@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from colada.data.documents import Part, find_files, read_documents, read_records, split_file
+from colada.data.documents import Part, read_documents, read_records, split_file
+from colada.data.listing import find_files
 from colada.data.sources import Source, identity, parts, read, read_texts
 from colada.errors import ColadaError
 

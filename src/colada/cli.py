@@ -328,7 +328,8 @@ def tokenizer_train(
     column: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
 ) -> None:
     """Learn a byte-level BPE from text, leaving out the validation documents as training does."""
-    from colada.data.documents import find_files, read_documents
+    from colada.data.documents import read_documents
+    from colada.data.listing import find_files
     from colada.tokenizer import Tokenizer
 
     documents = read_documents(find_files(path, include or ()), column=column)

@@ -101,7 +101,7 @@ def open_file(path: str | Path, expected: str = "a regular file") -> Iterator[IO
 
 
 def read_lines(path: str | Path, begin: int = 0, before: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, line with its line break) of a file, unpacking ``.gz``, without a byte order mark.
+    """Yield (number, line with its line break) of a file, unpacking ``.gz``; see :func:`decode`.
 
     Args:
         begin: the byte to begin at.
@@ -118,13 +118,11 @@ def read_lines(path: str | Path, begin: int = 0, before: int = 0) -> Iterator[tu
                 return
             if len(line) == MOST_LINE and not line.endswith(b"\n"):
                 raise ColadaError(f"{path}:{number}: a line of {MOST_LINE} bytes or more, expected fewer")
-            if begin == 0 and number == before + 1:
-                line = line.removeprefix(_BOM)
             yield number, line
 
 
 def decode(data: bytes, where: str) -> str:
-    """Return UTF-8 as text, without a byte order mark at its beginning.
+    """Return UTF-8 as text, without a byte order mark at its beginning: of a file, or of one of its lines.
 
     Raises:
         ColadaError: naming the byte that is not UTF-8.

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from hashlib import sha1
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from colada.data.listing import require_kind
 from colada.errors import ColadaError, nearest
+from colada.files import as_object, decode, open_file, parse_json, read_lines, require_file
 from colada.tokenizer import END_OF_TEXT
 
 Split = Literal["train", "validation"]
@@ -34,12 +34,33 @@ _PARQUET_BATCH = 1024  # rows held in memory at once
 
 @dataclass(frozen=True)
 class Record:
-    """Some columns of a record, the split it belongs to, and where it is: a line or row from 1."""
+    """Some columns of a record, the split it belongs to, and where it is: a line or row from 1.
+
+    Its split is ``stated`` by its file, or else follows from its text.
+    """
 
     values: tuple[Any, ...]
     split: Split
     number: int
     origin: str
+    stated: bool = False
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which pieces of documents are validation text, where whole documents are too few or too long for it.
+
+    Attributes:
+        size: of a piece in characters, about: it ends after a line, or else a word.
+        share: pieces are validation when the SHA-1 of their text, as a fraction of 2**160, is below it.
+    """
+
+    size: int
+    share: float
+
+
+Holdout = float | Cut
+"""What is held out for validation: documents, as such a share of them, or pieces of them."""
 
 
 @dataclass(frozen=True)
@@ -74,31 +95,6 @@ class Part:
     split: Split | None = None
 
 
-def find_files(where: Path, include: Sequence[str] = ()) -> list[Path]:
-    """Return the data files at ``where``: the file itself, or a folder's files, recursive and sorted.
-
-    ``include`` holds glob patterns; a file is kept when its name matches any of them.
-
-    Raises ColadaError when ``where`` is missing, holds no file of a known kind,
-    or a pattern matches none of its files.
-    """
-    if where.is_dir():
-        files = sorted(path for path in where.rglob("*") if _reader(path) and path.is_file())
-        if not files:
-            raise ColadaError(f"{where}: no data files in this folder, expected {_kinds()}")
-    elif not where.exists():
-        raise ColadaError(f"{where}: no such file or folder, expected a folder or file of {_kinds()}")
-    elif _reader(where) is None:
-        raise ColadaError(f"{where}: unknown kind of file, expected {_kinds()}")
-    else:
-        files = [where]
-    for pattern in include:
-        if not any(fnmatchcase(path.name, pattern) for path in files):
-            guess = nearest(pattern, {path.name for path in files})
-            raise ColadaError(f"include pattern {pattern!r} matches no data file in {where}{guess}")
-    return [path for path in files if not include or any(fnmatchcase(path.name, p) for p in include)]
-
-
 def read_documents(
     files: Iterable[Path], *, column: str = "text", validation_share: float = 0.02
 ) -> Iterator[Document]:
@@ -128,48 +124,73 @@ def text_of(value: object, column: str, origin: str) -> str:
     return value
 
 
-def read_records(part: Part, columns: Sequence[str], validation_share: float) -> Iterator[Record]:
+def read_records(part: Part, columns: Sequence[str], validation_share: Holdout) -> Iterator[Record]:
     """Stream the values of some columns of the records of a part of a file.
 
     Where ``part`` has no split, a key or column ``split`` says where a record belongs: ``train``, or
     ``validation`` (also ``valid``, ``val``, ``dev``); ``test`` is left out.
     Without it, a record is validation when the SHA-1 of its text (of its values as JSON, where
     they are not one string), as a fraction of 2**160, is below ``validation_share``: equal texts always land
-    in the same split.
+    in the same split. With a :class:`Cut`, that holds of its pieces, and neighbours in a split stay together.
 
     Raises ColadaError, naming the file and its line or row, for anything that
     cannot be read as described.
     """
     for number, fields in _reader_of(Path(part.where))(part, columns):
-        record = record_of(fields, part, number, columns, validation_share)
-        if record is not None:
-            yield record
+        yield from records_of(fields, part, number, columns, validation_share)
 
 
-def record_of(
-    fields: Mapping[str, object], part: Part, number: int, columns: Sequence[str], validation_share: float
-) -> Record | None:
-    """Return a record with its split, None if it belongs to neither; see :func:`read_records`."""
+def records_of(
+    fields: Mapping[str, object], part: Part, number: int, columns: Sequence[str], validation_share: Holdout
+) -> list[Record]:
+    """Return a record with its split; none if it belongs to neither, several if it is cut.
+
+    See :func:`read_records`.
+    """
     values, origin = tuple(fields[column] for column in columns), f"{part.place}{number}"
     whole = len(values) == 1 and isinstance(values[0], str)
     text = str(values[0]) if whole else json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)
     try:
-        encoded = text.encode()
+        text.encode()
     except UnicodeEncodeError as error:  # JSON can spell one: "\ud800"
         raise ColadaError(
             f"{origin}: {', '.join(map(repr, columns))} holds a lone surrogate {text[error.start]!r}"
             f" at character {error.start}, expected Unicode text"
         ) from None
     split: Split | None
-    if part.split is not None:
-        left_out = part.split == "train" and fields.get("split") == "test"
-        split = None if left_out else part.split
-    elif "split" in fields:
-        split = _named_split(origin, fields["split"])
-    else:
-        fraction = int.from_bytes(sha1(encoded, usedforsecurity=False).digest(), "big")
-        split = "validation" if fraction < validation_share * 2**160 else "train"
-    return None if split is None else Record(values, split, number, origin)
+    if part.split is not None or "split" in fields:
+        if part.split is None:
+            split = _named_split(origin, fields["split"])
+        else:
+            left_out = part.split == "train" and fields.get("split") == "test"
+            split = None if left_out else part.split
+        return [] if split is None else [Record(values, split, number, origin, stated=True)]
+    if isinstance(validation_share, Cut) and whole:
+        below = validation_share.share
+        runs = groupby(cut(text, validation_share.size), lambda piece: _split(piece, below))
+        return [Record(("".join(pieces),), split, number, origin) for split, pieces in runs]
+    share = validation_share.share if isinstance(validation_share, Cut) else validation_share
+    return [Record(values, _split(text, share), number, origin)]
+
+
+def fraction(text: str) -> float:
+    """Return the SHA-1 of a text as a fraction of 2**160."""
+    return int.from_bytes(sha1(text.encode(), usedforsecurity=False).digest(), "big") / 2**160
+
+
+def _split(text: str, share: float) -> Split:
+    return "validation" if fraction(text) < share else "train"
+
+
+def cut(text: str, size: int) -> Iterator[str]:
+    """Yield a text in pieces of ``size`` to 1.5 ``size`` characters that end after a line or else a space."""
+    begin = 0
+    while len(text) - begin > 1.5 * size:
+        least, most = begin + size, begin + size + size // 2
+        end = text.find("\n", least, most) + 1 or text.find(" ", least, most) + 1 or most
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 def _named_split(origin: str, value: object) -> Split | None:
@@ -208,37 +229,22 @@ def _jsonl_records(part: Part, columns: Sequence[str]) -> _Records:
         if line.isspace():
             continue
         origin = f"{part.place}{number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ColadaError(f"{origin}: not JSON ({error}), expected one object per line") from error
-        if not isinstance(fields, dict):
-            raise ColadaError(f"{origin}: {_kind_of(fields)}, expected a JSON object")
+        fields = as_object(parse_json(line, origin), origin)
         check_columns(origin, columns, list(fields))
         yield number, fields
 
 
 def _lines(part: Part) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line with its line break) of a UTF-8 file or a range of it, unpacking ``.gz``."""
-    packed = part.where.lower().endswith(".gz")
+    """Yield (number from 1, line with its line break) of a UTF-8 file or a range of it, unpacking ``.gz``.
+
+    A byte order mark before a line is no part of it: files that begin with one may have been joined.
+    """
     at = part.begin
-    try:
-        with gzip.open(part.where, "rb") if packed else open(part.where, "rb") as file:
-            file.seek(at)
-            for number, raw in enumerate(file, part.before + 1):
-                if part.end is not None and at >= part.end:
-                    return
-                at += len(raw)
-                try:
-                    line = raw.decode()
-                except UnicodeDecodeError as error:
-                    raise ColadaError(
-                        f"{part.place}{number}: byte 0x{raw[error.start]:02x} at offset {error.start} of the"
-                        f" line is not UTF-8 ({error.reason}), expected UTF-8 text"
-                    ) from error
-                yield number, line
-    except (OSError, EOFError, zlib.error) as error:
-        raise ColadaError(f"{part.where}: cannot be read ({error})") from error
+    for number, raw in read_lines(part.where, part.begin, part.before):
+        if part.end is not None and at >= part.end:
+            return
+        at += len(raw)
+        yield number, decode(raw, f"{part.place}{number}")
 
 
 def _parquet_records(part: Part, columns: Sequence[str]) -> _Records:
@@ -247,18 +253,32 @@ def _parquet_records(part: Part, columns: Sequence[str]) -> _Records:
         names = list(file.schema_arrow.names)
         check_columns(part.where, columns, names)
         wanted = [*columns, *(["split"] if "split" in names and "split" not in columns else [])]
+        for name in wanted:
+            if names.count(name) > 1:
+                raise ColadaError(f"{part.where}: the column {name!r} is there twice")
         groups = range(file.num_row_groups)[part.begin : part.end]
         for batch in file.iter_batches(batch_size=_PARQUET_BATCH, row_groups=groups, columns=wanted):
             # By name: with several columns, the file's order is not that of the asking.
             for cells in zip(*(batch.column(name) for name in wanted), strict=True):
                 number += 1
-                try:
-                    values = [cell.as_py() for cell in cells]
-                except UnicodeDecodeError as error:
-                    raise ColadaError(
-                        f"{part.place}{number}: not UTF-8 ({error}), expected UTF-8 text"
-                    ) from error
-                yield number, dict(zip(wanted, values, strict=True))
+                yield (
+                    number,
+                    {
+                        name: _value(cell, name, f"{part.place}{number}")
+                        for name, cell in zip(wanted, cells, strict=True)
+                    },
+                )
+
+
+def _value(cell: Any, column: str, origin: str) -> object:
+    """Return a parquet cell as Python has it."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        raise ColadaError(f"{origin}: not UTF-8 ({error}), expected UTF-8 text") from None
+    except Exception as error:  # Dates and time zones that Python lacks each raise an error of their own.
+        reason = _one_line(error) or type(error).__name__
+        raise ColadaError(f"{origin}: {column!r} cannot be converted ({reason})") from None
 
 
 @contextmanager
@@ -269,10 +289,11 @@ def _open_parquet(path: str, read: Callable[[], int]) -> Iterator[Any]:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ColadaError(f"{path}: parquet needs pyarrow, install it with: colada-lm[train]") from error
+    require_file(path)
     try:
         with pq.ParquetFile(path) as file:
             yield file
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, RecursionError) as error:
         where = f" after row {read()}" if read() else ""
         raise ColadaError(f"{path}: not a readable parquet file{where} ({_one_line(error)})") from error
 
@@ -282,16 +303,12 @@ def split_file(path: Path, size: int = sys.maxsize) -> list[Part]:
 
     Raises ColadaError if it is of no known kind or cannot be read.
     """
-    _reader_of(path)
-    name = path.name.lower()
-    try:
-        whole = path.stat().st_size
-        if name.endswith(".parquet"):
-            return _row_groups(path, whole, size)
-        if whole > size and not name.endswith(".gz"):
-            return _line_ranges(path, size, name.endswith(".txt"))
-    except OSError as error:
-        raise ColadaError(f"{path}: cannot be read ({error})") from error
+    kind = require_kind(path)
+    whole = require_file(path).stat().st_size
+    if kind == ".parquet":
+        return _row_groups(path, whole, size)
+    if whole > size and not kind.endswith(".gz"):
+        return _line_ranges(path, size, kind == ".txt")
     return [Part(str(path), f"{path}:", size=whole)]
 
 
@@ -305,11 +322,11 @@ def _row_groups(path: Path, whole: int, size: int) -> list[Part]:
 
 def _line_ranges(path: Path, size: int, text: bool) -> list[Part]:
     """Cut between lines; a text only where one of its documents ends."""
-    parts, begin, end, before, number = list[Part](), 0, 0, 0, 0
-    with path.open("rb") as file:
+    parts, begin, end, before = list[Part](), 0, 0, 0
+    with open_file(path) as file:
         for number, line in enumerate(file, 1):
             end += len(line)
-            if end - begin >= size and (not text or _separates(line.decode(errors="replace"))):
+            if end - begin >= size and (not text or _separates(line.decode("utf-8-sig", "replace"))):
                 parts.append(Part(str(path), f"{path}:", begin, end, before, end - begin))
                 begin, before = end, number
     if begin < end:
@@ -326,20 +343,8 @@ _READERS: Mapping[str, Callable[[Part, Sequence[str]], _Records]] = {
 }
 
 
-def _reader(path: Path) -> Callable[[Part, Sequence[str]], _Records] | None:
-    name = path.name.lower()
-    return next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), None)
-
-
 def _reader_of(path: Path) -> Callable[[Part, Sequence[str]], _Records]:
-    reader = _reader(path)
-    if reader is None:
-        raise ColadaError(f"{path}: unknown kind of file, expected {_kinds()}")
-    return reader
-
-
-def _kinds() -> str:
-    return ", ".join(_READERS)
+    return _READERS[require_kind(path)]
 
 
 def check_columns(where: str, columns: Sequence[str], names: Sequence[str]) -> None:

@@ -32,13 +32,14 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from colada.chat import encode_messages, encode_pair
-from colada.data.documents import Part, Record, Split, text_of
+from colada.data.documents import Cut, Holdout, Part, Record, Split, text_of
 from colada.data.sources import Source, identity, parts, read
 from colada.data.stream import TokenStream
 from colada.errors import ColadaError
+from colada.files import read_json_object, write_json
 from colada.tokenizer import Tokenizer
 
-FORMAT = 1  # Of the files; part of the fingerprint.
+FORMAT = 2  # Of the files; part of the fingerprint.
 UNIT_BYTES = 32 * 2**20  # Of the source's data, about: seconds of work, of which a stop loses one a worker.
 _BATCH_CHARACTERS = 2**20  # Encoded at once: documents are as short as a line or as long as a book.
 _SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -54,7 +55,7 @@ class Job:
 
     source: Source
     directory: Path
-    validation_share: float
+    validation_share: Holdout
     template: str | None
 
 
@@ -63,7 +64,7 @@ def prepare(
     cache: Path,
     tokenizer: Tokenizer,
     *,
-    validation_share: float,
+    validation_share: Holdout,
     template: str | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -87,12 +88,13 @@ def prepare(
     """
     if source.format == "messages" and template is None:
         raise ColadaError(f"{source.name}: no chat template, expected one for conversations")
+    held_out = asdict(validation_share) if isinstance(validation_share, Cut) else validation_share
     made_from = {
         "format": FORMAT,
         "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
         "source": source.model_dump(mode="json", exclude={"weight"}),
         "content": identity(source),
-        "validation_share": None if source.validation is not None else validation_share,
+        "validation_share": None if source.validation is not None else held_out,
         "template": template if source.format == "messages" else None,
     }
     fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
@@ -152,7 +154,7 @@ def _make(
         units = _group(parts(job.source, UNIT_BYTES))
         tokenizer.save(directory / _TOKENIZER)
         plan = {"made_from": made_from, "units": [[asdict(part) for part in unit] for unit in units]}
-        _write_whole(directory / _PLAN, plan)
+        write_json(directory / _PLAN, plan)
     todo = _missing(directory, units)  # None if another process made them while this one waited.
     if todo:
         total, processes = len(units), min(workers or os.cpu_count() or 1, len(todo))
@@ -234,7 +236,7 @@ def _tokenise(job: Job, number: int, unit: Unit) -> None:
         stated = {path.name: _settled(path) for path in paths}
         for path in paths:
             os.replace(path, job.directory / path.name)
-    _write_whole(_manifest(job.directory, number), {"files": stated})
+    write_json(_manifest(job.directory, number), {"files": stated})
 
 
 @lru_cache(maxsize=1)
@@ -289,16 +291,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_whole(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is there whole or not at all, even after a power cut."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 # --- opening -----------------------------------------------------------------------------------
 
 
@@ -308,7 +300,7 @@ def _planned(directory: Path) -> list[Unit] | None:
     if not path.is_file():
         return None
     with _undamaged(path):
-        return [[Part(**part) for part in unit] for unit in json.loads(path.read_bytes())["units"]]
+        return [[Part(**part) for part in unit] for unit in read_json_object(path)["units"]]
 
 
 def _missing(directory: Path, units: Sequence[Unit]) -> list[int]:
@@ -344,7 +336,7 @@ def _content(directory: Path, split: Split, units: Sequence[Unit]) -> str:
     """Return a digest of a split's ids, from the manifests."""
     digest = hashlib.sha256()
     for number in range(len(units)):
-        files = json.loads(_manifest(directory, number).read_bytes())["files"]
+        files = read_json_object(_manifest(directory, number))["files"]
         digest.update(files[_name(number, split, _FILES[0])]["sha256"].encode())
     return digest.hexdigest()[:16]
 
@@ -362,7 +354,7 @@ def _check(directory: Path, number: int) -> None:
         ColadaError: naming the file that is not.
     """
     with _undamaged(_manifest(directory, number)):
-        files = json.loads(_manifest(directory, number).read_bytes())["files"]
+        files = read_json_object(_manifest(directory, number))["files"]
         stated = [
             (directory / name, file["size"], file["mtime"], file["sha256"]) for name, file in files.items()
         ]
@@ -387,9 +379,9 @@ def _undamaged(path: Path) -> Iterator[None]:
     """Name a file of ours that does not hold what was written."""
     try:
         yield
-    except (ValueError, KeyError, TypeError) as error:
+    except (ColadaError, AttributeError, ValueError, KeyError, TypeError) as error:
         raise ColadaError(
-            f"{path} is damaged ({error}); delete {path.parent} to have it made again"
+            f"{path} is damaged ({' '.join(str(error).split())}); delete {path.parent} to have it made again"
         ) from error
 
 

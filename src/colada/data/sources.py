@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,15 +14,19 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from colada.data.documents import (
+    Cut,
+    Holdout,
     Part,
     Record,
     check_columns,
-    find_files,
+    cut,
+    fraction,
     read_records,
-    record_of,
+    records_of,
     split_file,
     text_of,
 )
+from colada.data.listing import find_files, list_files
 from colada.errors import ColadaError
 
 Format = Literal["text", "messages", "pairs"]
@@ -108,7 +113,9 @@ class Source(Section):
 # --- reading -----------------------------------------------------------------------------------
 
 
-def read_texts(source: Source, validation_share: float, among: Sequence[Part] | None = None) -> Iterator[str]:
+def read_texts(
+    source: Source, validation_share: Holdout, among: Sequence[Part] | None = None
+) -> Iterator[str]:
     """Yield what a source's training records say, for a tokenizer to learn from.
 
     Args:
@@ -200,7 +207,7 @@ def identity(source: Source) -> list[object]:
     return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
-def read(source: Source, part: Part, validation_share: float) -> Iterator[Record]:
+def read(source: Source, part: Part, validation_share: Holdout) -> Iterator[Record]:
     """Yield the records of a part, of both splits.
 
     Raises:
@@ -211,9 +218,78 @@ def read(source: Source, part: Part, validation_share: float) -> Iterator[Record
         return
     for number, row in enumerate(_rows(source, part), part.before + 1):
         check_columns(f"{part.place}{number}", source.columns, list(row))
-        record = record_of(row, part, number, source.columns, validation_share)
-        if record is not None:
-            yield record
+        yield from records_of(row, part, number, source.columns, validation_share)
+
+
+# --- before anything else is done --------------------------------------------------------------
+
+
+def check_sources(sources: Sequence[Source], out: Path | None = None) -> list[str]:
+    """Look for the files that sources name, and return a line on each file or folder: what is read of it.
+
+    Args:
+        out: where a run is going to write.
+
+    Raises:
+        ColadaError: if one is not there or holds no data, or is where the run would write.
+    """
+    lines = []
+    for number, source in enumerate(sources):
+        for key, where, include in (
+            ("path", source.path, source.include),
+            ("validation", source.validation, ()),
+        ):
+            if where is None or source.path is None:
+                continue
+            if not os.path.lexists(where):
+                raise ColadaError(
+                    f"{where}: no such file or folder (data.sources.{number}.{key}); give yours with --data,"
+                    f" or get the corpora that docs/training.md names"
+                )
+            if out is not None and os.path.realpath(out) == os.path.realpath(where):
+                raise ColadaError(f"{out} is the data's own folder, expected another one to write to")
+            lines.append(str(list_files(Path(where), include)))
+    return lines
+
+
+def hold_out(source: Source, share: float, least: int) -> Holdout:
+    """Return what of a source is to be held out, so that there is text to train on and to validate with.
+
+    That is the given share of its documents, unless what falls into it is less than ``least`` characters or
+    far more than that share: there are too few documents, or too long ones. Then it is that share of pieces
+    of them, at least ``least`` characters and at most a quarter of all: the same pieces in
+    whatever order its files are. Where even that is too little, nothing but the given share.
+
+    Raises:
+        ColadaError: for what cannot be read.
+    """
+    if source.format != "text" or source.validation is not None or source.streaming or share == 0:
+        return share
+    held, total = 0, 0
+    for record in _records(source, share):
+        size = len(_texts(source, record)[0])
+        held, total = held + size * (record.split == "validation"), total + size
+        if record.stated or least <= held <= 4 * share * total:
+            return share
+    wanted = max(least, round(share * total))
+    if wanted > total / 4:
+        return share if held <= total / 2 else 0.0
+    size = max(1, min(wanted // 4, 2**15))
+    pieces = sorted(
+        (fraction(piece), len(piece))
+        for record in _records(source, 0.0)
+        for piece in cut(_texts(source, record)[0], size)
+    )
+    held = 0
+    for place, length in pieces:
+        if held >= wanted:
+            return Cut(size, place)
+        held += length
+    return share
+
+
+def _records(source: Source, share: float) -> Iterator[Record]:
+    return (record for part in parts(source) for record in read(source, part, share))
 
 
 # --- data sets ---------------------------------------------------------------------------------

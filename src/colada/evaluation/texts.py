@@ -9,7 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from colada.data.documents import find_files, read_records, split_file, text_of
+from colada.data.documents import read_records, split_file, text_of
+from colada.data.listing import find_files
 from colada.errors import ColadaError
 
 Kind = Literal["bound", "exact"]

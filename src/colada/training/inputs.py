@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colada.chat import DEFAULT_TEMPLATE, read_template
-from colada.data.documents import Split, find_files
+from colada.data.documents import Cut, Holdout, Split
 from colada.data.rows import MixedRows, Rows, SampleRows, StreamRows
 from colada.data.shards import prepare
-from colada.data.sources import Source, read_texts
+from colada.data.sources import Source, check_sources, hold_out, read_texts
 from colada.data.stream import TokenStream
 from colada.errors import ColadaError
 from colada.tokenizer import IM_END, Tokenizer
@@ -29,6 +29,16 @@ class Inputs:
     def digests(self) -> list[str]:
         """Return what tells this training text from other: one digest a source, in their order."""
         return [streams["train"].digest for _, streams in self.streams]
+
+    def validation_rows(
+        self, section: OptimiserSection, seed: int, block: int, say: Callable[[str], None]
+    ) -> Rows | None:
+        """Return the validation rows of a stage, or None, and say why, if there is too little text."""
+        try:
+            return self.rows("validation", section, seed, block)
+        except ColadaError as error:
+            say(f"validation is left out: {error}")
+            return None
 
     def rows(self, split: Split, section: OptimiserSection, seed: int, block: int) -> Rows:
         """Return the rows of a stage: of all sources by weight, those too short for validation left out.
@@ -51,8 +61,7 @@ class Inputs:
             parts.append((rows, source.weight))
         if not parts:
             assert problem is not None
-            advice = "give more text, a larger data.validation_share, or run.validate_every=0"
-            raise ColadaError(f"{problem}; {advice}")
+            raise problem
         return parts[0][0] if len(parts) == 1 else MixedRows(parts, seed)
 
     def _rows(self, stream: TokenStream, length: int, seed: int, name: str, block: int) -> Rows:
@@ -75,12 +84,22 @@ def chat_template(recipe: Recipe, own: str | None) -> str | None:
     return DEFAULT_TEMPLATE if recipe.data.chats else None
 
 
+def held_out(recipe: Recipe, source: Source) -> Holdout:
+    """Return what of a source is validation text: a share of its documents, or of pieces of them.
+
+    Raises:
+        ColadaError: for what cannot be read.
+    """
+    rows = max(recipe.stage(number).length for number in (1, 2))  # A baseline's is both.
+    return hold_out(source, recipe.data.validation_share, 8 * rows)  # A token has fewer characters than that.
+
+
 def train_tokenizer(recipe: Recipe) -> Tokenizer:
     """Train the recipe's tokenizer on the training text of all its sources."""
 
     def texts() -> Iterator[str]:
         for source in recipe.data.sources:
-            yield from read_texts(source, recipe.data.validation_share)
+            yield from read_texts(source, held_out(recipe, source))
 
     return Tokenizer.train(texts(), recipe.tokenizer.vocab_size)
 
@@ -101,16 +120,18 @@ def prepare_inputs(
     data = recipe.data
     if data.chats and template == DEFAULT_TEMPLATE and tokenizer.id_of(IM_END) is None:
         raise ColadaError(f"the tokenizer has no {IM_END}, which ChatML needs: give data.chat_template")
-    for source in data.sources:
-        if source.path is not None:  # All at once: tokenising the first may take hours.
-            find_files(Path(source.path), source.include)
+    for line in check_sources(data.sources):  # All at once: tokenising the first may take hours.
+        say(line)
     streams = []
     for source in data.sources:
+        validation = held_out(recipe, source)
+        if isinstance(validation, Cut):
+            say(f"{source.name}: few documents, or long ones: parts of them are the validation text")
         made = prepare(
             source,
             cache,
             tokenizer,
-            validation_share=data.validation_share,
+            validation_share=validation,
             template=template,
             workers=data.workers,
             progress=progress,

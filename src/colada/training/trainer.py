@@ -307,7 +307,7 @@ class Trainer:
         rows = self.inputs.rows("train", section, self.recipe.seed + stage.number, block)
         validation = None
         if run.validate_every:
-            validation = self.inputs.rows("validation", section, self.recipe.seed, block)
+            validation = self.inputs.validation_rows(section, self.recipe.seed, block, self.display.say)
         average = None
         if section.ema:
             with nullcontext() if self.ranks.mesh is None else unallocated():
