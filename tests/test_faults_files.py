@@ -135,6 +135,20 @@ def test_a_mixture_of_two_saved_models_is_refused(broken: Path, saved: Path, tmp
     assert bits(load(broken)) != bits(load(saved))
 
 
+def test_a_fixed_log_snr_is_part_of_the_model(tmp_path: Path) -> None:
+    """A16: it is written only where it is set."""
+    model = tiny_model(vae={"log_snr": 2})
+    model.save(tmp_path / "model")
+    loaded, ids = load(tmp_path / "model"), torch.arange(1, 17)
+    assert isinstance(loaded, ColaDLM)
+    posterior = loaded.vae.encode(ids, [16])
+    assert posterior.logvar is not None
+    ratio = posterior.mean.square().mean(-1) / posterior.logvar.exp().mean(-1)
+    torch.testing.assert_close(ratio.log(), torch.full((16,), 2.0))
+    tiny_model().save(tmp_path / "plain")
+    assert "log_snr" not in files.read_json(tmp_path / "plain" / "cola_vae" / "config.json")
+
+
 def test_equal_models_are_equal_files(saved: Path, tmp_path: Path) -> None:
     tiny_model().save(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(saved)
@@ -179,6 +193,38 @@ def test_what_lies_beside_a_model_stays_when_it_is_replaced(broken: Path) -> Non
     ] * 3
     assert not (broken / "generation_config.json").exists()
     assert not (broken / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("cola_dit", "num_layers", 10**9),
+        ("cola_dit", "txt_dim", 10**30),
+        ("cola_dit", "block_size", 2**63),
+        ("cola_dit", "norm_eps", 1e-300),
+        ("cola_dit", "heads", True),
+        ("cola_dit", "heads", "4"),
+        ("cola_dit", "rope_dim", None),
+        ("cola_dit", "prediction", ["z0"]),
+        ("cola_vae", "vocab_size", 10**30),
+        ("cola_vae", "vocab_size", 10**4000),
+        ("cola_vae", "encoder_num_blocks", 2000),
+        ("cola_vae", "scaling_factor", float("nan")),
+        ("cola_vae", "scaling_factor", 1e-320),
+        ("cola_vae", "rope_theta", float("inf")),
+        ("cola_vae", "log_snr", 1e9),
+        ("cola_vae", "pad_token_id", -1),
+    ],
+)
+def test_configurations_beyond_any_network_are_refused_by_key(
+    broken: Path, file: str, key: str, value: Any
+) -> None:
+    """B1, B3."""
+    path = broken / file / "config.json"
+    path.write_text(json.dumps({**files.read_json(path), key: value}))
+    said = refused(lambda: load(broken))
+    assert f"{path}: {file.replace('vae', 'text_vae')}: {key}=" in said
+    assert len(said) < 400
 
 
 def change(file: Path, dtypes: dict[str, torch.dtype]) -> None:

@@ -539,6 +539,11 @@ def test_z0_prediction_wider_latents_and_joint_training_run(tmp_path: Path) -> N
     assert (model.dit.config.prediction, model.vae.config.latent_dim) == ("z0", 24)
     assert len(model.generate("One morning", 9, end_ids=())[0].tokens) == 9
     assert [r["log_snr"] for r in metrics(tmp_path)] == pytest.approx([3.0] * 16, abs=1e-3)
+    with torch.no_grad():
+        posterior = model.vae.encode(torch.arange(16), [16])  # The model measures with what was trained.
+    assert posterior.logvar is not None
+    ratio = posterior.mean.square().mean() / posterior.logvar.exp().mean()
+    assert float(ratio.log()) == pytest.approx(3.0, abs=1e-3)
 
 
 def test_bfloat16_trains_and_saves(tmp_path: Path) -> None:

@@ -29,6 +29,11 @@ _METADATA_KEYS = frozenset(
 )
 
 
+# The largest whole numbers, by key; others may be 2**20. No network that a machine can hold comes near them.
+_MOST = {"ffn_dim": 2**31, "vocab_size": 2**24, "pad_token_id": 2**24, "bos_token_id": 2**24}
+_MOST |= dict.fromkeys(("num_layers", "encoder_num_blocks", "decoder_num_blocks"), 1000)
+
+
 class NetworkConfig:
     """What both configurations share: checked construction, and reading and writing a mapping."""
 
@@ -48,6 +53,13 @@ class NetworkConfig:
                 raise ColadaError(f"{self.model_type}: {field.name}={value!r}, expected {name}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ColadaError(f"{self.model_type}: {field.name}={value!r}, expected a finite number")
+            if isinstance(value, float) and value and not 1e-30 <= abs(value) <= 1e30:
+                expected = "0 or a size from 1e-30 to 1e30"
+                raise ColadaError(f"{self.model_type}: {field.name}={value!r}, expected {expected}")
+            most = _MOST.get(field.name, 2**20)
+            if isinstance(value, int) and abs(value) > most:
+                shown = value if abs(value) < 10**20 else f"(a number of {value.bit_length()} bits)"
+                raise ColadaError(f"{self.model_type}: {field.name}={shown}, expected at most {most}")
         for name, only in self.fixed.items():
             if getattr(self, name) != only:
                 raise ColadaError(
@@ -148,7 +160,9 @@ class TextVAEConfig(NetworkConfig):
     """The Text VAE (``model_type`` "cola_text_vae"); defaults are the released 0.5B.
 
     ``pad_token_id`` is an extension for models whose tokenizer does not name its
-    padding token. Raises :class:`ColadaError` for values that contradict each other.
+    padding token, ``log_snr`` for models whose posterior has the variances that make log(E mu^2 / E sigma^2)
+    of each latent this, in place of learnt ones. Raises :class:`ColadaError` for values that contradict
+    each other.
     """
 
     model_type: ClassVar[str] = "cola_text_vae"
@@ -200,10 +214,12 @@ class TextVAEConfig(NetworkConfig):
     dropout: float = 0.0
     attn_dropout: float = 0.0
     pad_token_id: int | None = _extension(None)
+    log_snr: float | None = _extension(None)
 
     def __post_init__(self) -> None:
-        if type(self.clip_qkv) is int:
-            object.__setattr__(self, "clip_qkv", float(self.clip_qkv))
+        for name in ("clip_qkv", "log_snr"):
+            if type(getattr(self, name)) is int:
+                object.__setattr__(self, name, float(getattr(self, name)))
         super().__post_init__()
         self._require_positive("vocab_size", "encoder_num_blocks", "decoder_num_blocks", "dim", "ffn_dim")
         self._require_positive("latent_dim", "patch_size", "num_heads", "layer_norm_eps", "rope_theta")
@@ -214,6 +230,11 @@ class TextVAEConfig(NetworkConfig):
         self._require(self.clip_qkv is None or self.clip_qkv > 0, "clip_qkv", "null or a positive number")
         self._require(self.act in ("swiglu", "gelu", "silu"), "act", "'swiglu', 'gelu' or 'silu'")
         self._require(self.act != "swiglu" or self.ffn_dim % 2 == 0, "ffn_dim", "an even number for swiglu")
+        self._require(
+            self.log_snr is None or (self.use_variation and abs(self.log_snr) <= 50),
+            "log_snr",
+            "null, or with use_variation a number from -50 to 50",
+        )
         self._require(
             self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
             "pad_token_id",

@@ -252,11 +252,8 @@ def rows_layout(vae: TextVAE, batch: Batch) -> Layout:
 
 def encode(vae: TextVAE, ids: Tensor, layout: Layout, log_snr: float | None = None) -> Posterior:
     """Return q_phi(z0 | x) of rows (B, L), packed (B * M, C), each latent's log-SNR fixed if asked."""
-    posterior = vae.encoder(ids.flatten(), layout)
-    if log_snr is None or posterior.logvar is None:
-        return posterior
-    power = posterior.mean.detach().square().mean(-1, keepdim=True)
-    return Posterior(posterior.mean, (power.log() - log_snr).expand_as(posterior.mean))
+    posterior: Posterior = vae.encoder(ids.flatten(), layout)
+    return posterior.at_log_snr(log_snr)
 
 
 def draw(posterior: Posterior, noise: Tensor) -> Tensor:

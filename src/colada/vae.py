@@ -29,6 +29,13 @@ class Posterior:
     mean: Tensor
     logvar: Tensor | None
 
+    def at_log_snr(self, log_snr: float | None) -> Posterior:
+        """Return it with variances that make each latent's log(E mu^2 / E sigma^2) this; None: as it is."""
+        if log_snr is None or self.logvar is None:
+            return self
+        power = self.mean.detach().square().mean(-1, keepdim=True)
+        return Posterior(self.mean, (power.log() - log_snr).expand_as(self.mean))
+
 
 class VAEBlock(nn.Module):
     """A transformer block of either half; mind the residual order of ``post_norm``."""
@@ -115,7 +122,7 @@ class TextEncoder(nn.Module):
             mean, logvar = out, None
         if config.encoder_last_ln:
             mean = F.layer_norm(mean, (config.latent_dim,), eps=config.layer_norm_eps)
-        return Posterior(mean, logvar)
+        return Posterior(mean, logvar).at_log_snr(config.log_snr)
 
 
 class TextDecoder(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -118,6 +119,8 @@ class ColaSystem(System):
             vae_config, dit_config = recipe.configs(tokenizer.vocab_size, tokenizer.pad_id)
         elif isinstance(start, ColaDLM):
             vae_config, dit_config = start.vae.config, start.dit.config
+            if recipe.stage1.log_snr is not None:
+                vae_config = dataclasses.replace(vae_config, log_snr=recipe.stage1.log_snr)
             recipe.check_configs(vae_config, dit_config, tokenizer.vocab_size)
         else:
             raise ColadaError(f"model.init={recipe.model.init} is {start.arch}, model.arch is 'cola'")

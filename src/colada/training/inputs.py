@@ -10,7 +10,7 @@ from colada.chat import DEFAULT_TEMPLATE, read_template
 from colada.data.documents import Cut, Holdout, Split
 from colada.data.rows import MixedRows, Rows, SampleRows, StreamRows
 from colada.data.shards import prepare
-from colada.data.sources import Source, check_sources, hold_out, read_texts
+from colada.data.sources import Source, hold_out, read_texts
 from colada.data.stream import TokenStream
 from colada.errors import ColadaError
 from colada.tokenizer import IM_END, Tokenizer
@@ -120,8 +120,6 @@ def prepare_inputs(
     data = recipe.data
     if data.chats and template == DEFAULT_TEMPLATE and tokenizer.id_of(IM_END) is None:
         raise ColadaError(f"the tokenizer has no {IM_END}, which ChatML needs: give data.chat_template")
-    for line in check_sources(data.sources):  # All at once: tokenising the first may take hours.
-        say(line)
     streams = []
     for source in data.sources:
         validation = held_out(recipe, source)

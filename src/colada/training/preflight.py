@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from colada.data.documents import find_files
+from colada.data.sources import check_sources
 from colada.errors import ColadaError
 from colada.files import require_file
 from colada.locate import local
@@ -27,7 +27,7 @@ def preflight(recipe: Recipe, out: Path | None = None) -> list[str]:
     """
     world_size()
     check_names(recipe.run.monitors)
-    lines = _check_sources(recipe)
+    lines = check_sources(recipe.data.sources, out)
     _check_packages(recipe)
     for path in (recipe.tokenizer.file, recipe.data.chat_template):
         if path is not None:
@@ -40,13 +40,6 @@ def preflight(recipe: Recipe, out: Path | None = None) -> list[str]:
     if recipe.run.report and find_spec("matplotlib") is None:
         lines.append('there will be no report, which needs matplotlib: pip install "colada-lm[train]"')
     return lines
-
-
-def _check_sources(recipe: Recipe) -> list[str]:
-    for source in recipe.data.sources:
-        if source.path is not None:
-            find_files(Path(source.path), source.include)
-    return []
 
 
 def _check_packages(recipe: Recipe) -> None:

@@ -82,7 +82,8 @@ class Recipe(Section):
         Raises:
             ColadaError: naming the key at fault.
         """
-        vae_keys = {"vocab_size": vocab_size, "pad_token_id": pad_id, **self.model.vae}
+        vae_keys = {"vocab_size": vocab_size, "pad_token_id": pad_id, "log_snr": self.stage1.log_snr}
+        vae_keys |= self.model.vae
         vae = TextVAEConfig.from_dict(vae_keys, "recipe: model.vae")
         channels = {"txt_in_channels": vae.latent_dim, "txt_out_channels": vae.latent_dim}
         dit = DiTConfig.from_dict(
