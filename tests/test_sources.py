@@ -57,7 +57,7 @@ def error(source: Source, share: float = 0.1) -> str:
         ({"path": "a", "config": "en"}, "config='en' without hub"),
         ({"path": "a", "revision": "main"}, "revision='main' without hub"),
         ({"hub": "a", "include": ["*.txt"]}, r"include=\['\*.txt'\] without path"),
-        ({"path": "a", "weight": 0}, "greater than 0"),
+        ({"path": "a", "weight": 0}, "greater than"),
         ({"path": "a", "format": "chat"}, "messages"),
         ({"path": "a", "colunm": "x"}, "colunm"),
     ],
