@@ -11,7 +11,24 @@ class ColadaError(Exception):
 
     The message is one line that names the value and what was expected. The
     command line prints it and exits with status 2; library users may catch it.
+    What a message quotes may be anything: it is shown in printable characters, and its middle left out where
+    it is longer than a page.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_shown(message))
+
+
+_LONGEST = 1000  # Characters.
+
+
+def _shown(message: str) -> str:
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 3 :]}"
+    if not message.isprintable():
+        words = " ".join(message.split())
+        message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    return message
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
