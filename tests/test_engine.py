@@ -471,7 +471,7 @@ def test_a_request_larger_than_the_history_is_refused_and_the_others_are_not(mod
     first = session.submit([1, 2, 3, 4, 5], 9, seed=3, steps=2)
     with pytest.raises(ColadaError, match="a request of 56 latents, expected at most 32"):
         session.submit(list(range(40)), 16, steps=2)
-    with pytest.raises(ColadaError, match="steps=0, expected at least 1"):
+    with pytest.raises(ColadaError, match="steps=0, expected a whole number of at least 1"):
         session.submit([1], 4, steps=0)
     with pytest.raises(ColadaError, match=r"temperature=-1\.0"):
         session.submit([1], 4, temperature=-1.0)
@@ -573,8 +573,8 @@ def test_a_request_taken_back_before_it_is_admitted_never_starts(model: ColaDLM)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps=0, expected at least 1"),
-        ({"new_tokens": 0}, "new_tokens=0, expected at least 1"),
+        ({"steps": 0}, "steps=0, expected a whole number of at least 1"),
+        ({"new_tokens": 0}, "new_tokens=0, expected a whole number of at least 1"),
         ({"solver": "eular"}, "solver='eular', expected one of 'euler', 'ab2'"),
         ({"schedule": "cosine"}, "schedule='cosine'"),
     ],

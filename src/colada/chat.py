@@ -20,7 +20,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from colada.errors import ColadaError, nearest
+from colada.errors import ColadaError, nearest, shown
 from colada.files import read_text
 from colada.tokenizer import IM_END, IM_START, Tokenizer
 
@@ -87,14 +87,14 @@ def check_messages(messages: object, tokenizer: Tokenizer, origin: str) -> list[
             spells a special token, which would end or fake a turn.
     """
     if not isinstance(messages, list) or not messages:
-        raise ColadaError(f"{origin}: messages is {_shown(messages)}, expected a list of role and content")
+        raise ColadaError(f"{origin}: messages is {shown(messages)}, expected a list of role and content")
     for number, message in enumerate(messages):
         where = f"{origin}: messages[{number}]"
         if not isinstance(message, Mapping):
-            raise ColadaError(f"{where} is {_shown(message)}, expected an object with role and content")
+            raise ColadaError(f"{where} is {shown(message)}, expected an object with role and content")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                raise ColadaError(f"{where}.{key} is {_shown(message.get(key))}, expected a string")
+                raise ColadaError(f"{where}.{key} is {shown(message.get(key))}, expected a string")
             _check_plain(message[key], tokenizer, f"{where}.{key}")
         role = message["role"]
         if role not in ROLES:
@@ -145,7 +145,7 @@ def encode_pair(
     """
     for name, text in (("prompt", prompt), ("completion", completion)):
         if not isinstance(text, str):
-            raise ColadaError(f"{origin}: {name} is {_shown(text)}, expected a string")
+            raise ColadaError(f"{origin}: {name} is {shown(text)}, expected a string")
     if not completion:
         raise ColadaError(f"{origin}: completion is empty, expected text to learn")
     ids, answer = (_encode(str(text), tokenizer, origin) for text in (prompt, completion))
@@ -171,11 +171,6 @@ def _check_plain(text: str, tokenizer: Tokenizer, where: str) -> None:
     for token in tokenizer.specials:
         if token in text:
             raise ColadaError(f"{where} spells the special token {token!r}, expected plain text")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 class _Generation(Extension):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class ColadaError(Exception):
@@ -35,3 +36,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest known name, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """Return a value as an error message shows it: on one line, and short whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a whole number of {value.bit_length()} bits"  # Python does not print the longest.
+    if isinstance(value, str | bytes):
+        value = value[: most + 1]
+    elif isinstance(value, list | tuple) and len(value) > most:
+        value = value[:most]
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # repr() is the value's own, and may raise anything.
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 3]}..."

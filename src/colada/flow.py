@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from colada.errors import ColadaError, nearest
+from colada.errors import ColadaError, nearest, shown
 
 T = 1000.0
 
@@ -132,7 +132,8 @@ SOLVERS: dict[str, Callable[[], Solver]] = {"euler": Euler, "ab2": AdamsBashfort
 
 def choose(kind: str, name: str, choices: dict[str, Choice]) -> Choice:
     """Return ``choices[name]``, or raise ColadaError naming the value and what there is."""
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         known = ", ".join(repr(choice) for choice in choices)
-        raise ColadaError(f"{kind}={name!r}, expected one of {known}{nearest(name, choices)}")
+        hint = nearest(name, choices) if isinstance(name, str) else ""
+        raise ColadaError(f"{kind}={shown(name)}, expected one of {known}{hint}")
     return choices[name]

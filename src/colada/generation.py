@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from colada.dit import DiT
-from colada.errors import ColadaError
-from colada.flow import SCHEDULES, SOLVERS, Solver, T, choose, z0_from_velocity
+from colada.flow import SCHEDULES, SOLVERS, Solver, T, z0_from_velocity
 from colada.layers import History
 from colada.packing import pad_to_multiple
 from colada.sampling import Sampling
+from colada.settings import check_settings
 from colada.vae import TextVAE
 
 # --- noise -------------------------------------------------------------------------------------
@@ -51,8 +51,7 @@ def released_noise(seed: int, shape: tuple[int, int], device: torch.device) -> N
 
 
 NOISE_RULES = {"per-sample": sample_noise, "released": released_noise}
-SEED_STRIDE = {"per-sample": 1, "released": 1000}
-"""By how much the seeds of consecutive samples differ where one seed is given for all."""
+"""By name, as in :data:`colada.settings.NOISE_NAMES`."""
 
 
 # --- state -------------------------------------------------------------------------------------
@@ -213,11 +212,12 @@ class BlockGenerator:
         sampling: Sampling | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
-        if steps < 1:
-            raise ColadaError(f"steps={steps}, expected at least 1")
+        check_settings(
+            {"steps": steps, "solver": solver, "schedule": schedule, "guidance_interval": interval}
+        )
         self.vae, self.dit = vae, dit
-        self.new_solver = choose("solver", solver, SOLVERS)
-        self.grid = choose("schedule", schedule, SCHEDULES)(steps).tolist()
+        self.new_solver = SOLVERS[solver]
+        self.grid = SCHEDULES[schedule](steps).tolist()
         self.sampling = sampling or Sampling()
         self.interval = interval
 

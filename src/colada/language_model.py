@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Self, Unpack
 import torch
 
 from colada.chat import check_messages, render
-from colada.errors import ColadaError, nearest
+from colada.errors import ColadaError, nearest, shown
 from colada.locate import CHAT_TEMPLATE_FILE
-from colada.settings import Prompt, Settings, TextRequest, check_settings
+from colada.settings import Prompt, Settings, TextRequest, check_ids, check_settings, check_text
 from colada.streaming import Chunk, Completion, GenerationError
 from colada.tokenizer import Tokenizer
 
@@ -70,8 +70,7 @@ class LanguageModel(ABC):
                 f"{origin or 'model'}: the tokenizer has {tokenizer.vocab_size} entries, "
                 f"the model vocab_size={self.vocab_size}"
             )
-        self.generation = dict(generation or {})
-        self.check(self.generation, f"{origin}: generation settings")
+        self.generation = self.check(generation or {}, f"{origin}: generation settings")
 
     @property
     @abstractmethod
@@ -170,51 +169,45 @@ class LanguageModel(ABC):
         Raises:
             ColadaError: for one of the wrong type, or that this kind of model does not have.
         """
-        given = {name: value for name, value in settings.items() if value is not None}
-        self.check(given)
-        return {**self.defaults, **self.generation, **given}
+        return {**self.defaults, **self.generation, **self.check(settings)}
 
     @classmethod
-    def check(cls, settings: Mapping[str, Any], origin: str = "") -> None:
-        """Raise ColadaError for a setting that does not exist, is of the wrong type, or not of this kind."""
-        check_settings(settings, origin)
-        for name, value in settings.items():
+    def check(cls, settings: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
+        """Return settings once checked, see :func:`check_settings`, and that this kind of model has them."""
+        checked = check_settings(settings, origin)
+        for name, value in checked.items():
             if name not in cls.defaults:
                 where = f"{origin}: " if origin else ""
-                raise ColadaError(f"{where}{name}={value!r}, but {ARCHITECTURES[cls.arch]} has no {name}")
+                raise ColadaError(
+                    f"{where}{name}={shown(value)}, but {ARCHITECTURES[cls.arch]} has no {name}"
+                )
+        return checked
 
     def ids(self, prompt: Prompt) -> list[int]:
         """Return a prompt's ids: a text's tokens, or the ids themselves once checked.
 
         Raises:
-            ColadaError: for a text without a tokenizer, or an id outside the vocabulary.
+            ColadaError: for a text without a tokenizer, an id outside the vocabulary, or too long a prompt.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ColadaError("this model has no tokenizer.json: give prompts as lists of ids")
-            return self.tokenizer.encode(prompt)
-        for token in prompt:
-            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                raise ColadaError(
-                    f"prompt id {token!r}, expected whole numbers from 0 to {self.vocab_size - 1}"
-                )
-        return list(prompt)
+            prompt = self.tokenizer.encode(check_text(prompt))
+        return check_ids(prompt, self.vocab_size)
 
     def endings(self, chosen: Mapping[str, Any]) -> tuple[list[str], Sequence[int]]:
         """Return the stop strings and end tokens of chosen settings.
 
         Raises:
-            ColadaError: for stop strings without a tokenizer, or an empty one.
+            ColadaError: for stop strings without a tokenizer, or an end token outside the vocabulary.
         """
         stop = [chosen["stop"]] if isinstance(chosen["stop"], str) else list(chosen["stop"])
         if stop and self.tokenizer is None:
             raise ColadaError("stop strings need a tokenizer, and this model has none")
-        if "" in stop:
-            raise ColadaError("stop='', expected strings of at least one character")
         end_ids = chosen["end_ids"]
         if end_ids is None:
             end_ids = self.tokenizer.end_ids if self.tokenizer is not None else ()
-        return stop, end_ids
+        return stop, check_ids(end_ids, self.vocab_size, "end_ids:")
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], max_new_tokens: int = 256, **settings: Unpack[Settings]

@@ -18,8 +18,7 @@ from colada.engine.engine import Engine, history_unit
 from colada.engine.memory import round_up
 from colada.engine.request import Request
 from colada.errors import ColadaError
-from colada.flow import choose
-from colada.generation import NOISE_RULES, SEED_STRIDE, TransportStep, encode
+from colada.generation import NOISE_RULES, TransportStep, encode
 from colada.language_model import LanguageModel
 from colada.locate import (
     BUNDLED,
@@ -32,8 +31,10 @@ from colada.quantise import quantise
 from colada.sampling import Sampling
 from colada.session import Session
 from colada.settings import (
+    MOST_TOKENS,
     RELEASED_SETTINGS,
     SAMPLING_SETTINGS,
+    SEED_STRIDE,
     Prompt,
     Settings,
     TextRequest,
@@ -226,7 +227,7 @@ class ColaDLM(LanguageModel):
 
     def complete(self, requests: Iterable[TextRequest], batch: int = 16) -> Iterator[tuple[int, Completion]]:
         """See :meth:`LanguageModel.complete`: one session, in whose slots the requests take turns."""
-        require_count("batch", batch)
+        batch = require_count("batch", batch)
         checked = [self._request(own.prompt, own.max_new_tokens, own.settings) for own in requests]
         return self._completions(checked, batch)
 
@@ -248,9 +249,8 @@ class ColaDLM(LanguageModel):
                 those of its prompt and of the blocks to come, and waits until there is room.
             slots: requests under way at most; None is no limit.
         """
-        require_count("history", history)
-        if slots is not None:
-            require_count("slots", slots)
+        history = require_count("history", history)
+        slots = None if slots is None else require_count("slots", slots)
         return Session(self._engine(history, slots), self._request)
 
     def _engine(self, capacity: int, slots: int | None = None, pad_id: int | None = None) -> Engine:
@@ -268,7 +268,7 @@ class ColaDLM(LanguageModel):
         """Return a session of these prompts alone, all under way together."""
         prompts = several(prompts)
         chosen = self.chosen(settings)
-        stride = choose("noise", chosen["noise"], SEED_STRIDE)
+        stride = SEED_STRIDE[chosen["noise"]]
         seeds = one_each("seed", chosen["seed"], len(prompts), stride)
         guidance = one_each("guidance", chosen["guidance"], len(prompts), 0)
         requests = [
@@ -299,7 +299,7 @@ class ColaDLM(LanguageModel):
         Raises:
             ColadaError: naming the argument at fault.
         """
-        require_count("max_new_tokens", max_new_tokens)
+        max_new_tokens = require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
         chosen = self.chosen(settings)
         ids = self.ids(prompt)
         (seed,), (guidance,) = (one_each(name, chosen[name], 1, 0) for name in ("seed", "guidance"))
@@ -309,7 +309,7 @@ class ColaDLM(LanguageModel):
         request = Request(
             tuple(ids),
             max_new_tokens,
-            choose("noise", chosen["noise"], NOISE_RULES)(seed, shape, self.device),
+            NOISE_RULES[chosen["noise"]](seed, shape, self.device),
             seed,
             guidance,
             (low, high),
@@ -336,7 +336,7 @@ class ColaDLM(LanguageModel):
         Raises:
             ColadaError: as :meth:`generate`; or if the hole does not fall on whole latents (patch_size > 1).
         """
-        require_count("tokens", tokens)
+        tokens = require_count("tokens", tokens, MOST_TOKENS)
         left, right = self.ids(before), self.ids(after)
         patch = self.vae.config.patch_size
         if len(left) % patch or tokens % patch:

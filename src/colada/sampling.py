@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from colada.errors import ColadaError
+from colada.settings import check_settings
+
+COLDEST = 2.0**-126
+"""Temperatures below it have the same distribution: a GPU multiplies by the inverse, which must exist."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +37,21 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, holds, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "a number of at least 0"),
-            ("top_k", self.top_k >= 0, "at least 0 (0 is off)"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number"),
-        ):
-            if not holds:
-                raise ColadaError(f"{name}={getattr(self, name)!r}, expected {expected}")
+        check_settings(asdict(self))
 
     def pick(self, logits: Tensor, seen: Collection[int], generator: torch.Generator) -> Tensor:
         """Pick one token per row of logits (n, V) of one sample; ``seen`` are the ids to penalise.
 
         Returns: int64 (n,) on the CPU.
+
+        Raises:
+            ColadaError: for logits that are no numbers: what is picked from them means nothing.
         """
+        if not bool(logits.isfinite().all()):
+            raise ColadaError("logits that are not finite")
         if self.repetition_penalty != 1 and seen:
             ids = torch.tensor(sorted(seen), device=logits.device)
+            logits = logits.float()  # Half precision has no room for a penalty of 100.
             known = logits[:, ids]
             penalty = self.repetition_penalty
             logits = logits.index_copy(1, ids, torch.where(known > 0, known / penalty, known * penalty))
@@ -61,7 +64,7 @@ class Sampling:
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the distribution (n, V) that tempered, cut-off logits (n, V) define."""
         # The largest logit at 0, so that the smallest temperature cannot overflow.
-        logits = (logits.float() - logits.float().amax(-1, keepdim=True)) / self.temperature
+        logits = (logits.float() - logits.float().amax(-1, keepdim=True)) / max(self.temperature, COLDEST)
         if 0 < self.top_k < logits.shape[-1]:
             threshold = logits.topk(self.top_k, -1).values[:, -1:]
             logits = logits.masked_fill(logits < threshold, -math.inf)

@@ -1,14 +1,45 @@
-"""What a generation may be asked for: the settings, the released values, and their checks."""
+"""What a generation may be asked for: the settings, the released values, and the one place that checks them.
+
+Settings of a recipe, of a ``generation_config.json``, of the command line and of the Python interface are
+checked here alike, before torch is imported. What may be asked for is bounded, by the constants below.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
-from colada.errors import ColadaError, nearest
+from colada.errors import ColadaError, nearest, shown
+
+MOST_STEPS = 10_000
+"""Solver steps of a block; a tenth of a timestep each."""
+MOST_TOKENS = 2**17
+"""Tokens of a prompt, and tokens that may follow it."""
+MOST_CHARACTERS = 2**23
+"""Characters of a prompt; a tokenizer reads some million a second."""
+MOST_SEED = 2**63 - 1
+"""The largest seed, also of the last sample of many. What a block adds to it stays within 64 bits."""
+MOST_STOPS = 256
+"""Stop strings of a request."""
+LONGEST_STOP = 4096
+"""Characters of a stop string."""
+MOST_END_IDS = 1024
+"""End tokens of a request."""
+MOST_COUNT = 2**31 - 1
+"""Of whatever else is counted: a batch, a history, candidates."""
+SMALLEST, LARGEST = 2.0**-149, 2.0**127
+"""Of positive numbers that are computed with: float32 has them."""
+PENALTIES = (0.01, 100.0)
+"""Repetition penalties: a logit times one is still a number."""
+
+SOLVER_NAMES = ("euler", "ab2")
+SCHEDULE_NAMES = ("uniform", "front-loaded", "logit-normal")
+NOISE_NAMES = ("per-sample", "released")
+SEED_STRIDE = {"per-sample": 1, "released": 1000}
+"""By how much the seeds of consecutive samples differ where one seed is given for all."""
 
 Prompt = str | Sequence[int]
+"""A text, or the ids of its tokens; arrays and tensors of whole numbers are taken too."""
 
 
 class Settings(TypedDict, total=False):
@@ -21,8 +52,8 @@ class Settings(TypedDict, total=False):
             is no unconditional pass (released: everywhere, (0, 1)).
         solver, schedule: names in ``colada.flow.SOLVERS`` and ``SCHEDULES`` (released: "euler", "uniform").
         temperature, top_k, top_p, repetition_penalty: see :class:`~colada.sampling.Sampling` (greedy).
-        seed: one for all (sample i then has seed + i), or one each. A sample's result depends on
-            its own prompt, settings and seed, not on the batch it is in.
+        seed: one for all (sample i then has seed + i), or one each; below 2**63. A sample's result depends
+            on its own prompt, settings and seed, not on the batch it is in.
         stop: strings that end the text; they may straddle blocks.
         end_ids: tokens that end the text; the tokenizer's end tokens if None, ``()`` for none.
         noise: "per-sample", or "released" for the released code's rule, where sample i of a single
@@ -78,74 +109,245 @@ RELEASED_SETTINGS: dict[str, Any] = {
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")
 """Those that :class:`~colada.sampling.Sampling` takes."""
 
-_NUMBER, _SEVERAL = (int, float), (list, tuple)
-_SETTING_TYPES: dict[str, Any] = {
-    "steps": int,
-    "solver": str,
-    "schedule": str,
-    "temperature": _NUMBER,
-    "top_k": int,
-    "top_p": _NUMBER,
-    "repetition_penalty": _NUMBER,
-    "seed": (int, *_SEVERAL),
-    "guidance": (*_NUMBER, *_SEVERAL),
-    "guidance_interval": _SEVERAL,
-    "stop": (str, *_SEVERAL),
-    "end_ids": _SEVERAL,
-    "noise": str,
+
+# --- plain values --------------------------------------------------------------------------------
+
+
+def plain(value: Any) -> Any:
+    """Return numbers and lists of numpy and torch as Python's own, and anything else as it is."""
+    # By what they offer, not by their type: neither library is imported for this.
+    if hasattr(value, "tolist") and hasattr(value, "dtype") and callable(value.tolist):
+        try:
+            return value.detach().cpu().tolist() if hasattr(value, "detach") else value.tolist()
+        except Exception as error:  # A tensor without data, a sparse one: the libraries raise many kinds.
+            reason = str(error).partition("\n")[0]
+            raise ColadaError(f"{shown(value)} cannot be read: {reason}") from None
+    return value
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, which True is not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number within float32's range; 10**400 is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -LARGEST <= value <= LARGEST
+
+
+# --- one setting after the other ----------------------------------------------------------------
+
+
+class _Rule(NamedTuple):
+    """What a value has to be; ``several``: also a list of such values, one a prompt."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+    several: bool = False
+
+
+def _names(known: Sequence[str]) -> _Rule:
+    return _Rule(lambda value: isinstance(value, str) and value in known, ", ".join(map(repr, known)))
+
+
+def _whole(least: int, most: int, more: str = "") -> _Rule:
+    return _Rule(
+        lambda value: is_whole(value) and least <= value <= most,
+        f"a whole number {_range(least, most)}{more}",
+    )
+
+
+def _range(least: int, most: int) -> str:
+    return f"of at least {least} and at most {most}"
+
+
+def _is_interval(value: Any) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 2 or not all(map(_is_number, value)):
+        return False
+    return bool(0 <= value[0] <= value[1] <= 1)
+
+
+def _is_stop(value: Any) -> bool:
+    if not isinstance(value, str) or not 1 <= len(value) <= LONGEST_STOP:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # No text has a lone surrogate.
+        return False
+    return True
+
+
+_RULES: dict[str, _Rule] = {
+    "steps": _whole(1, MOST_STEPS),
+    "guidance": _Rule(_is_number, "a finite number within float32's range", several=True),
+    "guidance_interval": _Rule(_is_interval, "[low, high] between 0 and 1"),
+    "solver": _names(SOLVER_NAMES),
+    "schedule": _names(SCHEDULE_NAMES),
+    "temperature": _Rule(
+        lambda value: _is_number(value) and (value == 0 or value >= SMALLEST),
+        "0, or a positive number within float32's range",
+    ),
+    "top_k": _whole(0, MOST_COUNT, " (0 is off)"),
+    "top_p": _Rule(
+        lambda value: _is_number(value) and SMALLEST <= value <= 1,
+        f"above 0 (at least {SMALLEST:.2g}) and at most 1",
+    ),
+    "repetition_penalty": _Rule(
+        lambda value: _is_number(value) and PENALTIES[0] <= value <= PENALTIES[1],
+        "a positive number from {} to {}".format(*PENALTIES),
+    ),
+    "seed": _whole(0, MOST_SEED)._replace(several=True),
+    "noise": _names(NOISE_NAMES),
 }
-_KIND_NAMES = {int: "a whole number", str: "a name", _NUMBER: "a number", _SEVERAL: "a list"}
-_KIND_NAMES |= {(int, *_SEVERAL): "a whole number of at least 0, or one for each prompt"}
-_KIND_NAMES |= {(*_NUMBER, *_SEVERAL): "a finite number, or one for each prompt"}
-_KIND_NAMES |= {(str, *_SEVERAL): "a string, or several"}
+_LISTS: dict[str, tuple[int, _Rule]] = {
+    "stop": (MOST_STOPS, _Rule(_is_stop, f"a string of 1 to {LONGEST_STOP} characters, or a list of such")),
+    "end_ids": (MOST_END_IDS, _Rule(lambda value: is_whole(value) and value >= 0, "a list of token ids")),
+}
 
 
-def check_settings(settings: Mapping[str, Any], origin: str = "") -> None:
-    """Raise ColadaError for a generation setting that does not exist or is of the wrong type."""
+def check_settings(settings: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
+    """Return generation settings once checked, without those that are None.
+
+    Args:
+        settings: of the names of :class:`Settings`; numbers of numpy and torch are taken as Python's own.
+        origin: where they are from, for messages.
+
+    Raises:
+        ColadaError: for a setting that does not exist, is of the wrong type or out of its bounds.
+    """
     where = f"{origin}: " if origin else ""
-    for name, value in settings.items():
-        if name not in _SETTING_TYPES:
-            raise ColadaError(f"{where}unknown generation setting {name!r}{nearest(name, _SETTING_TYPES)}")
-        kind = _SETTING_TYPES[name]
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise ColadaError(f"{where}{name}={value!r}, expected {_KIND_NAMES[kind]}")
-    interval = settings.get("guidance_interval")
-    if interval is not None:
-        numbers = [end for end in interval if isinstance(end, _NUMBER) and not isinstance(end, bool)]
-        if len(interval) != 2 or len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
-            raise ColadaError(
-                f"{where}guidance_interval={list(interval)!r}, expected [low, high] between 0 and 1"
-            )
+    if not isinstance(settings, Mapping):
+        raise ColadaError(f"{where}settings are {shown(settings)}, expected names and values")
+    checked: dict[str, Any] = {}
+    for name, given in settings.items():
+        if not isinstance(name, str) or name not in RELEASED_SETTINGS:
+            hint = nearest(name, RELEASED_SETTINGS) if isinstance(name, str) else ""
+            raise ColadaError(f"{where}unknown generation setting {shown(name)}{hint}")
+        if given is None:
+            continue
+        value = plain(given)
+        if name in _LISTS:
+            _check_list(name, value, where)
+        elif isinstance(value, list | tuple) and _RULES[name].several:
+            value = [plain(one) for one in value]
+            for one in value:
+                _check_one(name, one, where)
+        else:
+            _check_one(name, value, where)
+        checked[name] = value
+    return checked
 
 
-def several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """Return a list of prompts, of one or of several."""
+def _check_one(name: str, value: Any, where: str) -> None:
+    rule = _RULES[name]
+    if not rule.holds(value):
+        known = {"solver": SOLVER_NAMES, "schedule": SCHEDULE_NAMES, "noise": NOISE_NAMES}.get(name)
+        one_of = "one of " if known else ""
+        hint = nearest(value, known) if known and isinstance(value, str) else ""
+        each = ", or one for each prompt" if rule.several else ""
+        raise ColadaError(f"{where}{name}={shown(value)}, expected {one_of}{rule.expected}{each}{hint}")
+
+
+def _check_list(name: str, value: Any, where: str) -> None:
+    most, rule = _LISTS[name]
+    if name == "stop" and isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise ColadaError(f"{where}{name}={shown(value)}, expected {rule.expected}")
+    if len(value) > most:
+        raise ColadaError(f"{where}{len(value)} values of {name}, expected at most {most}")
+    for one in value:
+        if not rule.holds(plain(one)):
+            raise ColadaError(f"{where}{name}={shown(one)}, expected {rule.expected}")
+
+
+def require_count(name: str, value: Any, most: int = MOST_COUNT) -> int:
+    """Return a count, once it is a whole number from 1 to ``most``.
+
+    Raises:
+        ColadaError: naming the value and its bounds.
+    """
+    count = plain(value)
+    if not is_whole(count) or not 1 <= count <= most:
+        raise ColadaError(f"{name}={shown(count)}, expected a whole number {_range(1, most)}")
+    return int(count)
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def several(prompts: Any) -> list[Prompt]:
+    """Return a list of prompts, of one or of several; their ids are not looked at yet.
+
+    Args:
+        prompts: a text or ids, or a list (tuple, array) of these.
+
+    Raises:
+        ColadaError: for anything else.
+    """
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and all(isinstance(part, int) for part in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
+    prompts = plain(prompts)
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
+        raise ColadaError(f"prompts={shown(prompts)}, expected a text, a list of ids, or a list of these")
+    if len(prompts) and not any(_is_prompt(part) for part in prompts):
+        return [prompts]  # Ids, or what is meant to be some.
+    return list(prompts)
 
 
-def require_count(name: str, value: Any) -> None:
-    """Raise ColadaError unless the value is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ColadaError(f"{name}={value!r}, expected a whole number of at least 1")
+def _is_prompt(part: Any) -> bool:
+    return (
+        isinstance(part, str)
+        or (isinstance(part, Sequence) and not isinstance(part, bytes))
+        or (getattr(part, "ndim", 0) > 0)
+    )
+
+
+def check_text(text: str) -> str:
+    """Return a text that is to be continued. Raises ColadaError for one of too many characters."""
+    if len(text) > MOST_CHARACTERS:
+        raise ColadaError(f"a prompt of {len(text)} characters, expected at most {MOST_CHARACTERS}")
+    return text
+
+
+def check_ids(prompt: Any, vocab_size: int, what: str = "prompt") -> list[int]:
+    """Return the ids of a prompt's tokens.
+
+    Args:
+        prompt: a list, tuple, array or tensor of whole numbers.
+        vocab_size: ids are below it.
+        what: they are, for messages.
+
+    Raises:
+        ColadaError: for anything else, an id outside the vocabulary, or too many.
+    """
+    ids = plain(prompt)
+    if not isinstance(ids, Sequence) or isinstance(ids, str | bytes | bytearray | memoryview):
+        raise ColadaError(f"{what} {shown(ids)}, expected a text or a list of ids")
+    if len(ids) > MOST_TOKENS:
+        raise ColadaError(f"{what} of {len(ids)} tokens, expected at most {MOST_TOKENS}")
+    checked = []
+    for given in ids:
+        token = plain(given)
+        if not is_whole(token) or not 0 <= token < vocab_size:
+            raise ColadaError(f"{what} id {shown(token)}, expected whole numbers from 0 to {vocab_size - 1}")
+        checked.append(token)
+    return checked
 
 
 def one_each(name: str, value: Any, count: int, stride: int) -> list[Any]:
-    """Return a setting per sample: its list, checked, or value + stride * i."""
-    if isinstance(value, Sequence):
-        values = list(value)
-    elif isinstance(value, int | float):
-        values = [value + stride * i for i in range(count)]
-    else:
-        values = [value] * count
+    """Return a checked setting per sample: its list, or value + stride * i.
+
+    Raises:
+        ColadaError: for a list of another length, or a last seed beyond :data:`MOST_SEED`.
+    """
+    values = list(value) if isinstance(value, list | tuple) else [value + stride * i for i in range(count)]
     if len(values) != count:
         raise ColadaError(f"{len(values)} values of {name} for {count} prompts, expected one, or one each")
-    for one in values:
-        if name == "seed" and not (isinstance(one, int) and one >= 0):
-            raise ColadaError(f"seed={one!r}, expected a whole number of at least 0")
-        if name == "guidance" and not (isinstance(one, int | float) and math.isfinite(one)):
-            raise ColadaError(f"guidance={one!r}, expected a finite number")
+    if name == "seed" and values and values[-1] > MOST_SEED:
+        raise ColadaError(
+            f"seed={value} for {count} prompts ends with {values[-1]}, expected at most {MOST_SEED}"
+        )
     return values

@@ -27,7 +27,15 @@ from colada.options import (
     read_message,
     read_texts,
 )
-from colada.settings import Settings, TextRequest, check_settings, require_count
+from colada.settings import (
+    MOST_TOKENS,
+    SEED_STRIDE,
+    Settings,
+    TextRequest,
+    check_settings,
+    one_each,
+    require_count,
+)
 
 if TYPE_CHECKING:
     from colada.language_model import LanguageModel
@@ -124,7 +132,7 @@ def generate(
     }
     # All that can be refused is, before torch is imported.
     check_settings({**given, "seed": seed})
-    require_count("max_new_tokens", max_new_tokens)
+    require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
     require_count("batch", batch)
     check_model_options(model, revision, dtype, device, quantise)
     texts = read_texts(prompt, file, lines)
@@ -133,13 +141,10 @@ def generate(
     if chat:
         prompts = [network.chat_prompt([{"role": "user", "content": text}]) for text in texts]
 
-    from colada.flow import choose
-    from colada.generation import SEED_STRIDE
-
     chosen = {**network.chosen(given), "max_new_tokens": max_new_tokens}
     del chosen["seed"]  # Every prompt has its own.
-    stride = choose("noise", chosen.get("noise", "per-sample"), SEED_STRIDE)
-    seeds = [seed + stride * number for number in range(len(prompts))]
+    stride = SEED_STRIDE[chosen.get("noise", "per-sample")]
+    seeds = one_each("seed", seed, len(prompts), stride)
 
     if len(prompts) == 1 and not as_json and not no_stream:
         shown = "" if chat else prompts[0]
@@ -288,7 +293,7 @@ def chat(
         "noise": noise,
     }
     check_settings({**settings, "seed": seed})
-    require_count("max_new_tokens", max_new_tokens)
+    require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
     check_model_options(model, revision, dtype, device, quantise)
     _require_template(BUNDLED if model is None else local(model, revision), model)
     if sys.stdin is None:

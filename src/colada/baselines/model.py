@@ -18,6 +18,7 @@ from colada.language_model import LanguageModel
 from colada.locate import DECODER_DIR
 from colada.sampling import Sampling
 from colada.settings import (
+    MOST_TOKENS,
     RELEASED_SETTINGS,
     SAMPLING_SETTINGS,
     Prompt,
@@ -125,7 +126,7 @@ class DecoderLM(LanguageModel):
 
     def complete(self, requests: Iterable[TextRequest], batch: int = 16) -> Iterator[tuple[int, Completion]]:
         """See :meth:`LanguageModel.complete`: requests of equal length and settings share a batch."""
-        require_count("batch", batch)
+        batch = require_count("batch", batch)
         alike: dict[str, list[tuple[int, Writing]]] = {}
         for number, own in enumerate(requests):
             rest = {name: value for name, value in own.settings.items() if name != "seed"}
@@ -155,15 +156,13 @@ class DecoderLM(LanguageModel):
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings
     ) -> Writing:
         prompts = several(prompts)
-        require_count("max_new_tokens", max_new_tokens)
+        max_new_tokens = require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
         chosen = self.chosen(settings)
         stop, end_ids = self.endings(chosen)
         steps = chosen.get("steps")
-        if steps is not None:
-            require_count("steps", steps)
-            if steps > self.decoder.config.block_size:
-                size = self.decoder.config.block_size
-                raise ColadaError(f"steps={steps}, expected at most the {size} tokens of a block")
+        size = self.decoder.config.block_size
+        if steps is not None and steps > size:
+            raise ColadaError(f"steps={steps}, expected at most the {size} tokens of a block")
         return Writing(
             [self.ids(prompt) for prompt in prompts],
             [Transcript(self.tokenizer, 0, max_new_tokens, stop, end_ids) for _ in prompts],

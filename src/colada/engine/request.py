@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from colada.errors import ColadaError
-from colada.flow import SCHEDULES, SOLVERS, choose
+from colada.flow import SCHEDULES
 from colada.generation import Block, Noise
 from colada.sampling import Sampling
+from colada.settings import MOST_TOKENS, check_settings, require_count
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,17 @@ class Request:
     hole: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.new_tokens < 1:
-            raise ColadaError(f"new_tokens={self.new_tokens}, expected at least 1")
-        if self.steps < 1:
-            raise ColadaError(f"steps={self.steps}, expected at least 1")
-        choose("solver", self.solver, SOLVERS)
-        choose("schedule", self.schedule, SCHEDULES)
+        require_count("new_tokens", self.new_tokens, MOST_TOKENS)
+        check_settings(
+            {
+                "steps": self.steps,
+                "solver": self.solver,
+                "schedule": self.schedule,
+                "guidance": self.guidance,
+                "guidance_interval": self.interval,
+                "seed": self.seed,
+            }
+        )
 
     @property
     def grid(self) -> list[float]:
