@@ -59,10 +59,10 @@ NOISE_RULES = {"per-sample": sample_noise, "released": released_noise}
 
 @dataclass(frozen=True)
 class Block:
-    """A finished block of one sample: latents (block, C), logits (block * patch, V), token ids."""
+    """A finished block of one sample: latents (block, C), logits (block * patch, V) if kept, token ids."""
 
     latents: Tensor
-    logits: Tensor
+    logits: Tensor | None
     ids: list[int]
 
 

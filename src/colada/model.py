@@ -14,8 +14,7 @@ from colada.baselines.load import MODELS, load_decoder
 from colada.checkpoint import check_one_save, read_dit, read_parts, read_vae, write_model
 from colada.config import check_pair
 from colada.dit import DiT
-from colada.engine.engine import Engine, history_unit
-from colada.engine.memory import round_up
+from colada.engine.engine import Engine, capacity_for
 from colada.engine.request import Request
 from colada.errors import ColadaError
 from colada.generation import NOISE_RULES, TransportStep, encode
@@ -281,12 +280,10 @@ class ColaDLM(LanguageModel):
         self, requests: Sequence[tuple[Request, Transcript]], slots: int | None = None
     ) -> Session:
         """Return a session of these requests alone, with just the history that ``slots`` of them need."""
-        patch, size = self.vae.config.patch_size, self.vae.config.block_size
-        unit = history_unit(size, self.device)
-        rooms = sorted((round_up(own.room(patch, size), unit) for own, _ in requests), reverse=True)
+        capacity = capacity_for((own for own, _ in requests), self.vae.config, self.device, slots)
         # Without a token to pad, no padding id is needed.
         pad_id = self.pad_id if any(own.ids for own, _ in requests) else 0
-        session = Session(self._engine(sum(rooms[:slots]), slots, pad_id), self._request)
+        session = Session(self._engine(capacity, slots, pad_id), self._request)
         for request, transcript in requests:
             session.add(request, transcript)
         return session
@@ -347,10 +344,9 @@ class ColaDLM(LanguageModel):
         whole = (*left, *[self.vae.config.mask_id] * tokens, *right)
         hole = len(left) // patch, (len(left) + tokens) // patch
         request = dataclasses.replace(request, ids=whole, hole=hole)
-        size = self.vae.config.block_size
-        room = round_up(request.room(patch, size), history_unit(size, self.device))
-        session = Session(self._engine(room), self._request)
-        transcript.skip = hole[0] % size * patch
+        capacity = capacity_for([request], self.vae.config, self.device)
+        session = Session(self._engine(capacity), self._request)
+        transcript.skip = hole[0] % self.vae.config.block_size * patch
         session.add(request, transcript)
         for _ in session.chunks():
             pass

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from colada.checkpoint import open_weights, read_dit, read_vae
 from colada.dit import DiT
-from colada.engine.engine import Engine
+from colada.engine.engine import Engine, capacity_for
 from colada.engine.request import Request
 from colada.errors import ColadaError
 from colada.files import read_json_object
@@ -148,8 +148,8 @@ def _by_engine(
     vae: TextVAE, dit: DiT, requests: Sequence[Request], blocks: int, pad_id: int
 ) -> list[list[Block]]:
     """Return the same as :func:`_by_reference`, as the engine makes them."""
-    rooms = [own.room(vae.config.patch_size, vae.config.block_size) for own in requests]
-    engine = Engine(vae, dit, capacity=sum(rooms), pad_id=pad_id)
+    capacity = capacity_for(requests, vae.config, vae.encoder.wte.weight.device)
+    engine = Engine(vae, dit, capacity=capacity, pad_id=pad_id, keep_logits=True)
     for own in requests:
         engine.submit(own)
     made = []

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from colada.bench.run import Spread
-from colada.engine.engine import Engine, history_unit
-from colada.engine.memory import round_up
+from colada.engine.engine import Engine, capacity_for
 from colada.engine.request import Request
 from colada.errors import ColadaError
 from colada.flow import SCHEDULES
@@ -112,8 +111,7 @@ def next_blocks(
         )
         for number, ids in enumerate(prompts)
     ]
-    size, unit = config.block_size, history_unit(config.block_size, model.device)
-    capacity = sum(round_up(request.room(config.patch_size, size), unit) for request in requests)
+    capacity = capacity_for(requests, config, model.device)
     engine = Engine(model.vae, model.dit, capacity=capacity, pad_id=model.pad_id)
     for request in requests:
         engine.submit(request)

@@ -9,12 +9,13 @@ of the block before share the first pass of a block, and the decoder's prefix sh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from colada.config import TextVAEConfig
 from colada.dit import DiT
 from colada.engine.graphs import Graphs
 from colada.engine.memory import Memory, Plan, Regions, Span, round_up
@@ -34,6 +35,16 @@ def history_unit(size: int, device: torch.device) -> int:
     return round_up(GPU_BUCKET, size) if device.type == "cuda" else size
 
 
+def capacity_for(
+    requests: Iterable[Request], config: TextVAEConfig, device: torch.device, slots: int | None = None
+) -> int:
+    """Return the latents of history that the ``slots`` largest of some requests take together, or all."""
+    size, patch = config.block_size, config.patch_size
+    unit = history_unit(size, device)
+    rooms = sorted((round_up(request.room(patch, size), unit) for request in requests), reverse=True)
+    return sum(rooms[:slots])
+
+
 class Engine:
     """Generates blocks for requests that come and go.
 
@@ -45,6 +56,7 @@ class Engine:
         pad_id: fills up prompts.
         bucket: give requests history in multiples of so many latents, and replay passes of equal shape;
             by default 128 on a GPU, where each replay is a CUDA graph, and elsewhere None, not at all.
+        keep_logits: give each finished block its logits, which are large; else None.
 
     Raises:
         ColadaError: if the bucket is no multiple of the block.
@@ -59,7 +71,9 @@ class Engine:
         slots: int | None = None,
         pad_id: int = 0,
         bucket: int | None = None,
+        keep_logits: bool = False,
     ) -> None:
+        self._keep_logits = keep_logits
         self.vae, self.dit, self.slots, self.pad_id = vae, dit, slots, pad_id
         self._size, self._patch = vae.config.block_size, vae.config.patch_size
         device = dit.txt_in.proj.weight.device
@@ -246,7 +260,7 @@ class Engine:
             else:
                 ids = sampling.pick(mine, slot.seen, block_generator(seed, slot.blocks, 1)).tolist()
             slot.seen.update(ids)
-            slot.block = Block(latents, mine, ids)
+            slot.block = Block(latents, mine if self._keep_logits else None, ids)
             slot.decoded += self._size
             slot.blocks += 1
 
