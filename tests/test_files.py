@@ -47,7 +47,7 @@ def test_only_regular_files_are_read(tmp_path: Path, read: Callable[[Path], obje
     ):
         said = refused(lambda path=path: read(path))
         assert kind in said
-        assert str(path) in said
+        assert str(path).replace("\0", "\\x00") in said
 
 
 def test_a_byte_order_mark_is_no_text_wherever_it_is_read(tmp_path: Path) -> None:
@@ -221,6 +221,27 @@ def test_dumped_yaml_is_read_as_what_it_was_by_either_version() -> None:
             dumped = files.dump_yaml({"a": [text, 1, 1e-5, None, True, 1e300]}, flow)
             expected = {"a": [text, 1, 1e-5, None, True, 1e300]}
             assert files.parse_yaml(dumped, "here") == expected == yaml.safe_load(dumped)
+
+
+@pytest.mark.parametrize(
+    ("quoted", "shown"),
+    [
+        ("a\nb\r\nc", "a b c"),
+        ("\x1b[31m", "\\x1b[31m"),
+        ("\udc80", "\\udc80"),
+        ("\u2028x", "x"),
+        ("naïve 東京 🙂", "naïve 東京 🙂"),
+    ],
+)
+def test_an_error_is_a_line_of_printable_characters(quoted: str, shown: str) -> None:
+    assert str(ColadaError(f"x: {quoted}")) == f"x: {shown}"
+
+
+def test_a_long_error_has_its_beginning_and_its_end() -> None:
+    said = str(ColadaError(f"file: {'9' * 10**6}, expected fewer"))
+    assert said.startswith("file: 999")
+    assert said.endswith("999, expected fewer")
+    assert len(said) < 1000
 
 
 # --- writing -----------------------------------------------------------------------------------
