@@ -3,26 +3,44 @@
 The letter and number of a test is that of the fault it was written for.
 """
 
+import importlib.util
+import io
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from filelock import FileLock
+from rich.console import Console
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
 
+from colada import device
+from colada.cli import main
 from colada.errors import ColadaError
+from colada.files import write_text
 from colada.model import ColaDLM
 from colada.streaming import GenerationError
 from colada.training import checkpoints
 from colada.training.checkpoints import Place, find, places
+from colada.training.display import Display
+from colada.training.inputs import train_tokenizer
 from colada.training.optimisation import learning_rate
+from colada.training.parallel import Ranks
 from colada.training.recipe import load_recipe
 from colada.training.sections import OptimiserSection
 from colada.training.trainer import Trainer
-from runs import DEBUG, At, assert_same_run, recipe
+from runs import DEBUG, ROOT, STORIES, TINY, At, assert_same_run, recipe
 
 SHORT = ["stage2.steps=0", "run.sample_every=0"]
 
@@ -154,7 +172,8 @@ def test_a15_an_error_in_the_writing_thread_ends_the_run_with_that_error(tmp_pat
         def act(self) -> None:
             while not places(tmp_path / "checkpoints"):
                 time.sleep(0.01)
-            (tmp_path / "checkpoints" / "stage1-00000002" / "state.json").write_text("{}")
+            # At once: the writing thread may be reading it.
+            write_text(tmp_path / "checkpoints" / "stage1-00000002" / "state.json", "{}")
 
     made = recipe(*SHORT)
     with pytest.raises(ColadaError, match=r"stage1-00000002/state.json is damaged: stage=None, expected"):
@@ -218,7 +237,8 @@ def test_a19_sampling_leaves_the_networks_in_training_mode(
 REFUSED = [
     # Generation settings, for samples and for the saved model.
     *(("generation", value) for value in ("{stepz: 4}", "{steps: a}", "{temperature: .nan}")),
-    ("baseline.generation", "{steps: true}"),
+    *(("generation", value) for value in ("{solver: x}", "{steps: 0}", "{stop: [5]}", "{top_p: 1e-300}")),
+    *(("baseline.generation", value) for value in ("{steps: true}", "{steps: 0}", "{schedule: x}")),
     # NaN and infinities, anywhere.
     *((key, value) for key in ("stage2.loc", "stage1.lr") for value in (".nan", ".inf", "1e999")),
     ("model.vae", "{init_std: .nan}"),
@@ -271,3 +291,325 @@ def test_b8_a_value_without_a_meaning_is_refused_when_the_recipe_is_read(
 def test_a_key_in_the_wrong_place_gets_a_hint_at_the_right_one(override: str, hint: str) -> None:
     with pytest.raises(ColadaError, match=hint):
         load_recipe(DEBUG, [override])
+
+
+# --- B: the environment, the memory, the disk ------------------------------------------------------
+
+JOINABLE = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        *(({"WORLD_SIZE": size}, "WORLD_SIZE") for size in ("x", "", "0", "-1", "2.0", "9" * 30, "\u0662")),
+        *(({**JOINABLE, "RANK": rank}, "RANK") for rank in ("5", "2", "-1", "x", "")),
+        ({"RANK": "1"}, "RANK"),
+        *(({**JOINABLE, "MASTER_PORT": port}, "MASTER_PORT") for port in ("x", "0", "65536", "")),
+        ({**JOINABLE, "MASTER_ADDR": ""}, "MASTER_ADDR"),
+        ({"WORLD_SIZE": "2"}, "RANK"),
+    ],
+)
+def test_b7_an_environment_that_makes_no_ranks_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changed: dict[str, str], named: str
+) -> None:
+    for name in JOINABLE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in changed.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", str(DEBUG), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert named in error
+
+
+@pytest.mark.parametrize(
+    "key", ["stage1.batch=1000000", "stage2.copies=1024", "tokenizer.vocab_size=9999999"]
+)
+def test_b1_a_run_beyond_the_memory_is_refused_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr("colada.training.dry_run.memory_of", lambda _: 2**26)
+    with pytest.raises(ColadaError, match=r"stage [12].* would take about .* but cpu has 64.0 MiB: expected"):
+        Trainer(recipe(key), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_b1_the_memory_of_this_machine_is_known() -> None:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        physical = 1024 * int(file.readline().split()[1])
+    there = device.memory_of(torch.device("cpu"))
+    assert there is not None
+    assert 2**28 < there <= physical + 2**20
+
+
+@pytest.mark.parametrize("damage", [b"", b"xx", b"half", b"\x80\x04N."])
+def test_b15_damaged_metadata_is_one_line_and_nothing_is_printed(
+    tmp_path: Path, finished: Path, capfd: pytest.CaptureFixture[str], damage: bytes
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    file = out / "checkpoints" / "stage1-00000006" / ".metadata"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if damage == b"half" else damage)
+    with pytest.raises(ColadaError, match=r"stage1-00000006 is damaged") as caught:
+        Trainer(recipe(*SHORT), out).run()
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "null",
+        "5",
+        "[]",
+        '{"stage": 3}',
+        "[" * 10**5,
+        "9" * 5000,
+        '{"stage": 1, "step": true}',
+        "NaN",
+    ],
+)
+def test_b3_a_state_of_the_wrong_shape_is_one_line(tmp_path: Path, finished: Path, content: str) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "checkpoints" / "stage1-00000006" / "state.json").write_text(content)
+    with pytest.raises(ColadaError, match=r"stage1-00000006/state\.json is damaged") as caught:
+        Trainer(recipe(*SHORT), out)
+    assert "\n" not in str(caught.value)
+
+
+def test_b17_a_checkpoint_on_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Future[None]:
+        failed: Future[None] = Future()
+        failed.set_exception(RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0"))
+        return failed
+
+    monkeypatch.setattr(checkpoints, "async_save", full)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ColadaError, match=r"cannot write to .*checkpoints: .*the disk has 1,000 bytes left"):
+        Trainer(recipe(*SHORT), tmp_path).run()
+
+
+# --- C: ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_rank() -> Iterator[Ranks]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Ranks(0, 1, torch.device("cpu"), init_device_mesh("cpu", (1, 1), mesh_dim_names=("a", "b")))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_c9_networks_are_laid_out_before_they_have_memory(
+    tmp_path: Path, one_rank: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a mesh of one shard computes what a process without a mesh does."""
+    made = recipe("stage2.vae=joint", "stage1.ema=0.9", "stage2.ema=0.9", "run.sample_every=0")
+    Trainer(made, tmp_path / "alone").run()
+    laid_out: list[bool] = []
+    lay_out = Trainer._lay_out
+
+    def spied(self: Trainer, networks: dict[str, torch.nn.Module]) -> torch.nn.ModuleDict:
+        laid_out.extend(p.is_meta for network in networks.values() for p in network.parameters())
+        return lay_out(self, networks)
+
+    monkeypatch.setattr(Trainer, "_lay_out", spied)
+    Trainer(made, tmp_path / "mesh", ranks=one_rank).run()
+    assert len(laid_out) > 100
+    assert all(laid_out)
+    for part in ("cola_vae", "cola_dit"):
+        one, two = (
+            load_file(tmp_path / run / "model" / part / "model.safetensors") for run in ("alone", "mesh")
+        )
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+
+
+def test_c9_the_tokenizer_learns_from_so_many_characters_of_each_source(tmp_path: Path) -> None:
+    for name, word in (("one", "aba "), ("two", "cdc ")):
+        (tmp_path / f"{name}.txt").write_text(word * 2000)
+    sources = ", ".join(f"{{path: {tmp_path / name}.txt}}" for name in ("one", "two"))
+    common = [f"data.sources=[{sources}]", "data.validation_share=0", "tokenizer.vocab_size=262"]
+    learnt = train_tokenizer(recipe(*common, "tokenizer.characters=1000"))
+    (tmp_path / "both.txt").write_text("aba " * 125 + "\n<|endoftext|>\n" + "cdc " * 125)
+    same = train_tokenizer(
+        recipe(f"data.sources=[{{path: {tmp_path}/both.txt}}]", *common[1:], "tokenizer.characters=1000000")
+    )
+    assert learnt.to_json() == same.to_json()
+
+
+# --- a newcomer's first run --------------------------------------------------------------------------
+
+
+def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """As if a package were not installed, for who looks before importing it."""
+    find_spec = importlib.util.find_spec
+    missing = lambda name, *args: None if name == package else find_spec(name, *args)  # noqa: E731
+    for module in ("preflight", "trainer"):
+        monkeypatch.setattr(f"colada.training.{module}.find_spec", missing)
+
+
+def test_a_run_without_matplotlib_says_at_the_start_that_there_will_be_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, "matplotlib")
+    file = io.StringIO()
+    display = Display(Console(file=file, width=80))
+    Trainer(recipe(*SHORT, "run.report=true"), tmp_path, display).run()
+    lines = file.getvalue().splitlines()
+    said = next(number for number, line in enumerate(lines) if "there will be no report" in line)
+    assert said < next(number for number, line in enumerate(lines) if "training a tokenizer" in line)
+    assert (tmp_path / "model").is_dir()
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "override", "extra"),
+    [
+        ("tensorboard", "run.monitors=[tensorboard]", "tensorboard"),
+        ("datasets", "data.sources=[{hub: a/b}]", "hub"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, override: str, extra: str
+) -> None:
+    without(monkeypatch, package)
+    with pytest.raises(ColadaError, match=rf'needs {package}: pip install "colada-lm\[{extra}\]"'):
+        Trainer(recipe(override), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_first_lines_say_what_is_trained_on_what_and_for_how_long(tmp_path: Path) -> None:
+    file = io.StringIO()
+    Trainer(recipe(*SHORT), tmp_path, Display(Console(file=file, width=80)))
+    first, second, *_ = file.getvalue().splitlines()
+    assert first.startswith(f"training Cola DLM in {tmp_path}: Text VAE ")
+    assert "DiT" in first
+    assert second == f"on cpu with {torch.get_num_threads()} thread, float32; 6 steps, 384 tokens"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", str(DEBUG), "--set", "stage1.lr=-1"],
+        ["train", str(DEBUG), "--set", "generation={steps: a}"],
+        ["train", str(DEBUG), "--data", "nowhere"],
+        ["train", str(DEBUG), "--json"],
+        ["train", "nothing.yaml"],
+        ["recipe", str(DEBUG), "--set", "steps=10"],
+        ["export", "nowhere", "model"],
+    ],
+)
+def test_a_command_is_refused_without_waiting_for_torch(tmp_path: Path, command: list[str]) -> None:
+    code = f"import sys; from colada.cli import main; print(main({command!r}), 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout == "2 False\n"
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_dry_run_looks_at_the_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    overrides = [part for override in TINY for part in ("--set", override)]
+    assert main(["train", str(DEBUG), *overrides, "--dry-run", "--json"]) == 0
+    (data,) = json.loads(capsys.readouterr().out)["data"]
+    made = Trainer(recipe(), tmp_path)
+    stream = made.inputs.streams[0][1]["train"]
+    assert data["name"] == str(STORIES)
+    assert data["documents"] == len(stream.starts)
+    assert data["tokens"] == pytest.approx(len(stream), rel=0.01)
+    assert main(["train", str(DEBUG), *overrides, "--dry-run"]) == 0
+    assert "passes over the data" in capsys.readouterr().out
+
+
+def test_exporting_a_run_gets_a_hint_at_its_last_checkpoint(
+    finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    last = finished / "checkpoints" / "stage1-00000006"
+    for path in (finished, finished / "checkpoints", finished / "checkpoints" / "stage1-00000099"):
+        assert main(["export", str(path), str(tmp_path / "model")]) == 2
+        assert f"(did you mean {last}?)" in capsys.readouterr().err
+
+
+def test_exporting_over_another_things_files_is_refused(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "decoder").mkdir()
+    (tmp_path / "decoder" / "thesis.tex").write_text("all of it")
+    checkpoint = finished / "checkpoints" / "stage1-00000006"
+    assert main(["export", str(checkpoint), str(tmp_path)]) == 2
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["thesis.tex"]
+
+
+def test_a_run_over_another_things_files_is_refused_before_it_begins(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.tex").write_text("all of it")
+    with pytest.raises(ColadaError, match=r"thesis\.tex"):
+        Trainer(recipe(*SHORT), tmp_path)
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+# --- long runs ---------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_written_after_so_many_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10**9, 40))  # Each look at it 40 seconds later.
+    fake = SimpleNamespace(monotonic=lambda: float(next(clock)), time=time.time)
+    monkeypatch.setattr("colada.training.trainer.time", fake)
+    Trainer(
+        recipe(*SHORT, "run.checkpoint_minutes=1", "run.save_every=100", "run.keep_last=9"), tmp_path
+    ).run()
+    assert [place.step for place in places(tmp_path / "checkpoints")] == [2, 4, 6]
+
+
+def test_a_decay_may_begin_from_any_checkpoint() -> None:
+    section = OptimiserSection(steps=4, warmup=0, schedule="wsd", decay=1.0, final_lr=0.0)
+    assert [learning_rate(step, section) for step in range(4)] == pytest.approx([0.75, 0.5, 0.25, 0.0])
+
+
+def test_the_tinystories_recipe_trains_from_a_data_set_of_its_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory of parquet files stands in for the hub's."""
+    datasets = pytest.importorskip("datasets", reason="needs colada-lm[hub]")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    stories = [text for text in (STORIES / "stories.txt").read_text().split("<|endoftext|>") if text.strip()]
+    folder = tmp_path / "TinyStories"
+    folder.mkdir()
+    for number in range(2):
+        rows = stories[100 * number : 100 * number + 100]
+        pq.write_table(pa.table({"text": rows}), folder / f"train-0000{number}-of-00002.parquet")
+    pq.write_table(pa.table({"text": stories[200:240]}), folder / "validation-00000-of-00001.parquet")
+    small = [override for override in TINY if not override.startswith("data.")]
+    own = load_recipe(
+        ROOT / "recipes" / "tinystories.yaml",
+        [
+            *small,
+            f"data.sources.0.hub={folder}",
+            "data.sources.0.limit=120",
+            "data.workers=1",
+            "run.report=false",
+        ],
+    )
+    trainer = Trainer(own, tmp_path / "run")
+    train, validation = (trainer.inputs.streams[0][1][split] for split in ("train", "validation"))
+    assert (len(train.starts), len(validation.starts)) == (120, 40)
+    trainer.run()
+    assert (tmp_path / "run" / "model" / "cola_dit").is_dir()
+
+
+def test_the_tinystories_recipe_trains_what_the_bundled_models_recipe_does() -> None:
+    one, two = (load_recipe(ROOT / "recipes" / f"{name}.yaml") for name in ("tiny", "tinystories"))
+    for part in ("tokenizer", "model", "stage1", "stage2", "generation"):
+        assert getattr(one, part) == getattr(two, part)

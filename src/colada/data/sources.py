@@ -62,6 +62,12 @@ class Source(Section):
     streaming: bool = Field(
         False, description="hub: read it over the network instead of downloading it first."
     )
+    limit: int | None = Field(
+        None,
+        ge=1,
+        le=10**12,
+        description="hub: only so many of a split's records: its first, of a stream as many of each file.",
+    )
     validation: str | None = Field(
         None,
         description="Validation text: a file or folder, or a split of hub; unset: a share of the samples.",
@@ -90,6 +96,7 @@ class Source(Section):
             ("config", self.config),
             ("revision", self.revision),
             ("streaming", self.streaming),
+            ("limit", self.limit),
         ):
             if value and self.hub is None:
                 raise ValueError(f"{key}={value!r} without hub: it is of hub data sets")
@@ -180,9 +187,11 @@ def _parts_of(source: Source, where: str, size: int) -> list[Part]:
     place = f"{source.name}, {where}: "
     if source.streaming:
         return [Part(where, f"{place}file {n + 1}, row ", n, n + 1, 0, size) for n in range(data.num_shards)]
-    each = max(1, len(data) * size // max(data.data.nbytes, 1))
-    begins = range(0, len(data), each)
-    return [Part(where, f"{place}row ", n, n + each, n, data.data.nbytes // len(begins)) for n in begins]
+    rows = min(len(data), source.limit or len(data))
+    nbytes = data.data.nbytes * rows // max(1, len(data))
+    each = max(1, rows * size // max(nbytes, 1))
+    begins = range(0, rows, each)
+    return [Part(where, f"{place}row ", n, min(n + each, rows), n, nbytes // len(begins)) for n in begins]
 
 
 def identity(source: Source) -> list[object]:
@@ -299,7 +308,10 @@ def _rows(source: Source, part: Part) -> Iterator[dict[str, object]]:
     data = _dataset(source, part.where)
     with _named(source, part.where):
         if source.streaming:
-            data = data.shard(data.num_shards, part.begin)
+            files = data.num_shards
+            data = data.shard(files, part.begin)
+            if source.limit is not None:
+                data = data.take(source.limit // files + (part.begin < source.limit % files))
         else:
             data = data.select(range(len(data))[part.begin : part.end])
         yield from data

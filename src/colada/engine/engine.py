@@ -198,7 +198,12 @@ class Engine:
         finite = z.isfinite().flatten(1).all(1).tolist()
         for slot, fine in zip(order, finite, strict=True):
             if not fine:
-                slot.error = ColadaError(f"block {slot.blocks} of a request has latents that are not finite")
+                request = slot.request
+                slot.error = ColadaError(
+                    f"block {slot.blocks} of a request has latents that are not finite, with guidance="
+                    f"{request.guidance}, steps={request.steps}, solver={request.solver!r}: expected smaller"
+                    " settings, or finite weights"
+                )
         self._finish([slot for slot in order if slot.error is None], z[torch.tensor(finite)])
 
     @property

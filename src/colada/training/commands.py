@@ -136,10 +136,22 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="MODEL", help="The model directory to write.")],
 ) -> None:
     """Write a checkpoint of a run as a model in the released format, with averaged weights if it has them."""
+    _require_checkpoint(checkpoint)
     with _training_extra():
         from colada.training.export import export as write
 
     print(f"wrote {out}: {write(checkpoint, out)}")
+
+
+def _require_checkpoint(path: Path) -> None:
+    """Raise ColadaError unless there is a checkpoint, with a hint at the last one of the run."""
+    if (path / "state.json").exists():
+        return
+    runs = (path / "checkpoints", path, path.parent)
+    there = [file.parent for run in runs for file in sorted(run.glob("stage*/state.json"))]
+    hint = f" (did you mean {there[-1]}?)" if there else ""
+    reason = "no such directory" if not path.exists() else "no checkpoint: it has no state.json"
+    raise ColadaError(f"{path}: {reason}, expected a directory below checkpoints/ of a run{hint}")
 
 
 def recipe(

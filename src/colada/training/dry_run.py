@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from colada.baselines.config import DecoderConfig, matched_config
@@ -10,10 +12,12 @@ from colada.checkpoint import read_configs
 from colada.config import DiTConfig, TextVAEConfig
 from colada.device import memory_of
 from colada.errors import ColadaError
+from colada.language_model import ARCHITECTURES
 from colada.locate import DECODER_DIR, locate
 from colada.model import KINDS
 from colada.training.decoder_plan import decoder_flops, decoder_parameters, decoder_phase
 from colada.training.environment import ranks_here
+from colada.training.parallel import Ranks
 from colada.training.plan import Phase, Placement, Plan, Work, cola_phase, parameter_counts, scaled
 from colada.training.recipe import Recipe, vocab_size
 from colada.training.sections import OptimiserSection
@@ -50,6 +54,24 @@ def plan_run(recipe: Recipe, ranks: int) -> Plan:
     placement = _placement(recipe, section, ranks)
     phase = decoder_phase(config, section.steps, section.batch, section.length, placement)
     return Plan(decoder_parameters(config), (phase,))
+
+
+def planned(recipe: Recipe, plan: Plan, ranks: Ranks, out: Path) -> list[str]:
+    """Return what is going to be trained, on what, and for how long, in lines of a terminal's width."""
+    where = str(ranks.device)
+    if ranks.device.type == "cuda":
+        where = torch.cuda.get_device_name(ranks.device)
+    elif ranks.device.type == "cpu":
+        threads = torch.get_num_threads()
+        where = f"cpu with {threads} thread{'s' if threads > 1 else ''}"
+    if ranks.size > 1:
+        where += f", {ranks.size} ranks"
+    parts = " + ".join(f"{name} {scaled(number)}" for name, number in plan.parameters.items())
+    steps = " + ".join(f"{phase.steps:,}" for phase in plan.phases) or "0"
+    return [
+        f"training {ARCHITECTURES[recipe.model.arch]} in {out}: {parts} parameters",
+        f"on {where}, {recipe.run.precision}; {steps} steps, {scaled(plan.tokens)} tokens",
+    ]
 
 
 def check_memory(plan: Plan, device: torch.device) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from colada.checkpoint import check_replaceable
+from colada.files import read_text
 from colada.language_model import LanguageModel
 from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.model import load
@@ -54,6 +56,7 @@ def export(checkpoint: Path, directory: Path) -> str:
         ColadaError: if the checkpoint is incomplete or damaged, or the model cannot be written.
     """
     state, recipe = read_state(checkpoint), load_recipe(checkpoint / RECIPE)
+    check_replaceable(directory)
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER_FILE)
     start = None
     if recipe.model.init is not None:
@@ -76,7 +79,7 @@ def export(checkpoint: Path, directory: Path) -> str:
         tensors[name] = stage.resting[name].state_dict()
     read_tensors(checkpoint, tensors)  # In place.
     template = checkpoint / CHAT_TEMPLATE_FILE
-    text = template.read_text(encoding="utf-8") if template.is_file() else None
+    text = read_text(template) if template.is_file() else None
     parts = {"tokenizer": tokenizer, "generation": state["generation"], "chat_template": text}
     write_model(system.model(system.networks, **parts), DTYPES[recipe.run.save_dtype], directory)
     begun = system.networks.keys() - stage.networks.keys() - stage.resting.keys()

@@ -95,11 +95,17 @@ def held_out(recipe: Recipe, source: Source) -> Holdout:
 
 
 def train_tokenizer(recipe: Recipe) -> Tokenizer:
-    """Train the recipe's tokenizer on the training text of all its sources."""
+    """Train the recipe's tokenizer on the training text of its sources, an equal share of each at most."""
+    share = recipe.tokenizer.characters // len(recipe.data.sources)
 
     def texts() -> Iterator[str]:
         for source in recipe.data.sources:
-            yield from read_texts(source, held_out(recipe, source))
+            left = share
+            for text in read_texts(source, held_out(recipe, source)):
+                yield text[:left]
+                left -= len(text)
+                if left <= 0:
+                    break
 
     return Tokenizer.train(texts(), recipe.tokenizer.vocab_size)
 

@@ -74,6 +74,13 @@ class TokenizerSection(Section):
         le=2**24,
         description="Entries: 256 bytes, 4 special tokens, merges; not looked at with file or model.init.",
     )
+    characters: int = Field(
+        10**9,
+        ge=1000,
+        le=10**12,
+        description="It is trained on so many characters at most, of all sources alike: the rest would"
+        " change little.",
+    )
     file: str | None = Field(
         None, description="A tokenizer.json to use; unset: train one, or that of model.init."
     )
@@ -225,6 +232,9 @@ class RunSection(Section):
     validate_every: int = Field(500, ge=0, le=MOST_STEPS, description="Steps between validations.")
     validation_rows: int = Field(
         64, ge=1, le=MOST_ROWS, description="Rows of a validation, the same every time."
+    )
+    checkpoint_minutes: float | None = Field(
+        None, ge=0.01, le=1e5, description="Besides, a checkpoint so many minutes after the last one."
     )
     save_every: int = Field(500, ge=1, le=MOST_STEPS, description="Steps between checkpoints.")
     keep_last: int = Field(2, ge=1, le=10**6, description="Checkpoints kept.")

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,11 +35,10 @@ from colada.checkpoint import check_replaceable
 from colada.data.rows import Batch, Rows, batch
 from colada.device import keep_freed_memory, unallocated
 from colada.errors import ColadaError
-from colada.language_model import ARCHITECTURES, LanguageModel
+from colada.language_model import LanguageModel
 from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.model import load
 from colada.objectives import Counts, readable
-from colada.streaming import GenerationError
 from colada.tokenizer import Tokenizer
 from colada.training.checkpoints import (
     RECIPE,
@@ -52,18 +50,20 @@ from colada.training.checkpoints import (
     read_tensors,
 )
 from colada.training.display import Display
-from colada.training.dry_run import check_memory, plan_run, resolve
+from colada.training.dry_run import check_memory, plan_run, planned, resolve
 from colada.training.export import DTYPES, system_of, write_model
 from colada.training.inputs import chat_template, prepare_inputs, train_tokenizer
 from colada.training.meter import Meter
 from colada.training.monitors import METRICS_FILE, Monitors, make_monitors
 from colada.training.optimisation import average_weights, learning_rate, set_learning_rate
 from colada.training.parallel import Ranks, allocate, lay_out, run_device
-from colada.training.plan import Plan, scaled
+from colada.training.plan import Plan
 from colada.training.preflight import preflight
 from colada.training.provenance import provenance
 from colada.training.recipe import Recipe, commented, difference, load_recipe, save_recipe
 from colada.training.report import write_report
+from colada.training.samples import samples
+from colada.training.signals import graceful_stop
 from colada.training.stages import Draws, Stage, modes_kept
 
 MODEL = "model"
@@ -110,14 +110,14 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.display = display if display is not None and self.ranks.first else Display()
-        self._stop = False
+        self._stop, self._saved = False, time.monotonic()
         # What can be refused at once, before hours of tokenising.
         notes = preflight(recipe, out)
         self.recipe = recipe = resolve(recipe)
         plan = plan_run(recipe, self.ranks.size)
         check_memory(plan, self.device)
         check_replaceable(out / MODEL)
-        for line in (*self._planned(plan), *notes):
+        for line in (*planned(self.recipe, plan, self.ranks, out), *notes):
             self.display.say(line)
         self._resumable(resume)  # Refused before there is a directory, and looked up again once it is ours.
         self._lock = self._locked()
@@ -151,23 +151,6 @@ class Trainer:
         self.made_with = provenance(self.device) | {
             "parameters": ", ".join(f"{name} {number:,}" for name, number in plan.parameters.items())
         }
-
-    def _planned(self, plan: Plan) -> list[str]:
-        """Return what is going to be trained, on what, and for how long, in lines of a terminal's width."""
-        run, where = self.recipe.run, str(self.device)
-        if self.device.type == "cuda":
-            where = torch.cuda.get_device_name(self.device)
-        elif self.device.type == "cpu":
-            threads = torch.get_num_threads()
-            where = f"cpu with {threads} thread{'s' if threads > 1 else ''}"
-        if self.ranks.size > 1:
-            where += f", {self.ranks.size} ranks"
-        parts = " + ".join(f"{name} {scaled(number)}" for name, number in plan.parameters.items())
-        steps = " + ".join(f"{phase.steps:,}" for phase in plan.phases) or "0"
-        return [
-            f"training {ARCHITECTURES[self.recipe.model.arch]} in {self.out}: {parts} parameters",
-            f"on {where}, {run.precision}; {steps} steps, {scaled(plan.tokens)} tokens",
-        ]
 
     def _resumable(self, resume: str) -> Path | None:
         """Return the checkpoint to go on from; raises :class:`ColadaError` if it is of another recipe."""
@@ -270,7 +253,7 @@ class Trainer:
             names, self.out, self.recipe.model_dump(mode="json"), resume_at, self.ranks.first
         )
         try:
-            with self._graceful_stop():
+            with graceful_stop(self._ask_to_stop):
                 for number in self.system.numbers:
                     if saved is None or number >= saved["stage"]:
                         self._run_stage(self.system.stage(number, self._lay_out), saved, monitors)
@@ -353,8 +336,8 @@ class Trainer:
                 if final and run.sample_every and (done % run.sample_every == 0 or last):
                     self._sample(monitors, stage, done, best())
                     meter.restart()
-                stop, spent = self._agreed_stop(), progress.skipped > run.max_skipped
-                if stop or spent or last or done % run.save_every == 0:
+                (stop, due), spent = self._agreed(), progress.skipped > run.max_skipped
+                if stop or due or spent or last or done % run.save_every == 0:
                     self._save(stage, average, progress, wait=stop or spent)
                 if spent:
                     where = rows.describe(step * section.batch)
@@ -484,41 +467,19 @@ class Trainer:
         )
 
     def _sample(self, monitors: Monitors, stage: Stage, step: int, networks: nn.ModuleDict) -> None:
-        run = self.recipe.run
         best = {**self.system.networks, **dict(networks.items())}
         # The engine reads weights where they are; sharded ones are not whole anywhere.
         parts = best if self.ranks.mesh is None else self._whole(best)
         if parts is None:
             self.ranks.wait()
             return
-        try:
-            with modes_kept(parts.values()):
-                texts = self._continued(self._model(parts).to(self.ranks.device))
-        # Whatever a sample cannot do (memory, weights that do not write yet), training can go on.
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            texts = dict.fromkeys(run.sample_prompts, f" [no sample: {reason}]")
+        with modes_kept(parts.values()):
+            texts = samples(self.recipe, self._model(parts).to(self.ranks.device))
         for prompt, text in texts.items():
             monitors.text(stage.number, step, prompt, f"{prompt}|{text}")
             self.display.say(f"sample: {escape(prompt)}[bold]|[/bold]{escape(text)}")
         if self.ranks.mesh is not None:
             self.ranks.wait()
-
-    def _continued(self, model: LanguageModel) -> dict[str, str]:
-        """Return what a model makes of each of the run's prompts."""
-        run = self.recipe.run
-        asked = prompts = list(run.sample_prompts)
-        if self.recipe.data.chats:
-            asked = [model.chat_prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
-        with torch.compiler.set_stance("force_eager"):  # shapes keep changing
-            try:
-                done = model.generate(asked, run.sample_tokens, seed=self.recipe.seed)
-            except GenerationError as error:
-                return {
-                    prompt: own.text if own is not None else f" [no sample: {error.errors[number]}]"
-                    for number, (prompt, own) in enumerate(zip(prompts, error.completions, strict=True))
-                }
-        return {prompt: own.text for prompt, own in zip(prompts, done, strict=True)}
 
     def _log(self, monitors: Monitors, stage: Stage, step: int, split: str, values: dict[str, Any]) -> None:
         with disk_errors(self.out):
@@ -531,32 +492,27 @@ class Trainer:
         files = {RECIPE: commented(self.recipe), TOKENIZER_FILE: self.tokenizer.to_json()}
         if self.template is not None:
             files[CHAT_TEMPLATE_FILE] = self.template
-        place = Place(stage.number, progress.step)
+        place, self._saved = Place(stage.number, progress.step), time.monotonic()
         self.checkpoints.save(place, self._state(stage, average), state, files, wait)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.recipe.run.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def _agreed_stop(self) -> bool:
-        """Return whether any rank was asked to stop: all must do so after the same step."""
-        return bool(self.ranks.sum(torch.tensor(float(self._stop))))
+    def _ask_to_stop(self) -> None:
+        self._stop = True
+        if self.ranks.first and not self.display.console.quiet:
+            os.write(2, b"stopping after this step\n")  # The console may be in the middle of a line.
 
-    @contextmanager
-    def _graceful_stop(self) -> Iterator[None]:
-        """Turn SIGINT and SIGTERM into a request to save and stop after the step."""
+    def _agreed(self) -> tuple[bool, bool]:
+        """Return whether any rank was asked to stop, and whether the first one's clock says to save.
 
-        def ask(signum: int, frame: object) -> None:
-            self._stop = True
-            if self.ranks.first and not self.display.console.quiet:
-                os.write(2, b"stopping after this step\n")  # The console may be in the middle of a line.
-
-        old = {which: signal.signal(which, ask) for which in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for which, handler in old.items():
-                signal.signal(which, handler)
+        All ranks do the same after the same step.
+        """
+        minutes = self.recipe.run.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+        stop, due = self.ranks.sum(torch.tensor([self._stop, due and self.ranks.first]).float()).tolist()
+        return bool(stop), bool(due)
 
 
 def _add(sums: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
