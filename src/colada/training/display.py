@@ -68,12 +68,17 @@ class Display:
         """Show how far the task is; elsewhere than on a terminal with a line every few seconds."""
         if self._progress is None:
             return
-        self._progress.update(self._task, completed=done, total=total)
+        self.move(done, total)
         now = time.monotonic()
         late = now - max(self._line + LINE_SECONDS, self._begin + FIRST_SECONDS) >= 0
         if late and not self.console.is_terminal and done < total:
             self._line, self._total = now, total
             self.say(f"{self._title}: {done:,} of {total:,} {self._unit}{self._left(done, now)}")
+
+    def move(self, done: int, total: int) -> None:
+        """Move a terminal's bar; elsewhere, terms have lines of their own, see :meth:`update`."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, total=total)
 
     def update(self, step: int, terms: Mapping[str, Any]) -> None:
         """Show the terms of a step."""

@@ -320,7 +320,7 @@ class Trainer:
                 elif average is not None:
                     average.update_parameters(stage.networks)
                 progress.step, progress.tokens = step + 1, progress.tokens + section.batch * section.length
-                self.display.advance(step + 1, section.steps)
+                self.display.move(step + 1, section.steps)
                 meter.count(section.batch * section.length, stage.flops(step))
                 done, last = step + 1, step + 1 == section.steps
                 if done % run.log_every == 0 or last:
