@@ -393,10 +393,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (
             "half.jsonl",
             (whole + whole[:40]).encode(),
-            "2: not JSON .*has no line break: was its writing cut off",
+            "2 is not valid JSON.*has no line break: was its writing cut off",
         ),
-        ("list.jsonl", b"[1]\n", "1: a list, expected a JSON object"),
-        ("latin.jsonl", b'{"id": "\xe9"}\n', "1: not JSON"),
+        ("list.jsonl", b"[1]\n", "1 holds a list, expected a JSON object"),
+        ("latin.jsonl", b'{"id": "\xe9"}\n', "1: byte 0xe9 at offset 8"),
         ("empty.jsonl", b"\n", " holds no output"),
         ("broken.jsonl.gz", gzip.compress(whole.encode())[:-9], " cannot be read"),
     ):

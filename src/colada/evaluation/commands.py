@@ -184,8 +184,8 @@ def likelihood(
     from rich.console import Console
 
     from colada.evaluation.measure import bound_settings, kind, measure
-    from colada.evaluation.records import replace_file
     from colada.evaluation.texts import read_texts, summarise
+    from colada.files import write_text
     from colada.training.display import Display
     from colada.training.provenance import provenance
 
@@ -222,7 +222,7 @@ def likelihood(
             "made_with": provenance(network.device),
             "records": [asdict(score) for score in scores],
         }
-        replace_file(out, json.dumps(record, indent=2) + "\n")
+        write_text(out, json.dumps(record, indent=2) + "\n")
         print(f"wrote {out}")
 
 
@@ -275,10 +275,10 @@ def generative(
     from colada.device import find_device
     from colada.evaluation import generative as room
     from colada.evaluation.measure import bound_settings
-    from colada.evaluation.records import replace_file
     from colada.evaluation.report import print_generative
     from colada.evaluation.run import require_tokenizer
     from colada.evaluation.texts import read_texts
+    from colada.files import write_text
     from colada.training.display import Display
     from colada.training.provenance import provenance
 
@@ -319,7 +319,7 @@ def generative(
             "made_with": provenance(network.device),
             **result,
         }
-        replace_file(out, json.dumps(record, indent=2) + "\n")
+        write_text(out, json.dumps(record, indent=2) + "\n")
         print(f"wrote {out}")
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from colada.errors import ColadaError
-from colada.evaluation.records import Fields, get, get_optional, get_texts, read_lines, replace_file
+from colada.evaluation.records import Fields, get, get_optional, get_texts, read_lines
 from colada.evaluation.scoring import cut
 from colada.evaluation.tasks import TASKS, Item, Task, check_options
+from colada.files import write_text
 from colada.streaming import Completion
 
 _CUES = tuple({task.cue for task in TASKS.values() if task.cue})
@@ -140,4 +141,4 @@ def read_outputs(path: Path, task: Task, *, answered: bool = True, unfinished: b
 
 def write_outputs(path: Path, task: Task, outputs: Iterable[Output]) -> None:
     """Replace a file by some outputs, at once."""
-    replace_file(path, "".join(output.line(task) for output in outputs))
+    write_text(path, "".join(output.line(task) for output in outputs))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from colada import files
 from colada.errors import ColadaError, nearest
 
 Fields = Mapping[str, Any]
@@ -32,28 +30,20 @@ def read_lines(path: Path, unfinished: bool = False) -> Iterator[tuple[str, dict
     Raises:
         ColadaError: if the file cannot be read, or a line is not a JSON object.
     """
-    try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                if unfinished and not raw.endswith(b"\n"):
-                    return
-                if raw.strip():
-                    yield f"{path}:{number}", _parse(raw, f"{path}:{number}")
-    except FileNotFoundError:
-        raise ColadaError(f"{path}: no such file") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ColadaError(f"{path}: cannot be read ({error})") from None
+    for number, raw in files.read_lines(path):
+        if unfinished and not raw.endswith(b"\n"):
+            return
+        if raw.strip():
+            yield f"{path}:{number}", _parse(raw, f"{path}:{number}")
 
 
 def _parse(raw: bytes, place: str) -> dict[str, Any]:
     try:
-        fields = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        cut_off = "" if raw.endswith(b"\n") else ", and has no line break: was its writing cut off?"
-        raise ColadaError(f"{place}: not JSON ({error}){cut_off}") from None
-    if not isinstance(fields, dict):
-        raise ColadaError(f"{place}: a {type(fields).__name__}, expected a JSON object")
-    return fields
+        return files.as_object(files.parse_json(raw, place), place)
+    except ColadaError as error:
+        if raw.endswith(b"\n"):
+            raise
+        raise ColadaError(f"{error}, and has no line break: was its writing cut off?") from None
 
 
 def get(fields: Fields, name: str, kind: str, place: str) -> Any:
@@ -87,17 +77,6 @@ def get_texts(fields: Fields, name: str, place: str) -> tuple[str, ...]:
         if not isinstance(text, str):
             raise ColadaError(f"{place}: {name!r} holds {_shown(text)}, expected strings")
     return tuple(texts)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file at once: whoever reads it sees the old one or the new one, never part of one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise ColadaError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def _shown(value: object) -> str:

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from colada.evaluation.outputs import Output
 from colada.evaluation.page import PAGE, STYLE
-from colada.evaluation.records import replace_file
 from colada.evaluation.statistics import Naming, Score, average, correct, wilson
 from colada.evaluation.tasks import THE_EIGHT
+from colada.files import write_text
 
 PUBLISHED_AVERAGE = 26.75
 """The released 2.3B model's mean over the eight tasks."""
@@ -136,7 +136,7 @@ def write_page(
         _samples_section(scores, outputs),
         _facts_section(facts),
     ]
-    replace_file(path, PAGE.format(title=escape(title), style=STYLE, body="\n".join(filter(None, body))))
+    write_text(path, PAGE.format(title=escape(title), style=STYLE, body="\n".join(filter(None, body))))
 
 
 def _headline(scores: Sequence[Score]) -> str:

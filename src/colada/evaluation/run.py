@@ -22,10 +22,10 @@ from torch import nn
 from colada.errors import ColadaError
 from colada.evaluation.data import Benchmark
 from colada.evaluation.outputs import Output, read_outputs, write_outputs
-from colada.evaluation.records import replace_file
 from colada.evaluation.scoring import normalise
 from colada.evaluation.statistics import Score, average, score
 from colada.evaluation.tasks import Item, Task
+from colada.files import write_text
 from colada.settings import Settings, TextRequest, require_count
 from colada.streaming import Completion
 from colada.tokenizer import Tokenizer
@@ -174,7 +174,7 @@ def evaluate(
         "data": {benchmark.task.name: _data_of(benchmark) for benchmark in benchmarks},
         "made_with": provenance(model.device),
     }
-    replace_file(out / RESULTS_FILE, json.dumps(record, indent=2) + "\n")
+    write_text(out / RESULTS_FILE, json.dumps(record, indent=2) + "\n")
     return Results(scores, outputs, record)
 
 
@@ -307,7 +307,7 @@ def _begin(out: Path, benchmark: Benchmark, made_with: Mapping[str, Any]) -> Non
     }
     own = json.loads(json.dumps(own))  # as it will be read: tuples are lists
     if not path.is_file():
-        replace_file(path, json.dumps(own, indent=2) + "\n")
+        write_text(path, json.dumps(own, indent=2) + "\n")
         return
     try:
         begun = dict(json.loads(path.read_text(encoding="utf-8")))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from colada.errors import ColadaError
-from colada.evaluation.records import replace_file
 from colada.evaluation.tasks import Task, find_task
+from colada.files import write_text
 from colada.language_model import ARCHITECTURES
 from colada.training.ledger import Ledger
 
@@ -122,7 +122,7 @@ def _counts(score: Mapping[str, Any]) -> Counts:
 
 def write_result(path: Path, record: Mapping[str, Any]) -> None:
     """Write a cell's file at once. Raises ColadaError if that fails."""
-    replace_file(path, json.dumps(record, indent=2) + "\n")
+    write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_results(out: Path, but: Collection[str] = ()) -> list[Result]:

@@ -16,9 +16,9 @@ from typing import Any
 
 from colada.errors import ColadaError
 from colada.evaluation.data import fingerprint
-from colada.evaluation.records import replace_file
 from colada.evaluation.scoring import normalise
 from colada.evaluation.tasks import THE_EIGHT, Item, Record, Task, build_items, find_task, read_records
+from colada.files import write_text
 
 RECORD_FILE = "in-domain.json"
 
@@ -150,7 +150,7 @@ def write_documents(
         raise ColadaError(f"{out}: cannot be made ({error.strerror})") from None
     for one in written:
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[one.task])
-        replace_file(out / one.file, "".join(lines))
+        write_text(out / one.file, "".join(lines))
         said = f", {one.scored} left out that are scored on" if one.scored else ""
         say(f"{one.file}: {one.documents:,} documents, {one.characters:,} characters{said} ({one.licence})")
     without = [name for name in THE_EIGHT if name not in TRAINING]
@@ -160,7 +160,7 @@ def write_documents(
         "files": [asdict(one) for one in written],
         "without": without,
     }
-    replace_file(out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+    write_text(out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
     return written
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colada.errors import ColadaError
-from colada.evaluation.records import replace_file
 from colada.evaluation.statistics import wilson
 from colada.evaluation.tasks import Task
+from colada.files import write_text
 from colada.language_model import ARCHITECTURES
 from colada.study.cells import ARCHS, Result
 from colada.study.summary import Mean, Point, largest, markdown, points_of
@@ -59,8 +59,8 @@ def write_figures(out: Path, results: Sequence[Result]) -> list[Path]:
         "cells": [result.record for result in results],
     }
     tables, numbers = out / f"{SCORES}.md", out / f"{SCORES}.json"
-    replace_file(tables, markdown(points, tasks) + "\n")
-    replace_file(numbers, json.dumps(record, indent=2) + "\n")
+    write_text(tables, markdown(points, tasks) + "\n")
+    write_text(numbers, json.dumps(record, indent=2) + "\n")
     return [*files, tables, numbers]
 
 
