@@ -243,7 +243,7 @@ def test_an_engine_that_replays_is_kept_between_calls(monkeypatch: pytest.Monkey
     first = model.generate([[1, 2, 3, 4, 5]], 20, steps=2, guidance=3.0)
     assert model._kept is None
     monkeypatch.setattr("colada.model.Engine", partial(Engine, bucket=32))
-    monkeypatch.setattr("colada.model.history_unit", lambda size, device: 32)
+    monkeypatch.setattr("colada.engine.engine.history_unit", lambda size, device: 32)
     assert model.generate([[1, 2, 3, 4, 5]], 20, steps=2, guidance=3.0) == first
     kept = model._kept
     assert kept is not None

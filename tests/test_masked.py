@@ -112,7 +112,7 @@ def test_logits_that_are_not_finite_are_no_text(kind: type[AutoregressiveLM] | t
     model = kind(tiny(kind.arch), origin="broken")
     with torch.no_grad():
         model.decoder.lm_head.weight[2] = torch.nan
-    with pytest.raises(ColadaError, match="broken has logits that are not finite"):
+    with pytest.raises(ColadaError, match="broken: logits that are not finite"):
         model.generate(PROMPTS, 4)
 
 

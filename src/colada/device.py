@@ -3,34 +3,107 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from colada.errors import ColadaError
+from colada.errors import ColadaError, shown
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""In which networks compute."""
 
 
-def find_device(name: str, key: str = "device") -> torch.device:
+def find_device(name: str | torch.device, key: str = "device") -> torch.device:
     """Return a device by name, once something could be put there.
 
     Raises:
         ColadaError: naming ``key``, if there is no such device here.
     """
     try:
+        if not isinstance(name, str | torch.device) or torch.device(name).type == "meta":
+            raise ValueError(name)
         place = torch.device(name)
-    except RuntimeError:
-        raise ColadaError(f"{key}={name!r}, expected 'cpu', 'cuda', 'cuda:1' or the like") from None
+    except (RuntimeError, ValueError):
+        raise ColadaError(f"{key}={shown(name)}, expected 'cpu', 'cuda', 'cuda:1' or the like") from None
     try:
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # NotImplementedError is a RuntimeError.
         reason = str(error).partition("\n")[0]
-        raise ColadaError(f"{key}={name!r} cannot be used: {reason}") from None
+        raise ColadaError(f"{key}={str(name)!r} cannot be used: {reason}") from None
     return place
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise ColadaError unless networks compute in it; None is whatever they are stored in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ColadaError(f"dtype={shown(dtype)}, expected one of {', '.join(map(str, DTYPES))}")
+
+
+# --- the state of torch around a call ------------------------------------------------------------
+
+
+@contextmanager
+def plain_torch(inference: bool = True) -> Iterator[None]:
+    """Compute without gradients and as torch does at start, whatever the caller has set.
+
+    Autocast, another default type or device would change results, or what a seed draws.
+    """
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        default = torch.get_default_dtype()
+        if default != torch.float32:  # Of the whole process: touched only where it must be.
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, default)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(inference))
+        yield
+
+
+def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function, or each turn of a generator, run in :func:`plain_torch`.
+
+    Whoever takes a generator's items does not.
+    """
+    if not inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with plain_torch():
+                return function(*args, **kwargs)
+
+        return call
+
+    @functools.wraps(function)
+    def turns(*args: P.args, **kwargs: P.kwargs) -> Iterator[Any]:
+        items = cast(Any, function(*args, **kwargs))
+        try:
+            while True:
+                with plain_torch():
+                    item = next(items, items)
+                if item is items:
+                    return
+                yield item
+        finally:
+            items.close()
+
+    return cast(Callable[P, R], turns)
+
+
+# --- networks and memory -------------------------------------------------------------------------
 
 
 class _Unallocated(TorchFunctionMode):
@@ -86,3 +159,15 @@ def memory_of(device: torch.device) -> int | None:
         except (OSError, ValueError):  # There is no such group, or its bound is "max".
             continue
     return min(bounds)
+
+
+def require_memory(wanted: int, device: torch.device, what: str) -> None:
+    """Raise ColadaError if a device has fewer bytes (a CPU: unused ones), saying what wants them."""
+    known = [memory_of(device)]
+    if device.type == "cpu" and sys.platform == "linux":
+        entries = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        known.append(1024 * int(entries["MemAvailable"].split()[0]))
+    there = min((size for size in known if size is not None), default=wanted)
+    if wanted > there:
+        size, bound = f"{wanted / 2**30:.1f} GiB of memory", f"the {there / 2**30:.1f} that {device} has"
+        raise ColadaError(f"{what} takes {size}, expected at most {bound}")

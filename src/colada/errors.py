@@ -51,3 +51,9 @@ def shown(value: Any, most: int = 60) -> str:
     except Exception:  # repr() is the value's own, and may raise anything.
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def failure(what: str, error: Exception) -> ColadaError:
+    """Return what has failed, for whatever reason, as one line."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ColadaError(f"{what}: {reason}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from colada.dit import DiT
+from colada.errors import ColadaError, failure
 from colada.flow import SCHEDULES, SOLVERS, Solver, T, z0_from_velocity
 from colada.layers import History
 from colada.packing import pad_to_multiple
@@ -80,6 +81,7 @@ class Sample:
         blocks: number of blocks generated so far.
         seen: ids decoded in those blocks.
         block: the last of them.
+        error: why it failed; no more blocks come.
     """
 
     noise: Noise
@@ -92,6 +94,7 @@ class Sample:
     prior_history: History = field(default_factory=History)
     decoder_history: History = field(default_factory=History)
     block: Block | None = None
+    error: ColadaError | None = None
 
     def pinned_block(self, size: int) -> tuple[Tensor, Tensor]:
         """Return which latents of the next block are pinned (block,), and to what (block, C)."""
@@ -278,9 +281,13 @@ class BlockGenerator:
     def next_block(self, samples: Sequence[Sample]) -> Iterator[TransportStep]:
         """Generate the next block of every sample given, yielding after every solver step.
 
-        When the iterator ends, each sample's ``block`` is its new block. A block enters the
+        When the iterator ends, each sample's ``block`` is its new block, or it has an ``error``: its
+        logits are not finite. Those that have one already get nothing. A block enters the
         DiT's history only when its sample goes on, so the last one never does.
         """
+        samples = [sample for sample in samples if sample.error is None]
+        if not samples:
+            return
         waiting = [(sample, sample.block) for sample in samples if sample.block is not None]
         self._commit([sample.prior_history for sample, _ in waiting], [block.latents for _, block in waiting])
         size, patch = self.vae.config.block_size, self.vae.config.patch_size
@@ -303,7 +310,11 @@ class BlockGenerator:
         logits = self.vae.decode(z.flatten(0, 1), [size] * len(samples), histories)
         for sample, latents, own in zip(samples, z, logits.split(size * patch), strict=True):
             generator = block_generator(sample.seed, sample.blocks, 1)
-            ids = self.sampling.pick(own, sample.seen, generator).tolist()
+            try:
+                ids = self.sampling.pick(own, sample.seen, generator).tolist()
+            except ColadaError as error:
+                sample.error = failure(f"block {sample.blocks} has no tokens", error)
+                continue
             sample.seen.update(ids)
             sample.block = Block(latents, own, ids)
             sample.blocks += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any, ClassVar, Self, Unpack
 import torch
 
 from colada.chat import check_messages, render
-from colada.errors import ColadaError, nearest, shown
-from colada.locate import CHAT_TEMPLATE_FILE
-from colada.settings import Prompt, Settings, TextRequest, check_ids, check_settings, check_text
-from colada.streaming import Chunk, Completion, GenerationError
+from colada.errors import ColadaError, failure, nearest, shown
+from colada.locate import CHAT_TEMPLATE_FILE, is_hub_id
+from colada.settings import Prompt, Settings, TextRequest, check_ids, check_settings, check_text, listed
+from colada.streaming import Chunk, Completion, completed
 from colada.tokenizer import Tokenizer
 
 ARCHITECTURES = {"cola": "Cola DLM", "ar": "AR", "llada": "LLaDA"}
@@ -36,6 +37,12 @@ def find_archs(names: str) -> tuple[str, ...]:
         if wanted.count(name) > 1:
             raise ColadaError(f"architectures {names}: {name!r} is there twice")
     return wanted
+
+
+def require_kind(name: str, value: object, kind: type, optional: bool = False) -> None:
+    """Raise ColadaError unless a value is of a type, or None where it is optional."""
+    if not isinstance(value, kind) and not (optional and value is None):
+        raise ColadaError(f"{name}={shown(value)}, expected a {kind.__name__}{' or None' * optional}")
 
 
 class LanguageModel(ABC):
@@ -64,6 +71,9 @@ class LanguageModel(ABC):
         generation: Mapping[str, Any] | None,
         chat_template: str | None,
     ) -> None:
+        require_kind("tokenizer", tokenizer, Tokenizer, optional=True)
+        require_kind("origin", origin, str)
+        require_kind("chat_template", chat_template, str, optional=True)
         self.tokenizer, self.origin, self.chat_template = tokenizer, origin, chat_template
         if tokenizer is not None and tokenizer.vocab_size > self.vocab_size:
             raise ColadaError(
@@ -137,6 +147,52 @@ class LanguageModel(ABC):
             ColadaError: naming the argument at fault, before anything is written.
         """
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+        message: str = "Upload model",
+    ) -> str:
+        """Save the model to a hub repository, made if need be, which :func:`colada.load` reads by its id.
+
+        Args:
+            repo_id: owner/name.
+            private: make a new repository private.
+            revision: branch; the main one if None.
+            token: of the hub; by default the one that its own command line has stored.
+            message: of the commit.
+
+        Returns: the commit's address.
+
+        Raises:
+            ColadaError: for what is no hub id, a model that cannot be saved, or a hub that refuses or cannot
+                be reached.
+        """
+        require_kind("message", message, str)
+        require_kind("revision", revision, str, optional=True)
+        if not isinstance(repo_id, str) or not is_hub_id(repo_id):
+            raise ColadaError(f"repo_id={shown(repo_id)}, expected a hub id of the form owner/name")
+        # 0.4 s that only the hub should cost.
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as directory:
+            folder = Path(directory) / "model"
+            self.save(folder)
+            try:
+                hub = HfApi(token=token)
+                hub.create_repo(repo_id, private=private, exist_ok=True)
+                if revision is not None:
+                    hub.create_branch(repo_id, branch=revision, exist_ok=True)
+                commit = hub.upload_folder(
+                    repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message
+                )
+            except Exception as error:  # The hub's HTTP library has errors of its own.
+                raise failure(f"{repo_id} cannot be written to the hub", error) from error
+        return str(commit.commit_url)
+
     def complete_all(
         self,
         requests: Sequence[TextRequest],
@@ -152,16 +208,14 @@ class LanguageModel(ABC):
         Raises:
             GenerationError: if some failed; it carries the others.
         """
-        finished: dict[int, Completion] = {}
+        if progress is not None and not callable(progress):
+            raise ColadaError(f"progress={shown(progress)}, expected a function")
+        requests, finished = listed(requests), dict[int, Completion]()
         for number, completion in self.complete(requests, batch):
             finished[number] = completion
             if progress is not None:
                 progress(len(finished), len(requests))
-        completions = [finished[number] for number in range(len(requests))]
-        errors = {number: own.error for number, own in enumerate(completions) if own.error is not None}
-        if errors:
-            raise GenerationError([None if own.error else own for own in completions], errors)
-        return completions
+        return completed([finished[number] for number in range(len(requests))])
 
     def chosen(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return all settings of a generation: those given, else the model's own, else the defaults.
@@ -232,5 +286,8 @@ class LanguageModel(ABC):
                 f"{self.origin or 'this model'} has no chat template ({CHAT_TEMPLATE_FILE}): "
                 "put one into its directory, or set chat_template"
             )
-        checked = check_messages(list(messages), self.tokenizer, "chat")
+        listed = (
+            list(messages) if isinstance(messages, Sequence) and not isinstance(messages, str) else messages
+        )
+        checked = check_messages(listed, self.tokenizer, "chat")
         return render(checked, self.tokenizer, self.chat_template, "chat", answer=True)

@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from colada.errors import ColadaError
+from colada.errors import ColadaError, shown
 
 DIT_DIR, VAE_DIR, DECODER_DIR = "cola_dit", "cola_vae", "decoder"
 TOKENIZER_FILE = "tokenizer.json"
@@ -36,6 +36,10 @@ def local(where: str | Path, revision: str | None = None) -> Path | None:
     Raises:
         ColadaError: for anything else, with the nearest thing that is a model.
     """
+    if not isinstance(where, str | Path):
+        raise ColadaError(f"model {shown(where)}, expected a directory or a hub id of the form owner/name")
+    if revision is not None and not isinstance(revision, str):
+        raise ColadaError(f"revision={shown(revision)}, expected the name of a branch, tag or commit")
     name = str(where)
     path = Path(os.path.expanduser(name))
     if name and os.path.isdir(path):
@@ -54,10 +58,15 @@ def local(where: str | Path, revision: str | None = None) -> Path | None:
         raise ColadaError(
             f"{path} is a file, expected a model directory with {DIT_DIR}/ and {VAE_DIR}/{_hint(path)}"
         )
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if not is_hub_id(name):
         reason = "not a directory, and not a hub id of the form owner/name"
         raise ColadaError(f"no model at {name!r}: {reason}{_hint(path)}")
     return None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub repository's id, owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 def find_tokenizer(directory: Path) -> Path | None:

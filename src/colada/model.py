@@ -13,12 +13,13 @@ import torch
 from colada.baselines.load import MODELS, load_decoder
 from colada.checkpoint import check_one_save, read_dit, read_parts, read_vae, write_model
 from colada.config import check_pair
+from colada.device import check_dtype, find_device, plain_torch, require_memory, undisturbed
 from colada.dit import DiT
 from colada.engine.engine import Engine, capacity_for
 from colada.engine.request import Request
 from colada.errors import ColadaError
 from colada.generation import NOISE_RULES, TransportStep, encode
-from colada.language_model import LanguageModel
+from colada.language_model import LanguageModel, require_kind
 from colada.locate import (
     BUNDLED,
     DECODER_DIR,
@@ -37,13 +38,21 @@ from colada.settings import (
     Prompt,
     Settings,
     TextRequest,
+    listed,
     one_each,
     require_count,
     several,
 )
-from colada.streaming import Chunk, Completion, Transcript
+from colada.streaming import Chunk, Completion, Transcript, completed
 from colada.tokenizer import Tokenizer
 from colada.vae import TextVAE
+
+CHECKED_TOKENS = 4096
+"""Shorter prompts are encoded without asking how much memory there is."""
+ENCODER_ACTIVATIONS = 6
+"""Vectors of either width that the encoder's pass holds at once for a token."""
+MOST_LOGITS = 2**24
+"""That are computed at once when a text is decoded."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,8 @@ class ColaDLM(LanguageModel):
         generation: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
     ) -> None:
+        require_kind("vae", vae, TextVAE)
+        require_kind("dit", dit, DiT)
         check_pair(vae.config, dit.config)
         self.vae, self.dit = vae.eval(), dit.eval()
         super().__init__(tokenizer, origin, generation, chat_template)
@@ -97,9 +108,11 @@ class ColaDLM(LanguageModel):
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> ColaDLM:
         """Move or convert both networks in place, and return self."""
+        place = None if device is None else find_device(device)
+        check_dtype(dtype)
         self._kept = None
-        self.vae.to(device, dtype)
-        self.dit.to(device, dtype)
+        self.vae.to(place, dtype)
+        self.dit.to(place, dtype)
         return self
 
     def quantise(self, name: str) -> ColaDLM:
@@ -114,7 +127,8 @@ class ColaDLM(LanguageModel):
         if self.quantised is not None:
             raise ColadaError(f"{self.origin or 'the model'} is quantised already, to {self.quantised}")
         self._kept = None
-        quantise((self.dit, self.vae.decoder), name)
+        with plain_torch(inference=False):
+            quantise((self.dit, self.vae.decoder), name)
         self.quantised = name
         return self
 
@@ -142,7 +156,7 @@ class ColaDLM(LanguageModel):
             )
         return self.vae.config.pad_token_id
 
-    @torch.inference_mode()
+    @undisturbed
     def encode(self, text: Prompt) -> torch.Tensor:
         """Return the normalised posterior means of a text, float32 (ceil(tokens / patch_size), C)."""
         ids = self.ids(text)
@@ -151,17 +165,39 @@ class ColaDLM(LanguageModel):
         latents = encode(self.vae, [ids], self.pad_id)[0]
         return latents[: -(-len(ids) // self.vae.config.patch_size)]
 
-    @torch.inference_mode()
+    @undisturbed
     def decode(self, latents: torch.Tensor) -> list[int]:
-        """Return the likeliest ids of normalised latents (L, C): L * patch_size of them."""
-        if latents.ndim != 2 or latents.shape[1] != self.vae.config.latent_dim:
-            raise ColadaError(
-                f"latents of shape {tuple(latents.shape)}, expected (L, {self.vae.config.latent_dim})"
-            )
+        """Return the likeliest ids of normalised latents (L, C): L * patch_size of them.
+
+        Raises:
+            ColadaError: for anything else, or where latents or logits are not finite.
+        """
+        width, kind = self.vae.config.latent_dim, type(latents).__name__
+        if not isinstance(latents, torch.Tensor) or latents.layout != torch.strided or latents.is_meta:
+            raise ColadaError(f"latents of type {kind}, expected a tensor of shape (L, {width})")
+        if latents.ndim != 2 or latents.shape[1] != width or not latents.is_floating_point():
+            shape = f"{tuple(latents.shape)} and type {latents.dtype}"
+            raise ColadaError(f"latents of shape {shape}, expected floating-point (L, {width})")
+        if len(latents) > MOST_TOKENS:
+            raise ColadaError(f"{len(latents)} latents, expected at most {MOST_TOKENS}")
         if len(latents) == 0:
             return []
-        ids: list[int] = self.vae.decode(latents.to(self.device), [len(latents)]).argmax(-1).tolist()
+        latents = latents.to(self.device, torch.float32)
+        if not bool(latents.isfinite().all()):
+            raise ColadaError("latents that are not finite, expected numbers to decode")
+        ids: list[int] = []
+        for logits in self._logits(latents):
+            if not bool(logits.isfinite().all()):
+                raise ColadaError(f"{self.origin or 'the model'}: the decoder's logits are not finite")
+            ids += logits.argmax(-1).tolist()
         return ids
+
+    def _logits(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the decoder's logits (n, V) of latents (L, C), no more at a time than fit into memory."""
+        decoder = self.vae.decoder
+        hidden = decoder(latents, self.vae.layout([len(latents)]))
+        for part in hidden.split(max(1, MOST_LOGITS // self.vocab_size)):
+            yield decoder.logits(part)
 
     def reconstruct(self, text: Prompt) -> Reconstruction:
         """Send a text through the Text VAE and back.
@@ -201,10 +237,9 @@ class ColaDLM(LanguageModel):
             ColadaError: naming the argument at fault.
             GenerationError: if samples failed; it carries the completions of the others.
         """
-        session = self._open(prompts, max_new_tokens, settings)
-        for _ in session.chunks(callback=callback):
-            pass
-        return session.completions()
+        chunks = self._taken(self._open(prompts, max_new_tokens, settings), False, callback)
+        done = {chunk.index: chunk.completion for chunk in chunks if chunk.completion is not None}
+        return completed([done[index] for index in sorted(done)])
 
     def stream(
         self,
@@ -222,23 +257,14 @@ class ColaDLM(LanguageModel):
         returns. Arguments are checked here, before the first chunk is asked for. A sample that
         fails ends with a chunk that says why, and the others go on.
         """
-        return self._open(prompts, max_new_tokens, settings).chunks(guesses, callback)
+        return self._taken(self._open(prompts, max_new_tokens, settings), guesses, callback)
 
     def complete(self, requests: Iterable[TextRequest], batch: int = 16) -> Iterator[tuple[int, Completion]]:
         """See :meth:`LanguageModel.complete`: one session, in whose slots the requests take turns."""
         batch = require_count("batch", batch)
-        checked = [self._request(own.prompt, own.max_new_tokens, own.settings) for own in requests]
-        return self._completions(checked, batch)
-
-    def _completions(
-        self, checked: Sequence[tuple[Request, Transcript]], batch: int
-    ) -> Iterator[tuple[int, Completion]]:
-        for chunk in self._session_of(checked, batch).chunks():
-            if chunk.finish_reason is None:
-                continue
-            (request, transcript), reason = checked[chunk.index], chunk.finish_reason
-            tokens = tuple(transcript.tokens)
-            yield chunk.index, Completion(transcript.text, tokens, reason, request.seed, chunk.error)
+        checked = [self._request(own.prompt, own.max_new_tokens, own.settings) for own in listed(requests)]
+        chunks = self._taken(self._session_of(checked, batch))
+        return ((chunk.index, chunk.completion) for chunk in chunks if chunk.completion is not None)
 
     def session(self, *, history: int = 8192, slots: int | None = None) -> Session:
         """Return a session, to which requests with settings of their own may be submitted at any time.
@@ -250,18 +276,27 @@ class ColaDLM(LanguageModel):
         """
         history = require_count("history", history)
         slots = None if slots is None else require_count("slots", slots)
-        return Session(self._engine(history, slots), self._request)
+        return Session(self._engine(history, slots, self.pad_id), self._request)
 
-    def _engine(self, capacity: int, slots: int | None = None, pad_id: int | None = None) -> Engine:
-        pad_id = self.pad_id if pad_id is None else pad_id
-        kept = self._kept
-        fits = kept is not None and not kept.busy and kept.regions.capacity >= capacity
-        if fits and kept is not None and (kept.slots, kept.pad_id) == (slots, pad_id):
-            return kept
-        engine = Engine(self.vae, self.dit, capacity=capacity, slots=slots, pad_id=pad_id)
-        # What a GPU replays is worth keeping from one call to the next.
-        self._kept = engine if engine.graphs is not None else None
-        return engine
+    def _engine(self, capacity: int, slots: int | None, pad_id: int) -> Engine:
+        with plain_torch(inference=False):
+            return Engine(self.vae, self.dit, capacity=capacity, slots=slots, pad_id=pad_id)
+
+    def _taken(
+        self,
+        session: Session,
+        guesses: bool = False,
+        callback: Callable[[TransportStep], None] | None = None,
+    ) -> Iterator[Chunk]:
+        """Return the chunks of a session that nobody else has; its engine may then serve the next call."""
+
+        def take() -> Iterator[Chunk]:
+            yield from chunks
+            # What a GPU replays is worth keeping from one call to the next.
+            self._kept = session.engine if session.engine.graphs is not None else None
+
+        chunks = session.chunks(guesses, callback)  # Checked now, before the first chunk is asked for.
+        return take()
 
     def _open(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings) -> Session:
         """Return a session of these prompts alone, all under way together."""
@@ -283,7 +318,12 @@ class ColaDLM(LanguageModel):
         capacity = capacity_for((own for own, _ in requests), self.vae.config, self.device, slots)
         # Without a token to pad, no padding id is needed.
         pad_id = self.pad_id if any(own.ids for own, _ in requests) else 0
-        session = Session(self._engine(capacity, slots, pad_id), self._request)
+        # An engine has one user at a time.
+        engine, self._kept = self._kept, None
+        fits = engine is not None and not engine.busy and engine.regions.capacity >= capacity
+        if engine is None or not fits or (engine.slots, engine.pad_id) != (slots, pad_id):
+            engine = self._engine(capacity, slots, pad_id)
+        session = Session(engine, self._request)
         for request, transcript in requests:
             session.add(request, transcript)
         return session
@@ -315,7 +355,9 @@ class ColaDLM(LanguageModel):
             chosen["schedule"],
             Sampling(**{name: chosen[name] for name in SAMPLING_SETTINGS}),
         )
-        return request, Transcript(self.tokenizer, self._tail_tokens(ids), max_new_tokens, stop, end_ids)
+        self._check_length(ids, max_new_tokens)
+        skip = self._tail_tokens(ids)
+        return request, Transcript(self.tokenizer, skip, max_new_tokens, stop, end_ids, ids)
 
     def _tail_tokens(self, ids: Sequence[int]) -> int:
         """Return how many tokens the first block only repeats: those of the prompt's pinned latents."""
@@ -340,17 +382,23 @@ class ColaDLM(LanguageModel):
             raise ColadaError(
                 f"a hole of {tokens} tokens after {len(left)}, expected multiples of patch_size={patch}"
             )
-        request, transcript = self._request([], tokens, {**settings, "stop": (), "end_ids": ()})
+        self._check_length([*left, *right], tokens)
+        request, _ = self._request([], tokens, {**settings, "stop": (), "end_ids": ()})
         whole = (*left, *[self.vae.config.mask_id] * tokens, *right)
         hole = len(left) // patch, (len(left) + tokens) // patch
         request = dataclasses.replace(request, ids=whole, hole=hole)
-        capacity = capacity_for([request], self.vae.config, self.device)
-        session = Session(self._engine(capacity), self._request)
-        transcript.skip = hole[0] % self.vae.config.block_size * patch
-        session.add(request, transcript)
-        for _ in session.chunks():
-            pass
-        return session.completions()[0]
+        skip = hole[0] % self.vae.config.block_size * patch
+        session = self._session_of([(request, Transcript(self.tokenizer, skip, tokens, (), (), left))])
+        done = [chunk.completion for chunk in self._taken(session) if chunk.completion is not None]
+        return completed(done)[0]
+
+    def _check_length(self, ids: Sequence[int], new_tokens: int) -> None:
+        """Raise ColadaError for a text whose encoding needs more memory than there is."""
+        if len(ids) > CHECKED_TOKENS:
+            config = self.vae.config
+            widths = ENCODER_ACTIVATIONS * (config.dim + config.ffn_dim)
+            size = len(ids) * widths * self.vae.encoder.wte.weight.element_size()
+            require_memory(size, self.device, f"a prompt of {len(ids)} tokens")
 
 
 KINDS: dict[str, type[LanguageModel]] = {"cola": ColaDLM, **MODELS}
@@ -371,11 +419,14 @@ def load(
     Raises:
         ColadaError: if the model cannot be found, read or is inconsistent.
     """
+    check_dtype(dtype)
+    place = find_device(device)
     if where is not None:
         directory = locate(where, revision)
         if (directory / DECODER_DIR).is_dir():
-            return load_decoder(directory, str(where), device=device, dtype=dtype)
-    return load_cola(where, revision=revision, device=device, dtype=dtype)
+            with plain_torch(inference=False):
+                return load_decoder(directory, str(where), device=place, dtype=dtype)
+    return load_cola(where, revision=revision, device=place, dtype=dtype)
 
 
 def load_cola(
@@ -401,10 +452,13 @@ def load_cola(
     """
     if where is None and not BUNDLED.is_dir():
         raise ColadaError("this installation has no bundled model: give a directory or a hub id")
+    check_dtype(dtype)
+    place = find_device(device)
     if where is None and dtype is None:
         dtype = torch.float32
     directory = locate(BUNDLED if where is None else where, revision)
-    vae, dit = read_vae(directory, dtype, device), read_dit(directory, dtype, device)
+    with plain_torch(inference=False):
+        vae, dit = read_vae(directory, dtype, place), read_dit(directory, dtype, place)
     check_one_save(directory)
     return ColaDLM(
         vae,

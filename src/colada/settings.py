@@ -305,6 +305,18 @@ def _is_prompt(part: Any) -> bool:
     )
 
 
+def listed(requests: Any) -> list[TextRequest]:
+    """Return requests as a list. Raises ColadaError for what is none."""
+    try:
+        wanted = list(requests)
+    except TypeError:
+        raise ColadaError(f"requests={shown(requests)}, expected a list of TextRequest") from None
+    for number, request in enumerate(wanted):
+        if not isinstance(request, TextRequest):
+            raise ColadaError(f"request {number} is {shown(request)}, expected a TextRequest")
+    return wanted
+
+
 def check_text(text: str) -> str:
     """Return a text that is to be continued. Raises ColadaError for one of too many characters."""
     if len(text) > MOST_CHARACTERS:

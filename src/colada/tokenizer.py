@@ -53,7 +53,10 @@ class Tokenizer:
         im_end = inner.token_to_id(IM_END)
         self._end_ids = (eos,) if im_end is None else (eos, im_end)
         # Not the entry count: a vocabulary with gaps still needs an embedding row for its highest id.
-        self._vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        vocab = inner.get_vocab(with_added_tokens=True)
+        self._vocab_size: int = max(vocab.values()) + 1
+        known = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
+        self._bytes = frozenset(token for token in known if token is not None)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -136,6 +139,16 @@ class Tokenizer:
         """
         text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special)
         return text
+
+    def bytes_at_end(self, ids: Sequence[int]) -> int:
+        """Return how many of the last ids are single bytes that a decoder of characters falls back to.
+
+        Such a run is decoded as one: how its first bytes read depends on its last.
+        """
+        count = 0
+        while self._bytes and count < len(ids) and ids[-1 - count] in self._bytes:
+            count += 1
+        return count
 
     def id_of(self, token: str) -> int | None:
         """Return the id of one vocabulary entry, or None when there is no such entry."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from colada.baselines.decoder import Decoder
 from colada.baselines.model import DEFAULTS, DecoderLM, Writing
+from colada.device import require_memory, undisturbed
+from colada.errors import ColadaError
 from colada.generation import block_generator
 from colada.layers import attend
 from colada.packing import Layout
@@ -34,6 +36,12 @@ class KeyValueCache:
         self._seen = 0
         self._mask: Tensor | None = None
         self.table: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    @staticmethod
+    def size(decoder: Decoder, batch: int, positions: int) -> int:
+        """Return the bytes that keys and values take."""
+        width = decoder.config.num_layers * decoder.config.dim
+        return 2 * batch * positions * width * decoder.wte.weight.element_size()
 
     def prompts(self, lengths: Sequence[int]) -> KeyValueCache:
         """Become the pass of packed prompts of these lengths."""
@@ -79,25 +87,29 @@ class AutoregressiveLM(DecoderLM):
     arch = "ar"
     defaults = DEFAULTS
 
-    @torch.inference_mode()
+    @undisturbed
     def _run(self, writing: Writing) -> Iterator[Chunk]:
         transcripts, seeds, sampling = writing.transcripts, writing.seeds, writing.sampling
         given = [[self.decoder.config.bos_token_id, *ids] for ids in writing.prompts]
         lengths = [len(ids) for ids in given]
-        cache = KeyValueCache(self.decoder, len(given), max(lengths) + transcripts[0].limit)
+        positions = max(lengths) + transcripts[0].limit
+        size = KeyValueCache.size(self.decoder, len(given), positions)
+        require_memory(size, self.device, f"a cache of {len(given)} x {positions} tokens")
+        cache = KeyValueCache(self.decoder, len(given), positions)
         packed = torch.tensor([token for ids in given for token in ids], device=self.device)
         hidden = self.decoder.run(packed, cache.prompts(lengths))
         hidden = hidden[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
         active, seen = list(range(len(given))), [set[int]() for _ in given]
         step = 0
         while True:
-            logits = self.decoder.logits(hidden)
-            self._require_finite(logits)
-            ids = self._pick(logits, active, seen, sampling, seeds, step)
-            for index, token in zip(active, ids, strict=True):
-                seen[index].add(token)
-                text, tokens = transcripts[index].add([token])
-                yield Chunk(index, step, None, text, tokens, transcripts[index].finish_reason)
+            picked = self._pick(self.decoder.logits(hidden), active, seen, sampling, seeds, step)
+            ids = [token if isinstance(token, int) else 0 for token in picked]
+            for index, token in zip(active, picked, strict=True):
+                if isinstance(token, int):
+                    seen[index].add(token)
+                    yield writing.chunk(index, step, [token])
+                else:
+                    yield writing.chunk(index, step, [], token)
             rows = [row for row, own in enumerate(active) if transcripts[own].finish_reason is None]
             if not rows:
                 return
@@ -116,12 +128,17 @@ class AutoregressiveLM(DecoderLM):
         sampling: Sampling,
         seeds: Sequence[int],
         step: int,
-    ) -> list[int]:
-        """Return one token for each row of logits (B, V)."""
-        if sampling.temperature == 0 and sampling.repetition_penalty == 1:
-            ids: list[int] = logits.argmax(-1).tolist()
+    ) -> list[int | ColadaError]:
+        """Return one token for each row of logits (B, V), or why there is none."""
+        greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
+        if greedy and bool(logits.isfinite().all()):
+            ids: list[int | ColadaError] = logits.argmax(-1).tolist()
             return ids
-        return [
-            int(sampling.pick(own[None], seen[index], block_generator(seeds[index], step, 1)))
-            for index, own in zip(active, logits, strict=True)
-        ]
+        picked: list[int | ColadaError] = []
+        for index, own in zip(active, logits, strict=True):
+            try:
+                generator = block_generator(seeds[index], step, 1)
+                picked.append(int(sampling.pick(own[None], seen[index], generator)))
+            except Exception as error:  # Its own: the others have their tokens.
+                picked.append(self._fault(error))
+        return picked

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colada.baselines.model import DecoderLM
+from colada.device import undisturbed
 from colada.errors import ColadaError
 from colada.generation import block_generator
 from colada.layers import Pass
@@ -25,7 +26,7 @@ LOGITS_ROWS = 1024
 """Tokens whose logits are computed together."""
 
 
-@torch.inference_mode()
+@undisturbed
 def log_likelihood(
     model: DecoderLM,
     contexts: Sequence[Sequence[int]],

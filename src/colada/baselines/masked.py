@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from colada.baselines.model import DEFAULTS, DecoderLM, Writing
+from colada.device import require_memory, undisturbed
+from colada.errors import ColadaError
 from colada.generation import block_generator
 from colada.sampling import Sampling
 from colada.streaming import Chunk
 
+ACTIVATIONS = 6
+"""Vectors of either width that a pass holds at once for a token."""
 _TIE = 1e-5  # of probability: what a place further right counts less
 
 
@@ -29,13 +33,16 @@ class MaskedLM(DecoderLM):
     arch = "llada"
     defaults: ClassVar[Mapping[str, Any]] = {**DEFAULTS, "steps": None}
 
-    @torch.inference_mode()
+    @undisturbed
     def _run(self, writing: Writing) -> Iterator[Chunk]:
         mask, size = self.decoder.config.mask_id, self.decoder.config.block_size
         limit = writing.transcripts[0].limit
+        config, total = self.decoder.config, sum(len(ids) + limit for ids in writing.prompts)
+        widths = ACTIVATIONS * (config.dim + config.ffn_dim) * self.decoder.wte.weight.element_size()
+        require_memory(total * widths, self.device, f"passes over {total} tokens")
         rows = [torch.tensor([*ids, *[mask] * limit], device=self.device) for ids in writing.prompts]
         seen = [set[int]() for _ in rows]
-        active = list(range(len(rows)))
+        active, errors = list(range(len(rows))), dict[int, ColadaError]()
         for number, begin in enumerate(range(0, limit, size)):
             length = min(size, limit - begin)
             starts = [len(writing.prompts[index]) + begin for index in active]
@@ -45,12 +52,14 @@ class MaskedLM(DecoderLM):
                 for index, start, own in zip(active, starts, logits, strict=True):
                     block = rows[index][start : start + length]
                     generator = block_generator(writing.seeds[index], number * size + step, 1)
-                    fill(block, own, mask, count, writing.sampling, seen[index], generator)
+                    try:
+                        fill(block, own, mask, count, writing.sampling, seen[index], generator)
+                    except Exception as error:  # Its own: the others have their tokens.
+                        errors.setdefault(index, self._fault(error))
             for index, start in zip(active, starts, strict=True):
                 ids = rows[index][start : start + length].tolist()
                 seen[index].update(ids)
-                text, tokens = writing.transcripts[index].add(ids)
-                yield Chunk(index, number, None, text, tokens, writing.transcripts[index].finish_reason)
+                yield writing.chunk(index, number, ids, errors.get(index))
             active = [index for index in active if writing.transcripts[index].finish_reason is None]
             if not active:
                 return
@@ -61,7 +70,6 @@ class MaskedLM(DecoderLM):
         first = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths) + torch.tensor(starts)
         where = (first[:, None] + torch.arange(length)).flatten().to(self.device)
         logits = self.decoder(torch.cat(list(rows)), self.decoder.layout(lengths), where)
-        self._require_finite(logits)
         return logits.split(length)
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Self, Unpack
 
 import torch
-from torch import Tensor
 
 from colada.baselines.decoder import Decoder
 from colada.checkpoint import write_model
-from colada.errors import ColadaError
-from colada.language_model import LanguageModel
+from colada.device import check_dtype, find_device
+from colada.errors import ColadaError, failure
+from colada.language_model import LanguageModel, require_kind
 from colada.locate import DECODER_DIR
 from colada.sampling import Sampling
 from colada.settings import (
@@ -24,11 +24,12 @@ from colada.settings import (
     Prompt,
     Settings,
     TextRequest,
+    listed,
     one_each,
     require_count,
     several,
 )
-from colada.streaming import Chunk, Completion, Transcript
+from colada.streaming import Chunk, Completion, Transcript, completed
 from colada.tokenizer import Tokenizer
 
 DEFAULTS = {name: RELEASED_SETTINGS[name] for name in (*SAMPLING_SETTINGS, "seed", "stop", "end_ids")}
@@ -53,10 +54,21 @@ class Writing:
     sampling: Sampling
     steps: int | None = None
 
-    def completion(self, number: int) -> Completion:
-        """Return what became of a prompt."""
-        own = self.transcripts[number]
-        return Completion(own.text, tuple(own.tokens), own.finish_reason or "length", self.seeds[number])
+    def chunk(self, number: int, block: int, ids: Sequence[int], error: ColadaError | None = None) -> Chunk:
+        """Return the chunk of a prompt's new ids, which its transcript takes; or with an error, the last."""
+        own, text, tokens = self.transcripts[number], "", tuple[int, ...]()
+        if error is None:
+            try:
+                text, tokens = own.add(ids)
+            except Exception as cause:  # Its own: the others have their text.
+                error = failure(f"block {block} cannot be read", cause)
+        if error is not None:
+            own.finish_reason = "error"
+        done = None
+        if own.finish_reason is not None:
+            done = own.completion(self.seeds[number], None if error is None else str(error))
+        why = None if done is None else done.error
+        return Chunk(number, block, None, text, tokens, own.finish_reason, why, done)
 
 
 class DecoderLM(LanguageModel):
@@ -79,6 +91,7 @@ class DecoderLM(LanguageModel):
         generation: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
     ) -> None:
+        require_kind("decoder", decoder, Decoder)
         if decoder.config.objective != self.arch:
             raise ColadaError(f"objective={decoder.config.objective!r}, expected {self.arch!r}")
         self.decoder = decoder.eval()
@@ -96,7 +109,9 @@ class DecoderLM(LanguageModel):
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move or convert the network in place, and return self."""
-        self.decoder.to(device, dtype)
+        place = None if device is None else find_device(device)
+        check_dtype(dtype)
+        self.decoder.to(place, dtype)
         return self
 
     def save(self, directory: str | Path) -> None:
@@ -109,9 +124,10 @@ class DecoderLM(LanguageModel):
     ) -> list[Completion]:
         """Continue every prompt, in one batch; see :meth:`LanguageModel.generate`."""
         writing = self._writing(prompts, max_new_tokens, settings)
-        for _ in self._chunks(writing):
-            pass
-        return [writing.completion(number) for number in range(len(writing.prompts))]
+        done = {
+            chunk.index: chunk.completion for chunk in self._chunks(writing) if chunk.completion is not None
+        }
+        return completed([done[index] for index in sorted(done)])
 
     def stream(
         self,
@@ -128,10 +144,10 @@ class DecoderLM(LanguageModel):
         """See :meth:`LanguageModel.complete`: requests of equal length and settings share a batch."""
         batch = require_count("batch", batch)
         alike: dict[str, list[tuple[int, Writing]]] = {}
-        for number, own in enumerate(requests):
+        for number, own in enumerate(listed(requests)):
+            writing = self._writing([own.prompt], own.max_new_tokens, own.settings)
             rest = {name: value for name, value in own.settings.items() if name != "seed"}
             key = repr((own.max_new_tokens, sorted(rest.items())))
-            writing = self._writing([own.prompt], own.max_new_tokens, own.settings)
             alike.setdefault(key, []).append((number, writing))
         return self._completions(list(alike.values()), batch)
 
@@ -149,8 +165,8 @@ class DecoderLM(LanguageModel):
                     seeds=[part.seeds[0] for part in parts],
                 )
                 for chunk in self._chunks(writing):
-                    if chunk.finish_reason is not None:
-                        yield numbers[chunk.index], writing.completion(chunk.index)
+                    if chunk.completion is not None:
+                        yield numbers[chunk.index], chunk.completion
 
     def _writing(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings
@@ -163,18 +179,18 @@ class DecoderLM(LanguageModel):
         size = self.decoder.config.block_size
         if steps is not None and steps > size:
             raise ColadaError(f"steps={steps}, expected at most the {size} tokens of a block")
+        ids = [self.ids(prompt) for prompt in prompts]
         return Writing(
-            [self.ids(prompt) for prompt in prompts],
-            [Transcript(self.tokenizer, 0, max_new_tokens, stop, end_ids) for _ in prompts],
+            ids,
+            [Transcript(self.tokenizer, 0, max_new_tokens, stop, end_ids, own) for own in ids],
             one_each("seed", chosen["seed"], len(prompts), 1),
             Sampling(**{name: chosen[name] for name in SAMPLING_SETTINGS}),
             steps,
         )
 
-    def _require_finite(self, logits: Tensor) -> None:
-        """Raise ColadaError for logits that are no numbers: what is picked from them means nothing."""
-        if not bool(logits.isfinite().all()):
-            raise ColadaError(f"{self.origin or 'the model'} has logits that are not finite")
+    def _fault(self, error: Exception) -> ColadaError:
+        """Return why one prompt of many gets no more tokens."""
+        return failure(self.origin or "the model", error)
 
     def _chunks(self, writing: Writing) -> Iterator[Chunk]:
         return self._run(writing) if writing.prompts else iter(())

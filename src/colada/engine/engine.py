@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from colada.config import TextVAEConfig
+from colada.device import require_memory, undisturbed
 from colada.dit import DiT
 from colada.engine.graphs import Graphs
 from colada.engine.memory import Memory, Plan, Regions, Span, round_up
 from colada.engine.request import Request, Slot
 from colada.engine.transport import COMMITTED_ROWS, Transport
-from colada.errors import ColadaError
+from colada.errors import ColadaError, failure
 from colada.generation import Block, TransportStep, block_generator, encode
 from colada.layers import inverse_frequencies, rotary_table
 from colada.vae import TextVAE
@@ -43,6 +44,16 @@ def capacity_for(
     unit = history_unit(size, device)
     rooms = sorted((round_up(request.room(patch, size), unit) for request in requests), reverse=True)
     return sum(rooms[:slots])
+
+
+def history_bytes(vae: TextVAE, dit: DiT, latents: int) -> int:
+    """Return the size of the memory that holds so many latents of history."""
+    prior, decoder = dit.config, vae.config
+    keys = prior.num_layers * prior.heads * prior.head_dim // prior.patch_size
+    prior_bytes = 2 * latents * keys * dit.txt_in.proj.weight.element_size()
+    return prior_bytes + 2 * latents * decoder.decoder_num_blocks * decoder.dim * (
+        vae.decoder.in_layer.weight.element_size()
+    )
 
 
 class Engine:
@@ -83,6 +94,8 @@ class Engine:
             raise ColadaError(f"bucket={bucket}, expected a multiple of the block of {self._size} latents")
         self._unit = bucket or self._size
         capacity = capacity // self._unit * self._unit
+        size = history_bytes(vae, dit, capacity)
+        require_memory(size, device, f"a history of {capacity} latents")
         self.regions = Regions(capacity)
         prior, decoder = dit.config, vae.config
         self._prior_memory = Memory(
@@ -144,25 +157,43 @@ class Engine:
         if slot.error is not None:  # A masked read of NaN is NaN.
             patch = self.dit.config.patch_size
             self._prior_memory.forget(slot.start // patch, slot.length // patch)
+            self._decoder_memory.forget(slot.start, slot.length)
         self.regions.give_back(slot.start, slot.length)
 
     def withdraw(self, request: Request) -> None:
         """Take back a request that waits; one that does not is no error."""
         self._waiting = deque(one for one in self._waiting if one is not request)
 
-    @torch.inference_mode()
+    @undisturbed
     def admit(self) -> list[Slot]:
-        """Give those who wait, in order, the room there is, and encode their prompts in one pass."""
+        """Give those who wait, in order, the room there is, and encode their prompts in one pass.
+
+        One whose prompt cannot be encoded has a slot with an ``error``.
+        """
         arriving: list[tuple[Request, int]] = []
         while self._waiting and (self.slots is None or len(self.under_way) + len(arriving) < self.slots):
             start = self.regions.take(self._room(self._waiting[0]))
             if start is None:
                 break
             arriving.append((self._waiting.popleft(), start))
-        latents = encode(self.vae, [request.ids for request, _ in arriving], self.pad_id) if arriving else []
-        new = [self._slot(*who, own) for who, own in zip(arriving, latents, strict=True)]
+        new = self._admitted(arriving)
         self.under_way += new
         return new
+
+    def _admitted(self, arriving: Sequence[tuple[Request, int]]) -> list[Slot]:
+        """Return a slot for each of those who have a region."""
+        if not arriving:
+            return []
+        try:
+            latents = encode(self.vae, [request.ids for request, _ in arriving], self.pad_id)
+        except Exception as error:  # Whatever it is, the others and their regions must not be lost.
+            if len(arriving) > 1:
+                return [slot for one in arriving for slot in self._admitted([one])]
+            (request, start), none = arriving[0], torch.zeros(0, self.vae.config.latent_dim)
+            slot = self._slot(request, start, none.to(self.device))
+            slot.error = failure("its prompt cannot be encoded", error)
+            return [slot]
+        return [self._slot(*who, own) for who, own in zip(arriving, latents, strict=True)]
 
     def _slot(self, request: Request, start: int, latents: Tensor) -> Slot:
         prefix, given, blocks = request.latents(self._patch, self._size)
@@ -174,7 +205,7 @@ class Engine:
 
     # --- one block -------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @undisturbed
     def next_block(self) -> Iterator[TransportStep]:
         """Admit who waits and generate the next block of every slot, yielding after every solver step.
 
@@ -191,20 +222,29 @@ class Engine:
         order.sort(key=self._rank)
         original = torch.tensor([order.index(slot) for slot in self.under_way if not slot.done])
         original = original.to(self.device)
-        z = torch.stack([slot.request.noise(slot.blocks) for slot in order])
+        z = torch.stack([self._noise(slot) for slot in order])
         for step, steps, latents, z0 in self._transport.run(order, z):
             z = latents
             yield TransportStep(step, steps, latents[original], z0[original])
         finite = z.isfinite().flatten(1).all(1).tolist()
         for slot, fine in zip(order, finite, strict=True):
-            if not fine:
+            if not fine and slot.error is None:
                 request = slot.request
                 slot.error = ColadaError(
                     f"block {slot.blocks} of a request has latents that are not finite, with guidance="
                     f"{request.guidance}, steps={request.steps}, solver={request.solver!r}: expected smaller"
                     " settings, or finite weights"
                 )
-        self._finish([slot for slot in order if slot.error is None], z[torch.tensor(finite)])
+        fine_slots = [slot.error is None for slot in order]
+        self._finish([slot for slot in order if slot.error is None], z[torch.tensor(fine_slots)])
+
+    def _noise(self, slot: Slot) -> Tensor:
+        """Return the noise (block, C) of a slot's coming block; one that has none fails by itself."""
+        try:
+            return slot.request.noise(slot.blocks)
+        except Exception as error:
+            slot.error = failure(f"block {slot.blocks} has no noise", error)
+            return torch.zeros(self._size, self.vae.config.latent_dim, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -258,26 +298,40 @@ class Engine:
         logits = self.vae.decoder.logits(self._hidden(slots, z))
         own = logits.split(self._size * self._patch)
         greedy = logits.argmax(-1).cpu().split(self._size * self._patch)
-        for slot, latents, mine, likeliest in zip(slots, z, own, greedy, strict=True):
+        finite = logits.isfinite().all(-1).view(len(slots), -1).all(1).tolist()  # One wait for all.
+        for slot, latents, mine, likeliest, fine in zip(slots, z, own, greedy, finite, strict=True):
             sampling, seed = slot.request.sampling, slot.request.seed
-            if sampling.temperature == 0 and sampling.repetition_penalty == 1:
-                ids = likeliest.tolist()
-            else:
-                ids = sampling.pick(mine, slot.seen, block_generator(seed, slot.blocks, 1)).tolist()
+            try:
+                if sampling.temperature == 0 and sampling.repetition_penalty == 1 and fine:
+                    ids = likeliest.tolist()
+                else:
+                    ids = sampling.pick(mine, slot.seen, block_generator(seed, slot.blocks, 1)).tolist()
+            except Exception as error:  # Its own: the others have their tokens.
+                slot.error = failure(f"block {slot.blocks} has no tokens", error)
+                continue
             slot.seen.update(ids)
             slot.block = Block(latents, mine if self._keep_logits else None, ids)
             slot.decoded += self._size
             slot.blocks += 1
 
-    @torch.inference_mode()
-    def spell(self, z0: Tensor) -> list[list[int]]:
+    @undisturbed
+    def spell(self, z0: Tensor, wanted: Sequence[bool] | None = None) -> list[list[int]]:
         """Return the likeliest ids of a guess (B, block, C) of the coming block of those under way.
 
         Nothing is committed: the block's own positions of the decoder's memory are written again.
+
+        Args:
+            wanted: whose guess, one each; None is everyone's. One that is not finite has no ids.
         """
         slots = [slot for slot in self.under_way if not slot.done]
-        ids = self.vae.decoder.logits(self._hidden(slots, z0)).argmax(-1)
-        return [part.tolist() for part in ids.split(self._size * self._patch)]
+        fine = z0.isfinite().flatten(1).all(1).tolist()
+        chosen = [a and b for a, b in zip(fine, wanted or fine, strict=True)]
+        spelled: Iterator[list[int]] = iter(())
+        if any(chosen):
+            some = [slot for slot, own in zip(slots, chosen, strict=True) if own]
+            ids = self.vae.decoder.logits(self._hidden(some, z0[torch.tensor(chosen)])).argmax(-1)
+            spelled = iter([part.tolist() for part in ids.split(self._size * self._patch)])
+        return [next(spelled) if own else [] for own in chosen]
 
 
 @dataclass(frozen=True)
