@@ -42,8 +42,7 @@ def test_replayed_graphs_change_nothing_and_are_kept_between_calls() -> None:
     for seed in range(3):
         expected = [done.tokens for done in on_cpu.generate(PROMPTS, 21, guidance=3.0, seed=seed)]
         assert [done.tokens for done in on_gpu.generate(PROMPTS, 21, guidance=3.0, seed=seed)] == expected
-    engine = on_gpu._kept
-    assert engine is not None
+    (engine,) = on_gpu._kept
     assert engine.graphs is not None
     assert 0 < len(engine.graphs) <= 6
 

@@ -94,7 +94,7 @@ class ColaDLM(LanguageModel):
         self.vae, self.dit = vae.eval(), dit.eval()
         super().__init__(tokenizer, origin, generation, chat_template)
         self.quantised: str | None = None
-        self._kept: Engine | None = None
+        self._kept: list[Engine] = []  # One that nobody has, at most.
 
     @property
     def vocab_size(self) -> int:
@@ -110,7 +110,7 @@ class ColaDLM(LanguageModel):
         """Move or convert both networks in place, and return self."""
         place = None if device is None else find_device(device)
         check_dtype(dtype)
-        self._kept = None
+        self._kept.clear()
         self.vae.to(place, dtype)
         self.dit.to(place, dtype)
         return self
@@ -126,7 +126,7 @@ class ColaDLM(LanguageModel):
         """
         if self.quantised is not None:
             raise ColadaError(f"{self.origin or 'the model'} is quantised already, to {self.quantised}")
-        self._kept = None
+        self._kept.clear()
         with plain_torch(inference=False):
             quantise((self.dit, self.vae.decoder), name)
         self.quantised = name
@@ -278,6 +278,16 @@ class ColaDLM(LanguageModel):
         slots = None if slots is None else require_count("slots", slots)
         return Session(self._engine(history, slots, self.pad_id), self._request)
 
+    def _free_engine(self, capacity: int, slots: int | None, pad_id: int) -> Engine:
+        """Return the engine that is kept if it fits, else a new one; nobody else gets it, in no thread."""
+        try:
+            engine = self._kept.pop()
+        except IndexError:
+            return self._engine(capacity, slots, pad_id)
+        same = (engine.slots, engine.pad_id) == (slots, pad_id)
+        fits = same and not engine.busy and engine.regions.capacity >= capacity
+        return engine if fits else self._engine(capacity, slots, pad_id)
+
     def _engine(self, capacity: int, slots: int | None, pad_id: int) -> Engine:
         with plain_torch(inference=False):
             return Engine(self.vae, self.dit, capacity=capacity, slots=slots, pad_id=pad_id)
@@ -293,7 +303,8 @@ class ColaDLM(LanguageModel):
         def take() -> Iterator[Chunk]:
             yield from chunks
             # What a GPU replays is worth keeping from one call to the next.
-            self._kept = session.engine if session.engine.graphs is not None else None
+            if session.engine.graphs is not None:
+                self._kept[:] = [session.engine]
 
         chunks = session.chunks(guesses, callback)  # Checked now, before the first chunk is asked for.
         return take()
@@ -318,12 +329,7 @@ class ColaDLM(LanguageModel):
         capacity = capacity_for((own for own, _ in requests), self.vae.config, self.device, slots)
         # Without a token to pad, no padding id is needed.
         pad_id = self.pad_id if any(own.ids for own, _ in requests) else 0
-        # An engine has one user at a time.
-        engine, self._kept = self._kept, None
-        fits = engine is not None and not engine.busy and engine.regions.capacity >= capacity
-        if engine is None or not fits or (engine.slots, engine.pad_id) != (slots, pad_id):
-            engine = self._engine(capacity, slots, pad_id)
-        session = Session(engine, self._request)
+        session = Session(self._free_engine(capacity, slots, pad_id), self._request)
         for request, transcript in requests:
             session.add(request, transcript)
         return session

@@ -168,8 +168,11 @@ class Engine:
     def admit(self) -> list[Slot]:
         """Give those who wait, in order, the room there is, and encode their prompts in one pass.
 
-        One whose prompt cannot be encoded has a slot with an ``error``.
+        One whose prompt cannot be encoded has a slot with an ``error``. Where nobody is under way, the
+        weights are taken as they are now: they may have changed.
         """
+        if self._waiting and not self.under_way:
+            self._transport.refresh()
         arriving: list[tuple[Request, int]] = []
         while self._waiting and (self.slots is None or len(self.under_way) + len(arriving) < self.slots):
             start = self.regions.take(self._room(self._waiting[0]))

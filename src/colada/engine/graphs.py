@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from colada.engine.memory import Plan
 from colada.engine.passes import PriorPass
@@ -56,6 +56,20 @@ class Graphs:
     def __init__(self, prior: PriorPass) -> None:
         self._prior = prior
         self._kept: OrderedDict[object, _Graph] = OrderedDict()
+        self._places = self._weights()
+
+    def _weights(self) -> list[tuple[int, int]]:
+        """Return which parameters there are and where; a quantised one has no place of its own."""
+        return [
+            (id(own), own.data_ptr() if type(own) in (Tensor, nn.Parameter) else 0)
+            for own in self._prior.dit.parameters()
+        ]
+
+    def refresh(self) -> None:
+        """Forget the passes if weights are elsewhere now; those changed in place are read as they are."""
+        if self._weights() != self._places:
+            self._kept.clear()
+            self._places = self._weights()
 
     def __len__(self) -> int:
         """Return the number of passes that are kept."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colada.dit import ROPE_THETA, DiT, DiTBlock
-from colada.engine.kernels import fits_packed, plain_product, product
+from colada.engine.kernels import Product, fits_packed, plain_product, product
 from colada.layers import inverse_frequencies
 
 _KEPT_TIMESTEPS = 64
@@ -25,41 +25,50 @@ class Modulation:
 
     For each layer, six vectors a timestep: 1 + scale, shift and gate of the attention, then of the MLP.
     ``h = LN(x) * (1 + scale) + shift`` is then a LayerNorm whose weight and bias are table rows.
+    The tables stay where they are while timesteps come and go, so that captured passes may read them.
     """
 
     def __init__(self, dit: DiT) -> None:
         self._dit = dit
-        self.version = 0  # of the table's tensors: they are made anew when timesteps are added
+        self.version = 0  # of the tables' place: they move where more timesteps are wanted than they hold
         self._row: dict[float, int] = {}
-        self._layers: list[Tensor] = []
-        self._output = torch.empty(0)
+        self._layers: list[Tensor] = []  # each (rows, 6, dim)
+        self._output = torch.empty(0, 2, 0)
         self._views: dict[int, list[tuple[Tensor, ...]]] = {}
+
+    def forget(self) -> None:
+        """Have every timestep computed anew when it is next wanted: the weights may have changed."""
+        self._row = {}
 
     def rows(self, timesteps: Iterable[float]) -> dict[float, int]:
         """Return the table row of each timestep in 0..1000, computing those that are not there."""
         wanted = set(timesteps)
         missing = sorted(wanted - self._row.keys())
-        if missing and len(self._row) + len(missing) > _KEPT_TIMESTEPS:
-            self._row, self._layers, self._output = {}, [], torch.empty(0)
+        if missing and len(self._row) + len(missing) > max(_KEPT_TIMESTEPS, len(self._output)):
+            self._row = {}
             missing = sorted(wanted)
         if missing:
             self._add(missing)
         return self._row
 
+    @torch.no_grad()
     def _add(self, timesteps: list[float]) -> None:
-        dit = self._dit
+        dit, first = self._dit, len(self._row)
         emb = dit.emb_in(torch.tensor(timesteps, device=dit.txt_in.proj.weight.device))
         layers = [self._layer(cast(DiTBlock, block), emb) for block in dit.blocks]
         shift, scale = dit.txt_out_ada["out_in"](emb).chunk(2, -1)
         norm = dit.txt_out_norm
         output = torch.stack([norm.weight * (1 + scale), norm.bias * (1 + scale) + shift], 1)
-        if self._row:
-            layers = [torch.cat(both) for both in zip(self._layers, layers, strict=True)]
-            output = torch.cat([self._output, output])
-        self._layers, self._output = layers, output
-        self.version += 1
-        self._row |= {timestep: len(self._row) + number for number, timestep in enumerate(timesteps)}
-        self._views = {}
+        if len(self._output) < first + len(timesteps):  # Then nothing is in it, see rows().
+            count = max(_KEPT_TIMESTEPS, len(timesteps))
+            with torch.inference_mode(False):  # Whoever adds to them later may be outside it.
+                self._layers = [table.new_empty(count, *table.shape[1:]) for table in layers]
+                self._output = output.new_empty(count, *output.shape[1:])
+            self._views = {}
+            self.version += 1
+        for table, values in zip([*self._layers, self._output], [*layers, output], strict=True):
+            table[first : first + len(timesteps)] = values
+        self._row |= {timestep: first + number for number, timestep in enumerate(timesteps)}
 
     @staticmethod
     def _layer(block: DiTBlock, emb: Tensor) -> Tensor:
@@ -127,17 +136,24 @@ class PriorPass:
     def __init__(self, dit: DiT, differentiable: bool = False) -> None:
         self.dit, self.modulation = dit, Modulation(dit)
         config = dit.config
-        self._blocks = [cast(DiTBlock, block) for block in dit.blocks]
-        matrices = [_matrices(block) for block in self._blocks]
-        packed = fits_packed([layer for own in matrices for layer in own])
-        make = partial(product, packed=packed) if not differentiable else plain_product
-        self._products = [
-            tuple(make(layer, gelu=number == 2) for number, layer in enumerate(own)) for own in matrices
-        ]
+        self._differentiable = differentiable
+        self._products: list[tuple[Product, ...]] = []
+        self.refresh()
         still = (config.head_dim - config.rope_dim + 1) // 2
         # Channels that pass through turn with frequency zero: one complex product for the whole head.
         self._frequencies = F.pad(inverse_frequencies(config.rope_dim, ROPE_THETA), (0, still))
         self._frequencies = self._frequencies.to(dit.txt_in.proj.weight.device)
+
+    def refresh(self) -> None:
+        """Take the weights as they are now: what was computed from earlier ones is made anew when wanted."""
+        self._blocks = [cast(DiTBlock, block) for block in self.dit.blocks]
+        matrices = [_matrices(block) for block in self._blocks]
+        packed = fits_packed([layer for own in matrices for layer in own])
+        make = plain_product if self._differentiable else partial(product, packed=packed)
+        self._products = [
+            tuple(make(layer, gelu=number == 2) for number, layer in enumerate(own)) for own in matrices
+        ]
+        self.modulation.forget()
 
     def rotations(self, positions: Tensor) -> Tensor:
         """Return e^(i position frequency), complex64 (N, 1, D / 2)."""

@@ -72,6 +72,12 @@ class Transport:
         self._prior = PriorPass(dit)
         self.graphs = Graphs(self._prior) if bucket is not None else None
 
+    def refresh(self) -> None:
+        """Take the DiT's weights as they are now."""
+        self._prior.refresh()
+        if self.graphs is not None:
+            self.graphs.refresh()
+
     def run(self, slots: Sequence[Slot], z: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Integrate dz/da = v from noise z (B, block, C); yields step, steps, z and the z0 pointed at.
 
