@@ -213,6 +213,8 @@ def test_what_lies_beside_a_model_stays_when_it_is_replaced(broken: Path) -> Non
         ("cola_vae", "scaling_factor", 1e-320),
         ("cola_vae", "rope_theta", float("inf")),
         ("cola_vae", "log_snr", 1e9),
+        ("cola_vae", "log_snr", 10**400),
+        ("cola_vae", "rope_theta", -(10**400)),
         ("cola_vae", "pad_token_id", -1),
     ],
 )

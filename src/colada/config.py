@@ -47,7 +47,8 @@ class NetworkConfig:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value, kind = getattr(self, field.name), hints[field.name]
             if kind is float and type(value) is int:
-                object.__setattr__(self, field.name, float(value))
+                value = _as_float(value)
+                object.__setattr__(self, field.name, value)
             elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 name = getattr(kind, "__name__", str(kind))
                 raise ColadaError(f"{self.model_type}: {field.name}={value!r}, expected {name}")
@@ -103,6 +104,14 @@ class NetworkConfig:
             if not (field.metadata.get("extension") and value == field.default):
                 values[field.name] = value
         return values
+
+
+def _as_float(number: int) -> float:
+    """Return a whole number as a float; one beyond all floats is infinite, which is refused."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def _extension(default: Any) -> Any:
@@ -219,7 +228,7 @@ class TextVAEConfig(NetworkConfig):
     def __post_init__(self) -> None:
         for name in ("clip_qkv", "log_snr"):
             if type(getattr(self, name)) is int:
-                object.__setattr__(self, name, float(getattr(self, name)))
+                object.__setattr__(self, name, _as_float(getattr(self, name)))
         super().__post_init__()
         self._require_positive("vocab_size", "encoder_num_blocks", "decoder_num_blocks", "dim", "ffn_dim")
         self._require_positive("latent_dim", "patch_size", "num_heads", "layer_norm_eps", "rope_theta")
