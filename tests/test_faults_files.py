@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from colada import files, load
+from colada.chat import read_template, render
 from colada.data.documents import Cut, Holdout, read_documents, read_records, split_file
 from colada.data.listing import find_files, list_files
 from colada.data.sources import Source, check_sources, hold_out, parts, read
@@ -347,6 +348,31 @@ def test_a_tokenizer_that_cannot_be_written_leaves_the_old_one(
     assert "No space left" in refused(lambda: tokenizer.save(path))
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ " + "(" * 3000, "not a chat template"),
+        ("{% if x %}" * 500, "not a chat template"),
+        ("{% for x in", "not a chat template"),
+        ("{{ 'a' * 10000000000 }}", "too large"),
+        ("{{ 9 ** 9 ** 9 }}", "too large"),
+        ("{{ (9 ** 60) * (9 ** 60) }}", "too large"),
+        ("{{ [1] * 2 ** 40 }}", "too large"),
+    ],
+)
+def test_templates_that_compute_without_end_are_refused(tmp_path: Path, template: str, said: str) -> None:
+    """B1, B2: when they are read, or else when they are used."""
+    (tmp_path / "x.jinja").write_text(template)
+    messages = [{"role": "user", "content": "x"}]
+
+    def use() -> str:
+        return render(messages, Tokenizer.train([], 260), read_template(tmp_path / "x.jinja"), "here", True)
+
+    assert said in refused(use)
+    (tmp_path / "x.jinja").write_text("\ufeff{{ messages[0].content * 3 }}{{ 2 ** 10 * 0.5 }}")
+    assert use() == "xxx512.0"
 
 
 # --- recipes -----------------------------------------------------------------------------------

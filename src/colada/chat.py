@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from colada.errors import ColadaError, nearest, shown
@@ -184,11 +185,33 @@ class _Generation(Extension):
         return nodes.Scope(body, lineno=line)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """A sandbox in which no product or power is larger than a conversation."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Compute a product or a power; raises TemplateError for a large one."""
+        several = (str, list, tuple)
+        sizes = [len(value) if isinstance(value, several) else value for value in (left, right)]
+        if all(isinstance(size, int | float) for size in sizes):
+            one, other = (abs(size) for size in sizes)
+            text = isinstance(left, several) or isinstance(right, several)
+            large = max(one, other) > 64 if operator == "**" else one * other > (2**20 if text else 2**64)
+            if large:
+                raise TemplateError(f"what {operator} makes is too large")
+        return super().call_binop(context, operator, left, right)
+
+
 @lru_cache(maxsize=1)
 def _environment() -> ImmutableSandboxedEnvironment:
     """Return what templates of model hubs expect to find."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    # Not optimised: a template's constants would be computed while it is read, whatever their size.
+    environment = _Sandbox(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _Generation],
+        optimized=False,
     )
 
     def refuse(message: str) -> None:
