@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -199,11 +200,12 @@ def levers(
 
 
 def _numbers(option: str, text: str, least: int) -> list[int]:
-    """Return whole numbers of at least ``least``, separated by commas."""
+    """Return whole numbers of at least ``least`` and fewer than ten digits, separated by commas."""
     numbers = []
     for part in text.split(","):
-        if not part.strip().isdecimal() or int(part) < least:
-            raise ColadaError(f"{option} {text}: {part!r}, expected whole numbers of at least {least}")
+        if not re.fullmatch(r"\s*[0-9]{1,9}\s*", part) or int(part) < least:
+            expected = f"whole numbers of at least {least} and at most 999,999,999"
+            raise ColadaError(f"{option} {text[:60]}: {part[:60]!r}, expected {expected}")
         numbers.append(int(part))
     return numbers
 
