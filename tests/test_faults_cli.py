@@ -119,6 +119,77 @@ for args in json.loads(sys.argv[1]):
             assert re.fullmatch(r"error: [^\n]+\n", err), args
 
 
+ODD = [
+    "",
+    "0",
+    "-1",
+    "1" + "0" * 23,
+    "9" * 5000,
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "x",
+    "é",
+    "[1]",
+    "1,2",
+    "/",
+    "a\0b",
+]
+
+
+def test_b1_b5_odd_values_of_any_option_are_one_line() -> None:
+    """Every option that takes a value, with a model that is not there: whatever the value, one line."""
+    code = """
+import contextlib, io, json, sys
+import typer.main
+from colada import cli
+tree = typer.main.get_command(cli.app)
+nowhere = ["-m", "/no/where"]
+start = {"generate": ["x", *nowhere], "chat": nowhere, "reconstruct": ["x", *nowhere]}
+tried = 0
+for name, args in start.items():
+    for parameter in tree.commands[name].params:
+        if parameter.param_type_name != "option" or parameter.is_flag:
+            continue
+        for value in json.loads(sys.argv[1]):
+            err = io.StringIO()
+            with contextlib.redirect_stderr(err):
+                status = cli.main([name, *args, parameter.opts[0], *[value] * parameter.nargs])
+            line = err.getvalue()
+            fine = status == 2 and line.startswith("error: ") and line.count(chr(10)) == 1
+            fine = fine and len(line) < 1000
+            assert fine, (name, parameter.opts, value[:30], status, line[-300:])
+            tried += 1
+assert "torch" not in sys.modules
+print(tried)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(ODD)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 400
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["tokenizer", "train", "DATA", "--vocab-size", "1" + "0" * 23], "expected at most 16777216"),
+        (["tokenizer", "train", "DATA", "--vocab-size", "-1"], "vocab_size is -1"),
+        (["tokenizer", "train", "/dev/zero", "--vocab-size", "300"], "/dev/zero"),
+        (["bench", "generate", "--size", "tiny", "--batch", "9" * 5000], "at most 999,999,999"),
+        (["bench", "generate", "--size", "tiny", "--steps", "1,0"], "--steps 1,0"),
+    ],
+)
+def test_b1_counts_have_bounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], named: str
+) -> None:
+    (tmp_path / "text.txt").write_text(SENTENCE * 20)
+    assert main([str(tmp_path) if arg == "DATA" else arg for arg in args]) == 2
+    assert re.fullmatch(r"error: [^\n]{1,400}\n", err := capsys.readouterr().err)
+    assert named in err
+
+
 def test_the_names_checked_before_torch_are_those_there_are() -> None:
     assert tuple(quantise.QUANTISATIONS) == options.QUANTISATIONS
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in options.DTYPES)

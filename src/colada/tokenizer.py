@@ -19,6 +19,7 @@ IM_END = "<|im_end|>"
 
 _SPECIALS = (END_OF_TEXT, PAD, IM_START, IM_END)
 _SMALLEST_VOCAB = 256 + len(_SPECIALS)
+_LARGEST_VOCAB = 2**24  # As in configurations; the largest known have a hundredth of it.
 
 # GPT-4's split: contractions, words, numbers of at most three digits, punctuation, white space.
 _SPLIT = (
@@ -80,14 +81,16 @@ class Tokenizer:
         tokens, which take the last four ids. All 256 bytes are entries, so any
         text survives encoding and decoding. ``progress`` shows the library's bars.
 
-        Raises ColadaError when ``vocab_size`` is below 260 or the texts are too
-        few to fill it.
+        Raises ColadaError when ``vocab_size`` is below 260, beyond 2^24, or the texts are
+        too few to fill it.
         """
         if vocab_size < _SMALLEST_VOCAB:
             raise ColadaError(
                 f"vocab_size is {vocab_size}, expected at least {_SMALLEST_VOCAB}"
                 f" (256 bytes and {len(_SPECIALS)} special tokens)"
             )
+        if vocab_size > _LARGEST_VOCAB:
+            raise ColadaError(f"vocab_size is {vocab_size}, expected at most {_LARGEST_VOCAB}")
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.Sequence(
             [
