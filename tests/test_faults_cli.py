@@ -59,6 +59,19 @@ REFUSED = [
     ["generate", "x", "--stepps", "3"],
     ["generate", "x", "--steps", "many"],
     ["generate", "x", "-n", "0"],
+    ["generate", "x", "-n", "1000000000000"],
+    ["generate", "x", "--steps", "0"],
+    ["generate", "x", "--steps", "1" + "0" * 23],
+    ["generate", "x", "--temperature", "1e-46"],
+    ["generate", "x", "--top-p", "1e-300"],
+    ["generate", "x", "--seed", "-1"],
+    ["generate", "x", "--seed", str(2**64)],
+    ["generate", "x", "--guidance", "nan"],
+    ["generate", "x", "--solver", "eular"],
+    ["generate", "x", "--schedule", "log"],
+    ["generate", "x", "--noise", "loud"],
+    ["generate", "x", "--stop", ""],
+    ["chat", "--steps", "0"],
     ["generate", "x", "--batch", "0"],
     ["generate", "x", "--device", "tpu9"],
     ["generate", "x", "--device", "cuda:-1"],
@@ -145,6 +158,7 @@ import contextlib, io, json, sys
 import typer.main
 from colada import cli
 tree = typer.main.get_command(cli.app)
+typer.main.get_command = lambda _: tree  # once for all
 nowhere = ["-m", "/no/where"]
 start = {"generate": ["x", *nowhere], "chat": nowhere, "reconstruct": ["x", *nowhere]}
 tried = 0
