@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import colada
 from colada import layers
 from colada.baselines.config import DecoderConfig
 from colada.baselines.decoder import Decoder
 from colada.baselines.load import MODELS
 from colada.errors import ColadaError
 from colada.evaluation import likelihood as likelihood_room
+from colada.evaluation.data import Benchmark, load_benchmark
 from colada.evaluation.likelihood import likelihood
 from colada.evaluation.measure import measure
+from colada.evaluation.run import Part, evaluate, fingerprint
+from colada.evaluation.statistics import Outcome, clustered
+from colada.evaluation.tasks import TASKS
 from colada.language_model import LanguageModel
+from colada.locate import BUNDLED
 from colada.settings import TextRequest
+from colada.streaming import Completion
+from colada.study.cells import Counts
+from colada.study.summary import verdict
+from colada.tokenizer import Tokenizer
 from helpers import tiny_model
 
 # --- one batch loop ------------------------------------------------------------------------------
@@ -163,3 +181,165 @@ def test_progress_rises_to_all_tokens() -> None:
         assert said[-1] == (58, 58)
         assert all(total == 58 for _, total in said)
         assert arch != "cola" or len(said) > 10
+
+
+# --- two at one directory ------------------------------------------------------------------------
+
+
+class Reader:
+    """Writes an answer, and while it is asked does something else."""
+
+    tokenizer: Tokenizer | None = Tokenizer.from_file(BUNDLED / "tokenizer.json")
+    origin, device = "reader", torch.device("cpu")
+
+    def __init__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        self.generation: dict[str, Any] = {}
+        self.meanwhile = meanwhile
+
+    def complete(self, requests: Sequence[TextRequest], batch: int) -> Iterator[tuple[int, Completion]]:
+        self.meanwhile()
+        for number, request in enumerate(requests):
+            seed = request.settings["seed"]
+            assert isinstance(seed, int)
+            yield number, Completion(" red", (1,), "length", seed)
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Benchmark:
+    path = tmp_path / "colours.jsonl"
+    write_lines(path, *({**RECORD, "id": number} for number in range(6)))
+    return load_benchmark(TASKS["obqa"], path)
+
+
+RECORD = {"context": "", "question": "Which?", "choices": list("abcd"), "answer": "a", "answer_index": 0}
+
+
+def write_lines(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Part(), Part()),
+        (Part(0, 2), Part(0, 2)),
+        (Part(0, 2), Part()),
+        (Part(), Part(1, 2)),
+        (Part(0, 2), Part(2, 3)),
+    ],
+)
+def test_a_second_run_in_a_directory_is_refused_and_the_first_is_whole(
+    tmp_path: Path, colours: Benchmark, first: Part, second: Part
+) -> None:
+    out, refused = tmp_path / "out", []
+
+    def also() -> None:
+        with pytest.raises(ColadaError, match="is at work there: wait for it") as error:
+            evaluate(Reader(), [colours], out, part=second)
+        refused.append(error)
+
+    evaluate(Reader(also), [colours], out, part=first)
+    assert len(refused) == 1
+    rank = f".rank{first.rank}of{first.world}" if first.world > 1 else ""
+    lines = (out / f"obqa{rank}.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["id"] for line in lines}) == len(lines) == 6 // first.world
+    # The next one goes on.
+    assert evaluate(Reader(), [colours], out) is not None
+    assert not list(out.glob(".rank*"))
+
+
+def test_other_ranks_of_the_same_run_are_let_in(tmp_path: Path, colours: Benchmark) -> None:
+    out = tmp_path / "out"
+    other = partial(evaluate, Reader(), [colours], out, part=Part(1, 2))
+    assert evaluate(Reader(other), [colours], out, part=Part(0, 2)) is not None
+
+
+def test_an_item_that_fails_is_named_and_the_others_are_kept(tmp_path: Path, colours: Benchmark) -> None:
+    class Failing(Reader):
+        def complete(self, requests: Sequence[TextRequest], batch: int) -> Iterator[tuple[int, Completion]]:
+            for number, own in super().complete(requests, batch):
+                yield number, replace(own, error="not finite") if number == 2 else own
+
+    out = tmp_path / "out"
+    with pytest.raises(ColadaError, match="1 of 6 items of obqa failed, first '2': not finite"):
+        evaluate(Failing(), [colours], out)
+    assert len((out / "obqa.jsonl").read_text().splitlines()) == 5
+    assert evaluate(Reader(), [colours], out) is not None
+
+
+# --- quantised models ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_a_quantised_model_is_evaluated_and_is_another_one(tmp_path: Path, colours: Benchmark) -> None:
+    exact, rounded, again = (colada.load() for _ in range(3))
+    for model in (rounded, again):
+        model.quantise("int8")  # type: ignore[attr-defined]
+    assert fingerprint(rounded) == fingerprint(again) != fingerprint(exact)
+    settings = {"steps": 1, "max_new_tokens": 1}
+    results = evaluate(rounded, [colours], tmp_path / "out", **settings)
+    assert results is not None
+    assert results.record["settings"]["quantised"] == "int8"
+    with pytest.raises(ColadaError, match="weights="):
+        evaluate(exact, [colours], tmp_path / "out", **settings)
+
+
+# --- above chance --------------------------------------------------------------------------------
+
+
+def simulated(seed: int, items: int, models: int, agreement: float) -> Counts:
+    """Models without any skill on the same items of four options; on some items all of them do alike."""
+    draw = random.Random(seed)
+    outcomes = {}
+    for item in range(items):
+        if draw.random() < agreement:
+            right = models * (draw.random() < 0.25)
+        else:
+            right = sum(draw.random() < 0.25 for _ in range(models))
+        outcomes[str(item)] = Outcome(models, right, models, right)
+    right = sum(own.correct for own in outcomes.values())
+    return Counts(models * items, right, models * items, right, models, outcomes)
+
+
+@pytest.mark.parametrize("agreement", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("models", [2, 3, 8])
+def test_a_model_without_skill_is_rarely_called_above_or_below_chance(agreement: float, models: int) -> None:
+    """5% is claimed. Counted as independent, seeds that agree were so at 11 to 19%."""
+    trials = 1500
+    found = [simulated(seed, 100, models, agreement) for seed in range(trials)]
+    false = sum(verdict(own.score, 0.25) != "at" for own in found)
+    # Three standard errors of a share of 5% over what is claimed, and one point for discreteness.
+    assert false / trials < 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
+    if agreement == 1:
+        pooled = sum(verdict((own.correct, own.items), 0.25) != "at" for own in found)
+        assert pooled / trials > 0.1
+
+
+def test_independent_answers_count_as_such_and_agreeing_ones_once() -> None:
+    items = 4000
+    independent = simulated(0, items, 3, 0.0).score[1]
+    assert 0.9 * 3 * items < independent <= 3 * items
+    agreeing = simulated(0, items, 3, 1.0)
+    assert agreeing.score[1] == pytest.approx(items, rel=0.01)
+    assert agreeing.score[0] / agreeing.score[1] == pytest.approx(agreeing.correct / agreeing.items)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([], (0, 0)),
+        ([(0, 0), (0, 0)], (0, 0)),
+        ([(1, 1), (0, 1), (0, 1)], (1, 3)),  # One answer each: nothing to correct.
+        ([(0, 3), (0, 3)], (0, 2)),  # No variance to see: as if all agreed.
+        ([(3, 3), (3, 3)], (2, 2)),
+        ([(2, 3)], (2 / 3, 1)),
+    ],
+)
+def test_clusters_by_hand(parts: list[tuple[int, int]], expected: tuple[float, float]) -> None:
+    assert clustered(parts) == pytest.approx(expected)
+
+
+def test_outcomes_that_do_not_add_up_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not add up"):
+        Counts(2, 2, outcomes={"a": Outcome(1, 1), "b": Outcome(1, 0)})

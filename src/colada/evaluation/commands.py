@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from colada.errors import ColadaError
-from colada.options import DeviceOption, DtypeOption, ModelOption, RevisionOption, load_model
+from colada.options import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    QuantiseOption,
+    RevisionOption,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from colada.evaluation.data import Benchmark
@@ -70,6 +77,7 @@ def run(
     batch: Annotated[int, typer.Option(help="Items generated together; changes no output.")] = 16,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    quantise: QuantiseOption = None,
     rank: Annotated[
         int | None, typer.Option(help="Which of --world processes this is, from 0. Default: torchrun's.")
     ] = None,
@@ -93,7 +101,7 @@ def run(
     benchmarks = [_benchmark(task, data, prompts, shots, seed, limit, sample) for task in chosen]
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun's processes take a GPU each.
-    network = load_model(model, revision, dtype, device)
+    network = load_model(model, revision, dtype, device, quantise)
     given = {"steps": steps, "guidance": guidance}
     settings = {**network.chosen(given), "temperature": 0.0}
     del settings["seed"]  # Every item has its own.

@@ -12,12 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
 
 from colada.errors import ColadaError
 from colada.evaluation.data import Benchmark
@@ -130,7 +132,7 @@ def evaluate(
     """
     part, display = part or Part(), display or Display()
     require_count("batch", batch)
-    tokenizer = require_tokenizer(model)
+    require_tokenizer(model)
     given = {name: value for name, value in settings.items() if value is not None}
     chosen = {**model.generation, "temperature": 0.0, **given}
     made_with = {
@@ -139,8 +141,31 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         **{name: value for name, value in chosen.items() if name != "seed"},
     }
+    quantised = getattr(model, "quantised", None)
+    if quantised is not None:
+        made_with["quantised"] = quantised
     # All that can be wrong is found before the first item is generated.
     _make(out)
+    with _locked(out, part):
+        return _evaluate(
+            model, benchmarks, out, seed, max_new_tokens, batch, part, display, made_with, chosen
+        )
+
+
+def _evaluate(
+    model: Model,
+    benchmarks: Sequence[Benchmark],
+    out: Path,
+    seed: int,
+    max_new_tokens: int,
+    batch: int,
+    part: Part,
+    display: Display,
+    made_with: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+) -> Results | None:
+    """Do as :func:`evaluate` says, in a directory that is this process's, or this rank's share of it."""
+    tokenizer = require_tokenizer(model)
     waiting = []
     for benchmark in benchmarks:
         check_spelling(tokenizer, benchmark, model.origin)
@@ -240,11 +265,22 @@ def fingerprint(model: Model) -> str:
     networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     for attribute, network in networks.items():
         for name, tensor in network.state_dict().items():
-            digest.update(f"{attribute}.{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            flat = tensor.detach().reshape(-1)
-            some = flat[:: max(1, len(flat) // _SAMPLED_WEIGHTS)]
-            digest.update(some.cpu().double().numpy().tobytes())
+            for inner, own in _stored(name, tensor):
+                digest.update(f"{attribute}.{inner} {tuple(own.shape)} {own.dtype}".encode())
+                flat = own.detach().reshape(-1)
+                some = flat[:: max(1, len(flat) // _SAMPLED_WEIGHTS)]
+                digest.update(some.cpu().double().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _stored(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield a tensor, or what a quantised one is made of, by name."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        yield name, tensor
+        return
+    parts, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    for part in parts:
+        yield from _stored(f"{name}.{part}", getattr(tensor, part))
 
 
 # --- generation ----------------------------------------------------------------------------------
@@ -294,6 +330,46 @@ def _make(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ColadaError(f"{out}: cannot be made ({error.strerror})") from None
+
+
+@contextmanager
+def _locked(out: Path, part: Part) -> Iterator[None]:
+    """Hold a directory as one of the processes that share it: alone, or as a rank of as many.
+
+    Raises:
+        ColadaError: if another process holds it as the same rank, or among another number of ranks.
+    """
+
+    def held(path: Path) -> FileLock | None:
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+        except OSError as error:
+            raise ColadaError(f"{path}: cannot be written ({error.strerror or error})") from None
+        return lock
+
+    def refuse(path: Path) -> ColadaError:
+        rank, world = path.name.removeprefix(".rank").removesuffix(".lock").split("of")
+        who = "another process" if world == "1" else f"rank {rank} of {world}"
+        return ColadaError(f"{out}: {who} is at work there: wait for it, or give another directory")
+
+    path = out / f".rank{part.rank}of{part.world}.lock"
+    own = held(path)
+    if own is None:
+        raise refuse(path)
+    try:
+        for other in sorted(out.glob(".rank*of*.lock")):
+            if not other.name.endswith(f"of{part.world}.lock"):
+                lock = held(other)
+                if lock is None:
+                    raise refuse(other)
+                lock.release()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        own.release()
 
 
 def _begin(out: Path, benchmark: Benchmark, made_with: Mapping[str, Any]) -> None:

@@ -119,6 +119,66 @@ def correct(task: Task, outputs: Sequence[Output]) -> dict[str, bool]:
     }
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How the answers to one item did, of one model or several.
+
+    Attributes:
+        answers: how many.
+        correct: how many of them are.
+        named, right: how many name an option, and the right one.
+    """
+
+    answers: int
+    correct: int
+    named: int = 0
+    right: int = 0
+
+    def __add__(self, other: Outcome) -> Outcome:
+        return Outcome(
+            self.answers + other.answers,
+            self.correct + other.correct,
+            self.named + other.named,
+            self.right + other.right,
+        )
+
+
+def outcomes(task: Task, outputs: Sequence[Output]) -> dict[str, Outcome]:
+    """Return the outcome of each item."""
+    is_right = correct(task, outputs)
+    found = {}
+    for output in outputs:
+        named = named_option(output.generate, output.choices) if task.chance is not None else None
+        # As the score does: of options that are equal once normalised, both count as the first.
+        right = named is not None and named == answer_option(output.ground_truth, output.choices)
+        found[output.id] = Outcome(1, int(is_right[output.id]), int(named is not None), int(right))
+    return found
+
+
+def clustered(parts: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """Return successes and trials as many as independent ones that are as informative as these clusters.
+
+    Answers of several models to one item are no independent trials: where all of them are right or wrong
+    together, they tell no more than one does. The variance of the share over clusters, that of a ratio,
+    over the binomial one says how many trials stand for one (Kish's design effect); no fewer than one, and
+    where no variance can be seen, as many as a cluster has.
+
+    Args:
+        parts: successes and trials of each cluster; those without trials do not count.
+    """
+    parts = [own for own in parts if own[1]]
+    successes, trials = (sum(own[place] for own in parts) for place in (0, 1))
+    if len(parts) < 2 or trials == len(parts):
+        effect = trials / max(1, len(parts))
+    elif successes in (0, trials):
+        effect = sum(own**2 for _, own in parts) / trials
+    else:
+        share, count = successes / trials, len(parts)
+        square = sum((own - share * tried) ** 2 for own, tried in parts) * count / (count - 1)
+        effect = max(1.0, square / (share * (1 - share) * trials))
+    return (successes / effect, trials / effect) if trials else (0.0, 0.0)
+
+
 def _naming(task: Task, outputs: Sequence[Output]) -> Naming | None:
     if task.chance is None:
         return None
@@ -139,10 +199,10 @@ def average(scores: Sequence[Score]) -> tuple[float, float]:
     return mean, math.sqrt(sum(score.error**2 for score in scores)) / len(scores)
 
 
-def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, trials: float, z: float = Z95) -> tuple[float, float]:
     """Return Wilson's interval of a share s/n: all p with |s/n - p| <= z sqrt(p (1 - p) / n).
 
-    Without trials it is (0, 1).
+    Without trials it is (0, 1). Trials that are not independent count as fewer, with as large a share.
     """
     if not trials:
         return 0.0, 1.0

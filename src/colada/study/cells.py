@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from colada.errors import ColadaError
+from colada.evaluation.statistics import Outcome, clustered
 from colada.evaluation.tasks import Task, find_task
 from colada.files import write_text
 from colada.language_model import ARCHITECTURES
@@ -21,29 +22,68 @@ CELL_FILE = "cell.json"
 
 @dataclass(frozen=True)
 class Counts:
-    """How the outputs for a task's items did.
+    """How the outputs for a task's items did, of one model or several.
 
     Attributes:
         items, correct: how many.
         named, right: how many name an option at all, and the right one; both 0 for a task without options.
+        models: of how many.
+        outcomes: by item; empty where the file does not have them.
     """
 
     items: int
     correct: int
     named: int = 0
     right: int = 0
+    models: int = 1
+    outcomes: Mapping[str, Outcome] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.right <= self.named <= self.items or not 0 <= self.correct <= self.items > 0:
-            raise ValueError(f"impossible counts {self}")
+            raise ValueError(f"impossible counts of {self.items} items")
+        whole = (self.items, self.correct, self.named, self.right)
+        each = self.outcomes.values()
+        if each and whole != tuple(
+            sum(own) for own in zip(*((o.answers, o.correct, o.named, o.right) for o in each), strict=True)
+        ):
+            raise ValueError(f"the outcomes of {len(each)} items do not add up to their counts")
 
     def __add__(self, other: Counts) -> Counts:
+        outcomes: dict[str, Outcome] = {}
+        if self.outcomes and other.outcomes:
+            outcomes = dict(self.outcomes)
+            for item, own in other.outcomes.items():
+                outcomes[item] = outcomes[item] + own if item in outcomes else own
         return Counts(
             self.items + other.items,
             self.correct + other.correct,
             self.named + other.named,
             self.right + other.right,
+            self.models + other.models,
+            outcomes,
         )
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """Those correct, of as many independent items as these tell as much as."""
+        return self._independent("correct", "answers", self.correct, self.items)
+
+    @property
+    def naming(self) -> tuple[float, float]:
+        """Those that name an option, likewise."""
+        return self._independent("named", "answers", self.named, self.items)
+
+    @property
+    def accuracy(self) -> tuple[float, float]:
+        """Those right of those that name an option, likewise."""
+        return self._independent("right", "named", self.right, self.named)
+
+    def _independent(self, part: str, whole: str, successes: int, trials: int) -> tuple[float, float]:
+        if self.outcomes:
+            each = self.outcomes.values()
+            return clustered([(getattr(own, part), getattr(own, whole)) for own in each])
+        # What is not known is taken to be the worst: that all models do alike.
+        return successes / self.models, trials / self.models
 
 
 @dataclass(frozen=True)
@@ -92,7 +132,11 @@ def read_result(path: Path) -> Result:
         cell = record["cell"]
         if cell["arch"] not in ARCHS:
             raise ValueError(f"arch {cell['arch']!r}, expected one of {', '.join(ARCHS)}")
-        counts = {find_task(name).name: _counts(score) for name, score in record["scores"]["tasks"].items()}
+        outcomes = record.get("outcomes") or {}
+        counts = {
+            find_task(name).name: _counts(score, outcomes.get(name) or {})
+            for name, score in record["scores"]["tasks"].items()
+        }
         if not counts:
             raise ValueError("no tasks")
         cost, asked = _ledger(record["ledger"]), dict(record["asked"])
@@ -115,9 +159,13 @@ def _ledger(fields: Mapping[str, Any]) -> Ledger:
     )
 
 
-def _counts(score: Mapping[str, Any]) -> Counts:
+def _counts(score: Mapping[str, Any], outcomes: Mapping[str, Sequence[int]]) -> Counts:
     naming = score.get("naming") or {"named": 0, "right": 0}
-    return Counts(int(score["items"]), int(score["correct"]), int(naming["named"]), int(naming["right"]))
+    found = {item: Outcome(1, *map(int, own)) for item, own in outcomes.items()}
+    items, right, named, right_named = map(
+        int, (score["items"], score["correct"], naming["named"], naming["right"])
+    )
+    return Counts(items, right, named, right_named, outcomes=found)
 
 
 def write_result(path: Path, record: Mapping[str, Any]) -> None:

@@ -154,8 +154,8 @@ def draw_options(points: Sequence[Point], tasks: Sequence[Task]) -> Figure:
         for top, task in zip(tops, chosen, strict=True):
             pooled = point.pooled[task.name]
             for axes, successes, trials in (
-                (panels[0], pooled.named, pooled.items),
-                (panels[1], pooled.right, pooled.named),
+                (panels[0], *pooled.naming),
+                (panels[1], *pooled.accuracy),
             ):
                 if not trials:
                     continue

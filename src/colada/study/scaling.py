@@ -18,6 +18,7 @@ from colada.device import find_device
 from colada.errors import ColadaError
 from colada.evaluation.data import Benchmark, load_benchmark
 from colada.evaluation.run import MAX_NEW_TOKENS, evaluate
+from colada.evaluation.statistics import outcomes
 from colada.evaluation.tasks import find_task
 from colada.model import KINDS, load
 from colada.study.cells import CELL_FILE, read_result, write_result
@@ -229,6 +230,13 @@ def run_cell(
             "ledger": cell.cost.to_dict(),
             "asked": asked.to_dict(),
             "scores": {name: record[name] for name in ("average", "standard_error", "tasks")},
+            "outcomes": {
+                task: {
+                    item: [own.correct, own.named, own.right]
+                    for item, own in outcomes(find_task(task), outputs).items()
+                }
+                for task, outputs in results.outputs.items()
+            },
             "settings": record["settings"],
             "data": record["data"],
             "made_with": record["made_with"],

@@ -37,9 +37,13 @@ class Mean:
         return f"{self.value:.1f}" + (f" ± {self.error:.1f}" if self.error is not None else "")
 
 
-def verdict(successes: int, trials: int, chance: float) -> Verdict:
-    """Return where the 95% interval (Wilson's) of a share is: wholly above or below chance, or around it."""
-    low, high = wilson(successes, trials)
+def verdict(share: tuple[float, float], chance: float) -> Verdict:
+    """Return where the 95% interval (Wilson's) of a share is: wholly above or below chance, or around it.
+
+    Args:
+        share: successes and independent trials, see :func:`~colada.evaluation.statistics.clustered`.
+    """
+    low, high = wilson(*share)
     return "above" if low > chance else "below" if high < chance else "at"
 
 
@@ -59,7 +63,7 @@ class Difference:
         between independent proportions", method 10): wider than needed where the items are the same.
         """
         p, q = first.correct / first.items, second.correct / second.items
-        (p_low, p_high), (q_low, q_high) = (wilson(own.correct, own.items) for own in (first, second))
+        (p_low, p_high), (q_low, q_high) = (wilson(*own.score) for own in (first, second))
         below, above = math.hypot(p - p_low, q_high - q), math.hypot(p_high - p, q - q_low)
         return cls(p - q, p - q - below, p - q + above)
 
@@ -109,17 +113,18 @@ class Point:
                 "standard_error_over_seeds": score.error,
                 "items": pooled.items,
                 "correct": pooled.correct,
-                "interval_95": [100 * bound for bound in wilson(pooled.correct, pooled.items)],
+                "independent_items": pooled.score[1],
+                "interval_95": [100 * bound for bound in wilson(*pooled.score)],
             }
             if task.chance is not None:
                 own |= {
                     "chance": 100 * task.chance,
-                    "is": verdict(pooled.correct, pooled.items, task.chance),
+                    "is": verdict(pooled.score, task.chance),
                     "named": pooled.named,
-                    "named_interval_95": [100 * bound for bound in wilson(pooled.named, pooled.items)],
+                    "named_interval_95": [100 * bound for bound in wilson(*pooled.naming)],
                     "right_among_named": pooled.right,
-                    "right_interval_95": [100 * bound for bound in wilson(pooled.right, pooled.named)],
-                    "right_is": verdict(pooled.right, pooled.named, task.chance),
+                    "right_interval_95": [100 * bound for bound in wilson(*pooled.accuracy)],
+                    "right_is": verdict(pooled.accuracy, task.chance),
                 }
             found[task.name] = own
         return {
@@ -208,8 +213,9 @@ def markdown(points: Sequence[Point], tasks: Sequence[Task]) -> str:
             _score_table(points, tasks),
             *_leads(largest(points), tasks),
             "## Above chance?",
-            "The items of all seeds together, 95% intervals (Wilson's): at the most expensive point of each"
-            " model. An output names an option by its letter or its text.",
+            "The items of all seeds together, seeds that agree on an item counting once, with 95% intervals"
+            " (Wilson's): at the most expensive point of each model. An output names an option by its letter"
+            " or its text.",
             _chance_table(largest(points), tasks),
         )
     )
@@ -285,21 +291,22 @@ def _chance_table(points: Sequence[Point], tasks: Sequence[Task]) -> str:
             else:
                 verdicts = (
                     f"{100 * task.chance:.1f}",
-                    verdict(pooled.correct, pooled.items, task.chance),
-                    _share(pooled.named, pooled.items),
-                    _share(pooled.right, pooled.named),
-                    verdict(pooled.right, pooled.named, task.chance) if pooled.named else "–",
+                    verdict(pooled.score, task.chance),
+                    _share(pooled.naming),
+                    _share(pooled.accuracy),
+                    verdict(pooled.accuracy, task.chance) if pooled.named else "–",
                 )
             chance, scored, named, right, chosen = verdicts
             model = f"{ARCHITECTURES[point.arch]} ({point.name})"
-            score = _share(pooled.correct, pooled.items)
+            score = _share(pooled.score)
             rows.append((task.title, model, score, chance, scored, named, right, chosen))
     titles = ("task", "model", "score", "chance", "is", "names an option", "right among those", "is")
     return _table(titles, rows, texts=2)
 
 
-def _share(successes: int, trials: int) -> str:
-    """Return a share with its interval, in per cent."""
+def _share(share: tuple[float, float]) -> str:
+    """Return a share, successes of independent trials, with its interval, in per cent."""
+    successes, trials = share
     if not trials:
         return "–"
     low, high = wilson(successes, trials)
