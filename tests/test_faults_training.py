@@ -6,6 +6,7 @@ The letter and number of a test is that of the fault it was written for.
 import importlib.util
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from colada.training import checkpoints
 from colada.training.checkpoints import Place, find, places
 from colada.training.display import Display
 from colada.training.inputs import train_tokenizer
+from colada.training.monitors import Samples
 from colada.training.optimisation import learning_rate
 from colada.training.parallel import Ranks
 from colada.training.recipe import load_recipe
@@ -380,6 +382,48 @@ def test_b3_a_state_of_the_wrong_shape_is_one_line(tmp_path: Path, finished: Pat
     with pytest.raises(ColadaError, match=r"stage1-00000006/state\.json is damaged") as caught:
         Trainer(recipe(*SHORT), out)
     assert "\n" not in str(caught.value)
+
+
+RECORD = '{"stage": 1, "step": 1, "split": "train", "time": 1.0, '
+RECORDS = [
+    *("null", "5", "[]", "{}", "", "[" * 10**5, "9" * 5000, '"x"', RECORD, '{"stage": 1, "stage": 2}'),
+    *(
+        RECORD + f'"nll": {value}}}'
+        for value in ('"x"', "{}", "true", "1e400", "9" * 400, "9" * 5000, '[["x"]]')
+    ),
+    *(
+        RECORD.replace('"step": 1', f'"step": {value}') + '"nll": 1}'
+        for value in ("true", "1.5", "9" * 30, "null")
+    ),
+    RECORD.replace("1.0", '"now"') + '"nll": 1}',
+]
+
+
+@pytest.mark.parametrize("line", RECORDS, ids=[line[:70] for line in RECORDS])
+def test_b3_a_line_of_metrics_of_the_wrong_shape_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{RECORD}"nll": 1.0}}\n{line}\n')
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/metrics.jsonl, line 2: ")
+    assert error.count("\n") == 1
+    assert len(error) < 1000
+
+
+def test_b4_a_log_that_is_a_named_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "samples.txt"):
+        out = tmp_path / name
+        out.mkdir()
+        os.mkfifo(out / name)
+        with pytest.raises(ColadaError, match=r"is a named pipe"):
+            Trainer(recipe(*SHORT), out).run()
+
+
+def test_b10_a_sample_with_half_a_character_is_written(tmp_path: Path) -> None:
+    samples = Samples(tmp_path / "samples.txt")
+    samples.text(2, 1, "a\udc80", "b\ud800")
+    assert (tmp_path / "samples.txt").read_text() == "--- step 1, stage 2: a\\udc80\nb\\ud800\n"
 
 
 def test_b17_a_checkpoint_on_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,7 +337,7 @@ def test_a_directory_without_records_is_named(tmp_path: Path) -> None:
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     run = write_run(tmp_path, [record(2, 10, flow=1.0)])
     (run / "recipe.yaml").write_text("a: [")
-    with pytest.raises(ColadaError, match=r"recipe\.yaml is damaged"):
+    with pytest.raises(ColadaError, match=r"recipe\.yaml is not valid YAML"):
         write_report(run)
     (run / "recipe.yaml").unlink()
     with (run / "metrics.jsonl").open("a") as file:

@@ -17,14 +17,14 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from colada.errors import ColadaError, nearest
+from colada.errors import ColadaError, nearest, shown
+from colada.files import atomic_writer, open_file, parse_json
 
 METRICS_FILE, SAMPLES_FILE, TENSORBOARD_DIR = "metrics.jsonl", "samples.txt", "tensorboard"
 BUILT_IN = ("jsonl", "tensorboard")
@@ -64,6 +64,7 @@ class JsonLines:
 
     def __init__(self, path: Path, resume_at: tuple[int, int] | None = None) -> None:
         self._path = path
+        _refuse_pipe(path)
         if path.is_file():
             lines = [line + b"\n" for line in _whole_lines(path).splitlines()]
             records = (_parse_record(line, path, number) for number, line in enumerate(lines, 1))
@@ -87,6 +88,7 @@ class Samples:
 
     def __init__(self, path: Path, resume_at: tuple[int, int] | None = None) -> None:
         self._path = path
+        _refuse_pipe(path)
         if path.is_file():
             samples = _split_samples(path)
             points = [(sample.stage, sample.step) for sample, _ in samples]
@@ -135,9 +137,9 @@ def read_samples(path: Path) -> list[Sample]:
 
 def _parse_record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except ValueError:
-        raise ColadaError(f"{path}, line {number}: damaged, expected one JSON object") from None
+        record = parse_json(line, "it")
+    except ColadaError as error:
+        raise ColadaError(f"{path}, line {number}: damaged, expected one JSON object: {error}") from None
     if not isinstance(record, dict):
         raise ColadaError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
     for key, kind, name in (
@@ -145,18 +147,25 @@ def _parse_record(line: bytes, path: Path, number: int) -> dict[str, Any]:
         ("step", int, "an integer"),
         ("split", str, "a name"),
     ):
-        if not isinstance(record.get(key), kind):
-            raise ColadaError(f"{path}, line {number}: {key}={record.get(key)!r}, expected {name}")
-    if not isinstance(record.get("time"), int | float):
+        value = record.get(key)
+        large = isinstance(value, int) and abs(value) >= 2**53
+        if not isinstance(value, kind) or isinstance(value, bool) or large:
+            raise ColadaError(f"{path}, line {number}: {key}={shown(value)}, expected {name}")
+    if not _is_number(record.get("time")):
         raise ColadaError(f"{path}, line {number}: time={record.get('time')!r}, expected seconds")
     for key in record.keys() - NOT_MEASURED:
         values = record[key] if isinstance(record[key], list) else [record[key]]
-        if not all(value is None or isinstance(value, int | float) for value in values):
-            raise ColadaError(f"{path}, line {number}: {key}={record[key]!r}, expected numbers")
+        if not all(value is None or _is_number(value) for value in values):
+            raise ColadaError(f"{path}, line {number}: {key}={shown(record[key])}, expected numbers")
     return record
 
 
-_HEADER = re.compile(r"--- step (\d+), stage (\d+): (.*)")
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that plots can show, or NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e300
+
+
+_HEADER = re.compile(r"--- step (\d{1,15}), stage (\d{1,15}): (.*)")
 
 
 def _split_samples(path: Path) -> list[tuple[Sample, bytes]]:
@@ -183,10 +192,14 @@ def _finite(value: Any) -> Any:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ColadaError(f"cannot read {path}: {error.strerror or error}") from None
+    with open_file(path) as file:
+        return file.read()
+
+
+def _refuse_pipe(path: Path) -> None:
+    """Raise ColadaError for what would keep who writes to it waiting."""
+    if path.is_fifo():
+        raise ColadaError(f"{path} is a named pipe, expected a regular file or none")
 
 
 def _whole_lines(path: Path) -> bytes:
@@ -198,7 +211,7 @@ def _whole_lines(path: Path) -> bytes:
 def _append(path: Path, text: str) -> None:
     try:
         with path.open("ab") as file:
-            file.write(text.encode())
+            file.write(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise ColadaError(f"cannot write to {path}: {error.strerror or error}") from None
 
@@ -208,14 +221,8 @@ def _keep_until(
 ) -> None:
     """Rewrite a file with the entries up to a point; it is the old file or the new one at any moment."""
     kept = b"".join(raw for raw, point in zip(entries, points, strict=True) if point <= (last or START))
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(kept)
-        os.replace(partial, path)
-    except OSError as error:
-        raise ColadaError(f"cannot write to {path}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_writer(path) as file:
+        file.write(kept)
 
 
 # --- TensorBoard -----------------------------------------------------------------------------------

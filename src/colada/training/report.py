@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from colada.errors import ColadaError
+from colada.files import read_text, read_yaml, write_text
 from colada.flow import T
 from colada.training.checkpoints import RECIPE, find, read_state
 from colada.training.monitors import (
@@ -364,7 +364,7 @@ def write_report(out: Path) -> Path:
             ]
         body = [f"<h1>{escape(name)}</h1>", facts, *stages, _samples_section(samples), _recipe_section(out)]
         page = PAGE.format(title=escape(name), style=PAGE_STYLE, body="\n".join(filter(None, body)))
-        (directory / REPORT_FILE).write_text(page, encoding="utf-8")
+        write_text(directory / REPORT_FILE, page)
     except OSError as error:
         raise ColadaError(f"cannot write to {directory}: {error.strerror or error}") from None
     return directory / REPORT_FILE
@@ -375,10 +375,7 @@ def _read_recipe(out: Path) -> Mapping[str, Any]:
     path = out / RECIPE
     if not path.is_file():
         return {}
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ColadaError(f"{path} is damaged: not YAML") from None
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise ColadaError(f"{path} holds a {type(recipe).__name__}, expected sections such as 'data:'")
     return recipe
@@ -497,7 +494,7 @@ def _samples_section(samples: Sequence[Sample]) -> str:
 def _recipe_section(out: Path) -> str:
     if not (out / RECIPE).is_file():
         return ""
-    text = (out / RECIPE).read_text(encoding="utf-8")
+    text = read_text(out / RECIPE)
     return f"<details><summary>Recipe</summary><pre>{escape(text)}</pre></details>"
 
 
