@@ -86,3 +86,17 @@ def test_a_task_says_in_a_pipe_how_far_it_is_and_how_long_it_takes(monkeypatch: 
         "likelihood: 800 of 4,000 tokens, 0:32 left",
         "likelihood: 1,300 of 4,000 tokens, 0:27 left",
     ]
+
+
+def test_a_stage_of_slow_steps_has_a_line_every_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    file = io.StringIO()
+    display = Display(Console(file=file, width=80))
+    with display.task("stage 1", 100):
+        for done, clock[0] in enumerate((12.0, 24.0, 36.0, 48.0, 60.0, 72.0), 1):
+            display.move(done, 100)
+    assert file.getvalue().splitlines() == [
+        "stage 1 step 3/100, 19:24 left",
+        "stage 1 step 6/100, 18:48 left",
+    ]

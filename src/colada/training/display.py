@@ -13,6 +13,8 @@ from rich.table import Column
 
 LINE_SECONDS = 5.0
 """Elsewhere than on a terminal, lines of steps are at least so far apart."""
+RARE_SECONDS = 30.0
+"""Without a line for so long, one says how far a stage is."""
 FIRST_SECONDS = 2.0
 """How long a task takes before a line says how long all of it will."""
 # What the line of a step leaves out: it is in metrics.jsonl.
@@ -68,7 +70,7 @@ class Display:
         """Show how far the task is; elsewhere than on a terminal with a line every few seconds."""
         if self._progress is None:
             return
-        self.move(done, total)
+        self._progress.update(self._task, completed=done, total=total)
         now = time.monotonic()
         late = now - max(self._line + LINE_SECONDS, self._begin + FIRST_SECONDS) >= 0
         if late and not self.console.is_terminal and done < total:
@@ -76,9 +78,13 @@ class Display:
             self.say(f"{self._title}: {done:,} of {total:,} {self._unit}{self._left(done, now)}")
 
     def move(self, done: int, total: int) -> None:
-        """Move a terminal's bar; elsewhere, terms have lines of their own, see :meth:`update`."""
+        """Move a terminal's bar; elsewhere, say how far the task is where lines with terms are rare."""
         if self._progress is not None:
             self._progress.update(self._task, completed=done, total=total)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - max(self._line, self._begin) >= RARE_SECONDS:
+            self._line = now
+            self.say(f"{self._title} step {done}/{total}{self._left(done, now)}")
 
     def update(self, step: int, terms: Mapping[str, Any]) -> None:
         """Show the terms of a step."""
