@@ -297,11 +297,12 @@ def parity(
     tolerance: Annotated[
         float, typer.Option(min=0, help="Largest relative error, max |a - b| / max |b|, that holds.")
     ] = 1e-5,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Compare this implementation with a reference: one JSON line a case, exit status 1 if any fails."""
     from colada.parity import report
 
-    codes = [report(case, tolerance) for case in cases]
+    codes = [report(case, tolerance, device) for case in cases]
     raise typer.Exit(max(codes))
 
 

@@ -19,6 +19,7 @@ import typer
 from torch import Tensor
 
 from colada.checkpoint import open_weights, read_dit, read_vae
+from colada.device import find_device
 from colada.dit import DiT
 from colada.engine.engine import Engine, capacity_for
 from colada.engine.request import Request
@@ -34,6 +35,7 @@ def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Return max |a - b| / max |b| over lists of tensors; infinite if shapes differ or a value is NaN."""
     if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
         return math.inf
+    ours = [a.to(b.device) for a, b in zip(ours, theirs, strict=True)]
     # Tensor maxima, because Python's max() may pass over a NaN.
     difference = torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]).max()
     size = torch.stack([b.abs().max() for b in theirs]).max()
@@ -44,23 +46,29 @@ def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 @torch.inference_mode()
-def run_case(directory: Path) -> dict[str, Any]:
+def run_case(directory: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Return the error of every part of a fixture, and whether the generated tokens are equal.
 
+    Args:
+        device: where this implementation computes.
+
     Raises:
-        ColadaError: if the directory is not a fixture.
+        ColadaError: if the directory is not a fixture, or there is no such device.
     """
+    place = find_device(str(device))
     case = read_json_object(directory / "case.json")
     with open_weights(directory / "expected.safetensors") as handle:
-        expected = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        expected = {name: handle.get_tensor(name).to(place) for name in handle.keys()}  # noqa: SIM118
     try:
-        return _compare(directory, case, expected)
+        return _compare(directory, case, expected, place)
     except KeyError as error:
         raise ColadaError(f"{directory} is no complete fixture: {error} is missing") from None
 
 
-def _compare(directory: Path, case: dict[str, Any], expected: dict[str, Tensor]) -> dict[str, Any]:
-    vae, dit = read_vae(directory, torch.float32), read_dit(directory, torch.float32)
+def _compare(
+    directory: Path, case: dict[str, Any], expected: dict[str, Tensor], device: torch.device
+) -> dict[str, Any]:
+    vae, dit = read_vae(directory, torch.float32, device), read_dit(directory, torch.float32, device)
     prompts, settings, pad_id = case["prompts"], case["settings"], case["pad_token_id"]
     errors: dict[str, Any] = {}
 
@@ -70,7 +78,7 @@ def _compare(directory: Path, case: dict[str, Any], expected: dict[str, Tensor])
     encoded = [number for number, ids in enumerate(padded) if ids]
     lengths = [len(padded[number]) // patch for number in encoded]
     if encoded:
-        packed = torch.tensor([token for number in encoded for token in padded[number]])
+        packed = torch.tensor([token for number in encoded for token in padded[number]], device=device)
         posterior = vae.encode(packed, [len(padded[number]) for number in encoded])
         means = [expected[f"encode.{number}.mean"] for number in encoded]
         errors["encode_mean"] = relative_error(list(posterior.mean.split(lengths)), means)
@@ -160,9 +168,9 @@ def _by_engine(
     return made
 
 
-def report(directory: Path, tolerance: float) -> int:
+def report(directory: Path, tolerance: float, device: str = "cpu") -> int:
     """Print a fixture's errors as one JSON line; return 0 if all hold, else 1."""
-    errors = run_case(directory)
+    errors = run_case(directory, device)
     holds = errors["tokens_equal"] and all(
         error <= tolerance for name, error in errors.items() if name != "tokens_equal"
     )
@@ -176,10 +184,11 @@ def report(directory: Path, tolerance: float) -> int:
 def main(
     case_dir: Annotated[Path, typer.Argument(help="Directory of a parity fixture.")],
     tolerance: Annotated[float, typer.Option(min=0, help="Largest relative error that holds.")] = 1e-5,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
 ) -> None:
     """Compare this implementation with a fixture's expected outputs."""
     try:
-        code = report(case_dir, tolerance)
+        code = report(case_dir, tolerance, device)
     except ColadaError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2

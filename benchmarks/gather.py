@@ -1,0 +1,148 @@
+"""Gather, on a machine with a network, what benchmarks/gpu.sh needs on one without: a kit in one folder.
+
+The kit holds the corpora of a recipe, its tokenizer and its token shards, the parity fixtures, and the wheels
+of all packages but torch. On the other machine it is to lie in runs/kit of the repository.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from gpu import KIT_TIME, MIB, ROOT, kit_overrides
+
+from colada.data.documents import find_files
+from colada.errors import ColadaError
+from colada.files import write_text
+from colada.training.inputs import prepare_inputs, train_tokenizer
+from colada.training.provenance import provenance
+from colada.training.recipe import load_recipe
+
+TESTING = ("pytest", "pytest-xdist")
+GLIBC = range(17, 40)  # pip takes each manylinux tag at its word: a newer one does not stand for older ones.
+SIZE = 64  # MiB that are easily carried.
+
+
+def gather_text(recipe: Path, corpora: Path, kit: Path, shards: bool) -> None:
+    """Copy the files that a recipe reads, train its tokenizer, and prepare its shards.
+
+    Raises:
+        ColadaError: for corpora that lack a source's files, or a recipe that does not read files.
+    """
+    made = load_recipe(recipe)
+    (kit / "corpora").mkdir()
+    for source in made.data.sources:
+        if source.path is None:
+            raise ColadaError(f"{recipe}: {source.name} is not read from files")
+        for path in find_files(corpora, source.include):
+            target = kit / "corpora" / path.name
+            shutil.copyfile(path, target)
+            os.utime(target, (KIT_TIME, KIT_TIME))
+    moved = load_recipe(recipe, kit_overrides(made.data.sources, kit))
+    tokenizer = train_tokenizer(moved)
+    tokenizer.save(kit / "tokenizer.json")
+    if shards:
+        prepare_inputs(moved, tokenizer, None, kit / "shards", print)
+
+
+def gather_wheels(kit: Path, python: str, machine: str, have: set[str]) -> None:
+    """Download the wheels of everything that training and testing need, torch aside.
+
+    Args:
+        python, machine: version and architecture of the machine they are for.
+        have: packages, normalised, that are there already.
+
+    Raises:
+        ColadaError: if pip finds no wheel of a package.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["train"], *TESTING]
+    wanted = [line for line in wanted if normalised(line) != "torch"]
+    write_text(kit / "requirements.txt", "\n".join(wanted) + "\n")
+    pins = [
+        line for line in (ROOT / "constraints.txt").read_text().splitlines() if normalised(line) != "torch"
+    ]
+    platforms = [f"--platform=manylinux_2_{minor}_{machine}" for minor in GLIBC]
+    platforms += [f"--platform=manylinux2014_{machine}", f"--platform=linux_{machine}"]
+    with tempfile.TemporaryDirectory() as directory:
+        write_text(Path(directory) / "pins.txt", "\n".join(pins) + "\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
+        command += ["--implementation=cp", f"--python-version={python}", *platforms]
+        command += ["--constraint", f"{directory}/pins.txt", "--dest", f"{directory}/wheels"]
+        if subprocess.call([*command, *wanted]):
+            raise ColadaError("pip could not download every wheel; what it said stands above")
+        (kit / "wheels").mkdir()
+        for wheel in sorted(Path(directory, "wheels").glob("*.whl")):
+            if normalised(wheel.name.partition("-")[0]) not in have:
+                shutil.copyfile(wheel, kit / "wheels" / wheel.name)
+
+
+def normalised(requirement: str) -> str:
+    """Return the name of a package as packages are compared."""
+    name = re.match(r"[\w.-]*\w", requirement)
+    return re.sub(r"[-_.]+", "-", name[0] if name else "").lower()
+
+
+def main(
+    corpora: Annotated[Path, typer.Argument(help="Folder of the recipe's text files.")],
+    kit: Annotated[Path, typer.Option("--out", help="Folder to make.")] = Path("runs/kit"),
+    recipe: Annotated[Path, typer.Option(help="Whose text.")] = ROOT / "recipes/tiny-gpu.yaml",
+    fixtures: Annotated[Path, typer.Option(help="Folder of parity fixtures.")] = ROOT.parent
+    / "shared/fixtures/parity",
+    python: Annotated[
+        str, typer.Option(help="Python's version on the other machine.")
+    ] = f"{sys.version_info.major}.{sys.version_info.minor}",
+    machine: Annotated[str, typer.Option(help="Its architecture.")] = platform.machine(),
+    have: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Packages it has, whose wheels are left out.")
+    ] = "",
+    shards: Annotated[bool, typer.Option(help="Prepare the token shards; otherwise it makes them.")] = True,
+    wheels: Annotated[bool, typer.Option(help="Download wheels.")] = True,
+) -> None:
+    """Make the kit."""
+    if kit.exists():
+        raise typer.BadParameter(f"{kit} exists; remove it, or give another --out")
+    kit.mkdir(parents=True)
+    try:
+        gather_text(recipe, corpora, kit, shards)
+        if not fixtures.is_dir():
+            raise ColadaError(f"--fixtures {fixtures}: no such folder")
+        shutil.copytree(fixtures, kit / "parity", copy_function=shutil.copyfile)
+        if wheels:
+            gather_wheels(kit, python, machine, {normalised(name) for name in have.split(",") if name})
+    except ColadaError as error:
+        shutil.rmtree(kit)
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    sizes = {
+        path.name: sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
+        for path in sorted(kit.iterdir())
+    }
+    made = {
+        "made_with": provenance(torch.device("cpu")),
+        "python": python,
+        "machine": machine,
+        "bytes": sizes,
+    }
+    write_text(kit / "kit.json", json.dumps(made, indent=2) + "\n")
+    for name, size in sizes.items():
+        print(f"{name:<18}{size / MIB:8.1f} MiB")
+    total = sum(sizes.values()) / MIB
+    print(f"{'total':<18}{total:8.1f} MiB")
+    if total > SIZE:
+        print(f"larger than {SIZE} MiB: leave out what the machine has (--have) or can make (--no-shards)")
+
+
+if __name__ == "__main__":
+    typer.run(main)
