@@ -59,6 +59,7 @@ class Part:
         pieces: MiB of the files that a model is packed into; None leaves it a folder.
         run: directory of the training run.
         overrides: further settings of the training run.
+        train_for: seconds after which training stops; as many as there are if None.
         results: what was measured so far.
         errors: what went wrong so far.
         over: whether it came to its end.
@@ -72,6 +73,7 @@ class Part:
     pieces: int | None
     run: Path
     overrides: Sequence[str]
+    train_for: float | None = None
     results: dict[str, Any] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     over: bool = False
@@ -314,7 +316,8 @@ def bundled(part: Part) -> None:
     def train() -> dict[str, Any]:
         arguments = ["-m", "colada", "train", str(recipe), "--out", str(part.run)]
         words = [word for setting in settings for word in ("--set", setting)]
-        status, _ = part.command(*arguments, *words, good=(0, 130), stop_after=part.left - reserve)
+        seconds = min(part.left - reserve, part.train_for or part.seconds)
+        status, _ = part.command(*arguments, *words, good=(0, 130), stop_after=seconds)
         return {"finished": status == 0, **reached(part.run)}
 
     def export() -> dict[str, Any]:
@@ -411,6 +414,10 @@ def main(
     run: Annotated[
         Path | None, typer.Option(help="Directory of the training run. Default: bundled/ in runs/gpu.")
     ] = None,
+    train_for: Annotated[
+        float | None,
+        typer.Option(min=1, help="Seconds after which training stops, if the part may last longer."),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Of the training run's recipe.")
     ] = None,
@@ -432,6 +439,7 @@ def main(
         arguments = [str(out), "--kit", str(kit), "--minutes", str(minutes), *(["--debug"] if debug else [])]
         arguments += [] if pieces is None else ["--pieces", str(pieces)]
         arguments += [] if run is None else ["--run", str(run)]
+        arguments += [] if train_for is None else ["--train-for", str(train_for)]
         arguments += [word for own in overrides or [] for word in ("--set", own)]
         statuses = {name: subprocess.call([sys.executable, __file__, name, *arguments]) for name in names}
         failed = [name for name, status in statuses.items() if status]
@@ -439,7 +447,9 @@ def main(
             print(f"failed: {', '.join(failed)}; see {out}", file=sys.stderr)
             raise typer.Exit(1)
         return
-    part = Part(which, out, kit, debug, 60 * minutes, pieces, run or home / "bundled", overrides or [])
+    part = Part(
+        which, out, kit, debug, 60 * minutes, pieces, run or home / "bundled", overrides or [], train_for
+    )
     part.write()
     with part.watched():
         PARTS[which](part)

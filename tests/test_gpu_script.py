@@ -74,7 +74,7 @@ def test_training_stops_by_itself_and_goes_on_when_started_again(tmp_path: Path)
             "--debug",
             "4",
             str(tmp_path),
-            *("--run", str(tmp_path / "run"), "--minutes", "0.7", "--pieces", "1"),
+            *("--run", str(tmp_path / "run"), "--train-for", "40", "--pieces", "1"),
             *("--set", "stage1.steps=20", "--set", "stage2.steps=1000000", "--set", "run.validate_every=20"),
         )
         return results_of(tmp_path / "bundled.json")

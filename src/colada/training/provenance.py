@@ -11,12 +11,13 @@ import torch
 
 import colada
 
-_PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "pyarrow", "datasets")
+_PACKAGES = ("numpy", "tokenizers", "safetensors", "pyarrow", "datasets")
 
 
 def provenance(device: torch.device) -> dict[str, str]:
     """Return versions, the source's commit where it is a git checkout, and the device, by name."""
     found = {"colada": colada.__version__, "python": platform.python_version()}
+    found["torch"] = torch.__version__  # What is installed may not say for which device it was built.
     for package in _PACKAGES:
         try:
             found[package] = version(package)
