@@ -22,7 +22,7 @@ import torch
 import typer
 from gpu import KIT_TIME, MIB, ROOT, kit_overrides
 
-from colada.data.documents import find_files
+from colada.data.listing import find_files
 from colada.errors import ColadaError
 from colada.files import write_text
 from colada.training.inputs import prepare_inputs, train_tokenizer
