@@ -8,6 +8,7 @@ from colada.data.sources import Source, identity, parts, read_texts
 from colada.errors import ColadaError
 from colada.locate import find_tokenizer, locate
 from colada.tokenizer import Tokenizer
+from colada.training.inputs import held_out
 from colada.training.recipe import Recipe
 
 _SAMPLE_BYTES = 2**22  # Read of a source, in parts from its beginning to its end.
@@ -39,7 +40,7 @@ def survey(recipe: Recipe) -> list[Survey]:
     Raises:
         ColadaError: for sources that are not there or cannot be read, or hold too little text.
     """
-    samples = [_sample(source, recipe.data.validation_share) for source in recipe.data.sources]
+    samples = [_sample(recipe, source) for source in recipe.data.sources]
     texts = [text for _, _, sample in samples for text in sample]
     tokenizer = None
     if recipe.tokenizer.file is not None:
@@ -65,7 +66,7 @@ def survey(recipe: Recipe) -> list[Survey]:
     return found
 
 
-def _sample(source: Source, validation_share: float) -> tuple[str, float, list[str]]:
+def _sample(recipe: Recipe, source: Source) -> tuple[str, float, list[str]]:
     """Return a source's name, which share of it was read, and the training texts of that."""
     if source.hub is not None:
         identity(source)  # Whether it is there at all.
@@ -73,6 +74,6 @@ def _sample(source: Source, validation_share: float) -> tuple[str, float, list[s
     every = parts(source, _PART_BYTES)
     stride = max(1, len(every) * _PART_BYTES // _SAMPLE_BYTES)
     chosen = every[::stride]
-    texts = list(read_texts(source, validation_share, chosen))
+    texts = list(read_texts(source, held_out(recipe, source), chosen))
     total = sum(part.size for part in every)
     return source.name, (sum(part.size for part in chosen) / total if total else 1.0), texts
