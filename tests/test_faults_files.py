@@ -23,6 +23,7 @@ from colada.data.sources import Source, check_sources, hold_out, parts, read
 from colada.errors import ColadaError
 from colada.model import ColaDLM
 from colada.tokenizer import Tokenizer
+from colada.training.inputs import prepare_inputs, train_tokenizer
 from colada.training.recipe import Recipe, load_recipe, save_recipe
 from helpers import read_safetensors, tiny_model, write_safetensors
 
@@ -671,3 +672,17 @@ def test_a_split_that_data_state_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     trained, validation, holdout = held_out(tmp_path, 0.02, 1024)
     assert (len(trained), validation, holdout) == (5, [], 0.02)
+
+
+@pytest.mark.parametrize(("characters", "left_out"), [(1500, True), (60_000, False)])
+def test_training_goes_without_validation_text_where_there_is_too_little(
+    tmp_path: Path, characters: int, left_out: bool
+) -> None:
+    (tmp_path / "input.txt").write_text(prose(characters))
+    sections = {"stage1": {"length": 64}, "stage2": {"length": 64}, "tokenizer": {"vocab_size": 260}}
+    recipe = Recipe.model_validate({"data": {"sources": [{"path": str(tmp_path)}], "workers": 1}, **sections})
+    said = list[str]()
+    inputs = prepare_inputs(recipe, train_tokenizer(recipe), None, tmp_path / "shards", said.append)
+    inputs.rows("train", recipe.stage1, 0, 4)
+    assert (inputs.validation_rows(recipe.stage1, 0, 4, said.append) is None) == left_out
+    assert any(line.startswith("validation is left out: ") for line in said) == left_out
