@@ -189,7 +189,7 @@ def test_lladas_bound_does_not_depend_on_the_batch() -> None:
     assert one == pytest.approx(all_at_once, abs=1e-5)
     with pytest.raises(ColadaError, match="text 1 has no tokens"):
         log_likelihood(model, contexts[:2], [[1], []])
-    with pytest.raises(ColadaError, match="samples=0, expected at least 1"):
+    with pytest.raises(ColadaError, match="samples=0, expected a whole number of at least 1"):
         log_likelihood(model, contexts, texts, samples=0)
 
 

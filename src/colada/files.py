@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, cast
 
-from colada.errors import ColadaError
+from colada.errors import ColadaError, shown
 
 MOST_TEXT = 2**30
 """Bytes of a text that is read whole."""
@@ -60,6 +60,16 @@ _SPECIAL = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISSOCK, "a socket"),
 )
+
+
+def as_path(place: str | Path, name: str = "path") -> Path:
+    """Return where a file or directory is or will be. Raises ColadaError for what is no path at all."""
+    try:
+        if not isinstance(place, str | Path) or b"\0" in os.fsencode(place):
+            raise ValueError(place)
+    except ValueError:  # Also of a lone surrogate, which no file system has.
+        raise ColadaError(f"{name}={shown(place)}, expected a path") from None
+    return Path(place)
 
 
 # --- reading -----------------------------------------------------------------------------------

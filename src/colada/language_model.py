@@ -13,7 +13,16 @@ import torch
 from colada.chat import check_messages, render
 from colada.errors import ColadaError, failure, nearest, shown
 from colada.locate import CHAT_TEMPLATE_FILE, is_hub_id
-from colada.settings import Prompt, Settings, TextRequest, check_ids, check_settings, check_text, listed
+from colada.settings import (
+    Prompt,
+    Settings,
+    TextRequest,
+    check_ids,
+    check_settings,
+    check_text,
+    listed,
+    require_function,
+)
 from colada.streaming import Chunk, Completion, completed
 from colada.tokenizer import Tokenizer
 
@@ -80,7 +89,9 @@ class LanguageModel(ABC):
                 f"{origin or 'model'}: the tokenizer has {tokenizer.vocab_size} entries, "
                 f"the model vocab_size={self.vocab_size}"
             )
-        self.generation = self.check(generation or {}, f"{origin}: generation settings")
+        self.generation = self.check(
+            {} if generation is None else generation, f"{origin}: generation settings"
+        )
 
     @property
     @abstractmethod
@@ -208,8 +219,7 @@ class LanguageModel(ABC):
         Raises:
             GenerationError: if some failed; it carries the others.
         """
-        if progress is not None and not callable(progress):
-            raise ColadaError(f"progress={shown(progress)}, expected a function")
+        require_function("progress", progress)
         requests, finished = listed(requests), dict[int, Completion]()
         for number, completion in self.complete(requests, batch):
             finished[number] = completion

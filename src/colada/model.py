@@ -18,6 +18,7 @@ from colada.dit import DiT
 from colada.engine.engine import Engine, capacity_for
 from colada.engine.request import Request
 from colada.errors import ColadaError
+from colada.files import as_path
 from colada.generation import NOISE_RULES, TransportStep, encode
 from colada.language_model import LanguageModel, require_kind
 from colada.locate import (
@@ -141,7 +142,7 @@ class ColaDLM(LanguageModel):
         if self.quantised is not None:
             raise ColadaError(f"a model quantised to {self.quantised} cannot be saved: save it before")
         networks = {DIT_DIR: self.dit, VAE_DIR: self.vae}
-        write_model(Path(directory), networks, self.tokenizer, self.generation, self.chat_template)
+        write_model(as_path(directory), networks, self.tokenizer, self.generation, self.chat_template)
 
     # --- tokens and latents ----------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from colada.engine.engine import Engine
 from colada.engine.request import Request, Slot
 from colada.errors import ColadaError, failure, shown
 from colada.generation import TransportStep
-from colada.settings import Prompt, Settings, is_whole
+from colada.settings import Prompt, Settings, is_whole, require_function
 from colada.streaming import Chunk, Completion, Transcript, completed
 
 CANCELLED = "cancelled"
@@ -104,8 +104,7 @@ class Session:
         Raises:
             ColadaError: for a callback that cannot be called.
         """
-        if callback is not None and not callable(callback):
-            raise ColadaError(f"callback={shown(callback)}, expected a function")
+        require_function("callback", callback)
         return self._chunks(bool(guesses), callback)
 
     def _chunks(self, guesses: bool, callback: Callable[[TransportStep], None] | None) -> Iterator[Chunk]:

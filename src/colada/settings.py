@@ -15,8 +15,8 @@ MOST_STEPS = 10_000
 """Solver steps of a block; a tenth of a timestep each."""
 MOST_TOKENS = 2**17
 """Tokens of a prompt, and tokens that may follow it."""
-MOST_CHARACTERS = 2**23
-"""Characters of a prompt; a tokenizer reads some million a second."""
+MOST_CHARACTERS = 2**20
+"""Characters of a prompt: as many tokens have more only where each is a long word."""
 MOST_SEED = 2**63 - 1
 """The largest seed, also of the last sample of many. What a block adds to it stays within 64 bits."""
 MOST_STOPS = 256
@@ -130,7 +130,7 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a value is a number within float32's range; 10**400 is none."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
@@ -164,7 +164,7 @@ def _range(least: int, most: int) -> str:
 
 
 def _is_interval(value: Any) -> bool:
-    if not isinstance(value, list | tuple) or len(value) != 2 or not all(map(_is_number, value)):
+    if not isinstance(value, list | tuple) or len(value) != 2 or not all(map(is_number, value)):
         return False
     return bool(0 <= value[0] <= value[1] <= 1)
 
@@ -181,21 +181,21 @@ def _is_stop(value: Any) -> bool:
 
 _RULES: dict[str, _Rule] = {
     "steps": _whole(1, MOST_STEPS),
-    "guidance": _Rule(_is_number, "a finite number within float32's range", several=True),
+    "guidance": _Rule(is_number, "a finite number within float32's range", several=True),
     "guidance_interval": _Rule(_is_interval, "[low, high] between 0 and 1"),
     "solver": _names(SOLVER_NAMES),
     "schedule": _names(SCHEDULE_NAMES),
     "temperature": _Rule(
-        lambda value: _is_number(value) and (value == 0 or value >= SMALLEST),
+        lambda value: is_number(value) and (value == 0 or value >= SMALLEST),
         "0, or a positive number within float32's range",
     ),
     "top_k": _whole(0, MOST_COUNT, " (0 is off)"),
     "top_p": _Rule(
-        lambda value: _is_number(value) and SMALLEST <= value <= 1,
+        lambda value: is_number(value) and SMALLEST <= value <= 1,
         f"above 0 (at least {SMALLEST:.2g}) and at most 1",
     ),
     "repetition_penalty": _Rule(
-        lambda value: _is_number(value) and PENALTIES[0] <= value <= PENALTIES[1],
+        lambda value: is_number(value) and PENALTIES[0] <= value <= PENALTIES[1],
         "a positive number from {} to {}".format(*PENALTIES),
     ),
     "seed": _whole(0, MOST_SEED)._replace(several=True),
@@ -273,6 +273,12 @@ def require_count(name: str, value: Any, most: int = MOST_COUNT) -> int:
     if not is_whole(count) or not 1 <= count <= most:
         raise ColadaError(f"{name}={shown(count)}, expected a whole number {_range(1, most)}")
     return int(count)
+
+
+def require_function(name: str, value: Any) -> None:
+    """Raise ColadaError unless a value, if it is not None, can be called."""
+    if value is not None and not callable(value):
+        raise ColadaError(f"{name}={shown(value)}, expected a function")
 
 
 # --- prompts -------------------------------------------------------------------------------------

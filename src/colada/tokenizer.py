@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from colada.errors import ColadaError
-from colada.files import MOST_JSON, read_text, write_text
+from colada.errors import ColadaError, shown
+from colada.files import MOST_JSON, as_path, read_text, write_text
+from colada.settings import check_ids, is_whole
 
 # The names OLMo 2 (dolma2) uses, so that released checkpoints and new ones share code.
 END_OF_TEXT = "<|endoftext|>"
@@ -19,7 +20,8 @@ IM_END = "<|im_end|>"
 
 _SPECIALS = (END_OF_TEXT, PAD, IM_START, IM_END)
 _SMALLEST_VOCAB = 256 + len(_SPECIALS)
-_LARGEST_VOCAB = 2**24  # As in configurations; the largest known have a hundredth of it.
+MOST_VOCAB = 2**24
+"""Entries of a vocabulary that is learnt, as in configurations; the largest known have a hundredth of it."""
 
 # GPT-4's split: contractions, words, numbers of at most three digits, punctuation, white space.
 _SPLIT = (
@@ -66,7 +68,7 @@ class Tokenizer:
         Raises ColadaError, naming the file, when it is missing, is not a
         tokenizer, or lacks ``<|endoftext|>`` or ``<|pad|>``.
         """
-        text = read_text(path, "a tokenizer.json", MOST_JSON)
+        text = read_text(as_path(path), "a tokenizer.json", MOST_JSON)
         try:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
@@ -81,16 +83,14 @@ class Tokenizer:
         tokens, which take the last four ids. All 256 bytes are entries, so any
         text survives encoding and decoding. ``progress`` shows the library's bars.
 
-        Raises ColadaError when ``vocab_size`` is below 260, beyond 2^24, or the texts are
-        too few to fill it.
+        Raises ColadaError when ``vocab_size`` is below 260 or beyond :data:`MOST_VOCAB`, a text is none, or
+        the texts are too few to fill it.
         """
-        if vocab_size < _SMALLEST_VOCAB:
+        if not is_whole(vocab_size) or not _SMALLEST_VOCAB <= vocab_size <= MOST_VOCAB:
             raise ColadaError(
-                f"vocab_size is {vocab_size}, expected at least {_SMALLEST_VOCAB}"
-                f" (256 bytes and {len(_SPECIALS)} special tokens)"
+                f"vocab_size is {shown(vocab_size)}, expected at least {_SMALLEST_VOCAB}"
+                f" (256 bytes and {len(_SPECIALS)} special tokens) and at most {MOST_VOCAB}"
             )
-        if vocab_size > _LARGEST_VOCAB:
-            raise ColadaError(f"vocab_size is {vocab_size}, expected at most {_LARGEST_VOCAB}")
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -104,7 +104,7 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=progress,
         )
-        inner.train_from_iterator(texts, trainer)
+        inner.train_from_iterator(_texts(texts), trainer)
         # Added after training: the trainer would give special tokens the first ids.
         inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIALS])
         reached = inner.get_vocab_size(with_added_tokens=True)
@@ -129,9 +129,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return :meth:`encode` of each text, computed in parallel."""
-        for text in texts:
-            _check_encodable(text)
-        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        checked = list(_texts(texts))
+        encodings = self._inner.encode_batch_fast(checked, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -140,7 +139,11 @@ class Tokenizer:
         Bytes that are not UTF-8, such as half a character, become U+FFFD. Ids
         outside the vocabulary have no text and add none.
         """
-        text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special)
+        try:
+            text: str = self._inner.decode(list(ids), skip_special_tokens=bool(skip_special))
+        except (TypeError, OverflowError, RuntimeError):
+            # Looked at only now: this is called for every block.
+            text = self._inner.decode(check_ids(ids, 2**32, "token"), skip_special_tokens=bool(skip_special))
         return text
 
     def bytes_at_end(self, ids: Sequence[int]) -> int:
@@ -155,6 +158,7 @@ class Tokenizer:
 
     def id_of(self, token: str) -> int | None:
         """Return the id of one vocabulary entry, or None when there is no such entry."""
+        _check_encodable(token)
         found: int | None = self._inner.token_to_id(token)
         return found
 
@@ -165,7 +169,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a ``tokenizer.json``, at once. Raises ColadaError when ``path`` cannot be written."""
-        write_text(path, self.to_json())
+        write_text(as_path(path), self.to_json())
 
     @property
     def specials(self) -> tuple[str, ...]:
@@ -195,7 +199,22 @@ class Tokenizer:
         return self._end_ids
 
 
+def _texts(texts: Iterable[str]) -> Iterator[str]:
+    """Yield texts once checked. Raises ColadaError for what is none, such as a single one."""
+    try:
+        several = iter(texts)
+    except TypeError:
+        several = None
+    if several is None or isinstance(texts, str):
+        raise ColadaError(f"texts={shown(texts)}, expected several texts")
+    for text in several:
+        _check_encodable(text)
+        yield text
+
+
 def _check_encodable(text: str) -> None:
+    if not isinstance(text, str):
+        raise ColadaError(f"text is {shown(text)}, expected a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -21,6 +21,7 @@ from colada.device import undisturbed
 from colada.errors import ColadaError
 from colada.generation import block_generator
 from colada.layers import Pass
+from colada.settings import check_settings, require_count, require_function
 
 LOGITS_ROWS = 1024
 """Tokens whose logits are computed together."""
@@ -51,9 +52,9 @@ def log_likelihood(
     Raises:
         ColadaError: for a value out of range, or an empty text.
     """
-    for name, value in (("samples", samples), ("batch", batch)):
-        if value < 1:
-            raise ColadaError(f"{name}={value}, expected at least 1")
+    samples, batch = require_count("samples", samples), require_count("batch", batch)
+    seed = check_settings({"seed": seed}).get("seed", 0)
+    require_function("progress", progress)
     for number, text in enumerate(texts):
         if not len(text):
             raise ColadaError(f"text {number} has no tokens")

@@ -14,6 +14,7 @@ from colada.baselines.decoder import Decoder
 from colada.checkpoint import write_model
 from colada.device import check_dtype, find_device
 from colada.errors import ColadaError, failure
+from colada.files import as_path
 from colada.language_model import LanguageModel, require_kind
 from colada.locate import DECODER_DIR
 from colada.sampling import Sampling
@@ -117,7 +118,7 @@ class DecoderLM(LanguageModel):
     def save(self, directory: str | Path) -> None:
         """Write ``decoder/``, tokenizer and settings; see :func:`colada.checkpoint.write_model`."""
         networks = {DECODER_DIR: self.decoder}
-        write_model(Path(directory), networks, self.tokenizer, self.generation, self.chat_template)
+        write_model(as_path(directory), networks, self.tokenizer, self.generation, self.chat_template)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **settings: Unpack[Settings]

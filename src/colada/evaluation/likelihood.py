@@ -37,7 +37,7 @@ from torch import Tensor
 from colada.config import TextVAEConfig
 from colada.device import memory_of
 from colada.engine.memory import round_up
-from colada.errors import ColadaError
+from colada.errors import ColadaError, shown
 from colada.evaluation.prior import BlockFlow, Passes, Pins, log_prior
 from colada.evaluation.texts import ratio_error
 from colada.flow import AdamsBashforth2
@@ -45,7 +45,15 @@ from colada.generation import encode
 from colada.layers import History
 from colada.model import ColaDLM
 from colada.packing import pad_to_multiple
-from colada.settings import Prompt, require_count
+from colada.settings import (
+    MOST_STEPS,
+    Prompt,
+    check_settings,
+    is_number,
+    require_count,
+    require_function,
+    several,
+)
 from colada.vae import TextVAE
 
 EXACT_NUMBERS = 64
@@ -143,11 +151,14 @@ def likelihood(
         ColadaError: naming a value out of range, for an empty text, other than one context or seed a text,
             or a deterministic encoder.
     """
-    given = [[] for _ in texts] if given is None else given
-    for name, value in (("samples", samples), ("steps", steps), ("batch", batch)):
-        require_count(name, value)
-    if not 0 < at < 1:
-        raise ColadaError(f"at={at}, expected a number between 0 and 1")
+    texts = several(texts)
+    given = [[] for _ in texts] if given is None else several(given)
+    samples, batch = require_count("samples", samples), require_count("batch", batch)
+    steps = require_count("steps", steps, MOST_STEPS)
+    if not is_number(at) or not 0 < at < 1:
+        raise ColadaError(f"at={shown(at)}, expected a number between 0 and 1")
+    seed = check_settings({"seed": seed}).get("seed", 0)
+    require_function("progress", progress)
     if not model.vae.config.use_variation:
         raise ColadaError("a deterministic encoder (use_variation false) has no density, so no bound")
     if len(given) != len(texts):

@@ -7,12 +7,12 @@ from typing import Any
 
 from colada.baselines.likelihood import log_likelihood
 from colada.baselines.model import DecoderLM
-from colada.errors import ColadaError
+from colada.errors import ColadaError, shown
 from colada.evaluation.likelihood import likelihood
 from colada.evaluation.texts import Kind, TextScore
-from colada.language_model import ARCHITECTURES, LanguageModel
+from colada.language_model import ARCHITECTURES, LanguageModel, require_kind
 from colada.model import ColaDLM
-from colada.settings import Prompt, require_count
+from colada.settings import Prompt, is_number, require_count, several
 
 SAMPLES = {"cola": 1, "ar": 1, "llada": 32}
 """By architecture, how many samples of a bound are drawn unless told otherwise."""
@@ -44,8 +44,8 @@ def bound_settings(
             what = ARCHITECTURES[model.arch]
             raise ColadaError(f"{name}={value!r}, but the likelihood of {what} has no {name}")
         if name == "at":
-            if not isinstance(value, int | float) or not 0 < value < 1:
-                raise ColadaError(f"at={value!r}, expected a number between 0 and 1")
+            if not is_number(value) or not 0 < value < 1:
+                raise ColadaError(f"at={shown(value)}, expected a number between 0 and 1")
         else:
             require_count(name, value)
         defaults[name] = value
@@ -84,6 +84,8 @@ def measure(
     Raises:
         ColadaError: naming the argument at fault, or for a model that has no likelihood.
     """
+    require_kind("model", model, LanguageModel)
+    texts, given = several(texts), None if given is None else several(given)
     samples = SAMPLES[model.arch] if samples is None else samples
     if isinstance(model, DecoderLM):
         return _decoder(model, texts, given, samples, seed, batch, progress)
