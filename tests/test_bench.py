@@ -30,7 +30,6 @@ from colada.bench.run import Spread, measure_cell, random_prompts, sweep, take_t
 from colada.bench.work import Job, Work, blocks_of, generation_work, history_bytes, limit, prompt_latents
 from colada.config import DiTConfig, TextVAEConfig
 from colada.dit import DiT
-from colada.engine import engine
 from colada.engine.engine import Engine
 from colada.errors import ColadaError
 from colada.generation import BlockGenerator, sample_noise
@@ -416,8 +415,7 @@ def test_the_engine_keeps_its_slots_full(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def bucketed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's way on a CPU: every request takes history in multiples of 32 latents."""
-    monkeypatch.setattr(engine, "history_unit", lambda size, device: 32)
+    """A GPU's way on a CPU: passes are padded, histories to 32 latents and more."""
     for module in (levers, model_module):
         monkeypatch.setattr(module, "Engine", partial(Engine, bucket=32))
 

@@ -221,7 +221,7 @@ def test_passes_of_equal_shape_are_replayed(model: ColaDLM) -> None:
     requests = [request(model, range(5), 20, seed, steps=3, guidance=3.0) for seed in range(2)]
     engine = Engine(model.vae, model.dit, capacity=64, bucket=32)
     found = serve(engine, requests)
-    # Six blocks; the third step of the first is alone without clean rows and with a tail: a row each.
+    # Six blocks: each first step commits the block before, the others do not.
     assert len(engine.graphs) == 2
     for own, blocks in zip(requests, found, strict=True):
         same(blocks, reference(model, own))
@@ -243,7 +243,6 @@ def test_an_engine_that_replays_is_kept_between_calls(monkeypatch: pytest.Monkey
     first = model.generate([[1, 2, 3, 4, 5]], 20, steps=2, guidance=3.0)
     assert model._kept == []
     monkeypatch.setattr("colada.model.Engine", partial(Engine, bucket=32))
-    monkeypatch.setattr("colada.engine.engine.history_unit", lambda size, device: 32)
     assert model.generate([[1, 2, 3, 4, 5]], 20, steps=2, guidance=3.0) == first
     (kept,) = model._kept
     assert model.generate([[1, 2, 3, 4, 5]], 20, steps=2, guidance=3.0) == first
@@ -322,8 +321,8 @@ def test_a_long_prefix_is_committed_in_parts(model: ColaDLM, monkeypatch: pytest
     monkeypatch.setattr(model.dit.txt_in, "forward", count)
     requests = [request(model, range(n), 8, n, steps=2, guidance=3.0) for n in (22, 5, 16)]
     found = serve(Engine(model.vae, model.dit, capacity=120), requests)
-    # 5 + 1 + 4 blocks of prefix, two at a time; the last two share the first step of 3 guided samples.
-    assert widths[:6] == [2, 2, 2, 2, 2 + 6, 6]
+    # 5 + 1 + 4 blocks of prefix, two at a time; the last shares the first step of 3 guided samples.
+    assert widths[:7] == [1, 2, 2, 2, 2, 1 + 6, 6]
     monkeypatch.undo()
     for own, blocks in zip(requests, found, strict=True):
         same(blocks, reference(model, own))

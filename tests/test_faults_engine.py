@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from colada.engine import kernels
 from colada.engine.engine import Engine
 from colada.engine.kernels import packed_weight
+from colada.engine.memory import Memory, PaddedPlan, Plan, Span
+from colada.engine.request import Request, Slot
+from colada.generation import sample_noise
 from colada.model import ColaDLM
 from helpers import tiny_dit, tiny_model
 
@@ -22,7 +29,6 @@ PROMPT = [1, 2, 3, 4, 5]
 def bucketed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines as they are on a GPU, kept between calls, but nothing is captured."""
     monkeypatch.setattr("colada.model.Engine", partial(Engine, bucket=32))
-    monkeypatch.setattr("colada.engine.engine.history_unit", lambda size, device: 32)
 
 
 # --- an engine has one user ---------------------------------------------------------------------
@@ -170,3 +176,209 @@ def test_packed_weights_of_many_models_are_bounded_in_bytes(
     for model in models:
         model.generate(PROMPT, 5, steps=1)
         assert sum(own.bytes for own in kernels._PACKED.values()) <= bound
+
+
+# --- a GPU's passes, on a CPU -------------------------------------------------------------------
+
+
+def _requests(model: ColaDLM, count: int, seed: int, most: int = 100) -> list[Request]:
+    rng = random.Random(seed)
+    shape = (model.vae.config.block_size, model.vae.config.latent_dim)
+    return [
+        Request(
+            tuple(rng.randrange(50) for _ in range(rng.randrange(most))),
+            rng.randrange(1, 30),
+            sample_noise(number, shape, torch.device("cpu")),
+            guidance=rng.choice([1.0, 3.0]),
+            interval=rng.choice([(0.0, 1.0), (0.4, 1.0)]),
+            steps=rng.choice([2, 3]),
+        )
+        for number in range(count)
+    ]
+
+
+def _serve(engine: Engine, requests: list[Request]) -> Iterator[list[Slot]]:
+    """Serve requests, yielding the slots that have a new block after each."""
+    for own in requests:
+        engine.submit(own)
+    while engine.busy:
+        for _ in engine.next_block():
+            pass
+        yield list(engine.under_way)
+        for slot in list(engine.under_way):
+            if slot.done:
+                engine.leave(slot)
+
+
+def test_captures_depend_on_the_rows_and_padded_histories_only() -> None:
+    model = tiny_model()
+    engine = Engine(model.vae, model.dit, capacity=1024, slots=8, bucket=32)
+    blocks = sum(len(slots) for slots in _serve(engine, _requests(model, 50, seed=0)))
+    assert blocks > 200
+    assert engine.graphs is not None
+    # 1, 2, 4 or 8 rows; with and without guided ones; with and without a commit; 32, 64 or 128 latents.
+    assert engine.graphs.captures <= 4 * 2 * 2 * 3
+    before = engine.graphs.captures
+    for _ in _serve(engine, _requests(model, 50, seed=1)):
+        pass
+    assert engine.graphs.captures <= before + 6
+
+
+class _HostWaits(TorchDispatchMode):
+    """Counts what waits for a GPU: values brought to the host, shapes that depend on values, new tensors."""
+
+    waiting = ("_local_scalar_dense", "nonzero", "lift_fresh", "item", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if any(name.startswith(part) for part in self.waiting):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "z0"])
+def test_nothing_waits_for_the_host_between_the_solver_steps(prediction: str) -> None:
+    model = tiny_model(dit={"prediction": prediction})
+    engine = Engine(model.vae, model.dit, capacity=1024, bucket=32)
+    for own in _requests(model, 8, seed=3):
+        engine.submit(own)
+    for _ in range(3):
+        steps = engine.next_block()
+        next(steps)  # Whatever is prepared for the block is prepared now.
+        with _HostWaits() as waits:
+            next(steps)
+        assert waits.seen == []
+        for _ in steps:
+            pass
+    with _HostWaits() as waits:
+        torch.tensor([1.0])[torch.tensor([True])].tolist()
+    assert waits.seen
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_a_padded_pass_attends_once_a_layer_however_many_samples_there_are(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    engine = Engine(model.vae, model.dit, capacity=1024, bucket=32)
+    for own in _requests(model, count, seed=4):
+        engine.submit(replace(own, guidance=3.0, interval=(0.0, 1.0), steps=3))
+    for _ in engine.next_block():
+        pass
+    steps = engine.next_block()
+    calls: list[int] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(q: torch.Tensor, *others: Any, **settings: Any) -> torch.Tensor:
+        calls.append(len(q))
+        return real(q, *others, **settings)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", counted)
+    layers = model.dit.config.num_layers
+    for _ in range(3):
+        next(steps)
+        assert len(calls) == 2 * layers  # Those with a history, and the unconditional ones.
+        calls.clear()
+    list(steps)
+    assert len(calls) == model.vae.config.decoder_num_blocks
+
+
+def _dense(
+    plan: Plan | PaddedPlan,
+    spans: list[Span],
+    rows: list[int],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of a plan's rows under one mask over the memory and the blocks alone, (N, K, D).
+
+    ``rows`` are those of the pass that the spans have, in order; the last ones are alone.
+    """
+    size, memory = plan.size, plan.memory
+    keys, values = memory.keys[0].clone(), memory.values[0].clone()
+    alone = plan.alone * size
+    seen = torch.zeros(len(rows) + alone, len(keys) + alone, dtype=torch.bool)
+    at = 0
+    for span in spans:
+        own = span.blocks * size
+        pack = rows[at : at + own]
+        keys[span.end - own : span.end], values[span.end - own : span.end] = k[pack], v[pack]
+        for number in range(own):
+            seen[at + number, span.start : span.end - own + (number // size + 1) * size] = True
+        at += own
+    for number in range(alone):
+        first = len(keys) + number // size * size
+        seen[at + number, first : first + size] = True
+    last = list(range(len(q) - alone, len(q)))
+    all_keys, all_values = torch.cat([keys, k[last]]), torch.cat([values, v[last]])
+    scores = torch.einsum("qkd,pkd->kqp", q[[*rows, *last]], all_keys) / q.shape[-1] ** 0.5
+    return torch.einsum("kqp,pkd->qkd", scores.masked_fill(~seen, -torch.inf).softmax(-1), all_values)
+
+
+def test_spans_of_several_blocks_attend_as_a_dense_mask_does() -> None:
+    memory = _random_memory(40)
+    clean = [Span(0, 2), Span(0, 8, 3), Span(20, 24, 2), Span(20, 28, 2)]
+    noisy = [Span(0, 10), Span(20, 30)]
+    plan = Plan(memory, clean, noisy, 1, 2)
+    assert plan.positions.tolist() == [0, 1, *range(2, 8), *range(4), *range(4, 8), 8, 9, 8, 9, 0, 1]
+    q, k, v = torch.randn(3, len(plan), 3, 4, generator=torch.Generator().manual_seed(1)).unbind()
+    expected = _dense(plan, [*clean, *noisy], list(range(plan.written_rows)), q, k, v)
+    torch.testing.assert_close(plan.attend(q, k, v, 0), expected)
+    late = plan.clean_rows
+    torch.testing.assert_close(plan.attend(q[late:], k, v, 0, late), expected[late:])
+
+
+def test_padded_plans_attend_as_a_dense_mask_does_and_read_nothing_of_others() -> None:
+    memory = _random_memory(40, spare=3)
+    clean, noisy = [Span(0, 4)], [Span(0, 6), Span(10, 14), Span(20, 30)]
+    plan = PaddedPlan(memory, clean, noisy, 2, 2, 2, 4, 16)
+    assert plan.shape == (4, 12, 2, 2, 16)
+    q, k, v = torch.randn(3, len(plan), 3, 4, generator=torch.Generator().manual_seed(1)).unbind()
+    rows = [0, 1, *range(4, 10)]
+    expected = _dense(plan, [*clean, *noisy], rows, q, k, v)
+    both = [*rows, *range(12, 16)]
+    memory.keys[:, 14:20] = memory.values[:, 14:20] = torch.nan  # of a sample that failed
+    torch.testing.assert_close(plan.attend(q, k, v, 0)[both], expected)
+    torch.testing.assert_close(plan.attend(q[4:], k, v, 0, 4)[[row - 4 for row in both[2:]]], expected[2:])
+
+
+def _random_memory(positions: int, spare: int = 0) -> Memory:
+    memory = Memory(1, positions, 3, 4, torch.float32, torch.device("cpu"), spare)
+    generator = torch.Generator().manual_seed(0)
+    memory.keys[:, :positions] = torch.randn(1, positions, 3, 4, generator=generator)
+    memory.values[:, :positions] = torch.randn(1, positions, 3, 4, generator=generator)
+    return memory
+
+
+# --- long prompts -------------------------------------------------------------------------------
+
+
+def test_a_long_prompt_asks_in_large_groups_and_remembers_nothing_of_the_square_of_its_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model()
+    calls, masks = [0], [0]
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(q: torch.Tensor, k: torch.Tensor, *others: Any, **settings: Any) -> torch.Tensor:
+        calls[0] += 1
+        masks[0] = max(masks[0], q.shape[2] * k.shape[2])
+        return real(q, k, *others, **settings)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", counted)
+    length = 4096
+    prompt = [number % 50 for number in range(length)]
+    (long,) = model.generate([prompt], 4, steps=1, guidance=1.0)
+    layers = 2 + 2 + 2  # of the encoder, the prior and the decoder
+    assert calls[0] <= layers * (length // 256 + 2)
+    assert masks[0] <= 256 * (length + 4)
+    monkeypatch.undo()
+    (short,) = model.generate([prompt[:64]], 4, steps=1, guidance=1.0)
+    assert short.tokens != long.tokens

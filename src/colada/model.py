@@ -15,7 +15,8 @@ from colada.checkpoint import check_one_save, read_dit, read_parts, read_vae, wr
 from colada.config import check_pair
 from colada.device import check_dtype, find_device, plain_torch, require_memory, undisturbed
 from colada.dit import DiT
-from colada.engine.engine import Engine, capacity_for
+from colada.engine.engine import GPU_BUCKET, Engine, capacity_for
+from colada.engine.memory import round_up
 from colada.engine.request import Request
 from colada.errors import ColadaError
 from colada.files import as_path
@@ -281,6 +282,8 @@ class ColaDLM(LanguageModel):
 
     def _free_engine(self, capacity: int, slots: int | None, pad_id: int) -> Engine:
         """Return the engine that is kept if it fits, else a new one; nobody else gets it, in no thread."""
+        if self.device.type == "cuda":  # A next call that is a little longer then finds it large enough.
+            capacity = round_up(capacity, 8 * GPU_BUCKET)
         try:
             engine = self._kept.pop()
         except IndexError:
@@ -327,7 +330,7 @@ class ColaDLM(LanguageModel):
         self, requests: Sequence[tuple[Request, Transcript]], slots: int | None = None
     ) -> Session:
         """Return a session of these requests alone, with just the history that ``slots`` of them need."""
-        capacity = capacity_for((own for own, _ in requests), self.vae.config, self.device, slots)
+        capacity = capacity_for((own for own, _ in requests), self.vae.config, slots)
         # Without a token to pad, no padding id is needed.
         pad_id = self.pad_id if any(own.ids for own, _ in requests) else 0
         session = Session(self._free_engine(capacity, slots, pad_id), self._request)

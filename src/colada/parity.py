@@ -156,7 +156,7 @@ def _by_engine(
     vae: TextVAE, dit: DiT, requests: Sequence[Request], blocks: int, pad_id: int
 ) -> list[list[Block]]:
     """Return the same as :func:`_by_reference`, as the engine makes them."""
-    capacity = capacity_for(requests, vae.config, vae.encoder.wte.weight.device)
+    capacity = capacity_for(requests, vae.config)
     engine = Engine(vae, dit, capacity=capacity, pad_id=pad_id, keep_logits=True)
     for own in requests:
         engine.submit(own)

@@ -111,7 +111,7 @@ def next_blocks(
         )
         for number, ids in enumerate(prompts)
     ]
-    capacity = capacity_for(requests, config, model.device)
+    capacity = capacity_for(requests, config)
     engine = Engine(model.vae, model.dit, capacity=capacity, pad_id=model.pad_id)
     for request in requests:
         engine.submit(request)

@@ -19,30 +19,21 @@ from colada.config import TextVAEConfig
 from colada.device import require_memory, undisturbed
 from colada.dit import DiT
 from colada.engine.graphs import Graphs
-from colada.engine.memory import Memory, Plan, Regions, Span, round_up
+from colada.engine.memory import Memory, PaddedPlan, Plan, Regions, Span, in_parts, pieces, round_up
 from colada.engine.request import Request, Slot
-from colada.engine.transport import COMMITTED_ROWS, Transport
+from colada.engine.transport import COMMITTED_ROWS, SPAN_LATENTS, Transport
 from colada.errors import ColadaError, failure
 from colada.generation import Block, TransportStep, block_generator, encode
-from colada.layers import inverse_frequencies, rotary_table
+from colada.layers import kept_frequencies, rotary_table
 from colada.vae import TextVAE
 
 GPU_BUCKET = 128
-"""Latents of history by which a GPU's passes change their shape."""
+"""Latents of history to which a GPU's passes are padded, or to twice as many, and so on."""
 
 
-def history_unit(size: int, device: torch.device) -> int:
-    """Return the latents of history whose multiples a request takes, with blocks of so many latents."""
-    return round_up(GPU_BUCKET, size) if device.type == "cuda" else size
-
-
-def capacity_for(
-    requests: Iterable[Request], config: TextVAEConfig, device: torch.device, slots: int | None = None
-) -> int:
+def capacity_for(requests: Iterable[Request], config: TextVAEConfig, slots: int | None = None) -> int:
     """Return the latents of history that the ``slots`` largest of some requests take together, or all."""
-    size, patch = config.block_size, config.patch_size
-    unit = history_unit(size, device)
-    rooms = sorted((round_up(request.room(patch, size), unit) for request in requests), reverse=True)
+    rooms = sorted((own.room(config.patch_size, config.block_size) for own in requests), reverse=True)
     return sum(rooms[:slots])
 
 
@@ -65,8 +56,9 @@ class Engine:
             rounded up to whole blocks, from when it is admitted until it leaves.
         slots: requests generated together at most; None is no limit.
         pad_id: fills up prompts.
-        bucket: give requests history in multiples of so many latents, and replay passes of equal shape;
-            by default 128 on a GPU, where each replay is a CUDA graph, and elsewhere None, not at all.
+        bucket: pad rows to powers of two, and histories to so many latents, twice as many and so on, and
+            replay passes of equal shape; by default 128 on a GPU, where each replay is a CUDA graph, and
+            elsewhere None, not at all.
         keep_logits: give each finished block its logits, which are large; else None.
 
     Raises:
@@ -89,11 +81,11 @@ class Engine:
         self._size, self._patch = vae.config.block_size, vae.config.patch_size
         device = dit.txt_in.proj.weight.device
         if bucket is None and device.type == "cuda":
-            bucket = history_unit(self._size, device)
+            bucket = round_up(GPU_BUCKET, self._size)
         if bucket is not None and bucket % self._size:
             raise ColadaError(f"bucket={bucket}, expected a multiple of the block of {self._size} latents")
-        self._unit = bucket or self._size
-        capacity = capacity // self._unit * self._unit
+        self._padded = bucket is not None
+        capacity = capacity // self._size * self._size
         size = history_bytes(vae, dit, capacity)
         require_memory(size, device, f"a history of {capacity} latents")
         self.regions = Regions(capacity)
@@ -105,6 +97,7 @@ class Engine:
             prior.head_dim,
             dit.txt_in.proj.weight.dtype,
             device,
+            self._size // prior.patch_size + 1 if self._padded else 0,
         )
         self._decoder_memory = Memory(
             decoder.decoder_num_blocks,
@@ -113,8 +106,8 @@ class Engine:
             decoder.dim // decoder.num_heads,
             vae.decoder.in_layer.weight.dtype,
             device,
+            self._size + 1 if self._padded else 0,
         )
-        self._decoder_frequencies = inverse_frequencies(decoder.dim // decoder.num_heads, decoder.rope_theta)
         bucket = None if bucket is None else bucket // prior.patch_size
         self._transport = Transport(dit, self._prior_memory, self._size, bucket)
         self._waiting: deque[Request] = deque()
@@ -138,7 +131,7 @@ class Engine:
     # --- who is under way ------------------------------------------------------------------
 
     def _room(self, request: Request) -> int:
-        return round_up(request.room(self._patch, self._size), self._unit)
+        return request.room(self._patch, self._size)
 
     def submit(self, request: Request) -> None:
         """Let a request wait for its admission, first come first served.
@@ -154,10 +147,6 @@ class Engine:
     def leave(self, slot: Slot) -> None:
         """Take a slot out between blocks; its region is free again."""
         self.under_way.remove(slot)
-        if slot.error is not None:  # A masked read of NaN is NaN.
-            patch = self.dit.config.patch_size
-            self._prior_memory.forget(slot.start // patch, slot.length // patch)
-            self._decoder_memory.forget(slot.start, slot.length)
         self.regions.give_back(slot.start, slot.length)
 
     def withdraw(self, request: Request) -> None:
@@ -268,31 +257,37 @@ class Engine:
         A prefix that the decoder has not seen yet goes along, without being spelled.
         """
         decoder = self.vae.decoder
-        prefixes: list[tuple[int, int, Tensor]] = []
-        for slot in slots:
-            for begin in range(slot.decoded, len(slot.prefix), self._size):
-                end = begin + self._size
-                prefixes.append((end, slot.start, slot.prefix[begin:end]))
-        prefixes.sort(key=lambda prefix: prefix[:2])
-        spans = [Span(start, start + end) for end, start, _ in prefixes]
-        rows = [block for _, _, block in prefixes]
-        while len(rows) * self._size > COMMITTED_ROWS:
-            part = COMMITTED_ROWS // self._size or 1
-            decoder.run(torch.cat(rows[:part]), self._decoder_pass(spans[:part], []))
-            spans, rows = spans[part:], rows[part:]
-        blocks = [
+        most = min(SPAN_LATENTS, COMMITTED_ROWS)
+        prefixes = [
+            piece
+            for slot in slots
+            for piece in pieces(slot.start, slot.decoded, slot.prefix[slot.decoded :], self._size, 1, most)
+        ]
+        ahead = in_parts(prefixes, COMMITTED_ROWS)
+        riding = ahead.pop() if ahead and not self._padded else []
+        for part in ahead:
+            prefix = Plan(self._decoder_memory, [span for span, _ in part], [], 0, self._size)
+            decoder.run(torch.cat([latents for _, latents in part]), self._decoder_pass(prefix))
+        clean = [span for span, _ in riding]
+        noisy = [
             Span(slot.start, slot.start + max(slot.decoded, len(slot.prefix)) + self._size) for slot in slots
         ]
-        shared = self._decoder_pass(spans, blocks)
-        hidden = decoder.run(torch.cat([*rows, latents.flatten(0, 1)]), shared)
-        hidden = decoder.unpatch(hidden[shared.plan.clean_rows :])
+        plan: Plan | PaddedPlan
+        if self._padded:
+            length = max(span.end - span.start for span in noisy)
+            plan = PaddedPlan(self._decoder_memory, [], noisy, 0, self._size, 0, len(noisy), length)
+        else:
+            plan = Plan(self._decoder_memory, clean, noisy, 0, self._size)
+        rows = torch.cat([*(latents for _, latents in riding), latents.flatten(0, 1)])
+        hidden = decoder.unpatch(decoder.run(rows, self._decoder_pass(plan))[plan.clean_rows :])
         for slot in slots:
             slot.decoded = max(slot.decoded, len(slot.prefix))
         return hidden
 
-    def _decoder_pass(self, clean: list[Span], noisy: list[Span]) -> _DecoderPass:
-        plan = Plan(self._decoder_memory, clean, noisy, 0, self._size)
-        return _DecoderPass(plan, rotary_table(plan.positions, self._decoder_frequencies))
+    def _decoder_pass(self, plan: Plan | PaddedPlan) -> _DecoderPass:
+        config = self.vae.config
+        frequencies = kept_frequencies(config.dim // config.num_heads, config.rope_theta, self.device)
+        return _DecoderPass(plan, rotary_table(plan.positions, frequencies))
 
     def _finish(self, slots: Sequence[Slot], z: Tensor) -> None:
         """Decode the finished latents (B, block, C) of these slots and pick their tokens."""
@@ -341,7 +336,7 @@ class Engine:
 class _DecoderPass:
     """What the decoder's layers share; see :class:`colada.layers.Shared`."""
 
-    plan: Plan
+    plan: Plan | PaddedPlan
     table: tuple[Tensor, Tensor]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from colada.dit import ROPE_THETA, DiT, DiTBlock
 from colada.engine.kernels import Product, fits_packed, plain_product, product
-from colada.layers import inverse_frequencies
+from colada.layers import rotate_interleaved, rotations
 
 _KEPT_TIMESTEPS = 64
 
@@ -79,10 +79,7 @@ class Modulation:
         return torch.stack(parts, 1)
 
     def at(self, row: int | Tensor, layer: int) -> tuple[Tensor, ...]:
-        """Return a layer's six vectors: (dim,) for the row that all share, (N, dim) for a row each.
-
-        A row that all share may also be int64 (1,), so that it can change without anyone noticing; (1, dim).
-        """
+        """Return a layer's six vectors: (dim,) for the row that all share, (N, dim) for a row each."""
         if isinstance(row, Tensor):
             return self._layers[layer].index_select(0, row).unbind(1)
         if row not in self._views:
@@ -104,8 +101,7 @@ def modulated_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tenso
 def _turned(x: Tensor, norm: nn.LayerNorm, rotations: Tensor) -> Tensor:
     """Return queries or keys (N, K, D) normalised and rotated, in float32."""
     h = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    pairs = torch.view_as_complex(h.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+    return rotate_interleaved(h, rotations)
 
 
 def _matrices(block: DiTBlock) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
@@ -135,14 +131,9 @@ class PriorPass:
 
     def __init__(self, dit: DiT, differentiable: bool = False) -> None:
         self.dit, self.modulation = dit, Modulation(dit)
-        config = dit.config
         self._differentiable = differentiable
         self._products: list[tuple[Product, ...]] = []
         self.refresh()
-        still = (config.head_dim - config.rope_dim + 1) // 2
-        # Channels that pass through turn with frequency zero: one complex product for the whole head.
-        self._frequencies = F.pad(inverse_frequencies(config.rope_dim, ROPE_THETA), (0, still))
-        self._frequencies = self._frequencies.to(dit.txt_in.proj.weight.device)
 
     def refresh(self) -> None:
         """Take the weights as they are now: what was computed from earlier ones is made anew when wanted."""
@@ -156,16 +147,16 @@ class PriorPass:
         self.modulation.forget()
 
     def rotations(self, positions: Tensor) -> Tensor:
-        """Return e^(i position frequency), complex64 (N, 1, D / 2)."""
-        angles = positions.float()[:, None] * self._frequencies
-        return torch.polar(torch.ones_like(angles), angles)[:, None]
+        """Return the rotary positions of rows, see :func:`colada.layers.rotations`."""
+        config = self.dit.config
+        return rotations(positions, config.rope_dim, config.head_dim, ROPE_THETA)
 
     def __call__(self, latents: Tensor, row: int | Tensor, plan: Rows, rotations: Tensor) -> Tensor:
         """Run the network.
 
         Args:
             latents: (N * patch_size, C).
-            row: of the modulation table: one for all, or int64 (N,); (1,) if no row is clean.
+            row: of the modulation table: one for all, or int64 (N,).
             plan: of the N rows.
             rotations: of their positions.
 

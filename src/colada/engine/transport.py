@@ -10,13 +10,26 @@ from torch import Tensor
 
 from colada.dit import DiT
 from colada.engine.graphs import Graphs
-from colada.engine.memory import Memory, Plan, Span
+from colada.engine.memory import (
+    Memory,
+    PaddedPlan,
+    Piece,
+    Plan,
+    Span,
+    doubled_to,
+    in_parts,
+    on_device,
+    pieces,
+)
 from colada.engine.passes import PriorPass
 from colada.engine.request import Slot
 from colada.flow import SOLVERS, Solver, T, velocity_from_z0
 
 COMMITTED_ROWS = 512
 """The most latents that join the first solver step of a block to be committed."""
+
+SPAN_LATENTS = 256
+"""The most latents of a prefix that attend in one call: its mask is as large, times what they see."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +46,40 @@ class _Cohort:
 
 
 @dataclass(frozen=True)
+class _Shape:
+    """What steps have in common that have the same rows: where they are and what they see.
+
+    Attributes:
+        plan, rotations: of the pass.
+        active: rows still under way; they come first.
+        rows: those, and what pads them.
+        everyone: of each noisy row of the pass, the row of z that it is: those under way, and again the
+            guided ones; None where it is just those under way.
+        guided: those with an unconditional row, or None.
+        scale: (guided, 1, 1).
+    """
+
+    plan: Plan | PaddedPlan
+    rotations: Tensor
+    active: int
+    rows: int
+    everyone: Tensor | None
+    guided: Tensor | None
+    scale: Tensor
+
+
+@dataclass(frozen=True)
 class _Step:
     """What a solver step needs to know, prepared so that running it asks the host for nothing.
 
     Attributes:
-        active: rows still under way; they come first.
-        everyone: the rows of the pass: those, and again the guided ones; None where none is guided.
-        guided: those with an unconditional row, or None.
-        scale: (guided, 1, 1).
+        shape: of the pass.
         row: of the modulation table, one for all positions or one each.
-        a: () or (rows, size), of each latent that is not clean, 0 where pinned; where the DiT predicts z0.
+        a: (rows of the pass, size), of each latent that is not clean, 0 where pinned; where the DiT
+            predicts z0, else None.
     """
 
-    plan: Plan
-    rotations: Tensor
-    active: int
-    everyone: Tensor | None
-    guided: Tensor | None
-    scale: Tensor
+    shape: _Shape
     row: int | Tensor
     a: Tensor | None
 
@@ -62,8 +91,8 @@ class Transport:
         dit: whose weights are used as they are.
         memory: of its histories.
         size: latents in a block.
-        bucket: read histories in multiples of so many positions and replay passes of equal shape;
-            None reads just what is there.
+        bucket: pad rows to powers of two, and histories to so many positions, twice as many and so on, and
+            replay passes of equal shape; None reads just what is there.
     """
 
     def __init__(self, dit: DiT, memory: Memory, size: int, bucket: int | None = None) -> None:
@@ -84,37 +113,36 @@ class Transport:
         See :func:`colada.generation.transport`. The first pass also commits what is not yet committed.
         """
         cohorts = self._cohorts(slots)
-        clean, committed = self._commit(slots)
-        while len(clean) * self._size > COMMITTED_ROWS:
-            # A long prefix goes ahead in parts, so that no pass needs memory for all of it.
-            part = COMMITTED_ROWS // self._size or 1
-            self._commit_alone(clean[:part], committed[:part])
-            clean, committed = clean[part:], committed[part:]
+        riding = self._commit(slots)
+        committed = [latents for _, latents in riding]
         pins = [slot.pinned_block(self._size) for slot in slots]
         where = torch.stack([own for own, _ in pins])
         pinned = torch.stack([own for _, own in pins])
         any_pinned = any(bool(len(slot.where) > slot.blocks * self._size) for slot in slots)
-        steps = self._steps(slots, cohorts, clean, where, any_pinned)
+        steps = self._steps(slots, cohorts, [span for span, _ in riding], where, any_pinned)
         mask = where[..., None]
-        for number, step in enumerate(steps):
+        if riding:
+            padding = steps[0].shape.plan.clean_rows * self.dit.config.patch_size - sum(map(len, committed))
+            committed.append(z.new_zeros(padding, z.shape[-1]))
+        for number, (shape, row, of_latents) in enumerate((own.shape, own.row, own.a) for own in steps):
             if any_pinned:
                 z = torch.where(mask, pinned, z)
-            now = z[: step.active]
-            noisy = now if step.everyone is None else now[step.everyone]
+            now = z[: shape.active]
+            noisy = now if shape.everyone is None else now[shape.everyone]
             noisy = noisy.flatten(0, 1)
             rows = torch.cat([*committed, noisy]) if number == 0 else noisy
-            forward = self._prior if self.graphs is None or step.plan.clean_rows else self.graphs
-            velocity = forward(rows, step.row, step.plan, step.rotations)
+            velocity = self._forward(rows, row, shape)
             if number == 0:
                 for slot in slots:
                     slot.history += len(slot.uncommitted)
-            if step.a is not None:
-                velocity = velocity_from_z0(noisy, velocity, step.a)
+            if of_latents is not None:
+                velocity = velocity_from_z0(noisy, velocity, of_latents)
             velocity = velocity.unflatten(0, (-1, self._size))
-            velocity, unconditional = velocity[: step.active], velocity[step.active :]
-            if step.guided is not None:
-                moved_away = unconditional + step.scale * (velocity[step.guided] - unconditional)
-                velocity = velocity.index_copy(0, step.guided, moved_away)
+            velocity, unconditional = velocity[: shape.active], velocity[shape.rows :]
+            if shape.guided is not None:
+                unconditional = unconditional[: len(shape.guided)]
+                moved_away = unconditional + shape.scale * (velocity[shape.guided] - unconditional)
+                velocity = velocity.index_copy(0, shape.guided, moved_away)
             moved, guesses = [], []
             for cohort in cohorts:
                 if cohort.steps <= number:
@@ -123,7 +151,7 @@ class Transport:
                 own = now[cohort.rows]
                 moved.append(cohort.solver.step(own, velocity[cohort.rows], a, a_next))
                 guesses.append(own - a * velocity[cohort.rows])
-            finished = z[step.active :]
+            finished = z[shape.active :]
             z = torch.cat([*moved, finished])
             z0 = torch.cat([*guesses, finished])
             if any_pinned:
@@ -142,18 +170,33 @@ class Transport:
                 begin = number
         return cohorts
 
-    def _commit(self, slots: Sequence[Slot]) -> tuple[list[Span], list[Tensor]]:
-        """Plan the commit of what is finished: spans of the DiT's memory, one a block, and their latents."""
-        blocks: list[tuple[int, int, Tensor]] = []
+    def _forward(self, latents: Tensor, row: int | Tensor, shape: _Shape) -> Tensor:
+        if isinstance(shape.plan, Plan):
+            return self._prior(latents, row, shape.plan, shape.rotations)
+        assert self.graphs is not None
+        assert isinstance(row, Tensor)
+        return self.graphs(latents, row, shape.plan, shape.rotations)
+
+    def _commit(self, slots: Sequence[Slot]) -> list[Piece]:
+        """Write what is finished into the DiT's history, but for what may join the coming pass: return that.
+
+        A long prefix goes ahead in parts, so that no pass needs memory for all of it. To a padded pass, a
+        block each comes along, and nothing else.
+        """
+        patch, most = self.dit.config.patch_size, min(SPAN_LATENTS, COMMITTED_ROWS)
+        alone: list[Piece] = []
+        riding: list[Piece] = []
         for slot in slots:
-            latents, history = slot.uncommitted, slot.history
-            for begin in range(0, len(latents), self._size):
-                history += self._size
-                blocks.append((history, slot.start, latents[begin : begin + self._size]))
-        blocks.sort(key=lambda block: block[:2])
-        patch = self.dit.config.patch_size
-        spans = [Span(start // patch, (start + history) // patch) for history, start, _ in blocks]
-        return spans, [latents for _, _, latents in blocks]
+            own = pieces(slot.start, slot.history, slot.uncommitted, self._size, patch, most)
+            fits = self._bucket is None or len(slot.uncommitted) == self._size
+            (riding if fits else alone).extend(own)
+        if self._bucket is None:
+            *parts, riding = in_parts(riding, COMMITTED_ROWS) or [[]]
+        else:
+            parts = in_parts(alone, COMMITTED_ROWS)
+        for part in parts:
+            self._commit_alone([span for span, _ in part], [latents for _, latents in part])
+        return riding
 
     def _commit_alone(self, spans: list[Span], latents: Sequence[Tensor]) -> None:
         """Write finished blocks into the DiT's history in a pass of their own."""
@@ -171,14 +214,8 @@ class Transport:
     ) -> list[_Step]:
         """Prepare all solver steps of a block."""
         patch, device = self.dit.config.patch_size, self._device
-        size = self._size // patch
-        histories = [slot.history + len(slot.uncommitted) for slot in slots]
-        noisy = [
-            Span(slot.start // patch, (slot.start + history + self._size) // patch)
-            for slot, history in zip(slots, histories, strict=True)
-        ]
         table = self._prior.modulation.rows({0.0, *(T * a for cohort in cohorts for a in cohort.grid[:-1])})
-        plans: dict[tuple[int, int, tuple[int, ...]], tuple[Plan, Tensor]] = {}
+        shapes: dict[tuple[int, int, tuple[int, ...]], _Shape] = {}
         prepared = []
         for number in range(cohorts[0].steps):
             going = [cohort for cohort in cohorts if cohort.steps > number]
@@ -188,37 +225,59 @@ class Transport:
                 row
                 for row, (slot, a) in enumerate(zip(slots, values, strict=False))
                 if slot.request.guidance != 1
-                and histories[row]
+                and slot.history + len(slot.uncommitted)
                 and slot.request.interval[0] <= a <= slot.request.interval[1]
             ]
             commits = clean if number == 0 else []
             key = (len(commits), active, tuple(guided))
-            if key not in plans:
-                plan = Plan(self._memory, commits, noisy[:active], len(guided), size, self._bucket)
-                plans[key] = plan, self._prior.rotations(plan.positions)
-            index = torch.tensor(guided, device=device)
-            everyone = torch.cat([torch.arange(active, device=device), index]) if guided else None
-            where_now = where[:active] if everyone is None else where[everyone]
+            if key not in shapes:
+                shapes[key] = self._shape(slots, active, guided, commits)
+            shape = shapes[key]
+            # Each noisy row's a and pins; what pads it counts as the first.
+            each = [values[row] for row in self._members(shape.rows, active, guided)]
+            where_now = where[:active] if shape.everyone is None else where[shape.everyone]
             row: int | Tensor = table[T * values[0]]
-            if len(set(values)) > 1 or commits or any_pinned:
-                rows = [table[T * a] for a in [*values, *(values[at] for at in guided)]]
-                own = torch.tensor(rows, device=device)[:, None]
+            if len(set(values)) > 1 or commits or any_pinned or self._bucket is not None:
+                own = on_device([table[T * a] for a in each], device)[:, None]
                 own = torch.where(where_now[:, patch - 1 :: patch], table[0.0], own)
-                row = torch.cat([own.new_full((len(commits) * size,), table[0.0]), own.flatten()])
+                row = torch.cat([own.new_full((shape.plan.clean_rows,), table[0.0]), own.flatten()])
             a = None
             if self.dit.config.prediction == "z0":
-                each = [*values, *(values[at] for at in guided)]
-                a = (torch.tensor(each, device=device)[:, None] * ~where_now).flatten()
-            scale = torch.tensor([slots[at].request.guidance for at in guided], device=device)[:, None, None]
-            prepared.append(
-                _Step(
-                    *plans[key],
-                    active,
-                    everyone,
-                    index if guided else None,
-                    scale,
-                    row,
-                    a,
-                )
-            )
+                a = (on_device(each, device, torch.float32)[:, None] * ~where_now).flatten()
+            prepared.append(_Step(shape, row, a))
         return prepared
+
+    def _members(self, rows: int, active: int, guided: list[int]) -> list[int]:
+        """Return of each noisy row of a pass which row of z it is; see :class:`_Shape`."""
+        alone = rows if guided and self._bucket is not None else len(guided)
+        return [*range(active), *[0] * (rows - active), *guided, *[0] * (alone - len(guided))]
+
+    def _shape(self, slots: Sequence[Slot], active: int, guided: list[int], commits: list[Span]) -> _Shape:
+        """Prepare a pass of the first ``active`` slots, with what is committed on the way."""
+        patch, device = self.dit.config.patch_size, self._device
+        noisy = [
+            Span(
+                slot.start // patch, (slot.start + slot.history + len(slot.uncommitted) + self._size) // patch
+            )
+            for slot in slots[:active]
+        ]
+        rows = active if self._bucket is None else doubled_to(active)
+        members = self._members(rows, active, guided)
+        alone, size = len(members) - rows, self._size // patch
+        plan: Plan | PaddedPlan
+        if self._bucket is None:
+            plan = Plan(self._memory, commits, noisy, alone, size)
+        else:
+            length = doubled_to(max(span.end - span.start for span in noisy), self._bucket)
+            clean_spans = doubled_to(len(slots)) if commits else 0
+            plan = PaddedPlan(self._memory, commits, noisy, alone, size, clean_spans, rows, length)
+        scale = on_device([slots[row].request.guidance for row in guided], device, torch.float32)
+        return _Shape(
+            plan,
+            self._prior.rotations(plan.positions),
+            active,
+            rows,
+            on_device(members, device) if len(members) > active else None,
+            on_device(guided, device) if guided else None,
+            scale[:, None, None],
+        )

@@ -105,13 +105,10 @@ class BlockFlow:
         clean = forward.modulation.rows([0.0])[0.0]
         for begin in range(0, latents.shape[1], each):
             part = latents[:, begin : begin + each]
-            blocks = range((start + begin) // size, (start + begin + part.shape[1]) // size)
-            plan = Plan(
-                self._memory, [span for block in blocks for span in self._spans(block)], [], 0, self._size
-            )
-            # By block, and in it by row, as the spans are.
-            packed = part.unflatten(1, (-1, size)).transpose(0, 1).flatten(0, 2)
-            forward(packed, clean, plan, forward.rotations(plan.positions))
+            last = (start + begin + part.shape[1]) // size - 1
+            spans = [Span(span.start, span.end, part.shape[1] // size) for span in self._spans(last)]
+            plan = Plan(self._memory, spans, [], 0, self._size)
+            forward(part.flatten(0, 1), clean, plan, forward.rotations(plan.positions))
 
     @torch.no_grad()
     def finish(
