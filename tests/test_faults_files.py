@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from colada import files, load
+from colada import checkpoint, files, load
 from colada.chat import read_template, render
 from colada.data.documents import Cut, Holdout, read_documents, read_records, split_file
 from colada.data.listing import find_files, list_files
@@ -274,6 +274,22 @@ def test_weights_that_are_not_finite_are_blamed_by_name(broken: Path, name: str,
     save_file(tensors, broken / DIT_WEIGHTS)
     said = refused(lambda: load(broken))
     assert f"tensor {found} holds values that are not finite" in said
+
+
+def test_mapped_weights_of_large_files_are_not_read_while_they_are_loaded(
+    broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(broken / DIT_WEIGHTS)
+    tensors["txt_in.proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / DIT_WEIGHTS)
+    monkeypatch.setattr(checkpoint, "MOST_READ_AT_LOAD", 0)
+    load(broken)
+    # What is converted is read anyway.
+    assert "txt_in.proj.weight holds values that are not finite" in refused(
+        lambda: load(broken, dtype=torch.bfloat16)
+    )
 
 
 def test_weights_too_large_for_a_wanted_type_are_named(broken: Path) -> None:

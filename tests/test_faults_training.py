@@ -657,3 +657,19 @@ def test_the_tinystories_recipe_trains_what_the_bundled_models_recipe_does() -> 
     one, two = (load_recipe(ROOT / "recipes" / f"{name}.yaml") for name in ("tiny", "tinystories"))
     for part in ("tokenizer", "model", "stage1", "stage2", "generation"):
         assert getattr(one, part) == getattr(two, part)
+
+
+def test_a_study_of_data_that_is_not_there_ends_before_anything_and_a_ledger_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = str(ROOT / "recipes" / "tiny.yaml")
+    assert main(["study", "scaling", tiny, "--benchmarks", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: data/corpora: no such file or folder (data.sources.0.path); give yours")
+    assert len(said.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert main(["ledger", tiny, "--archs", "cola"]) == 0
+    counted = capsys.readouterr()
+    assert "data/corpora: no such file or folder" in counted.err
+    assert "tiny, Cola DLM" in counted.out

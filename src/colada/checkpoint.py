@@ -111,8 +111,8 @@ def read_weights(
     Without ``dtype``, tensors of several types become the widest of these, in which none loses anything.
 
     Raises:
-        ColadaError: for a missing, extra or misshapen tensor, one with values that are not finite, or a
-            truncated or corrupt file.
+        ColadaError: for a missing, extra or misshapen tensor, a truncated or corrupt file, or values that
+            are not finite, which are looked for in what is read now: not in mapped tensors of large files.
     """
     with unallocated():
         network = build()
@@ -140,11 +140,14 @@ def read_weights(
         names = [name for name, at in files.items() if at == file]
         with open_weights(file) as handle:
             tensors |= {name: handle.get_tensor(name) for name in names if stored[name] == kept}
+        mapped = sum(tensors[name].nbytes for name in names if stored[name] == kept)
         for name in names:
             if stored[name] != kept:
                 # Opened anew for each tensor: the pages of the last one leave memory with its handle.
                 with open_weights(file) as handle:
                     tensors[name] = handle.get_tensor(name).to(kept)
+            elif mapped > MOST_READ_AT_LOAD:
+                continue
             # NaN is the least and the greatest value of what holds it.
             if not all(math.isfinite(end) for end in tensors[name].aminmax()):
                 as_type = "" if stored[name] == kept else f" in {str(kept).removeprefix('torch.')}"
@@ -154,6 +157,9 @@ def read_weights(
     network.load_state_dict(tensors, strict=True, assign=True)
     return network.to(device)
 
+
+MOST_READ_AT_LOAD = 2**30
+"""Bytes of mapped tensors that are read through while a file is loaded; a larger file's come when needed."""
 
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
