@@ -188,7 +188,7 @@ class TextVAE(nn.Module):
         elif parameter.ndim == 1:
             nn.init.zeros_(parameter)
         else:
-            nn.init.trunc_normal_(parameter, 0.0, std, -cutoff, cutoff, generator=generator)
+            truncated_normal_(parameter, std, cutoff, generator)
 
     def layout(self, lengths: Sequence[int], histories: Sequence[History | None] | None = None) -> Layout:
         """Return the packing of samples of these many *latents*, which follow their histories."""
@@ -238,3 +238,19 @@ class TextVAE(nn.Module):
     def normalise(self, latents: Tensor) -> Tensor:
         """Return (z - shifting_factor) * scaling_factor: what the DiT *and* the decoder see in generation."""
         return (latents - self.config.shifting_factor) * self.config.scaling_factor
+
+
+@torch.no_grad()
+def truncated_normal_(tensor: Tensor, std: float, cutoff: float, generator: torch.Generator | None) -> None:
+    """Fill a tensor from a normal of mean 0; what lies beyond the cutoff is drawn anew.
+
+    So does ``trunc_normal_`` of torch 2.13, but not that of 2.11: with it, a recipe would start from other
+    weights in each.
+    """
+    if cutoff < std / 2:  # Nearly everything would be drawn anew, again and again.
+        nn.init.trunc_normal_(tensor, 0.0, std, -cutoff, cutoff, generator=generator)
+        return
+    most = tensor.new_tensor(cutoff, device="cpu").item()  # As the tensor's type can hold it.
+    tensor.normal_(0.0, std, generator=generator)
+    while bool((beyond := tensor.abs() > most).any()):
+        tensor.copy_(tensor.where(~beyond, torch.empty_like(tensor).normal_(0.0, std, generator=generator)))
