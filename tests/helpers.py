@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colada.config import DiTConfig, TextVAEConfig
 from colada.dit import DiT
+from colada.engine.request import Request
+from colada.generation import BlockGenerator, sample_noise
 from colada.model import ColaDLM
 from colada.vae import TextVAE
 
@@ -95,6 +97,40 @@ def tiny_model(
         tiny_dit(seed + 1, **(dit or {})),
         generation=generation,
     )
+
+
+# --- requests, and the readable loop ---------------------------------------------------------------
+
+Blocks = list[tuple[Tensor, list[int]]]
+"""Latents and ids of each."""
+
+
+def request(model: ColaDLM, ids: Sequence[int], new_tokens: int, seed: int, **settings: Any) -> Request:
+    shape = (model.vae.config.block_size, model.vae.config.latent_dim)
+    return Request(tuple(ids), new_tokens, sample_noise(seed, shape, torch.device("cpu")), seed, **settings)
+
+
+def reference(model: ColaDLM, own: Request, pad_id: int = 0) -> Blocks:
+    """A request alone, in the readable loop."""
+    generator = BlockGenerator(
+        model.vae,
+        model.dit,
+        steps=own.steps,
+        solver=own.solver,
+        schedule=own.schedule,
+        sampling=own.sampling,
+        interval=own.interval,
+    )
+    made: Blocks = []
+    with torch.inference_mode():
+        (sample,) = generator.start([own.ids], [own.noise], [own.seed], [own.guidance], pad_id)
+        patch, size = model.vae.config.patch_size, model.vae.config.block_size
+        for _ in range(own.latents(patch, size)[2]):
+            for _ in generator.next_block([sample]):
+                pass
+            assert sample.block is not None
+            made.append((sample.block.latents, sample.block.ids))
+    return made
 
 
 # --- plain arithmetic ----------------------------------------------------------------------------

@@ -19,47 +19,16 @@ from colada.engine.memory import Memory, Plan, Regions, Span
 from colada.engine.passes import Modulation
 from colada.engine.request import Request
 from colada.errors import ColadaError
-from colada.generation import BlockGenerator, sample_noise
+from colada.generation import sample_noise
 from colada.model import ColaDLM, load
 from colada.sampling import Sampling
 from colada.streaming import Chunk, GenerationError
-from helpers import tiny_model
-
-CPU = torch.device("cpu")
-Blocks = list[tuple[Tensor, list[int]]]
+from helpers import Blocks, reference, request, tiny_model
 
 
 @pytest.fixture(scope="module")
 def model() -> ColaDLM:
     return tiny_model()
-
-
-def request(model: ColaDLM, ids: Sequence[int], new_tokens: int, seed: int, **settings: Any) -> Request:
-    shape = (model.vae.config.block_size, model.vae.config.latent_dim)
-    return Request(tuple(ids), new_tokens, sample_noise(seed, shape, CPU), seed, **settings)
-
-
-def reference(model: ColaDLM, own: Request, pad_id: int = 0) -> Blocks:
-    """A request alone, in the readable loop."""
-    generator = BlockGenerator(
-        model.vae,
-        model.dit,
-        steps=own.steps,
-        solver=own.solver,
-        schedule=own.schedule,
-        sampling=own.sampling,
-        interval=own.interval,
-    )
-    made: Blocks = []
-    with torch.inference_mode():
-        (sample,) = generator.start([own.ids], [own.noise], [own.seed], [own.guidance], pad_id)
-        patch, size = model.vae.config.patch_size, model.vae.config.block_size
-        for _ in range(own.latents(patch, size)[2]):
-            for _ in generator.next_block([sample]):
-                pass
-            assert sample.block is not None
-            made.append((sample.block.latents, sample.block.ids))
-    return made
 
 
 def serve(engine: Engine, requests: Sequence[Request]) -> list[Blocks]:
@@ -402,7 +371,7 @@ def test_regions_never_overlap_and_all_come_back() -> None:
 
 def test_a_plan_attends_as_a_dense_mask_does() -> None:
     size, generator = 2, torch.Generator().manual_seed(0)
-    memory = Memory(1, 40, 3, 4, torch.float32, CPU)
+    memory = Memory(1, 40, 3, 4, torch.float32, torch.device("cpu"))
     memory.keys.normal_(generator=generator)
     memory.values.normal_(generator=generator)
     clean, noisy = (

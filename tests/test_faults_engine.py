@@ -13,16 +13,23 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colada.engine import kernels
+from colada.engine import joining, kernels
 from colada.engine.engine import Engine
+from colada.engine.joining import shares
 from colada.engine.kernels import packed_weight
 from colada.engine.memory import Memory, PaddedPlan, Plan, Span
 from colada.engine.request import Request, Slot
 from colada.generation import sample_noise
 from colada.model import ColaDLM
-from helpers import tiny_dit, tiny_model
+from colada.vae import TextVAE
+from helpers import reference, request, tiny_dit, tiny_model
 
 PROMPT = [1, 2, 3, 4, 5]
+
+
+@pytest.fixture
+def model() -> ColaDLM:
+    return tiny_model()
 
 
 @pytest.fixture
@@ -382,3 +389,114 @@ def test_a_long_prompt_asks_in_large_groups_and_remembers_nothing_of_the_square_
     monkeypatch.undo()
     (short,) = model.generate([prompt[:64]], 4, steps=1, guidance=1.0)
     assert short.tokens != long.tokens
+
+
+# --- a long prompt joins in parts -----------------------------------------------------------------
+
+
+def _in_turn(engine: Engine, requests: dict[int, list[Request]]) -> list[list[tuple[Request, list[int]]]]:
+    """What each block brings, where requests are submitted before the block of that number."""
+    rounds: list[list[tuple[Request, list[int]]]] = []
+    while engine.busy or len(rounds) <= max(requests):
+        for own in requests.get(len(rounds), []):
+            engine.submit(own)
+        for _ in engine.next_block():
+            pass
+        rounds.append([])
+        for slot in list(engine.under_way):
+            assert slot.error is None
+            assert slot.block is not None
+            rounds[-1].append((slot.request, slot.block.ids))
+            if slot.done:
+                engine.leave(slot)
+    return rounds
+
+
+@pytest.mark.parametrize("kinds", [{}, {"vae": {"patch_size": 2}}, {"dit": {"patch_size": 2}}], ids=str)
+@pytest.mark.parametrize("bucket", [None, 16])
+def test_a_long_prompt_joins_in_parts_and_says_what_it_says_alone(
+    kinds: dict[str, Any], bucket: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("colada.engine.engine.JOINING_LATENTS", 16)
+    model = tiny_model(**kinds)
+    engine = Engine(model.vae, model.dit, capacity=400, bucket=bucket)
+    read: list[int] = []
+    model.vae.encoder.final_layer.register_forward_hook(lambda _, args, out: read.append(len(out)))
+    short, long, late = (
+        request(model, [number % 50 for number in range(length)], 40, length, steps=2, guidance=1.0)
+        for length in (5, 70 * model.vae.config.patch_size, 6)
+    )
+    rounds = _in_turn(engine, {0: [short], 1: [long], 2: [late]})
+    started = {
+        id(own): min(number for number, brought in enumerate(rounds) if own in [who for who, _ in brought])
+        for own in (short, long, late)
+    }
+    # Its 18 blocks of 4 latents are read in parts of 16, or of 8 where a short one behind it joins at once.
+    assert (started[id(short)], started[id(late)]) == (0, 2)
+    assert started[id(long)] == 5
+    assert max(read) <= 16
+    read.clear()
+    for own in (short, long, late):
+        ids = [ids for brought in rounds for who, ids in brought if who is own]
+        assert ids == [ids for _, ids in reference(model, own)]
+    assert engine.regions.free == engine.regions.capacity
+
+
+def test_a_request_that_joins_can_be_taken_back(model: ColaDLM) -> None:
+    session = model.session(history=1200)
+    first = session.submit(PROMPT, 24, steps=2)
+    chunks = session.chunks()
+    next(chunks)
+    long = session.submit([1] * 1000, 4, steps=2)
+    next(chunks)
+    assert session.engine.joining
+    session.cancel(long)
+    assert {chunk.index for chunk in chunks} == {first}
+    assert session.engine.regions.free == session.engine.regions.capacity
+
+
+@pytest.mark.parametrize("where", ["encoder", "prior"])
+def test_a_request_that_fails_while_it_joins_fails_alone(
+    where: str, model: ColaDLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = model.generate([PROMPT, [2] * 700], 24, steps=2, seed=[0, 5])
+    session = model.session(history=4000)
+    first = session.submit(PROMPT, 24, steps=2, seed=0)
+    chunks = session.chunks()
+    found = [next(chunks)]
+    bad = session.submit([49] * 700, 24, steps=2, seed=3)
+    good = session.submit([2] * 700, 24, steps=2, seed=5)
+    engine, tried = session.engine, [0]
+    real_encode, real_commit = joining.encode, engine._transport.commit
+
+    def encode(vae: TextVAE, prompts: list[list[int]], *rest: Any) -> list[torch.Tensor]:
+        if any(49 in ids for ids in prompts):
+            tried[0] += 1
+            raise RuntimeError("a fault of its own")
+        return real_encode(vae, prompts, *rest)
+
+    def commit(parts: list[tuple[int, int, torch.Tensor]]) -> None:
+        if {start for start, _, _ in parts} & {one.start for one in engine.joining if 49 in one.request.ids}:
+            tried[0] += 1
+            raise RuntimeError("a fault of its own")
+        real_commit(parts)
+
+    if where == "encoder":
+        monkeypatch.setattr(joining, "encode", encode)
+    else:
+        monkeypatch.setattr(engine._transport, "commit", commit)
+    found += list(chunks)
+    assert tried == [2]  # With the good one, and alone.
+    error = next(chunk.error for chunk in found if chunk.index == bad)
+    assert error is not None
+    assert "a fault of its own" in error
+    for index, done in ((first, expected[0]), (good, expected[1])):
+        assert sum((chunk.tokens for chunk in found if chunk.index == index), ()) == done.tokens
+    assert session.engine.regions.free == session.engine.regions.capacity
+
+
+def test_parts_go_to_the_first_and_to_short_ones() -> None:
+    assert shares([100, 8, 8], 32, 4) == [16, 8, 8]
+    assert shares([100], 32, 4) == [32]
+    assert shares([100, 100, 100, 100, 4], 16, 4) == [8, 4, 4, 0, 0]
+    assert shares([0, 12], 4, 8) == [0, 0]

@@ -122,15 +122,23 @@ class TransportStep:
     z0: Tensor
 
 
-def encode(vae: TextVAE, prompts: Sequence[Sequence[int]], pad_id: int) -> list[Tensor]:
-    """Return the normalised posterior means (L, C) of ids padded to whole blocks, one tensor a prompt."""
+def encode(
+    vae: TextVAE,
+    prompts: Sequence[Sequence[int]],
+    pad_id: int,
+    histories: Sequence[History | None] | None = None,
+) -> list[Tensor]:
+    """Return the normalised posterior means (L, C) of ids padded to whole blocks, one tensor a prompt.
+
+    With ``histories``, prompts go on where those of the encoder end; see :meth:`TextVAE.encode`.
+    """
     padded = [pad_to_multiple(ids, vae.config.block_tokens, pad_id) for ids in prompts]
     lengths = [len(ids) for ids in padded]
     device = vae.encoder.wte.weight.device
     if not any(lengths):
         return [torch.zeros(0, vae.config.latent_dim, device=device) for _ in prompts]
     packed = torch.tensor([token for ids in padded for token in ids], device=device)
-    mean = vae.normalise(vae.encode(packed, lengths).mean)
+    mean = vae.normalise(vae.encode(packed, lengths, histories).mean)
     return list(mean.split([length // vae.config.patch_size for length in lengths]))
 
 

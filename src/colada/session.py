@@ -132,6 +132,9 @@ class Session:
         try:
             return next(self._steps, None)
         except Exception as error:
+            if not self.engine.under_way:  # Nobody to be told.
+                self._steps = None
+                raise
             for slot in self.engine.under_way:
                 slot.error = slot.error or failure(f"block {slot.blocks} failed", error)
             return None

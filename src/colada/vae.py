@@ -106,12 +106,14 @@ class TextEncoder(nn.Module):
         outputs = 2 * config.latent_dim if config.use_variation else config.latent_dim
         self.final_layer = nn.Linear(config.dim, outputs, bias=config.bias)
 
-    def forward(self, ids: Tensor, layout: Layout) -> Posterior:
+    def forward(
+        self, ids: Tensor, layout: Layout, histories: Sequence[History | None] | None = None
+    ) -> Posterior:
         config = self.config
         # Kernel = stride, and no patch straddles samples: the convolution is one product per patch.
         weight = self.patch_embedder.weight.transpose(1, 2).flatten(1)
         x = F.linear(self.wte(ids).view(-1, config.patch_size * config.dim), weight, self.patch_embedder.bias)
-        shared = Pass(layout, _table(config, layout))
+        shared = Pass(layout, _table(config, layout), histories, committing=True)
         for layer, block in enumerate(self.blocks):
             x = block(x, shared, layer)
         out = self.final_layer(x).float()
@@ -203,12 +205,16 @@ class TextVAE(nn.Module):
         device = self.encoder.wte.weight.device
         return Layout.rows(rows, length, self.config.block_size, 0, sample, device)
 
-    def encode(self, ids: Tensor, lengths: Sequence[int]) -> Posterior:
+    def encode(
+        self, ids: Tensor, lengths: Sequence[int], histories: Sequence[History | None] | None = None
+    ) -> Posterior:
         """Return the posterior of packed tokens.
 
         Args:
             ids: int64 (sum of lengths,), below vocab_size, or the mask id.
             lengths: tokens of each sample, multiples of ``patch_size``.
+            histories: what the encoder has seen of each sample before, whole blocks; these follow, and are
+                committed to it.
 
         Returns: a posterior over N = sum(lengths) / patch_size latents, not normalised.
 
@@ -221,7 +227,7 @@ class TextVAE(nn.Module):
                 raise ColadaError(f"a sample of {length} tokens, expected a multiple of patch_size={patch}")
         if sum(lengths) != ids.numel():
             raise ColadaError(f"lengths add up to {sum(lengths)}, but there are {ids.numel()} ids")
-        return self.encoder(ids, self.layout([length // patch for length in lengths]))
+        return self.encoder(ids, self.layout([length // patch for length in lengths], histories), histories)
 
     def decode(
         self,

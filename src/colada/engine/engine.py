@@ -19,11 +19,12 @@ from colada.config import TextVAEConfig
 from colada.device import require_memory, undisturbed
 from colada.dit import DiT
 from colada.engine.graphs import Graphs
-from colada.engine.memory import Memory, PaddedPlan, Plan, Regions, Span, in_parts, pieces, round_up
+from colada.engine.joining import JOINING_LATENTS, Arrival, arrival, read, shares
+from colada.engine.memory import Memory, PaddedPlan, Piece, Plan, Regions, Span, in_parts, pieces, round_up
 from colada.engine.request import Request, Slot
 from colada.engine.transport import COMMITTED_ROWS, SPAN_LATENTS, Transport
 from colada.errors import ColadaError, failure
-from colada.generation import Block, TransportStep, block_generator, encode
+from colada.generation import Block, TransportStep, block_generator
 from colada.layers import kept_frequencies, rotary_table
 from colada.vae import TextVAE
 
@@ -111,6 +112,7 @@ class Engine:
         bucket = None if bucket is None else bucket // prior.patch_size
         self._transport = Transport(dit, self._prior_memory, self._size, bucket)
         self._waiting: deque[Request] = deque()
+        self.joining: list[Arrival] = []
         self.under_way: list[Slot] = []
 
     @property
@@ -120,8 +122,8 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether anyone waits or is under way."""
-        return bool(self._waiting or self.under_way)
+        """Whether anyone waits, joins or is under way."""
+        return bool(self._waiting or self.joining or self.under_way)
 
     @property
     def history_bytes(self) -> int:
@@ -150,50 +152,77 @@ class Engine:
         self.regions.give_back(slot.start, slot.length)
 
     def withdraw(self, request: Request) -> None:
-        """Take back a request that waits; one that does not is no error."""
+        """Take back a request that waits or joins; one that does neither is no error."""
+        for own in [own for own in self.joining if own.request is request]:
+            self.joining.remove(own)
+            self.regions.give_back(own.start, own.length)
         self._waiting = deque(one for one in self._waiting if one is not request)
 
     @undisturbed
     def admit(self) -> list[Slot]:
-        """Give those who wait, in order, the room there is, and encode their prompts in one pass.
+        """Give those who wait, in order, the room there is, and read their prompts.
 
-        One whose prompt cannot be encoded has a slot with an ``error``. Where nobody is under way, the
-        weights are taken as they are now: they may have changed.
+        Returns those who are now under way.
+        Where others are under way, long prompts are read in parts, one before each block. One that cannot be
+        read has a slot with an ``error``. Where nobody is, the weights are taken as they are now: they may
+        have changed.
         """
-        if self._waiting and not self.under_way:
+        if self._waiting and not self.under_way and not self.joining:
             self._transport.refresh()
-        arriving: list[tuple[Request, int]] = []
-        while self._waiting and (self.slots is None or len(self.under_way) + len(arriving) < self.slots):
-            start = self.regions.take(self._room(self._waiting[0]))
+        while self._waiting and (self.slots is None or len(self.under_way) + len(self.joining) < self.slots):
+            room = self._room(self._waiting[0])
+            start = self.regions.take(room)
             if start is None:
                 break
-            arriving.append((self._waiting.popleft(), start))
-        new = self._admitted(arriving)
+            self.joining.append(arrival(self._waiting.popleft(), start, room, self.vae, self.device))
+        new = self._join(self._latents_to_join())
         self.under_way += new
         return new
 
-    def _admitted(self, arriving: Sequence[tuple[Request, int]]) -> list[Slot]:
-        """Return a slot for each of those who have a region."""
-        if not arriving:
-            return []
-        try:
-            latents = encode(self.vae, [request.ids for request, _ in arriving], self.pad_id)
-        except Exception as error:  # Whatever it is, the others and their regions must not be lost.
-            if len(arriving) > 1:
-                return [slot for one in arriving for slot in self._admitted([one])]
-            (request, start), none = arriving[0], torch.zeros(0, self.vae.config.latent_dim)
-            slot = self._slot(request, start, none.to(self.device))
-            slot.error = failure("its prompt cannot be encoded", error)
-            return [slot]
-        return [self._slot(*who, own) for who, own in zip(arriving, latents, strict=True)]
+    def _latents_to_join(self) -> int | None:
+        """Return how many latents of prompts may be read between two blocks; None is all, as nobody waits.
 
-    def _slot(self, request: Request, start: int, latents: Tensor) -> Slot:
-        prefix, given, blocks = request.latents(self._patch, self._size)
-        where = torch.ones(given, dtype=torch.bool, device=latents.device)
-        if request.hole is not None:
-            where[request.hole[0] - prefix : request.hole[1] - prefix] = False
-        pinned = latents[prefix : prefix + given]
-        return Slot(request, start, self._room(request), blocks, latents[:prefix], where, pinned)
+        To read one takes encoder, DiT and decoder, about as long as four rows of a solver step: the coming
+        block then takes about twice as long, or as :data:`JOINING_LATENTS` take.
+        """
+        going = [slot.request for slot in self.under_way if not slot.done]
+        rows = sum(own.steps * (1 if own.guidance == 1 else 2) for own in going) * self._size
+        return max(JOINING_LATENTS, self._size, rows // 4) if going else None
+
+    def _join(self, most: int | None) -> list[Slot]:
+        """Read at most so many latents of those who join; return slots for those who are then read."""
+        lefts = [own.left for own in self.joining]
+        parts = [
+            (own, count)
+            for own, count in zip(
+                self.joining, lefts if most is None else shares(lefts, most, self._size), strict=True
+            )
+            if count or not own.left
+        ]
+        if parts:
+            read(self.vae, parts, self.pad_id)
+        self._commit([own for own, _ in parts if own.error is None and own.left])
+        new = [own for own in self.joining if own.error is not None or not own.left]
+        self.joining = [own for own in self.joining if own not in new]
+        return [own.slot() for own in new]
+
+    def _commit(self, joining: Sequence[Arrival]) -> None:
+        """Write into both histories what is read of prompts that are not read to their ends."""
+        if not joining:
+            return
+        parts = [(own.start, own.history, own.uncommitted) for own in joining]
+        try:
+            self._transport.commit(parts)
+            self._decode_alone(self._prefixes(parts))
+        except Exception as error:  # As with those who cannot be encoded.
+            if len(joining) > 1:
+                for own in joining:
+                    self._commit([own])
+            else:
+                joining[0].error = failure("its prompt cannot be read", error)
+            return
+        for own in joining:
+            own.history += len(own.uncommitted)
 
     # --- one block -------------------------------------------------------------------------
 
@@ -206,7 +235,8 @@ class Engine:
         The steps count those of the longest grid; rows that are finished before stay as they are.
         """
         self.admit()
-        order = [slot for slot in self.under_way if not slot.done]
+        noises = {slot: self._noise(slot) for slot in self.under_way if not slot.done}
+        order = [slot for slot in noises if not slot.done]
         if not order:
             return
         # Rows of one solver and grid are neighbours, the longest grid first, so that rows under way
@@ -214,7 +244,7 @@ class Engine:
         order.sort(key=self._rank)
         original = torch.tensor([order.index(slot) for slot in self.under_way if not slot.done])
         original = original.to(self.device)
-        z = torch.stack([self._noise(slot) for slot in order])
+        z = torch.stack([noises[slot] for slot in order])
         for step, steps, latents, z0 in self._transport.run(order, z):
             z = latents
             yield TransportStep(step, steps, latents[original], z0[original])
@@ -257,17 +287,9 @@ class Engine:
         A prefix that the decoder has not seen yet goes along, without being spelled.
         """
         decoder = self.vae.decoder
-        most = min(SPAN_LATENTS, COMMITTED_ROWS)
-        prefixes = [
-            piece
-            for slot in slots
-            for piece in pieces(slot.start, slot.decoded, slot.prefix[slot.decoded :], self._size, 1, most)
-        ]
-        ahead = in_parts(prefixes, COMMITTED_ROWS)
-        riding = ahead.pop() if ahead and not self._padded else []
-        for part in ahead:
-            prefix = Plan(self._decoder_memory, [span for span, _ in part], [], 0, self._size)
-            decoder.run(torch.cat([latents for _, latents in part]), self._decoder_pass(prefix))
+        prefixes = self._prefixes((slot.start, slot.decoded, slot.prefix[slot.decoded :]) for slot in slots)
+        riding = prefixes.pop() if prefixes and not self._padded else []
+        self._decode_alone(prefixes)
         clean = [span for span, _ in riding]
         noisy = [
             Span(slot.start, slot.start + max(slot.decoded, len(slot.prefix)) + self._size) for slot in slots
@@ -283,6 +305,19 @@ class Engine:
         for slot in slots:
             slot.decoded = max(slot.decoded, len(slot.prefix))
         return hidden
+
+    def _prefixes(self, parts: Iterable[tuple[int, int, Tensor]]) -> list[list[Piece]]:
+        """Return what the decoder's histories lack, pass by pass; arguments as :meth:`Transport.commit`."""
+        most = min(SPAN_LATENTS, COMMITTED_ROWS)
+        return in_parts(
+            [piece for part in parts for piece in pieces(*part, self._size, 1, most)], COMMITTED_ROWS
+        )
+
+    def _decode_alone(self, prefixes: Iterable[Sequence[Piece]]) -> None:
+        """Write prefixes into the decoder's histories in passes of their own."""
+        for part in prefixes:
+            plan = Plan(self._decoder_memory, [span for span, _ in part], [], 0, self._size)
+            self.vae.decoder.run(torch.cat([latents for _, latents in part]), self._decoder_pass(plan))
 
     def _decoder_pass(self, plan: Plan | PaddedPlan) -> _DecoderPass:
         config = self.vae.config

@@ -108,7 +108,7 @@ def pieces(start: int, begin: int, latents: Tensor, size: int, patch: int, most:
         most: latents in a span, if a block is no longer.
     """
     made, done = [], begin
-    for part in latents.split(max(1, most // size) * size):
+    for part in latents.split(max(1, most // size) * size) if len(latents) else ():
         done += len(part)
         made.append((Span(start // patch, (start + done) // patch, len(part) // size), part))
     return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -195,14 +195,28 @@ class Transport:
         else:
             parts = in_parts(alone, COMMITTED_ROWS)
         for part in parts:
-            self._commit_alone([span for span, _ in part], [latents for _, latents in part])
+            self._commit_alone(part)
         return riding
 
-    def _commit_alone(self, spans: list[Span], latents: Sequence[Tensor]) -> None:
+    def commit(self, parts: Iterable[tuple[int, int, Tensor]]) -> None:
+        """Write latents, whole blocks, into the DiT's history.
+
+        Args:
+            parts: of each sample, the start of its region, how many latents are in its history, and those
+                (L, C) that follow.
+        """
+        patch, most = self.dit.config.patch_size, min(SPAN_LATENTS, COMMITTED_ROWS)
+        own = [piece for part in parts for piece in pieces(*part, self._size, patch, most)]
+        for some in in_parts(own, COMMITTED_ROWS):
+            self._commit_alone(some)
+
+    def _commit_alone(self, part: Sequence[Piece]) -> None:
         """Write finished blocks into the DiT's history in a pass of their own."""
-        plan = Plan(self._memory, spans, [], 0, self._size // self.dit.config.patch_size)
+        plan = Plan(self._memory, [span for span, _ in part], [], 0, self._size // self.dit.config.patch_size)
         clean = self._prior.modulation.rows([0.0])[0.0]
-        self._prior(torch.cat(list(latents)), clean, plan, self._prior.rotations(plan.positions))
+        self._prior(
+            torch.cat([latents for _, latents in part]), clean, plan, self._prior.rotations(plan.positions)
+        )
 
     def _steps(
         self,
