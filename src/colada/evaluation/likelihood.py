@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colada.config import TextVAEConfig
-from colada.device import memory_of
+from colada.device import memory_of, plain_torch
 from colada.engine.memory import round_up
 from colada.errors import ColadaError, shown
 from colada.evaluation.prior import BlockFlow, Passes, Pins, log_prior
@@ -118,6 +118,7 @@ class Likelihood:
         return math.nan if error is None else error
 
 
+@plain_torch(inference=False)
 def likelihood(
     model: ColaDLM,
     texts: Sequence[Prompt],
