@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +24,7 @@ from colada import layers
 from colada.baselines.config import DecoderConfig
 from colada.baselines.decoder import Decoder
 from colada.baselines.load import MODELS
+from colada.cli import main
 from colada.errors import ColadaError
 from colada.evaluation import likelihood as likelihood_room
 from colada.evaluation.data import Benchmark, load_benchmark
@@ -343,3 +346,144 @@ def test_clusters_by_hand(parts: list[tuple[int, int]], expected: tuple[float, f
 def test_outcomes_that_do_not_add_up_are_refused() -> None:
     with pytest.raises(ValueError, match="do not add up"):
         Counts(2, 2, outcomes={"a": Outcome(1, 1), "b": Outcome(1, 0)})
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a command in a directory with one good file of each kind; returns its one line."""
+    monkeypatch.chdir(tmp_path)
+    Path("ok.txt").write_text("The dog ran home. He was happy to be there.")
+    Path("data").mkdir()
+    write_lines(Path("data/obqa.test.jsonl"), {"id": "1", **RECORD})
+    Path("nothing").mkdir()
+    Path("empty.jsonl").touch()
+    Path("bytes.txt").write_bytes(b"\xff\xfe\n")
+    write_lines(Path("number.jsonl"), {"text": 5})
+    write_lines(Path("list.jsonl"), [1])
+    Path("digits.jsonl").write_text('{"text": ' + "9" * 5000 + "}\n")
+    os.mkfifo("fifo.jsonl")
+    Path("recipe.yaml").write_text("data: {sources: [{path: no/where}]}\n")
+
+    def run(*arguments: object) -> str:
+        code = main([str(argument) for argument in arguments])
+        lines = capsys.readouterr().err.splitlines()
+        assert code == 2
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run
+
+
+FILES = ("empty.jsonl", "bytes.txt", "number.jsonl", "list.jsonl", "digits.jsonl", "fifo.jsonl", "no/where")
+
+
+@pytest.mark.parametrize("file", [*FILES, "nothing", "/dev/zero"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("eval", "likelihood", "FILE"),
+        ("eval", "generative", "FILE", "--judge", "no/judge"),
+        ("eval", "score", "FILE", "--task", "obqa"),
+        ("eval", "run", "--data", "FILE", "--out", "out", "--tasks", "obqa"),
+        ("eval", "run", "--prompts", "FILE", "--out", "out", "--tasks", "obqa"),
+        ("study", "figure", "FILE"),
+        ("study", "scaling", "FILE", "--benchmarks", "data"),
+        ("study", "data", "--benchmarks", "FILE", "--out", "out"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(
+    run: Callable[..., str], command: tuple[str, ...], file: str
+) -> None:
+    line = run(*(file if part == "FILE" else part for part in command))
+    assert "FILE" not in line
+    assert not Path("out").exists()
+
+
+LIKELIHOOD = ("eval", "likelihood", "ok.txt")
+RUN = ("eval", "run", "--data", "data", "--tasks", "obqa", "--out", "out")
+GENERATIVE = ("eval", "generative", "ok.txt", "--judge", "no/where")
+STUDY = ("study", "scaling", "recipe.yaml", "--benchmarks", "data", "--tasks", "obqa")
+HUGE = "1" + "0" * 23
+COUNTS = ("0", "-1", HUGE, "x")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        *(
+            (LIKELIHOOD, name, ("0", "-1", HUGE, "x"))
+            for name in ("--limit", "--samples", "--steps", "--batch")
+        ),
+        (LIKELIHOOD, "--at", ("0", "1", "nan", "1e-300", "-1", "1e400")),
+        (LIKELIHOOD, "--seed", ("-1", HUGE, "x")),
+        (LIKELIHOOD, "--device", ("nonsense", "cuda:x")),
+        (LIKELIHOOD, "--dtype", ("int8",)),
+        *(
+            (RUN, name, ("0", "-1", HUGE, "x"))
+            for name in ("--limit", "--max-new-tokens", "--steps", "--batch")
+        ),
+        (RUN, "--shots", ("-1", HUGE)),
+        (RUN, "--seed", ("-1", HUGE)),
+        (RUN, "--guidance", ("nan", "inf", "1e400")),
+        (RUN, "--quantise", ("int3",)),
+        (RUN, "--tasks", ("nonsense", "", "obqa,obqa")),
+        *((GENERATIVE, f"--judge-{name}", ("0", "-1", HUGE)) for name in ("samples", "steps", "at")),
+        *(
+            (GENERATIVE, name, ("-1", HUGE))
+            for name in ("--prompt-tokens", "--new-tokens", "--limit", "--batch")
+        ),
+        (GENERATIVE, "--temperature", ("-1", "nan", "1e-46")),
+        (GENERATIVE, "--judge", ("data", "/no/where")),
+        *(
+            (STUDY, name, ("0", "-1", HUGE))
+            for name in ("--seeds", "--limit", "--max-new-tokens", "--threads")
+        ),
+        (STUDY, "--shots", ("-1", HUGE)),
+        (STUDY, "--archs", ("gpt", "", "ar,ar")),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused_before_anything_is_loaded(
+    run: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    option: str,
+    values: tuple[str, ...],
+) -> None:
+    def loading(*arguments: object, **options: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("colada.evaluation.commands.load_model", loading)
+    for value in values:
+        assert run(*command, option, value)
+        assert not Path("out").exists()
+
+
+def test_a_study_without_its_corpora_is_refused_at_once(run: Callable[..., str]) -> None:
+    assert "no/where" in run(*STUDY)
+    assert not Path("runs").exists()
+
+
+def test_a_study_without_what_draws_it_is_refused_before_it_trains(
+    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "a study's figure needs matplotlib" in run(*STUDY)
+
+
+@pytest.mark.parametrize("out", [".", "ok.txt/x.json"])
+def test_results_that_cannot_be_written_are_one_line(run: Callable[..., str], out: str) -> None:
+    assert out.split("/")[0] in run(*LIKELIHOOD, "--steps", 1, "--out", out, "--quiet")
+
+
+def test_a_bound_that_is_no_number_is_an_error() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.dit.txt_out.proj.weight[0, 0] = math.nan
+    with pytest.raises(ColadaError, match="not finite"):
+        likelihood(model, [[1, 2, 3]], steps=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +17,10 @@ from colada.options import (
     ModelOption,
     QuantiseOption,
     RevisionOption,
+    check_model_options,
     load_model,
 )
+from colada.settings import MOST_TOKENS, check_settings, require_count
 
 if TYPE_CHECKING:
     from colada.evaluation.data import Benchmark
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 eval_app = typer.Typer(help="Run benchmarks, score outputs, measure texts.")
 
 REPORT_FILE = "report.html"
+TRANSFORMERS = "hf:"
+"""What the name of a judge from ``transformers`` begins with."""
 
 
 @eval_app.command("run")
@@ -90,13 +95,18 @@ def run(
 
     Stopped at any moment, the same command goes on where it was.
     """
+    _check_counts(limit=limit, batch=batch)
+    require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
+    check_settings({"steps": steps, "guidance": guidance, "seed": seed})
+    check_model_options(model, revision, dtype, device, quantise)
+    chosen = chosen_tasks(tasks)
+
     from rich.console import Console
 
     from colada.evaluation.report import print_tables, write_page
     from colada.evaluation.run import Part, evaluate
     from colada.training.display import Display
 
-    chosen = chosen_tasks(tasks)
     part = Part(*_place(rank, world))
     benchmarks = [_benchmark(task, data, prompts, shots, seed, limit, sample) for task in chosen]
     if device == "cuda":
@@ -189,6 +199,13 @@ def likelihood(
     """Measure texts in bits per byte; of Cola DLM an upper bound, from a lower bound on log p(x)."""
     from dataclasses import asdict, replace
 
+    from colada.evaluation.texts import check_bound
+
+    _check_counts(limit=limit, batch=batch)
+    check_bound(samples, at, steps)
+    check_settings({"seed": seed})
+    check_model_options(model, revision, dtype, device)
+
     from rich.console import Console
 
     from colada.evaluation.measure import bound_settings, kind, measure
@@ -278,6 +295,19 @@ def generative(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Perplexity of generated text under a judge, beside its entropy and distinct-n, and real text's own."""
+    from colada.evaluation.texts import check_bound, check_lengths
+
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "steps": steps, "guidance": guidance}
+    _check_counts(limit=limit, batch=batch)
+    check_lengths(prompt_tokens, new_tokens)
+    check_settings({**given, "seed": seed})
+    check_bound(judge_samples, judge_at, judge_steps)
+    check_model_options(model, revision, dtype, device)
+    if not judge.startswith(TRANSFORMERS):
+        check_model_options(judge, None, dtype, device)
+    elif find_spec("transformers") is None:
+        raise ColadaError(f"judge {judge} needs transformers: pip install transformers")
+
     from rich.console import Console
 
     from colada.device import find_device
@@ -293,13 +323,12 @@ def generative(
     texts = read_texts(files, field, limit)
     network = load_model(model, revision, dtype, device)
     chosen: room.Judge
-    if judge.startswith(room.TRANSFORMERS):
-        chosen = room.TransformersJudge(judge.removeprefix(room.TRANSFORMERS), find_device(device))
+    if judge.startswith(TRANSFORMERS):
+        chosen = room.TransformersJudge(judge.removeprefix(TRANSFORMERS), find_device(device))
     else:
         reader = load_model(judge, None, dtype, device)
         bound = bound_settings(reader, samples=judge_samples, at=judge_at, steps=judge_steps)
         chosen = room.ModelJudge(reader, require_tokenizer(network), **bound, seed=seed, batch=batch)
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "steps": steps, "guidance": guidance}
     named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lengths = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "seed": seed}
     display = Display(Console(stderr=True, quiet=quiet))
@@ -350,6 +379,13 @@ def harness(context: typer.Context) -> None:
 
 
 # --- what they are given -------------------------------------------------------------------------
+
+
+def _check_counts(**counts: int | None) -> None:
+    """Raise ColadaError for a count that is out of bounds; None is none."""
+    for name, value in counts.items():
+        if value is not None:
+            require_count(name, value)
 
 
 def chosen_tasks(names: str | None) -> list[Task]:

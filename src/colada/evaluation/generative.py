@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from colada.errors import ColadaError
+from colada.evaluation.commands import TRANSFORMERS
 from colada.evaluation.measure import kind, measure
-from colada.evaluation.texts import Kind, Text, TextScore, ratio_error
+from colada.evaluation.texts import Kind, Text, TextScore, check_lengths, ratio_error
 from colada.language_model import LanguageModel
 from colada.settings import Prompt, Settings, TextRequest, require_count
 from colada.tokenizer import Tokenizer
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 NGRAMS = (1, 2, 3)
-TRANSFORMERS = "hf:"
-"""What the name of a judge from ``transformers`` begins with."""
 
 Progress = Callable[[int, int], None]
 
@@ -225,10 +224,8 @@ def read_generated(
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ColadaError(f"{model.origin or 'this model'} has no tokenizer.json, and judges read text")
-    require_count("new_tokens", new_tokens)
+    check_lengths(prompt_tokens, new_tokens)
     require_count("batch", batch)
-    if prompt_tokens < 0:
-        raise ColadaError(f"prompt_tokens={prompt_tokens}, expected at least 0")
     length = prompt_tokens + new_tokens
     long = [(text, ids) for text in texts if len(ids := tokenizer.encode(text.text)) >= length]
     if not long:

@@ -37,19 +37,17 @@ from torch import Tensor
 from colada.config import TextVAEConfig
 from colada.device import memory_of, plain_torch
 from colada.engine.memory import round_up
-from colada.errors import ColadaError, shown
+from colada.errors import ColadaError
 from colada.evaluation.prior import BlockFlow, Passes, Pins, log_prior
-from colada.evaluation.texts import ratio_error
+from colada.evaluation.texts import check_bound, ratio_error
 from colada.flow import AdamsBashforth2
 from colada.generation import encode
 from colada.layers import History
 from colada.model import ColaDLM
 from colada.packing import pad_to_multiple
 from colada.settings import (
-    MOST_STEPS,
     Prompt,
     check_settings,
-    is_number,
     require_count,
     require_function,
     several,
@@ -154,10 +152,9 @@ def likelihood(
     """
     texts = several(texts)
     given = [[] for _ in texts] if given is None else several(given)
-    samples, batch = require_count("samples", samples), require_count("batch", batch)
-    steps = require_count("steps", steps, MOST_STEPS)
-    if not is_number(at) or not 0 < at < 1:
-        raise ColadaError(f"at={shown(at)}, expected a number between 0 and 1")
+    check_bound(samples, at, steps)
+    samples, steps = require_count("samples", samples), require_count("steps", steps)
+    batch = require_count("batch", batch)
     seed = check_settings({"seed": seed}).get("seed", 0)
     require_function("progress", progress)
     if not model.vae.config.use_variation:
@@ -192,6 +189,8 @@ def likelihood(
     for number, text in enumerate(texts):
         parts = torch.stack([terms[number, sample] for sample in range(samples)])
         bound = parts.sum(-1).logsumexp(0).item() - math.log(samples)
+        if not math.isfinite(bound):
+            raise ColadaError(f"text {number} has a bound of {bound}: the model's velocities are not finite")
         size = len(text.encode(errors="surrogatepass")) if isinstance(text, str) else 0
         bounds.append(TextBound(len(ids[number]), size, bound, *parts.mean(0).tolist()))
     return Likelihood(tuple(bounds), samples)

@@ -7,12 +7,12 @@ from typing import Any
 
 from colada.baselines.likelihood import log_likelihood
 from colada.baselines.model import DecoderLM
-from colada.errors import ColadaError, shown
+from colada.errors import ColadaError
 from colada.evaluation.likelihood import likelihood
-from colada.evaluation.texts import Kind, TextScore
+from colada.evaluation.texts import Kind, TextScore, check_bound
 from colada.language_model import ARCHITECTURES, LanguageModel, require_kind
 from colada.model import ColaDLM
-from colada.settings import Prompt, is_number, require_count, several
+from colada.settings import Prompt, several
 
 SAMPLES = {"cola": 1, "ar": 1, "llada": 32}
 """By architecture, how many samples of a bound are drawn unless told otherwise."""
@@ -43,12 +43,8 @@ def bound_settings(
         if name not in kept:
             what = ARCHITECTURES[model.arch]
             raise ColadaError(f"{name}={value!r}, but the likelihood of {what} has no {name}")
-        if name == "at":
-            if not is_number(value) or not 0 < value < 1:
-                raise ColadaError(f"at={shown(value)}, expected a number between 0 and 1")
-        else:
-            require_count(name, value)
         defaults[name] = value
+    check_bound(samples, at, steps)
     return {name: defaults[name] for name in kept}
 
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from colada.data.documents import read_records, split_file, text_of
 from colada.data.listing import find_files
-from colada.errors import ColadaError
+from colada.errors import ColadaError, shown
+from colada.settings import MOST_STEPS, MOST_TOKENS, is_number, is_whole, require_count
 
 Kind = Literal["bound", "exact"]
 """What a log-likelihood is: a lower bound on log p(x), or log p(x) itself."""
@@ -45,6 +46,38 @@ def read_texts(files: Sequence[Path], field: str = "text", limit: int | None = N
     if not found:
         raise ColadaError(f"{', '.join(map(str, files)) or 'no file'}: no text")
     return found
+
+
+MOST_SAMPLES = 2**16
+"""Samples of a bound."""
+NEAREST = 1e-3
+"""How near to 0 or 1 the a of a bound may be: nearer, the flow's velocity is a difference of equals."""
+
+
+def check_bound(samples: Any = None, at: Any = None, steps: Any = None) -> None:
+    """Check settings of a likelihood, which every kind of model has some of; None is the default.
+
+    Raises:
+        ColadaError: naming the value that is out of its bounds.
+    """
+    if samples is not None:
+        require_count("samples", samples, MOST_SAMPLES)
+    if steps is not None:
+        require_count("steps", steps, MOST_STEPS)
+    if at is not None and not (is_number(at) and NEAREST <= at <= 1 - NEAREST):
+        raise ColadaError(f"at={shown(at)}, expected a number from {NEAREST} to {1 - NEAREST}")
+
+
+def check_lengths(prompt_tokens: Any, new_tokens: Any) -> None:
+    """Check how many tokens of a text are a prompt, and how many are written after it.
+
+    Raises:
+        ColadaError: naming the value that is out of its bounds.
+    """
+    require_count("new_tokens", new_tokens, MOST_TOKENS)
+    if not is_whole(prompt_tokens) or not 0 <= prompt_tokens <= MOST_TOKENS:
+        expected = f"a whole number from 0 (no prompt) to {MOST_TOKENS}"
+        raise ColadaError(f"prompt_tokens={shown(prompt_tokens)}, expected {expected}")
 
 
 @dataclass(frozen=True)

@@ -49,16 +49,34 @@ def scaling(
     moment, the same command goes on. Started several times, the processes share the work.
     """
     import sys
+    from importlib.util import find_spec
+
+    from colada.settings import MOST_COUNT, MOST_TOKENS, require_count
+
+    for name, value, most in (
+        ("seeds", seeds, 1000),
+        ("limit", limit, MOST_COUNT),
+        ("max_new_tokens", max_new_tokens, MOST_TOKENS),
+        ("threads", threads, 1024),
+    ):
+        if value is not None:
+            require_count(name, value, most)
+    if find_spec("matplotlib") is None:
+        raise ColadaError('a study\'s figure needs matplotlib: pip install "colada-lm[train]"')
 
     from rich.console import Console
 
     from colada.evaluation.commands import chosen_tasks
     from colada.language_model import find_archs
-    from colada.study.cells import read_results
-    from colada.study.figure import write_figures
-    from colada.study.scaling import Asked, plan_cells, run_study
-    from colada.training.display import Display
-    from colada.training.trainer import Interrupted
+    from colada.training.commands import training_extra
+
+    with training_extra():
+        from colada.study.cells import read_results
+        from colada.study.figure import write_figures
+        from colada.study.scaling import Asked, plan_cells, run_study
+        from colada.training.display import Display
+        from colada.training.preflight import preflight
+        from colada.training.trainer import Interrupted
 
     if threads is not None:
         import torch
@@ -68,6 +86,8 @@ def scaling(
     asked = Asked(tuple(task.name for task in chosen_tasks(tasks)), limit, shots, max_new_tokens)
     cells = plan_cells(recipes, find_archs(archs), seeds, device)
     items = asked.benchmarks(benchmarks)
+    for cell in cells:
+        preflight(cell.recipe, out / cell.name)
     try:
         outcome = run_study(cells, asked, items, out, Display(Console(stderr=True, quiet=quiet)))
     except Interrupted as stopped:

@@ -56,7 +56,7 @@ def train(
 
     Ctrl-C and SIGTERM save the state; running again resumes it.
     """
-    with _training_extra():
+    with training_extra():
         from colada.training.environment import world_size
         from colada.training.preflight import preflight
         from colada.training.recipe import load_recipe
@@ -123,7 +123,7 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, finished or not.")],
 ) -> None:
     """Draw a run's metrics: RUN/report/report.html, with its plots beside it."""
-    with _training_extra():
+    with training_extra():
         from colada.training.report import write_report
 
     print(f"wrote {write_report(run)}")
@@ -137,7 +137,7 @@ def export(
 ) -> None:
     """Write a checkpoint of a run as a model in the released format, with averaged weights if it has them."""
     _require_checkpoint(checkpoint)
-    with _training_extra():
+    with training_extra():
         from colada.training.export import export as write
 
     print(f"wrote {out}: {write(checkpoint, out)}")
@@ -164,7 +164,7 @@ def recipe(
     ] = None,
 ) -> None:
     """Print a recipe with every key there is, each with its meaning and its value."""
-    with _training_extra():
+    with training_extra():
         from colada.training.recipe import commented, load_recipe
 
     print(commented(load_recipe(start, overrides or [])), end="")
@@ -189,7 +189,7 @@ def ledger(
     """
     from colada.language_model import find_archs
 
-    with _training_extra():
+    with training_extra():
         from colada.data.sources import check_sources
         from colada.training.recipe import load_recipe
     names = find_archs(archs)
@@ -230,7 +230,7 @@ def ledger(
 
 
 @contextmanager
-def _training_extra() -> Iterator[None]:
+def training_extra() -> Iterator[None]:
     """Name the extra to install where a package is missing that only training needs."""
     try:
         yield
