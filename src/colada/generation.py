@@ -38,7 +38,13 @@ def block_generator(seed: int, block: int, purpose: int) -> torch.Generator:
 
 def sample_noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noise:
     """Return this project's rule: independent streams per (seed, block), the same on every device."""
-    return lambda block: torch.randn(shape, generator=block_generator(seed, block, 0)).to(device)
+
+    def draw(block: int) -> Tensor:
+        generator = block_generator(seed, block, 0)
+        noise = torch.randn(shape, generator=generator, pin_memory=device.type == "cuda")
+        return noise.to(device, non_blocking=True)
+
+    return draw
 
 
 def released_noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noise:

@@ -242,12 +242,14 @@ class Plan(Rows):
         self._masks = [self._mask(group) for group in [*self._clean_groups, *self._groups]]
 
     def _mask(self, group: _Group) -> Tensor | None:
-        """Return who sees whom in a group's spans, bool (own, length); None where all is seen."""
+        """Return what is added to the scores of a group, 0 or -inf, (own, length); None where all is seen."""
         if group.blocks == 1:
             return None
         own = group.blocks * self.size
-        mask = block_causal(own, own, self.size).to(self.memory.keys.device)
-        return F.pad(mask, (group.length - own, 0), value=True)
+        hidden = ~block_causal(own, own, self.size).to(self.memory.keys.device)
+        mask = self.memory.keys.new_zeros(own, group.length)
+        mask[:, group.length - own :].masked_fill_(hidden, -torch.inf)
+        return mask
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, kept: int = 0) -> Tensor:
         """Write keys and values (N, K, D) of one layer to memory, and attend.

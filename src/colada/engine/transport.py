@@ -28,7 +28,7 @@ from colada.flow import SOLVERS, Solver, T, velocity_from_z0
 COMMITTED_ROWS = 512
 """The most latents that join the first solver step of a block to be committed."""
 
-SPAN_LATENTS = 256
+SPAN_LATENTS = 512
 """The most latents of a prefix that attend in one call: its mask is as large, times what they see."""
 
 
