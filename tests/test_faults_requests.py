@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +27,7 @@ from colada.baselines.config import DecoderConfig
 from colada.baselines.decoder import Decoder
 from colada.baselines.masked import MaskedLM
 from colada.cli import main
+from colada.engine import joining
 from colada.engine.engine import Engine, history_bytes
 from colada.engine.request import Request
 from colada.errors import ColadaError
@@ -494,9 +494,8 @@ def in_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @fault
 def in_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = __import__("colada.engine.engine").engine.engine.encode
-    bad = lambda vae, prompts, pad: any(13 in ids for ids in prompts)  # noqa: E731
-    monkeypatch.setattr("colada.engine.engine.encode", failing(real, bad))
+    bad = failing(joining.encode, lambda vae, prompts, *rest: any(13 in ids for ids in prompts))
+    monkeypatch.setattr(joining, "encode", bad)
 
 
 @pytest.mark.parametrize("kind", FAULTS)
@@ -588,29 +587,7 @@ def test_a9_a_baselines_sample_without_numbers_fails_alone(arch: str) -> None:
     assert last.completion is not None
 
 
-# --- A11, A14: what a session keeps ---------------------------------------------------------------
-
-
-def test_a11_a_session_never_shares_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(generation={"steps": 2})
-    expected = model.generate([[1, 2]], 12, seed=3)[0]
-    monkeypatch.setattr("colada.model.Engine", partial(Engine, bucket=32))
-    monkeypatch.setattr("colada.engine.engine.history_unit", lambda size, device: 32)
-    idle, other = model.session(history=64), model.session(history=64)
-    streams = [model.stream([[1, 2]], 12, seed=3) for _ in range(2)]
-    started = [next(stream) for stream in streams]
-    assert started[0] == started[1]
-    assert model.generate([[1, 2]], 12, seed=3)[0] == expected
-    kept = model._kept
-    assert kept is not None
-    for session in (idle, other):
-        assert session.engine is not kept
-        session.submit([1, 2], 12, seed=3)
-    taken = [session.chunks() for session in (idle, other)]
-    for _ in range(3):
-        assert next(taken[0]) == next(taken[1])
-    for stream in streams:
-        assert list(stream)[-1].completion == expected
+# --- A14: what a session keeps ---------------------------------------------------------------------
 
 
 def alive(kind: type) -> int:
