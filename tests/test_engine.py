@@ -177,13 +177,23 @@ def test_a_block_begun_and_left_is_begun_again(model: ColaDLM) -> None:
 # --- passes of equal shape ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dit", [{}, {"prediction": "z0", "patch_size": 2}])
-def test_histories_read_in_buckets_change_nothing(dit: dict[str, Any]) -> None:
-    model = tiny_model(dit=dit)
+@pytest.mark.parametrize("slots", [None, 3])
+@pytest.mark.parametrize(
+    ("vae", "dit"),
+    [
+        ({}, {}),
+        ({}, {"prediction": "z0", "patch_size": 2}),
+        ({"block_size": 3, "patch_size": 2}, {"block_size": 3}),
+    ],
+    ids=["released", "z0-patches", "blocks-of-3"],
+)
+def test_padded_passes_change_nothing(vae: dict[str, Any], dit: dict[str, Any], slots: int | None) -> None:
+    model = tiny_model(vae=vae, dit=dit)
     requests = mixed_requests(model, seed=2)
-    found = serve(Engine(model.vae, model.dit, capacity=96, bucket=16), requests)
+    bucket = 4 * model.vae.config.block_size
+    found = serve(Engine(model.vae, model.dit, capacity=200, slots=slots, bucket=bucket), requests)
     for own, blocks in zip(requests, found, strict=True):
-        same(blocks, reference(model, own), 2e-4 if dit else 2e-5)
+        same(blocks, reference(model, own), 2e-4 if "prediction" in dit else 2e-5)
 
 
 def test_passes_of_equal_shape_are_replayed(model: ColaDLM) -> None:
