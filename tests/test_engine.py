@@ -39,7 +39,7 @@ def serve(engine: Engine, requests: Sequence[Request]) -> list[Blocks]:
     while engine.busy:
         for _ in engine.next_block():
             pass
-        for slot in list(engine.under_way):
+        for slot in engine.news:
             if slot.error is None:
                 assert slot.block is not None
                 made[id(slot.request)].append((slot.block.latents, slot.block.ids))

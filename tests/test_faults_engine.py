@@ -19,6 +19,7 @@ from colada.engine.joining import shares
 from colada.engine.kernels import packed_weight
 from colada.engine.memory import Memory, PaddedPlan, Plan, Span
 from colada.engine.request import Request, Slot
+from colada.engine.transport import round_steps
 from colada.generation import sample_noise
 from colada.model import ColaDLM
 from colada.vae import TextVAE
@@ -211,8 +212,8 @@ def _serve(engine: Engine, requests: list[Request]) -> Iterator[list[Slot]]:
     while engine.busy:
         for _ in engine.next_block():
             pass
-        yield list(engine.under_way)
-        for slot in list(engine.under_way):
+        yield engine.news
+        for slot in engine.news:
             if slot.done:
                 engine.leave(slot)
 
@@ -404,7 +405,7 @@ def _in_turn(engine: Engine, requests: dict[int, list[Request]]) -> list[list[tu
         for _ in engine.next_block():
             pass
         rounds.append([])
-        for slot in list(engine.under_way):
+        for slot in engine.news:
             assert slot.error is None
             assert slot.block is not None
             rounds[-1].append((slot.request, slot.block.ids))
@@ -501,3 +502,67 @@ def test_parts_go_to_the_first_and_to_short_ones() -> None:
     assert shares([100], 32, 4) == [32]
     assert shares([100, 100, 100, 100, 4], 16, 4) == [8, 4, 4, 0, 0]
     assert shares([0, 12], 4, 8) == [0, 0]
+
+
+# --- nobody waits for the longest grid ------------------------------------------------------------
+
+
+def test_short_grids_bring_blocks_while_long_ones_are_under_way(model: ColaDLM) -> None:
+    rows: list[int] = []
+    model.dit.txt_out.register_forward_hook(lambda _, args, out: rows.append(len(out) // 4))
+    engine = Engine(model.vae, model.dit, capacity=200)
+    fast = request(model, PROMPT, 28, 1, steps=4, guidance=3.0)
+    slow = request(model, PROMPT, 9, 2, steps=16, solver="ab2", guidance=1.0)
+    brought = _in_turn(engine, {0: [fast, slow]})
+    assert [len(blocks) for blocks in brought[:5]] == [1, 1, 1, 2, 1]
+    assert all(who is fast for blocks in brought[:3] for who, _ in blocks)
+    # As many rows as both take alone, eight guided blocks in 4 steps and three others in 16.
+    assert sum(rows) == 8 * 4 * 2 + 3 * 16
+    for own in (fast, slow):
+        ids = [ids for blocks in brought for who, ids in blocks if who is own]
+        assert ids == [ids for _, ids in reference(model, own)]
+
+
+@pytest.mark.parametrize(
+    ("grids", "steps"),
+    [((16,), 16), ((1,), 4), ((16, 16, 16), 16), ((8, 64), 8), ((16, 17), 17), ((1, 16), 4), ((8, 12), 8)],
+)
+def test_a_round_is_as_long_as_makes_the_least_waiting(
+    grids: tuple[int, ...], steps: int, model: ColaDLM
+) -> None:
+    none = torch.zeros(0, 8)
+    slots = [
+        Slot(request(model, [], 1, 0, steps=own), 0, 4, 1, none, torch.zeros(0, dtype=torch.bool), none)
+        for own in grids
+    ]
+    assert round_steps(slots) == steps
+
+
+def test_guesses_count_the_steps_of_their_own_grid(model: ColaDLM) -> None:
+    session = model.session(history=64)
+    for seed, steps in enumerate((4, 10, 2)):
+        session.submit(PROMPT, 5, steps=steps, seed=seed)
+    seen: dict[tuple[int, int], list[int]] = {}
+    for chunk in session.chunks(guesses=True):
+        if chunk.step is not None:
+            seen.setdefault((chunk.index, chunk.block), []).append(chunk.step)
+    assert seen == {
+        (index, block): list(range(1, steps + 1))
+        for index, steps in enumerate((4, 10, 2))
+        for block in range(2)
+    }
+
+
+def test_a_request_in_the_middle_of_a_block_can_be_taken_back(model: ColaDLM) -> None:
+    session = model.session(history=64)
+    fast = session.submit(PROMPT, 24, steps=4, seed=1)
+    slow = session.submit(PROMPT, 24, steps=32, seed=2)
+    chunks = session.chunks()
+    found = [next(chunks)]
+    session.cancel(slow)
+    late = session.submit(PROMPT, 9, steps=4, seed=3)
+    found += list(chunks)
+    for index, count, seed in ((fast, 24, 1), (late, 9, 3)):
+        tokens = sum((chunk.tokens for chunk in found if chunk.index == index), ())
+        assert tokens == model.generate(PROMPT, count, steps=4, seed=seed)[0].tokens
+    assert {chunk.index for chunk in found} == {fast, late}

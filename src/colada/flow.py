@@ -7,9 +7,9 @@ its velocity is dz/da = z1 - z0. Generation integrates from a = 1 to 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -102,6 +102,15 @@ class Solver(Protocol):
         """Return z at ``a_next`` from z and its velocity at ``a``."""
         ...
 
+    def split(self, rows: int) -> Sequence[Solver]:
+        """Return what goes on with each of so many rows by itself."""
+        ...
+
+    @classmethod
+    def joined(cls, solvers: Sequence[Self]) -> Self:
+        """Return what goes on with the rows of several, which took their last steps together or none."""
+        ...
+
 
 class Euler:
     """First order: z + (a_next - a) v (the released solver)."""
@@ -109,6 +118,15 @@ class Euler:
     def step(self, z: Tensor, velocity: Tensor, a: float, a_next: float) -> Tensor:
         """Return z at ``a_next``; see :class:`Solver`."""
         return z + (a_next - a) * velocity
+
+    def split(self, rows: int) -> list[Euler]:
+        """Return a solver for each row; see :class:`Solver`."""
+        return [Euler() for _ in range(rows)]
+
+    @classmethod
+    def joined(cls, solvers: Sequence[Euler]) -> Euler:
+        """Return a solver for all rows; see :class:`Solver`."""
+        return cls()
 
 
 class AdamsBashforth2:
@@ -126,8 +144,24 @@ class AdamsBashforth2:
         self._last = velocity, a
         return z + (a_next - a) * slope
 
+    def split(self, rows: int) -> list[AdamsBashforth2]:
+        """Return a solver for each row; see :class:`Solver`."""
+        parts = [AdamsBashforth2() for _ in range(rows)]
+        if self._last is not None:
+            for number, part in enumerate(parts):
+                part._last = self._last[0][number : number + 1], self._last[1]
+        return parts
 
-SOLVERS: dict[str, Callable[[], Solver]] = {"euler": Euler, "ab2": AdamsBashforth2}
+    @classmethod
+    def joined(cls, solvers: Sequence[AdamsBashforth2]) -> AdamsBashforth2:
+        """Return a solver for all rows; see :class:`Solver`."""
+        whole, lasts = cls(), [solver._last for solver in solvers if solver._last is not None]
+        if lasts:
+            whole._last = torch.cat([velocity for velocity, _ in lasts]), lasts[0][1]
+        return whole
+
+
+SOLVERS: dict[str, type[Solver]] = {"euler": Euler, "ab2": AdamsBashforth2}
 
 
 def choose(kind: str, name: str, choices: dict[str, Choice]) -> Choice:

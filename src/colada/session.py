@@ -120,7 +120,7 @@ class Session:
             step = self._next_step()
             if step is None:
                 self._steps = None
-                self._ready.extend(self.engine.under_way)
+                self._ready.extend(self.engine.news)
                 continue
             if callback is not None:
                 callback(step)
@@ -145,18 +145,22 @@ class Session:
     def _guesses(self, step: TransportStep, everyone: bool) -> Iterator[Chunk]:
         slots = [slot for slot in self.engine.under_way if not slot.done]
         entries = [self._entries.get(id(slot.request)) for slot in slots]
-        wanted = [entry is not None and (everyone or entry.guesses) for entry in entries]
+        steps = [slot.request.steps - slot.left + step.step for slot in slots]
+        wanted = [
+            entry is not None and (everyone or entry.guesses) and own <= slot.request.steps
+            for slot, entry, own in zip(slots, entries, steps, strict=True)
+        ]
         if not any(wanted):
             return
         spelled = self.engine.spell(step.z0, wanted)
-        for slot, entry, ids in zip(slots, entries, spelled, strict=True):
-            if entry is None or not (everyone or entry.guesses) or id(entry.request) not in self._entries:
+        for slot, entry, ids, own, told in zip(slots, entries, spelled, steps, wanted, strict=True):
+            if entry is None or not told or id(entry.request) not in self._entries:
                 continue
             try:
                 text, tokens = entry.transcript.guess(ids)
             except Exception:  # The block will fail for the same reason, and say so.
                 continue
-            yield Chunk(entry.index, slot.blocks, step.step, text, tokens)
+            yield Chunk(entry.index, slot.blocks, own, text, tokens)
 
     def _told(self, slot: Slot) -> Iterator[Chunk]:
         """Yield what a slot's new block adds; a slot that is finished leaves, and nothing of it is kept."""

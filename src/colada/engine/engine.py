@@ -126,6 +126,11 @@ class Engine:
         return bool(self._waiting or self.joining or self.under_way)
 
     @property
+    def news(self) -> list[Slot]:
+        """Those to whom the last call of :meth:`next_block` brought a block or an error."""
+        return [slot for slot in self.under_way if slot.error is not None or slot.begun is None]
+
+    @property
     def history_bytes(self) -> int:
         """Size of the memory that holds histories."""
         return self._prior_memory.bytes + self._decoder_memory.bytes
@@ -185,8 +190,8 @@ class Engine:
         To read one takes encoder, DiT and decoder, about as long as four rows of a solver step: the coming
         block then takes about twice as long, or as :data:`JOINING_LATENTS` take.
         """
-        going = [slot.request for slot in self.under_way if not slot.done]
-        rows = sum(own.steps * (1 if own.guidance == 1 else 2) for own in going) * self._size
+        going = [slot for slot in self.under_way if not slot.done]
+        rows = sum(slot.left * (1 if slot.request.guidance == 1 else 2) for slot in going) * self._size
         return max(JOINING_LATENTS, self._size, rows // 4) if going else None
 
     def _join(self, most: int | None) -> list[Slot]:
@@ -228,19 +233,27 @@ class Engine:
 
     @undisturbed
     def next_block(self) -> Iterator[TransportStep]:
-        """Admit who waits and generate the next block of every slot, yielding after every solver step.
+        """Admit who waits and generate the next block of the slots, yielding after every solver step.
 
-        When the iterator ends, each slot under way has its new ``block``, or an ``error``: its latents were
+        Where all take as many steps, that is the next block of every slot. Else nobody waits for the longest:
+        the iterator ends as :func:`colada.engine.transport.round_steps` says, and who is in the middle of a
+        block then has it as ``begun`` and goes on with the next call. The steps count those of this one; rows
+        that are finished before stay as they are.
+
+        When the iterator ends, each of :attr:`news` has its new ``block``, or an ``error``: its latents were
         not finite. Who is done stays until it is told to :meth:`leave`; a slot that is ``done`` gets nothing.
-        The steps count those of the longest grid; rows that are finished before stay as they are.
         """
         self.admit()
-        noises = {slot: self._noise(slot) for slot in self.under_way if not slot.done}
+        noises = {
+            slot: self._noise(slot) if slot.begun is None else slot.begun.latents
+            for slot in self.under_way
+            if not slot.done
+        }
         order = [slot for slot in noises if not slot.done]
         if not order:
             return
-        # Rows of one solver and grid are neighbours, the longest grid first, so that rows under way
-        # are the first ones; among them equal shapes are neighbours, which attend in one call.
+        # Rows of one solver and grid are neighbours, those with most steps left first, so that rows under
+        # way are the first ones; among them equal shapes are neighbours, which attend in one call.
         order.sort(key=self._rank)
         original = torch.tensor([order.index(slot) for slot in self.under_way if not slot.done])
         original = original.to(self.device)
@@ -257,8 +270,9 @@ class Engine:
                     f"{request.guidance}, steps={request.steps}, solver={request.solver!r}: expected smaller"
                     " settings, or finite weights"
                 )
-        fine_slots = [slot.error is None for slot in order]
-        self._finish([slot for slot in order if slot.error is None], z[torch.tensor(fine_slots)])
+        finished = [slot.error is None and slot.begun is None for slot in order]
+        ended = [slot for slot, done in zip(order, finished, strict=True) if done]
+        self._finish(ended, z[torch.tensor(finished)])
 
     def _noise(self, slot: Slot) -> Tensor:
         """Return the noise (block, C) of a slot's coming block; one that has none fails by itself."""
@@ -274,10 +288,8 @@ class Engine:
         return self.dit.txt_in.proj.weight.device
 
     @staticmethod
-    def _rank(slot: Slot) -> tuple[int, str, str, int, int]:
-        request = slot.request
-        history = slot.history + len(slot.uncommitted)
-        return -request.steps, request.solver, request.schedule, history, slot.start
+    def _rank(slot: Slot) -> tuple[tuple[int, str, str, int], int, int]:
+        return slot.pace, slot.history + len(slot.uncommitted), slot.start
 
     # --- latents to tokens -----------------------------------------------------------------
 

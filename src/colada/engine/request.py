@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from colada.errors import ColadaError
-from colada.flow import SCHEDULES
+from colada.flow import SCHEDULES, Solver
 from colada.generation import Block, Noise
 from colada.sampling import Sampling
 from colada.settings import MOST_TOKENS, check_settings, require_count
@@ -87,6 +87,15 @@ class Request:
         return prefix + blocks * size
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A block of which some solver steps are done: how many, its latents (block, C), and what goes on."""
+
+    steps: int
+    latents: Tensor
+    solver: Solver
+
+
 @dataclass(eq=False)
 class Slot:
     """A request under way.
@@ -100,6 +109,7 @@ class Slot:
         blocks: number of blocks generated so far, of ``wanted``.
         seen: ids decoded in those blocks.
         block: the last of them.
+        begun: the coming block, where a round has ended in the middle of it.
         error: why it failed; nothing more comes.
     """
 
@@ -115,7 +125,18 @@ class Slot:
     blocks: int = 0
     seen: set[int] = field(default_factory=set)
     block: Block | None = None
+    begun: Begun | None = None
     error: ColadaError | None = None
+
+    @property
+    def pace(self) -> tuple[int, str, str, int]:
+        """What slots share that take equal solver steps, those with most left first."""
+        return -self.left, self.request.solver, self.request.schedule, self.request.steps
+
+    @property
+    def left(self) -> int:
+        """How many solver steps the coming block still takes."""
+        return self.request.steps - (0 if self.begun is None else self.begun.steps)
 
     @property
     def uncommitted(self) -> Tensor:

@@ -20,9 +20,10 @@ from colada.engine.memory import (
     in_parts,
     on_device,
     pieces,
+    round_up,
 )
 from colada.engine.passes import PriorPass
-from colada.engine.request import Slot
+from colada.engine.request import Begun, Slot
 from colada.flow import SOLVERS, Solver, T, velocity_from_z0
 
 COMMITTED_ROWS = 512
@@ -32,9 +33,29 @@ SPAN_LATENTS = 512
 """The most latents of a prefix that attend in one call: its mask is as large, times what they see."""
 
 
+SHORTEST_ROUND = 4
+"""The fewest solver steps of a round, as what is prepared for it takes time too."""
+
+
+def round_steps(slots: Sequence[Slot]) -> int:
+    """Return how many solver steps some slots take together before those whose blocks end have their tokens.
+
+    One whose block ends before waits for the others: the sum of all waiting, each by its own length, is
+    the least; of equal sums the longer round.
+    """
+
+    def waiting(steps: int) -> float:
+        return sum(round_up(slot.left, steps) / slot.request.steps for slot in slots)
+
+    return min({max(slot.left, SHORTEST_ROUND) for slot in slots}, key=lambda steps: (waiting(steps), -steps))
+
+
 @dataclass(frozen=True)
 class _Cohort:
-    """Rows that share solver and grid: neighbours in the batch."""
+    """Rows that share solver and grid, and how far they are on it: neighbours in the batch.
+
+    ``grid`` is what is left of it.
+    """
 
     rows: slice
     solver: Solver
@@ -108,9 +129,14 @@ class Transport:
             self.graphs.refresh()
 
     def run(self, slots: Sequence[Slot], z: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Integrate dz/da = v from noise z (B, block, C); yields step, steps, z and the z0 pointed at.
+        """Integrate dz/da = v for a round from z (B, block, C); yields step, steps, z and the z0 pointed at.
 
-        See :func:`colada.generation.transport`. The first pass also commits what is not yet committed.
+        See :func:`colada.generation.transport`, and :func:`round_steps`. The first pass also commits what is
+        not yet committed. At the end, slots whose blocks are not finished have them as ``begun``.
+
+        Args:
+            slots: those with most steps left come first, and those of one cohort are neighbours.
+            z: their noise, or where they are.
         """
         cohorts = self._cohorts(slots)
         riding = self._commit(slots)
@@ -157,16 +183,24 @@ class Transport:
             if any_pinned:
                 z, z0 = torch.where(mask, pinned, z), torch.where(mask, pinned, z0)
             yield number + 1, len(steps), z, z0
+        for cohort in cohorts:
+            members = slots[cohort.rows]
+            solvers = cohort.solver.split(len(members))
+            for slot, latents, solver in zip(members, z[cohort.rows], solvers, strict=True):
+                done = slot.request.steps - slot.left + len(steps)
+                slot.begun = None if len(steps) >= slot.left else Begun(done, latents, solver)
 
     def _cohorts(self, slots: Sequence[Slot]) -> list[_Cohort]:
         cohorts: list[_Cohort] = []
         begin = 0
         for number, slot in enumerate(slots, start=1):
-            own = slot.request
-            following = slots[number].request if number < len(slots) else None
-            kind = (own.steps, own.solver, own.schedule)
-            if following is None or kind != (following.steps, following.solver, following.schedule):
-                cohorts.append(_Cohort(slice(begin, number), SOLVERS[own.solver](), own.grid))
+            request = slot.request
+            if number == len(slots) or slot.pace != slots[number].pace:
+                own = slots[begin:number]
+                kind = SOLVERS[request.solver]
+                solver = kind.joined([kind() if one.begun is None else one.begun.solver for one in own])
+                grid = request.grid[request.steps - slot.left :]
+                cohorts.append(_Cohort(slice(begin, number), solver, grid))
                 begin = number
         return cohorts
 
@@ -226,12 +260,14 @@ class Transport:
         where: Tensor,
         any_pinned: bool,
     ) -> list[_Step]:
-        """Prepare all solver steps of a block."""
+        """Prepare all solver steps of a round."""
         patch, device = self.dit.config.patch_size, self._device
-        table = self._prior.modulation.rows({0.0, *(T * a for cohort in cohorts for a in cohort.grid[:-1])})
+        steps = min(round_steps(slots), cohorts[0].steps)
+        times = {T * a for cohort in cohorts for a in cohort.grid[:-1][:steps]}
+        table = self._prior.modulation.rows({0.0, *times})
         shapes: dict[tuple[int, int, tuple[int, ...]], _Shape] = {}
         prepared = []
-        for number in range(cohorts[0].steps):
+        for number in range(steps):
             going = [cohort for cohort in cohorts if cohort.steps > number]
             active = going[-1].rows.stop
             values = [cohort.grid[number] for cohort in going for _ in range(*cohort.rows.indices(active))]
