@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colada import device
 from colada.bench.models import size_configs
 from colada.config import DiTConfig, TextVAEConfig
 from colada.data.rows import Batch
@@ -89,6 +90,9 @@ class Step:
 
     def __init__(self, case: Case) -> None:
         self.case, self.device = case, torch.device(case.device)
+        # As a run does; other checkouts may not have it.
+        if case.device == "cpu" and hasattr(device, "keep_freed_memory"):
+            device.keep_freed_memory()
         vae_config, dit_config = case.configs()
         with self.device:
             self.vae, self.dit = TextVAE(vae_config), DiT(dit_config)
