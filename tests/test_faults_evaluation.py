@@ -33,9 +33,10 @@ from colada.evaluation.measure import measure
 from colada.evaluation.run import Part, evaluate, fingerprint
 from colada.evaluation.statistics import Outcome, clustered
 from colada.evaluation.tasks import TASKS
+from colada.evaluation.texts import read_texts
 from colada.language_model import LanguageModel
 from colada.locate import BUNDLED
-from colada.settings import TextRequest
+from colada.settings import MOST_CHARACTERS, TextRequest
 from colada.streaming import Completion
 from colada.study.cells import Counts
 from colada.study.summary import verdict
@@ -346,6 +347,25 @@ def test_clusters_by_hand(parts: list[tuple[int, int]], expected: tuple[float, f
 def test_outcomes_that_do_not_add_up_are_refused() -> None:
     with pytest.raises(ValueError, match="do not add up"):
         Counts(2, 2, outcomes={"a": Outcome(1, 1), "b": Outcome(1, 0)})
+
+
+# --- what is left out is said --------------------------------------------------------------------
+
+
+def test_texts_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", *({"text": text} for text in ("one", " ", "\n", "two", "")))
+    said: list[str] = []
+    assert [text.text for text in read_texts([path], say=said.append)] == ["one", "two"]
+    assert said == ["left out: 3 texts of nothing but white space"]
+    said.clear()
+    assert len(read_texts([path], limit=1, say=said.append)) == 1
+    assert said == []
+
+
+def test_a_text_longer_than_a_prompt_may_be_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"text": "x"}, {"text": "x" * (MOST_CHARACTERS + 1)})
+    with pytest.raises(ColadaError, match=rf"a\.jsonl:2: a text of {MOST_CHARACTERS + 1} characters"):
+        read_texts([path])
 
 
 # --- commands ------------------------------------------------------------------------------------

@@ -214,10 +214,10 @@ def likelihood(
     from colada.training.display import Display
     from colada.training.provenance import provenance
 
-    texts = read_texts(files, field, limit)
+    display = Display(Console(stderr=True, quiet=quiet))
+    texts = read_texts(files, field, limit, display.say)
     network = load_model(model, revision, dtype, device)
     bound = bound_settings(network, samples=samples, at=at, steps=steps)
-    display = Display(Console(stderr=True, quiet=quiet))
     with display.task("likelihood", total=1, unit="tokens"):
         found = measure(
             network,
@@ -320,7 +320,8 @@ def generative(
     from colada.training.display import Display
     from colada.training.provenance import provenance
 
-    texts = read_texts(files, field, limit)
+    display = Display(Console(stderr=True, quiet=quiet))
+    texts = read_texts(files, field, limit, display.say)
     network = load_model(model, revision, dtype, device)
     chosen: room.Judge
     if judge.startswith(TRANSFORMERS):
@@ -331,7 +332,6 @@ def generative(
         chosen = room.ModelJudge(reader, require_tokenizer(network), **bound, seed=seed, batch=batch)
     named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lengths = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "seed": seed}
-    display = Display(Console(stderr=True, quiet=quiet))
     with display.task("generative", total=len(texts)):
         result = room.read_generated(
             network,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from colada.data.documents import read_records, split_file, text_of
 from colada.data.listing import find_files
 from colada.errors import ColadaError, shown
-from colada.settings import MOST_STEPS, MOST_TOKENS, is_number, is_whole, require_count
+from colada.settings import MOST_CHARACTERS, MOST_STEPS, MOST_TOKENS, is_number, is_whole, require_count
 
 Kind = Literal["bound", "exact"]
 """What a log-likelihood is: a lower bound on log p(x), or log p(x) itself."""
@@ -26,23 +25,44 @@ class Text:
     origin: str
 
 
-def read_texts(files: Sequence[Path], field: str = "text", limit: int | None = None) -> list[Text]:
+def read_texts(
+    files: Sequence[Path],
+    field: str = "text",
+    limit: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Text]:
     """Return the texts of .txt, .jsonl and .parquet files or folders, in order, of every split but test.
 
-    White-space-only ones are left out.
+    White-space-only ones are left out, and counted.
 
     Args:
         files: files or folders.
         field: key or column of the text.
         limit: the first so many; None for all.
+        say: called with a line about texts that are left out.
 
     Raises:
-        ColadaError: naming file and line, for what cannot be read; if there is no text.
+        ColadaError: naming file and line, for what cannot be read, or is longer than a prompt may be; if
+            there is no text.
     """
     parts = (part for where in files for path in find_files(where) for part in split_file(path))
     records = (record for part in parts for record in read_records(part, [field], 0.0))
-    texts = (Text(text_of(record.values[0], field, record.origin), record.origin) for record in records)
-    found = list(islice((text for text in texts if text.text.strip()), limit))
+    found: list[Text] = []
+    blank = 0
+    for record in records:
+        text = text_of(record.values[0], field, record.origin)
+        if not text.strip():
+            blank += 1
+            continue
+        if len(text) > MOST_CHARACTERS:
+            raise ColadaError(
+                f"{record.origin}: a text of {len(text)} characters, expected at most {MOST_CHARACTERS}"
+            )
+        found.append(Text(text, record.origin))
+        if len(found) == limit:
+            break
+    if blank:
+        say(f"left out: {blank} {'text' if blank == 1 else 'texts'} of nothing but white space")
     if not found:
         raise ColadaError(f"{', '.join(map(str, files)) or 'no file'}: no text")
     return found

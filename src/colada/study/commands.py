@@ -98,9 +98,10 @@ def scaling(
     if outcome.elsewhere:
         print(f"other processes are at {', '.join(outcome.elsewhere)}; the last to end draws all")
     if finished:
-        results = [
-            result for result in read_results(out, but=outcome.failed) if result.asked == asked.to_dict()
-        ]
+        there = read_results(out, but=outcome.failed)
+        results = [result for result in there if result.asked == asked.to_dict()]
+        if len(results) < len(there):
+            print(f"left out: {len(there) - len(results)} cells that were asked other items")
         for path in write_figures(out, results):
             print(f"wrote {path}")
     if outcome.failed:
