@@ -22,7 +22,7 @@ from colada.engine.graphs import Graphs
 from colada.engine.joining import JOINING_LATENTS, Arrival, arrival, read, shares
 from colada.engine.memory import Memory, PaddedPlan, Piece, Plan, Regions, Span, in_parts, pieces, round_up
 from colada.engine.request import Request, Slot
-from colada.engine.transport import COMMITTED_ROWS, SPAN_LATENTS, Transport
+from colada.engine.transport import COMMITTED_ROWS, Transport
 from colada.errors import ColadaError, failure
 from colada.generation import Block, TransportStep, block_generator
 from colada.layers import kept_frequencies, rotary_table
@@ -320,10 +320,8 @@ class Engine:
 
     def _prefixes(self, parts: Iterable[tuple[int, int, Tensor]]) -> list[list[Piece]]:
         """Return what the decoder's histories lack, pass by pass; arguments as :meth:`Transport.commit`."""
-        most = min(SPAN_LATENTS, COMMITTED_ROWS)
-        return in_parts(
-            [piece for part in parts for piece in pieces(*part, self._size, 1, most)], COMMITTED_ROWS
-        )
+        all_pieces = [piece for own in parts for piece in pieces(*own, self._size, 1, COMMITTED_ROWS)]
+        return in_parts(all_pieces, COMMITTED_ROWS)
 
     def _decode_alone(self, prefixes: Iterable[Sequence[Piece]]) -> None:
         """Write prefixes into the decoder's histories in passes of their own."""

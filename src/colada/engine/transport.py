@@ -27,11 +27,7 @@ from colada.engine.request import Begun, Slot
 from colada.flow import SOLVERS, Solver, T, velocity_from_z0
 
 COMMITTED_ROWS = 512
-"""The most latents that join the first solver step of a block to be committed."""
-
-SPAN_LATENTS = 512
-"""The most latents of a prefix that attend in one call: its mask is as large, times what they see."""
-
+"""The most latents of a pass that are committed, alone or with the first solver step of a block."""
 
 SHORTEST_ROUND = 4
 """The fewest solver steps of a round, as what is prepared for it takes time too."""
@@ -217,11 +213,11 @@ class Transport:
         A long prefix goes ahead in parts, so that no pass needs memory for all of it. To a padded pass, a
         block each comes along, and nothing else.
         """
-        patch, most = self.dit.config.patch_size, min(SPAN_LATENTS, COMMITTED_ROWS)
+        patch = self.dit.config.patch_size
         alone: list[Piece] = []
         riding: list[Piece] = []
         for slot in slots:
-            own = pieces(slot.start, slot.history, slot.uncommitted, self._size, patch, most)
+            own = pieces(slot.start, slot.history, slot.uncommitted, self._size, patch, COMMITTED_ROWS)
             fits = self._bucket is None or len(slot.uncommitted) == self._size
             (riding if fits else alone).extend(own)
         if self._bucket is None:
@@ -239,8 +235,8 @@ class Transport:
             parts: of each sample, the start of its region, how many latents are in its history, and those
                 (L, C) that follow.
         """
-        patch, most = self.dit.config.patch_size, min(SPAN_LATENTS, COMMITTED_ROWS)
-        own = [piece for part in parts for piece in pieces(*part, self._size, patch, most)]
+        patch = self.dit.config.patch_size
+        own = [piece for part in parts for piece in pieces(*part, self._size, patch, COMMITTED_ROWS)]
         for some in in_parts(own, COMMITTED_ROWS):
             self._commit_alone(some)
 
