@@ -525,7 +525,17 @@ def test_short_grids_bring_blocks_while_long_ones_are_under_way(model: ColaDLM) 
 
 @pytest.mark.parametrize(
     ("grids", "steps"),
-    [((16,), 16), ((1,), 4), ((16, 16, 16), 16), ((8, 64), 8), ((16, 17), 17), ((1, 16), 4), ((8, 12), 8)],
+    [
+        ((16,), 16),
+        ((1,), 4),
+        ((16, 16, 16), 16),
+        ((8, 64), 8),
+        ((16, 17), 17),
+        ((1, 16), 4),
+        ((8, 12), 8),
+        ((10_000,), 63),
+        ((100,), 50),
+    ],
 )
 def test_a_round_is_as_long_as_makes_the_least_waiting(
     grids: tuple[int, ...], steps: int, model: ColaDLM
@@ -566,3 +576,17 @@ def test_a_request_in_the_middle_of_a_block_can_be_taken_back(model: ColaDLM) ->
         tokens = sum((chunk.tokens for chunk in found if chunk.index == index), ())
         assert tokens == model.generate(PROMPT, count, steps=4, seed=seed)[0].tokens
     assert {chunk.index for chunk in found} == {fast, late}
+
+
+def test_a_very_long_grid_takes_no_more_memory_than_a_short_one(model: ColaDLM) -> None:
+    own = request(model, PROMPT, 3, 1, steps=150, solver="ab2", guidance=3.0)
+    engine = Engine(model.vae, model.dit, capacity=16)
+    engine.submit(own)
+    steps: list[tuple[int, int]] = []
+    while not engine.under_way or not engine.under_way[0].done:
+        steps += [(step.step, step.steps) for step in engine.next_block()]
+    assert steps == [(number, 150) for number in range(1, 151)]
+    assert len(engine._transport._prior.modulation._output) == 64
+    block = engine.under_way[0].block
+    assert block is not None
+    torch.testing.assert_close(block.latents, reference(model, own)[0][0], rtol=1e-5, atol=2e-5)

@@ -44,7 +44,8 @@ class Session:
         self.engine, self._open = engine, open_request
         self._submitted = 0
         self._entries: dict[int, _Entry] = {}  # By the request's identity: equal ones may be submitted twice.
-        self._steps: Iterator[TransportStep] | None = None  # Of the block under way.
+        self._steps: Iterator[TransportStep] | None = None  # Of the round under way,
+        self._step = 0  # of which so many are done.
         self._ready: deque[Slot] = deque()  # Whose new block, or error, has not been told.
         self._completions: dict[int, Completion] = {}
         self._dropped = 0
@@ -116,12 +117,13 @@ class Session:
                     self.engine.leave(slot)  # Cancelled.
                 if not self.engine.busy:
                     return
-                self._steps = self.engine.next_block()
+                self._steps, self._step = self.engine.next_block(), 0
             step = self._next_step()
             if step is None:
                 self._steps = None
                 self._ready.extend(self.engine.news)
                 continue
+            self._step += 1
             if callback is not None:
                 callback(step)
             yield from self._guesses(step, guesses)
@@ -145,7 +147,7 @@ class Session:
     def _guesses(self, step: TransportStep, everyone: bool) -> Iterator[Chunk]:
         slots = [slot for slot in self.engine.under_way if not slot.done]
         entries = [self._entries.get(id(slot.request)) for slot in slots]
-        steps = [slot.request.steps - slot.left + step.step for slot in slots]
+        steps = [slot.request.steps - slot.left + self._step for slot in slots]
         wanted = [
             entry is not None and (everyone or entry.guesses) and own <= slot.request.steps
             for slot, entry, own in zip(slots, entries, steps, strict=True)

@@ -237,8 +237,8 @@ class Engine:
 
         Where all take as many steps, that is the next block of every slot. Else nobody waits for the longest:
         the iterator ends as :func:`colada.engine.transport.round_steps` says, and who is in the middle of a
-        block then has it as ``begun`` and goes on with the next call. The steps count those of this one; rows
-        that are finished before stay as they are.
+        block then has it as ``begun`` and goes on with the next call. The steps count those of the block that
+        has most steps left; rows that are finished before stay as they are.
 
         When the iterator ends, each of :attr:`news` has its new ``block``, or an ``error``: its latents were
         not finite. Who is done stays until it is told to :meth:`leave`; a slot that is ``done`` gets nothing.
@@ -258,7 +258,8 @@ class Engine:
         original = torch.tensor([order.index(slot) for slot in self.under_way if not slot.done])
         original = original.to(self.device)
         z = torch.stack([noises[slot] for slot in order])
-        for step, steps, latents, z0 in self._transport.run(order, z):
+        steps, before = order[0].request.steps, order[0].request.steps - order[0].left
+        for step, (latents, z0) in enumerate(self._transport.run(order, z), start=before + 1):
             z = latents
             yield TransportStep(step, steps, latents[original], z0[original])
         finite = z.isfinite().flatten(1).all(1).tolist()

@@ -32,18 +32,24 @@ COMMITTED_ROWS = 512
 SHORTEST_ROUND = 4
 """The fewest solver steps of a round, as what is prepared for it takes time too."""
 
+LONGEST_ROUND = 63
+"""The most solver steps of a round, as what is prepared for it takes memory."""
+
 
 def round_steps(slots: Sequence[Slot]) -> int:
     """Return how many solver steps some slots take together before those whose blocks end have their tokens.
 
     One whose block ends before waits for the others: the sum of all waiting, each by its own length, is
-    the least; of equal sums the longer round.
+    the least; of equal sums the longer round. Very long grids are several rounds of equal length.
     """
+
+    def length(left: int) -> int:
+        return max(SHORTEST_ROUND, -(-left // -(-left // LONGEST_ROUND)))
 
     def waiting(steps: int) -> float:
         return sum(round_up(slot.left, steps) / slot.request.steps for slot in slots)
 
-    return min({max(slot.left, SHORTEST_ROUND) for slot in slots}, key=lambda steps: (waiting(steps), -steps))
+    return min({length(slot.left) for slot in slots}, key=lambda steps: (waiting(steps), -steps))
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,8 @@ class Transport:
         if self.graphs is not None:
             self.graphs.refresh()
 
-    def run(self, slots: Sequence[Slot], z: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Integrate dz/da = v for a round from z (B, block, C); yields step, steps, z and the z0 pointed at.
+    def run(self, slots: Sequence[Slot], z: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Integrate dz/da = v for a round from z (B, block, C); yields z and the z0 pointed at.
 
         See :func:`colada.generation.transport`, and :func:`round_steps`. The first pass also commits what is
         not yet committed. At the end, slots whose blocks are not finished have them as ``begun``.
@@ -178,7 +184,7 @@ class Transport:
             z0 = torch.cat([*guesses, finished])
             if any_pinned:
                 z, z0 = torch.where(mask, pinned, z), torch.where(mask, pinned, z0)
-            yield number + 1, len(steps), z, z0
+            yield z, z0
         for cohort in cohorts:
             members = slots[cohort.rows]
             solvers = cohort.solver.split(len(members))
