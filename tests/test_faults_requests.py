@@ -30,7 +30,7 @@ from colada.cli import main
 from colada.engine import joining
 from colada.engine.engine import Engine, history_bytes
 from colada.engine.request import Request
-from colada.errors import ColadaError
+from colada.errors import ColadaError, ColadaWarning
 from colada.evaluation.measure import measure
 from colada.generation import NOISE_RULES, BlockGenerator, sample_noise
 from colada.language_model import LanguageModel
@@ -907,3 +907,42 @@ def test_d8_a_long_generation_decodes_each_token_a_few_times() -> None:
         transcript.add(ids)
     assert transcript.text == tokenizer.decode(ids * 400)
     assert sum(decoded) < 400 * 6 * (len(ids) + 8)
+
+
+# --- a prompt longer than the training rows ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["cola", "ar"])
+def test_a_prompt_longer_than_the_training_rows_is_noted_once(
+    arch: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    model: LanguageModel = tiny_model() if arch == "cola" else AutoregressiveLM(decoder(arch))
+    model.save(tmp_path / "unknown")
+    folder = "cola_dit" if arch == "cola" else "decoder"
+    assert "training_length" not in (tmp_path / "unknown" / folder / "config.json").read_text()
+    model.generate([[1] * 30], 2)
+    assert not recwarn
+    model.training_length = 8
+    model.save(tmp_path / "model")
+    loaded = colada.load(tmp_path / "model")
+    loaded.generate([[1] * 8], 2)
+    assert not recwarn
+    for _ in range(2):
+        loaded.generate([[1] * 9, [1] * 10], 2)
+    (note,) = recwarn
+    assert note.category is ColadaWarning
+    assert "a prompt of 9 tokens" in str(note.message)
+    assert "rows of 8 tokens" in str(note.message)
+
+
+@pytest.mark.filterwarnings("default::colada.errors.ColadaWarning")
+def test_the_command_line_shows_it_as_a_note(
+    speaker: ColaDLM, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speaker, "training_length", 4)
+    speaker.save(tmp_path / "model")
+    speaker.training_length = None
+    assert main(["generate", "The fox saw the owl", "-n", "4", "-m", str(tmp_path / "model")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("note: a prompt of ")
+    assert len(captured.err.splitlines()) == 1

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ import typer.core
 
 from colada import __version__
 from colada.bench.commands import bench_app
-from colada.errors import ColadaError
+from colada.errors import ColadaError, ColadaWarning
 from colada.evaluation.commands import eval_app
 from colada.options import (
     DeviceOption,
@@ -109,13 +110,26 @@ def main(args: Sequence[str] | None = None) -> int:
     return code
 
 
+_show_warning = warnings.showwarning
+
+
+def _note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Print a warning of this package as a note, without the place in the code that it is from."""
+    if not issubclass(category, ColadaWarning):
+        _show_warning(message, category, *place, **more)
+    elif sys.stderr is not None:
+        print("note:", message, file=sys.stderr)
+
+
 def _run(args: Sequence[str] | None) -> int:
     try:
         _check_streams()
         if shutil.get_terminal_size().columns < _TABLES_WIDTH:
             app.rich_markup_mode = None
         command = typer.main.get_command(app)
-        code = command.main(args, prog_name="colada", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            code = command.main(args, prog_name="colada", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except _UsageError as error:
         return _fail(_usage(error))

@@ -114,7 +114,8 @@ def _as_float(number: int) -> float:
         return math.inf if number > 0 else -math.inf
 
 
-def _extension(default: Any) -> Any:
+def extension(default: Any) -> Any:
+    """Return a field beyond the released keys, which is written only where it differs from its default."""
     return dataclasses.field(default=default, metadata={"extension": True})
 
 
@@ -122,8 +123,9 @@ def _extension(default: Any) -> Any:
 class DiTConfig(NetworkConfig):
     """The block-causal Diffusion Transformer (``model_type`` "cola_dit"); defaults are the released 1.8B.
 
-    ``prediction`` is an extension: "velocity" (released) or "z0", what the
-    network's output means. Raises :class:`ColadaError` for values that contradict each other.
+    Two are extensions: ``prediction``, "velocity" (released) or "z0", what the network's output means, and
+    ``training_length``, tokens of the rows it was trained on where that is known.
+    Raises :class:`ColadaError` for values that contradict each other.
     """
 
     model_type: ClassVar[str] = "cola_dit"
@@ -142,7 +144,8 @@ class DiTConfig(NetworkConfig):
     patch_size: int = 1
     rope_dim: int = 96
     block_size: int = 4
-    prediction: str = _extension("velocity")
+    prediction: str = extension("velocity")
+    training_length: int | None = extension(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,6 +165,7 @@ class DiTConfig(NetworkConfig):
             f"a multiple of patch_size={self.patch_size}",
         )
         self._require(self.prediction in ("velocity", "z0"), "prediction", "'velocity' or 'z0'")
+        self._require((self.training_length or 1) > 0, "training_length", "a positive number")
 
 
 @dataclass(frozen=True)
@@ -222,8 +226,8 @@ class TextVAEConfig(NetworkConfig):
     use_emb: bool = True
     dropout: float = 0.0
     attn_dropout: float = 0.0
-    pad_token_id: int | None = _extension(None)
-    log_snr: float | None = _extension(None)
+    pad_token_id: int | None = extension(None)
+    log_snr: float | None = extension(None)
 
     def __post_init__(self) -> None:
         for name in ("clip_qkv", "log_snr"):

@@ -32,6 +32,10 @@ def _shown(message: str) -> str:
     return message
 
 
+class ColadaWarning(UserWarning):
+    """Something that works, but may not be what the user wants. The command line prints it as a note."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest known name, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1)

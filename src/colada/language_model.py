@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Self, Unpack
 import torch
 
 from colada.chat import check_messages, render
-from colada.errors import ColadaError, failure, nearest, shown
+from colada.errors import ColadaError, ColadaWarning, failure, nearest, shown
 from colada.locate import CHAT_TEMPLATE_FILE, is_hub_id
 from colada.settings import (
     Prompt,
@@ -84,6 +85,7 @@ class LanguageModel(ABC):
         require_kind("origin", origin, str)
         require_kind("chat_template", chat_template, str, optional=True)
         self.tokenizer, self.origin, self.chat_template = tokenizer, origin, chat_template
+        self._warned = False
         if tokenizer is not None and tokenizer.vocab_size > self.vocab_size:
             raise ColadaError(
                 f"{origin or 'model'}: the tokenizer has {tokenizer.vocab_size} entries, "
@@ -97,6 +99,15 @@ class LanguageModel(ABC):
     @abstractmethod
     def vocab_size(self) -> int:
         """Ids are below it."""
+
+    @property
+    @abstractmethod
+    def training_length(self) -> int | None:
+        """Tokens of the rows that it was trained on, where that is known; it goes with a saved model."""
+
+    @training_length.setter
+    @abstractmethod
+    def training_length(self, length: int | None) -> None: ...
 
     @property
     @abstractmethod
@@ -258,6 +269,22 @@ class LanguageModel(ABC):
                 raise ColadaError("this model has no tokenizer.json: give prompts as lists of ids")
             prompt = self.tokenizer.encode(check_text(prompt))
         return check_ids(prompt, self.vocab_size)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Return the ids of a prompt that is to be continued; once, one longer than training rows is noted.
+
+        Raises:
+            ColadaError: as :meth:`ids`.
+        """
+        ids, length = self.ids(prompt), self.training_length
+        if length is not None and len(ids) > length and not self._warned:
+            self._warned = True
+            rows = f"{self.origin or 'the model'} was trained on rows of {length} tokens"
+            text = (
+                f"a prompt of {len(ids)} tokens, but {rows}: what it writes after a longer one may be worse"
+            )
+            warnings.warn(text, ColadaWarning, stacklevel=4)
+        return ids
 
     def endings(self, chosen: Mapping[str, Any]) -> tuple[list[str], Sequence[int]]:
         """Return the stop strings and end tokens of chosen settings.

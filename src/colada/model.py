@@ -104,6 +104,15 @@ class ColaDLM(LanguageModel):
         return self.vae.config.vocab_size
 
     @property
+    def training_length(self) -> int | None:
+        """Tokens of the rows that it was trained on, where that is known."""
+        return self.dit.config.training_length
+
+    @training_length.setter
+    def training_length(self, length: int | None) -> None:
+        self.dit.config = dataclasses.replace(self.dit.config, training_length=length)
+
+    @property
     def device(self) -> torch.device:
         """Where the networks are."""
         return self.dit.txt_in.proj.weight.device
@@ -348,7 +357,7 @@ class ColaDLM(LanguageModel):
         """
         max_new_tokens = require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
         chosen = self.chosen(settings)
-        ids = self.ids(prompt)
+        ids = self.prompt_ids(prompt)
         (seed,), (guidance,) = (one_each(name, chosen[name], 1, 0) for name in ("seed", "guidance"))
         stop, end_ids = self.endings(chosen)
         shape = (self.vae.config.block_size, self.vae.config.latent_dim)

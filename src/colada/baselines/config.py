@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from colada.config import NetworkConfig
+from colada.config import NetworkConfig, extension
 from colada.errors import ColadaError
 
 HEAD = 64  # Channels of a head, where the width allows it.
@@ -20,7 +20,8 @@ class DecoderConfig(NetworkConfig):
 
     ``objective`` says what it is trained for: "ar", the next token under causal visibility, or "llada",
     masked tokens under full visibility. ``bos_token_id`` precedes every text of an AR model;
-    ``block_size`` tokens are decoded together by a LLaDA model, blocks from left to right.
+    ``block_size`` tokens are decoded together by a LLaDA model, blocks from left to right;
+    ``training_length`` is tokens of the rows it was trained on, where that is known.
 
     Raises :class:`ColadaError` for values that contradict each other.
     """
@@ -39,6 +40,7 @@ class DecoderConfig(NetworkConfig):
     init_std: float = 0.02
     bos_token_id: int = 0
     block_size: int = 16
+    training_length: int | None = extension(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +48,7 @@ class DecoderConfig(NetworkConfig):
         self._require_positive("norm_eps", "rope_theta", "init_std")
         self._require(self.objective in OBJECTIVES, "objective", "'ar' or 'llada'")
         self._require_positive("block_size")
+        self._require((self.training_length or 1) > 0, "training_length", "a positive number")
         self._require(
             0 <= self.bos_token_id < self.vocab_size,
             "bos_token_id",

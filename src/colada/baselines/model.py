@@ -104,6 +104,15 @@ class DecoderLM(LanguageModel):
         return self.decoder.config.vocab_size
 
     @property
+    def training_length(self) -> int | None:
+        """Tokens of the rows that it was trained on, where that is known."""
+        return self.decoder.config.training_length
+
+    @training_length.setter
+    def training_length(self, length: int | None) -> None:
+        self.decoder.config = replace(self.decoder.config, training_length=length)
+
+    @property
     def device(self) -> torch.device:
         """Where the network is."""
         return self.decoder.wte.weight.device
@@ -180,7 +189,7 @@ class DecoderLM(LanguageModel):
         size = self.decoder.config.block_size
         if steps is not None and steps > size:
             raise ColadaError(f"steps={steps}, expected at most the {size} tokens of a block")
-        ids = [self.ids(prompt) for prompt in prompts]
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
         return Writing(
             ids,
             [Transcript(self.tokenizer, 0, max_new_tokens, stop, end_ids, own) for own in ids],

@@ -37,14 +37,21 @@ def system_of(
     return kind(recipe, tokenizer, start, whole)
 
 
-def write_model(model: LanguageModel, dtype: torch.dtype, directory: Path) -> None:
-    """Write a model, which is cast to ``dtype``, as a model directory.
+def write_model(model: LanguageModel, recipe: Recipe, directory: Path) -> None:
+    """Write a model, which is cast to the type that its recipe says, as a model directory.
 
     Raises:
         ColadaError: if it cannot be written.
     """
     with disk_errors(directory):
-        model.to(dtype=dtype).save(directory)
+        model.training_length = _row_length(recipe)
+        model.to(dtype=DTYPES[recipe.run.save_dtype]).save(directory)
+
+
+def _row_length(recipe: Recipe) -> int:
+    if recipe.model.arch != "cola":
+        return recipe.baseline.length
+    return (recipe.stage2 if recipe.stage2.steps else recipe.stage1).length
 
 
 def export(checkpoint: Path, directory: Path) -> str:
@@ -81,7 +88,7 @@ def export(checkpoint: Path, directory: Path) -> str:
     template = checkpoint / CHAT_TEMPLATE_FILE
     text = read_text(template) if template.is_file() else None
     parts = {"tokenizer": tokenizer, "generation": state["generation"], "chat_template": text}
-    write_model(system.model(system.networks, **parts), DTYPES[recipe.run.save_dtype], directory)
+    write_model(system.model(system.networks, **parts), recipe, directory)
     begun = system.networks.keys() - stage.networks.keys() - stage.resting.keys()
     rest = "".join(f", the {'DiT' if name == 'dit' else name} as it began" for name in sorted(begun))
     return f"stage {state['stage']}, step {state['step']}{rest}"

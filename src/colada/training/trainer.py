@@ -443,7 +443,7 @@ class Trainer:
         """Write the networks as a model directory; all ranks must call it."""
         whole = self._whole(self.system.networks)
         if whole is not None:
-            write_model(self._model(whole), DTYPES[self.recipe.run.save_dtype], directory)
+            write_model(self._model(whole), self.recipe, directory)
         self.ranks.wait()
 
     def _whole(self, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module] | None:
