@@ -160,11 +160,12 @@ def _by_engine(
     engine = Engine(vae, dit, capacity=capacity, pad_id=pad_id, keep_logits=True)
     for own in requests:
         engine.submit(own)
-    made = []
-    for _ in range(blocks):
+    made: list[list[Block]] = []
+    while len(made) < blocks:
         for _ in engine.next_block():
             pass
-        made.append([slot.block for slot in engine.under_way if slot.block is not None])
+        if engine.news:  # A long grid takes several rounds.
+            made.append([slot.block for slot in engine.news if slot.block is not None])
     return made
 
 
