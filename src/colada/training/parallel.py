@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
 from colada.baselines.decoder import Decoder
@@ -29,7 +30,11 @@ from colada.device import find_device
 from colada.dit import DiT
 from colada.errors import ColadaError
 from colada.training.environment import local_rank, world_size
-from colada.vae import TextVAE
+from colada.vae import Posterior, TextVAE
+
+# FSDP2 gathers weights for the backward pass when the gradient of a network's output comes. In torch 2.11 it
+# does not find outputs in a dataclass by itself.
+register_dataclass(Posterior)
 
 
 @dataclass(frozen=True)
