@@ -40,24 +40,24 @@ def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor
 
 
 def rotations(positions: Tensor, dims: int, width: int, theta: float) -> Tensor:
-    """Return e^(i position frequency), complex64 (N, 1, width/2), for :func:`rotate_interleaved`.
+    """Return e^(i position frequency) as pairs, float32 (N, 1, width/2, 2), for :func:`rotate_interleaved`.
 
     Channels from ``dims`` on turn with frequency zero: they pass through, in the same product.
     """
     frequencies = kept_frequencies(dims, theta, positions.device)
     angles = positions.to(torch.float32)[:, None, None] * F.pad(frequencies, (0, (width - dims + 1) // 2))
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack([angles.cos(), angles.sin()], -1)
 
 
 def rotate_interleaved(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate the channels of x (N, K, D), in pairs (2k, 2k+1), in float32: one complex product."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # Compiled code has no complex products, but fuses real ones.
-        cos, sin = torch.view_as_real(rotation).unbind(-1)
+        cos, sin = rotation.unbind(-1)
         even, odd = pairs.unbind(-1)
         turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
     return turned.flatten(-2).to(x.dtype)
 
 
