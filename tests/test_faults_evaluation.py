@@ -253,6 +253,19 @@ def test_a_second_run_in_a_directory_is_refused_and_the_first_is_whole(
     assert not list(out.glob(".rank*"))
 
 
+@pytest.mark.parametrize("name", ["obqa.jsonl", "obqa.settings.json"])
+@pytest.mark.parametrize("content", ["a named pipe", "[" * 100_000, "[]", "9" * 5000, "5"])
+def test_b2_b4_what_no_run_has_left_in_its_directory_is_one_line(
+    tmp_path: Path, colours: Benchmark, name: str, content: str
+) -> None:
+    if content == "a named pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_text(content + "\n")
+    with pytest.raises(ColadaError, match=name):
+        evaluate(Reader(), [colours], tmp_path)
+
+
 def test_other_ranks_of_the_same_run_are_let_in(tmp_path: Path, colours: Benchmark) -> None:
     out = tmp_path / "out"
     other = partial(evaluate, Reader(), [colours], out, part=Part(1, 2))
@@ -482,6 +495,26 @@ def test_a_value_out_of_bounds_is_refused_before_anything_is_loaded(
     for value in values:
         assert run(*command, option, value)
         assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        *(({"WORLD_SIZE": size}, "WORLD_SIZE") for size in ("x", "", "0", "-1", "2.0", "9" * 30)),
+        *(({"WORLD_SIZE": "2", "RANK": rank}, "RANK") for rank in ("2", "-1", "x", "")),
+        ({"RANK": "1"}, "RANK"),
+        ({"WORLD_SIZE": "2"}, "RANK"),
+    ],
+)
+def test_b7_an_environment_that_makes_no_ranks_is_one_line(
+    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], named: str
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in changed.items():
+        monkeypatch.setenv(name, value)
+    assert f"the environment has {named}=" in run(*RUN)
+    assert not Path("out").exists()
 
 
 def test_a_study_without_its_corpora_is_refused_at_once(run: Callable[..., str]) -> None:

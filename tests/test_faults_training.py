@@ -35,12 +35,13 @@ from colada.streaming import GenerationError
 from colada.training import checkpoints
 from colada.training.checkpoints import Place, find, places
 from colada.training.display import Display
+from colada.training.dry_run import plan_run
 from colada.training.inputs import train_tokenizer
 from colada.training.monitors import Samples
 from colada.training.optimisation import learning_rate
 from colada.training.parallel import Ranks
 from colada.training.recipe import load_recipe
-from colada.training.sections import OptimiserSection
+from colada.training.sections import MOST_STEPS, OptimiserSection, Stage2Section
 from colada.training.trainer import Trainer
 from runs import DEBUG, ROOT, STORIES, TINY, At, assert_same_run, recipe
 
@@ -559,6 +560,20 @@ def test_a_command_is_refused_without_waiting_for_torch(tmp_path: Path, command:
     assert done.stdout == "2 False\n"
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "baseline"])
+@pytest.mark.parametrize("vae", ["frozen", "joint", "interval"])
+def test_b1_the_longest_run_is_planned_at_once(stage: str, vae: str) -> None:
+    plan = plan_run(recipe(f"{stage}.steps={MOST_STEPS}", f"stage2.vae={vae}"), 1)
+    assert sum(phase.steps for phase in plan.phases) >= (MOST_STEPS if stage != "baseline" else 12)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 5, 6, 9, 10, 11, 101])
+@pytest.mark.parametrize("vae", ["frozen", "joint", "interval"])
+def test_joint_steps_are_counted_as_they_are_trained(steps: int, vae: Any) -> None:
+    section = Stage2Section(steps=steps, vae=vae, interval=(4, 2))
+    assert section.joint_steps == sum(map(section.joint_at, range(steps)))
 
 
 def test_a_dry_run_looks_at_the_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -368,6 +368,10 @@ def test_results_that_do_not_belong_together_are_refused(make: Callable[..., Res
         ('"cola"', '"coal"', "arch 'coal'"),
         ('"lambada"', '"lambda"', "did you mean 'lambada'"),
         ('"flops": {', '"flop": {', "KeyError('flops')"),
+        ('"tokens": 5', '"tokens": Infinity', "not a cell's result"),
+        ('"tokens": 5', '"tokens": ' + "9" * 5000, "thousands of digits"),
+        ('"narrow_flops": 1.0', f'"narrow_flops": {10**400}', "not a cell's result"),
+        ('"tokens": 5', '"tokens": ' + "[" * 100_000, "nested too deeply"),
     ],
 )
 def test_damage_is_named(

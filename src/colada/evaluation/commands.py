@@ -21,6 +21,7 @@ from colada.options import (
     load_model,
 )
 from colada.settings import MOST_TOKENS, check_settings, require_count
+from colada.training.environment import rank_of_world
 
 if TYPE_CHECKING:
     from colada.evaluation.data import Benchmark
@@ -435,7 +436,7 @@ def _place(rank: int | None, world: int | None) -> tuple[int, int]:
         raise ColadaError(f"--rank {rank} and --world {world}, expected both or neither")
     if rank is not None and world is not None:
         return rank, world
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return rank_of_world()
 
 
 def _files(files: list[Path], name: str | None) -> list[tuple[Task, Path]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from colada.evaluation.outputs import Output, read_outputs, write_outputs
 from colada.evaluation.scoring import normalise
 from colada.evaluation.statistics import Score, average, score
 from colada.evaluation.tasks import Item, Task
-from colada.files import write_text
+from colada.files import read_json_object, require_file, write_text
 from colada.settings import Settings, TextRequest, require_count
 from colada.streaming import Completion
 from colada.tokenizer import Tokenizer
@@ -382,12 +383,12 @@ def _begin(out: Path, benchmark: Benchmark, made_with: Mapping[str, Any]) -> Non
         "shots": benchmark.shots,
     }
     own = json.loads(json.dumps(own))  # as it will be read: tuples are lists
-    if not path.is_file():
+    if not os.path.lexists(path):
         write_text(path, json.dumps(own, indent=2) + "\n")
         return
     try:
-        begun = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        begun = read_json_object(path)
+    except ColadaError as error:
         raise ColadaError(f"{path}: not the settings of a run ({error})") from None
     changed = [
         f"{name}={own.get(name)!r}, begun with {begun.get(name)!r}"
@@ -402,6 +403,8 @@ def _waiting(out: Path, benchmark: Benchmark, seed: int, part: Part, display: Di
     """Return the items of this process that no file has; a half-written line of its own file is dropped."""
     task = benchmark.task
     own = part.file(out, task)
+    if os.path.lexists(own):
+        require_file(own, "a file of outputs, or none")  # To append to a named pipe waits for ever.
     if own.is_file() and _drop_half_line(own):
         display.say(f"{own}: the last line was half-written; its item is generated again")
     expected = {item.id: item for item in benchmark.items}

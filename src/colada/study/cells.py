@@ -11,7 +11,7 @@ from typing import Any
 from colada.errors import ColadaError
 from colada.evaluation.statistics import Outcome, clustered
 from colada.evaluation.tasks import Task, find_task
-from colada.files import write_text
+from colada.files import read_json_object, write_text
 from colada.language_model import ARCHITECTURES
 from colada.training.ledger import Ledger
 
@@ -128,7 +128,7 @@ def read_result(path: Path) -> Result:
         ColadaError: naming the file, if it is damaged.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json_object(path)
         cell = record["cell"]
         if cell["arch"] not in ARCHS:
             raise ValueError(f"arch {cell['arch']!r}, expected one of {', '.join(ARCHS)}")
@@ -141,9 +141,7 @@ def read_result(path: Path) -> Result:
             raise ValueError("no tasks")
         cost, asked = _ledger(record["ledger"]), dict(record["asked"])
         return Result(str(cell["recipe"]), cell["arch"], int(cell["seed"]), cost, asked, counts, record)
-    except OSError as error:
-        raise ColadaError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, ColadaError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, ColadaError) as error:
         advice = "delete it, and the study makes it again from the outputs beside it"
         raise ColadaError(f"{path}: not a cell's result ({error!r}); {advice}") from None
 

@@ -91,7 +91,7 @@ def _cola_phases(recipe: Recipe, vae: TextVAEConfig, dit: DiTConfig, ranks: int)
     phases = []
     for number, section in ((1, recipe.stage1), (2, recipe.stage2)):
         placement = _placement(recipe, section, ranks)
-        joint = sum(recipe.stage2.joint_at(step) for step in range(section.steps)) if number == 2 else 0
+        joint = recipe.stage2.joint_steps
         parts = [("stage 1", section.steps, False)]
         if number == 2:
             parts = [

@@ -29,6 +29,16 @@ def world_size() -> int:
     return size
 
 
+def rank_of_world() -> tuple[int, int]:
+    """Return this process's rank and how many there are, for those that need not talk to each other.
+
+    Raises:
+        ColadaError: as :func:`world_size`.
+    """
+    size = _number("WORLD_SIZE", 1, MOST_RANKS) if "WORLD_SIZE" in os.environ else 1
+    return (_number("RANK", 0, size - 1) if "RANK" in os.environ or size > 1 else 0), size
+
+
 def local_rank(devices: int) -> int:
     """Return this rank's number on its machine, of so many devices.
 

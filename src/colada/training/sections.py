@@ -197,6 +197,14 @@ class Stage2Section(OptimiserSection):
     lambda_fm: float = Field(1.0, ge=0, le=LARGEST, description="Joint: weight of the flow.")
     lambda_ref: float = Field(0.1, ge=0, le=LARGEST, description="Joint: weight of KL(q || q of stage 1).")
 
+    @property
+    def joint_steps(self) -> int:
+        """How many of the steps the Text VAE learns in."""
+        if self.vae != "interval":
+            return self.steps if self.vae == "joint" else 0
+        joint, whole = self.interval[0], sum(self.interval)
+        return self.steps // whole * joint + min(self.steps % whole, joint)
+
     def joint_at(self, step: int) -> bool:
         """Return whether the Text VAE learns in a step."""
         return self.vae == "joint" or (
