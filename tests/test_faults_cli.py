@@ -132,6 +132,26 @@ for args in json.loads(sys.argv[1]):
             assert re.fullmatch(r"error: [^\n]+\n", err), args
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["eval", "score", "9" * 5000],
+        ["report", "a" * 3000],
+        ["train", "\x1b[31m" * 900],
+        ["parity", "no/case", "--tolerance", "inf"],
+    ],
+    ids=lambda args: args[0],
+)
+def test_a_message_is_short_and_printable_whatever_it_quotes(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+\n", error)
+    assert error.strip().isprintable()
+    assert len(error) < 1200
+
+
 ODD = [
     "",
     "0",

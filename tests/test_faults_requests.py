@@ -133,6 +133,17 @@ NOT_PROMPTS: list[Any] = [
 ]
 NOT_COUNTS: list[Any] = [0, -1, 2.5, "4", True, [4], HUGE, 10**12, float("nan"), b"4"]
 NOT_FUNCTIONS: list[Any] = [5, "print", [print], {}]
+NOT_FLAGS: list[Any] = [
+    None,
+    0,
+    1,
+    "no",
+    [],
+    [True],
+    np.array([True, False]),
+    torch.tensor([]),
+    Unprintable(),
+]
 NOT_MESSAGES: list[Any] = [
     None,
     5,
@@ -202,6 +213,9 @@ CALLS: dict[str, tuple[Callable[[ColaDLM, Any], Any], list[Any]]] = {
     "progress": (lambda model, bad: measure(model, ["x"], progress=bad), NOT_FUNCTIONS),
     "complete progress": (lambda model, bad: model.complete_all([], progress=bad), NOT_FUNCTIONS),
     "callback": (lambda model, bad: model.generate("x", 2, callback=bad), NOT_FUNCTIONS),
+    "guesses": (lambda model, bad: model.stream("x", 2, guesses=bad), NOT_FLAGS),
+    "submit guesses": (lambda model, bad: model.session(history=8).submit("x", 2, guesses=bad), NOT_FLAGS),
+    "chunks guesses": (lambda model, bad: model.session(history=8).chunks(bad), NOT_FLAGS),
     "chunks callback": (lambda model, bad: model.session(history=8).chunks(callback=bad), NOT_FUNCTIONS),
     "requests": (lambda model, bad: model.complete(bad), [None, 5, "ab", [5], [("x", 2, {})], {"a": 1}]),
     "request settings": (
@@ -241,6 +255,8 @@ CALLS: dict[str, tuple[Callable[[ColaDLM, Any], Any], list[Any]]] = {
         lambda model, bad: tok(model).decode(bad),
         [None, 5, "ab", [-1], ["a"], [1.5], [2**32], [None], [[1]]],
     ),
+    "tokenizer skip_special": (lambda model, bad: tok(model).decode([1], bad), NOT_FLAGS),
+    "tokenizer of": (lambda model, bad: Tokenizer(bad), [None, 5, "tokenizer.json", [], tokenizers]),
     "tokenizer id_of": (lambda model, bad: tok(model).id_of(bad), [None, 5, b"x", ["x"]]),
     "tokenizer train": (
         lambda model, bad: Tokenizer.train(bad, 280),

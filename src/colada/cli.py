@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -180,7 +181,8 @@ def _usage(error: Any) -> str:
 
 
 def _fail(message: str) -> int:
-    _say(f"error: {' '.join(message.split())}")
+    # As every other one is shown: the system's errors quote paths of any length and content.
+    _say(f"error: {' '.join(str(ColadaError(message)).split())}")
     return 2
 
 
@@ -314,6 +316,8 @@ def parity(
     device: DeviceOption = "cpu",
 ) -> None:
     """Compare this implementation with a reference: one JSON line a case, exit status 1 if any fails."""
+    if tolerance == math.inf:
+        raise ColadaError("tolerance=inf, expected a finite number: everything would hold")
     from colada.parity import report
 
     codes = [report(case, tolerance, device) for case in cases]

@@ -11,7 +11,7 @@ from colada.engine.engine import Engine
 from colada.engine.request import Request, Slot
 from colada.errors import ColadaError, failure, shown
 from colada.generation import TransportStep
-from colada.settings import Prompt, Settings, is_whole, require_function
+from colada.settings import Prompt, Settings, is_whole, require_flag, require_function
 from colada.streaming import Chunk, Completion, Transcript, completed
 
 CANCELLED = "cancelled"
@@ -65,6 +65,7 @@ class Session:
             ColadaError: naming the argument at fault, or if it is larger than the whole history;
                 the other requests are not affected.
         """
+        guesses = require_flag("guesses", guesses)
         return self.add(*self._open(prompt, max_new_tokens, settings), guesses=guesses)
 
     def add(self, request: Request, transcript: Transcript, *, guesses: bool = False) -> int:
@@ -103,10 +104,10 @@ class Session:
             callback: sees the latents after every solver step.
 
         Raises:
-            ColadaError: for a callback that cannot be called.
+            ColadaError: for a callback that cannot be called, or guesses that are neither True nor False.
         """
         require_function("callback", callback)
-        return self._chunks(bool(guesses), callback)
+        return self._chunks(require_flag("guesses", guesses), callback)
 
     def _chunks(self, guesses: bool, callback: Callable[[TransportStep], None] | None) -> Iterator[Chunk]:
         while True:

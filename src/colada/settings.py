@@ -275,6 +275,14 @@ def require_count(name: str, value: Any, most: int = MOST_COUNT) -> int:
     return int(count)
 
 
+def require_flag(name: str, value: Any) -> bool:
+    """Return a flag once it is True or False, numpy's too. Raises ColadaError for anything else."""
+    flag = plain(value)
+    if not isinstance(flag, bool):
+        raise ColadaError(f"{name}={shown(value)}, expected True or False")
+    return flag
+
+
 def require_function(name: str, value: Any) -> None:
     """Raise ColadaError unless a value, if it is not None, can be called."""
     if value is not None and not callable(value):

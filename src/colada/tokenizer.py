@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from colada.errors import ColadaError, shown
 from colada.files import MOST_JSON, as_path, read_text, write_text
-from colada.settings import check_ids, is_whole
+from colada.settings import check_ids, is_whole, require_flag
 
 # The names OLMo 2 (dolma2) uses, so that released checkpoints and new ones share code.
 END_OF_TEXT = "<|endoftext|>"
@@ -40,8 +40,10 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, origin: str = "tokenizer") -> None:
         """Wrap ``inner``; ``origin`` names it in errors.
 
-        Raises ColadaError when it lacks ``<|endoftext|>`` or ``<|pad|>``.
+        Raises ColadaError when it is none, or lacks ``<|endoftext|>`` or ``<|pad|>``.
         """
+        if not isinstance(inner, tokenizers.Tokenizer):
+            raise ColadaError(f"inner={shown(inner)}, expected a tokenizers.Tokenizer")
         # A file may carry truncation or padding, either of which would silently change documents.
         inner.no_truncation()
         inner.no_padding()
@@ -139,6 +141,7 @@ class Tokenizer:
         Bytes that are not UTF-8, such as half a character, become U+FFFD. Ids
         outside the vocabulary have no text and add none.
         """
+        require_flag("skip_special", skip_special)
         try:
             text: str = self._inner.decode(list(ids), skip_special_tokens=bool(skip_special))
         except (TypeError, OverflowError, RuntimeError):

@@ -28,6 +28,7 @@ from colada.settings import (
     listed,
     one_each,
     require_count,
+    require_flag,
     several,
 )
 from colada.streaming import Chunk, Completion, Transcript, completed
@@ -148,6 +149,7 @@ class DecoderLM(LanguageModel):
         **settings: Unpack[Settings],
     ) -> Iterator[Chunk]:
         """Yield a chunk after every token or block of every prompt; there are no guesses."""
+        require_flag("guesses", guesses)
         return self._chunks(self._writing(prompts, max_new_tokens, settings))
 
     def complete(self, requests: Iterable[TextRequest], batch: int = 16) -> Iterator[tuple[int, Completion]]:
