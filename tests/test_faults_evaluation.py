@@ -32,7 +32,7 @@ from colada.evaluation.likelihood import likelihood
 from colada.evaluation.measure import measure
 from colada.evaluation.run import Part, evaluate, fingerprint
 from colada.evaluation.statistics import Outcome, clustered
-from colada.evaluation.tasks import TASKS
+from colada.evaluation.tasks import TASKS, find_task
 from colada.evaluation.texts import read_texts
 from colada.language_model import LanguageModel
 from colada.locate import BUNDLED
@@ -264,6 +264,55 @@ def test_b2_b4_what_no_run_has_left_in_its_directory_is_one_line(
         (tmp_path / name).write_text(content + "\n")
     with pytest.raises(ColadaError, match=name):
         evaluate(Reader(), [colours], tmp_path)
+
+
+NOTHING: list[Any] = [5, "x", [5], {}, 1.5, 10**400]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("model", [None, *NOTHING]),
+        ("benchmarks", [None, *NOTHING]),
+        ("out", [None, 5, "\0", [5]]),
+        ("seed", [None, -1, 1.5, "1", [1], True, 2**63]),
+        ("max_new_tokens", [None, 0, 1.5, "1", 10**12]),
+        ("batch", [None, 0, 1.5, "1", 10**12]),
+        ("part", NOTHING),
+        ("steps", [0, "1", 10**12]),
+    ],
+)
+def test_b5_an_evaluation_of_nothing_is_refused_in_one_line(
+    tmp_path: Path, colours: Benchmark, name: str, values: list[Any]
+) -> None:
+    good: dict[str, Any] = {"model": Reader(), "benchmarks": [colours], "out": tmp_path / "out"}
+    for value in values:
+        with pytest.raises(ColadaError):
+            evaluate(**{**good, name: value})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("task", [None, 5, [5], {}, {1}, "obq"]),
+        ("data", [None, 5, b"x", "\0", [5]]),
+        ("shots", [-1, 1.5, "1", [1], True, 99]),
+        ("limit", [0, -1, 1.5, "1", [1], True]),
+        ("seed", [None, -1, 1.5, "1", [1], True]),
+        ("order", [None, "fil", 5, [1], {}]),
+        ("part", [(None, 1), (0, None), (0.5, 1), (True, 2), ("0", "1"), (1, 1)]),
+    ],
+)
+def test_b5_benchmarks_asked_for_wrongly_are_refused_in_one_line(
+    tmp_path: Path, name: str, values: list[Any]
+) -> None:
+    path = write_lines(tmp_path / "colours.jsonl", {"id": 1, **RECORD})
+    asks: dict[str, Callable[[Any], object]] = {"task": find_task, "part": lambda value: Part(*value)}
+    other = lambda value: load_benchmark(TASKS["obqa"], **{"data": path, name: value})  # noqa: E731
+    for value in values:
+        with pytest.raises(ColadaError):
+            asks.get(name, other)(value)
 
 
 def test_other_ranks_of_the_same_run_are_let_in(tmp_path: Path, colours: Benchmark) -> None:

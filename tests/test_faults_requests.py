@@ -255,6 +255,16 @@ CALLS: dict[str, tuple[Callable[[ColaDLM, Any], Any], list[Any]]] = {
         lambda model, bad: tok(model).decode(bad),
         [None, 5, "ab", [-1], ["a"], [1.5], [2**32], [None], [[1]]],
     ),
+    "a network's configuration": (
+        lambda model, bad: colada.DiT(bad),
+        [None, 5, "config", {}, [1], Unprintable(), np.zeros(3), colada.TextVAEConfig],
+    ),
+    "a Text VAE's configuration": (lambda model, bad: colada.TextVAE(bad), [None, 5, {}, Unprintable()]),
+    "a decoder's configuration": (lambda model, bad: Decoder(bad), [None, 5, {}, Unprintable()]),
+    "a configuration": (
+        lambda model, bad: colada.DiTConfig.from_dict(bad),
+        [None, 5, "x", [1], {5: 5}, {"model_type": [1]}, {"heads": Unprintable()}, {"heads": HUGE}],
+    ),
     "tokenizer skip_special": (lambda model, bad: tok(model).decode([1], bad), NOT_FLAGS),
     "tokenizer of": (lambda model, bad: Tokenizer(bad), [None, 5, "tokenizer.json", [], tokenizers]),
     "tokenizer id_of": (lambda model, bad: tok(model).id_of(bad), [None, 5, b"x", ["x"]]),

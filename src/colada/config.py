@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, get_type_hints
 
-from colada.errors import ColadaError, nearest
+from colada.errors import ColadaError, nearest, shown
 
 # Keys that the transformers library writes into every config.json; they do not describe the network.
 _METADATA_KEYS = frozenset(
@@ -51,7 +51,7 @@ class NetworkConfig:
                 object.__setattr__(self, field.name, value)
             elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 name = getattr(kind, "__name__", str(kind))
-                raise ColadaError(f"{self.model_type}: {field.name}={value!r}, expected {name}")
+                raise ColadaError(f"{self.model_type}: {field.name}={shown(value)}, expected {name}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ColadaError(f"{self.model_type}: {field.name}={value!r}, expected a finite number")
             if isinstance(value, float) and value and not 1e-30 <= abs(value) <= 1e30:
@@ -59,8 +59,7 @@ class NetworkConfig:
                 raise ColadaError(f"{self.model_type}: {field.name}={value!r}, expected {expected}")
             most = _MOST.get(field.name, 2**20)
             if isinstance(value, int) and abs(value) > most:
-                shown = value if abs(value) < 10**20 else f"(a number of {value.bit_length()} bits)"
-                raise ColadaError(f"{self.model_type}: {field.name}={shown}, expected at most {most}")
+                raise ColadaError(f"{self.model_type}: {field.name}={shown(value)}, expected at most {most}")
         for name, only in self.fixed.items():
             if getattr(self, name) != only:
                 raise ColadaError(
@@ -69,7 +68,7 @@ class NetworkConfig:
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:
-            raise ColadaError(f"{self.model_type}: {name}={getattr(self, name)!r}, expected {expected}")
+            raise ColadaError(f"{self.model_type}: {name}={shown(getattr(self, name))}, expected {expected}")
 
     def _require_positive(self, *names: str) -> None:
         for name in names:
@@ -84,17 +83,25 @@ class NetworkConfig:
         Raises:
             ColadaError: for another ``model_type``, an unknown key or a value that is not supported.
         """
+        if not isinstance(values, Mapping):
+            raise ColadaError(f"{origin} is {shown(values)}, expected keys and values")
         found = values.get("model_type", cls.model_type)
-        if found != cls.model_type:
-            raise ColadaError(f"{origin}: model_type {found!r}, expected {cls.model_type!r}")
+        if not isinstance(found, str) or found != cls.model_type:
+            raise ColadaError(f"{origin}: model_type {shown(found)}, expected {cls.model_type!r}")
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for key in values:
             if key not in known and key not in _METADATA_KEYS:
-                raise ColadaError(f"{origin}: unknown key {key!r}{nearest(key, known)}")
+                raise ColadaError(f"{origin}: unknown key {shown(key)}{nearest(key, known)}")
         try:
             return cls(**{key: value for key, value in values.items() if key in known})
         except ColadaError as error:
             raise ColadaError(f"{origin}: {error}") from None
+
+    @classmethod
+    def require(cls, config: object) -> None:
+        """Raise ColadaError for what is no such configuration."""
+        if not isinstance(config, cls):
+            raise ColadaError(f"config={shown(config)}, expected a {cls.__name__}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of a ``config.json``; extensions are left out while they have their default."""

@@ -184,6 +184,7 @@ class DiT(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
+        DiTConfig.require(config)
         self.config = config
         patch = config.patch_size
         self.txt_in = Patch(config.txt_in_channels * patch, config.txt_dim)

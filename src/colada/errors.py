@@ -36,8 +36,10 @@ class ColadaWarning(UserWarning):
     """Something that works, but may not be what the user wants. The command line prints it as a note."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest known name, or an empty string."""
+    if not isinstance(name, str):
+        return ""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""
 

@@ -275,6 +275,13 @@ def require_count(name: str, value: Any, most: int = MOST_COUNT) -> int:
     return int(count)
 
 
+def require_seed(value: Any) -> int:
+    """Return one seed for all once it is a whole number in its bounds. Raises ColadaError otherwise."""
+    if not is_whole(value) or not 0 <= value <= MOST_SEED:
+        raise ColadaError(f"seed={shown(value)}, expected a whole number {_range(0, MOST_SEED)}")
+    return int(value)
+
+
 def require_flag(name: str, value: Any) -> bool:
     """Return a flag once it is True or False, numpy's too. Raises ColadaError for anything else."""
     flag = plain(value)

@@ -173,6 +173,7 @@ class TextVAE(nn.Module):
 
     def __init__(self, config: TextVAEConfig) -> None:
         super().__init__()
+        TextVAEConfig.require(config)
         self.config = config
         self.encoder = TextEncoder(config)
         self.decoder = TextDecoder(config)

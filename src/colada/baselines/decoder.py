@@ -43,6 +43,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        DecoderConfig.require(config)
         self.config = config
         self.wte = nn.Embedding(config.embeddings, config.dim)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_layers))

@@ -19,6 +19,7 @@ from colada.options import (
     RevisionOption,
     load_cola,
 )
+from colada.settings import MOST_TOKENS, check_settings, require_count
 
 if TYPE_CHECKING:
     from colada.bench.contestants import Contestant
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 bench_app = typer.Typer()
 
+MOST_TURNS = 10_000
+"""Turns of a contestant, and prompts or requests of a measurement."""
 OPPONENTS = ("plain", "reference", "ar")
 
 
@@ -85,6 +88,10 @@ def generate(
 
     Contestants take turns, and each point of the sweep batch x context x steps gives medians and ranges.
     """
+    require_count("new_tokens", new_tokens, MOST_TOKENS)
+    check_settings({"guidance": guidance, "seed": seed})
+    _check_turns(repeats=repeats, warm_up=warm_up or None, mixed=mixed)
+
     from rich.console import Console
 
     from colada.bench.machine import measure_rates
@@ -171,6 +178,10 @@ def levers(
 
     Each generates the block after the same prompts from the same noise; the flow in 256 steps is exact.
     """
+    check_settings({"seed": seed})
+    require_count("context", context, MOST_TOKENS)
+    _check_turns(repeats=repeats, prompts=prompts)
+
     import dataclasses
     import importlib.util
 
@@ -197,6 +208,13 @@ def levers(
         console = Console(highlight=False)
         console.print(f"{machine_name(place)}, {prompts} prompts of {context} tokens, seed {seed}")
         print_levers(prices, console)
+
+
+def _check_turns(**counts: int | None) -> None:
+    """Raise ColadaError for more turns or prompts than anybody waits for; None is none."""
+    for name, value in counts.items():
+        if value is not None:
+            require_count(name, value, MOST_TURNS)
 
 
 def _numbers(option: str, text: str, least: int) -> list[int]:

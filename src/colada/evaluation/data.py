@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from colada.errors import ColadaError
+from colada.errors import ColadaError, shown
 from colada.evaluation.outputs import read_outputs
 from colada.evaluation.records import Fields
 from colada.evaluation.tasks import (
@@ -21,6 +21,8 @@ from colada.evaluation.tasks import (
     choose_demonstrations,
     read_records,
 )
+from colada.files import as_path
+from colada.settings import require_count, require_seed
 
 HUB = "hub"
 
@@ -73,7 +75,12 @@ def load_benchmark(
     Raises:
         ColadaError: for data that is missing or malformed, naming file, line and field.
     """
-    source, records = read_hub(task) if data == HUB else _read_local(task, Path(data))
+    require_seed(seed)
+    if limit is not None:
+        require_count("limit", limit)
+    if order not in get_args(Order):
+        raise ColadaError(f"order={shown(order)}, expected one of {', '.join(get_args(Order))}")
+    source, records = read_hub(task) if data == HUB else _read_local(task, as_path(data, "data"))
     chosen = choose_demonstrations(task, shots, seed)
     ordered = records if order == "file" else _shuffled(records, f"{seed}/{task.data}")
     return Benchmark(
@@ -100,7 +107,9 @@ def load_prompts(task: Task, where: str | Path, *, limit: int | None = None) -> 
     Raises:
         ColadaError: for a file that is missing, malformed, or another task's, naming file, line and field.
     """
-    path = _find(Path(where), [task.data])
+    if limit is not None:
+        require_count("limit", limit)
+    path = _find(as_path(where, "where"), [task.data])
     items = tuple(
         Item(output.id, output.few_shot_prefix, output.prompt, output.ground_truth, output.choices)
         for output in read_outputs(path, task, answered=False)

@@ -22,14 +22,23 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from colada.errors import ColadaError
+from colada.errors import ColadaError, shown
 from colada.evaluation.data import Benchmark
 from colada.evaluation.outputs import Output, read_outputs, write_outputs
 from colada.evaluation.scoring import normalise
 from colada.evaluation.statistics import Score, average, score
 from colada.evaluation.tasks import Item, Task
-from colada.files import read_json_object, require_file, write_text
-from colada.settings import Settings, TextRequest, require_count
+from colada.files import as_path, read_json_object, require_file, write_text
+from colada.language_model import require_kind
+from colada.settings import (
+    MOST_TOKENS,
+    Settings,
+    TextRequest,
+    check_settings,
+    is_whole,
+    require_count,
+    require_seed,
+)
 from colada.streaming import Completion
 from colada.tokenizer import Tokenizer
 from colada.training.display import Display
@@ -70,6 +79,9 @@ class Part:
     world: int = 1
 
     def __post_init__(self) -> None:
+        for name, value in (("rank", self.rank), ("world", self.world)):
+            if not is_whole(value):
+                raise ColadaError(f"{name}={shown(value)}, expected a whole number")
         if not 0 <= self.rank < self.world:
             raise ColadaError(f"rank {self.rank} of {self.world}, expected 0 to {self.world - 1}")
 
@@ -131,8 +143,20 @@ def evaluate(
         ColadaError: if the tokenizer does not fit, if ``out`` was begun with other settings or has outputs of
             other items, or cannot be written.
     """
-    part, display = part or Part(), display or Display()
+    part = Part() if part is None else part
+    display = Display() if display is None else display
+    require_kind("part", part, Part)
+    if not isinstance(benchmarks, list | tuple):
+        raise ColadaError(f"benchmarks={shown(benchmarks)}, expected a list of Benchmark")
+    for benchmark in benchmarks:
+        require_kind("benchmark", benchmark, Benchmark)
+    if not callable(getattr(model, "complete", None)):
+        raise ColadaError(f"model={shown(model)}, expected a model that generates")
+    out = as_path(out, "out")
     require_count("batch", batch)
+    require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
+    require_seed(seed)
+    check_settings(settings)
     require_tokenizer(model)
     given = {name: value for name, value in settings.items() if value is not None}
     chosen = {**model.generation, "temperature": 0.0, **given}

@@ -14,9 +14,10 @@ from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
 
-from colada.errors import ColadaError, nearest
+from colada.errors import ColadaError, nearest, shown
 from colada.evaluation.records import Fields, get, get_texts, read_lines
 from colada.evaluation.scoring import Rule
+from colada.settings import is_whole
 
 DEMONSTRATIONS = Path(__file__).parent / "demonstrations.jsonl"
 
@@ -192,8 +193,10 @@ def find_task(name: str) -> Task:
     Raises:
         ColadaError: for an unknown name, with the nearest.
     """
-    if name not in TASKS:
-        raise ColadaError(f"unknown task {name!r}{nearest(name, TASKS)}, expected one of {', '.join(TASKS)}")
+    if not isinstance(name, str) or name not in TASKS:
+        raise ColadaError(
+            f"unknown task {shown(name)}{nearest(name, TASKS)}, expected one of {', '.join(TASKS)}"
+        )
     return TASKS[name]
 
 
@@ -337,6 +340,6 @@ def choose_demonstrations(task: Task, shots: int | None, seed: int) -> tuple[Rec
     ours = own_demonstrations(task)
     if shots is None or shots == task.shots:
         return ours[: task.shots]
-    if not 0 <= shots <= len(ours):
-        raise ColadaError(f"shots={shots}, expected 0 to {len(ours)} for {task.name}")
+    if not is_whole(shots) or not 0 <= shots <= len(ours):
+        raise ColadaError(f"shots={shown(shots)}, expected 0 to {len(ours)} for {task.name}")
     return tuple(random.Random(f"{seed}/{task.name}").sample(ours, shots))
