@@ -494,7 +494,7 @@ def test_the_recipe_command_prints_a_recipe(run: Run, tmp_path: Path) -> None:
         (["generate", "x", "-m", "MODEL", "--dtype", "int8"], "'int8'"),
         (["generate", "x", "-m", "MODEL", "--device", "tpu9"], "'tpu9'"),
         (["generate", "x", "-m", "MODEL", "--batch", "0"], "batch=0"),
-        (["generate", "x", "-m", "MODEL", "--chat"], "has no chat template (chat_template.jinja): put one"),
+        (["generate", "x", "-m", "MODEL", "--chat"], "has no chat template (chat_template.jinja), which"),
         (["generate", "-m", "MODEL"], "standard input is empty"),
         (["generate", "--lines", "-m", "MODEL"], "standard input is empty"),
         (["generate", "x", "--file", "prompts.txt"], "prompts.txt"),

@@ -38,6 +38,13 @@ def test_progress_and_speed_are_the_last_to_go_on_a_narrow_terminal(width: int) 
     assert ("grad_norm" in line) == (width == 120)
 
 
+def test_square_brackets_of_a_line_are_shown_as_they_are() -> None:
+    file = io.StringIO()
+    line = 'pip install "colada-lm[train]" for my [bold]texts[/bold] [1].txt'
+    Display(Console(file=file, width=80)).say(line)
+    assert file.getvalue() == line + "\n"
+
+
 def piped(steps: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The lines for steps of 120, at these seconds, where the output is no terminal."""
     clock = iter([0.0, *steps.values()])

@@ -539,6 +539,7 @@ def test_data_that_is_not_there_is_said_with_what_to_give(tmp_path: Path, key: s
         f"{tmp_path / 'corpora'}: no such file or folder (data.sources.1.{key}); give yours with --data"
         in said
     )
+    assert "the corpora that" not in said  # Another place was meant.
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.parquet", "x.txt.gz"])

@@ -687,4 +687,5 @@ def test_a_study_of_data_that_is_not_there_ends_before_anything_and_a_ledger_say
     assert main(["ledger", tiny, "--archs", "cola"]) == 0
     counted = capsys.readouterr()
     assert "data/corpora: no such file or folder" in counted.err
+    assert "get the corpora" in counted.err
     assert "tiny, Cola DLM" in counted.out

@@ -33,6 +33,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("runs/debug/model/cola_dit/config.json", "did you mean runs/debug/model?"),
         ("runs/debgu/model", "did you mean runs/debug?"),
         ("./runs/debug/modle", "did you mean runs/debug/model?"),
+        ("runs/young/model", "colada export runs/young/checkpoints/... runs/young/model"),
         ("runs/young", "colada export runs/young/checkpoints/... MODEL"),
         (
             "runs/young/checkpoints/stage1-00000010",

@@ -93,6 +93,9 @@ def _hint(path: Path) -> str:
     if os.path.isdir(path / "checkpoints"):
         return f" (a run that has no model yet: colada export {path / 'checkpoints'}/... MODEL makes one)"
     if not os.path.exists(path):
+        checkpoints = path.parent / "checkpoints"
+        if path.name == "model" and os.path.isdir(checkpoints):
+            return f" (a run that has no model yet: colada export {checkpoints}/... {path} makes one)"
         return _nearest_sibling(path)
     return ""
 

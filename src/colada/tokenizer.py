@@ -114,6 +114,7 @@ class Tokenizer:
             raise ColadaError(
                 f"vocab_size is {vocab_size}, but the training text yields only {reached} entries;"
                 f" expected more text or vocab_size <= {reached}"
+                f" (of colada train: --set tokenizer.vocab_size={reached})"
             )
         return cls(inner)
 

@@ -136,6 +136,8 @@ def generate(
     require_count("batch", batch)
     check_model_options(model, revision, dtype, device, quantise)
     texts = read_texts(prompt, file, lines)
+    if chat:
+        _require_template(BUNDLED if model is None else local(model, revision), model)
     network = load_model(model, revision, dtype, device, quantise)
     prompts = texts
     if chat:
@@ -248,7 +250,7 @@ def _require_template(directory: Path | None, model: str | None) -> None:
         name = model or "the bundled model"
         raise ColadaError(
             f"{name} has no chat template ({CHAT_TEMPLATE_FILE}), which a model trained on conversations has "
-            "(recipes/chat.yaml trains one); colada generate continues any text"
+            "(recipes/chat.yaml trains one); colada generate without --chat continues any text"
         )
 
 

@@ -251,9 +251,10 @@ def check_sources(sources: Sequence[Source], out: Path | None = None) -> list[st
             if where is None or source.path is None:
                 continue
             if not os.path.lexists(where):
+                corpora = ", or get the corpora that docs/training.md names"
                 raise ColadaError(
-                    f"{where}: no such file or folder (data.sources.{number}.{key}); give yours with --data,"
-                    f" or get the corpora that docs/training.md names"
+                    f"{where}: no such file or folder (data.sources.{number}.{key}); give yours with --data"
+                    f"{corpora if Path(where) == Path('data/corpora') else ''}"
                 )
             if out is not None and os.path.realpath(out) == os.path.realpath(where):
                 raise ColadaError(f"{out} is the data's own folder, expected another one to write to")

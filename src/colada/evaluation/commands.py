@@ -236,7 +236,8 @@ def likelihood(
     bound = result["kind"] == "bound"
     first, last = ("at most ", ": a bound, not the likelihood") if bound else ("", "")
     print(f"{first}{result['bits_per_byte']:.3f}{spread} bits per byte{last}")
-    print(f"{result['texts']} texts, {result['tokens']:,} tokens, {result['bytes']:,} bytes")
+    counted = "1 text" if result["texts"] == 1 else f"{result['texts']:,} texts"
+    print(f"{counted}, {result['tokens']:,} tokens, {result['bytes']:,} bytes")
     if result["parts_per_token"]:
         print("nats per token: " + ", ".join(f"{k} {v:.3f}" for k, v in result["parts_per_token"].items()))
     print(", ".join(f"{name} {value}" for name, value in settings.items() if value is not None))

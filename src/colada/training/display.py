@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
+from rich.text import Text
 
 LINE_SECONDS = 5.0
 """Elsewhere than on a terminal, lines of steps are at least so far apart."""
@@ -31,11 +32,11 @@ class Display:
         self._title, self._unit, self._total, self._start = "", "", 0, 0
         self._begin = self._line = 0.0  # When the task began, and when its last line was written.
 
-    def say(self, line: str) -> None:
-        """Print a line above the progress."""
+    def say(self, line: str | Text) -> None:
+        """Print a line above the progress, as it is: what stands in square brackets is no style."""
         console = self._progress.console if self._progress else self.console
         # In a log, a line stays a line.
-        console.print(line, highlight=False, soft_wrap=not console.is_terminal)
+        console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
     @contextmanager
     def task(

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from rich.markup import escape
+from rich.text import Text
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -477,7 +477,7 @@ class Trainer:
             texts = samples(self.recipe, self._model(parts).to(self.ranks.device))
         for prompt, text in texts.items():
             monitors.text(stage.number, step, prompt, f"{prompt}|{text}")
-            self.display.say(f"sample: {escape(prompt)}[bold]|[/bold]{escape(text)}")
+            self.display.say(Text.assemble("sample: ", prompt, ("|", "bold"), text))
         if self.ranks.mesh is not None:
             self.ranks.wait()
 
