@@ -542,6 +542,20 @@ def test_data_that_is_not_there_is_said_with_what_to_give(tmp_path: Path, key: s
     assert "the corpora that" not in said  # Another place was meant.
 
 
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("colada.files.MOST_LINE", 2**16)
+    path = tmp_path / "endless.txt"
+    path.touch()
+    os.truncate(path, 2**40)  # Sparse: it takes no room on the disk.
+    line = r"endless.txt:1: a line of 65536 bytes or more"
+    with pytest.raises(ColadaError, match=line):
+        split_file(path, 2**20)
+    with pytest.raises(ColadaError, match=line):
+        list(read_documents([path]))
+
+
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.parquet", "x.txt.gz"])
 def test_special_files_are_no_data(tmp_path: Path, name: str) -> None:
     """B4: given by name; in a folder they are left out."""

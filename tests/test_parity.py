@@ -151,6 +151,21 @@ def test_an_incomplete_fixture_is_refused_by_name(case: Path) -> None:
         run_case(case)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"n_blocks": 1.5}, {"prompts": 5}, {"settings": []}, {"pad_token_id": "x"}, {"generated": 2.5}],
+    ids=str,
+)
+def test_a_fixture_of_the_wrong_shape_is_one_line(
+    case: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: dict[str, object]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(case, broken)
+    (broken / "case.json").write_text(json.dumps({**json.loads((case / "case.json").read_text()), **damage}))
+    with pytest.raises(ColadaError, match="is no fixture"):
+        run_case(broken)
+
+
 def test_the_relative_error_is_the_largest_difference_over_the_largest_value_of_all() -> None:
     theirs = [torch.tensor([1.0, -4.0]), torch.tensor([[8.0]])]
     ours = [torch.tensor([1.5, -4.0]), torch.tensor([[7.0]])]

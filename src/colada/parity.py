@@ -23,7 +23,7 @@ from colada.device import find_device
 from colada.dit import DiT
 from colada.engine.engine import Engine, capacity_for
 from colada.engine.request import Request
-from colada.errors import ColadaError
+from colada.errors import ColadaError, failure
 from colada.files import read_json_object
 from colada.generation import Block, BlockGenerator
 from colada.packing import pad_to_multiple
@@ -63,6 +63,9 @@ def run_case(directory: Path, device: torch.device | str = "cpu") -> dict[str, A
         return _compare(directory, case, expected, place)
     except KeyError as error:
         raise ColadaError(f"{directory} is no complete fixture: {error} is missing") from None
+    except (TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
+        # What a reference wrote for itself is not looked at value by value.
+        raise failure(f"{directory} is no fixture", error) from error
 
 
 def _compare(

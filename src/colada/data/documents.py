@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from colada.data.listing import require_kind
 from colada.errors import ColadaError, nearest
-from colada.files import as_object, decode, open_file, parse_json, read_lines, require_file
+from colada.files import as_object, decode, parse_json, read_lines, require_file
 from colada.tokenizer import END_OF_TEXT
 
 Split = Literal["train", "validation"]
@@ -323,12 +323,11 @@ def _row_groups(path: Path, whole: int, size: int) -> list[Part]:
 def _line_ranges(path: Path, size: int, text: bool) -> list[Part]:
     """Cut between lines; a text only where one of its documents ends."""
     parts, begin, end, before = list[Part](), 0, 0, 0
-    with open_file(path) as file:
-        for number, line in enumerate(file, 1):
-            end += len(line)
-            if end - begin >= size and (not text or _separates(line.decode("utf-8-sig", "replace"))):
-                parts.append(Part(str(path), f"{path}:", begin, end, before, end - begin))
-                begin, before = end, number
+    for number, line in read_lines(path):  # Which bounds them: a file without line breaks is one.
+        end += len(line)
+        if end - begin >= size and (not text or _separates(line.decode("utf-8-sig", "replace"))):
+            parts.append(Part(str(path), f"{path}:", begin, end, before, end - begin))
+            begin, before = end, number
     if begin < end:
         parts.append(Part(str(path), f"{path}:", begin, end, before, end - begin))
     return parts
