@@ -296,11 +296,11 @@ def test_b5_an_evaluation_of_nothing_is_refused_in_one_line(
     ("name", "values"),
     [
         ("task", [None, 5, [5], {}, {1}, "obq"]),
-        ("data", [None, 5, b"x", "\0", [5]]),
-        ("shots", [-1, 1.5, "1", [1], True, 99]),
+        ("data", [None, 5, b"x", "\0", [5], torch.ones(2)]),
+        ("shots", [-1, 1.5, "1", [1], True, 99, torch.ones(2)]),
         ("limit", [0, -1, 1.5, "1", [1], True]),
         ("seed", [None, -1, 1.5, "1", [1], True]),
-        ("order", [None, "fil", 5, [1], {}]),
+        ("order", [None, "fil", 5, [1], {}, torch.ones(2)]),
         ("part", [(None, 1), (0, None), (0.5, 1), (True, 2), ("0", "1"), (1, 1)]),
     ],
 )

@@ -78,9 +78,11 @@ def load_benchmark(
     require_seed(seed)
     if limit is not None:
         require_count("limit", limit)
-    if order not in get_args(Order):
+    if not isinstance(order, str) or order not in get_args(Order):
         raise ColadaError(f"order={shown(order)}, expected one of {', '.join(get_args(Order))}")
-    source, records = read_hub(task) if data == HUB else _read_local(task, as_path(data, "data"))
+    source, records = (
+        read_hub(task) if isinstance(data, str) and data == HUB else _read_local(task, as_path(data, "data"))
+    )
     chosen = choose_demonstrations(task, shots, seed)
     ordered = records if order == "file" else _shuffled(records, f"{seed}/{task.data}")
     return Benchmark(

@@ -338,8 +338,10 @@ def choose_demonstrations(task: Task, shots: int | None, seed: int) -> tuple[Rec
         ColadaError: if there are not so many.
     """
     ours = own_demonstrations(task)
-    if shots is None or shots == task.shots:
+    if shots is None:
         return ours[: task.shots]
     if not is_whole(shots) or not 0 <= shots <= len(ours):
         raise ColadaError(f"shots={shown(shots)}, expected 0 to {len(ours)} for {task.name}")
+    if shots == task.shots:
+        return ours[: task.shots]
     return tuple(random.Random(f"{seed}/{task.name}").sample(ours, shots))
