@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -570,3 +571,16 @@ def test_cuda_where_there_is_none() -> None:
 def test_nothing_to_measure(option: str) -> None:
     with pytest.raises(typer.BadParameter.__bases__[0]):
         command("generate", option, "0")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory"])
+def test_a_plot_over_what_is_no_file_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    place = tmp_path / "speed.svg"
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+    assert main(["bench", "generate", "--size", "tiny", "--plot", str(place)]) == 2
+    assert "no regular file" in capsys.readouterr().err

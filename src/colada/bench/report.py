@@ -21,6 +21,7 @@ from colada.bench.mixed import Mixed
 from colada.bench.run import Cell, Result, Spread
 from colada.bench.work import history_bytes
 from colada.errors import ColadaError
+from colada.files import require_file
 from colada.model import ColaDLM
 from colada.training.plan import parameter_counts, scaled
 from colada.training.provenance import provenance
@@ -216,6 +217,8 @@ def check_plot(path: Path) -> None:
         raise ColadaError(f"{path}: suffix {path.suffix!r}, expected one of {', '.join(PLOT_SUFFIXES)}")
     if not path.parent.is_dir():
         raise ColadaError(f"{path}: there is no directory {path.parent}")
+    if path.exists():
+        require_file(path, "a regular file, or none")  # A named pipe would wait for who reads it.
 
 
 def write_plot(path: Path, setting: Setting, cells: Sequence[Cell]) -> None:
