@@ -19,5 +19,5 @@ kit=${KIT:-runs/kit}
 if [ -d "$kit/wheels" ]; then
     "$python" -m pip install --quiet --no-index --find-links "$kit/wheels" --requirement "$kit/requirements.txt"
 fi
-export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY-PASSIVE}"
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT-10000}"
 exec "$python" benchmarks/gpu.py --kit "$kit" "$@"

@@ -33,6 +33,8 @@ from colada.vae import TextVAE
 
 LR, CLIP = 1e-4, 1.0
 
+SPINS = "10000"  # As the command line has it; other checkouts may not.
+
 
 @dataclass(frozen=True)
 class Case:
@@ -178,7 +180,8 @@ class Elsewhere:
 
     def __init__(self, case: Case, checkout: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str((checkout / "src").resolve())}
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if "OMP_WAIT_POLICY" not in environment:
+            environment.setdefault("GOMP_SPINCOUNT", SPINS)
         self._process = subprocess.Popen(
             [sys.executable, __file__, json.dumps(asdict(case))],
             stdin=subprocess.PIPE,

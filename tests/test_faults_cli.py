@@ -237,11 +237,14 @@ def test_the_names_checked_before_torch_are_those_there_are() -> None:
     assert all(torch.device(name).type == name for name in options.DEVICES)
 
 
-@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_d1_threads_wait_without_spinning_unless_told_otherwise(given: str | None, used: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": given} if given is not None else {}
-    code = "import os; from colada.cli import main; main(['--version']); print(os.environ['OMP_WAIT_POLICY'])"
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [({}, "10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_d1_threads_spin_for_a_moment_only_unless_told_otherwise(given: dict[str, str], used: str) -> None:
+    choices = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in choices} | given
+    code = "import os; from colada.cli import main; main(['--version']); print(os.getenv('GOMP_SPINCOUNT'))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == used
 

@@ -689,3 +689,20 @@ def test_a_study_of_data_that_is_not_there_ends_before_anything_and_a_ledger_say
     assert "data/corpora: no such file or folder" in counted.err
     assert "get the corpora" in counted.err
     assert "tiny, Cola DLM" in counted.out
+
+
+@pytest.mark.parametrize("arch", ["cola", "ar"])
+def test_text_too_little_for_the_vocabulary_gives_a_smaller_one(tmp_path: Path, arch: str) -> None:
+    small = tmp_path / "text"
+    small.mkdir()
+    (small / "a.txt").write_text((STORIES / "stories.txt").read_text()[:2000])
+    shape = ["model.decoder.dim=16", "model.decoder.num_layers=1", "model.decoder.num_heads=2"]
+    shape.append("model.decoder.ffn_dim=16")
+    made = recipe(f"model.arch={arch}", "tokenizer.vocab_size=900", *(shape if arch == "ar" else []))
+    source = made.data.sources[0].model_copy(update={"path": str(small)})
+    made = made.model_copy(update={"data": made.data.model_copy(update={"sources": (source,)})})
+    said = io.StringIO()
+    run = Trainer(made, tmp_path / "run", Display(Console(file=said, width=200)))
+    run.run()
+    assert 260 < run.tokenizer.vocab_size < 900
+    assert f"the text is too little for 900 entries: {run.tokenizer.vocab_size}" in said.getvalue()

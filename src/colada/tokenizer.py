@@ -78,15 +78,18 @@ class Tokenizer:
         return cls(inner, origin=str(path))
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, progress: bool = False, fewer: bool = False
+    ) -> Tokenizer:
         """Learn a byte-level BPE from ``texts``; the same texts give the same tokenizer.
 
         ``vocab_size`` is the total: 256 bytes, merges, and the four special
         tokens, which take the last four ids. All 256 bytes are entries, so any
-        text survives encoding and decoding. ``progress`` shows the library's bars.
+        text survives encoding and decoding. ``progress`` shows the library's bars. With
+        ``fewer``, texts that are too few to fill it give the vocabulary that they yield.
 
-        Raises ColadaError when ``vocab_size`` is below 260 or beyond :data:`MOST_VOCAB`, a text is none, or
-        the texts are too few to fill it.
+        Raises ColadaError when ``vocab_size`` is below 260 or beyond :data:`MOST_VOCAB`, a text is none, or,
+        without ``fewer``, the texts are too few to fill it.
         """
         if not is_whole(vocab_size) or not _SMALLEST_VOCAB <= vocab_size <= MOST_VOCAB:
             raise ColadaError(
@@ -110,11 +113,10 @@ class Tokenizer:
         # Added after training: the trainer would give special tokens the first ids.
         inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIALS])
         reached = inner.get_vocab_size(with_added_tokens=True)
-        if reached != vocab_size:
+        if reached != vocab_size and not fewer:
             raise ColadaError(
                 f"vocab_size is {vocab_size}, but the training text yields only {reached} entries;"
                 f" expected more text or vocab_size <= {reached}"
-                f" (of colada train: --set tokenizer.vocab_size={reached})"
             )
         return cls(inner)
 

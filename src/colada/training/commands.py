@@ -187,26 +187,24 @@ def ledger(
 
     Nothing is trained.
     """
-    from colada.language_model import find_archs
-
     with training_extra():
         from colada.data.sources import check_sources
         from colada.training.recipe import load_recipe
-    names = find_archs(archs)
     for path in recipes:
         settings = load_recipe(path, overrides or [])
         try:
             check_sources(settings.data.sources)
         except ColadaError as error:  # Counting needs no text, but whoever counts is about to train.
-            print(f"{path}: {error}", file=sys.stderr)
+            print(f"{path}: {error} (counted from the recipe alone)", file=sys.stderr)
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from colada.language_model import ARCHITECTURES
+    from colada.language_model import ARCHITECTURES, find_archs
     from colada.training.ledger import ledger as count
     from colada.training.plan import scaled
 
+    names = find_archs(archs)
     found = [
         (path, count(load_recipe(path, [*(overrides or []), f"model.arch={name}"])))
         for path in recipes

@@ -95,7 +95,10 @@ def held_out(recipe: Recipe, source: Source) -> Holdout:
 
 
 def train_tokenizer(recipe: Recipe) -> Tokenizer:
-    """Train the recipe's tokenizer on the training text of its sources, an equal share of each at most."""
+    """Train the recipe's tokenizer on the training text of its sources, an equal share of each at most.
+
+    Where the text is too little for as many entries as the recipe wants, there are as many as it yields.
+    """
     share = recipe.tokenizer.characters // len(recipe.data.sources)
 
     def texts() -> Iterator[str]:
@@ -107,7 +110,7 @@ def train_tokenizer(recipe: Recipe) -> Tokenizer:
                 if left <= 0:
                     break
 
-    return Tokenizer.train(texts(), recipe.tokenizer.vocab_size)
+    return Tokenizer.train(texts(), recipe.tokenizer.vocab_size, fewer=True)
 
 
 def prepare_inputs(

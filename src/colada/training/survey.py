@@ -50,7 +50,7 @@ def survey(recipe: Recipe) -> list[Survey]:
         tokenizer = None if own is None else Tokenizer.from_file(own)
     elif texts:
         try:
-            tokenizer = Tokenizer.train(texts, recipe.tokenizer.vocab_size)
+            tokenizer = Tokenizer.train(texts, recipe.tokenizer.vocab_size, fewer=True)
         except ColadaError:
             if all(share == 1 for _, share, _ in samples):
                 raise  # The sample is all there is: the run would end here too.

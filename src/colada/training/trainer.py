@@ -209,9 +209,13 @@ class Trainer:
             tokenizer = start.tokenizer
         else:
             if self.ranks.first:
-                self.display.say(f"training a tokenizer of {self.recipe.tokenizer.vocab_size} entries")
+                wanted = self.recipe.tokenizer.vocab_size
+                self.display.say(f"training a tokenizer of {wanted} entries")
+                trained = train_tokenizer(self.recipe)
+                if trained.vocab_size < wanted:
+                    self.display.say(f"the text is too little for {wanted} entries: {trained.vocab_size}")
                 with disk_errors(self.out):
-                    train_tokenizer(self.recipe).save(own)
+                    trained.save(own)
             self.ranks.wait()
             return Tokenizer.from_file(own)
         if self.ranks.first:
