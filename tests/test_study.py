@@ -28,6 +28,9 @@ from colada.training.display import Display
 from colada.training.recipe import Recipe, save_recipe
 from colada.training.trainer import Interrupted, Trainer
 
+# The items' prompts are longer than the rows that models of a second's training see.
+pytestmark = pytest.mark.filterwarnings("ignore:a prompt of")
+
 LAMBADA = [
     {"id": n, "context": "", "question": f"Ann saw {n} birds and one", "answer": "cat"} for n in range(6)
 ]

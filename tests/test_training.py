@@ -62,7 +62,6 @@ def test_the_corpus_is_what_its_script_writes() -> None:
         (["stage1.length=18"], r"stage1.length=18.*multiple.*4"),
         (["stage2.length=2"], r"stage2.length=2"),
         (["model.vae.vocab_size=17"], r"vocab_size"),
-        (["tokenizer.vocab_size=9000"], r"9000"),
         (["run.device=gpu"], r"run.device='gpu'"),
         (["run.device=cuda:99"], r"run.device='cuda:99' cannot be used"),
         (["generation.stepz=4"], r"'stepz'.*did you mean 'steps'"),
@@ -696,8 +695,6 @@ def test_a_learning_rate_far_too_high_is_caught(tmp_path: Path) -> None:
 def test_too_little_text_is_refused_by_how_much_there_is(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("few words\n<|endoftext|>\nfewer still\n<|endoftext|>\nand words again\n")
     made = ["data.validation_share=0.5", f"data.sources.0.path={tmp_path / 'a.txt'}"]
-    with pytest.raises(ColadaError, match=r"vocab_size is 300.*only \d+"):
-        Trainer(recipe(*made), tmp_path / "run")
     made.append("tokenizer.vocab_size=260")
     with pytest.raises(ColadaError, match=r"(train|validation) has \d+ ids, expected at least 65"):
         Trainer(recipe(*made, "stage1.length=64"), tmp_path / "run").run()
