@@ -20,14 +20,14 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import KIT_TIME, MIB, ROOT, kit_overrides
 
+from benchmarks.gpu import KIT_TIME, MIB, ROOT, kit_overrides
 from colada.data.listing import find_files
 from colada.errors import ColadaError
 from colada.files import write_text
-from colada.training.inputs import prepare_inputs, train_tokenizer
-from colada.training.provenance import provenance
-from colada.training.recipe import load_recipe
+from colada.train.inputs import prepare_inputs, train_tokenizer
+from colada.train.provenance import provenance
+from colada.train.recipe import load_recipe
 
 TESTING = ("pytest", "pytest-xdist")
 GLIBC = range(17, 40)  # pip takes each manylinux tag at its word: a newer one does not stand for older ones.

@@ -29,9 +29,9 @@ import torch
 import typer
 
 from colada.files import write_text
-from colada.training.checkpoints import find
-from colada.training.provenance import provenance
-from colada.training.recipe import load_recipe
+from colada.train.checkpoints import find
+from colada.train.provenance import provenance
+from colada.train.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 0
@@ -243,7 +243,7 @@ def generate(part: Part) -> None:
         batches = [1, 2]
 
     def measure(batch: int) -> Any:
-        arguments = ["-m", "colada", "bench", "generate", *size, "--batch", str(batch), "--json"]
+        arguments = ["-m", "benchmarks.generation", "speed", *size, "--batch", str(batch), "--json"]
         arguments += ["--dtype", "bfloat16", "--device", part.device.type, "--opponents", "plain,ar"]
         return json.loads(part.command(*arguments, "--seed", str(SEED))[1])
 
@@ -264,7 +264,7 @@ def training(part: Part) -> None:
     def measure(size: str, batch: int, length: int, flags: Sequence[str]) -> Any:
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "sizes.json"
-            arguments = ["benchmarks/training.py", "sizes", "--size", size, "--batch", str(batch)]
+            arguments = ["-m", "benchmarks.training", "sizes", "--size", size, "--batch", str(batch)]
             arguments += ["--length", str(length), "--device", part.device.type, "--json", str(file)]
             part.command(*arguments, *extra, *flags)
             return json.loads(file.read_text())
@@ -441,7 +441,10 @@ def main(
         arguments += [] if run is None else ["--run", str(run)]
         arguments += [] if train_for is None else ["--train-for", str(train_for)]
         arguments += [word for own in overrides or [] for word in ("--set", own)]
-        statuses = {name: subprocess.call([sys.executable, __file__, name, *arguments]) for name in names}
+        statuses = {
+            name: subprocess.call([sys.executable, "-m", "benchmarks.gpu", name, *arguments])
+            for name in names
+        }
         failed = [name for name, status in statuses.items() if status]
         if failed:
             print(f"failed: {', '.join(failed)}; see {out}", file=sys.stderr)

@@ -20,4 +20,4 @@ if [ -d "$kit/wheels" ]; then
     "$python" -m pip install --quiet --no-index --find-links "$kit/wheels" --requirement "$kit/requirements.txt"
 fi
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT-10000}"
-exec "$python" benchmarks/gpu.py --kit "$kit" "$@"
+exec "$python" -m benchmarks.gpu --kit "$kit" "$@"

@@ -1,6 +1,6 @@
 """One training step at a named size, in this process or in one that runs another checkout's code.
 
-``python benchmarks/step.py CASE`` is that other process: it answers each line "step", "gradients FILE" or
+``python -m benchmarks.step CASE`` is that other process: it answers each line "step", "gradients FILE" or
 "peak" with one line of JSON. What this file imports from the package has been there, under these names, since
 the commit it is compared with, so that ``PYTHONPATH=OTHER/src`` is all that changes.
 """
@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.generation.models import size_configs
 from colada import device
-from colada.bench.models import size_configs
-from colada.config import DiTConfig, TextVAEConfig
 from colada.data.rows import Batch
-from colada.dit import DiT
 from colada.flow import TimestepLaw, calibrated_loc
-from colada.objectives import FlowSettings, VAEWeights, draw_randomness, stage1_loss, stage2_frozen_loss
-from colada.training.parallel import compile_blocks, recompute
-from colada.training.plan import Work
-from colada.vae import TextVAE
+from colada.networks.config import DiTConfig, TextVAEConfig
+from colada.networks.dit import DiT
+from colada.networks.vae import TextVAE
+from colada.train.losses import FlowSettings, VAEWeights, draw_randomness, stage1_loss, stage2_frozen_loss
+from colada.train.parallel import compile_blocks, recompute
+from colada.train.plan import Work
 
 LR, CLIP = 1e-4, 1.0
 
@@ -172,20 +172,22 @@ class Elsewhere:
 
     Args:
         case: what to compute.
-        checkout: whose code computes it: a directory with ``src/colada``.
+        checkout: whose code computes it: a directory with ``src/colada`` and its own ``benchmarks``.
 
     Raises:
         RuntimeError: if the process fails; what it said stands on standard error.
     """
 
     def __init__(self, case: Case, checkout: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str((checkout / "src").resolve())}
+        there = checkout.resolve()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join((f"{there}/src", str(there)))}
         if "OMP_WAIT_POLICY" not in environment:
             environment.setdefault("GOMP_SPINCOUNT", SPINS)
         self._process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(asdict(case))],
+            [sys.executable, "-m", "benchmarks.step", json.dumps(asdict(case))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            cwd=there,
             env=environment,
             text=True,
         )
@@ -242,6 +244,6 @@ def _serve(case: Case) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
-        print(f"usage: {Path(__file__).name} CASE\n\n{__doc__}")
+        print(f"usage: python -m benchmarks.step CASE\n\n{__doc__}")
     else:
         _serve(Case(**json.loads(sys.argv[1])))

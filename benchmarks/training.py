@@ -1,13 +1,13 @@
 """How fast training is: against a naive reference and other code, by noisy copies, and at the released size.
 
-python benchmarks/training.py naive     the tokens/s of this package over those of a plain implementation
-python benchmarks/training.py turns     compiled or not, by precision and block, against another checkout
-python benchmarks/training.py copies    1, 2 and 4 noisy copies that share one clean copy
-python benchmarks/training.py sizes     tokens/s, MFU and peak memory of tiny, small and 2.3b
+python -m benchmarks.training naive     the tokens/s of this package over those of a plain implementation
+python -m benchmarks.training turns     compiled or not, by precision and block, against another checkout
+python -m benchmarks.training copies    1, 2 and 4 noisy copies that share one clean copy
+python -m benchmarks.training sizes     tokens/s, MFU and peak memory of tiny, small and 2.3b
 
 Each prints a table and, with --json FILE, writes what it measured. Variants take turns, step by step, so that
 ratios are of one run and one machine state. MFU = useful FLOPs / (seconds * peak), the useful FLOPs of a
-step as in colada.training.plan, which states the formulas.
+step as in colada.train.plan, which states the formulas.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
-from step import CLIP, LR, Case, Elsewhere, Step, open_gates, peak_bytes, synchronise
 from torch import Tensor
 
-from colada.bench.machine import machine_name
-from colada.config import DiTConfig
-from colada.dit import ROPE_THETA, DiT
+from benchmarks.generation.machine import machine_name
+from benchmarks.step import CLIP, LR, Case, Elsewhere, Step, open_gates, peak_bytes, synchronise
 from colada.flow import T, TimestepLaw, interpolate, target_velocity
-from colada.layers import rotate_interleaved, rotations
-from colada.objectives import flow_errors
-from colada.packing import two_copy, two_copy_cells
-from colada.training.plan import peak_flops, training_flops
-from colada.training.provenance import provenance
+from colada.networks.config import DiTConfig
+from colada.networks.dit import ROPE_THETA, DiT
+from colada.networks.layers import rotate_interleaved, rotations
+from colada.networks.packing import two_copy, two_copy_cells
+from colada.train.losses import flow_errors
+from colada.train.plan import peak_flops, training_flops
+from colada.train.provenance import provenance
 
 TOLERANCE = 1e-5  # Of gradients in float32, relative to the largest of a parameter's.
 

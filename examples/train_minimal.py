@@ -5,7 +5,7 @@
 
 Stage 1 trains the Text VAE: tokens become continuous latents and tokens again. Stage 2 trains the DiT, which
 carries noise to latents, block after block, by flow matching. `colada train` does the same with recipes,
-mixtures of sources, validation, exact resume and many ranks; src/colada/objectives.py has the equations.
+mixtures of sources, validation, exact resume and many ranks; src/colada/train/losses.py has the equations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import nn
 from colada import ColaDLM, DiT, DiTConfig, TextVAE, TextVAEConfig
 from colada.data.rows import Batch
 from colada.flow import TimestepLaw, calibrated_loc
-from colada.objectives import (
+from colada.text.tokenizer import END_OF_TEXT, Tokenizer
+from colada.train.losses import (
     Draws,
     FlowSettings,
     Loss,
@@ -32,7 +33,6 @@ from colada.objectives import (
     stage1_loss,
     stage2_frozen_loss,
 )
-from colada.tokenizer import END_OF_TEXT, Tokenizer
 
 STORIES = Path(__file__).parents[1] / "tests" / "data" / "stories.txt"
 LENGTH = 64  # tokens a row

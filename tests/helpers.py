@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from colada.config import DiTConfig, TextVAEConfig
-from colada.dit import DiT
-from colada.engine.request import Request
-from colada.generation import BlockGenerator, sample_noise
-from colada.model import ColaDLM
-from colada.vae import TextVAE
+from colada.generate.engine.request import Request
+from colada.generate.reference import BlockGenerator, sample_noise
+from colada.models.cola import ColaDLM
+from colada.networks.config import DiTConfig, TextVAEConfig
+from colada.networks.dit import DiT
+from colada.networks.vae import TextVAE
 
 
 def tiny_dit_config(**over: Any) -> DiTConfig:

@@ -14,9 +14,9 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import make_stories
-from colada.training.checkpoints import find
-from colada.training.display import Display
-from colada.training.recipe import Recipe, load_recipe
+from colada.train.checkpoints import find
+from colada.train.display import Display
+from colada.train.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DEBUG = ROOT / "recipes" / "debug.yaml"

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import colada
-from colada.baselines.model import DecoderLM
-from colada.cli import main
+from colada.cli.main import main
 from colada.errors import ColadaError
-from colada.training.checkpoints import Place
-from colada.training.dry_run import resolve
-from colada.training.export import export
-from colada.training.recipe import Recipe, commented, difference
-from colada.training.trainer import Interrupted, Trainer
+from colada.models.decoder import DecoderLM
+from colada.train.checkpoints import Place
+from colada.train.dry_run import resolve
+from colada.train.export import export
+from colada.train.recipe import Recipe, commented, difference
+from colada.train.trainer import Interrupted, Trainer
 from runs import At, final_state, logged, metrics, recipe, same
 
 BASELINE = [

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from colada.baselines.autoregressive import AutoregressiveLM
-from colada.baselines.config import DecoderConfig, matched_config
-from colada.baselines.decoder import Decoder
 from colada.errors import ColadaError
-from colada.packing import Layout
-from colada.settings import Settings
+from colada.generate.settings import Settings
+from colada.models.autoregressive import AutoregressiveLM
+from colada.networks.decoder import Decoder
+from colada.networks.decoder_config import DecoderConfig, matched_config
+from colada.networks.packing import Layout
 
 PROMPTS = [[3, 1, 4, 1, 5], [], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
 

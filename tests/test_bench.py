@@ -19,26 +19,34 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from colada import model as model_module
-from colada.bench import contestants, levers, machine, mixed, run
-from colada.bench.ar import ar, matched_parameters
-from colada.bench.commands import bench_app
-from colada.bench.levers import EXACT, Lever, measure_levers, next_blocks, own_prompts
-from colada.bench.machine import Rates, copy_bandwidth, fastest, machine_name, matmul_rate
-from colada.bench.mixed import Request, engine_serve, full_batch, measure_mixed, mixed_requests
-from colada.bench.models import SIZES, random_model, size_configs
-from colada.bench.plain import PlainGenerator
-from colada.bench.run import Spread, measure_cell, random_prompts, sweep, take_turn
-from colada.bench.work import Job, Work, blocks_of, generation_work, history_bytes, limit, prompt_latents
-from colada.config import DiTConfig, TextVAEConfig
-from colada.dit import DiT
-from colada.engine.engine import Engine
+from benchmarks.generation import contestants, levers, machine, mixed, run
+from benchmarks.generation.__main__ import bench_app
+from benchmarks.generation.ar import ar, matched_parameters
+from benchmarks.generation.levers import EXACT, Lever, measure_levers, next_blocks, own_prompts
+from benchmarks.generation.machine import Rates, copy_bandwidth, fastest, machine_name, matmul_rate
+from benchmarks.generation.mixed import Request, engine_serve, full_batch, measure_mixed, mixed_requests
+from benchmarks.generation.models import SIZES, random_model, size_configs
+from benchmarks.generation.plain import PlainGenerator
+from benchmarks.generation.run import Spread, measure_cell, random_prompts, sweep, take_turn
+from benchmarks.generation.work import (
+    Job,
+    Work,
+    blocks_of,
+    generation_work,
+    history_bytes,
+    limit,
+    prompt_latents,
+)
 from colada.errors import ColadaError
-from colada.generation import BlockGenerator, sample_noise
-from colada.model import ColaDLM
-from colada.packing import block_causal
-from colada.streaming import Chunk
-from colada.vae import TextVAE
+from colada.generate.engine.engine import Engine
+from colada.generate.reference import BlockGenerator, sample_noise
+from colada.models import cola as model_module
+from colada.models.cola import ColaDLM
+from colada.networks.config import DiTConfig, TextVAEConfig
+from colada.networks.dit import DiT
+from colada.networks.packing import block_causal
+from colada.networks.vae import TextVAE
+from colada.text.transcript import Chunk
 from helpers import tiny_model
 
 CPU = torch.device("cpu")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks.step import Case, Elsewhere, Step
 
-from step import Case, Elsewhere, Step  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 CASE = Case(batch=2, length=32, block=4, layers=1, precision="float32")
 
@@ -20,7 +18,8 @@ CASE = Case(batch=2, length=32, block=4, layers=1, precision="float32")
 def test_a_step_elsewhere_is_that_of_the_other_checkout(tmp_path: Path) -> None:
     """The other checkout's flow loss is three times ours, so its gradients must be too, and no others."""
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("bundled", "__pycache__"))
-    losses = tmp_path / "src/colada/objectives.py"
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    losses = tmp_path / "src/colada/train/losses.py"
     text, old = losses.read_text(), "    return Loss(flow, _detached("
     assert text.count(old) == 1
     losses.write_text(text.replace(old, "    return Loss(3 * flow, _detached("))

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from colada.generation import TransportStep
+from colada.parity import relative_error
 
 import colada
-from colada.generation import TransportStep
 from colada.locate import BUNDLED
-from colada.parity import relative_error
 
 PROMPTS = ["Once upon a time", "The little dog", "", "One day, Lily and her mother went to the park to"]
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 import colada
-from colada.chat import DEFAULT_TEMPLATE, encode_messages, encode_pair, read_template, render
 from colada.errors import ColadaError
-from colada.tokenizer import Tokenizer
-from colada.training.recipe import load_recipe
-from colada.training.trainer import Trainer
+from colada.text.chat import DEFAULT_TEMPLATE, encode_messages, encode_pair, read_template, render
+from colada.text.tokenizer import Tokenizer
+from colada.train.recipe import load_recipe
+from colada.train.trainer import Trainer
 from runs import DEBUG
 
 # As model hubs keep one for a model whose turns end with a token of its own spelling.
@@ -276,7 +276,7 @@ def test_the_template_goes_where_the_model_goes(answering: Path, tmp_path: Path)
 def test_the_command_line_prints_the_answer_alone(
     answering: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from colada.cli import main
+    from colada.cli.main import main
 
     where = ["--model", str(answering), "--chat"]
     assert main(["generate", "sun", *where]) == 0

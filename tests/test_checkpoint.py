@@ -28,12 +28,12 @@ from huggingface_hub.errors import (
 
 import colada
 from colada import load
-from colada.checkpoint import read_configs, read_dit, read_vae, write_model
-from colada.dit import DiT
 from colada.errors import ColadaError
 from colada.locate import DIT_DIR, VAE_DIR, find_tokenizer, locate
-from colada.model import ColaDLM
-from colada.tokenizer import Tokenizer
+from colada.models.cola import ColaDLM
+from colada.networks.checkpoint import read_configs, read_dit, read_vae, write_model
+from colada.networks.dit import DiT
+from colada.text.tokenizer import Tokenizer
 from helpers import (
     Array,
     as_safetensors,
@@ -294,7 +294,7 @@ _MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from colada.checkpoint import read_dit
+from colada.networks.checkpoint import read_dit
 
 def anonymous():
     for line in open("/proc/self/status"):

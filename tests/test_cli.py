@@ -18,14 +18,15 @@ import pytest
 import torch
 
 import colada
-from colada.cli import _size, main
+from colada.cli.info import count_parameters, describe, history_values
+from colada.cli.main import _size
+from colada.cli.terminal import row_end
 from colada.flow import SCHEDULES, SOLVERS
-from colada.generation import NOISE_RULES, Noise, sample_noise
-from colada.info import count_parameters, describe, history_values
-from colada.layers import History
-from colada.model import ColaDLM
-from colada.terminal import row_end
-from colada.tokenizer import Tokenizer
+from colada.generate.reference import NOISE_RULES, Noise, sample_noise
+from colada.models.cola import ColaDLM
+from colada.networks.layers import History
+from colada.text.tokenizer import Tokenizer
+from commands import command_line, main
 from helpers import tiny_dit, tiny_vae
 
 SENTENCE = "Once upon a time a little dog ran home, and the cat sat on the mat and looked at the moon.\n"
@@ -41,7 +42,7 @@ COMMANDS = [
     ["tokenizer", "encode"],
     ["tokenizer", "decode"],
     ["bench"],
-    ["bench", "generate"],
+    ["bench", "speed"],
     ["bench", "levers"],
 ]
 
@@ -262,7 +263,7 @@ def run_in_terminal(args: list[object], width: int, height: int) -> tuple[Screen
         if name not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "colada", *map(str, args)],
+        command_line(list(map(str, args))),
         stdin=follower,
         stdout=follower,
         stderr=follower,
@@ -590,7 +591,7 @@ def test_an_interrupt_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("colada.info.describe", interrupt)
+    monkeypatch.setattr("colada.cli.info.describe", interrupt)
     result = run("info")
     assert result.code == 130
     assert result == Result(130, "", "interrupted\n")
@@ -601,7 +602,7 @@ def test_a_missing_extra_says_what_to_install(
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 1\n")
-    for name in [name for name in sys.modules if name.startswith("colada.training.")]:
+    for name in [name for name in sys.modules if name.startswith("colada.train.")]:
         monkeypatch.delitem(sys.modules, name)
 
     class NoYaml:
@@ -656,14 +657,14 @@ def test_version_and_bare_command(run: Run) -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys; from colada.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from colada.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_the_harness_is_an_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "lm_eval.__main__", raising=False)
-    monkeypatch.delitem(sys.modules, "colada.evaluation.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "colada.evaluate.harness", raising=False)
     assert main(["eval", "harness", "--tasks", "x"]) == 2
     assert (
         capsys.readouterr().err.strip() == "error: eval harness needs lm_eval: pip install 'colada-lm[eval]'"

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from colada.errors import ColadaError
-from colada.evaluation import likelihood as room
-from colada.evaluation.likelihood import likelihood
-from colada.evaluation.prior import BlockFlow, Passes, Pins, log_prior
 from colada.flow import Euler, T
-from colada.generation import BlockGenerator
-from colada.model import ColaDLM
+from colada.generate.reference import BlockGenerator
+from colada.models import likelihood as room
+from colada.models.cola import ColaDLM
+from colada.models.likelihood import likelihood
+from colada.models.prior import BlockFlow, Passes, Pins, log_prior
 from helpers import tiny_model
 
 CONTEXTS = [[1, 2, 3], [], [4, 5, 6, 7, 8], [9, 8, 7, 6], [3] * 9]

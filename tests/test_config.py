@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from colada.config import DiTConfig, TextVAEConfig
 from colada.errors import ColadaError
+from colada.networks.config import DiTConfig, TextVAEConfig
 from helpers import tiny_dit_config, tiny_vae_config
 
 # The keys and values of the released files, as documented.

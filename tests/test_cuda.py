@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from colada import layers
+from colada.cli.parity import run_case
 from colada.data.rows import FILLING, Batch
-from colada.model import load
-from colada.objectives import (
+from colada.models.cola import load
+from colada.networks import layers
+from colada.train.losses import (
     Draws,
     FlowSettings,
     JointWeights,
@@ -22,9 +23,8 @@ from colada.objectives import (
     stage1_loss,
     stage2_joint_loss,
 )
-from colada.parity import run_case
-from colada.training.parallel import compile_blocks
-from colada.training.trainer import MODEL, Trainer
+from colada.train.parallel import compile_blocks
+from colada.train.trainer import MODEL, Trainer
 from helpers import tiny_dit, tiny_model, tiny_vae
 from runs import metrics, recipe
 

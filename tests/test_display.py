@@ -7,7 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
-from colada.training.display import Display
+from colada.train.display import Display
 
 TERMS = {
     "tokens_per_s": 24622.0,

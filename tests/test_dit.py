@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from colada.config import DiTConfig
-from colada.dit import DiT, Timesteps, timestep_features
 from colada.errors import ColadaError
-from colada.layers import History
+from colada.networks.config import DiTConfig
+from colada.networks.dit import DiT, Timesteps, timestep_features
+from colada.networks.layers import History
 from helpers import (
     Array,
     assert_close,

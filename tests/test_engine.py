@@ -13,16 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from colada.engine import kernels
-from colada.engine.engine import Engine
-from colada.engine.memory import Memory, Plan, Regions, Span
-from colada.engine.passes import Modulation
-from colada.engine.request import Request
 from colada.errors import ColadaError
-from colada.generation import sample_noise
-from colada.model import ColaDLM, load
-from colada.sampling import Sampling
-from colada.streaming import Chunk, GenerationError
+from colada.generate import reference as loop
+from colada.generate.engine import kernels
+from colada.generate.engine.engine import Engine
+from colada.generate.engine.memory import Memory, Plan, Regions, Span
+from colada.generate.engine.passes import Modulation
+from colada.generate.engine.request import Request
+from colada.generate.reference import sample_noise
+from colada.generate.sampling import Sampling
+from colada.models.cola import ColaDLM, load
+from colada.text.transcript import Chunk, GenerationError
 from helpers import Blocks, reference, request, tiny_model
 
 
@@ -221,7 +222,7 @@ def test_an_engine_that_replays_is_kept_between_calls(monkeypatch: pytest.Monkey
     model = tiny_model()
     first = model.generate([[1, 2, 3, 4, 5]], 20, steps=2, guidance=3.0)
     assert model._kept == []
-    monkeypatch.setattr("colada.model.Engine", partial(Engine, bucket=32))
+    monkeypatch.setattr("colada.models.cola.Engine", partial(Engine, bucket=32))
     assert model.generate([[1, 2, 3, 4, 5]], 20, steps=2, guidance=3.0) == first
     (kept,) = model._kept
     assert model.generate([[1, 2, 3, 4, 5]], 20, steps=2, guidance=3.0) == first
@@ -289,7 +290,7 @@ def test_the_modulation_table_forgets_when_it_is_full(model: ColaDLM) -> None:
 
 def test_a_long_prefix_is_committed_in_parts(model: ColaDLM, monkeypatch: pytest.MonkeyPatch) -> None:
     for room in ("transport", "engine"):
-        monkeypatch.setattr(f"colada.engine.{room}.COMMITTED_ROWS", 8)
+        monkeypatch.setattr(f"colada.generate.engine.{room}.COMMITTED_ROWS", 8)
     widths: list[int] = []
     real = model.dit.txt_in.forward
 
@@ -334,7 +335,7 @@ def test_weights_too_large_to_be_packed_are_used_as_stored(
         asked.append(packed)
         return kernels.product(layer, gelu=gelu, packed=packed)
 
-    monkeypatch.setattr("colada.engine.passes.product", noted)
+    monkeypatch.setattr("colada.generate.engine.passes.product", noted)
     own = request(model, range(9), 12, 0)
     for most, packed in ((2**29, True), (1000, False)):
         monkeypatch.setattr(kernels, "PACKED_BYTES", most)
@@ -477,7 +478,7 @@ def poisoned(model: ColaDLM, monkeypatch: pytest.MonkeyPatch, seed: int, block: 
         draw = real(own, shape, device)
         return lambda b: draw(b) * torch.nan if (own, b) == (seed, block) else draw(b)
 
-    monkeypatch.setitem(__import__("colada.generation").generation.NOISE_RULES, "per-sample", noise)
+    monkeypatch.setitem(loop.NOISE_RULES, "per-sample", noise)
 
 
 def test_a_sample_that_is_not_finite_fails_alone(model: ColaDLM, monkeypatch: pytest.MonkeyPatch) -> None:

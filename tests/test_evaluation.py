@@ -17,20 +17,20 @@ from rich.console import Console
 from torch import nn
 
 import colada
+from colada.cli.evaluate import eval_app
 from colada.errors import ColadaError
-from colada.evaluation.commands import eval_app
-from colada.evaluation.data import Benchmark, load_benchmark, load_prompts
-from colada.evaluation.outputs import read_outputs
-from colada.evaluation.report import write_page
-from colada.evaluation.run import RESULTS_FILE, Part, Results, evaluate, fingerprint, item_seed
-from colada.evaluation.statistics import average, score
-from colada.evaluation.tasks import TASKS, Item
+from colada.evaluate.data import Benchmark, load_benchmark, load_prompts
+from colada.evaluate.outputs import read_outputs
+from colada.evaluate.run import RESULTS_FILE, Part, Results, evaluate, fingerprint, item_seed
+from colada.evaluate.statistics import average, score
+from colada.evaluate.tasks import TASKS, Item
+from colada.generate.settings import TextRequest
 from colada.locate import BUNDLED
-from colada.model import ColaDLM
-from colada.settings import TextRequest
-from colada.streaming import Completion
-from colada.tokenizer import Tokenizer
-from colada.training.display import Display
+from colada.models.cola import ColaDLM
+from colada.report.evaluation import write_page
+from colada.text.tokenizer import Tokenizer
+from colada.text.transcript import Completion
+from colada.train.display import Display
 from helpers import tiny_model
 
 CHOICES = ["red", "green", "blue", "grey"]
@@ -327,7 +327,7 @@ def test_any_grouping_of_the_bundled_models_items_gives_the_same_outputs(tmp_pat
         *("run", "--data", str(tmp_path), "--shots", "0", "--tasks", "obqa,lambada", "--world", "2"),
         *("--steps", "2", "-n", "12", "--batch", "3", "--quiet", "--out", str(tmp_path / "ranks"), "--rank"),
     ]
-    program = "import sys; from colada.evaluation.commands import eval_app; eval_app(sys.argv[1:])"
+    program = "import sys; from colada.cli.evaluate import eval_app; eval_app(sys.argv[1:])"
     ranks = [
         subprocess.Popen([sys.executable, "-c", program, *command, str(rank)], stdout=subprocess.DEVNULL)
         for rank in (0, 1)

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 import colada
-from colada import options, quantise
-from colada.cli import main
-from colada.model import ColaDLM
-from colada.tokenizer import Tokenizer
+from colada.cli import options
+from colada.models.cola import ColaDLM
+from colada.networks import quantise
+from colada.text.tokenizer import Tokenizer
+from commands import command_line, main
 from helpers import tiny_dit, tiny_vae
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="streams of a POSIX system")
@@ -49,7 +50,9 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def colada_process(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COLADA, *map(str, args)], capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(
+        command_line(list(map(str, args))), capture_output=True, text=True, timeout=60, **options
+    )
 
 
 # --- how soon it answers -------------------------------------------------------------------------
@@ -84,12 +87,12 @@ REFUSED = [
     ["generate", "--file", "/"],
     ["generate", "--file", "/dev/zero"],
     ["reconstruct", "x", "--dtype", "int8"],
-    ["bench", "generate", "--warm-up", "2147483648"],
-    ["bench", "generate", "--repeats", "1" + "0" * 23],
-    ["bench", "generate", "--mixed", "1000000000"],
-    ["bench", "generate", "-n", "1000000000"],
-    ["bench", "generate", "--guidance", "nan"],
-    ["bench", "generate", "--seed", str(2**64)],
+    ["bench", "speed", "--warm-up", "2147483648"],
+    ["bench", "speed", "--repeats", "1" + "0" * 23],
+    ["bench", "speed", "--mixed", "1000000000"],
+    ["bench", "speed", "-n", "1000000000"],
+    ["bench", "speed", "--guidance", "nan"],
+    ["bench", "speed", "--seed", str(2**64)],
     ["bench", "levers", "--prompts", "1000000000"],
     ["chat"],
     ["chat", "-m", "/no/where"],
@@ -103,8 +106,8 @@ ANSWERED = [
     ["chat", "--help"],
     ["train", "--help"],
     ["eval", "run", "--help"],
-    ["bench", "generate", "--help"],
-    ["study", "scaling", "--help"],
+    ["bench", "speed", "--help"],
+    ["study", "run", "--help"],
     ["tokenizer", "encode", "Once upon a time"],
 ]
 
@@ -113,7 +116,7 @@ def test_nothing_waits_for_torch_that_needs_no_weights() -> None:
     """One process for all: each is refused, or answered, without torch and without the hub's library."""
     code = """
 import contextlib, io, json, sys
-from colada.cli import main
+from commands import main
 for args in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -123,6 +126,7 @@ for args in json.loads(sys.argv[1]):
 """
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps([*REFUSED, *ANSWERED])],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=True,
@@ -183,7 +187,7 @@ def test_b1_b5_odd_values_of_any_option_are_one_line() -> None:
     code = """
 import contextlib, io, json, sys
 import typer.main
-from colada import cli
+from colada.cli import main as cli
 tree = typer.main.get_command(cli.app)
 typer.main.get_command = lambda _: tree  # once for all
 nowhere = ["-m", "/no/where"]
@@ -218,8 +222,8 @@ print(tried)
         (["tokenizer", "train", "DATA", "--vocab-size", "1" + "0" * 23], "at most 16777216"),
         (["tokenizer", "train", "DATA", "--vocab-size", "-1"], "vocab_size is -1"),
         (["tokenizer", "train", "/dev/zero", "--vocab-size", "300"], "/dev/zero"),
-        (["bench", "generate", "--size", "tiny", "--batch", "9" * 5000], "at most 999,999,999"),
-        (["bench", "generate", "--size", "tiny", "--steps", "1,0"], "--steps 1,0"),
+        (["bench", "speed", "--size", "tiny", "--batch", "9" * 5000], "at most 999,999,999"),
+        (["bench", "speed", "--size", "tiny", "--steps", "1,0"], "--steps 1,0"),
     ],
 )
 def test_b1_counts_have_bounds(
@@ -244,7 +248,9 @@ def test_the_names_checked_before_torch_are_those_there_are() -> None:
 def test_d1_threads_spin_for_a_moment_only_unless_told_otherwise(given: dict[str, str], used: str) -> None:
     choices = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     environment = {name: value for name, value in os.environ.items() if name not in choices} | given
-    code = "import os; from colada.cli import main; main(['--version']); print(os.getenv('GOMP_SPINCOUNT'))"
+    code = (
+        "import os; from colada.cli.main import main; main(['--version']); print(os.getenv('GOMP_SPINCOUNT'))"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == used
 
@@ -313,7 +319,9 @@ def test_b6_nobody_reads_the_error() -> None:
 )
 def test_b6_any_terminal_and_encoding_will_do(environment: dict[str, str]) -> None:
     """In one process a case: help, and text that the encoding cannot spell."""
-    code = "from colada.cli import main; main(['generate', '--help']); main(['tokenizer', 'encode', 'é日'])"
+    code = (
+        "from colada.cli.main import main; main(['generate', '--help']); main(['tokenizer', 'encode', 'é日'])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, timeout=60
     )
@@ -363,7 +371,7 @@ def test_memory_that_is_not_there_is_one_line(
     def fail(*_: object) -> None:
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr("colada.info.describe", fail)
+    monkeypatch.setattr("colada.cli.info.describe", fail)
     assert main(["info"]) == 2
     assert re.fullmatch(r"error: out of memory: [^\n]+\n", capsys.readouterr().err)
 

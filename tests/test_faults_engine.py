@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colada.engine import joining, kernels
-from colada.engine.engine import Engine
-from colada.engine.joining import shares
-from colada.engine.kernels import packed_weight
-from colada.engine.memory import Memory, PaddedPlan, Plan, Span
-from colada.engine.request import Request, Slot
-from colada.engine.transport import round_steps
-from colada.generation import sample_noise
-from colada.model import ColaDLM
-from colada.vae import TextVAE
+from colada.generate.engine import joining, kernels
+from colada.generate.engine.engine import Engine
+from colada.generate.engine.joining import shares
+from colada.generate.engine.kernels import packed_weight
+from colada.generate.engine.memory import Memory, PaddedPlan, Plan, Span
+from colada.generate.engine.request import Request, Slot
+from colada.generate.engine.transport import round_steps
+from colada.generate.reference import sample_noise
+from colada.models.cola import ColaDLM
+from colada.networks.vae import TextVAE
 from helpers import reference, request, tiny_dit, tiny_model
 
 PROMPT = [1, 2, 3, 4, 5]
@@ -36,7 +36,7 @@ def model() -> ColaDLM:
 @pytest.fixture
 def bucketed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines as they are on a GPU, kept between calls, but nothing is captured."""
-    monkeypatch.setattr("colada.model.Engine", partial(Engine, bucket=32))
+    monkeypatch.setattr("colada.models.cola.Engine", partial(Engine, bucket=32))
 
 
 # --- an engine has one user ---------------------------------------------------------------------
@@ -419,7 +419,7 @@ def _in_turn(engine: Engine, requests: dict[int, list[Request]]) -> list[list[tu
 def test_a_long_prompt_joins_in_parts_and_says_what_it_says_alone(
     kinds: dict[str, Any], bucket: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("colada.engine.engine.JOINING_LATENTS", 16)
+    monkeypatch.setattr("colada.generate.engine.engine.JOINING_LATENTS", 16)
     model = tiny_model(**kinds)
     engine = Engine(model.vae, model.dit, capacity=400, bucket=bucket)
     read: list[int] = []

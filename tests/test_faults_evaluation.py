@@ -20,27 +20,28 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import colada
-from colada import layers
-from colada.baselines.config import DecoderConfig
-from colada.baselines.decoder import Decoder
-from colada.baselines.load import MODELS
-from colada.cli import main
+from colada.checks import MOST_CHARACTERS
 from colada.errors import ColadaError
-from colada.evaluation import likelihood as likelihood_room
-from colada.evaluation.data import Benchmark, load_benchmark
-from colada.evaluation.likelihood import likelihood
-from colada.evaluation.measure import measure
-from colada.evaluation.run import Part, evaluate, fingerprint
-from colada.evaluation.statistics import Outcome, clustered
-from colada.evaluation.tasks import TASKS, find_task
-from colada.evaluation.texts import read_texts
-from colada.language_model import LanguageModel
+from colada.evaluate.data import Benchmark, load_benchmark
+from colada.evaluate.measure import measure
+from colada.evaluate.run import Part, evaluate, fingerprint
+from colada.evaluate.statistics import Outcome, clustered
+from colada.evaluate.tasks import TASKS, find_task
+from colada.evaluate.texts import read_texts
+from colada.generate.settings import TextRequest
 from colada.locate import BUNDLED
-from colada.settings import MOST_CHARACTERS, TextRequest
-from colada.streaming import Completion
-from colada.study.cells import Counts
-from colada.study.summary import verdict
-from colada.tokenizer import Tokenizer
+from colada.models import likelihood as likelihood_room
+from colada.models.base import LanguageModel
+from colada.models.likelihood import likelihood
+from colada.models.load_decoder import MODELS
+from colada.networks import layers
+from colada.networks.decoder import Decoder
+from colada.networks.decoder_config import DecoderConfig
+from colada.text.tokenizer import Tokenizer
+from colada.text.transcript import Completion
+from commands import main
+from experiments.scaling.cells import Counts
+from experiments.scaling.summary import verdict
 from helpers import tiny_model
 
 # --- one batch loop ------------------------------------------------------------------------------
@@ -475,7 +476,7 @@ FILES = ("empty.jsonl", "bytes.txt", "number.jsonl", "list.jsonl", "digits.jsonl
         ("eval", "run", "--data", "FILE", "--out", "out", "--tasks", "obqa"),
         ("eval", "run", "--prompts", "FILE", "--out", "out", "--tasks", "obqa"),
         ("study", "figure", "FILE"),
-        ("study", "scaling", "FILE", "--benchmarks", "data"),
+        ("study", "run", "FILE", "--benchmarks", "data"),
         ("study", "data", "--benchmarks", "FILE", "--out", "out"),
     ],
 )
@@ -490,7 +491,7 @@ def test_what_cannot_be_read_is_one_line(
 LIKELIHOOD = ("eval", "likelihood", "ok.txt")
 RUN = ("eval", "run", "--data", "data", "--tasks", "obqa", "--out", "out")
 GENERATIVE = ("eval", "generative", "ok.txt", "--judge", "no/where")
-STUDY = ("study", "scaling", "recipe.yaml", "--benchmarks", "data", "--tasks", "obqa")
+STUDY = ("study", "run", "recipe.yaml", "--benchmarks", "data", "--tasks", "obqa")
 HUGE = "1" + "0" * 23
 COUNTS = ("0", "-1", HUGE, "x")
 
@@ -540,7 +541,7 @@ def test_a_value_out_of_bounds_is_refused_before_anything_is_loaded(
     def loading(*arguments: object, **options: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("colada.evaluation.commands.load_model", loading)
+    monkeypatch.setattr("colada.cli.evaluate.load_model", loading)
     for value in values:
         assert run(*command, option, value)
         assert not Path("out").exists()

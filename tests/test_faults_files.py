@@ -15,16 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from colada import checkpoint, files, load
-from colada.chat import read_template, render
+from colada import files, load
 from colada.data.documents import Cut, Holdout, read_documents, read_records, split_file
 from colada.data.listing import find_files, list_files
 from colada.data.sources import Source, check_sources, hold_out, parts, read
 from colada.errors import ColadaError
-from colada.model import ColaDLM
-from colada.tokenizer import Tokenizer
-from colada.training.inputs import prepare_inputs, train_tokenizer
-from colada.training.recipe import Recipe, load_recipe, save_recipe
+from colada.models.cola import ColaDLM
+from colada.networks import checkpoint
+from colada.text.chat import read_template, render
+from colada.text.tokenizer import Tokenizer
+from colada.train.inputs import prepare_inputs, train_tokenizer
+from colada.train.recipe import Recipe, load_recipe, save_recipe
 from helpers import read_safetensors, tiny_model, write_safetensors
 
 DIT_WEIGHTS, VAE_WEIGHTS = "cola_dit/model.safetensors", "cola_vae/model.safetensors"

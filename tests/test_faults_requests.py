@@ -22,25 +22,26 @@ import torch
 from tokenizers import AddedToken, decoders, models
 
 import colada
-from colada.baselines.autoregressive import AutoregressiveLM
-from colada.baselines.config import DecoderConfig
-from colada.baselines.decoder import Decoder
-from colada.baselines.masked import MaskedLM
-from colada.cli import main
-from colada.engine import joining
-from colada.engine.engine import Engine, history_bytes
-from colada.engine.request import Request
+from colada.checks import MOST_TOKENS
+from colada.cli.main import main
 from colada.errors import ColadaError, ColadaWarning
-from colada.evaluation.measure import measure
-from colada.generation import NOISE_RULES, BlockGenerator, sample_noise
-from colada.language_model import LanguageModel
-from colada.model import ColaDLM
-from colada.sampling import Sampling
-from colada.session import MOST_COMPLETIONS
-from colada.settings import LONGEST_STOP, MOST_STEPS, MOST_TOKENS, TextRequest
-from colada.streaming import Chunk, GenerationError, Transcript
-from colada.tokenizer import Tokenizer
-from colada.training.recipe import load_recipe
+from colada.evaluate.measure import measure
+from colada.generate.engine import joining
+from colada.generate.engine.engine import Engine, history_bytes
+from colada.generate.engine.request import Request
+from colada.generate.reference import NOISE_RULES, BlockGenerator, sample_noise
+from colada.generate.sampling import Sampling
+from colada.generate.session import MOST_COMPLETIONS
+from colada.generate.settings import LONGEST_STOP, MOST_STEPS, TextRequest
+from colada.models.autoregressive import AutoregressiveLM
+from colada.models.base import LanguageModel
+from colada.models.cola import ColaDLM
+from colada.models.masked import MaskedLM
+from colada.networks.decoder import Decoder
+from colada.networks.decoder_config import DecoderConfig
+from colada.text.tokenizer import Tokenizer
+from colada.text.transcript import Chunk, GenerationError, Transcript
+from colada.train.recipe import load_recipe
 from helpers import tiny_dit, tiny_model, tiny_vae
 
 TEXTS = ["The fox saw the owl. The owl saw the fox, and the fox ran off to look under the bridge. é"] * 9
@@ -446,7 +447,7 @@ def overflowing(model: ColaDLM, monkeypatch: pytest.MonkeyPatch, seed: int) -> N
         draw = real(own, shape, device)
         return lambda block: draw(block) * (1e8 if (own, block) == (seed, 1) else 1)
 
-    monkeypatch.setitem(__import__("colada.generation").generation.NOISE_RULES, "per-sample", noise)
+    monkeypatch.setitem(__import__("colada.generate.reference").generation.NOISE_RULES, "per-sample", noise)
 
 
 def test_a9_a_sample_whose_logits_are_nan_fails_alone_in_the_engine_and_in_the_readable_loop(
@@ -513,7 +514,7 @@ def in_the_transcript(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @fault
 def in_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    generation = __import__("colada.generation").generation
+    generation = __import__("colada.generate.reference").generation
 
     def noise(seed: int, shape: tuple[int, int], device: torch.device) -> Any:
         return failing(sample_noise(seed, shape, device), lambda block: (seed, block) == (13, 1))
@@ -644,7 +645,7 @@ def test_a14_completions_nobody_asks_for_are_bounded_and_missed_loudly(
     model: ColaDLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert MOST_COMPLETIONS == 4096
-    monkeypatch.setattr("colada.session.MOST_COMPLETIONS", 5)
+    monkeypatch.setattr("colada.generate.session.MOST_COMPLETIONS", 5)
     session = model.session(history=64)
     for seed in range(7):
         session.submit([1], 2, steps=1, seed=seed)

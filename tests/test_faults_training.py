@@ -27,22 +27,22 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from colada import device
-from colada.cli import main
 from colada.errors import ColadaError
 from colada.files import write_text
-from colada.model import ColaDLM
-from colada.streaming import GenerationError
-from colada.training import checkpoints
-from colada.training.checkpoints import Place, find, places
-from colada.training.display import Display
-from colada.training.dry_run import plan_run
-from colada.training.inputs import train_tokenizer
-from colada.training.monitors import Samples
-from colada.training.optimisation import learning_rate
-from colada.training.parallel import Ranks
-from colada.training.recipe import load_recipe
-from colada.training.sections import MOST_STEPS, OptimiserSection, Stage2Section
-from colada.training.trainer import Trainer
+from colada.models.cola import ColaDLM
+from colada.text.transcript import GenerationError
+from colada.train import checkpoints
+from colada.train.checkpoints import Place, find, places
+from colada.train.display import Display
+from colada.train.dry_run import plan_run
+from colada.train.inputs import train_tokenizer
+from colada.train.logs import Samples
+from colada.train.optimisation import learning_rate
+from colada.train.parallel import Ranks
+from colada.train.recipe import load_recipe
+from colada.train.sections import MOST_STEPS, OptimiserSection, Stage2Section
+from colada.train.trainer import Trainer
+from commands import main
 from runs import DEBUG, ROOT, STORIES, TINY, At, assert_same_run, recipe
 
 SHORT = ["stage2.steps=0", "run.sample_every=0"]
@@ -332,7 +332,7 @@ def test_b7_an_environment_that_makes_no_ranks_is_one_line(
 def test_b1_a_run_beyond_the_memory_is_refused_before_it_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    monkeypatch.setattr("colada.training.dry_run.memory_of", lambda _: 2**26)
+    monkeypatch.setattr("colada.train.dry_run.memory_of", lambda _: 2**26)
     with pytest.raises(ColadaError, match=r"stage [12].* would take about .* but cpu has 64.0 MiB: expected"):
         Trainer(recipe(key), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -498,7 +498,7 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     find_spec = importlib.util.find_spec
     missing = lambda name, *args: None if name == package else find_spec(name, *args)  # noqa: E731
     for module in ("preflight", "trainer"):
-        monkeypatch.setattr(f"colada.training.{module}.find_spec", missing)
+        monkeypatch.setattr(f"colada.train.{module}.find_spec", missing)
 
 
 def test_a_run_without_matplotlib_says_at_the_start_that_there_will_be_no_report(
@@ -553,7 +553,7 @@ def test_the_first_lines_say_what_is_trained_on_what_and_for_how_long(tmp_path: 
     ],
 )
 def test_a_command_is_refused_without_waiting_for_torch(tmp_path: Path, command: list[str]) -> None:
-    code = f"import sys; from colada.cli import main; print(main({command!r}), 'torch' in sys.modules)"
+    code = f"import sys; from colada.cli.main import main; print(main({command!r}), 'torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
     )
@@ -622,7 +622,7 @@ def test_a_checkpoint_is_written_after_so_many_minutes(
 ) -> None:
     clock = iter(range(0, 10**9, 40))  # Each look at it 40 seconds later.
     fake = SimpleNamespace(monotonic=lambda: float(next(clock)), time=time.time)
-    monkeypatch.setattr("colada.training.trainer.time", fake)
+    monkeypatch.setattr("colada.train.trainer.time", fake)
     Trainer(
         recipe(*SHORT, "run.checkpoint_minutes=1", "run.save_every=100", "run.keep_last=9"), tmp_path
     ).run()
@@ -679,7 +679,7 @@ def test_a_study_of_data_that_is_not_there_ends_before_anything_and_a_ledger_say
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny = str(ROOT / "recipes" / "tiny.yaml")
-    assert main(["study", "scaling", tiny, "--benchmarks", str(tmp_path)]) == 2
+    assert main(["study", "run", tiny, "--benchmarks", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: data/corpora: no such file or folder (data.sources.0.path); give yours")
     assert len(said.splitlines()) == 1

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from colada.errors import ColadaError
-from colada.generation import BlockGenerator, TransportStep, released_noise, sample_noise
-from colada.model import ColaDLM
-from colada.sampling import Sampling
+from colada.generate.reference import BlockGenerator, TransportStep, released_noise, sample_noise
+from colada.generate.sampling import Sampling
+from colada.models.cola import ColaDLM
 from helpers import tiny_dit, tiny_model, tiny_vae
 
 PROMPTS: list[list[int]] = [

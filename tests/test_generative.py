@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 import colada
-from colada.cli import app
+from colada.cli.main import app
 from colada.errors import ColadaError
-from colada.evaluation.generative import (
+from colada.evaluate.generative import (
     ModelJudge,
     Passage,
     TransformersJudge,
@@ -24,10 +24,10 @@ from colada.evaluation.generative import (
     figures,
     read_generated,
 )
-from colada.evaluation.likelihood import likelihood
-from colada.evaluation.texts import Text, TextScore
-from colada.model import ColaDLM
-from colada.tokenizer import Tokenizer
+from colada.evaluate.texts import Text, TextScore
+from colada.models.cola import ColaDLM
+from colada.models.likelihood import likelihood
+from colada.text.tokenizer import Tokenizer
 
 TEXTS = [
     Text("Once upon a time there was a little girl named Lily. She liked to play in the park.", "a:1"),
@@ -123,7 +123,7 @@ def test_generated_and_real_follow_the_same_prompts_for_as_long(model: ColaDLM) 
 def test_where_the_model_ends_early_the_real_text_is_cut(
     model: ColaDLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from colada.streaming import Completion
+    from colada.text.transcript import Completion
 
     lengths = {0: 3, 1: 0}
     monkeypatch.setattr(

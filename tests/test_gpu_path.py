@@ -12,10 +12,10 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 
-from colada import layers
-from colada.layers import attend
-from colada.objectives import JointWeights, VAEWeights, stage1_loss, stage2_frozen_loss, stage2_joint_loss
-from colada.packing import Layout
+from colada.networks import layers
+from colada.networks.layers import attend
+from colada.networks.packing import Layout
+from colada.train.losses import JointWeights, VAEWeights, stage1_loss, stage2_frozen_loss, stage2_joint_loss
 from helpers import tiny_dit, tiny_vae
 from test_cuda import DIT, VAE, conversations
 

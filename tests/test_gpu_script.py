@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from colada.model import load
-from colada.tokenizer import Tokenizer
-from colada.training.inputs import prepare_inputs
-from colada.training.recipe import load_recipe
+from benchmarks import (
+    gather,
+    gpu,
+)
+from colada.models.cola import load
+from colada.text.tokenizer import Tokenizer
+from colada.train.inputs import prepare_inputs
+from colada.train.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gather  # noqa: E402
-import gpu  # noqa: E402
 
 
 def started(*arguments: str, status: int = 0) -> None:
@@ -48,7 +48,7 @@ def results_of(file: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_every_part_runs_at_debug_size_on_a_cpu(tmp_path: Path) -> None:
+def test_every_part_runs_at_debug_size_on_a_cpu(tmp_path: Path, parity_cases: list[Path]) -> None:
     run = tmp_path / "run"
     started("--debug", "all", str(tmp_path), "--run", str(run), "--kit", str(tmp_path / "no kit"))
     tests = results_of(tmp_path / "tests.json")

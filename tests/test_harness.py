@@ -10,19 +10,19 @@ import torch
 from typer.testing import CliRunner
 
 import colada
-from colada.baselines.config import DecoderConfig
-from colada.baselines.decoder import Decoder
-from colada.baselines.load import MODELS
-from colada.cli import app
+from colada.cli.main import app
 from colada.errors import ColadaError
-from colada.evaluation.likelihood import likelihood
-from colada.model import ColaDLM
+from colada.models.cola import ColaDLM
+from colada.models.likelihood import likelihood
+from colada.models.load_decoder import MODELS
+from colada.networks.decoder import Decoder
+from colada.networks.decoder_config import DecoderConfig
 from helpers import tiny_model
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra eval)")
 
 if TYPE_CHECKING:
-    from colada.evaluation.harness import HarnessLM
+    from colada.evaluate.harness import HarnessLM
 
 STORIES = ["Once upon a time there was a little girl.", "The dog ran home. He was happy."]
 CHOICES = [
@@ -47,7 +47,7 @@ def model() -> ColaDLM:
 
 @pytest.fixture(scope="module")
 def lm(model: ColaDLM) -> "HarnessLM":
-    from colada.evaluation.harness import HarnessLM
+    from colada.evaluate.harness import HarnessLM
 
     return HarnessLM(model, **FAST)
 
@@ -194,7 +194,7 @@ def test_the_command_runs_the_harness(tmp_path: Path) -> None:
 
 
 def test_neither_place_nor_batch_matter(model: ColaDLM, lm: "HarnessLM") -> None:
-    from colada.evaluation.harness import HarnessLM
+    from colada.evaluate.harness import HarnessLM
 
     alone = HarnessLM(model, **{**FAST, "batch_size": 1})
     pairs = [("The dog", " ran"), ("", "Once upon a time"), ("Once upon", " a time there was"), ("A", "")]
@@ -226,7 +226,7 @@ def test_greedy_is_what_the_model_writes(model: ColaDLM, lm: "HarnessLM") -> Non
 
 
 def test_pairs_are_parted_where_every_character_counts_once(model: ColaDLM) -> None:
-    from colada.evaluation.harness import split_pair
+    from colada.evaluate.harness import split_pair
 
     tokenizer = model.tokenizer
     assert tokenizer is not None
@@ -240,7 +240,7 @@ def test_pairs_are_parted_where_every_character_counts_once(model: ColaDLM) -> N
 
 
 def test_long_texts_go_through_windows(model: ColaDLM) -> None:
-    from colada.evaluation.harness import HarnessLM
+    from colada.evaluate.harness import HarnessLM
 
     lm = HarnessLM(model, max_length=8, **FAST)
     ids = model.ids(STORIES[1])
@@ -289,14 +289,14 @@ def test_generation_arguments_are_refused_by_name(
     ],
 )
 def test_model_arguments_are_refused_by_name(model: ColaDLM, arguments: dict[str, Any], words: str) -> None:
-    from colada.evaluation.harness import HarnessLM
+    from colada.evaluate.harness import HarnessLM
 
     with pytest.raises(ColadaError, match=words):
         HarnessLM(model, **arguments)
 
 
 def test_a_model_without_tokenizer_has_no_tasks() -> None:
-    from colada.evaluation.harness import HarnessLM
+    from colada.evaluate.harness import HarnessLM
 
     with pytest.raises(ColadaError, match=r"no tokenizer\.json"):
         HarnessLM(tiny_model())
@@ -307,7 +307,7 @@ def test_a_model_without_tokenizer_has_no_tasks() -> None:
 
 @pytest.mark.parametrize("arch", ["ar", "llada"])
 def test_a_baselines_answers_depend_on_the_request_alone(arch: str) -> None:
-    from colada.evaluation.harness import HarnessLM
+    from colada.evaluate.harness import HarnessLM
 
     tokenizer = colada.load().tokenizer
     assert tokenizer is not None

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from colada.layers import (
+from colada.networks.layers import (
     History,
     attend,
     commit,
@@ -19,7 +19,7 @@ from colada.layers import (
     rotate_interleaved,
     rotations,
 )
-from colada.packing import Layout, sees, two_copy_cells
+from colada.networks.packing import Layout, sees, two_copy_cells
 from helpers import assert_close, plain_attention
 
 

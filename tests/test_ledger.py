@@ -9,16 +9,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from colada.baselines.config import DecoderConfig
-from colada.baselines.decoder import Decoder
-from colada.baselines.objectives import MaskDraws, decoder_loss, draw_masks
 from colada.data.rows import Batch
 from colada.errors import ColadaError
-from colada.training.decoder_plan import decoder_flops, decoder_memory
-from colada.training.dry_run import decoder_config_of, plan_run, resolve
-from colada.training.ledger import ledger
-from colada.training.plan import Placement
-from colada.training.recipe import Recipe, load_recipe
+from colada.networks.decoder import Decoder
+from colada.networks.decoder_config import DecoderConfig
+from colada.train.decoder_losses import MaskDraws, decoder_loss, draw_masks
+from colada.train.decoder_plan import decoder_flops, decoder_memory
+from colada.train.dry_run import decoder_config_of, plan_run, resolve
+from colada.train.ledger import ledger
+from colada.train.plan import Placement
+from colada.train.recipe import Recipe, load_recipe
 
 ARCHS = ("ar", "llada")
 DEBUG = Path(__file__).parent.parent / "recipes" / "debug.yaml"

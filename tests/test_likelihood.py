@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from colada.errors import ColadaError
-from colada.evaluation import likelihood as room
-from colada.evaluation.likelihood import likelihood
-from colada.evaluation.prior import BlockFlow, Passes, Velocity, divergence, log_prior
 from colada.flow import Euler, T
-from colada.model import ColaDLM
+from colada.models import likelihood as room
+from colada.models.cola import ColaDLM
+from colada.models.likelihood import likelihood
+from colada.models.prior import BlockFlow, Passes, Velocity, divergence, log_prior
 from helpers import tiny_model
 
 AT = 0.01

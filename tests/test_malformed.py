@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from colada import load
-from colada.chat import read_template
 from colada.data.documents import read_documents
+from colada.data.jsonl import read_lines
 from colada.data.listing import find_files
 from colada.errors import ColadaError
-from colada.evaluation.records import read_lines
-from colada.tokenizer import Tokenizer
-from colada.training.recipe import load_recipe
+from colada.text.chat import read_template
+from colada.text.tokenizer import Tokenizer
+from colada.train.recipe import load_recipe
 from helpers import tiny_model
 
 FEW, MANY = 12, 500  # Of each kind: by default, and with -m slow.

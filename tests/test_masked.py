@@ -11,16 +11,16 @@ import pytest
 import torch
 
 import colada
-from colada.baselines.autoregressive import AutoregressiveLM
-from colada.baselines.config import DecoderConfig, matched_config
-from colada.baselines.decoder import Decoder
-from colada.baselines.likelihood import log_likelihood
-from colada.baselines.masked import MaskedLM, transfers
-from colada.baselines.objectives import MaskDraws, decoder_loss, draw_masks, first_tokens
 from colada.data.rows import FILLING, Batch
 from colada.errors import ColadaError
-from colada.evaluation.measure import kind, measure
-from colada.packing import Layout
+from colada.evaluate.measure import kind, measure
+from colada.models.autoregressive import AutoregressiveLM
+from colada.models.decoder_likelihood import log_likelihood
+from colada.models.masked import MaskedLM, transfers
+from colada.networks.decoder import Decoder
+from colada.networks.decoder_config import DecoderConfig, matched_config
+from colada.networks.packing import Layout
+from colada.train.decoder_losses import MaskDraws, decoder_loss, draw_masks, first_tokens
 
 PROMPTS = [[3, 1, 4, 1], [], [2, 0], [5, 3, 5, 4, 2, 1, 0]]
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import colada
-from colada.engine.engine import Engine
 from colada.errors import ColadaError
-from colada.generation import TransportStep
-from colada.model import ColaDLM
-from colada.streaming import Chunk
-from colada.tokenizer import Tokenizer
+from colada.generate.engine.engine import Engine
+from colada.generate.reference import TransportStep
+from colada.models.cola import ColaDLM
+from colada.text.tokenizer import Tokenizer
+from colada.text.transcript import Chunk
 from helpers import tiny_dit, tiny_model, tiny_vae
 
 TEXTS = [

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from colada.errors import ColadaError
-from colada.training.monitors import (
+from colada.train.logs import (
     JsonLines,
     Monitor,
     Monitors,

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from colada import objectives
 from colada.data.rows import FILLING, Batch
-from colada.dit import DiT, Timesteps
 from colada.flow import T, TimestepLaw
-from colada.generation import BlockGenerator, sample_noise
-from colada.layers import History
-from colada.objectives import (
+from colada.generate.reference import BlockGenerator, sample_noise
+from colada.networks.dit import DiT, Timesteps
+from colada.networks.layers import History
+from colada.networks.vae import Posterior, TextVAE
+from colada.train import losses as objectives
+from colada.train.losses import (
     Counts,
     Draws,
     FlowSettings,
@@ -39,7 +40,6 @@ from colada.objectives import (
     stage2_frozen_loss,
     stage2_joint_loss,
 )
-from colada.vae import Posterior, TextVAE
 from helpers import tiny_dit, tiny_vae, tiny_vae_config
 
 PAD = 0

@@ -10,10 +10,18 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colada import layers, packing
 from colada.errors import ColadaError
-from colada.layers import attend
-from colada.packing import Group, Layout, block_causal, pad_to_multiple, sees, two_copy, two_copy_cells
+from colada.networks import layers, packing
+from colada.networks.layers import attend
+from colada.networks.packing import (
+    Group,
+    Layout,
+    block_causal,
+    pad_to_multiple,
+    sees,
+    two_copy,
+    two_copy_cells,
+)
 from helpers import tiny_dit, tiny_vae
 
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 import typer
 
-import colada.parity
+import colada.cli.parity
+from colada.cli.parity import main, relative_error, report, run_case
 from colada.errors import ColadaError
-from colada.parity import main, relative_error, report, run_case
 from helpers import read_safetensors, write_safetensors
 
-PACKAGE = Path(colada.parity.__file__).parents[1]
+PACKAGE = Path(colada.cli.parity.__file__).parents[2]
 SINGLE_PASSES = ("encode_mean", "encode_logvar", "decode", "velocity")
 
 
@@ -103,7 +103,7 @@ def test_the_tolerance_decides(case: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_the_module_prints_one_json_line_and_exits_0(case: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "colada.parity", str(case)],
+        [sys.executable, "-m", "colada.cli.parity", str(case)],
         capture_output=True,
         text=True,
         check=False,

@@ -11,13 +11,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from colada import layers
-from colada.config import DiTConfig, TextVAEConfig
-from colada.dit import DiT
 from colada.errors import ColadaError
-from colada.packing import block_causal, two_copy
-from colada.training import plan
-from colada.training.plan import (
+from colada.networks import layers
+from colada.networks.config import DiTConfig, TextVAEConfig
+from colada.networks.dit import DiT
+from colada.networks.packing import block_causal, two_copy
+from colada.networks.vae import TextVAE
+from colada.train import plan
+from colada.train.plan import (
     GIB,
     Placement,
     Plan,
@@ -34,7 +35,6 @@ from colada.training.plan import (
     training_flops,
     two_copy_pairs,
 )
-from colada.vae import TextVAE
 from helpers import tiny_dit, tiny_dit_config, tiny_vae, tiny_vae_config
 
 ROWS = 3

@@ -17,10 +17,10 @@ import torch
 
 import colada
 from colada.errors import ColadaError
-from colada.training.checkpoints import Place, places
-from colada.training.parallel import Ranks
-from colada.training.recipe import commented
-from colada.training.trainer import Trainer
+from colada.train.checkpoints import Place, places
+from colada.train.parallel import Ranks
+from colada.train.recipe import commented
+from colada.train.trainer import Trainer
 from runs import metrics, recipe
 
 pytestmark = pytest.mark.skipif(

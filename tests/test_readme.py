@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from colada import cli
+from colada.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "src/colada/bundled/README.md"]
@@ -112,7 +112,7 @@ def test_the_readme_s_python_runs_with_what_a_plain_install_brings(tmp_path: Pat
 )
 def test_what_the_readme_shows_before_it_names_an_extra_needs_none(args: list[str]) -> None:
     hidden = f"import sys\nfor name in {EXTRAS}: sys.modules[name] = None\n"
-    code = hidden + f"from colada.cli import main; sys.exit(main({args!r}))"
+    code = hidden + f"from colada.cli.main import main; sys.exit(main({args!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
 

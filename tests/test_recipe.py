@@ -11,8 +11,8 @@ from torch import nn
 
 import make_stories
 from colada.errors import ColadaError
-from colada.training.optimisation import average_weights, learning_rate, make_optimisers
-from colada.training.recipe import (
+from colada.train.optimisation import average_weights, learning_rate, make_optimisers
+from colada.train.recipe import (
     OptimiserSection,
     Recipe,
     Stage1Section,
@@ -21,7 +21,7 @@ from colada.training.recipe import (
     load_recipe,
     save_recipe,
 )
-from colada.training.stages import row_generator
+from colada.train.stages import row_generator
 from helpers import tiny_dit, tiny_vae
 from runs import DEBUG, ROOT, recipe
 

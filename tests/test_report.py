@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from colada.errors import ColadaError
-from colada.training import report
-from colada.training.monitors import JsonLines, Samples
-from colada.training.report import Curve, smooth, thin, write_report
+from colada.report import training as report
+from colada.report.training import Curve, smooth, thin, write_report
+from colada.train.logs import JsonLines, Samples
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from colada.errors import ColadaError
-from colada.sampling import Sampling
+from colada.generate.sampling import Sampling
 
 
 def _logits(rows: int = 4, vocab: int = 12, seed: int = 0) -> torch.Tensor:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from colada.errors import ColadaError
-from colada.evaluation.outputs import Output, read_outputs
-from colada.evaluation.scoring import (
+from colada.evaluate.outputs import Output, read_outputs
+from colada.evaluate.scoring import (
     answer_option,
     answer_segment,
     cut,
@@ -20,8 +20,8 @@ from colada.evaluation.scoring import (
     option_by_text,
     similarity,
 )
-from colada.evaluation.statistics import Comparison, average, compare, correct, score, wilson
-from colada.evaluation.tasks import TASKS, THE_EIGHT, find_task
+from colada.evaluate.statistics import Comparison, average, compare, correct, score, wilson
+from colada.evaluate.tasks import TASKS, THE_EIGHT, find_task
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "official_outputs"
 PUBLISHED = {

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from colada.checks import MOST_COUNT, MOST_SEED, require_count
 from colada.errors import ColadaError
 from colada.flow import SCHEDULES, SOLVERS
-from colada.generation import NOISE_RULES
-from colada.settings import (
+from colada.generate.reference import NOISE_RULES
+from colada.generate.settings import (
     LONGEST_STOP,
-    MOST_COUNT,
-    MOST_SEED,
     MOST_STEPS,
     NOISE_NAMES,
     RELEASED_SETTINGS,
@@ -25,7 +24,6 @@ from colada.settings import (
     Settings,
     check_settings,
     one_each,
-    require_count,
     several,
 )
 
@@ -145,5 +143,5 @@ def test_one_prompt_or_several(prompts: object, expected: list[object]) -> None:
 
 
 def test_settings_are_checked_without_torch() -> None:
-    code = "import colada.settings, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import colada.generate.settings, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

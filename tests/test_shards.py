@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
-from colada.chat import DEFAULT_TEMPLATE, encode_messages, encode_pair
 from colada.data import shards
 from colada.data.documents import Split, read_documents
 from colada.data.listing import find_files
@@ -29,7 +28,8 @@ from colada.data.shards import prepare
 from colada.data.sources import Source
 from colada.data.stream import TokenStream
 from colada.errors import ColadaError
-from colada.tokenizer import Tokenizer
+from colada.text.chat import DEFAULT_TEMPLATE, encode_messages, encode_pair
+from colada.text.tokenizer import Tokenizer
 
 TEXTS = [f"Story {i}. " + "The cat saw a naïve dog. " * (i % 5) for i in range(90)]
 TOKENIZER = Tokenizer.train(TEXTS, 300)
@@ -218,7 +218,7 @@ import multiprocessing, sys, time
 from pathlib import Path
 from colada.data import shards
 from colada.data.sources import Source
-from colada.tokenizer import Tokenizer
+from colada.text.tokenizer import Tokenizer
 
 def progress(done, total):
     print("done", done, *[child.pid for child in multiprocessing.active_children()], flush=True)

@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from colada.streaming import Transcript
-from colada.tokenizer import END_OF_TEXT, IM_END, PAD, Tokenizer
+from colada.text.tokenizer import END_OF_TEXT, IM_END, PAD, Tokenizer
+from colada.text.transcript import Transcript
 
 TEXTS = [
     "the hen ran to the mill and the hen sat on the hill, then the hen ran home",

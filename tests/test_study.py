@@ -13,20 +13,20 @@ import pytest
 from filelock import FileLock
 
 import runs
-from colada.cli import main
 from colada.errors import ColadaError
-from colada.evaluation.data import load_benchmark
-from colada.evaluation.tasks import find_task
-from colada.language_model import find_archs
-from colada.study import scaling
-from colada.study.cells import CELL_FILE, Counts, Result, read_result, read_results, write_result
-from colada.study.data import RECORD_FILE, write_documents
-from colada.study.figure import draw_options, draw_scores, write_figures
-from colada.study.scaling import Asked, Outcome, plan_cells, run_study
-from colada.study.summary import Difference, markdown, points_of, verdict
-from colada.training.display import Display
-from colada.training.recipe import Recipe, save_recipe
-from colada.training.trainer import Interrupted, Trainer
+from colada.evaluate.data import load_benchmark
+from colada.evaluate.tasks import find_task
+from colada.models.base import find_archs
+from colada.train.display import Display
+from colada.train.recipe import Recipe, save_recipe
+from colada.train.trainer import Interrupted, Trainer
+from commands import main
+from experiments.scaling import scaling
+from experiments.scaling.cells import CELL_FILE, Counts, Result, read_result, read_results, write_result
+from experiments.scaling.data import RECORD_FILE, write_documents
+from experiments.scaling.figure import draw_options, draw_scores, write_figures
+from experiments.scaling.scaling import Asked, Outcome, plan_cells, run_study
+from experiments.scaling.summary import Difference, markdown, points_of, verdict
 
 # The items' prompts are longer than the rows that models of a second's training see.
 pytestmark = pytest.mark.filterwarnings("ignore:a prompt of")
@@ -225,7 +225,7 @@ def test_a_damaged_cell_is_named_and_the_others_go_on(
     damaged = out / "little/cola/seed0" / CELL_FILE
     damaged.parent.mkdir(parents=True)
     damaged.write_text('{"cell": {"recipe": "little"')
-    command = ["study", "scaling", *map(str, recipes), "--benchmarks", str(benchmarks), "--out", str(out)]
+    command = ["study", "run", *map(str, recipes), "--benchmarks", str(benchmarks), "--out", str(out)]
     command += ["--archs", "cola", "--seeds", "1", "--tasks", "lambada,obqa", "--limit", "3", "-n", "4", "-q"]
     assert main(command) == 2
     assert f"1 of 2 cells failed, first little/cola/seed0: {damaged}" in capsys.readouterr().err

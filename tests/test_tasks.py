@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from colada.errors import ColadaError
-from colada.evaluation import data
-from colada.evaluation.data import HubSource, load_benchmark, load_prompts, read_hub
-from colada.evaluation.tasks import (
+from colada.evaluate import data
+from colada.evaluate.data import HubSource, load_benchmark, load_prompts, read_hub
+from colada.evaluate.tasks import (
     TASKS,
     THE_EIGHT,
     Record,

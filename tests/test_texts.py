@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from colada.cli import app
+from colada.cli.main import app
 from colada.errors import ColadaError
-from colada.evaluation.texts import TextScore, read_texts, summarise
+from colada.evaluate.texts import TextScore, read_texts, summarise
 
 
 def test_texts_keep_their_order_and_place(tmp_path: Path) -> None:

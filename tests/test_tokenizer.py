@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from colada.errors import ColadaError
-from colada.tokenizer import END_OF_TEXT, IM_END, IM_START, PAD, Tokenizer
+from colada.text.tokenizer import END_OF_TEXT, IM_END, IM_START, PAD, Tokenizer
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog doesn't mind at all.\n",

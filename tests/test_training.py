@@ -22,13 +22,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import colada
 import make_stories
 from colada.errors import ColadaError
-from colada.tokenizer import Tokenizer
-from colada.training.checkpoints import Place, find, places
-from colada.training.dry_run import resolve
-from colada.training.export import export
-from colada.training.optimisation import learning_rate
-from colada.training.recipe import commented, load_recipe
-from colada.training.trainer import Interrupted, Trainer
+from colada.text.tokenizer import Tokenizer
+from colada.train.checkpoints import Place, find, places
+from colada.train.dry_run import resolve
+from colada.train.export import export
+from colada.train.optimisation import learning_rate
+from colada.train.recipe import commented, load_recipe
+from colada.train.trainer import Interrupted, Trainer
 from golden_losses import GOLDEN, curve
 from runs import DEBUG, ROOT, TINY, At, CrashAt, assert_same_run, final_state, logged, metrics, recipe, same
 
@@ -369,9 +369,9 @@ KILLED_WRITING = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from colada.training import checkpoints
-from colada.training.recipe import load_recipe
-from colada.training.trainer import Trainer
+from colada.train import checkpoints
+from colada.train.recipe import load_recipe
+from colada.train.trainer import Trainer
 
 number, moment = int(sys.argv[3]), sys.argv[4]
 begun = tensors = 0

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from colada.config import TextVAEConfig
 from colada.errors import ColadaError
-from colada.layers import History
-from colada.vae import TextVAE
+from colada.networks.config import TextVAEConfig
+from colada.networks.layers import History
+from colada.networks.vae import TextVAE
 from helpers import (
     Array,
     assert_close,

@@ -10,23 +10,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from colada.config import DiTConfig, TextVAEConfig
-    from colada.dit import DiT
     from colada.errors import ColadaError
-    from colada.model import ColaDLM, load
-    from colada.vae import TextVAE
+    from colada.models.cola import ColaDLM, load
+    from colada.networks.config import DiTConfig, TextVAEConfig
+    from colada.networks.dit import DiT
+    from colada.networks.vae import TextVAE
 
 __version__ = "0.1.0"
 __all__ = ["ColaDLM", "ColadaError", "DiT", "DiTConfig", "TextVAE", "TextVAEConfig", "__version__", "load"]
 
 _HOMES = {
-    "ColaDLM": "colada.model",
+    "ColaDLM": "colada.models.cola",
     "ColadaError": "colada.errors",
-    "DiT": "colada.dit",
-    "DiTConfig": "colada.config",
-    "TextVAE": "colada.vae",
-    "TextVAEConfig": "colada.config",
-    "load": "colada.model",
+    "DiT": "colada.networks.dit",
+    "DiTConfig": "colada.networks.config",
+    "TextVAE": "colada.networks.vae",
+    "TextVAEConfig": "colada.networks.config",
+    "load": "colada.models.cola",
 }
 
 

@@ -9,7 +9,7 @@ import sys
 def main() -> None:
     """Run the command line and exit with its status."""
     try:
-        from colada.cli import main as run
+        from colada.cli.main import main as run
 
         status = run()
     except KeyboardInterrupt:  # before there was anything to interrupt

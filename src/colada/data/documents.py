@@ -15,7 +15,7 @@ from typing import Any, Literal
 from colada.data.listing import require_kind
 from colada.errors import ColadaError, nearest
 from colada.files import as_object, decode, parse_json, read_lines, require_file
-from colada.tokenizer import END_OF_TEXT
+from colada.text.tokenizer import END_OF_TEXT
 
 Split = Literal["train", "validation"]
 

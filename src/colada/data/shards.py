@@ -31,13 +31,13 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from colada.chat import encode_messages, encode_pair
 from colada.data.documents import Cut, Holdout, Part, Record, Split, text_of
 from colada.data.sources import Source, identity, parts, read
 from colada.data.stream import TokenStream
 from colada.errors import ColadaError
 from colada.files import read_json_object, write_json
-from colada.tokenizer import Tokenizer
+from colada.text.chat import encode_messages, encode_pair
+from colada.text.tokenizer import Tokenizer
 
 FORMAT = 2  # Of the files; part of the fingerprint.
 UNIT_BYTES = 32 * 2**20  # Of the source's data, about: seconds of work, of which a stop loses one a worker.

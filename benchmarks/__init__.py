@@ -1,0 +1,1 @@
+"""What measures speed; run from a clone."""

@@ -1,0 +1,195 @@
+"""What generating has to compute and to move, once everything avoidable is avoided, and how fast that can be.
+
+Counted is what the mathematics of section 4 leaves after the exact levers: conditional and
+unconditional rows share a pass; AdaLN is a table of the schedule's timesteps; a block is committed
+in the pass of its successor's first step; the vocabulary head sees new latents only; the prefix is run
+once. With a multiply-add as two FLOPs,
+
+- a matrix of W entries costs 2 W FLOPs a position, and is read once a pass;
+- attention costs 4 * width FLOPs a layer and visible query-key pair, and reads the history's keys and
+  values, 2 * width * layers numbers a position, once a pass and sample; a commit writes as many.
+
+Not counted are norms, activations, softmax and rotary positions, and moving anything that fits into caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.generation.machine import Rates
+from colada.errors import ColadaError
+from colada.networks.config import DiTConfig, TextVAEConfig
+from colada.train.plan import block_causal_pairs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One generation of a whole batch.
+
+    Attributes:
+        batch: samples, all alike.
+        context: tokens of the prompt.
+        new_tokens: that each sample gets.
+        steps: solver steps per block.
+        guided: whether the guidance scale is other than 1.
+
+    Raises:
+        ColadaError: for numbers no generation can have.
+    """
+
+    batch: int
+    context: int
+    new_tokens: int
+    steps: int = 16
+    guided: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("context", 0), ("new_tokens", 1), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ColadaError(f"{name}={getattr(self, name)}, expected at least {least}")
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of the batch."""
+        return self.batch * self.new_tokens
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of products and bytes of memory."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def seconds(self, rates: Rates) -> float:
+        """Return the least time it can take: max(FLOPs / rate, bytes / bandwidth)."""
+        return max(self.flops / rates.matmul, self.bytes / rates.bandwidth)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Transformer layers as far as work goes.
+
+    Attributes:
+        entries: of the matrices that every position is multiplied by.
+        layers, width: of attention; width is over all heads.
+    """
+
+    entries: int
+    layers: int
+    width: int
+
+    @property
+    def history(self) -> int:
+        """Numbers that one committed position holds: keys and values of every layer."""
+        return 2 * self.layers * self.width
+
+    def run(self, positions: int, pairs: int, seen: int, written: int, itemsize: int) -> Work:
+        """Return the work of one pass.
+
+        Args:
+            positions: of the pass, over all samples.
+            pairs: visible query-key pairs, likewise.
+            seen, written: positions of history that are read and added, likewise.
+            itemsize: bytes of a number.
+        """
+        flops = 2 * positions * self.entries + 4 * self.layers * self.width * pairs
+        return Work(flops, itemsize * (self.entries + (seen + written) * self.history))
+
+
+def dit_stack(dit: DiTConfig) -> tuple[Stack, int]:
+    """Return the DiT's layers and input, and the entries of its output matrix; AdaLN is in neither."""
+    width = dit.heads * dit.head_dim
+    layer = 4 * width * dit.txt_dim + 2 * dit.expand_ratio * dit.txt_dim**2
+    latents = dit.patch_size * dit.txt_in_channels * dit.txt_dim
+    return Stack(dit.num_layers * layer + latents, dit.num_layers, width), latents
+
+
+def modulation(dit: DiTConfig) -> int:
+    """Return the numbers of one row of the AdaLN table: (6 layers + 2) txt_dim."""
+    return (6 * dit.num_layers + 2) * dit.txt_dim
+
+
+def vae_stacks(vae: TextVAEConfig) -> tuple[Stack, Stack]:
+    """Return the encoder with all its matrices, and the decoder with all but the vocabulary head."""
+    hidden = vae.ffn_dim // 2 if vae.act == "swiglu" else vae.ffn_dim
+    layer = 4 * vae.dim**2 + vae.dim * vae.ffn_dim + hidden * vae.dim
+    patch = vae.patch_size * vae.dim**2
+    outputs = vae.dim * vae.latent_dim * (2 if vae.use_variation else 1)
+    return (
+        Stack(vae.encoder_num_blocks * layer + patch + outputs, vae.encoder_num_blocks, vae.dim),
+        Stack(
+            vae.decoder_num_blocks * layer + patch + vae.latent_dim * vae.dim, vae.decoder_num_blocks, vae.dim
+        ),
+    )
+
+
+def history_bytes(vae: TextVAEConfig, dit: DiTConfig, itemsize: int) -> float:
+    """Return what the history of one latent takes: keys and values in the DiT and in the decoder."""
+    return itemsize * (dit_stack(dit)[0].history / dit.patch_size + vae_stacks(vae)[1].history)
+
+
+def prompt_latents(vae: TextVAEConfig, context: int) -> tuple[int, int]:
+    """Return the latents of a prompt's prefix and of its tail."""
+    latents = -(-context // vae.patch_size)
+    return latents // vae.block_size * vae.block_size, latents % vae.block_size
+
+
+def blocks_of(vae: TextVAEConfig, job: Job) -> int:
+    """Return how many blocks each sample generates; the first of them repeats the prompt's tail."""
+    tail = prompt_latents(vae, job.context)[1] * vae.patch_size
+    return -(-(tail + job.new_tokens) // vae.block_tokens)
+
+
+def generation_work(vae: TextVAEConfig, dit: DiTConfig, job: Job, itemsize: int) -> dict[str, Work]:
+    """Return the work of a whole generation by part.
+
+    With B samples, blocks of s latents (positions of the DiT), h latents of history before a block, W the
+    entries of the DiT's or decoder's matrices, and g = 1 where a block is guided and has a history, else 0:
+
+    - "prompt": the encoder over whole blocks; DiT and decoder over the prefix, without output and head
+    - "transport": each step 2 B s (1 + g) W FLOPs and B s (h + s + g s) pairs; the first step of every
+      block but the first also commits, 2 B s W FLOPs and B s h pairs that read no weights
+    - "decoder": each block 2 B s W + 2 B s patch_size dim V FLOPs and B s (h + s) pairs
+
+    Returns: the parts; they follow each other, so their times add up.
+    """
+    prior, output = dit_stack(dit)
+    encoder, decoder = vae_stacks(vae)
+    head = vae.dim * vae.vocab_size
+    batch, size, patch = job.batch, vae.block_size, dit.patch_size
+    cells = size // patch  # Positions of the DiT in a block.
+    prefix, _ = prompt_latents(vae, job.context)
+    blocks = -(-job.context // vae.block_tokens)
+    prompt = Work()
+    if blocks:
+        prompt += encoder.run(batch * blocks * size, batch * block_causal_pairs(blocks, size), 0, 0, itemsize)
+    for stack, length, block in ((prior, prefix // patch, cells), (decoder, prefix, size)):
+        if length:
+            pairs = batch * block_causal_pairs(length // block, block)
+            prompt += stack.run(batch * length, pairs, 0, batch * length, itemsize)
+    transport, decoding = Work(), Work()
+    for number in range(blocks_of(vae, job)):
+        history = prefix + number * size
+        past = history // patch
+        rows = batch * cells
+        branches = 1 + (job.guided and history > 0)
+        pairs = rows * (past + branches * cells)
+        step = prior.run(branches * rows, pairs, batch * past, 0, itemsize)
+        step += Work(2 * branches * rows * output, itemsize * (output + modulation(dit)))
+        transport += Work(job.steps * step.flops, job.steps * step.bytes)
+        if number:
+            added = prior.run(rows, rows * past, 0, rows, itemsize)
+            transport += Work(added.flops, added.bytes - itemsize * prior.entries)
+        new = batch * size
+        decoding += decoder.run(new, new * (history + size), batch * history, new, itemsize)
+        decoding += Work(2 * new * vae.patch_size * head, itemsize * head)
+    return {"prompt": prompt, "transport": transport, "decoder": decoding}
+
+
+def limit(parts: dict[str, Work], rates: Rates) -> float:
+    """Return the least seconds that parts, one after the other, take on a machine."""
+    return sum(part.seconds(rates) for part in parts.values())

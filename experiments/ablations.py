@@ -1,0 +1,134 @@
+"""The study of docs/LOG.md: single changes to a base recipe, each with several seeds.
+
+python -m experiments.ablations run recipes/study.yaml --out runs/study    train what is missing, measure it
+python -m experiments.ablations table runs/study                           a table: means and standard errors
+
+Two variants differ from the base in one thing, except where their names say more. A variant is measured on
+continuations of validation documents: the share of its words that occur in the training text, distinct-2, and
+the cross-entropy of a word-trigram model of the training text, beside those of the real continuations.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import colada
+from colada.data.documents import read_documents
+from colada.data.listing import find_files
+from colada.data.sources import read_texts
+from colada.evaluate.generative import distinct
+from colada.generate.settings import TextRequest
+from colada.train.display import Display
+from colada.train.recipe import Recipe, load_recipe
+from colada.train.trainer import Trainer
+from experiments.model_card import Trigrams, words
+
+NARROW, SHIFTED = "model.vae.latent_dim=16", "stage2.loc=1.6931"
+VELOCITY = "model.dit.prediction=velocity"
+VARIANTS: dict[str, list[str]] = {
+    "base: width 64, shift, z0, frozen, block 4": [],
+    "no timestep shift": ["stage2.loc=1.0"],
+    "width 16 (no shift)": [NARROW],
+    "width 16, with the shift of 64": [NARROW, SHIFTED],
+    "velocity": [VELOCITY],
+    "width 16, velocity": [NARROW, VELOCITY],
+    "joint Text VAE": ["stage2.vae=joint", "stage2.vae_lr=0.1"],
+    "block 16": ["model.vae.block_size=16"],
+}
+GUIDANCE = (1.0, 3.0, 7.0)
+PROMPTS, PROMPT_WORDS, NEW_TOKENS, REAL_WORDS, BATCH = 64, 8, 60, 45, 32
+RESULTS = "results.jsonl"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command()
+def run(
+    recipe: Path,
+    out: Annotated[Path, typer.Option(help="Directory of all runs.")] = Path("runs/study"),
+    seeds: Annotated[int, typer.Option(help="How many, from 0.")] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="Variants by name; all if left out.")] = None,
+) -> None:
+    """Train and measure every variant with every seed; what is in the results already is left out."""
+    base = load_recipe(recipe)
+    text = [words(text) for source in base.data.sources for text in read_texts(source, 0.02)]
+    judge, known = Trigrams(text), {word for own in text for word in own}
+    held_out = [own for own in _validation(base) if len(own.split()) > PROMPT_WORDS + REAL_WORDS][:PROMPTS]
+    prompts = [" ".join(own.split()[:PROMPT_WORDS]) for own in held_out]
+    real = [words(" ".join(own.split()[PROMPT_WORDS : PROMPT_WORDS + REAL_WORDS])) for own in held_out]
+
+    def quality(texts: Sequence[Sequence[str]]) -> dict[str, float]:
+        flat = [word for own in texts for word in own]
+        share = sum(word in known for word in flat) / max(1, len(flat))
+        return {"known": share, "distinct2": distinct(texts, 2), "trigram": judge.nats_per_word(texts)}
+
+    out.mkdir(parents=True, exist_ok=True)
+    done = {(row["variant"], row["seed"]) for row in _results(out)}
+    for seed in range(seeds):
+        for variant in only or VARIANTS:
+            if (variant, seed) in done:
+                continue
+            directory = out / f"{list(VARIANTS).index(variant)}-{seed}"
+            made = load_recipe(recipe, [f"seed={seed}", *VARIANTS[variant]])
+            Trainer(made, directory, Display(Console(stderr=True))).run()
+            model = colada.load(directory / "model")
+            for guidance in GUIDANCE:
+                requests = [
+                    TextRequest(prompt, NEW_TOKENS, {"seed": 1000 * seed + number, "guidance": guidance})
+                    for number, prompt in enumerate(prompts)
+                ]
+                texts = [words(own.text) for own in model.complete_all(requests, BATCH)]
+                _append(out, {"variant": variant, "seed": seed, "guidance": guidance, **quality(texts)})
+    _append(out, {"variant": "real continuations", "seed": 0, "guidance": None, **quality(real)})
+
+
+def _validation(recipe: Recipe) -> list[str]:
+    """Return the validation documents of a recipe's files."""
+    places = [(Path(source.path), source.include) for source in recipe.data.sources if source.path]
+    files = [path for where, include in places for path in find_files(where, include)]
+    return [document.text for document in read_documents(files) if document.split == "validation"]
+
+
+def _results(out: Path) -> list[dict[str, Any]]:
+    path = out / RESULTS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _append(out: Path, row: dict[str, Any]) -> None:
+    with (out / RESULTS).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+@app.command()
+def table(out: Path) -> None:
+    """Print the results as a Markdown table: mean ± standard error over seeds."""
+    by = defaultdict(list)
+    for row in _results(out):
+        by[row["variant"], row["guidance"]].append(row)
+    print(
+        "| variant | guidance | seeds | known words | distinct-2 | trigram nats |\n|---|---|---|---|---|---|"
+    )
+    for (variant, guidance), rows in by.items():
+        cells = [f"{100 * m:.1f} ± {100 * e:.1f}%" for m, e in [_mean([row["known"] for row in rows])]]
+        for name in ("distinct2", "trigram"):
+            mean, error = _mean([row[name] for row in rows])
+            cells.append(f"{mean:.3f} ± {error:.3f}")
+        print(f"| {variant} | {guidance or ''} | {len(rows)} | {' | '.join(cells)} |")
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,177 @@
+"""In-domain text: benchmarks' training splits as documents in the form that the evaluation asks in.
+
+A model far smaller than the released one answers no benchmark it has never seen the form of. With such
+documents among its text it can be measured: it is then fitted to those tasks, and its scores are not
+comparable with those of a model that is not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from colada.errors import ColadaError
+from colada.evaluate.data import fingerprint
+from colada.evaluate.scoring import normalise
+from colada.evaluate.tasks import THE_EIGHT, Item, Record, Task, build_items, find_task, read_records
+from colada.files import write_text
+
+RECORD_FILE = "in-domain.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What of a benchmark may be trained on.
+
+    Attributes:
+        split: never the one that the task is scored on.
+        licence: of the split, and what follows for weights trained on it.
+    """
+
+    split: str
+    licence: str
+
+
+TRAINING: dict[str, Training] = {
+    "obqa": Training("train", "Apache-2.0"),
+    "hellaswag": Training(
+        "train", "MIT as released, texts under it are CC BY-NC-SA: local experiments only, ship no weights"
+    ),
+    "siqa": Training("train", "no explicit licence: local experiments only, ship no weights"),
+}
+"""By task. The other tasks have no training split, so nothing of them is in-domain."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The documents of one task.
+
+    Attributes:
+        task, split: what they are of.
+        source: the file of the records.
+        file: what was written.
+        fingerprint: of all records of the source.
+        documents: how many were written.
+        scored: how many records were left out because their question is among those the task is scored on.
+        characters: of all documents.
+        licence: see :class:`Training`.
+    """
+
+    task: str
+    split: str
+    source: str
+    file: str
+    fingerprint: str
+    documents: int
+    scored: int
+    characters: int
+    licence: str
+
+
+def document(item: Item, letter: bool = False) -> str:
+    """Return an item as a text: what a model is asked, and then the answer, if asked after its letter.
+
+    The release's scoring reads a letter in brackets where the output is short: a model that has learnt no
+    more than the form can then be right by chance.
+    """
+    option = f" ({ascii_uppercase[item.choices.index(item.answer)]})" if letter and item.choices else ""
+    return f"{item.prefix}{item.prompt}{option} {item.answer}"
+
+
+def training_of(task: Task) -> Training:
+    """Return what of a task may be trained on.
+
+    Raises:
+        ColadaError: if there is nothing.
+    """
+    if task.name not in TRAINING:
+        raise ColadaError(f"{task.name} has no training split, expected some of {', '.join(TRAINING)}")
+    return TRAINING[task.name]
+
+
+def write_documents(
+    benchmarks: Path,
+    out: Path,
+    tasks: Sequence[str] = tuple(TRAINING),
+    say: Callable[[str], None] = lambda line: None,
+    letters: bool = False,
+) -> list[Written]:
+    """Write ``out/<task>.<split>.jsonl``, a document a line under "text", and ``out/in-domain.json``.
+
+    Prompts have no demonstrations. A record whose question is also among those the task is scored on is
+    left out.
+
+    Args:
+        benchmarks: a directory with ``<task>.<split>.jsonl`` (or .gz) of the training and the scored splits.
+        out: made if need be.
+        tasks: of which; all that have a training split by default.
+        say: called with a line for each task, and one for the tasks without.
+        letters: put an option's letter before its text in the answers of tasks whose scoring reads it, see
+            :func:`document`.
+
+    Raises:
+        ColadaError: for a task without a training split, or records that are missing or malformed.
+    """
+    chosen = [(task, training_of(task)) for task in map(find_task, tasks)]
+    if not benchmarks.is_dir():
+        raise ColadaError(f"{benchmarks}: no such directory, expected one of <task>.<split>.jsonl(.gz) files")
+    texts: dict[str, list[str]] = {}
+    written = []
+    for task, training in chosen:
+        source = _file(benchmarks, task, training.split)
+        records = read_records(source, task)
+        asked = {_question(record) for record in read_records(_file(benchmarks, task, task.split), task)}
+        kept = [record for record in records if _question(record) not in asked]
+        if not kept:
+            raise ColadaError(f"{source}: every record is among those that {task.name} is scored on")
+        texts[task.name] = [
+            document(item, letters and task.rule == "option") for item in build_items(task, kept, ())
+        ]
+        written.append(
+            Written(
+                task.name,
+                training.split,
+                str(source),
+                f"{task.data}.{training.split}.jsonl",
+                fingerprint(asdict(record) for record in records),
+                len(kept),
+                len(records) - len(kept),
+                sum(map(len, texts[task.name])),
+                training.licence,
+            )
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ColadaError(f"{out}: cannot be made ({error.strerror})") from None
+    for one in written:
+        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[one.task])
+        write_text(out / one.file, "".join(lines))
+        said = f", {one.scored} left out that are scored on" if one.scored else ""
+        say(f"{one.file}: {one.documents:,} documents, {one.characters:,} characters{said} ({one.licence})")
+    without = [name for name in THE_EIGHT if name not in TRAINING]
+    say(f"nothing in-domain, there being no training split: {', '.join(without)}")
+    record: dict[str, Any] = {
+        "letters": letters,
+        "files": [asdict(one) for one in written],
+        "without": without,
+    }
+    write_text(out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+    return written
+
+
+def _question(record: Record) -> str:
+    return normalise(f"{record.context} {record.question}")
+
+
+def _file(directory: Path, task: Task, split: str) -> Path:
+    names = [f"{task.data}.{split}{suffix}" for suffix in (".jsonl", ".jsonl.gz")]
+    found = next((directory / name for name in names if (directory / name).is_file()), None)
+    if found is None:
+        there = ", ".join(sorted(path.name for path in directory.glob("*.jsonl*"))) or "none"
+        raise ColadaError(f"{directory}: no {' or '.join(names)}, data files there: {there}")
+    return found

@@ -1,0 +1,187 @@
+"""What the commands that load a model share: their options, and the model these name."""
+
+from __future__ import annotations
+
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from colada.cli.loading import loading
+from colada.errors import ColadaError, nearest
+from colada.files import decode, read_text
+from colada.locate import local
+
+if TYPE_CHECKING:
+    from colada.models.base import LanguageModel
+    from colada.models.cola import ColaDLM
+
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTISATIONS = ("int8",)
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+MOST_INPUT = 2**28
+"""Bytes of standard input that are read."""
+MOST_MESSAGE = 2**20
+"""Bytes of one message of a chat."""
+
+TextArgument = Annotated[
+    str | None,
+    typer.Argument(help="The text. Without one, or with -, all of standard input but its last line break."),
+]
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", help="Take each line that is not empty as a text; - is standard input."),
+]
+LinesOption = Annotated[bool, typer.Option("--lines", help="Take each line of standard input as a text.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="WHERE",
+        help="Model directory, or hub id of the form owner/name. Default: the bundled model.",
+    ),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub model. Default: its main branch.")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Compute in float32, bfloat16 or float16. Default: as stored; the bundled model float32.",
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps.")]
+QuantiseOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Layers with int8 weights: less memory, less exact; slower on a CPU.",
+    ),
+]
+
+
+def load_model(
+    model: str | None, revision: str | None, dtype: str | None, device: str, quantise: str | None = None
+) -> LanguageModel:
+    """Load the model that the options name, of whatever architecture.
+
+    Raises:
+        ColadaError: for an unknown type or device, if the model cannot be loaded, or not be quantised.
+    """
+    check_model_options(model, revision, dtype, device, quantise)
+    with loading(model or "the bundled model"):
+        import torch
+
+        from colada.device import find_device
+        from colada.models.cola import ColaDLM, load
+
+        wanted = getattr(torch, dtype) if dtype is not None else None
+        loaded = load(model, revision=revision, device=find_device(device), dtype=wanted)
+    if quantise is None:
+        return loaded
+    if not isinstance(loaded, ColaDLM):
+        raise ColadaError(f"quantise={quantise!r} with {loaded.origin}: expected a Cola DLM")
+    return loaded.quantise(quantise)
+
+
+def load_cola(model: str | None, revision: str | None, dtype: str | None, device: str) -> ColaDLM:
+    """Load the Cola DLM that the options name, for what only such a model can do.
+
+    Raises:
+        ColadaError: as :func:`load_model`; or for a model of another architecture.
+    """
+    from colada.models.base import ARCHITECTURES
+    from colada.models.cola import ColaDLM
+
+    loaded = load_model(model, revision, dtype, device)
+    if not isinstance(loaded, ColaDLM):
+        raise ColadaError(f"{loaded.origin} is {ARCHITECTURES[loaded.arch]}, expected a Cola DLM here")
+    return loaded
+
+
+def check_model_options(
+    model: str | None,
+    revision: str | None,
+    dtype: str | None,
+    device: str = "cpu",
+    quantise: str | None = None,
+) -> None:
+    """Refuse at once, without torch, what :func:`load_model` would refuse for its name.
+
+    Raises:
+        ColadaError: for an unknown type, kind of device or quantisation, or a path that holds no model.
+    """
+    for kind, name, names in (("dtype", dtype, DTYPES), ("quantise", quantise, QUANTISATIONS)):
+        if name is not None and name not in names:
+            known = ", ".join(map(repr, names))
+            raise ColadaError(f"{kind}={name!r}, expected one of {known}{nearest(name, names)}")
+    if not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d{{1,3}})?", device, re.ASCII):
+        raise ColadaError(f"device={device!r}, expected 'cpu', 'cuda', 'cuda:1' or 'mps'")
+    if model is not None:
+        local(model, revision)
+
+
+def read_texts(text: str | None, file: Path | None, lines: bool) -> list[str]:
+    """Return the texts that a command is given: its argument, the lines of a file, or standard input.
+
+    Raises:
+        ColadaError: if there is none, it is given in two ways, or is no UTF-8 text.
+    """
+    if text not in (None, "-"):
+        if file is not None or lines:
+            other = f"--file {file}" if file is not None else "--lines"
+            raise ColadaError(f"a text ({text!r}) and {other}, expected one of them")
+        return [str(text)]
+    if file is not None and str(file) != "-":
+        name, content = str(file), read_text(file)
+    else:
+        name, content = "standard input", _standard_input(waiting=text is None and file is None)
+    if file is None and not lines:
+        texts = [content.removesuffix("\n").removesuffix("\r")]
+    else:
+        texts = [line.removesuffix("\r") for line in content.split("\n") if line.strip()]
+    if not any(texts):
+        raise ColadaError(f"{name} is empty, expected text")
+    return texts
+
+
+def read_message(typed: bool) -> str | None:
+    """Return the next line of standard input without its line break, or None at its end.
+
+    Args:
+        typed: a person at a terminal types it, after a prompt and with line editing.
+
+    Raises:
+        ColadaError: for a line that is no UTF-8 text, or longer than anybody types.
+    """
+    if typed:
+        with suppress(ImportError):
+            import readline  # noqa: F401  its import gives input() line editing; not every system has it
+        try:
+            return input("> ")
+        except EOFError:
+            print()
+            return None
+        except UnicodeDecodeError:
+            raise ColadaError("the line is not UTF-8, expected UTF-8 text") from None
+    line: bytes = sys.stdin.buffer.readline(MOST_MESSAGE + 1)
+    if len(line) > MOST_MESSAGE:
+        raise ColadaError(f"a message has more than {MOST_MESSAGE} bytes, expected at most so many")
+    return decode(line, "standard input").rstrip("\r\n") if line else None
+
+
+def _standard_input(waiting: bool) -> str:
+    """Return all of standard input; ``waiting``: nobody has said that it will be typed at a terminal."""
+    if sys.stdin is None:
+        raise ColadaError("standard input is closed: give a text as argument, or with --file")
+    if waiting and sys.stdin.isatty():
+        raise ColadaError("no text: give one as argument, with --file, or on standard input")
+    data = sys.stdin.buffer.read(MOST_INPUT + 1)
+    if len(data) > MOST_INPUT:
+        raise ColadaError(f"standard input has more than {MOST_INPUT} bytes, expected at most so many")
+    return decode(data, "standard input")

@@ -1,0 +1,203 @@
+"""Run a parity fixture: a checkpoint with the outputs that a reference implementation gave in float32.
+
+``python -m colada.cli.parity CASE_DIR [--tolerance 1e-5]`` prints one JSON line with
+the largest relative error, max |a - b| / max |b|, of every part.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from colada.device import find_device
+from colada.errors import ColadaError, failure
+from colada.files import read_json_object
+from colada.generate.engine.engine import Engine, capacity_for
+from colada.generate.engine.request import Request
+from colada.generate.reference import Block, BlockGenerator
+from colada.generate.sampling import Sampling
+from colada.networks.checkpoint import open_weights, read_dit, read_vae
+from colada.networks.dit import DiT
+from colada.networks.packing import pad_to_multiple
+from colada.networks.vae import TextVAE
+
+
+def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Return max |a - b| / max |b| over lists of tensors; infinite if shapes differ or a value is NaN."""
+    if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
+        return math.inf
+    ours = [a.to(b.device) for a, b in zip(ours, theirs, strict=True)]
+    # Tensor maxima, because Python's max() may pass over a NaN.
+    difference = torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]).max()
+    size = torch.stack([b.abs().max() for b in theirs]).max()
+    if difference == 0:
+        return 0.0
+    error = float(difference / size)
+    return math.inf if math.isnan(error) else error
+
+
+@torch.inference_mode()
+def run_case(directory: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return the error of every part of a fixture, and whether the generated tokens are equal.
+
+    Args:
+        device: where this implementation computes.
+
+    Raises:
+        ColadaError: if the directory is not a fixture, or there is no such device.
+    """
+    place = find_device(str(device))
+    case = read_json_object(directory / "case.json")
+    with open_weights(directory / "expected.safetensors") as handle:
+        expected = {name: handle.get_tensor(name).to(place) for name in handle.keys()}  # noqa: SIM118
+    try:
+        return _compare(directory, case, expected, place)
+    except KeyError as error:
+        raise ColadaError(f"{directory} is no complete fixture: {error} is missing") from None
+    except (TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
+        # What a reference wrote for itself is not looked at value by value.
+        raise failure(f"{directory} is no fixture", error) from error
+
+
+def _compare(
+    directory: Path, case: dict[str, Any], expected: dict[str, Tensor], device: torch.device
+) -> dict[str, Any]:
+    vae, dit = read_vae(directory, torch.float32, device), read_dit(directory, torch.float32, device)
+    prompts, settings, pad_id = case["prompts"], case["settings"], case["pad_token_id"]
+    errors: dict[str, Any] = {}
+
+    # Single passes: every prompt that has tokens, padded to whole blocks, all in one packed batch.
+    patch, size = vae.config.patch_size, vae.config.block_size
+    padded = [pad_to_multiple(ids, vae.config.block_tokens, pad_id) for ids in prompts]
+    encoded = [number for number, ids in enumerate(padded) if ids]
+    lengths = [len(padded[number]) // patch for number in encoded]
+    if encoded:
+        packed = torch.tensor([token for number in encoded for token in padded[number]], device=device)
+        posterior = vae.encode(packed, [len(padded[number]) for number in encoded])
+        means = [expected[f"encode.{number}.mean"] for number in encoded]
+        errors["encode_mean"] = relative_error(list(posterior.mean.split(lengths)), means)
+        if posterior.logvar is not None:
+            logvars = [expected[f"encode.{number}.logvar"] for number in encoded]
+            errors["encode_logvar"] = relative_error(list(posterior.logvar.split(lengths)), logvars)
+        logits = vae.decode(torch.cat(means), lengths)
+        errors["decode"] = relative_error([logits], [expected["decode.full_logits"]])
+        velocity = dit(expected["dit.input"], expected["dit.timestep"], dit.layout(lengths))
+        errors["velocity"] = relative_error([velocity], [expected["dit.drift"]])
+
+    # Guided generation with the fixture's own noise, for as many blocks as it has: by the readable
+    # loop, and by the engine that users run. The released code drops the prompt's tokens beyond its
+    # prefix, and nothing else.
+    blocks_of = range(case["n_blocks"])
+    noise = [expected[f"generate.noise.{b}"].split(size) for b in blocks_of]
+    sampling = Sampling(
+        temperature=settings["temperature"], repetition_penalty=settings["repetition_penalty"]
+    )
+
+    def given_noise(block: int, sample: int) -> Tensor:
+        return noise[block][sample]
+
+    requests = [
+        Request(
+            tuple(ids),
+            case["n_blocks"] * vae.config.block_tokens,
+            partial(given_noise, sample=number),
+            0,
+            settings["guidance_scale"],
+            steps=settings["timestep_num"],
+            sampling=sampling,
+        )
+        for number, ids in enumerate(prompts)
+    ]
+    made = {
+        "": _by_reference(vae, dit, requests, case["n_blocks"], pad_id),
+        "engine_": _by_engine(vae, dit, requests, case["n_blocks"], pad_id),
+    }
+    equal = []
+    for kind, generated in made.items():
+        for part in ("latents", "logits"):
+            ours = [torch.cat([getattr(block, part) for block in blocks]) for blocks in generated]
+            theirs = [expected[f"generate.{part}.{b}"] for b in blocks_of]
+            errors[kind + part] = relative_error(ours, theirs)
+        for number, ids in enumerate(prompts):
+            own = [token for blocks in generated for token in blocks[number].ids]
+            tail = max(0, len(ids) - -(-len(ids) // patch) // size * size * patch)
+            equal.append(own[tail:] == case["generated"][number])
+    errors["tokens_equal"] = all(equal)
+    return errors
+
+
+def _by_reference(
+    vae: TextVAE, dit: DiT, requests: Sequence[Request], blocks: int, pad_id: int
+) -> list[list[Block]]:
+    """Return the blocks of every request, number by number, as the readable loop makes them."""
+    loop = BlockGenerator(vae, dit, steps=requests[0].steps, sampling=requests[0].sampling)
+    samples = loop.start(
+        [own.ids for own in requests],
+        [own.noise for own in requests],
+        [own.seed for own in requests],
+        [own.guidance for own in requests],
+        pad_id,
+    )
+    made = []
+    for _ in range(blocks):
+        for _ in loop.next_block(samples):
+            pass
+        made.append([sample.block for sample in samples if sample.block is not None])
+    return made
+
+
+def _by_engine(
+    vae: TextVAE, dit: DiT, requests: Sequence[Request], blocks: int, pad_id: int
+) -> list[list[Block]]:
+    """Return the same as :func:`_by_reference`, as the engine makes them."""
+    capacity = capacity_for(requests, vae.config)
+    engine = Engine(vae, dit, capacity=capacity, pad_id=pad_id, keep_logits=True)
+    for own in requests:
+        engine.submit(own)
+    made: list[list[Block]] = []
+    while len(made) < blocks:
+        for _ in engine.next_block():
+            pass
+        if engine.news:  # A long grid takes several rounds.
+            made.append([slot.block for slot in engine.news if slot.block is not None])
+    return made
+
+
+def report(directory: Path, tolerance: float, device: str = "cpu") -> int:
+    """Print a fixture's errors as one JSON line; return 0 if all hold, else 1."""
+    errors = run_case(directory, device)
+    holds = errors["tokens_equal"] and all(
+        error <= tolerance for name, error in errors.items() if name != "tokens_equal"
+    )
+    # JSON has no infinity: a part that cannot be compared is null.
+    shown = {name: None if error == math.inf else error for name, error in errors.items()}
+    line = {"case": str(directory), "tolerance": tolerance, **shown, "ok": bool(holds)}
+    print(json.dumps(line))
+    return 0 if holds else 1
+
+
+def main(
+    case_dir: Annotated[Path, typer.Argument(help="Directory of a parity fixture.")],
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest relative error that holds.")] = 1e-5,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
+) -> None:
+    """Compare this implementation with a fixture's expected outputs."""
+    try:
+        code = report(case_dir, tolerance, device)
+    except ColadaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    typer.run(main)

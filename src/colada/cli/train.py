@@ -1,0 +1,238 @@
+"""The commands around training runs: train, report, export, recipe."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from colada.errors import ColadaError
+
+if TYPE_CHECKING:
+    from colada.train.recipe import Recipe
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the run. Default: runs/ and the recipe's name.")
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="cola, ar or llada, in place of the recipe's model.arch."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="File or folder of text, in place of the recipe's data.sources.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."
+        ),
+    ] = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="WHICH", help="Go on from: auto (the last checkpoint of --out), a step, or a directory."
+        ),
+    ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print parameters, memory, tokens and FLOPs, and do not train.")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: plan for so many. Default: torchrun's, or 1.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Train a model from text, both stages, or a baseline of equal size; under torchrun on several ranks.
+
+    Ctrl-C and SIGTERM save the state; running again resumes it.
+    """
+    with training_extra():
+        from colada.train.environment import world_size
+        from colada.train.preflight import preflight
+        from colada.train.recipe import load_recipe
+
+    replaced = {} if data is None else {"data.sources": [{"path": str(data)}]}
+    archs = [] if arch is None else [f"model.arch={arch}"]
+    settings = load_recipe(recipe, [*archs, *(overrides or [])], replaced)
+    if out is None:
+        kind = settings.model.arch
+        out = Path("runs") / (recipe.stem if kind == "cola" else f"{recipe.stem}-{kind}")
+    for name, given in (("--ranks", ranks), ("--json", as_json or None)):
+        if given is not None and not dry_run:
+            raise ColadaError(f"{name} without --dry-run: it says what a run would take")
+    # Before torch is imported, which takes seconds.
+    notes = preflight(settings, out)
+    if dry_run:
+        _plan(settings, ranks or world_size(), as_json, notes)
+        return
+    from colada.cli.loading import loading
+
+    with loading(f"torch for {recipe}"):
+        from rich.console import Console
+
+        from colada.train.display import Display
+        from colada.train.parallel import joined
+        from colada.train.trainer import MODEL, Interrupted, Trainer
+    run = settings.run
+    with joined(run.device, run.shard, run.replicas) as group:
+        display = Display(Console(stderr=True, quiet=quiet or not group.first))
+        try:
+            Trainer(settings, out, display, resume, group).run()
+        except Interrupted as stopped:
+            if group.first:
+                print(stopped, file=sys.stderr)
+            raise typer.Exit(130) from None
+    if group.first:
+        print(f"the model is in {out / MODEL}; try it:")
+        prompt = next(iter(run.sample_prompts), "Once upon a time")
+        chat = ["--chat"] if settings.data.chats else []
+        print(shlex.join(["colada", "generate", "--model", str(out / MODEL), *chat, prompt]))
+
+
+def _plan(recipe: Recipe, ranks: int, as_json: bool, notes: list[str]) -> None:
+    """Print what a run will take, and what its data holds."""
+    from colada.train.dry_run import plan_run
+    from colada.train.survey import survey
+
+    plan, surveys = plan_run(recipe, ranks), survey(recipe)
+    if as_json:
+        print(json.dumps({**plan.to_dict(), "data": [asdict(own) for own in surveys]}, indent=2))
+        return
+    for name, value in plan.lines():
+        print(f"{name:<32}{value:>14}")
+    for own in surveys:
+        print(f"data {own.name}: {own}")
+    tokens = [own.tokens for own in surveys if own.tokens is not None]
+    if sum(tokens) and len(tokens) == len(surveys):
+        print(f"{'passes over the data':<32}{plan.tokens / sum(tokens):>14,.1f}")
+    for note in notes:
+        print(note)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, finished or not.")],
+) -> None:
+    """Draw a run's metrics: RUN/report/report.html, with its plots beside it."""
+    with training_extra():
+        from colada.report.training import write_report
+
+    print(f"wrote {write_report(run)}")
+
+
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A directory below checkpoints/ of a run.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="MODEL", help="The model directory to write.")],
+) -> None:
+    """Write a checkpoint of a run as a model in the released format, with averaged weights if it has them."""
+    _require_checkpoint(checkpoint)
+    with training_extra():
+        from colada.train.export import export as write
+
+    print(f"wrote {out}: {write(checkpoint, out)}")
+
+
+def _require_checkpoint(path: Path) -> None:
+    """Raise ColadaError unless there is a checkpoint, with a hint at the last one of the run."""
+    if (path / "state.json").exists():
+        return
+    runs = (path / "checkpoints", path, path.parent)
+    there = [file.parent for run in runs for file in sorted(run.glob("stage*/state.json"))]
+    hint = f" (did you mean {there[-1]}?)" if there else ""
+    reason = "no such directory" if not path.exists() else "no checkpoint: it has no state.json"
+    raise ColadaError(f"{path}: {reason}, expected a directory below checkpoints/ of a run{hint}")
+
+
+def recipe(
+    start: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="Default: no key is set.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."
+        ),
+    ] = None,
+) -> None:
+    """Print a recipe with every key there is, each with its meaning and its value."""
+    with training_extra():
+        from colada.train.recipe import commented, load_recipe
+
+    print(commented(load_recipe(start, overrides or [])), end="")
+
+
+def ledger(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes, YAML files.")],
+    archs: Annotated[
+        str, typer.Option(metavar="NAME,...", help="What each is trained as; the baselines are matched.")
+    ] = "cola,ar,llada",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipes; may be repeated."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count what models cost: parameters and training FLOPs, everything counted, and 6 N D beside it.
+
+    Nothing is trained.
+    """
+    with training_extra():
+        from colada.data.sources import check_sources
+        from colada.train.recipe import load_recipe
+    for path in recipes:
+        settings = load_recipe(path, overrides or [])
+        try:
+            check_sources(settings.data.sources)
+        except ColadaError as error:  # Counting needs no text, but whoever counts is about to train.
+            print(f"{path}: {error} (counted from the recipe alone)", file=sys.stderr)
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from colada.models.base import ARCHITECTURES, find_archs
+    from colada.train.ledger import ledger as count
+    from colada.train.plan import scaled
+
+    names = find_archs(archs)
+    found = [
+        (path, count(load_recipe(path, [*(overrides or []), f"model.arch={name}"])))
+        for path in recipes
+        for name in names
+    ]
+    if as_json:
+        print(json.dumps([{"recipe": str(path), **own.to_dict()} for path, own in found], indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("Recipe, model", no_wrap=True)
+    for column in ("Parameters", "Tokens", "FLOPs", "6 N D"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for path, own in found:
+        flops, narrow = scaled(own.total_flops, "FLOP"), scaled(own.narrow_flops, "FLOP")
+        model = f"{escape(path.stem)}, {ARCHITECTURES[own.arch]}"
+        table.add_row(model, f"{own.total_parameters:,}", f"{own.tokens:,}", flops, narrow)
+        for part, value in own.flops.items():
+            name, share = part.replace("frozen Text VAE", "frozen"), 100 * value / own.total_flops
+            table.add_row(f"[dim]  {name}[/dim]", "", "", f"[dim]{share:.1f}%[/dim]", "")
+    Console(highlight=False).print(table)
+
+
+@contextmanager
+def training_extra() -> Iterator[None]:
+    """Name the extra to install where a package is missing that only training needs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("pydantic", "yaml", "pyarrow", "filelock", "matplotlib"):
+            raise
+        raise ColadaError(f'training needs {error.name}: pip install "colada-lm[train]"') from None

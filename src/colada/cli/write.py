@@ -1,0 +1,328 @@
+"""The commands that write text: ``generate`` and ``chat``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from colada.checks import MOST_TOKENS, require_count
+from colada.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    FileOption,
+    LinesOption,
+    ModelOption,
+    QuantiseOption,
+    RevisionOption,
+    TextArgument,
+    check_model_options,
+    load_model,
+    read_message,
+    read_texts,
+)
+from colada.errors import ColadaError
+from colada.generate.settings import SEED_STRIDE, Settings, TextRequest, check_settings, one_each
+from colada.locate import BUNDLED, CHAT_TEMPLATE_FILE, local
+
+if TYPE_CHECKING:
+    from colada.models.base import LanguageModel
+    from colada.text.transcript import Completion
+
+_OWN = "Default: the model's own."
+
+TokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", help="How many tokens, unless the text ends before.")
+]
+StepsOption = Annotated[int | None, typer.Option(help=f"Solver steps per block. {_OWN}")]
+GuidanceOption = Annotated[
+    float | None, typer.Option("--guidance", "-g", help=f"Guidance scale; 1 is off. {_OWN}")
+]
+IntervalOption = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help=f"Guide only while a = t / T is between these. {_OWN}"),
+]
+TemperatureOption = Annotated[
+    float | None, typer.Option(help=f"Of token sampling; 0 picks the likeliest. {_OWN}")
+]
+TopKOption = Annotated[
+    int | None, typer.Option(help=f"Sample among the k likeliest tokens; 0 is off. {_OWN}")
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(help=f"Sample among the likeliest tokens that reach this probability; 1 is off. {_OWN}"),
+]
+PenaltyOption = Annotated[
+    float | None, typer.Option(help=f"Above 1, tokens seen before are less likely; 1 is off. {_OWN}")
+]
+StopOption = Annotated[
+    list[str] | None, typer.Option(help=f"End the text before this string; may be repeated. {_OWN}")
+]
+SolverOption = Annotated[str | None, typer.Option(metavar="NAME", help=f"euler or ab2. {_OWN}")]
+ScheduleOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help=f"uniform, front-loaded or logit-normal. {_OWN}")
+]
+NoiseOption = Annotated[str | None, typer.Option(metavar="NAME", help=f"per-sample or released. {_OWN}")]
+
+
+def generate(
+    prompt: TextArgument = None,
+    file: FileOption = None,
+    lines: LinesOption = False,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    max_new_tokens: TokensOption = 64,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    guidance_interval: IntervalOption = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    seed: Annotated[
+        int, typer.Option(help="Prompt i, from 0, has seed + i (seed + 1000 i with released noise).")
+    ] = 0,
+    stop: StopOption = None,
+    solver: SolverOption = None,
+    schedule: ScheduleOption = None,
+    noise: NoiseOption = None,
+    dtype: DtypeOption = None,
+    quantise: QuantiseOption = None,
+    device: DeviceOption = "cpu",
+    batch: Annotated[int, typer.Option(help="How many prompts are continued together.")] = 16,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Take each text as a user's message, and print the answer alone.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a prompt, each on its line.")
+    ] = False,
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Print a text when it is finished, not as it grows.")
+    ] = False,
+) -> None:
+    """Continue a text, or several.
+
+    On a terminal a single text is shown as it forms: what is finished, and the
+    block under way as it would read after each solver step.
+    """
+    given: Settings = {
+        "steps": steps,
+        "guidance": guidance,
+        "guidance_interval": guidance_interval,
+        "solver": solver,
+        "schedule": schedule,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop or None,
+        "noise": noise,
+    }
+    # All that can be refused is, before torch is imported.
+    check_settings({**given, "seed": seed})
+    require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
+    require_count("batch", batch)
+    check_model_options(model, revision, dtype, device, quantise)
+    texts = read_texts(prompt, file, lines)
+    if chat:
+        _require_template(BUNDLED if model is None else local(model, revision), model)
+    network = load_model(model, revision, dtype, device, quantise)
+    prompts = texts
+    if chat:
+        prompts = [network.chat_prompt([{"role": "user", "content": text}]) for text in texts]
+
+    chosen = {**network.chosen(given), "max_new_tokens": max_new_tokens}
+    del chosen["seed"]  # Every prompt has its own.
+    stride = SEED_STRIDE[chosen.get("noise", "per-sample")]
+    seeds = one_each("seed", seed, len(prompts), stride)
+
+    if len(prompts) == 1 and not as_json and not no_stream:
+        shown = "" if chat else prompts[0]
+        _stream(network, prompts[0], shown, max_new_tokens, {**given, "seed": seed}, chosen.get("steps"))
+        return
+    requests = [
+        TextRequest(own, max_new_tokens, {**given, "seed": own_seed})
+        for own, own_seed in zip(prompts, seeds, strict=True)
+    ]
+    errors: dict[int, str] = {}  # by prompt; the others are finished and printed first
+    for number, done in enumerate(_in_order(network.complete(requests, batch))):
+        if done.error is not None:
+            errors[number] = done.error
+        if as_json:
+            fields: dict[str, Any] = {"text": done.text, "tokens": done.tokens}
+            if done.error is not None:
+                fields = {"error": done.error}
+            fields["finish_reason"] = done.finish_reason
+            line = {"prompt": texts[number], **fields, "seed": seeds[number], "settings": chosen}
+            print(json.dumps(line), flush=True)
+        else:
+            shown = "" if chat else prompts[number]
+            print("\n" * (number > 0) + shown + done.text, flush=True)
+    if errors:
+        which, why = min(errors.items())
+        raise ColadaError(f"{len(errors)} of {len(prompts)} prompts failed, first number {which}: {why}")
+
+
+def _in_order(completions: Iterator[tuple[int, Completion]]) -> Iterator[Completion]:
+    """Yield completions in the order of their numbers, each once all before it are finished."""
+    waiting: dict[int, Completion] = {}
+    next_one = 0
+    for number, done in completions:
+        waiting[number] = done
+        while next_one in waiting:
+            yield waiting.pop(next_one)
+            next_one += 1
+
+
+def _stream(
+    network: LanguageModel,
+    prompt: str,
+    shown: str,
+    max_new_tokens: int,
+    settings: Settings,
+    steps: int | None,
+    written: list[str] | None = None,
+) -> None:
+    """Print what is shown of one prompt, and its continuation as it grows; on a terminal, with guesses.
+
+    The continuation is added to ``written`` piece by piece, so that it is there after an interrupt too.
+
+    Raises:
+        ColadaError: if the sample fails; what was finished before has been printed.
+    """
+    from rich.console import Console
+
+    from colada.cli.terminal import PROMPT_STYLE, LiveText
+
+    written = [] if written is None else written
+    console = Console(highlight=False)
+    live = sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
+    chunks = network.stream(prompt, max_new_tokens, guesses=live, **settings)
+    error: str | None = None
+    if not live:
+        print(shown, end="", flush=True)
+        for chunk in chunks:
+            print(chunk.text, end="", flush=True)
+            written.append(chunk.text)
+            error = chunk.error
+        print(flush=True)
+        if error is not None:
+            raise ColadaError(error)
+        return
+    tokens, begin = 0, time.perf_counter()
+    with LiveText(console) as view:
+        view.write(shown, PROMPT_STYLE)
+        for chunk in chunks:
+            if chunk.step is None:
+                tokens += len(chunk.tokens)
+                view.write(chunk.text)
+                written.append(chunk.text)
+                error = chunk.error
+            else:
+                rate = tokens / (time.perf_counter() - begin)
+                status = (
+                    f"block {chunk.block + 1} · step {chunk.step}/{steps} · {tokens} tokens ({rate:.0f}/s)"
+                )
+                view.guess(chunk.text, status)
+    if error is not None:
+        raise ColadaError(error)
+
+
+# --- chat --------------------------------------------------------------------------------------
+
+_CHAT_HELP = "/reset begins anew, /quit or the end of input ends, Ctrl-C cuts an answer short"
+
+
+def _require_template(directory: Path | None, model: str | None) -> None:
+    if directory is not None and not (directory / CHAT_TEMPLATE_FILE).is_file():
+        name = model or "the bundled model"
+        raise ColadaError(
+            f"{name} has no chat template ({CHAT_TEMPLATE_FILE}), which a model trained on conversations has "
+            "(recipes/chat.yaml trains one); colada generate without --chat continues any text"
+        )
+
+
+def chat(
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A system message, before the conversation.")
+    ] = None,
+    max_new_tokens: TokensOption = 256,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    guidance_interval: IntervalOption = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    seed: Annotated[int, typer.Option(help="Answer i, from 0, has seed + i.")] = 0,
+    stop: StopOption = None,
+    solver: SolverOption = None,
+    schedule: ScheduleOption = None,
+    noise: NoiseOption = None,
+    dtype: DtypeOption = None,
+    quantise: QuantiseOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Talk to a model that was trained on conversations, turn by turn.
+
+    Each line is a message. /reset begins anew, /quit or the end of input ends, Ctrl-C cuts an answer short.
+    """
+    settings: Settings = {
+        "steps": steps,
+        "guidance": guidance,
+        "guidance_interval": guidance_interval,
+        "solver": solver,
+        "schedule": schedule,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop or None,
+        "noise": noise,
+    }
+    check_settings({**settings, "seed": seed})
+    require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
+    check_model_options(model, revision, dtype, device, quantise)
+    _require_template(BUNDLED if model is None else local(model, revision), model)
+    if sys.stdin is None:
+        raise ColadaError("standard input is closed, expected messages")
+    network = load_model(model, revision, dtype, device, quantise)
+    start = [] if system is None else [{"role": "system", "content": system}]
+    network.chat_prompt([*start, {"role": "user", "content": "Hello"}])  # What is refused is, before a line.
+    typed = sys.stdin.isatty()
+    if typed:
+        print(_CHAT_HELP, file=sys.stderr)
+    messages, answers = list(start), 0
+    while (line := read_message(typed)) is not None:
+        if line.strip() in ("/quit", "/exit"):
+            return
+        if line.strip() == "/reset":
+            messages = list(start)
+            continue
+        if not line.strip():
+            continue
+        asked = [*messages, {"role": "user", "content": line}]
+        written: list[str] = []
+        try:
+            prompt = network.chat_prompt(asked)
+            chosen = network.chosen(settings).get("steps")
+            numbered: Settings = {**settings, "seed": seed + answers}
+            _stream(network, prompt, "", max_new_tokens, numbered, chosen, written)
+        except KeyboardInterrupt:
+            if not typed:
+                raise
+        except ColadaError as error:
+            if not typed:
+                raise
+            # The conversation goes on without the turn that failed.
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            continue
+        messages = [*asked, {"role": "assistant", "content": "".join(written)}]
+        answers += 1

@@ -1,0 +1,1 @@
+"""How models are judged: benchmarks under the generative protocol, likelihoods, and how texts read."""

@@ -1,0 +1,347 @@
+"""The eight tasks: what a record of one holds, and how it becomes a prompt.
+
+A prompt is one text: demonstrations, each with its answer, and the question, up to the cue that the
+answer follows. As in the released records it is kept in two parts, ``few_shot_prefix`` and ``prompt``,
+parted after the word that opens a question ("Question: ").
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from string import ascii_uppercase
+
+from colada.checks import is_whole
+from colada.data.jsonl import Fields, get, get_texts, read_lines
+from colada.errors import ColadaError, nearest, shown
+from colada.evaluate.scoring import Rule
+
+DEMONSTRATIONS = Path(__file__).parent / "demonstrations.jsonl"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark.
+
+    Attributes:
+        name: on the command line and in file names.
+        title: for readers.
+        data: its records' file name, before the split.
+        split: which split it is scored on.
+        rule: how it is scored.
+        shots: how many demonstrations the release gave.
+        options: how many options a record has, 0 for none.
+        lead: the word that opens a question.
+        body: a question, made of ``{context}``, ``{question}`` and ``{options}``.
+        cue: what the answer follows.
+        published: the released model's score, in per cent of its items.
+        header: what a prompt with demonstrations or without begins with.
+        shown: the body of a demonstration, where it is another.
+    """
+
+    name: str
+    title: str
+    data: str
+    split: str
+    rule: Rule
+    shots: int
+    options: int
+    lead: str
+    body: str
+    cue: str
+    published: float
+    header: str = ""
+    shown: str = ""
+
+    @property
+    def chance(self) -> float | None:
+        """The share that picking any option gets right, None without options."""
+        return 1 / self.options if self.options else None
+
+
+_SIQA = Task(
+    "siqa",
+    "SIQA",
+    data="siqa",
+    split="validation",
+    rule="option",
+    shots=2,
+    options=3,
+    lead="Question: ",
+    body="{context} {question}\n{options}\n",
+    cue="Answer:",
+    published=28.90,
+)
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "lambada",
+            "LAMBADA",
+            data="lambada",
+            split="test",
+            rule="first word",
+            shots=0,
+            options=0,
+            lead="",
+            body="{question}",
+            cue="",
+            published=50.80,
+        ),
+        Task(
+            "mmlu",
+            "MMLU",
+            data="mmlu",
+            split="test",
+            rule="option",
+            shots=2,
+            options=4,
+            lead="Question: ",
+            body="{question}\n{options}\n",
+            cue="Answer:",
+            published=19.30,
+        ),
+        Task(
+            "obqa",
+            "OBQA",
+            data="obqa",
+            split="test",
+            rule="option",
+            shots=2,
+            options=4,
+            lead="Question: ",
+            body="{question}\n{options}\n",
+            cue="Answer:",
+            published=23.00,
+        ),
+        Task(
+            "hellaswag",
+            "HellaSwag",
+            data="hellaswag",
+            split="validation",
+            rule="text",
+            shots=2,
+            options=4,
+            lead="Context: ",
+            body="{context}\n{options}\n",
+            cue="Answer:",
+            published=10.70,
+        ),
+        Task(
+            "race",
+            "RACE",
+            data="race",
+            split="test",
+            rule="option",
+            shots=1,
+            options=4,
+            lead="Article: ",
+            body="{context} {question}\nOptions:\n{options}\n",
+            cue="Answer:",
+            published=19.60,
+            header="Read the following article and answer the question.\n\n",
+        ),
+        _SIQA,
+        Task(
+            "squad",
+            "SQuAD",
+            data="squad",
+            split="validation",
+            rule="text",
+            shots=1,
+            options=0,
+            lead="Context: ",
+            body="{context}\nQuestion: {question}\n",
+            cue="Answer:",
+            published=30.90,
+        ),
+        Task(
+            "story_cloze",
+            "Story Cloze",
+            data="story_cloze",
+            split="test",
+            rule="text",
+            shots=2,
+            options=2,
+            lead="Story: ",
+            body="{context}\n{options}\n",
+            cue="End:",
+            published=30.77,
+        ),
+        # The release left the situation out of its questions, though not out of its demonstrations.
+        replace(
+            _SIQA,
+            name="siqa-released",
+            title="SIQA (released prompts)",
+            body="{question}\n{options}\n",
+            shown=_SIQA.body,
+        ),
+    )
+}
+"""Every task by its name. ``siqa-released`` is a variant, asked for by name."""
+
+THE_EIGHT = tuple(name for name in TASKS if name != "siqa-released")
+
+
+def find_task(name: str) -> Task:
+    """Return a task by its name.
+
+    Raises:
+        ColadaError: for an unknown name, with the nearest.
+    """
+    if not isinstance(name, str) or name not in TASKS:
+        raise ColadaError(
+            f"unknown task {shown(name)}{nearest(name, TASKS)}, expected one of {', '.join(TASKS)}"
+        )
+    return TASKS[name]
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question of a task.
+
+    Attributes:
+        id: unique within the task's data.
+        context: passage, story or situation; may be empty.
+        question: may be empty.
+        choices: the options' texts, none for a task without.
+        answer: the text that is right.
+        answer_index: which option that is, None without options.
+        subject: MMLU's, else None.
+    """
+
+    id: str
+    context: str
+    question: str
+    choices: tuple[str, ...]
+    answer: str
+    answer_index: int | None
+    subject: str | None = None
+
+    @classmethod
+    def of(cls, fields: Fields, task: Task, place: str) -> Record:
+        """Return the record of a task that some fields hold.
+
+        Raises:
+            ColadaError: naming the place and the field that is missing, of another kind, or not the task's.
+        """
+        choices = get_texts(fields, "choices", place)
+        check_options(task, choices, place)
+        answer = get(fields, "answer", "a string", place)
+        index = get(fields, "answer_index", "a whole number", place) if task.options else None
+        if index is not None and not 0 <= index < len(choices):
+            raise ColadaError(f"{place}: 'answer_index' is {index}, expected 0 to {len(choices) - 1}")
+        if index is not None and choices[index] != answer:
+            raise ColadaError(f"{place}: 'answer' is {answer!r}, but choice {index} is {choices[index]!r}")
+        record = cls(
+            str(get(fields, "id", "a string or a whole number", place)),
+            get(fields, "context", "a string", place),
+            get(fields, "question", "a string", place),
+            choices,
+            answer,
+            index,
+            get(fields, "subject", "a string", place) if task.name == "mmlu" else None,
+        )
+        for name in ("context", "question"):
+            if f"{{{name}}}" in task.body and not getattr(record, name).strip():
+                raise ColadaError(f"{place}: {name!r} is empty, and {task.name} needs it")
+        return record
+
+
+def check_options(task: Task, choices: Sequence[str], place: str) -> None:
+    """Raise ColadaError if there are more or fewer options than a record of the task has."""
+    if len(choices) != task.options:
+        expected = f"{task.options} choices" if task.options else "no choices"
+        raise ColadaError(f"{place}: {len(choices)} choices, expected {expected} for {task.name}")
+
+
+def read_records(path: Path, task: Task) -> list[Record]:
+    """Return the records of a file, in its order.
+
+    Raises:
+        ColadaError: naming file, line and field.
+    """
+    places: dict[str, str] = {}
+    records = []
+    for place, fields in read_lines(path):
+        record = Record.of(fields, task, place)
+        if record.id in places:
+            raise ColadaError(f"{place}: id {record.id!r} is that of {places[record.id]} too")
+        places[record.id] = place
+        records.append(record)
+    if not records:
+        raise ColadaError(f"{path} holds no record")
+    return records
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a model is asked, and what is right.
+
+    Attributes:
+        id: unique within the task.
+        prefix: demonstrations, up to the word that opens the question.
+        prompt: the question, up to the cue; the model continues ``prefix + prompt``.
+        answer: the text that is right.
+        choices: the options' texts, none for a task without.
+    """
+
+    id: str
+    prefix: str
+    prompt: str
+    answer: str
+    choices: tuple[str, ...]
+
+
+def build_items(task: Task, records: Iterable[Record], demonstrations: Sequence[Record]) -> tuple[Item, ...]:
+    """Return the items of some records, all with the same demonstrations."""
+    shown = [
+        f"{task.lead}{_fill(task.shown or task.body, record)}{task.cue} {record.answer}\n\n"
+        for record in demonstrations
+    ]
+    prefix = task.header + "".join(shown) + task.lead
+    return tuple(
+        Item(record.id, prefix, _fill(task.body, record) + task.cue, record.answer, record.choices)
+        for record in records
+    )
+
+
+def _fill(body: str, record: Record) -> str:
+    options = "\n".join(map("({}) {}".format, ascii_uppercase, record.choices))
+    return body.format(context=record.context, question=record.question, options=options)
+
+
+@cache
+def own_demonstrations(task: Task) -> tuple[Record, ...]:
+    """Return the demonstrations written for this project: of no benchmark's records."""
+    return tuple(
+        Record.of(fields, task, place)
+        for place, fields in read_lines(DEMONSTRATIONS)
+        if fields["task"] == task.data
+    )
+
+
+def choose_demonstrations(task: Task, shots: int | None, seed: int) -> tuple[Record, ...]:
+    """Return so many demonstrations: the first ones for the task's own number, else drawn with the seed.
+
+    Raises:
+        ColadaError: if there are not so many.
+    """
+    ours = own_demonstrations(task)
+    if shots is None:
+        return ours[: task.shots]
+    if not is_whole(shots) or not 0 <= shots <= len(ours):
+        raise ColadaError(f"shots={shown(shots)}, expected 0 to {len(ours)} for {task.name}")
+    if shots == task.shots:
+        return ours[: task.shots]
+    return tuple(random.Random(f"{seed}/{task.name}").sample(ours, shots))

@@ -1,0 +1,1 @@
+"""How texts are written: settings, the readable loop, requests that share an engine."""

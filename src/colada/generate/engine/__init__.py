@@ -1,0 +1,1 @@
+"""The fast engine: the numbers of :mod:`colada.generate.reference`, from memory made once, with less work."""

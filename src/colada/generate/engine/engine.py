@@ -1,0 +1,400 @@
+"""Continuous batching: requests join at block boundaries, each with its own settings, and leave alone.
+
+Everything here gives what the readable loop, :class:`colada.generate.reference.BlockGenerator`, gives for
+each request by itself. The words are the same; what differs is the order of the work. The history is
+written in place (:mod:`colada.generate.engine.memory`), modulation is a table, conditional and unconditional
+rows and the commit of the block before share the first pass of a block, and the decoder's prefix shares its
+first decoding.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colada.device import require_memory, undisturbed
+from colada.errors import ColadaError, failure
+from colada.generate.engine.graphs import Graphs
+from colada.generate.engine.joining import JOINING_LATENTS, Arrival, arrival, read, shares
+from colada.generate.engine.memory import (
+    Memory,
+    PaddedPlan,
+    Piece,
+    Plan,
+    Regions,
+    Span,
+    in_parts,
+    pieces,
+    round_up,
+)
+from colada.generate.engine.request import Request, Slot
+from colada.generate.engine.transport import COMMITTED_ROWS, Transport
+from colada.generate.reference import Block, TransportStep, block_generator
+from colada.networks.config import TextVAEConfig
+from colada.networks.dit import DiT
+from colada.networks.layers import kept_frequencies, rotary_table
+from colada.networks.vae import TextVAE
+
+GPU_BUCKET = 128
+"""Latents of history to which a GPU's passes are padded, or to twice as many, and so on."""
+
+
+def capacity_for(requests: Iterable[Request], config: TextVAEConfig, slots: int | None = None) -> int:
+    """Return the latents of history that the ``slots`` largest of some requests take together, or all."""
+    rooms = sorted((own.room(config.patch_size, config.block_size) for own in requests), reverse=True)
+    return sum(rooms[:slots])
+
+
+def history_bytes(vae: TextVAE, dit: DiT, latents: int) -> int:
+    """Return the size of the memory that holds so many latents of history."""
+    prior, decoder = dit.config, vae.config
+    keys = prior.num_layers * prior.heads * prior.head_dim // prior.patch_size
+    prior_bytes = 2 * latents * keys * dit.txt_in.proj.weight.element_size()
+    return prior_bytes + 2 * latents * decoder.decoder_num_blocks * decoder.dim * (
+        vae.decoder.in_layer.weight.element_size()
+    )
+
+
+class Engine:
+    """Generates blocks for requests that come and go.
+
+    Args:
+        vae, dit: the networks, in evaluation mode; weights are used as they are, in their type.
+        capacity: latents of history in all; a request takes those of its prompt and of the blocks to come,
+            rounded up to whole blocks, from when it is admitted until it leaves.
+        slots: requests generated together at most; None is no limit.
+        pad_id: fills up prompts.
+        bucket: pad rows to powers of two, and histories to so many latents, twice as many and so on, and
+            replay passes of equal shape; by default 128 on a GPU, where each replay is a CUDA graph, and
+            elsewhere None, not at all.
+        keep_logits: give each finished block its logits, which are large; else None.
+
+    Raises:
+        ColadaError: if the bucket is no multiple of the block.
+    """
+
+    def __init__(
+        self,
+        vae: TextVAE,
+        dit: DiT,
+        *,
+        capacity: int,
+        slots: int | None = None,
+        pad_id: int = 0,
+        bucket: int | None = None,
+        keep_logits: bool = False,
+    ) -> None:
+        self._keep_logits = keep_logits
+        self.vae, self.dit, self.slots, self.pad_id = vae, dit, slots, pad_id
+        self._size, self._patch = vae.config.block_size, vae.config.patch_size
+        device = dit.txt_in.proj.weight.device
+        if bucket is None and device.type == "cuda":
+            bucket = round_up(GPU_BUCKET, self._size)
+        if bucket is not None and bucket % self._size:
+            raise ColadaError(f"bucket={bucket}, expected a multiple of the block of {self._size} latents")
+        self._padded = bucket is not None
+        capacity = capacity // self._size * self._size
+        size = history_bytes(vae, dit, capacity)
+        require_memory(size, device, f"a history of {capacity} latents")
+        self.regions = Regions(capacity)
+        prior, decoder = dit.config, vae.config
+        self._prior_memory = Memory(
+            prior.num_layers,
+            capacity // prior.patch_size,
+            prior.heads,
+            prior.head_dim,
+            dit.txt_in.proj.weight.dtype,
+            device,
+            self._size // prior.patch_size + 1 if self._padded else 0,
+        )
+        self._decoder_memory = Memory(
+            decoder.decoder_num_blocks,
+            capacity,
+            decoder.num_heads,
+            decoder.dim // decoder.num_heads,
+            vae.decoder.in_layer.weight.dtype,
+            device,
+            self._size + 1 if self._padded else 0,
+        )
+        bucket = None if bucket is None else bucket // prior.patch_size
+        self._transport = Transport(dit, self._prior_memory, self._size, bucket)
+        self._waiting: deque[Request] = deque()
+        self.joining: list[Arrival] = []
+        self.under_way: list[Slot] = []
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """The passes that are replayed, if any are."""
+        return self._transport.graphs
+
+    @property
+    def busy(self) -> bool:
+        """Whether anyone waits, joins or is under way."""
+        return bool(self._waiting or self.joining or self.under_way)
+
+    @property
+    def news(self) -> list[Slot]:
+        """Those to whom the last call of :meth:`next_block` brought a block or an error."""
+        return [slot for slot in self.under_way if slot.error is not None or slot.begun is None]
+
+    @property
+    def history_bytes(self) -> int:
+        """Size of the memory that holds histories."""
+        return self._prior_memory.bytes + self._decoder_memory.bytes
+
+    # --- who is under way ------------------------------------------------------------------
+
+    def _room(self, request: Request) -> int:
+        return request.room(self._patch, self._size)
+
+    def submit(self, request: Request) -> None:
+        """Let a request wait for its admission, first come first served.
+
+        Raises:
+            ColadaError: if it could never be admitted; nothing else is affected.
+        """
+        room, capacity = self._room(request), self.regions.capacity
+        if room > capacity:
+            raise ColadaError(f"a request of {room} latents, expected at most {capacity}: the history's room")
+        self._waiting.append(request)
+
+    def leave(self, slot: Slot) -> None:
+        """Take a slot out between blocks; its region is free again."""
+        self.under_way.remove(slot)
+        self.regions.give_back(slot.start, slot.length)
+
+    def withdraw(self, request: Request) -> None:
+        """Take back a request that waits or joins; one that does neither is no error."""
+        for own in [own for own in self.joining if own.request is request]:
+            self.joining.remove(own)
+            self.regions.give_back(own.start, own.length)
+        self._waiting = deque(one for one in self._waiting if one is not request)
+
+    @undisturbed
+    def admit(self) -> list[Slot]:
+        """Give those who wait, in order, the room there is, and read their prompts.
+
+        Returns those who are now under way.
+        Where others are under way, long prompts are read in parts, one before each block. One that cannot be
+        read has a slot with an ``error``. Where nobody is, the weights are taken as they are now: they may
+        have changed.
+        """
+        if self._waiting and not self.under_way and not self.joining:
+            self._transport.refresh()
+        while self._waiting and (self.slots is None or len(self.under_way) + len(self.joining) < self.slots):
+            room = self._room(self._waiting[0])
+            start = self.regions.take(room)
+            if start is None:
+                break
+            self.joining.append(arrival(self._waiting.popleft(), start, room, self.vae, self.device))
+        new = self._join(self._latents_to_join())
+        self.under_way += new
+        return new
+
+    def _latents_to_join(self) -> int | None:
+        """Return how many latents of prompts may be read between two blocks; None is all, as nobody waits.
+
+        To read one takes encoder, DiT and decoder, about as long as four rows of a solver step: the coming
+        block then takes about twice as long, or as :data:`JOINING_LATENTS` take.
+        """
+        going = [slot for slot in self.under_way if not slot.done]
+        rows = sum(slot.left * (1 if slot.request.guidance == 1 else 2) for slot in going) * self._size
+        return max(JOINING_LATENTS, self._size, rows // 4) if going else None
+
+    def _join(self, most: int | None) -> list[Slot]:
+        """Read at most so many latents of those who join; return slots for those who are then read."""
+        lefts = [own.left for own in self.joining]
+        parts = [
+            (own, count)
+            for own, count in zip(
+                self.joining, lefts if most is None else shares(lefts, most, self._size), strict=True
+            )
+            if count or not own.left
+        ]
+        if parts:
+            read(self.vae, parts, self.pad_id)
+        self._commit([own for own, _ in parts if own.error is None and own.left])
+        new = [own for own in self.joining if own.error is not None or not own.left]
+        self.joining = [own for own in self.joining if own not in new]
+        return [own.slot() for own in new]
+
+    def _commit(self, joining: Sequence[Arrival]) -> None:
+        """Write into both histories what is read of prompts that are not read to their ends."""
+        if not joining:
+            return
+        parts = [(own.start, own.history, own.uncommitted) for own in joining]
+        try:
+            self._transport.commit(parts)
+            self._decode_alone(self._prefixes(parts))
+        except Exception as error:  # As with those who cannot be encoded.
+            if len(joining) > 1:
+                for own in joining:
+                    self._commit([own])
+            else:
+                joining[0].error = failure("its prompt cannot be read", error)
+            return
+        for own in joining:
+            own.history += len(own.uncommitted)
+
+    # --- one block -------------------------------------------------------------------------
+
+    @undisturbed
+    def next_block(self) -> Iterator[TransportStep]:
+        """Admit who waits and generate the next block of the slots, yielding after every solver step.
+
+        Where all take as many steps, that is the next block of every slot. Else nobody waits for the longest:
+        the iterator ends as ``transport.round_steps`` says, and who is in the middle of a
+        block then has it as ``begun`` and goes on with the next call. The steps count those of the block that
+        has most steps left; rows that are finished before stay as they are.
+
+        When the iterator ends, each of :attr:`news` has its new ``block``, or an ``error``: its latents were
+        not finite. Who is done stays until it is told to :meth:`leave`; a slot that is ``done`` gets nothing.
+        """
+        self.admit()
+        noises = {
+            slot: self._noise(slot) if slot.begun is None else slot.begun.latents
+            for slot in self.under_way
+            if not slot.done
+        }
+        order = [slot for slot in noises if not slot.done]
+        if not order:
+            return
+        # Rows of one solver and grid are neighbours, those with most steps left first, so that rows under
+        # way are the first ones; among them equal shapes are neighbours, which attend in one call.
+        order.sort(key=self._rank)
+        original = torch.tensor([order.index(slot) for slot in self.under_way if not slot.done])
+        original = original.to(self.device)
+        z = torch.stack([noises[slot] for slot in order])
+        steps, before = order[0].request.steps, order[0].request.steps - order[0].left
+        for step, (latents, z0) in enumerate(self._transport.run(order, z), start=before + 1):
+            z = latents
+            yield TransportStep(step, steps, latents[original], z0[original])
+        finite = z.isfinite().flatten(1).all(1).tolist()
+        for slot, fine in zip(order, finite, strict=True):
+            if not fine and slot.error is None:
+                request = slot.request
+                slot.error = ColadaError(
+                    f"block {slot.blocks} of a request has latents that are not finite, with guidance="
+                    f"{request.guidance}, steps={request.steps}, solver={request.solver!r}: expected smaller"
+                    " settings, or finite weights"
+                )
+        finished = [slot.error is None and slot.begun is None for slot in order]
+        ended = [slot for slot, done in zip(order, finished, strict=True) if done]
+        self._finish(ended, z[torch.tensor(finished)])
+
+    def _noise(self, slot: Slot) -> Tensor:
+        """Return the noise (block, C) of a slot's coming block; one that has none fails by itself."""
+        try:
+            return slot.request.noise(slot.blocks)
+        except Exception as error:
+            slot.error = failure(f"block {slot.blocks} has no noise", error)
+            return torch.zeros(self._size, self.vae.config.latent_dim, device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the latents are."""
+        return self.dit.txt_in.proj.weight.device
+
+    @staticmethod
+    def _rank(slot: Slot) -> tuple[tuple[int, str, str, int], int, int]:
+        return slot.pace, slot.history + len(slot.uncommitted), slot.start
+
+    # --- latents to tokens -----------------------------------------------------------------
+
+    def _hidden(self, slots: Sequence[Slot], latents: Tensor) -> Tensor:
+        """Return the decoder's hidden states (B * block * patch, dim) of the coming blocks (B, block, C).
+
+        A prefix that the decoder has not seen yet goes along, without being spelled.
+        """
+        decoder = self.vae.decoder
+        prefixes = self._prefixes((slot.start, slot.decoded, slot.prefix[slot.decoded :]) for slot in slots)
+        riding = prefixes.pop() if prefixes and not self._padded else []
+        self._decode_alone(prefixes)
+        clean = [span for span, _ in riding]
+        noisy = [
+            Span(slot.start, slot.start + max(slot.decoded, len(slot.prefix)) + self._size) for slot in slots
+        ]
+        plan: Plan | PaddedPlan
+        if self._padded:
+            length = max(span.end - span.start for span in noisy)
+            plan = PaddedPlan(self._decoder_memory, [], noisy, 0, self._size, 0, len(noisy), length)
+        else:
+            plan = Plan(self._decoder_memory, clean, noisy, 0, self._size)
+        rows = torch.cat([*(latents for _, latents in riding), latents.flatten(0, 1)])
+        hidden = decoder.unpatch(decoder.run(rows, self._decoder_pass(plan))[plan.clean_rows :])
+        for slot in slots:
+            slot.decoded = max(slot.decoded, len(slot.prefix))
+        return hidden
+
+    def _prefixes(self, parts: Iterable[tuple[int, int, Tensor]]) -> list[list[Piece]]:
+        """Return what the decoder's histories lack, pass by pass; arguments as :meth:`Transport.commit`."""
+        all_pieces = [piece for own in parts for piece in pieces(*own, self._size, 1, COMMITTED_ROWS)]
+        return in_parts(all_pieces, COMMITTED_ROWS)
+
+    def _decode_alone(self, prefixes: Iterable[Sequence[Piece]]) -> None:
+        """Write prefixes into the decoder's histories in passes of their own."""
+        for part in prefixes:
+            plan = Plan(self._decoder_memory, [span for span, _ in part], [], 0, self._size)
+            self.vae.decoder.run(torch.cat([latents for _, latents in part]), self._decoder_pass(plan))
+
+    def _decoder_pass(self, plan: Plan | PaddedPlan) -> _DecoderPass:
+        config = self.vae.config
+        frequencies = kept_frequencies(config.dim // config.num_heads, config.rope_theta, self.device)
+        return _DecoderPass(plan, rotary_table(plan.positions, frequencies))
+
+    def _finish(self, slots: Sequence[Slot], z: Tensor) -> None:
+        """Decode the finished latents (B, block, C) of these slots and pick their tokens."""
+        if not slots:
+            return
+        logits = self.vae.decoder.logits(self._hidden(slots, z))
+        own = logits.split(self._size * self._patch)
+        greedy = logits.argmax(-1).cpu().split(self._size * self._patch)
+        finite = logits.isfinite().all(-1).view(len(slots), -1).all(1).tolist()  # One wait for all.
+        for slot, latents, mine, likeliest, fine in zip(slots, z, own, greedy, finite, strict=True):
+            sampling, seed = slot.request.sampling, slot.request.seed
+            try:
+                if sampling.temperature == 0 and sampling.repetition_penalty == 1 and fine:
+                    ids = likeliest.tolist()
+                else:
+                    ids = sampling.pick(mine, slot.seen, block_generator(seed, slot.blocks, 1)).tolist()
+            except Exception as error:  # Its own: the others have their tokens.
+                slot.error = failure(f"block {slot.blocks} has no tokens", error)
+                continue
+            slot.seen.update(ids)
+            slot.block = Block(latents, mine if self._keep_logits else None, ids)
+            slot.decoded += self._size
+            slot.blocks += 1
+
+    @undisturbed
+    def spell(self, z0: Tensor, wanted: Sequence[bool] | None = None) -> list[list[int]]:
+        """Return the likeliest ids of a guess (B, block, C) of the coming block of those under way.
+
+        Nothing is committed: the block's own positions of the decoder's memory are written again.
+
+        Args:
+            wanted: whose guess, one each; None is everyone's. One that is not finite has no ids.
+        """
+        slots = [slot for slot in self.under_way if not slot.done]
+        fine = z0.isfinite().flatten(1).all(1).tolist()
+        chosen = [a and b for a, b in zip(fine, wanted or fine, strict=True)]
+        spelled: Iterator[list[int]] = iter(())
+        if any(chosen):
+            some = [slot for slot, own in zip(slots, chosen, strict=True) if own]
+            ids = self.vae.decoder.logits(self._hidden(some, z0[torch.tensor(chosen)])).argmax(-1)
+            spelled = iter([part.tolist() for part in ids.split(self._size * self._patch)])
+        return [next(spelled) if own else [] for own in chosen]
+
+
+@dataclass(frozen=True)
+class _DecoderPass:
+    """What the decoder's layers share; see :class:`colada.networks.layers.Shared`."""
+
+    plan: Plan | PaddedPlan
+    table: tuple[Tensor, Tensor]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return self.plan.attend(q, k, v, layer)

@@ -1,0 +1,363 @@
+"""Where the histories of all requests live: memory made once, a contiguous region for each request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from colada.networks.packing import block_causal
+
+
+class Regions:
+    """Hands out contiguous regions of so many latents, first fit.
+
+    Args:
+        capacity: latents in all.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._free = [(0, capacity)] if capacity else []
+
+    @property
+    def free(self) -> int:
+        """How many latents are in no region."""
+        return sum(length for _, length in self._free)
+
+    def take(self, length: int) -> int | None:
+        """Return the start of a region of this length, or None while there is none."""
+        for number, (start, room) in enumerate(self._free):
+            if room >= length:
+                rest = [(start + length, room - length)] if room > length else []
+                self._free[number : number + 1] = rest
+                return start
+        return None
+
+    def give_back(self, start: int, length: int) -> None:
+        """Make a region free again, joined with its free neighbours."""
+        merged: list[tuple[int, int]] = []
+        for begin, room in sorted([*self._free, (start, length)]):
+            if merged and sum(merged[-1]) == begin:
+                merged[-1] = merged[-1][0], merged[-1][1] + room
+            else:
+                merged.append((begin, room))
+        self._free = merged
+
+
+class Memory:
+    """Keys and values by position, rotated and normalised as they are used.
+
+    Args:
+        spare: positions beyond the others, for what :class:`PaddedPlan` writes for nobody.
+
+    Attributes:
+        keys, values: (layers, positions + spare, K, D) in the compute type.
+        positions: where the spare ones begin.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        positions: int,
+        heads: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        spare: int = 0,
+    ) -> None:
+        shape = (layers, positions + spare, heads, width)
+        self.positions = positions
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def bytes(self) -> int:
+        """Size of both."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring blocks of one sample in a pass: what they see is ``start..end`` of the memory.
+
+    Their own positions, ``blocks`` blocks, are the last of it; those before are the sample's history.
+    """
+
+    start: int
+    end: int
+    blocks: int = 1
+
+
+Piece = tuple[Span, Tensor]
+"""A span and its latents (L, C)."""
+
+
+def pieces(start: int, begin: int, latents: Tensor, size: int, patch: int, most: int) -> list[Piece]:
+    """Return the spans that write latents (L, C) of a sample, whole blocks, each with its own.
+
+    Args:
+        start: latents before the sample's first in the memory.
+        begin: latents of the sample that are written already.
+        size: latents in a block.
+        patch: latents in a position.
+        most: latents in a span, if a block is no longer.
+    """
+    made, done = [], begin
+    for part in latents.split(max(1, most // size) * size) if len(latents) else ():
+        done += len(part)
+        made.append((Span(start // patch, (start + done) // patch, len(part) // size), part))
+    return made
+
+
+def in_parts(some: Sequence[Piece], most: int) -> list[list[Piece]]:
+    """Return pieces in passes of at most so many latents, if a piece is no longer: none before its past."""
+    parts: list[list[Piece]] = []
+    for piece in sorted(some, key=lambda piece: (piece[0].end - piece[0].start, piece[0].start)):
+        if parts and sum(len(latents) for _, latents in [*parts[-1], piece]) <= most:
+            parts[-1].append(piece)
+        else:
+            parts.append([piece])
+    return parts
+
+
+@dataclass(frozen=True)
+class _Group:
+    """``count`` spans of one length and number of blocks, evenly spaced in memory: one attention call."""
+
+    first: int  # span of the pass
+    count: int
+    start: int
+    spacing: int
+    length: int
+    blocks: int
+
+
+def round_up(length: int, multiple: int) -> int:
+    """Return the least multiple that is no less than a length."""
+    return -(-length // multiple) * multiple
+
+
+def doubled_to(count: int, unit: int = 1) -> int:
+    """Return the least of unit, 2 unit, 4 unit, ... that is no less than a count."""
+    return unit << max(0, (-(-count // unit) - 1).bit_length())
+
+
+def on_device(
+    values: Sequence[float] | Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype = torch.int64,
+) -> Tensor:
+    """Return numbers as a tensor on a device, without waiting for it."""
+    made = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return made.to(device)
+    return made.pin_memory().to(device, non_blocking=True)
+
+
+def _grouped(spans: Sequence[Span], offset: int) -> list[_Group]:
+    """Join neighbouring spans of one shape and even spacing (upwards: strides are never negative)."""
+    groups: list[_Group] = []
+    for number, span in enumerate(spans, start=offset):
+        length = span.end - span.start
+        if groups and (groups[-1].length, groups[-1].blocks) == (length, span.blocks):
+            last = groups[-1]
+            spacing = span.start - (last.start + (last.count - 1) * last.spacing)
+            if spacing >= 0 and (last.count == 1 or spacing == last.spacing):
+                groups[-1] = replace(last, count=last.count + 1, spacing=spacing)
+                continue
+        groups.append(_Group(number, 1, span.start, 0, length, span.blocks))
+    return groups
+
+
+class Rows:
+    """The rows of a pass: where they are written, and their positions.
+
+    They are those of the clean spans, of the noisy spans, and of blocks that see only themselves and
+    are written nowhere (the unconditional ones).
+
+    Args:
+        memory: of one network.
+        clean, noisy: spans; the rows of clean ones are not needed after their keys and values are written.
+        alone: blocks that see only themselves.
+        size: positions in a block.
+
+    Attributes:
+        slots: int64, where each written row is in the memory.
+        positions: int64 (N,), of each row in its sample.
+        clean_rows, written_rows: how many rows, the first ones, are clean, and are written.
+    """
+
+    def __init__(
+        self, memory: Memory, clean: Sequence[Span], noisy: Sequence[Span], alone: int, size: int
+    ) -> None:
+        device = memory.keys.device
+        self.memory, self.size, self.alone = memory, size, alone
+        self.clean_rows = sum(span.blocks for span in clean) * size
+        self.written_rows = self.clean_rows + sum(span.blocks for span in noisy) * size
+        slots: list[int] = []
+        positions: list[int] = []
+        for span in [*clean, *noisy]:
+            slots += range(span.end - span.blocks * size, span.end)
+            positions += range(span.end - span.start - span.blocks * size, span.end - span.start)
+        self.slots = on_device(slots, device)
+        self.positions = on_device(positions + [*range(size)] * alone, device)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.positions)
+
+    def write(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Write keys and values (N, K, D) of one layer; return that layer's memory."""
+        keys, values = self.memory.keys[layer], self.memory.values[layer]
+        keys.index_copy_(0, self.slots, k[: self.written_rows])
+        values.index_copy_(0, self.slots, v[: self.written_rows])
+        return keys, values
+
+    def see_themselves(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend in the blocks alone: the last rows of q, k, v (N, K, D)."""
+        rows = self.alone * self.size
+        q, k, v = (x[len(x) - rows :].unflatten(0, (self.alone, -1)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+class Plan(Rows):
+    """Rows that see their spans as views of the memory: nothing is copied, one attention call for a group.
+
+    Spans of one block need no mask, because they see all of their span; of those of several, the mask is
+    over their own positions, and all of it only as large as one span and what it sees.
+    """
+
+    def __init__(
+        self, memory: Memory, clean: Sequence[Span], noisy: Sequence[Span], alone: int, size: int
+    ) -> None:
+        super().__init__(memory, clean, noisy, alone, size)
+        self._clean_groups = _grouped(clean, 0)
+        self._groups = _grouped(noisy, len(clean))
+        self._views: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._masks = [self._mask(group) for group in [*self._clean_groups, *self._groups]]
+
+    def _mask(self, group: _Group) -> Tensor | None:
+        """Return what is added to the scores of a group, 0 or -inf, (own, length); None where all is seen."""
+        if group.blocks == 1:
+            return None
+        own = group.blocks * self.size
+        hidden = ~block_causal(own, own, self.size).to(self.memory.keys.device)
+        mask = self.memory.keys.new_zeros(own, group.length)
+        mask[:, group.length - own :].masked_fill_(hidden, -torch.inf)
+        return mask
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, kept: int = 0) -> Tensor:
+        """Write keys and values (N, K, D) of one layer to memory, and attend.
+
+        Args:
+            q: of the rows from ``kept`` on.
+            kept: 0, or ``clean_rows`` where the clean ones are not needed any more.
+
+        Returns: (N - kept, K, D).
+        """
+        keys, values = self.write(k, v, layer)
+        if kept == len(self):
+            return q
+        groups = [*self._clean_groups, *self._groups]
+        if layer not in self._views:
+            self._views[layer] = [(self._seen(keys, group), self._seen(values, group)) for group in groups]
+        outputs = []
+        begin = 0
+        first = len(self._clean_groups) if kept else 0
+        seen = zip(groups[first:], self._views[layer][first:], self._masks[first:], strict=True)
+        for group, (past_keys, past_values), mask in seen:
+            end = begin + group.count * group.blocks * self.size
+            own = q[begin:end].unflatten(0, (group.count, -1)).transpose(1, 2)
+            out = F.scaled_dot_product_attention(own, past_keys, past_values, attn_mask=mask)
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+            begin = end
+        if self.alone:
+            outputs.append(self.see_themselves(q, k, v))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    @staticmethod
+    def _seen(memory: Tensor, group: _Group) -> Tensor:
+        """Return what a group sees as a view (count, K, length, D) of one layer's memory."""
+        position, head, channel = memory.stride()
+        return memory.as_strided(
+            (group.count, memory.shape[1], group.length, memory.shape[2]),
+            (group.spacing * position, head, position, channel),
+            memory.storage_offset() + group.start * position,
+        )
+
+
+class PaddedPlan(Rows):
+    """Rows that all attend in one call a layer, in a pass whose shape hardly ever changes.
+
+    Spans, of one block each, are padded to a number of rows and a length; where they are in the memory is
+    a table of indices, whose entries may change while its shape does not. What pads it writes to the spare
+    positions of the memory and reads those that nobody writes to.
+
+    Args:
+        memory: with ``size + 1`` spare positions.
+        clean, noisy, alone, size: as :class:`Rows`.
+        clean_spans, noisy_spans: how many to pad to.
+        length: of the longest span at least, what all are padded to.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        clean: Sequence[Span],
+        noisy: Sequence[Span],
+        alone: int,
+        size: int,
+        clean_spans: int,
+        noisy_spans: int,
+        length: int,
+    ) -> None:
+        spare = memory.positions
+        nobody = Span(spare, spare + size)
+        clean = [*clean, *[nobody] * (clean_spans - len(clean))]
+        noisy = [*noisy, *[nobody] * (noisy_spans - len(noisy))]
+        super().__init__(memory, clean, noisy, alone, size)
+        device = memory.keys.device
+        starts, ends = ([getattr(span, end) for span in [*clean, *noisy]] for end in ("start", "end"))
+        first, last = on_device([starts, ends], device)[:, :, None]
+        index = first + torch.arange(length, device=device)
+        self.mask = (index < last)[:, None, None]
+        self.index = index.masked_fill(index >= last, spare + size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What passes must share to be replayed one for another: all but what :meth:`take` takes."""
+        return self.clean_rows, self.written_rows, self.alone, self.size, self.index.shape[1]
+
+    def copy(self) -> PaddedPlan:
+        """Return a plan of the same rows with tensors of its own."""
+        plan = copy(self)
+        plan.slots, plan.positions = self.slots.clone(), self.positions.clone()
+        plan.index, plan.mask = self.index.clone(), self.mask.clone()
+        return plan
+
+    def take(self, other: PaddedPlan) -> None:
+        """Take over what another plan of the same shape writes to and sees, in place."""
+        self.slots.copy_(other.slots)
+        self.index.copy_(other.index)
+        self.mask.copy_(other.mask)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, kept: int = 0) -> Tensor:
+        """Write keys and values of one layer to memory, and attend; see :meth:`Plan.attend`."""
+        keys, values = self.write(k, v, layer)
+        if kept == len(self):
+            return q
+        first = kept // self.size
+        index, mask = self.index[first:], self.mask[first:]
+        past_keys, past_values = (
+            x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+            for x in (keys, values)
+        )
+        own = q[: self.written_rows - kept].unflatten(0, (len(index), -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(own, past_keys, past_values, attn_mask=mask)
+        out = out.transpose(1, 2).flatten(0, 1)
+        return torch.cat([out, self.see_themselves(q, k, v)]) if self.alone else out

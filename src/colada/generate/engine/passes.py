@@ -1,0 +1,196 @@
+"""One pass of either network over rows of many requests, written for speed; the readable ones are the oracle.
+
+The same, plainly: :meth:`colada.networks.dit.DiT.forward`, :meth:`colada.networks.vae.TextDecoder.forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colada.generate.engine.kernels import Product, fits_packed, plain_product, product
+from colada.networks.dit import ROPE_THETA, DiT, DiTBlock
+from colada.networks.layers import rotate_interleaved, rotations
+
+_KEPT_TIMESTEPS = 64
+
+
+class Modulation:
+    """AdaLN by timestep: what every layer multiplies and adds, computed once for each timestep of a schedule.
+
+    For each layer, six vectors a timestep: 1 + scale, shift and gate of the attention, then of the MLP.
+    ``h = LN(x) * (1 + scale) + shift`` is then a LayerNorm whose weight and bias are table rows.
+    The tables stay where they are while timesteps come and go, so that captured passes may read them.
+    """
+
+    def __init__(self, dit: DiT) -> None:
+        self._dit = dit
+        self.version = 0  # of the tables' place: they move where more timesteps are wanted than they hold
+        self._row: dict[float, int] = {}
+        self._layers: list[Tensor] = []  # each (rows, 6, dim)
+        self._output = torch.empty(0, 2, 0)
+        self._views: dict[int, list[tuple[Tensor, ...]]] = {}
+
+    def forget(self) -> None:
+        """Have every timestep computed anew when it is next wanted: the weights may have changed."""
+        self._row = {}
+
+    def rows(self, timesteps: Iterable[float]) -> dict[float, int]:
+        """Return the table row of each timestep in 0..1000, computing those that are not there."""
+        wanted = set(timesteps)
+        missing = sorted(wanted - self._row.keys())
+        if missing and len(self._row) + len(missing) > max(_KEPT_TIMESTEPS, len(self._output)):
+            self._row = {}
+            missing = sorted(wanted)
+        if missing:
+            self._add(missing)
+        return self._row
+
+    @torch.no_grad()
+    def _add(self, timesteps: list[float]) -> None:
+        dit, first = self._dit, len(self._row)
+        emb = dit.emb_in(torch.tensor(timesteps, device=dit.txt_in.proj.weight.device))
+        layers = [self._layer(cast(DiTBlock, block), emb) for block in dit.blocks]
+        shift, scale = dit.txt_out_ada["out_in"](emb).chunk(2, -1)
+        norm = dit.txt_out_norm
+        output = torch.stack([norm.weight * (1 + scale), norm.bias * (1 + scale) + shift], 1)
+        if len(self._output) < first + len(timesteps):  # Then nothing is in it, see rows().
+            count = max(_KEPT_TIMESTEPS, len(timesteps))
+            with torch.inference_mode(False):  # Whoever adds to them later may be outside it.
+                self._layers = [table.new_empty(count, *table.shape[1:]) for table in layers]
+                self._output = output.new_empty(count, *output.shape[1:])
+            self._views = {}
+            self.version += 1
+        for table, values in zip([*self._layers, self._output], [*layers, output], strict=True):
+            table[first : first + len(timesteps)] = values
+        self._row |= {timestep: first + number for number, timestep in enumerate(timesteps)}
+
+    @staticmethod
+    def _layer(block: DiTBlock, emb: Tensor) -> Tensor:
+        parts = []
+        for inwards, gate in ((block.ada.msa_in, block.ada.msa_out), (block.ada.mlp_in, block.ada.mlp_out)):
+            shift, scale = inwards(emb).chunk(2, -1)
+            parts += [1 + scale, shift, gate(emb)]
+        return torch.stack(parts, 1)
+
+    def at(self, row: int | Tensor, layer: int) -> tuple[Tensor, ...]:
+        """Return a layer's six vectors: (dim,) for the row that all share, (N, dim) for a row each."""
+        if isinstance(row, Tensor):
+            return self._layers[layer].index_select(0, row).unbind(1)
+        if row not in self._views:
+            self._views[row] = [table[row].unbind(0) for table in self._layers]
+        return self._views[row][layer]
+
+    def output(self, row: int | Tensor) -> tuple[Tensor, ...]:
+        """Return weight and bias of the last LayerNorm, as :meth:`at`."""
+        return self._output[row].unbind(-2)
+
+
+def modulated_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return LN(x) * weight + bias for x (N, dim); weight and bias (dim,), or a row each."""
+    if weight.ndim == 1:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=eps), weight)
+
+
+def _turned(x: Tensor, norm: nn.LayerNorm, rotations: Tensor) -> Tensor:
+    """Return queries or keys (N, K, D) normalised and rotated, in float32."""
+    h = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return rotate_interleaved(h, rotations)
+
+
+def _matrices(block: DiTBlock) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    return block.msa.proj_qkv, block.msa.proj_out, block.mlp.proj_in, block.mlp.proj_out
+
+
+class Rows(Protocol):
+    """Which rows a pass has and what they see: a :class:`~colada.generate.engine.memory.Plan`, or the like.
+
+    Attributes:
+        clean_rows: how many rows, the first ones, are not needed after their keys and values are written.
+    """
+
+    clean_rows: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, kept: int = 0) -> Tensor:
+        """See :meth:`colada.generate.engine.memory.Plan.attend`."""
+
+
+class PriorPass:
+    """The DiT over rows of many requests.
+
+    Args:
+        dit: whose weights are used as they are.
+        differentiable: compute by what has gradients, and no copies of the weights.
+    """
+
+    def __init__(self, dit: DiT, differentiable: bool = False) -> None:
+        self.dit, self.modulation = dit, Modulation(dit)
+        self._differentiable = differentiable
+        self._products: list[tuple[Product, ...]] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the weights as they are now: what was computed from earlier ones is made anew when wanted."""
+        self._blocks = [cast(DiTBlock, block) for block in self.dit.blocks]
+        matrices = [_matrices(block) for block in self._blocks]
+        packed = fits_packed([layer for own in matrices for layer in own])
+        make = plain_product if self._differentiable else partial(product, packed=packed)
+        self._products = [
+            tuple(make(layer, gelu=number == 2) for number, layer in enumerate(own)) for own in matrices
+        ]
+        self.modulation.forget()
+
+    def rotations(self, positions: Tensor) -> Tensor:
+        """Return the rotary positions of rows, see :func:`colada.networks.layers.rotations`."""
+        config = self.dit.config
+        return rotations(positions, config.rope_dim, config.head_dim, ROPE_THETA)
+
+    def __call__(self, latents: Tensor, row: int | Tensor, plan: Rows, rotations: Tensor) -> Tensor:
+        """Run the network.
+
+        Args:
+            latents: (N * patch_size, C).
+            row: of the modulation table: one for all, or int64 (N,).
+            plan: of the N rows.
+            rotations: of their positions.
+
+        Returns: float32, the network's output (n, C) for the latents of all rows but the clean ones.
+        """
+        config = self.dit.config
+        x = latents.reshape(-1, config.patch_size * config.txt_in_channels)
+        x = self.dit.txt_in(x.to(self.dit.txt_in.proj.weight.dtype))
+        last = config.num_layers - 1
+        for layer in range(config.num_layers):
+            x = self._block(x, row, plan, rotations, layer, plan.clean_rows if layer == last else 0)
+        if not len(x):
+            return latents[:0].float()
+        weight, bias = self.modulation.output(row[plan.clean_rows :] if isinstance(row, Tensor) else row)
+        x = self.dit.txt_out(modulated_norm(x, weight, bias, config.norm_eps))
+        return x.reshape(-1, config.txt_out_channels).float()
+
+    def _block(
+        self, x: Tensor, row: int | Tensor, plan: Rows, rotations: Tensor, layer: int, kept: int
+    ) -> Tensor:
+        """One layer; rows before ``kept`` only leave their keys and values."""
+        config = self.dit.config
+        to_qkv, from_heads, expand, contract = self._products[layer]
+        modulation = self.modulation.at(row, layer)
+        h = modulated_norm(x, modulation[0], modulation[1], config.norm_eps)
+        q, k, v = to_qkv(h).unflatten(-1, (3, config.heads, config.head_dim)).unbind(1)
+        msa = self._blocks[layer].msa
+        q, k = _turned(q, msa.norm_q, rotations), _turned(k, msa.norm_k, rotations)
+        if kept:
+            x, q = x[kept:], q[kept:]
+            modulation = tuple(part[kept:] if part.ndim == 2 else part for part in modulation)
+        attended = plan.attend(q, k, v, layer, kept)
+        if not len(x):
+            return x
+        x = torch.addcmul(x, modulation[2], from_heads(attended.flatten(-2)))
+        h = modulated_norm(x, modulation[3], modulation[4], config.norm_eps)
+        return torch.addcmul(x, modulation[5], contract(expand(h)))

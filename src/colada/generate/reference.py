@@ -1,0 +1,343 @@
+"""The readable generation loop: prefix pass, then block by block transport, decode and commit.
+
+This is section 4 of the specification on token ids and latents; text, stop
+strings and end tokens are :mod:`colada.text.transcript`'s business. Every sample
+carries its own noise, so results do not depend on who shares the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from colada.errors import ColadaError, failure
+from colada.flow import SCHEDULES, SOLVERS, Solver, T, z0_from_velocity
+from colada.generate.sampling import Sampling
+from colada.generate.settings import check_settings
+from colada.networks.dit import DiT
+from colada.networks.layers import History
+from colada.networks.packing import pad_to_multiple
+from colada.networks.vae import TextVAE
+
+# --- noise -------------------------------------------------------------------------------------
+
+Noise = Callable[[int], Tensor]
+"""Block number -> noise (block, C) of one sample."""
+
+
+def block_generator(seed: int, block: int, purpose: int) -> torch.Generator:
+    """Return the CPU generator of one sample's block; purpose 0 draws noise, 1 draws tokens."""
+    state = np.random.SeedSequence([seed, block, purpose]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+def sample_noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noise:
+    """Return this project's rule: independent streams per (seed, block), the same on every device."""
+
+    def draw(block: int) -> Tensor:
+        generator = block_generator(seed, block, 0)
+        noise = torch.randn(shape, generator=generator, pin_memory=device.type == "cuda")
+        return noise.to(device, non_blocking=True)
+
+    return draw
+
+
+def released_noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noise:
+    """Return the released code's rule: a generator on the device, seeded with seed + 10,000,000 * block."""
+
+    def draw(block: int) -> Tensor:
+        generator = torch.Generator(device).manual_seed(seed + 10_000_000 * block)
+        return torch.randn(shape, generator=generator, device=device)
+
+    return draw
+
+
+NOISE_RULES = {"per-sample": sample_noise, "released": released_noise}
+"""By name, as in :data:`colada.generate.settings.NOISE_NAMES`."""
+
+
+# --- state -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A finished block of one sample: latents (block, C), logits (block * patch, V) if kept, token ids."""
+
+    latents: Tensor
+    logits: Tensor | None
+    ids: list[int]
+
+
+@dataclass
+class Sample:
+    """One sample under way.
+
+    Attributes:
+        noise: its noise, by block.
+        seed: of its token draws.
+        guidance: scale s.
+        known: bool (M,), which of the latents still to come are pinned: a prompt's
+            tail, or what surrounds a hole. Latents from M on are free.
+        pinned: (M, C), their values, normalised.
+        blocks: number of blocks generated so far.
+        seen: ids decoded in those blocks.
+        block: the last of them.
+        error: why it failed; no more blocks come.
+    """
+
+    noise: Noise
+    seed: int
+    guidance: float
+    known: Tensor
+    pinned: Tensor
+    blocks: int = 0
+    seen: set[int] = field(default_factory=set)
+    prior_history: History = field(default_factory=History)
+    decoder_history: History = field(default_factory=History)
+    block: Block | None = None
+    error: ColadaError | None = None
+
+    def pinned_block(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return which latents of the next block are pinned (block,), and to what (block, C)."""
+        start = self.blocks * size
+        known, pinned = self.known[start : start + size], self.pinned[start : start + size]
+        where = known.new_zeros(size)
+        values = pinned.new_zeros(size, self.pinned.shape[-1])
+        where[: len(known)], values[: len(known)] = known, pinned
+        return where, values
+
+
+@dataclass(frozen=True)
+class TransportStep:
+    """The latents of the samples under way, after a solver step.
+
+    Attributes:
+        step, steps: steps done, and of how many.
+        latents: (B, block, C), z_t after the step.
+        z0: (B, block, C), the finished latents that the last velocity points at.
+    """
+
+    step: int
+    steps: int
+    latents: Tensor
+    z0: Tensor
+
+
+def encode(
+    vae: TextVAE,
+    prompts: Sequence[Sequence[int]],
+    pad_id: int,
+    histories: Sequence[History | None] | None = None,
+) -> list[Tensor]:
+    """Return the normalised posterior means (L, C) of ids padded to whole blocks, one tensor a prompt.
+
+    With ``histories``, prompts go on where those of the encoder end; see :meth:`TextVAE.encode`.
+    """
+    padded = [pad_to_multiple(ids, vae.config.block_tokens, pad_id) for ids in prompts]
+    lengths = [len(ids) for ids in padded]
+    device = vae.encoder.wte.weight.device
+    if not any(lengths):
+        return [torch.zeros(0, vae.config.latent_dim, device=device) for _ in prompts]
+    packed = torch.tensor([token for ids in padded for token in ids], device=device)
+    mean = vae.normalise(vae.encode(packed, lengths, histories).mean)
+    return list(mean.split([length // vae.config.patch_size for length in lengths]))
+
+
+# --- transport ---------------------------------------------------------------------------------
+
+
+def transport(
+    dit: DiT,
+    noise: Tensor,
+    histories: Sequence[History],
+    where: Tensor,
+    pinned: Tensor,
+    guidance: Sequence[float],
+    grid: Sequence[float],
+    solver: Solver,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Integrate dz/da = v from noise to the latents of one block of every sample.
+
+    Conditional rows and unconditional ones (no history; only samples that are
+    guided and have one) share each pass: v = u + s (c - u), for a in the interval. Pinned
+    latents are put back before and after every step, at timestep 0.
+
+    Args:
+        noise: (B, block, C).
+        where, pinned: (B, block) bool and (B, block, C).
+        guidance: scale per sample; 1 is off.
+        grid: descending values of a from 1 to 0.
+        interval: the values of a between which guidance acts.
+
+    Yields: after every step z and the z0 that the last velocity points at, each (B, block, C).
+    """
+    rows, size, _ = noise.shape
+    all_guided = [row for row in range(rows) if guidance[row] != 1 and len(histories[row]) > 0]
+    low, high = interval
+    free = ~where
+    where = where[..., None]
+    z = noise
+    for a, a_next in pairwise(grid):
+        guided = all_guided if low <= a <= high else []
+        seen = [*histories, *[None] * len(guided)]
+        layout = dit.layout([size] * len(seen), seen)
+        noisy = torch.cat([free, free[guided]]).float()
+        z = torch.where(where, pinned, z)
+        both = torch.cat([z, z[guided]])
+        velocity = dit.velocity(both.flatten(0, 1), (T * a * noisy).flatten(), layout, seen)
+        velocity, unconditional = velocity.view_as(both).split([rows, len(guided)])
+        if guided:
+            scale = torch.tensor([guidance[row] for row in guided], device=noise.device)[:, None, None]
+            velocity = velocity.clone()
+            velocity[guided] = unconditional + scale * (velocity[guided] - unconditional)
+        z0 = z0_from_velocity(z.flatten(0, 1), velocity.flatten(0, 1), torch.tensor(a, device=z.device))
+        z = torch.where(where, pinned, solver.step(z, velocity, a, a_next))
+        yield z, torch.where(where, pinned, z0.view_as(z))
+
+
+# --- the loop ----------------------------------------------------------------------------------
+
+
+class BlockGenerator:
+    """Generates blocks for a changing set of samples.
+
+    Args:
+        vae, dit: the two networks.
+        steps: solver steps per block.
+        solver, schedule: names in ``flow.SOLVERS`` and ``flow.SCHEDULES``.
+        sampling: how tokens are picked.
+        interval: the values of a between which guidance acts.
+
+    Raises:
+        ColadaError: naming a setting out of range.
+    """
+
+    def __init__(
+        self,
+        vae: TextVAE,
+        dit: DiT,
+        *,
+        steps: int = 16,
+        solver: str = "euler",
+        schedule: str = "uniform",
+        sampling: Sampling | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        check_settings(
+            {"steps": steps, "solver": solver, "schedule": schedule, "guidance_interval": interval}
+        )
+        self.vae, self.dit = vae, dit
+        self.new_solver = SOLVERS[solver]
+        self.grid = SCHEDULES[schedule](steps).tolist()
+        self.sampling = sampling or Sampling()
+        self.interval = interval
+
+    @property
+    def steps(self) -> int:
+        """Solver steps per block."""
+        return len(self.grid) - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.dit.txt_in.proj.weight.device
+
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        noises: Sequence[Noise],
+        seeds: Sequence[int],
+        guidance: Sequence[float],
+        pad_id: int,
+    ) -> list[Sample]:
+        """Encode the prompts, pin their tails and run the prefix pass.
+
+        Latents that hold only padding are dropped, one that holds some is kept.
+        """
+        patch, size = self.vae.config.patch_size, self.vae.config.block_size
+        latents = self.encode(prompts, pad_id)
+        samples, prefixes = [], []
+        for number, ids in enumerate(prompts):
+            kept = latents[number][: -(-len(ids) // patch)]
+            prefix = len(kept) // size * size
+            tail = kept[prefix:]
+            known = torch.ones(len(tail), dtype=torch.bool, device=self.device)
+            samples.append(Sample(noises[number], seeds[number], guidance[number], known, tail))
+            prefixes.append(kept[:prefix])
+        self.prefix_pass(samples, prefixes)
+        return samples
+
+    def encode(self, prompts: Sequence[Sequence[int]], pad_id: int) -> list[Tensor]:
+        """Return the prompts' latents, see :func:`encode`."""
+        return encode(self.vae, prompts, pad_id)
+
+    def prefix_pass(self, samples: Sequence[Sample], prefixes: Sequence[Tensor]) -> None:
+        """Commit each sample's prefix (L, C) to the histories of the DiT (at t = 0) and the decoder."""
+        self._commit([sample.prior_history for sample in samples], prefixes)
+        lengths = [len(prefix) for prefix in prefixes]
+        if any(lengths):
+            histories = [sample.decoder_history for sample in samples]
+            self.vae.decoder(torch.cat(list(prefixes)), self.vae.layout(lengths, histories), histories)
+
+    def _commit(self, histories: Sequence[History], latents: Sequence[Tensor]) -> None:
+        lengths = [len(block) for block in latents]
+        if any(lengths):
+            layout = self.dit.layout(lengths, histories)
+            clean = torch.zeros((), device=self.device)
+            self.dit(torch.cat(list(latents)), clean, layout, histories, committing=True)
+
+    def next_block(self, samples: Sequence[Sample]) -> Iterator[TransportStep]:
+        """Generate the next block of every sample given, yielding after every solver step.
+
+        When the iterator ends, each sample's ``block`` is its new block, or it has an ``error``: its
+        logits are not finite. Those that have one already get nothing. A block enters the
+        DiT's history only when its sample goes on, so the last one never does.
+        """
+        samples = [sample for sample in samples if sample.error is None]
+        if not samples:
+            return
+        waiting = [(sample, sample.block) for sample in samples if sample.block is not None]
+        self._commit([sample.prior_history for sample, _ in waiting], [block.latents for _, block in waiting])
+        size, patch = self.vae.config.block_size, self.vae.config.patch_size
+        pins = [sample.pinned_block(size) for sample in samples]
+        z = torch.stack([sample.noise(sample.blocks) for sample in samples])
+        steps = transport(
+            self.dit,
+            z,
+            [sample.prior_history for sample in samples],
+            torch.stack([where for where, _ in pins]),
+            torch.stack([values for _, values in pins]),
+            [sample.guidance for sample in samples],
+            self.grid,
+            self.new_solver(),
+            self.interval,
+        )
+        for number, (z, z0) in enumerate(steps, start=1):
+            yield TransportStep(number, self.steps, z, z0)
+        histories = [sample.decoder_history for sample in samples]
+        logits = self.vae.decode(z.flatten(0, 1), [size] * len(samples), histories)
+        for sample, latents, own in zip(samples, z, logits.split(size * patch), strict=True):
+            generator = block_generator(sample.seed, sample.blocks, 1)
+            try:
+                ids = self.sampling.pick(own, sample.seen, generator).tolist()
+            except ColadaError as error:
+                sample.error = failure(f"block {sample.blocks} has no tokens", error)
+                continue
+            sample.seen.update(ids)
+            sample.block = Block(latents, own, ids)
+            sample.blocks += 1
+
+    def spell(self, samples: Sequence[Sample], z0: Tensor) -> list[list[int]]:
+        """Return the likeliest ids of a guess (B, block, C) of every coming block; commits nothing."""
+        size, patch = self.vae.config.block_size, self.vae.config.patch_size
+        histories = [sample.decoder_history for sample in samples]
+        layout = self.vae.layout([size] * len(samples), histories)
+        hidden = self.vae.decoder(z0.flatten(0, 1), layout, histories, committing=False)
+        ids = self.vae.decoder.logits(hidden).argmax(-1)
+        return [part.tolist() for part in ids.split(size * patch)]

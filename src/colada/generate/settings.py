@@ -1,0 +1,281 @@
+"""What a generation may be asked for: the settings, the released values, and the one place that checks them.
+
+Settings of a recipe, of a ``generation_config.json``, of the command line and of the Python interface are
+checked here alike, before torch is imported. What may be asked for is bounded, by the constants below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+from colada.checks import MOST_COUNT, MOST_SEED, SMALLEST, between, is_number, is_whole, plain
+from colada.errors import ColadaError, nearest, shown
+
+MOST_STEPS = 10_000
+"""Solver steps of a block; a tenth of a timestep each."""
+MOST_STOPS = 256
+"""Stop strings of a request."""
+LONGEST_STOP = 4096
+"""Characters of a stop string."""
+MOST_END_IDS = 1024
+"""End tokens of a request."""
+PENALTIES = (0.01, 100.0)
+"""Repetition penalties: a logit times one is still a number."""
+
+SOLVER_NAMES = ("euler", "ab2")
+SCHEDULE_NAMES = ("uniform", "front-loaded", "logit-normal")
+NOISE_NAMES = ("per-sample", "released")
+SEED_STRIDE = {"per-sample": 1, "released": 1000}
+"""By how much the seeds of consecutive samples differ where one seed is given for all."""
+
+Prompt = str | Sequence[int]
+"""A text, or the ids of its tokens; arrays and tensors of whole numbers are taken too."""
+
+
+class Settings(TypedDict, total=False):
+    """Generation settings; those left out, or None, are the model's own, or else the released ones.
+
+    Attributes:
+        steps: solver steps per block (released: 16).
+        guidance: scale s of v = u + s (c - u); 1 is off (released: 7). One for all, or one each.
+        guidance_interval: the values (low, high) of a = t / T between which guidance acts; elsewhere there
+            is no unconditional pass (released: everywhere, (0, 1)).
+        solver, schedule: names in ``colada.flow.SOLVERS`` and ``SCHEDULES`` (released: "euler", "uniform").
+        temperature, top_k, top_p, repetition_penalty: as in :class:`colada.generate.sampling.Sampling`.
+        seed: one for all (sample i then has seed + i), or one each; below 2**63. A sample's result depends
+            on its own prompt, settings and seed, not on the batch it is in.
+        stop: strings that end the text; they may straddle blocks.
+        end_ids: tokens that end the text; the tokenizer's end tokens if None, ``()`` for none.
+        noise: "per-sample", or "released" for the released code's rule, where sample i of a single
+            seed has seed + 1000 i (the published scores have seed 66).
+    """
+
+    steps: int | None
+    guidance: float | Sequence[float] | None
+    guidance_interval: Sequence[float] | None
+    solver: str | None
+    schedule: str | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float | None
+    seed: int | Sequence[int] | None
+    stop: str | Sequence[str] | None
+    end_ids: Sequence[int] | None
+    noise: str | None
+
+
+class TextRequest(NamedTuple):
+    """A text to be continued, with settings of its own; its seed is one number.
+
+    Attributes:
+        prompt: a text, or ids.
+        max_new_tokens: how many tokens follow it, unless an end token or stop string is first.
+        settings: over the model's own.
+    """
+
+    prompt: Prompt
+    max_new_tokens: int
+    settings: Settings
+
+
+RELEASED_SETTINGS: dict[str, Any] = {
+    "steps": 16,
+    "guidance": 7.0,
+    "guidance_interval": (0.0, 1.0),
+    "solver": "euler",
+    "schedule": "uniform",
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "seed": 0,
+    "stop": (),
+    "end_ids": None,
+    "noise": "per-sample",
+}
+"""What a model without a ``generation_config.json`` of its own uses."""
+
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")
+"""Those that :class:`~colada.generate.sampling.Sampling` takes."""
+
+
+# --- one setting after the other ----------------------------------------------------------------
+
+
+class _Rule(NamedTuple):
+    """What a value has to be; ``several``: also a list of such values, one a prompt."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+    several: bool = False
+
+
+def _names(known: Sequence[str]) -> _Rule:
+    return _Rule(lambda value: isinstance(value, str) and value in known, ", ".join(map(repr, known)))
+
+
+def _whole(least: int, most: int, more: str = "") -> _Rule:
+    return _Rule(
+        lambda value: is_whole(value) and least <= value <= most,
+        f"a whole number {between(least, most)}{more}",
+    )
+
+
+def _is_interval(value: Any) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 2 or not all(map(is_number, value)):
+        return False
+    return bool(0 <= value[0] <= value[1] <= 1)
+
+
+def _is_stop(value: Any) -> bool:
+    if not isinstance(value, str) or not 1 <= len(value) <= LONGEST_STOP:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # No text has a lone surrogate.
+        return False
+    return True
+
+
+_RULES: dict[str, _Rule] = {
+    "steps": _whole(1, MOST_STEPS),
+    "guidance": _Rule(is_number, "a finite number within float32's range", several=True),
+    "guidance_interval": _Rule(_is_interval, "[low, high] between 0 and 1"),
+    "solver": _names(SOLVER_NAMES),
+    "schedule": _names(SCHEDULE_NAMES),
+    "temperature": _Rule(
+        lambda value: is_number(value) and (value == 0 or value >= SMALLEST),
+        "0, or a positive number within float32's range",
+    ),
+    "top_k": _whole(0, MOST_COUNT, " (0 is off)"),
+    "top_p": _Rule(
+        lambda value: is_number(value) and SMALLEST <= value <= 1,
+        f"above 0 (at least {SMALLEST:.2g}) and at most 1",
+    ),
+    "repetition_penalty": _Rule(
+        lambda value: is_number(value) and PENALTIES[0] <= value <= PENALTIES[1],
+        "a positive number from {} to {}".format(*PENALTIES),
+    ),
+    "seed": _whole(0, MOST_SEED)._replace(several=True),
+    "noise": _names(NOISE_NAMES),
+}
+_LISTS: dict[str, tuple[int, _Rule]] = {
+    "stop": (MOST_STOPS, _Rule(_is_stop, f"a string of 1 to {LONGEST_STOP} characters, or a list of such")),
+    "end_ids": (MOST_END_IDS, _Rule(lambda value: is_whole(value) and value >= 0, "a list of token ids")),
+}
+
+
+def check_settings(settings: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
+    """Return generation settings once checked, without those that are None.
+
+    Args:
+        settings: of the names of :class:`Settings`; numbers of numpy and torch are taken as Python's own.
+        origin: where they are from, for messages.
+
+    Raises:
+        ColadaError: for a setting that does not exist, is of the wrong type or out of its bounds.
+    """
+    where = f"{origin}: " if origin else ""
+    if not isinstance(settings, Mapping):
+        raise ColadaError(f"{where}settings are {shown(settings)}, expected names and values")
+    checked: dict[str, Any] = {}
+    for name, given in settings.items():
+        if not isinstance(name, str) or name not in RELEASED_SETTINGS:
+            hint = nearest(name, RELEASED_SETTINGS) if isinstance(name, str) else ""
+            raise ColadaError(f"{where}unknown generation setting {shown(name)}{hint}")
+        if given is None:
+            continue
+        value = plain(given)
+        if name in _LISTS:
+            _check_list(name, value, where)
+        elif isinstance(value, list | tuple) and _RULES[name].several:
+            value = [plain(one) for one in value]
+            for one in value:
+                _check_one(name, one, where)
+        else:
+            _check_one(name, value, where)
+        checked[name] = value
+    return checked
+
+
+def _check_one(name: str, value: Any, where: str) -> None:
+    rule = _RULES[name]
+    if not rule.holds(value):
+        known = {"solver": SOLVER_NAMES, "schedule": SCHEDULE_NAMES, "noise": NOISE_NAMES}.get(name)
+        one_of = "one of " if known else ""
+        hint = nearest(value, known) if known and isinstance(value, str) else ""
+        each = ", or one for each prompt" if rule.several else ""
+        raise ColadaError(f"{where}{name}={shown(value)}, expected {one_of}{rule.expected}{each}{hint}")
+
+
+def _check_list(name: str, value: Any, where: str) -> None:
+    most, rule = _LISTS[name]
+    if name == "stop" and isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise ColadaError(f"{where}{name}={shown(value)}, expected {rule.expected}")
+    if len(value) > most:
+        raise ColadaError(f"{where}{len(value)} values of {name}, expected at most {most}")
+    for one in value:
+        if not rule.holds(plain(one)):
+            raise ColadaError(f"{where}{name}={shown(one)}, expected {rule.expected}")
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def several(prompts: Any) -> list[Prompt]:
+    """Return a list of prompts, of one or of several; their ids are not looked at yet.
+
+    Args:
+        prompts: a text or ids, or a list (tuple, array) of these.
+
+    Raises:
+        ColadaError: for anything else.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = plain(prompts)
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
+        raise ColadaError(f"prompts={shown(prompts)}, expected a text, a list of ids, or a list of these")
+    if len(prompts) and not any(_is_prompt(part) for part in prompts):
+        return [prompts]  # Ids, or what is meant to be some.
+    return list(prompts)
+
+
+def _is_prompt(part: Any) -> bool:
+    return (
+        isinstance(part, str)
+        or (isinstance(part, Sequence) and not isinstance(part, bytes))
+        or (getattr(part, "ndim", 0) > 0)
+    )
+
+
+def listed(requests: Any) -> list[TextRequest]:
+    """Return requests as a list. Raises ColadaError for what is none."""
+    try:
+        wanted = list(requests)
+    except TypeError:
+        raise ColadaError(f"requests={shown(requests)}, expected a list of TextRequest") from None
+    for number, request in enumerate(wanted):
+        if not isinstance(request, TextRequest):
+            raise ColadaError(f"request {number} is {shown(request)}, expected a TextRequest")
+    return wanted
+
+
+def one_each(name: str, value: Any, count: int, stride: int) -> list[Any]:
+    """Return a checked setting per sample: its list, or value + stride * i.
+
+    Raises:
+        ColadaError: for a list of another length, or a last seed beyond :data:`MOST_SEED`.
+    """
+    values = list(value) if isinstance(value, list | tuple) else [value + stride * i for i in range(count)]
+    if len(values) != count:
+        raise ColadaError(f"{len(values)} values of {name} for {count} prompts, expected one, or one each")
+    if name == "seed" and values and values[-1] > MOST_SEED:
+        raise ColadaError(
+            f"seed={value} for {count} prompts ends with {values[-1]}, expected at most {MOST_SEED}"
+        )
+    return values

@@ -1,0 +1,1 @@
+"""Who writes: Cola DLM and the models it is compared with."""

@@ -1,0 +1,322 @@
+"""What every model that writes has in common, whatever its architecture."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, Unpack
+
+import torch
+
+from colada.checks import check_ids, check_text, require_function
+from colada.errors import ColadaError, ColadaWarning, failure, nearest, shown
+from colada.generate.settings import Prompt, Settings, TextRequest, check_settings, listed
+from colada.locate import CHAT_TEMPLATE_FILE, is_hub_id
+from colada.text.chat import check_messages, render
+from colada.text.tokenizer import Tokenizer
+from colada.text.transcript import Chunk, Completion, completed
+
+ARCHITECTURES = {"cola": "Cola DLM", "ar": "AR", "llada": "LLaDA"}
+"""By name, what readers call it."""
+
+
+def find_archs(names: str) -> tuple[str, ...]:
+    """Return architectures, named with commas between.
+
+    Raises:
+        ColadaError: for an unknown one, with the nearest, or one that is there twice.
+    """
+    wanted = tuple(name.strip() for name in names.split(","))
+    for name in wanted:
+        if name not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ColadaError(
+                f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)}, expected some of {known}"
+            )
+        if wanted.count(name) > 1:
+            raise ColadaError(f"architectures {names}: {name!r} is there twice")
+    return wanted
+
+
+def require_kind(name: str, value: object, kind: type, optional: bool = False) -> None:
+    """Raise ColadaError unless a value is of a type, or None where it is optional."""
+    if not isinstance(value, kind) and not (optional and value is None):
+        raise ColadaError(f"{name}={shown(value)}, expected a {kind.__name__}{' or None' * optional}")
+
+
+class LanguageModel(ABC):
+    """A model that continues texts: :class:`~colada.models.cola.ColaDLM`, or a baseline.
+
+    Args:
+        tokenizer: without one, prompts are ids and text is empty.
+        origin: where the model is from.
+        generation: settings with which this model measures best, over :attr:`defaults`.
+        chat_template: how :meth:`chat` writes conversations; Jinja, see :mod:`colada.text.chat`.
+
+    Raises:
+        ColadaError: if the tokenizer or the settings do not fit.
+    """
+
+    arch: ClassVar[str]
+    """One of :data:`ARCHITECTURES`."""
+
+    defaults: ClassVar[Mapping[str, Any]]
+    """The settings that this kind of model has, and their values."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        origin: str,
+        generation: Mapping[str, Any] | None,
+        chat_template: str | None,
+    ) -> None:
+        require_kind("tokenizer", tokenizer, Tokenizer, optional=True)
+        require_kind("origin", origin, str)
+        require_kind("chat_template", chat_template, str, optional=True)
+        self.tokenizer, self.origin, self.chat_template = tokenizer, origin, chat_template
+        self._warned = False
+        if tokenizer is not None and tokenizer.vocab_size > self.vocab_size:
+            raise ColadaError(
+                f"{origin or 'model'}: the tokenizer has {tokenizer.vocab_size} entries, "
+                f"the model vocab_size={self.vocab_size}"
+            )
+        self.generation = self.check(
+            {} if generation is None else generation, f"{origin}: generation settings"
+        )
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+
+    @property
+    @abstractmethod
+    def training_length(self) -> int | None:
+        """Tokens of the rows that it was trained on, where that is known; it goes with a saved model."""
+
+    @training_length.setter
+    @abstractmethod
+    def training_length(self, length: int | None) -> None: ...
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @abstractmethod
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move or convert the weights in place, and return self."""
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> None:
+        """Write a directory that :func:`colada.load` reads. Raises ColadaError if it cannot be written."""
+
+    @abstractmethod
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 64,
+        *,
+        guesses: bool = False,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Chunk]:
+        """Yield what each prompt's continuation grows by; arguments as :meth:`generate`.
+
+        With ``guesses``, also how what is under way would read now, for models that have such a thing.
+        Arguments are checked here, before the first chunk is asked for.
+        """
+
+    @abstractmethod
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **settings: Unpack[Settings]
+    ) -> list[Completion]:
+        """Continue every prompt.
+
+        Args:
+            prompts: texts, or lists of ids; one or several.
+            max_new_tokens: how many tokens each gets, unless an end token or stop string is first.
+            settings: see :class:`Settings`.
+
+        Returns: one completion a prompt, in order.
+
+        Raises:
+            ColadaError: naming the argument at fault.
+        """
+
+    @abstractmethod
+    def complete(self, requests: Iterable[TextRequest], batch: int = 16) -> Iterator[tuple[int, Completion]]:
+        """Yield the number and the completion of each request as it is finished.
+
+        This is how many texts are written: ``batch`` at a time, and as some leave, others join. A text
+        does not depend on who shares the batch. One that fails has an ``error``, and the others go on.
+
+        Args:
+            requests: each with settings of its own.
+            batch: how many are under way together.
+
+        Raises:
+            ColadaError: naming the argument at fault, before anything is written.
+        """
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+        message: str = "Upload model",
+    ) -> str:
+        """Save the model to a hub repository, made if need be, which :func:`colada.load` reads by its id.
+
+        Args:
+            repo_id: owner/name.
+            private: make a new repository private.
+            revision: branch; the main one if None.
+            token: of the hub; by default the one that its own command line has stored.
+            message: of the commit.
+
+        Returns: the commit's address.
+
+        Raises:
+            ColadaError: for what is no hub id, a model that cannot be saved, or a hub that refuses or cannot
+                be reached.
+        """
+        require_kind("message", message, str)
+        require_kind("revision", revision, str, optional=True)
+        if not isinstance(repo_id, str) or not is_hub_id(repo_id):
+            raise ColadaError(f"repo_id={shown(repo_id)}, expected a hub id of the form owner/name")
+        # 0.4 s that only the hub should cost.
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as directory:
+            folder = Path(directory) / "model"
+            self.save(folder)
+            try:
+                hub = HfApi(token=token)
+                hub.create_repo(repo_id, private=private, exist_ok=True)
+                if revision is not None:
+                    hub.create_branch(repo_id, branch=revision, exist_ok=True)
+                commit = hub.upload_folder(
+                    repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message
+                )
+            except Exception as error:  # The hub's HTTP library has errors of its own.
+                raise failure(f"{repo_id} cannot be written to the hub", error) from error
+        return str(commit.commit_url)
+
+    def complete_all(
+        self,
+        requests: Sequence[TextRequest],
+        batch: int = 16,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Return the completions of requests in their order; see :meth:`complete`.
+
+        Args:
+            requests, batch: as there.
+            progress: called after every one with how many are finished, and of how many.
+
+        Raises:
+            GenerationError: if some failed; it carries the others.
+        """
+        require_function("progress", progress)
+        requests, finished = listed(requests), dict[int, Completion]()
+        for number, completion in self.complete(requests, batch):
+            finished[number] = completion
+            if progress is not None:
+                progress(len(finished), len(requests))
+        return completed([finished[number] for number in range(len(requests))])
+
+    def chosen(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all settings of a generation: those given, else the model's own, else the defaults.
+
+        Raises:
+            ColadaError: for one of the wrong type, or that this kind of model does not have.
+        """
+        return {**self.defaults, **self.generation, **self.check(settings)}
+
+    @classmethod
+    def check(cls, settings: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
+        """Return settings once checked, see :func:`check_settings`, and that this kind of model has them."""
+        checked = check_settings(settings, origin)
+        for name, value in checked.items():
+            if name not in cls.defaults:
+                where = f"{origin}: " if origin else ""
+                raise ColadaError(
+                    f"{where}{name}={shown(value)}, but {ARCHITECTURES[cls.arch]} has no {name}"
+                )
+        return checked
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's ids: a text's tokens, or the ids themselves once checked.
+
+        Raises:
+            ColadaError: for a text without a tokenizer, an id outside the vocabulary, or too long a prompt.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ColadaError("this model has no tokenizer.json: give prompts as lists of ids")
+            prompt = self.tokenizer.encode(check_text(prompt))
+        return check_ids(prompt, self.vocab_size)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Return the ids of a prompt that is to be continued; once, one longer than training rows is noted.
+
+        Raises:
+            ColadaError: as :meth:`ids`.
+        """
+        ids, length = self.ids(prompt), self.training_length
+        if length is not None and len(ids) > length and not self._warned:
+            self._warned = True
+            rows = f"{self.origin or 'the model'} was trained on rows of {length} tokens"
+            text = (
+                f"a prompt of {len(ids)} tokens, but {rows}: what it writes after a longer one may be worse"
+            )
+            warnings.warn(text, ColadaWarning, stacklevel=4)
+        return ids
+
+    def endings(self, chosen: Mapping[str, Any]) -> tuple[list[str], Sequence[int]]:
+        """Return the stop strings and end tokens of chosen settings.
+
+        Raises:
+            ColadaError: for stop strings without a tokenizer, or an end token outside the vocabulary.
+        """
+        stop = [chosen["stop"]] if isinstance(chosen["stop"], str) else list(chosen["stop"])
+        if stop and self.tokenizer is None:
+            raise ColadaError("stop strings need a tokenizer, and this model has none")
+        end_ids = chosen["end_ids"]
+        if end_ids is None:
+            end_ids = self.tokenizer.end_ids if self.tokenizer is not None else ()
+        return stop, check_ids(end_ids, self.vocab_size, "end_ids:")
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], max_new_tokens: int = 256, **settings: Unpack[Settings]
+    ) -> Completion:
+        """Return the assistant's answer to a conversation, without the token that ends it.
+
+        Args:
+            messages: objects with ``role`` and ``content``, as in training.
+            max_new_tokens, settings: see :meth:`generate`.
+
+        Raises:
+            ColadaError: if the model has no chat template, or for a malformed conversation.
+        """
+        return self.generate([self.chat_prompt(messages)], max_new_tokens, **settings)[0]
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return a conversation as the text that the assistant's answer continues; raises as :meth:`chat`."""
+        if self.tokenizer is None:
+            raise ColadaError("this model has no tokenizer.json, and a chat is text")
+        if self.chat_template is None:
+            raise ColadaError(
+                f"{self.origin or 'this model'} has no chat template ({CHAT_TEMPLATE_FILE}): "
+                "put one into its directory, or set chat_template"
+            )
+        listed = (
+            list(messages) if isinstance(messages, Sequence) and not isinstance(messages, str) else messages
+        )
+        checked = check_messages(listed, self.tokenizer, "chat")
+        return render(checked, self.tokenizer, self.chat_template, "chat", answer=True)

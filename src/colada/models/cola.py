@@ -1,0 +1,486 @@
+"""``ColaDLM``: the two networks and their tokenizer as one model, and :func:`load`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+
+from colada.checks import MOST_TOKENS, require_count
+from colada.device import check_dtype, find_device, plain_torch, require_memory, undisturbed
+from colada.errors import ColadaError
+from colada.files import as_path
+from colada.generate.engine.engine import GPU_BUCKET, Engine, capacity_for
+from colada.generate.engine.memory import round_up
+from colada.generate.engine.request import Request
+from colada.generate.reference import NOISE_RULES, TransportStep, encode
+from colada.generate.sampling import Sampling
+from colada.generate.session import Session
+from colada.generate.settings import (
+    RELEASED_SETTINGS,
+    SAMPLING_SETTINGS,
+    SEED_STRIDE,
+    Prompt,
+    Settings,
+    TextRequest,
+    listed,
+    one_each,
+    several,
+)
+from colada.locate import (
+    BUNDLED,
+    DECODER_DIR,
+    DIT_DIR,
+    VAE_DIR,
+    locate,
+)
+from colada.models.base import LanguageModel, require_kind
+from colada.models.load_decoder import MODELS, load_decoder
+from colada.networks.checkpoint import check_one_save, read_dit, read_parts, read_vae, write_model
+from colada.networks.config import check_pair
+from colada.networks.dit import DiT
+from colada.networks.quantise import quantise
+from colada.networks.vae import TextVAE
+from colada.text.tokenizer import Tokenizer
+from colada.text.transcript import Chunk, Completion, Transcript, completed
+
+CHECKED_TOKENS = 4096
+"""Shorter prompts are encoded without asking how much memory there is."""
+ENCODER_ACTIVATIONS = 6
+"""Vectors of either width that the encoder's pass holds at once for a token."""
+MOST_LOGITS = 2**24
+"""That are computed at once when a text is decoded."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Tokens through the Text VAE and back: the text, its ids, and the share that equal the original's."""
+
+    text: str
+    tokens: tuple[int, ...]
+    accuracy: float
+
+
+class ColaDLM(LanguageModel):
+    """A continuous latent diffusion language model, ready to use.
+
+    Args:
+        vae, dit: the networks; their widths and block sizes must agree.
+        tokenizer, origin, generation, chat_template: see :class:`LanguageModel`.
+
+    Raises:
+        ColadaError: if the parts do not fit each other.
+    """
+
+    arch = "cola"
+    defaults = RELEASED_SETTINGS
+
+    def __init__(
+        self,
+        vae: TextVAE,
+        dit: DiT,
+        tokenizer: Tokenizer | None = None,
+        *,
+        origin: str = "",
+        generation: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        require_kind("vae", vae, TextVAE)
+        require_kind("dit", dit, DiT)
+        check_pair(vae.config, dit.config)
+        self.vae, self.dit = vae.eval(), dit.eval()
+        super().__init__(tokenizer, origin, generation, chat_template)
+        self.quantised: str | None = None
+        self._kept: list[Engine] = []  # One that nobody has, at most.
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+        return self.vae.config.vocab_size
+
+    @property
+    def training_length(self) -> int | None:
+        """Tokens of the rows that it was trained on, where that is known."""
+        return self.dit.config.training_length
+
+    @training_length.setter
+    def training_length(self, length: int | None) -> None:
+        self.dit.config = dataclasses.replace(self.dit.config, training_length=length)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.dit.txt_in.proj.weight.device
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> ColaDLM:
+        """Move or convert both networks in place, and return self."""
+        place = None if device is None else find_device(device)
+        check_dtype(dtype)
+        self._kept.clear()
+        self.vae.to(place, dtype)
+        self.dit.to(place, dtype)
+        return self
+
+    def quantise(self, name: str) -> ColaDLM:
+        """Quantise the weights of the transformer layers that generate, in place, and return self.
+
+        Args:
+            name: "int8", int8 weights by output channel; experimental on a GPU, where it was never measured.
+
+        Raises:
+            ColadaError: as :func:`colada.networks.quantise.quantise`; or if that was done before.
+        """
+        if self.quantised is not None:
+            raise ColadaError(f"{self.origin or 'the model'} is quantised already, to {self.quantised}")
+        self._kept.clear()
+        with plain_torch(inference=False):
+            quantise((self.dit, self.vae.decoder), name)
+        self.quantised = name
+        return self
+
+    def save(self, directory: str | Path) -> None:
+        """Write the model in the released format, with its tokenizer; see :func:`checkpoint.write_model`.
+
+        Raises:
+            ColadaError: for a quantised model, which the format cannot hold; or as ``write_model``.
+        """
+        if self.quantised is not None:
+            raise ColadaError(f"a model quantised to {self.quantised} cannot be saved: save it before")
+        networks = {DIT_DIR: self.dit, VAE_DIR: self.vae}
+        write_model(as_path(directory), networks, self.tokenizer, self.generation, self.chat_template)
+
+    # --- tokens and latents ----------------------------------------------------------------
+
+    @property
+    def pad_id(self) -> int:
+        """The padding id: the tokenizer's, or ``pad_token_id`` of the Text VAE's config."""
+        if self.tokenizer is not None:
+            return self.tokenizer.pad_id
+        if self.vae.config.pad_token_id is None:
+            raise ColadaError(
+                "no padding id is known: the model has no tokenizer, its config no pad_token_id"
+            )
+        return self.vae.config.pad_token_id
+
+    @undisturbed
+    def encode(self, text: Prompt) -> torch.Tensor:
+        """Return the normalised posterior means of a text, float32 (ceil(tokens / patch_size), C)."""
+        ids = self.ids(text)
+        if not ids:
+            return torch.zeros(0, self.vae.config.latent_dim, device=self.device)
+        latents = encode(self.vae, [ids], self.pad_id)[0]
+        return latents[: -(-len(ids) // self.vae.config.patch_size)]
+
+    @undisturbed
+    def decode(self, latents: torch.Tensor) -> list[int]:
+        """Return the likeliest ids of normalised latents (L, C): L * patch_size of them.
+
+        Raises:
+            ColadaError: for anything else, or where latents or logits are not finite.
+        """
+        width, kind = self.vae.config.latent_dim, type(latents).__name__
+        if not isinstance(latents, torch.Tensor) or latents.layout != torch.strided or latents.is_meta:
+            raise ColadaError(f"latents of type {kind}, expected a tensor of shape (L, {width})")
+        if latents.ndim != 2 or latents.shape[1] != width or not latents.is_floating_point():
+            shape = f"{tuple(latents.shape)} and type {latents.dtype}"
+            raise ColadaError(f"latents of shape {shape}, expected floating-point (L, {width})")
+        if len(latents) > MOST_TOKENS:
+            raise ColadaError(f"{len(latents)} latents, expected at most {MOST_TOKENS}")
+        if len(latents) == 0:
+            return []
+        latents = latents.to(self.device, torch.float32)
+        if not bool(latents.isfinite().all()):
+            raise ColadaError("latents that are not finite, expected numbers to decode")
+        ids: list[int] = []
+        for logits in self._logits(latents):
+            if not bool(logits.isfinite().all()):
+                raise ColadaError(f"{self.origin or 'the model'}: the decoder's logits are not finite")
+            ids += logits.argmax(-1).tolist()
+        return ids
+
+    def _logits(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the decoder's logits (n, V) of latents (L, C), no more at a time than fit into memory."""
+        decoder = self.vae.decoder
+        hidden = decoder(latents, self.vae.layout([len(latents)]))
+        for part in hidden.split(max(1, MOST_LOGITS // self.vocab_size)):
+            yield decoder.logits(part)
+
+    def reconstruct(self, text: Prompt) -> Reconstruction:
+        """Send a text through the Text VAE and back.
+
+        Raises:
+            ColadaError: for an empty text.
+        """
+        ids = self.ids(text)
+        if not ids:
+            raise ColadaError("nothing to reconstruct: the text has no tokens")
+        out = self.decode(self.encode(ids))[: len(ids)]
+        correct = sum(a == b for a, b in zip(ids, out, strict=True))
+        text = self.tokenizer.decode(out, skip_special=False) if self.tokenizer is not None else ""
+        return Reconstruction(text, tuple(out), correct / len(ids))
+
+    # --- generation ------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 64,
+        *,
+        callback: Callable[[TransportStep], None] | None = None,
+        **settings: Unpack[Settings],
+    ) -> list[Completion]:
+        """Continue every prompt, in one batch.
+
+        Args:
+            prompts: texts, or lists of ids; one or several. An empty prompt generates from nothing.
+            max_new_tokens: how many tokens each gets, exactly, unless an end token or stop string is first.
+            callback: sees the latents after every solver step.
+            settings: see :class:`Settings`.
+
+        Returns: one completion a prompt, in order.
+
+        Raises:
+            ColadaError: naming the argument at fault.
+            GenerationError: if samples failed; it carries the completions of the others.
+        """
+        chunks = self._taken(self._open(prompts, max_new_tokens, settings), False, callback)
+        done = {chunk.index: chunk.completion for chunk in chunks if chunk.completion is not None}
+        return completed([done[index] for index in sorted(done)])
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 64,
+        *,
+        guesses: bool = False,
+        callback: Callable[[TransportStep], None] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Chunk]:
+        """Yield a chunk after every block of every prompt; arguments as :meth:`generate`.
+
+        With ``guesses``, yield after every solver step too: how the block would read if it
+        ended there. The texts of a prompt's finished chunks add up to what :meth:`generate`
+        returns. Arguments are checked here, before the first chunk is asked for. A sample that
+        fails ends with a chunk that says why, and the others go on.
+        """
+        return self._taken(self._open(prompts, max_new_tokens, settings), guesses, callback)
+
+    def complete(self, requests: Iterable[TextRequest], batch: int = 16) -> Iterator[tuple[int, Completion]]:
+        """See :meth:`LanguageModel.complete`: one session, in whose slots the requests take turns."""
+        batch = require_count("batch", batch)
+        checked = [self._request(own.prompt, own.max_new_tokens, own.settings) for own in listed(requests)]
+        chunks = self._taken(self._session_of(checked, batch))
+        return ((chunk.index, chunk.completion) for chunk in chunks if chunk.completion is not None)
+
+    def session(self, *, history: int = 8192, slots: int | None = None) -> Session:
+        """Return a session, to which requests with settings of their own may be submitted at any time.
+
+        Args:
+            history: latents of history that it holds, of all requests under way together; a request takes
+                those of its prompt and of the blocks to come, and waits until there is room.
+            slots: requests under way at most; None is no limit.
+        """
+        history = require_count("history", history)
+        slots = None if slots is None else require_count("slots", slots)
+        return Session(self._engine(history, slots, self.pad_id), self._request)
+
+    def _free_engine(self, capacity: int, slots: int | None, pad_id: int) -> Engine:
+        """Return the engine that is kept if it fits, else a new one; nobody else gets it, in no thread."""
+        if self.device.type == "cuda":  # A next call that is a little longer then finds it large enough.
+            capacity = round_up(capacity, 8 * GPU_BUCKET)
+        try:
+            engine = self._kept.pop()
+        except IndexError:
+            return self._engine(capacity, slots, pad_id)
+        same = (engine.slots, engine.pad_id) == (slots, pad_id)
+        fits = same and not engine.busy and engine.regions.capacity >= capacity
+        return engine if fits else self._engine(capacity, slots, pad_id)
+
+    def _engine(self, capacity: int, slots: int | None, pad_id: int) -> Engine:
+        with plain_torch(inference=False):
+            return Engine(self.vae, self.dit, capacity=capacity, slots=slots, pad_id=pad_id)
+
+    def _taken(
+        self,
+        session: Session,
+        guesses: bool = False,
+        callback: Callable[[TransportStep], None] | None = None,
+    ) -> Iterator[Chunk]:
+        """Return the chunks of a session that nobody else has; its engine may then serve the next call."""
+
+        def take() -> Iterator[Chunk]:
+            yield from chunks
+            # What a GPU replays is worth keeping from one call to the next.
+            if session.engine.graphs is not None:
+                self._kept[:] = [session.engine]
+
+        chunks = session.chunks(guesses, callback)  # Checked now, before the first chunk is asked for.
+        return take()
+
+    def _open(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings) -> Session:
+        """Return a session of these prompts alone, all under way together."""
+        prompts = several(prompts)
+        chosen = self.chosen(settings)
+        stride = SEED_STRIDE[chosen["noise"]]
+        seeds = one_each("seed", chosen["seed"], len(prompts), stride)
+        guidance = one_each("guidance", chosen["guidance"], len(prompts), 0)
+        requests = [
+            self._request(prompt, max_new_tokens, {**settings, "seed": seed, "guidance": scale})
+            for prompt, seed, scale in zip(prompts, seeds, guidance, strict=True)
+        ]
+        return self._session_of(requests)
+
+    def _session_of(
+        self, requests: Sequence[tuple[Request, Transcript]], slots: int | None = None
+    ) -> Session:
+        """Return a session of these requests alone, with just the history that ``slots`` of them need."""
+        capacity = capacity_for((own for own, _ in requests), self.vae.config, slots)
+        # Without a token to pad, no padding id is needed.
+        pad_id = self.pad_id if any(own.ids for own, _ in requests) else 0
+        session = Session(self._free_engine(capacity, slots, pad_id), self._request)
+        for request, transcript in requests:
+            session.add(request, transcript)
+        return session
+
+    def _request(
+        self, prompt: Prompt, max_new_tokens: int, settings: Mapping[str, Any]
+    ) -> tuple[Request, Transcript]:
+        """Check what is asked for a prompt, and return it as the engine and the transcript take it.
+
+        Raises:
+            ColadaError: naming the argument at fault.
+        """
+        max_new_tokens = require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
+        chosen = self.chosen(settings)
+        ids = self.prompt_ids(prompt)
+        (seed,), (guidance,) = (one_each(name, chosen[name], 1, 0) for name in ("seed", "guidance"))
+        stop, end_ids = self.endings(chosen)
+        shape = (self.vae.config.block_size, self.vae.config.latent_dim)
+        low, high = chosen["guidance_interval"]
+        request = Request(
+            tuple(ids),
+            max_new_tokens,
+            NOISE_RULES[chosen["noise"]](seed, shape, self.device),
+            seed,
+            guidance,
+            (low, high),
+            chosen["steps"],
+            chosen["solver"],
+            chosen["schedule"],
+            Sampling(**{name: chosen[name] for name in SAMPLING_SETTINGS}),
+        )
+        self._check_length(ids, max_new_tokens)
+        skip = self._tail_tokens(ids)
+        return request, Transcript(self.tokenizer, skip, max_new_tokens, stop, end_ids, ids)
+
+    def _tail_tokens(self, ids: Sequence[int]) -> int:
+        """Return how many tokens the first block only repeats: those of the prompt's pinned latents."""
+        patch, size = self.vae.config.patch_size, self.vae.config.block_size
+        return -(-len(ids) // patch) % size * patch
+
+    def infill(self, before: Prompt, after: Prompt, tokens: int, **settings: Unpack[Settings]) -> Completion:
+        """Fill a hole of exactly ``tokens`` tokens between two texts.
+
+        The hole's latents are generated with their neighbours in the same blocks pinned; the
+        surroundings are encoded with the hole's tokens masked. Blocks being causal, what comes
+        after the hole's last block is not seen. Sampling settings as :meth:`generate`; ``stop``
+        and ``end_ids`` do not apply.
+
+        Raises:
+            ColadaError: as :meth:`generate`; or if the hole does not fall on whole latents (patch_size > 1).
+        """
+        tokens = require_count("tokens", tokens, MOST_TOKENS)
+        left, right = self.ids(before), self.ids(after)
+        patch = self.vae.config.patch_size
+        if len(left) % patch or tokens % patch:
+            raise ColadaError(
+                f"a hole of {tokens} tokens after {len(left)}, expected multiples of patch_size={patch}"
+            )
+        self._check_length([*left, *right], tokens)
+        request, _ = self._request([], tokens, {**settings, "stop": (), "end_ids": ()})
+        whole = (*left, *[self.vae.config.mask_id] * tokens, *right)
+        hole = len(left) // patch, (len(left) + tokens) // patch
+        request = dataclasses.replace(request, ids=whole, hole=hole)
+        skip = hole[0] % self.vae.config.block_size * patch
+        session = self._session_of([(request, Transcript(self.tokenizer, skip, tokens, (), (), left))])
+        done = [chunk.completion for chunk in self._taken(session) if chunk.completion is not None]
+        return completed(done)[0]
+
+    def _check_length(self, ids: Sequence[int], new_tokens: int) -> None:
+        """Raise ColadaError for a text whose encoding needs more memory than there is."""
+        if len(ids) > CHECKED_TOKENS:
+            config = self.vae.config
+            widths = ENCODER_ACTIVATIONS * (config.dim + config.ffn_dim)
+            size = len(ids) * widths * self.vae.encoder.wte.weight.element_size()
+            require_memory(size, self.device, f"a prompt of {len(ids)} tokens")
+
+
+KINDS: dict[str, type[LanguageModel]] = {"cola": ColaDLM, **MODELS}
+"""By architecture."""
+
+
+def load(
+    where: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> LanguageModel:
+    """Load a model of any architecture; see :func:`load_cola` for the arguments.
+
+    Returns: a :class:`ColaDLM`, or what is in the directory of a baseline.
+
+    Raises:
+        ColadaError: if the model cannot be found, read or is inconsistent.
+    """
+    check_dtype(dtype)
+    place = find_device(device)
+    if where is not None:
+        directory = locate(where, revision)
+        if (directory / DECODER_DIR).is_dir():
+            with plain_torch(inference=False):
+                return load_decoder(directory, str(where), device=place, dtype=dtype)
+    return load_cola(where, revision=revision, device=place, dtype=dtype)
+
+
+def load_cola(
+    where: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> ColaDLM:
+    """Load a Cola DLM.
+
+    Args:
+        where: nothing for the bundled model, a directory in the released format, or a hub
+            repository id (downloaded on first use).
+        revision: branch, tag or commit of a hub repository.
+        device: where to put the networks.
+        dtype: convert the weights; by default they keep the file's type, except the bundled
+            model's, which are stored in bfloat16 to be small and computed in float32.
+            Weights of the wanted type are mapped from the file, not copied.
+
+    Raises:
+        ColadaError: if the model cannot be found, read or is inconsistent.
+    """
+    if where is None and not BUNDLED.is_dir():
+        raise ColadaError("this installation has no bundled model: give a directory or a hub id")
+    check_dtype(dtype)
+    place = find_device(device)
+    if where is None and dtype is None:
+        dtype = torch.float32
+    directory = locate(BUNDLED if where is None else where, revision)
+    with plain_torch(inference=False):
+        vae, dit = read_vae(directory, dtype, place), read_dit(directory, dtype, place)
+    check_one_save(directory)
+    return ColaDLM(
+        vae,
+        dit,
+        origin="bundled" if where is None else str(where),
+        **read_parts(directory),
+    )

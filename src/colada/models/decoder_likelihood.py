@@ -1,0 +1,132 @@
+"""log p(x) of the baselines: exact for AR, LLaDA's own lower bound.
+
+AR: sum over i of log p(x_i | x_<i). LLaDA (arXiv 2502.09992, equation 6): with l uniform on 1..L and l of the
+L tokens masked at random,
+
+    log p(x) >= E_l E_mask [ L / l * sum over masked i of log p(x_i | the unmasked) ]
+
+A given context is visible throughout, and never masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from colada.checks import require_count, require_function
+from colada.device import undisturbed
+from colada.errors import ColadaError
+from colada.generate.reference import block_generator
+from colada.generate.settings import check_settings
+from colada.models.decoder import DecoderLM
+from colada.networks.layers import Pass
+
+LOGITS_ROWS = 1024
+"""Tokens whose logits are computed together."""
+
+
+@undisturbed
+def log_likelihood(
+    model: DecoderLM,
+    contexts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    *,
+    samples: int = 32,
+    seed: int | Sequence[int] = 0,
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Return log p(text | context) of each text, in nats: exact for AR, the mean of a bound for LLaDA.
+
+    Args:
+        contexts: ids, may be empty.
+        texts: ids, none empty.
+        samples: masks drawn for each text of a LLaDA model; not looked at for AR.
+        seed: text i, sample k have the stream of (seed, i, k), or with one each of (seed of i, 0, k): results
+            do not depend on ``batch``.
+        batch: texts computed together.
+        progress: called after every batch with how many tokens are done, and of how many.
+
+    Raises:
+        ColadaError: for a value out of range, or an empty text.
+    """
+    samples, batch = require_count("samples", samples), require_count("batch", batch)
+    seed = check_settings({"seed": seed}).get("seed", 0)
+    require_function("progress", progress)
+    for number, text in enumerate(texts):
+        if not len(text):
+            raise ColadaError(f"text {number} has no tokens")
+    if isinstance(seed, int):
+        streams = [(seed, number) for number in range(len(texts))]
+    else:
+        streams = [(own, 0) for own in seed]
+    if len(streams) != len(texts):
+        raise ColadaError(f"{len(streams)} values of seed for {len(texts)} texts, expected one, or one each")
+    found: list[float] = []
+    for begin in range(0, len(texts), batch):
+        some = slice(begin, begin + batch)
+        if model.arch == "ar":
+            found += _exact(model, contexts[some], texts[some])
+        else:
+            drawn = [_masked(model, contexts[some], texts[some], streams[some], k) for k in range(samples)]
+            found += torch.stack(drawn).mean(0).tolist()
+        if progress is not None:
+            progress(sum(map(len, texts[: len(found)])), sum(map(len, texts)))
+    return found
+
+
+def _exact(
+    model: DecoderLM, contexts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+) -> list[float]:
+    bos = model.decoder.config.bos_token_id
+    rows = [[bos, *context, *text][:-1] for context, text in zip(contexts, texts, strict=True)]
+    return _sums(model, rows, texts, [torch.arange(len(text)) for text in texts]).tolist()
+
+
+def _masked(
+    model: DecoderLM,
+    contexts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    streams: Sequence[tuple[int, int]],
+    sample: int,
+) -> Tensor:
+    """Return one sample of the bound of each text, float64 (B,)."""
+    mask, rows, chosen, weights = model.decoder.config.mask_id, [], [], []
+    for stream, context, text in zip(streams, contexts, texts, strict=True):
+        # Like those of blocks, whose purposes are 0 and 1.
+        generator = block_generator(*stream, 2 + sample)
+        count = int(torch.randint(1, len(text) + 1, (), generator=generator))
+        where = torch.randperm(len(text), generator=generator)[:count].sort().values
+        ids = torch.tensor(text)
+        ids[where] = mask
+        rows.append([*context, *ids.tolist()])
+        chosen.append(where)
+        weights.append(len(text) / count)
+    return _sums(model, rows, texts, chosen) * torch.tensor(weights, dtype=torch.float64)
+
+
+def _sums(
+    model: DecoderLM, rows: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], chosen: Sequence[Tensor]
+) -> Tensor:
+    """Return the sum of log p of the chosen tokens of each text, float64 (B,); texts end where rows do."""
+    device = model.device
+    ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
+    where = torch.cat([end - len(text) + own for end, text, own in zip(ends, texts, chosen, strict=True)]).to(
+        device
+    )
+    wanted = torch.cat([torch.tensor(text)[own] for text, own in zip(texts, chosen, strict=True)]).to(device)
+    packed = torch.tensor([token for row in rows for token in row], device=device)
+    layout = model.decoder.layout([len(row) for row in rows])
+    hidden = model.decoder.run(packed, Pass(layout, model.decoder.table(layout.positions)))
+    # A few at a time: of a long text, logits over the whole vocabulary would take most of the memory.
+    parts = zip(hidden.index_select(0, where).split(LOGITS_ROWS), wanted.split(LOGITS_ROWS), strict=True)
+    each = torch.cat(
+        [
+            -F.cross_entropy(model.decoder.logits(own).double(), ids, reduction="none").cpu()
+            for own, ids in parts
+        ]
+    )
+    return torch.stack([own.sum() for own in each.split([len(own) for own in chosen])])

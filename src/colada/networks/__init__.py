@@ -1,0 +1,1 @@
+"""The networks, their configurations, and the files they are kept in."""

@@ -1,0 +1,318 @@
+"""The block-causal Diffusion Transformer p_psi: noisy latents and a timestep in, velocity out.
+
+Module names are those of the released checkpoint; see ``docs/architecture.md``
+for the equations. Forward and backward cost one AdaLN row per *distinct*
+timestep, not one per position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colada.errors import ColadaError
+from colada.flow import T, velocity_from_z0
+from colada.networks.config import DiTConfig
+from colada.networks.layers import (
+    History,
+    Pass,
+    gelu_tanh,
+    inverse_frequencies,
+    rotate_interleaved,
+    rotations,
+)
+from colada.networks.packing import Layout
+
+TIMESTEP_FEATURES = 256
+ROPE_THETA = 10000.0
+
+
+@lru_cache(maxsize=8)
+def _timestep_frequencies(count: int, device: torch.device) -> Tensor:
+    # Kept, so that a pass on a GPU waits for no copy.
+    with torch.inference_mode(False):
+        return torch.exp(
+            -math.log(10000.0) * torch.arange(count, dtype=torch.float32, device="cpu") / count
+        ).to(device)
+
+
+def timestep_features(timestep: Tensor) -> Tensor:
+    """Return [sin | cos] of t exp(-ln(10000) k / 128), k = 0..127: t (R,) in 0..1000 -> float32 (R, 256)."""
+    half = TIMESTEP_FEATURES // 2
+    angles = timestep.float()[:, None] * _timestep_frequencies(half, timestep.device)
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+def modulate(x: Tensor, modulation: Tensor, row: Tensor) -> Tensor:
+    """Return x (N, dim) times 1 + scale plus shift, rows ``row`` (N,) of modulation = [shift | scale]."""
+    shift, scale = modulation.chunk(2, -1)
+    # index_select, not [row]: its backward adds rows in parallel.
+    return torch.addcmul(shift.contiguous().index_select(0, row), x, (1 + scale).index_select(0, row))
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """The timesteps of packed positions as a table of distinct ones and each position's row in it.
+
+    Attributes:
+        values: (R,) in 0..1000.
+        row: int64 (N,).
+    """
+
+    values: Tensor
+    row: Tensor
+
+
+class TimestepEmbedding(nn.Module):
+    """t (R,) -> (R, emb_dim): sinusoids through a three-layer MLP."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(TIMESTEP_FEATURES, config.txt_dim)
+        self.proj_hid = nn.Linear(config.txt_dim, config.txt_dim)
+        self.proj_out = nn.Linear(config.txt_dim, config.emb_dim)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        features = timestep_features(timestep).to(self.proj_in.weight.dtype)
+        return self.proj_out(F.silu(self.proj_hid(F.silu(self.proj_in(features)))))
+
+
+class Patch(nn.Module):
+    """A linear map called ``proj``: latents to width, and width to latents."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+def _ada(emb_dim: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, outputs))
+
+
+class StoredFrequencies(nn.Module):
+    """The rotary frequencies as the released files carry them, once a layer, under ``rope.rope.freqs``.
+
+    Kept for the format: loading checks them, the forward pass computes its own in float32.
+    """
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.rope = nn.Module()
+        self.rope.register_buffer("freqs", inverse_frequencies(dims, ROPE_THETA))
+
+
+class SelfAttention(nn.Module):
+    """Packed attention with a LayerNorm per head on queries and keys, and partial rotary positions."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width = config.heads * config.head_dim
+        self.heads = config.heads
+        self.proj_qkv = nn.Linear(config.txt_dim, 3 * width, bias=config.qk_bias)
+        self.norm_q = nn.LayerNorm(config.head_dim, eps=config.norm_eps)
+        self.norm_k = nn.LayerNorm(config.head_dim, eps=config.norm_eps)
+        self.rope = StoredFrequencies(config.rope_dim)
+        self.proj_out = nn.Linear(width, config.txt_dim, bias=config.qk_bias)
+
+    def forward(self, x: Tensor, shared: Pass[Tensor], layer: int, noisy: Tensor | None = None) -> Tensor:
+        q, k, v = self.proj_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        turn = shared.table
+        if noisy is not None:
+            q = q.index_select(0, noisy)
+        # Under autocast a norm may come out wider than its input; keys must match values.
+        q = rotate_interleaved(self.norm_q(q), turn if noisy is None else turn[noisy]).to(v.dtype)
+        k = rotate_interleaved(self.norm_k(k), turn).to(v.dtype)
+        return self.proj_out(shared.attend(q, k, v, layer).flatten(-2))
+
+
+class MLP(nn.Module):
+    """dim -> expand * dim -> dim with a tanh-approximate GELU."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(config.txt_dim, config.expand_ratio * config.txt_dim)
+        self.proj_out = nn.Linear(config.expand_ratio * config.txt_dim, config.txt_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_out(gelu_tanh(self.proj_in(x)))
+
+
+class AdaLN(nn.Module):
+    """The modulation of one block: shift and scale before attention and MLP, a gate after each."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.msa_in = _ada(config.emb_dim, 2 * config.txt_dim)
+        self.msa_out = _ada(config.emb_dim, config.txt_dim)
+        self.mlp_in = _ada(config.emb_dim, 2 * config.txt_dim)
+        self.mlp_out = _ada(config.emb_dim, config.txt_dim)
+
+
+class DiTBlock(nn.Module):
+    """x + gate * attention(h), then x + gate * mlp(h), with h = LN(x) * (1 + scale) + shift."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.dim, self.eps = config.txt_dim, config.norm_eps
+        self.msa = SelfAttention(config)
+        self.mlp = MLP(config)
+        self.ada = AdaLN(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        row: Tensor,
+        shared: Pass[Tensor],
+        layer: int,
+        noisy: Tensor | None = None,
+    ) -> Tensor:
+        """Run the layer; with ``noisy``, int64 rows of x, the others leave their keys and values only."""
+        h = modulate(F.layer_norm(x, (self.dim,), eps=self.eps), self.ada.msa_in(emb), row)
+        attended = self.msa(h, shared, layer, noisy)
+        if noisy is not None:
+            x, row = x.index_select(0, noisy), row.index_select(0, noisy)
+        x = torch.addcmul(x, self.ada.msa_out(emb).index_select(0, row), attended)
+        h = modulate(F.layer_norm(x, (self.dim,), eps=self.eps), self.ada.mlp_in(emb), row)
+        return torch.addcmul(x, self.ada.mlp_out(emb).index_select(0, row), self.mlp(h))
+
+
+class DiT(nn.Module):
+    """The latent prior p_psi(z0^b | z0^<b) as a velocity field over packed latents."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        DiTConfig.require(config)
+        self.config = config
+        patch = config.patch_size
+        self.txt_in = Patch(config.txt_in_channels * patch, config.txt_dim)
+        self.emb_in = TimestepEmbedding(config)
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.num_layers))
+        self.txt_out_norm = nn.LayerNorm(config.txt_dim, eps=config.norm_eps)
+        self.txt_out_ada = nn.ModuleDict({"out_in": _ada(config.emb_dim, 2 * config.txt_dim)})
+        self.txt_out = Patch(config.txt_dim, config.txt_out_channels * patch)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Initialise every parameter; see :meth:`init_parameter`."""
+        for name, parameter in self.named_parameters():
+            self.init_parameter(name, parameter, generator)
+
+    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator | None) -> None:
+        """Initialise one: Xavier-uniform matrices, AdaLN and output at zero (adaLN-zero)."""
+        if "norm" in name:
+            nn.init.constant_(parameter, float(name.endswith("weight")))
+        elif parameter.ndim == 1 or "ada." in name or name.startswith("txt_out.") or "_ada." in name:
+            nn.init.zeros_(parameter)
+        elif name.startswith("emb_in."):
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        else:
+            nn.init.xavier_uniform_(parameter, generator=generator)
+
+    def layout(self, lengths: Sequence[int], histories: Sequence[History | None] | None = None) -> Layout:
+        """Return the packing of samples of these many latents, which follow their histories.
+
+        Raises:
+            ColadaError: if a length is not a multiple of ``patch_size``.
+        """
+        patch = self.config.patch_size
+        for length in lengths:
+            if length % patch:
+                raise ColadaError(f"a sample of {length} latents, expected a multiple of patch_size={patch}")
+        committed = [len(history or ()) for history in histories] if histories is not None else None
+        return Layout(
+            [length // patch for length in lengths],
+            self.config.block_size // patch,
+            committed,
+            self.txt_in.proj.weight.device,
+        )
+
+    def two_copy_layout(
+        self,
+        rows: int,
+        length: int,
+        copies: int = 1,
+        sample: Tensor | None = None,
+        history: int = 0,
+        alone: Tensor | None = None,
+    ) -> Layout:
+        """Return the packing of rows ``[clean length - block | noisy length | ...]``, lengths in latents.
+
+        ``sample`` (rows, length) numbers the samples of each row, which do not see each other; ``history``
+        is how many latents, in whole blocks, every row follows and all its cells see. ``alone`` (rows,
+        copies, blocks) are noisy blocks that see no clean cell.
+        """
+        patch = self.config.patch_size
+        return Layout.rows(
+            rows,
+            length // patch,
+            self.config.block_size // patch,
+            copies,
+            None if sample is None else sample[:, patch - 1 :: patch],
+            self.txt_in.proj.weight.device,
+            history // patch,
+            alone,
+        )
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor | Timesteps,
+        layout: Layout,
+        histories: Sequence[History | None] | None = None,
+        committing: bool = False,
+        noisy_only: bool = False,
+    ) -> Tensor:
+        """Run the network on packed latents.
+
+        Args:
+            latents: (N, C), in any floating type; computed in the parameters' type.
+            timestep: (N,) or () in 0..1000, or :class:`Timesteps` where the distinct ones are known;
+                clean and pinned positions have 0. With ``patch_size`` above 1 a patch takes the
+                timestep of its last latent.
+            layout: from :meth:`layout` or :meth:`two_copy_layout`.
+            histories: per sample what it may see before its new positions, or None.
+            committing: append the new positions to the histories.
+            noisy_only: of the rows of :meth:`two_copy_layout`, return the noisy cells only; the last
+                layer then computes no more of the clean ones than their keys and values.
+
+        Returns: float32 (N, C), the velocity or z0, whichever ``config.prediction`` says.
+        """
+        config = self.config
+        patch = config.patch_size
+        x = latents.reshape(-1, patch * config.txt_in_channels).to(self.txt_in.proj.weight.dtype)
+        if isinstance(timestep, Tensor):
+            timestep = Timesteps(*timestep.expand(latents.shape[0]).unique(return_inverse=True))
+        row = timestep.row[patch - 1 :: patch]
+        x = self.txt_in(x)
+        emb = self.emb_in(timestep.values)
+        table = rotations(layout.positions, config.rope_dim, config.head_dim, ROPE_THETA)
+        shared = Pass(layout, table, histories, committing)
+        noisy = layout.noisy_cells() if noisy_only else None
+        for layer, block in enumerate(self.blocks):
+            x = block(x, emb, row, shared, layer, noisy if layer + 1 == len(self.blocks) else None)
+        if noisy is not None:
+            row = row.index_select(0, noisy)
+        x = self.txt_out(modulate(self.txt_out_norm(x), self.txt_out_ada["out_in"](emb), row))
+        return x.reshape(-1, config.txt_out_channels).float()
+
+    def velocity(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        layout: Layout,
+        histories: Sequence[History | None] | None = None,
+    ) -> Tensor:
+        """Return the velocity float32 (N, C), whatever the network predicts; arguments as :meth:`forward`."""
+        output = self(latents, timestep, layout, histories)
+        if self.config.prediction == "velocity":
+            return output
+        return velocity_from_z0(latents, output, timestep / T)

@@ -1,0 +1,555 @@
+"""The report of a run: one HTML file with every curve, readable offline, and the same plots as files.
+
+Everything comes from the run's directory: metrics.jsonl, and samples.txt, recipe.yaml
+and the last checkpoint if they are there. What was not recorded is left out.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from colada.errors import ColadaError
+from colada.files import read_text, read_yaml, write_text
+from colada.flow import T
+from colada.train.checkpoints import RECIPE, find, read_state
+from colada.train.logs import (
+    METRICS_FILE,
+    NOT_MEASURED,
+    SAMPLES_FILE,
+    Sample,
+    read_records,
+    read_samples,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+REPORT_DIR, REPORT_FILE = "report", "report.html"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """How a number of a record is shown.
+
+    Attributes:
+        title: of its plot.
+        unit: of its axis.
+        factor: what it is multiplied by for that unit.
+        noisy: whether its moving average says more than its values.
+    """
+
+    title: str
+    unit: str
+    factor: float = 1.0
+    noisy: bool = True
+
+
+QUANTITIES = {
+    "loss": Quantity("Loss", "weighted sum of the terms"),
+    "nll": Quantity("Reconstruction, −log p(x | z0)", "nats per token"),
+    "masked": Quantity("Masked reconstruction", "nats per token"),
+    "kl": Quantity("KL(q ‖ N(0, I))", "nats per token"),
+    "log_q": Quantity("Negative entropy, E log q(z0 | x)", "nats per token"),
+    "kl_ref": Quantity("KL(q ‖ q_ref)", "nats per token"),
+    "flow": Quantity("Flow loss", "mean squared velocity error"),
+    "flow_by_t": Quantity("Flow loss by timestep", "mean squared velocity error"),
+    "log_snr": Quantity("Log-SNR of the latents", "log(E μ² / E σ²)"),
+    "accuracy": Quantity("Reconstruction accuracy", "% of tokens", 100),
+    "grad_norm": Quantity("Gradient norm", "L2 norm before clipping"),
+    "lr": Quantity("Learning rate", "learning rate", noisy=False),
+    "tokens_per_s": Quantity("Throughput", "tokens/s"),
+    "mfu": Quantity("Model FLOPs utilisation", "% of the device's peak", 100),
+    "memory_gb": Quantity("Memory", "GB, largest so far", noisy=False),
+}
+"""The known numbers, in the order of the report; any other follows under its own name."""
+
+STATED = NOT_MEASURED | {"tokens", "skipped"}  # Said in words rather than drawn.
+
+
+# --- curves --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity over one split of a stage.
+
+    Attributes:
+        steps: (S,)
+        values: (S,) in the quantity's unit; NaN where it was not finite.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, records: Sequence[Record], name: str, factor: float) -> Curve:
+        """Return the curve of the records that have the number."""
+        own = [record for record in records if name in record]
+        values = [math.nan if record[name] is None else record[name] * factor for record in own]
+        return cls(np.array([record["step"] for record in own]), np.array(values, dtype=float))
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return not len(self._finite)
+
+    @property
+    def first(self) -> float:
+        """The first finite value, NaN if there is none."""
+        return float(next(iter(self._finite), math.nan))
+
+    def last(self, share: float = 0.0) -> float:
+        """Return the mean of the last share of the finite values, at least one; NaN if there is none."""
+        finite = self._finite
+        return float(finite[-max(1, int(share * len(finite))) :].mean()) if len(finite) else math.nan
+
+    @property
+    def _finite(self) -> np.ndarray:
+        return self.values[np.isfinite(self.values)]
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Return the exponential moving average of (S,) values, each over about the last S / 30 of them.
+
+    It is a weighted mean of the values so far, so it starts at the first one; NaNs have no weight.
+    """
+    decay = math.exp(-30 / max(30, len(values)))
+    averaged, total, weight = [], 0.0, 0.0
+    for value in values.tolist():
+        finite = math.isfinite(value)
+        total = decay * total + (value if finite else 0.0)
+        weight = decay * weight + finite
+        averaged.append(total / weight if weight else math.nan)
+    return np.array(averaged)
+
+
+def thin(curve: Curve, limit: int = 1000) -> Curve:
+    """Return a curve of at most ``limit`` points that looks the same: the extremes of groups of steps."""
+    if len(curve.steps) <= limit:
+        return curve
+    keep: set[int] = set()
+    for group in np.array_split(np.arange(len(curve.steps)), limit // 2):
+        values = curve.values[group]
+        if np.isfinite(values).any():
+            keep |= {int(group[np.nanargmin(values)]), int(group[np.nanargmax(values)])}
+    kept = np.array(sorted(keep), dtype=int)
+    return Curve(curve.steps[kept], curve.values[kept])
+
+
+# --- plots ---------------------------------------------------------------------------------------
+
+INK, MUTED, GRID, PAPER, TRAIN, VALIDATION = "#1d2733", "#66717e", "#e3e7ec", "#ffffff", "#2468b4", "#d2601a"
+PARTS = ("#b9cfe6", "#8db3d9", "#5f95cb", "#2f74b8", "#0d4a86")  # Of a stage, the first to the last fifth.
+
+COLOURS = {
+    INK: "ink",
+    MUTED: "muted",
+    GRID: "grid",
+    PAPER: "paper",
+    TRAIN: "train",
+    VALIDATION: "validation",
+    **{colour: f"part{number}" for number, colour in enumerate(PARTS)},
+}
+"""Colour of the plots -> the page's name for it, which has a light and a dark value."""
+
+POINTS: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "o",
+    "markersize": 4,
+    "markeredgecolor": PAPER,
+    "markeredgewidth": 0.6,
+}
+
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "colada",
+    "text.parse_math": False,
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.facecolor": PAPER,
+    "figure.facecolor": PAPER,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.labelcolor": MUTED,
+    "legend.handlelength": 1.4,
+    "legend.columnspacing": 1.2,
+}
+
+
+def plot_curves(quantity: Quantity, train: Curve, validation: Curve) -> Figure:
+    """Return a plot over steps: train values thin under their moving average, validation as points."""
+    figure, axes = _figure(quantity, "step", above=24)
+    drawn = thin(train)
+    if not train.empty and not quantity.noisy:
+        axes.plot(drawn.steps, drawn.values, color=TRAIN, linewidth=1.6, label="train")
+    elif not train.empty:
+        averaged = thin(Curve(train.steps, smooth(train.values)))
+        axes.plot(drawn.steps, drawn.values, color=TRAIN, alpha=0.4, linewidth=0.8, label="train")
+        axes.plot(averaged.steps, averaged.values, color=TRAIN, linewidth=1.6, label="train, smoothed")
+    if len(train.steps) == 1:  # One point makes no line.
+        axes.lines[-1].set_marker("o")
+    if not validation.empty:
+        axes.plot(validation.steps, validation.values, color=VALIDATION, label="validation", **POINTS)
+    _scale_values(axes, np.concatenate([train.values, validation.values]))
+    # A row between the title and the plot, where no curve is.
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.3, borderpad=0)
+    return figure
+
+
+def plot_flow_by_t(train: Sequence[Record], validation: Sequence[Record]) -> Figure:
+    """Return the flow loss over the timestep: means over each fifth of the stage, and the last validation."""
+    figure, axes = _figure(QUANTITIES["flow_by_t"], "timestep t (0: data, 1000: noise)", above=10)
+    groups = np.array_split(np.arange(len(train)), min(len(PARTS), len(train)))
+    for group, colour in zip(groups, PARTS[-len(groups) :], strict=True):
+        values = _bin_means([train[index]["flow_by_t"] for index in group])
+        steps = f"{_compact(train[group[0]]['step'])}–{_compact(train[group[-1]]['step'])}"
+        line: dict[str, Any] = {"linewidth": 1.6, "marker": "o", "markersize": 3}
+        axes.plot(_bin_centres(values), values, color=colour, label=steps, **line)
+    if validation:
+        values = _bin_means([validation[-1]["flow_by_t"]])
+        axes.plot(_bin_centres(values), values, color=VALIDATION, label="validation, last", **POINTS)
+    axes.set_xlim(0, T)
+    axes.set_xticks(np.linspace(0, T, 6))
+    # Curves may be anywhere in the plot, so their names are beside it.
+    names = axes.legend(
+        loc="center left", bbox_to_anchor=(1, 0.5), title="train, steps", title_fontsize=8, alignment="left"
+    )
+    names.get_title().set_color(MUTED)
+    return figure
+
+
+def _figure(quantity: Quantity, across: str, above: float) -> tuple[Figure, Axes]:
+    """Return empty axes with a title ``above`` them by so many points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(quantity.title, loc="left", fontsize=10, fontweight="bold", pad=above)
+    axes.set_xlabel(across)
+    axes.set_ylabel(quantity.unit)
+    axes.xaxis.set_major_formatter(_compact)
+    axes.yaxis.set_major_formatter(_compact)
+    return figure, axes
+
+
+def _scale_values(axes: Axes, values: np.ndarray) -> None:
+    """Choose a logarithmic axis for positive values that span more than a factor of 30."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    finite = values[np.isfinite(values)]
+    if finite.min() > 0 and finite.max() > 30 * finite.min():
+        narrow = finite.max() < 1000 * finite.min()
+        axes.set_yscale("log")
+        axes.set_ylabel(f"{axes.get_ylabel()} (log)")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+        axes.yaxis.set_major_formatter(_compact)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _compact(value: float, position: float = 0) -> str:
+    """Return an axis's number as people write it: 0.0005, 1.5, 200, 12k, 3M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(size, 1e4):
+            return f"{value / size:.4g}{letter}".replace("-", "−")
+    return f"{value:.5g}".replace("-", "−")
+
+
+def _bin_means(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """Return the mean of each bin over the records that have it; NaN for a bin that none has."""
+    table = np.array(rows, dtype=float)
+    counts = np.isfinite(table).sum(0)
+    sums = np.where(np.isfinite(table), table, 0).sum(0)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
+
+
+def _bin_centres(values: np.ndarray) -> np.ndarray:
+    return (np.arange(len(values)) + 0.5) * T / len(values)
+
+
+def draw_plots(records: Sequence[Record]) -> dict[str, Figure]:
+    """Return the plots of the records of one stage, by name, in the order of the report.
+
+    A number that is in no record, or finite in none, has no plot.
+    """
+    train, validation = _splits(records)
+    figures: dict[str, Figure] = {}
+    for name in _measured(records):
+        if name == "flow_by_t":
+            binned, checked = (
+                [record for record in split if any(value is not None for value in record.get(name) or ())]
+                for split in (train, validation)
+            )
+            if binned:
+                figures[name] = plot_flow_by_t(binned, checked)
+            continue
+        quantity = _quantity(name)
+        curves = [Curve.of(split, name, quantity.factor) for split in (train, validation)]
+        if not all(curve.empty for curve in curves):
+            figures[name] = plot_curves(quantity, *curves)
+    return figures
+
+
+def _splits(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    train = [record for record in records if record["split"] == "train"]
+    return train, [record for record in records if record["split"] == "validation"]
+
+
+def _quantity(name: str) -> Quantity:
+    return QUANTITIES.get(name, Quantity(name, name))
+
+
+def _measured(records: Sequence[Record]) -> list[str]:
+    """Return the names of the numbers of some records: the known ones in their order, then the others."""
+    names = (name for record in records for name, value in record.items() if not isinstance(value, list))
+    found = dict.fromkeys(name for name in names if name not in STATED)
+    if any("flow_by_t" in record for record in records):
+        found["flow_by_t"] = None
+    return [name for name in QUANTITIES if name in found] + [name for name in found if name not in QUANTITIES]
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def write_report(out: Path) -> Path:
+    """Write the report of the run in ``out`` and return its path, ``out/report/report.html``.
+
+    The plots are in the page, and beside it as ``stage1_nll.svg``, ``stage1_nll.png`` and so on.
+
+    Raises:
+        ColadaError: without matplotlib or records, for a damaged file (naming the line), or a full disk.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ColadaError('a report needs matplotlib: pip install "colada-lm[train]"') from None
+    if not (out / METRICS_FILE).is_file():
+        raise ColadaError(f"{out} holds no {METRICS_FILE}: not the directory of a training run")
+    records = read_records(out / METRICS_FILE)
+    if not records:
+        raise ColadaError(f"{out / METRICS_FILE} holds no record yet")
+    samples = read_samples(out / SAMPLES_FILE) if (out / SAMPLES_FILE).is_file() else []
+    name = out.resolve().name
+    facts = _facts(records, _read_recipe(out), _read_state(out))
+    directory = out / REPORT_DIR
+    try:
+        directory.mkdir(exist_ok=True)
+        with matplotlib.rc_context(STYLE):
+            stages = [
+                _stage_section(number, [record for record in records if record["stage"] == number], directory)
+                for number in sorted({record["stage"] for record in records})
+            ]
+        body = [f"<h1>{escape(name)}</h1>", facts, *stages, _samples_section(samples), _recipe_section(out)]
+        page = PAGE.format(title=escape(name), style=PAGE_STYLE, body="\n".join(filter(None, body)))
+        write_text(directory / REPORT_FILE, page)
+    except OSError as error:
+        raise ColadaError(f"cannot write to {directory}: {error.strerror or error}") from None
+    return directory / REPORT_FILE
+
+
+def _read_recipe(out: Path) -> Mapping[str, Any]:
+    """Return the run's recipe, empty if it has none."""
+    path = out / RECIPE
+    if not path.is_file():
+        return {}
+    recipe = read_yaml(path)
+    if not isinstance(recipe, dict):
+        raise ColadaError(f"{path} holds a {type(recipe).__name__}, expected sections such as 'data:'")
+    return recipe
+
+
+def _read_state(out: Path) -> Mapping[str, Any]:
+    """Return the state of the run's last checkpoint, empty if it has none."""
+    checkpoint = find(out, "auto")
+    return read_state(checkpoint) if checkpoint is not None else {}
+
+
+def _facts(records: Sequence[Record], recipe: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    """Return what is true of the whole run as a list of terms and values."""
+    times = [record["time"] for record in records]
+    facts = {"Wall clock, first to last record": _duration(max(times) - min(times))}
+    tokens = {record["stage"]: record["tokens"] for record in records if record.get("tokens") is not None}
+    if tokens:
+        facts["Tokens"] = f"{sum(tokens.values()):,.0f}"
+    if "seed" in recipe:
+        facts["Seed"] = str(recipe["seed"])
+    made_with = dict(state.get("made_with", {}))
+    for term in ("parameters", "device", "commit"):
+        if term in made_with:
+            facts[term.capitalize()] = str(made_with.pop(term))
+    if made_with:
+        facts["Versions"] = ", ".join(f"{package} {version}" for package, version in made_with.items())
+    items = (f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in facts.items())
+    return f"<dl>{''.join(items)}</dl>"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _stage_section(number: int, records: Sequence[Record], directory: Path) -> str:
+    """Draw the plots of a stage into a directory and return its part of the page."""
+    title = {1: "Stage 1: the Text VAE", 2: "Stage 2: the latent prior"}.get(number, f"Stage {number}")
+    said = f"{max(record['step'] for record in records):,} steps"
+    skipped = [record["skipped"] for record in records if record.get("skipped") is not None]
+    if skipped:
+        said += f", {skipped[-1] or 'none'} of them skipped"
+    rows = []
+    for name in _measured(records):
+        if name == "flow_by_t":
+            continue
+        quantity = _quantity(name)
+        own, checked = (Curve.of(split, name, quantity.factor) for split in _splits(records))
+        values = own.first, own.last(0.1), checked.last()
+        cells = "".join(f"<td>{_number(value)}</td>" for value in values)
+        rows.append(f"<tr><th>{escape(quantity.title)}</th>{cells}<td>{escape(quantity.unit)}</td></tr>")
+    figures = draw_plots(records)
+    cards = [
+        f"<figure>{_save_plot(figure, directory / _file_name(number, name))}</figure>"
+        for name, figure in figures.items()
+    ]
+    return (
+        f"<section><h2>{title}</h2><p>{said}.</p>"
+        "<div class=scroll><table><thead><tr><th></th><th>train, first</th><th>train, last tenth</th>"
+        f"<th>validation, last</th><th>unit</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<div class=plots>{''.join(cards)}</div></section>"
+    )
+
+
+def _number(value: float) -> str:
+    """Return a value of the table to four digits, and a dash for none."""
+    if not math.isfinite(value):
+        return "–"
+    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}").replace("-", "−")
+
+
+def _file_name(stage: int, name: str) -> str:
+    return f"stage{stage}_" + re.sub(r"\W", "_", name)
+
+
+def _save_plot(figure: Figure, stem: Path) -> str:
+    """Write a plot as ``stem.png`` and ``stem.svg``, and return it as an element for the page."""
+    figure.savefig(stem.with_name(stem.name + ".png"), dpi=160)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    stem.with_name(stem.name + ".svg").write_text(svg, encoding="utf-8")
+    return inline_svg(svg, stem.name)
+
+
+def inline_svg(svg: str, name: str) -> str:
+    """Return an SVG file of this module's colours as an element whose colours and font are the page's.
+
+    Nothing in it points outside the page, and its ids begin with ``name``, so that many fit on one page.
+    """
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    head, rest = svg.split(">", 1)
+    view = re.search(r'viewBox="[^"]*"', head)
+    assert view is not None
+    rest = re.sub(r'\bid="', f'id="{name}-', rest)
+    rest = re.sub(r'(url\(|href=")#', rf"\1#{name}-", rest)
+    rest = re.sub("|".join(COLOURS), lambda colour: f"var(--{COLOURS[colour[0]]})", rest)
+    rest = re.sub(r"font-family: [^;\"]*", "font-family: inherit", rest)
+    return f'<svg {view[0]} role="img" aria-label="{escape(name)}">{rest}'
+
+
+def _samples_section(samples: Sequence[Sample]) -> str:
+    """Return the samples of the last step that has any."""
+    if not samples:
+        return ""
+    stage, step = samples[-1].stage, samples[-1].step
+    last = [sample for sample in samples if (sample.stage, sample.step) == (stage, step)]
+    texts = (f"<h3>{escape(sample.title)}</h3><pre>{escape(sample.text)}</pre>" for sample in last)
+    return f"<section><h2>Samples at step {step:,} of stage {stage}</h2>{''.join(texts)}</section>"
+
+
+def _recipe_section(out: Path) -> str:
+    if not (out / RECIPE).is_file():
+        return ""
+    text = read_text(out / RECIPE)
+    return f"<details><summary>Recipe</summary><pre>{escape(text)}</pre></details>"
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}: training report</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+PAGE_STYLE = """
+:root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  --page: #f4f6f8; --paper: #ffffff; --ink: #1d2733; --muted: #5a6572; --grid: #e3e7ec;
+  --train: #2468b4; --validation: #d2601a;
+  --part0: #b9cfe6; --part1: #8db3d9; --part2: #5f95cb; --part3: #2f74b8; --part4: #0d4a86; }
+@media (prefers-color-scheme: dark) { :root {
+  --page: #12161b; --paper: #1a2027; --ink: #e6ebf0; --muted: #9aa6b3; --grid: #303943;
+  --train: #6cabec; --validation: #f2975a;
+  --part0: #31475f; --part1: #3f658d; --part2: #5388bf; --part3: #7db3e8; --part4: #c5e0fb; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 var(--font); }
+main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 64px; }
+h1 { font-size: 26px; margin: 0 0 16px; overflow-wrap: anywhere; }
+h2 { font-size: 19px; margin: 40px 0 4px; }
+h3 { font-size: 14px; font-weight: 600; margin: 16px 0 6px; color: var(--muted); overflow-wrap: anywhere; }
+p { margin: 0 0 12px; color: var(--muted); }
+dl { display: flex; flex-wrap: wrap; gap: 14px 36px; margin: 0; }
+dt { font-size: 12px; color: var(--muted); }
+dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; margin-bottom: 16px; background: var(--paper); border: 1px solid var(--grid);
+  border-radius: 8px; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 14px; text-align: right; border-top: 1px solid var(--grid); white-space: nowrap; }
+thead th { border-top: 0; font-weight: 600; font-size: 12px; color: var(--muted); }
+tbody th { font-weight: 400; }
+th:first-child, th:last-child, td:last-child { text-align: left; }
+td:last-child { color: var(--muted); }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 16px; }
+figure { margin: 0; padding: 12px; background: var(--paper); border: 1px solid var(--grid);
+  border-radius: 8px; }
+figure svg { display: block; width: 100%; height: auto; }
+figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
+pre { margin: 0; padding: 12px 16px; background: var(--paper); border: 1px solid var(--grid);
+  border-radius: 8px; font: 13px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+details { margin-top: 40px; }
+summary { cursor: pointer; font-size: 19px; font-weight: 700; margin-bottom: 8px; }
+"""

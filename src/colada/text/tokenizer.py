@@ -1,0 +1,230 @@
+"""Byte-level BPE tokenizer: text to ids and back, a thin layer over ``tokenizers``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from colada.checks import check_ids, is_whole, require_flag
+from colada.errors import ColadaError, shown
+from colada.files import MOST_JSON, as_path, read_text, write_text
+
+# The names OLMo 2 (dolma2) uses, so that released checkpoints and new ones share code.
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+
+_SPECIALS = (END_OF_TEXT, PAD, IM_START, IM_END)
+_SMALLEST_VOCAB = 256 + len(_SPECIALS)
+MOST_VOCAB = 2**24
+"""Entries of a vocabulary that is learnt, as in configurations; the largest known have a hundredth of it."""
+
+# GPT-4's split: contractions, words, numbers of at most three digits, punctuation, white space.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Made by :meth:`from_file` or :meth:`train`. Both end-of-text and padding
+    must be in the vocabulary; ``<|im_end|>`` may be.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, origin: str = "tokenizer") -> None:
+        """Wrap ``inner``; ``origin`` names it in errors.
+
+        Raises ColadaError when it is none, or lacks ``<|endoftext|>`` or ``<|pad|>``.
+        """
+        if not isinstance(inner, tokenizers.Tokenizer):
+            raise ColadaError(f"inner={shown(inner)}, expected a tokenizers.Tokenizer")
+        # A file may carry truncation or padding, either of which would silently change documents.
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        eos: int | None = inner.token_to_id(END_OF_TEXT)
+        pad: int | None = inner.token_to_id(PAD)
+        if eos is None or pad is None:
+            missing = END_OF_TEXT if eos is None else PAD
+            raise ColadaError(f"{origin}: no {missing} in the vocabulary, expected {END_OF_TEXT} and {PAD}")
+        self._eos_id = eos
+        self._pad_id = pad
+        im_end = inner.token_to_id(IM_END)
+        self._end_ids = (eos,) if im_end is None else (eos, im_end)
+        # Not the entry count: a vocabulary with gaps still needs an embedding row for its highest id.
+        vocab = inner.get_vocab(with_added_tokens=True)
+        self._vocab_size: int = max(vocab.values()) + 1
+        known = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
+        self._bytes = frozenset(token for token in known if token is not None)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Read a ``tokenizer.json``.
+
+        Raises ColadaError, naming the file, when it is missing, is not a
+        tokenizer, or lacks ``<|endoftext|>`` or ``<|pad|>``.
+        """
+        text = read_text(as_path(path), "a tokenizer.json", MOST_JSON)
+        try:
+            inner = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing narrower
+            raise ColadaError(f"{path}: not a tokenizer.json ({error})") from error
+        return cls(inner, origin=str(path))
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, progress: bool = False, fewer: bool = False
+    ) -> Tokenizer:
+        """Learn a byte-level BPE from ``texts``; the same texts give the same tokenizer.
+
+        ``vocab_size`` is the total: 256 bytes, merges, and the four special
+        tokens, which take the last four ids. All 256 bytes are entries, so any
+        text survives encoding and decoding. ``progress`` shows the library's bars. With
+        ``fewer``, texts that are too few to fill it give the vocabulary that they yield.
+
+        Raises ColadaError when ``vocab_size`` is below 260 or beyond :data:`MOST_VOCAB`, a text is none, or,
+        without ``fewer``, the texts are too few to fill it.
+        """
+        if not is_whole(vocab_size) or not _SMALLEST_VOCAB <= vocab_size <= MOST_VOCAB:
+            raise ColadaError(
+                f"vocab_size is {shown(vocab_size)}, expected at least {_SMALLEST_VOCAB}"
+                f" (256 bytes and {len(_SPECIALS)} special tokens) and at most {MOST_VOCAB}"
+            )
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(_SPECIALS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=progress,
+        )
+        inner.train_from_iterator(_texts(texts), trainer)
+        # Added after training: the trainer would give special tokens the first ids.
+        inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIALS])
+        reached = inner.get_vocab_size(with_added_tokens=True)
+        if reached != vocab_size and not fewer:
+            raise ColadaError(
+                f"vocab_size is {vocab_size}, but the training text yields only {reached} entries;"
+                f" expected more text or vocab_size <= {reached}"
+            )
+        return cls(inner)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``; no special tokens are added.
+
+        A special token spelled out in ``text``, such as ``<|endoftext|>``, is
+        recognised and becomes its one id: strip it beforehand where the text is
+        not trusted. Raises ColadaError when ``text`` holds a lone surrogate,
+        which no UTF-8 text can.
+        """
+        _check_encodable(text)
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return :meth:`encode` of each text, computed in parallel."""
+        checked = list(_texts(texts))
+        encodings = self._inner.encode_batch_fast(checked, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Return the text of ``ids``, without the special tokens unless ``skip_special`` is false.
+
+        Bytes that are not UTF-8, such as half a character, become U+FFFD. Ids
+        outside the vocabulary have no text and add none.
+        """
+        require_flag("skip_special", skip_special)
+        try:
+            text: str = self._inner.decode(list(ids), skip_special_tokens=bool(skip_special))
+        except (TypeError, OverflowError, RuntimeError):
+            # Looked at only now: this is called for every block.
+            text = self._inner.decode(check_ids(ids, 2**32, "token"), skip_special_tokens=bool(skip_special))
+        return text
+
+    def bytes_at_end(self, ids: Sequence[int]) -> int:
+        """Return how many of the last ids are single bytes that a decoder of characters falls back to.
+
+        Such a run is decoded as one: how its first bytes read depends on its last.
+        """
+        count = 0
+        while self._bytes and count < len(ids) and ids[-1 - count] in self._bytes:
+            count += 1
+        return count
+
+    def id_of(self, token: str) -> int | None:
+        """Return the id of one vocabulary entry, or None when there is no such entry."""
+        _check_encodable(token)
+        found: int | None = self._inner.token_to_id(token)
+        return found
+
+    def to_json(self) -> str:
+        """Return the text of a ``tokenizer.json``."""
+        text: str = self._inner.to_str(pretty=True)
+        return text
+
+    def save(self, path: str | Path) -> None:
+        """Write a ``tokenizer.json``, at once. Raises ColadaError when ``path`` cannot be written."""
+        write_text(as_path(path), self.to_json())
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        """The special tokens, as they are spelled; the four known by name even if the file marks none."""
+        added = self._inner.get_added_tokens_decoder()
+        tokens = [token for _, token in sorted(added.items())]
+        return tuple(token.content for token in tokens if token.special or token.content in _SPECIALS)
+
+    @property
+    def vocab_size(self) -> int:
+        """Highest id plus one: the rows an embedding table needs."""
+        return self._vocab_size
+
+    @property
+    def pad_id(self) -> int:
+        """Id of ``<|pad|>``."""
+        return self._pad_id
+
+    @property
+    def eos_id(self) -> int:
+        """Id of ``<|endoftext|>``."""
+        return self._eos_id
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a generation: end-of-text and, where present, ``<|im_end|>``."""
+        return self._end_ids
+
+
+def _texts(texts: Iterable[str]) -> Iterator[str]:
+    """Yield texts once checked. Raises ColadaError for what is none, such as a single one."""
+    try:
+        several = iter(texts)
+    except TypeError:
+        several = None
+    if several is None or isinstance(texts, str):
+        raise ColadaError(f"texts={shown(texts)}, expected several texts")
+    for text in several:
+        _check_encodable(text)
+        yield text
+
+
+def _check_encodable(text: str) -> None:
+    if not isinstance(text, str):
+        raise ColadaError(f"text is {shown(text)}, expected a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ColadaError(
+            f"text holds a lone surrogate {text[error.start]!r} at character {error.start},"
+            " expected Unicode text"
+        ) from None

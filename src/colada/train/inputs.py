@@ -1,0 +1,150 @@
+"""A recipe's data: the tokenizer, the token shards of its sources, and the rows of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from colada.data.documents import Cut, Holdout, Split
+from colada.data.rows import MixedRows, Rows, SampleRows, StreamRows
+from colada.data.shards import prepare
+from colada.data.sources import Source, hold_out, read_texts
+from colada.data.stream import TokenStream
+from colada.errors import ColadaError
+from colada.text.chat import DEFAULT_TEMPLATE, read_template
+from colada.text.tokenizer import IM_END, Tokenizer
+from colada.train.recipe import Recipe
+from colada.train.sections import OptimiserSection
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The token streams of a recipe's sources, by split."""
+
+    recipe: Recipe
+    pad_id: int
+    streams: Sequence[tuple[Source, dict[Split, TokenStream]]]
+
+    def digests(self) -> list[str]:
+        """Return what tells this training text from other: one digest a source, in their order."""
+        return [streams["train"].digest for _, streams in self.streams]
+
+    def validation_rows(
+        self, section: OptimiserSection, seed: int, block: int, say: Callable[[str], None]
+    ) -> Rows | None:
+        """Return the validation rows of a stage, or None, and say why, if there is too little text."""
+        try:
+            return self.rows("validation", section, seed, block)
+        except ColadaError as error:
+            say(f"validation is left out: {error}")
+            return None
+
+    def rows(self, split: Split, section: OptimiserSection, seed: int, block: int) -> Rows:
+        """Return the rows of a stage: of all sources by weight, those too short for validation left out.
+
+        Whole samples are padded to multiples of ``block`` tokens.
+
+        Raises:
+            ColadaError: if there is too little text.
+        """
+        parts: list[tuple[Rows, float]] = []
+        problem: ColadaError | None = None
+        for source, streams in self.streams:
+            try:
+                rows = self._rows(streams[split], section.length, seed, f"{source.name}: {split}", block)
+            except ColadaError as error:
+                if split == "train":
+                    raise
+                problem = error
+                continue
+            parts.append((rows, source.weight))
+        if not parts:
+            assert problem is not None
+            raise problem
+        return parts[0][0] if len(parts) == 1 else MixedRows(parts, seed)
+
+    def _rows(self, stream: TokenStream, length: int, seed: int, name: str, block: int) -> Rows:
+        data = self.recipe.data
+        if data.packing == "samples":
+            return SampleRows(stream, length, block, seed=seed, pad_id=self.pad_id, name=name)
+        return StreamRows(stream, length, seed=seed, align=data.align, name=name)
+
+
+def chat_template(recipe: Recipe, own: str | None) -> str | None:
+    """Return the recipe's chat template, or the model's ``own``; ChatML where conversations need one.
+
+    Raises:
+        ColadaError: if the file cannot be read or is no template.
+    """
+    if recipe.data.chat_template is not None:
+        return read_template(Path(recipe.data.chat_template))
+    if own is not None:
+        return own
+    return DEFAULT_TEMPLATE if recipe.data.chats else None
+
+
+def held_out(recipe: Recipe, source: Source) -> Holdout:
+    """Return what of a source is validation text: a share of its documents, or of pieces of them.
+
+    Raises:
+        ColadaError: for what cannot be read.
+    """
+    rows = max(recipe.stage(number).length for number in (1, 2))  # A baseline's is both.
+    return hold_out(source, recipe.data.validation_share, 8 * rows)  # A token has fewer characters than that.
+
+
+def train_tokenizer(recipe: Recipe) -> Tokenizer:
+    """Train the recipe's tokenizer on the training text of its sources, an equal share of each at most.
+
+    Where the text is too little for as many entries as the recipe wants, there are as many as it yields.
+    """
+    share = recipe.tokenizer.characters // len(recipe.data.sources)
+
+    def texts() -> Iterator[str]:
+        for source in recipe.data.sources:
+            left = share
+            for text in read_texts(source, held_out(recipe, source)):
+                yield text[:left]
+                left -= len(text)
+                if left <= 0:
+                    break
+
+    return Tokenizer.train(texts(), recipe.tokenizer.vocab_size, fewer=True)
+
+
+def prepare_inputs(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    template: str | None,
+    cache: Path,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None] | None = None,
+) -> Inputs:
+    """Tokenise what is not yet in ``cache``, and open the shards.
+
+    Raises:
+        ColadaError: for unusable sources, or ChatML without its tokens.
+    """
+    data = recipe.data
+    if data.chats and template == DEFAULT_TEMPLATE and tokenizer.id_of(IM_END) is None:
+        raise ColadaError(f"the tokenizer has no {IM_END}, which ChatML needs: give data.chat_template")
+    streams = []
+    for source in data.sources:
+        validation = held_out(recipe, source)
+        if isinstance(validation, Cut):
+            say(f"{source.name}: few documents, or long ones: parts of them are the validation text")
+        made = prepare(
+            source,
+            cache,
+            tokenizer,
+            validation_share=validation,
+            template=template,
+            workers=data.workers,
+            progress=progress,
+            say=say,
+        )
+        for split, stream in made.items():
+            say(f"{source.name}: {split}: {len(stream):,} tokens in {len(stream.starts):,} samples")
+        streams.append((source, made))
+    return Inputs(recipe, tokenizer.pad_id, streams)

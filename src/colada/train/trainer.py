@@ -1,0 +1,524 @@
+"""The training run: text to rows, the stages of an architecture, a saved model.
+
+What step k computes is a pure function of the recipe and k (rows, noise, learning rate), whatever
+the number of ranks and the micro-batches. A resumed run needs the weights, their average and the
+optimiser's state; there is no generator and no position in the data to restore.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from rich.text import Text
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
+
+from colada.data.rows import Batch, Rows, batch
+from colada.device import keep_freed_memory, unallocated
+from colada.errors import ColadaError
+from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
+from colada.models.base import LanguageModel
+from colada.models.cola import load
+from colada.networks.checkpoint import check_replaceable
+from colada.report.training import write_report
+from colada.text.tokenizer import Tokenizer
+from colada.train.checkpoints import (
+    RECIPE,
+    Checkpoints,
+    Place,
+    disk_errors,
+    find,
+    read_state,
+    read_tensors,
+)
+from colada.train.display import Display
+from colada.train.dry_run import check_memory, plan_run, planned, resolve
+from colada.train.export import DTYPES, system_of, write_model
+from colada.train.inputs import chat_template, prepare_inputs, train_tokenizer
+from colada.train.logs import METRICS_FILE, Monitors, make_monitors
+from colada.train.losses import Counts, readable
+from colada.train.meter import Meter
+from colada.train.optimisation import average_weights, learning_rate, set_learning_rate
+from colada.train.parallel import Ranks, allocate, lay_out, run_device
+from colada.train.plan import Plan
+from colada.train.preflight import preflight
+from colada.train.provenance import provenance
+from colada.train.recipe import Recipe, commented, difference, load_recipe, save_recipe
+from colada.train.samples import samples
+from colada.train.signals import graceful_stop
+from colada.train.stages import Draws, Stage, modes_kept
+
+MODEL = "model"
+VALIDATION_ROW = 2**40  # Noise for validation: rows that no training run reaches.
+
+
+@dataclass
+class Progress:
+    """How far a stage is: steps and tokens done, and steps skipped for non-finite losses or gradients."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved its state."""
+
+
+class Trainer:
+    """Runs a recipe in a directory.
+
+    Args:
+        recipe: what to run.
+        out: the run's directory, made if need be.
+        resume: which checkpoint to go on from, see :func:`checkpoints.find`; by default the last one.
+        ranks: this process among those of the run; by default alone.
+
+    Raises:
+        ColadaError: for unusable data or settings, another run in ``out``, a full disk.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        display: Display | None = None,
+        resume: str = "auto",
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.out = out
+        self.ranks = ranks or Ranks(0, 1, run_device(recipe.run.device))
+        self.device = self.ranks.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.display = display if display is not None and self.ranks.first else Display()
+        self._stop, self._saved = False, time.monotonic()
+        # What can be refused at once, before hours of tokenising.
+        notes = preflight(recipe, out)
+        self.recipe = recipe = resolve(recipe)
+        plan = plan_run(recipe, self.ranks.size)
+        check_memory(plan, self.device)
+        check_replaceable(out / MODEL)
+        for line in (*planned(self.recipe, plan, self.ranks, out), *notes):
+            self.display.say(line)
+        self._resumable(resume)  # Refused before there is a directory, and looked up again once it is ours.
+        self._lock = self._locked()
+        try:
+            self._prepare(plan, resume)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _prepare(self, plan: Plan, resume: str) -> None:
+        """Get data and networks ready in the directory, which is this run's alone."""
+        recipe, out = self.recipe, self.out
+        self.resumed = self._resumable(resume)
+        if self.resumed is None and self.ranks.first:
+            save_recipe(recipe, out / RECIPE)
+        start = load(recipe.model.init) if recipe.model.init is not None else None
+        self.generation = {**(start.generation if start is not None else {}), **recipe.own_generation}
+        self.template = chat_template(recipe, start.chat_template if start is not None else None)
+        self.tokenizer = self._tokenizer(start)
+        cache = Path(recipe.data.cache) if recipe.data.cache is not None else out / "shards"
+        with self.display.task("tokenising", 1, passing=True):
+            self.inputs = prepare_inputs(
+                recipe, self.tokenizer, self.template, cache, self.display.say, self.display.advance
+            )
+        self._check_data()
+        self.system = system_of(recipe, self.tokenizer, start, whole=self.ranks.mesh is None)
+        self.system.prepare(self._lay_out, recipe.run.checkpoint_activations, recipe.run.compile)
+        self.checkpoints = Checkpoints(
+            out / "checkpoints", recipe.run.keep_last, recipe.run.keep_every, self.ranks.first
+        )
+        self.made_with = provenance(self.device) | {
+            "parameters": ", ".join(f"{name} {number:,}" for name, number in plan.parameters.items())
+        }
+
+    def _resumable(self, resume: str) -> Path | None:
+        """Return the checkpoint to go on from; raises :class:`ColadaError` if it is of another recipe."""
+        checkpoint = find(self.out, resume)
+        if checkpoint is not None:
+            changed = difference(load_recipe(checkpoint / RECIPE), self.recipe)
+            if changed:
+                raise ColadaError(f"{checkpoint} is of another recipe: {changed}; give another --out")
+        return checkpoint
+
+    def _locked(self) -> FileLock | None:
+        """Keep other runs out of the directory, which is made if need be; the first rank does for all."""
+        if not self.ranks.first:
+            return None
+        with disk_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.out / "lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise ColadaError(
+                    f"{self.out} is in use by another run: wait, or give another --out"
+                ) from None
+        return lock
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _check_data(self) -> None:
+        """Refuse to go on with other text than the checkpoint was trained on: the rows would be others."""
+        if self.resumed is None:
+            return
+        pairs = zip(
+            self.recipe.data.sources, read_state(self.resumed)["data"], self.inputs.digests(), strict=True
+        )
+        for source, then, now in pairs:
+            if then != now:
+                raise ColadaError(
+                    f"the training text of {source.name} is not what {self.resumed} was trained on;"
+                    " restore it, or start from its export: model.init"
+                )
+
+    def _tokenizer(self, start: LanguageModel | None) -> Tokenizer:
+        file = self.recipe.tokenizer.file
+        own = (self.resumed or self.out) / TOKENIZER_FILE
+        if self.resumed is not None:
+            return Tokenizer.from_file(own)
+        if file is not None:
+            tokenizer = Tokenizer.from_file(Path(file))
+        elif start is not None:
+            if start.tokenizer is None:
+                raise ColadaError(
+                    f"model.init={self.recipe.model.init} has no tokenizer: give tokenizer.file"
+                )
+            tokenizer = start.tokenizer
+        else:
+            if self.ranks.first:
+                wanted = self.recipe.tokenizer.vocab_size
+                self.display.say(f"training a tokenizer of {wanted} entries")
+                trained = train_tokenizer(self.recipe)
+                if trained.vocab_size < wanted:
+                    self.display.say(f"the text is too little for {wanted} entries: {trained.vocab_size}")
+                with disk_errors(self.out):
+                    trained.save(own)
+            self.ranks.wait()
+            return Tokenizer.from_file(own)
+        if self.ranks.first:
+            with disk_errors(self.out):
+                tokenizer.save(own)
+        return tokenizer
+
+    def _lay_out(self, networks: dict[str, nn.Module]) -> nn.ModuleDict:
+        made = nn.ModuleDict(networks)
+        lay_out(made, self.ranks, DTYPES[self.recipe.run.precision])
+        if self.ranks.mesh is None:
+            return made.to(self.device)
+        allocate(made, self.device)
+        return made
+
+    # --- the stages ------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run all stages, or what is left of them, and save the model under ``out/model``.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM, once the state is saved.
+            ColadaError: as the class says, or when too many steps were skipped.
+        """
+        try:
+            self._run()
+        finally:
+            self._unlock()
+        # What it needs was looked for at the start, and said to be missing.
+        drawn = self.recipe.run.report and find_spec("matplotlib") is not None
+        if drawn and self.ranks.first and (self.out / METRICS_FILE).is_file():
+            self.display.say(f"wrote {write_report(self.out)}")
+
+    def _run(self) -> None:
+        saved = read_state(self.resumed) if self.resumed is not None else None
+        resume_at = (saved["stage"], saved["step"]) if saved is not None else None
+        names = self.recipe.run.monitors
+        monitors = make_monitors(
+            names, self.out, self.recipe.model_dump(mode="json"), resume_at, self.ranks.first
+        )
+        try:
+            with graceful_stop(self._ask_to_stop):
+                for number in self.system.numbers:
+                    if saved is None or number >= saved["stage"]:
+                        self._run_stage(self.system.stage(number, self._lay_out), saved, monitors)
+                        saved = None
+                self.checkpoints.finish()
+        finally:
+            monitors.close()
+            if self.ranks.size == 1:  # Others may be gone.
+                self.checkpoints.settle()
+        self.save_model(self.out / MODEL)
+        self.display.say(f"saved the model to {self.out / MODEL}")
+
+    def _state(self, stage: Stage, average: AveragedModel | None) -> dict[str, Any]:
+        """Return all tensors that a checkpoint holds, by name."""
+        networks = {**stage.resting, **dict(stage.networks.items())}
+        state: dict[str, Any] = {name: network.state_dict() for name, network in networks.items()}
+        state["optimisers"] = get_optimizer_state_dict(stage.networks, stage.optimisers)
+        if average is not None:
+            state["average"] = average.state_dict()
+        return state
+
+    def _restore(self, stage: Stage, average: AveragedModel | None) -> None:
+        assert self.resumed is not None
+        state = self._state(stage, average)
+        read_tensors(self.resumed, state)
+        # Tensors were read in place; the rest of the optimisers' state is set here.
+        set_optimizer_state_dict(stage.networks, stage.optimisers, optim_state_dict=state["optimisers"])
+
+    def _run_stage(self, stage: Stage, saved: dict[str, Any] | None, monitors: Monitors) -> None:
+        section, run = stage.section, self.recipe.run
+        if section.steps == 0:
+            return
+        block = self.system.block_tokens
+        rows = self.inputs.rows("train", section, self.recipe.seed + stage.number, block)
+        validation = None
+        if run.validate_every:
+            validation = self.inputs.validation_rows(section, self.recipe.seed, block, self.display.say)
+        average = None
+        if section.ema:
+            with nullcontext() if self.ranks.mesh is None else unallocated():
+                fresh = {name: type(network)(network.config) for name, network in stage.networks.items()}
+            average = average_weights(nn.ModuleDict(fresh), section.ema)
+            self._lay_out(dict(average.module.items()))  # type: ignore[operator]
+            average.requires_grad_(False)
+            average.module.load_state_dict(stage.networks.state_dict())
+        progress = Progress()
+        if saved is not None:
+            self._restore(stage, average)
+            progress = Progress(saved["step"], saved["tokens"], saved["skipped"])
+            self.display.say(f"resuming stage {stage.number} at step {progress.step}")
+
+        def best() -> nn.ModuleDict:
+            module = average.module if average is not None else stage.networks
+            assert isinstance(module, nn.ModuleDict)
+            return module
+
+        meter = Meter(self.ranks, DTYPES[run.precision])
+        with self.display.task(f"stage {stage.number}", section.steps, progress.step):
+            for step, (own, draws) in self._ahead(stage, rows, progress.step):
+                terms, norm = self._step(stage, step, own, draws)
+                if norm is None:
+                    progress.skipped += 1
+                    self.display.say(f"stage {stage.number} step {step + 1}: not finite, skipped")
+                elif average is not None:
+                    average.update_parameters(stage.networks)
+                progress.step, progress.tokens = step + 1, progress.tokens + section.batch * section.length
+                self.display.move(step + 1, section.steps)
+                meter.count(section.batch * section.length, stage.flops(step))
+                done, last = step + 1, step + 1 == section.steps
+                if done % run.log_every == 0 or last:
+                    values = self._readable(terms) | {"grad_norm": norm, "lr": self._rate(stage, step)}
+                    values |= {"skipped": progress.skipped, "tokens": progress.tokens, **meter.read()}
+                    self._log(monitors, stage, done, "train", values)
+                    self.display.update(done, values)
+                if validation is not None and (done % run.validate_every == 0 or last):
+                    losses = self._validate(stage, best(), validation, step)
+                    self._log(monitors, stage, done, "validation", {"tokens": progress.tokens, **losses})
+                    meter.restart()
+                final = stage.number == self.system.numbers[-1]
+                if final and run.sample_every and (done % run.sample_every == 0 or last):
+                    self._sample(monitors, stage, done, best())
+                    meter.restart()
+                (stop, due), spent = self._agreed(), progress.skipped > run.max_skipped
+                if stop or due or spent or last or done % run.save_every == 0:
+                    self._save(stage, average, progress, wait=stop or spent)
+                if spent:
+                    where = rows.describe(step * section.batch)
+                    raise ColadaError(
+                        f"stage {stage.number}: {progress.skipped} steps were not finite, run.max_skipped="
+                        f"{run.max_skipped}; the last is step {done}, whose batch begins with {where}; saved"
+                    )
+                if stop:
+                    raise Interrupted(f"stopped at stage {stage.number}, step {done}; run again to resume")
+        if average is not None:
+            stage.networks.load_state_dict(best().state_dict())
+
+    def _ahead(self, stage: Stage, rows: Rows, start: int) -> Iterator[tuple[int, tuple[Batch, Draws]]]:
+        """Yield each step with this rank's rows and draws, made while the step before computes."""
+        size = stage.section.batch
+
+        def make(step: int) -> tuple[Batch, Draws]:
+            return self._rows_and_draws(stage, rows, [step * size + i for i in self.ranks.share(size)], 0)
+
+        with ThreadPoolExecutor(1) as worker:
+            coming = worker.submit(make, start)
+            for step in range(start, stage.section.steps):
+                ready = coming.result()
+                if step + 1 < stage.section.steps:
+                    coming = worker.submit(make, step + 1)
+                yield step, ready
+
+    def _rows_and_draws(
+        self, stage: Stage, rows: Rows, numbers: Sequence[int], offset: int
+    ) -> tuple[Batch, Draws]:
+        """Return rows by number, and what their loss draws."""
+        return batch(rows, numbers), stage.draw([offset + number for number in numbers])
+
+    def _passes(self, stage: Stage, own: Batch, draws: Draws) -> Iterator[tuple[Batch, Draws]]:
+        """Yield the micro-batches of a step on the device."""
+        size = stage.section.micro_batch or len(own)
+        for begin in range(0, len(own), size):
+            end = min(begin + size, len(own))
+            yield own.rows(begin, end).to(self.device), draws.rows(begin, end).to(self.device)
+
+    def _counts(self, stage: Stage, own: Batch, draws: Draws) -> Counts:
+        """Return the counts of the whole step, over all ranks."""
+        counts = stage.count(own, draws)
+        values = self.ranks.sum(
+            torch.tensor([counts.tokens, counts.latents, counts.noisy], dtype=torch.float64)
+        )
+        return Counts(*(max(1.0, value) for value in values.tolist()))
+
+    def _step(
+        self, stage: Stage, step: int, own: Batch, draws: Draws
+    ) -> tuple[dict[str, Tensor], float | None]:
+        """Take one optimiser step.
+
+        Returns: the loss terms, and the gradient's norm; None where the step was skipped because
+            the loss or the norm is not finite.
+        """
+        counts = self._counts(stage, own, draws)
+        stage.networks.zero_grad(set_to_none=True)
+        terms: dict[str, Tensor] = {}
+        total = torch.zeros((), device=self.device)
+        for rows, drawn in self._passes(stage, own, draws):
+            with self._autocast():
+                loss = stage.loss(stage.networks, rows, drawn, counts, step)
+            # Gradients are averaged over the ranks, the losses are to be summed.
+            (loss.total * self.ranks.size).backward()
+            _add(terms, loss.terms)
+            total += loss.total.detach()
+        parameters = [p for p in stage.networks.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, stage.section.clip)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        terms["loss"] = total
+        if not math.isfinite(float(self.ranks.sum(total.clone())) + float(norm)):
+            return terms, None
+        set_learning_rate(stage.optimisers, learning_rate(step, stage.section))
+        for optimiser in stage.optimisers:
+            optimiser.step()
+        return terms, float(norm)
+
+    # --- what happens besides training ------------------------------------------------------
+
+    @torch.no_grad()
+    def _validate(self, stage: Stage, networks: nn.ModuleDict, rows: Rows, step: int) -> dict[str, Any]:
+        """Return the mean of each loss term over the same validation rows, noise and timesteps every time."""
+        number = max(1, self.recipe.run.validation_rows // self.ranks.size) * self.ranks.size
+        own, draws = self._rows_and_draws(stage, rows, self.ranks.share(number), VALIDATION_ROW)
+        counts, terms = self._counts(stage, own, draws), dict[str, Tensor]()
+        for part, drawn in self._passes(stage, own, draws):
+            with self._autocast():
+                _add(terms, stage.loss(networks, part, drawn, counts, step).terms)
+        values = self._readable(terms)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
+        self.display.say(f"stage {stage.number} validation: {shown}")
+        return values
+
+    def _readable(self, terms: dict[str, Tensor]) -> dict[str, Any]:
+        return readable({name: self.ranks.sum(term.double()) for name, term in sorted(terms.items())})
+
+    def _rate(self, stage: Stage, step: int) -> float:
+        return stage.section.lr * learning_rate(step, stage.section)
+
+    def save_model(self, directory: Path) -> None:
+        """Write the networks as a model directory; all ranks must call it."""
+        whole = self._whole(self.system.networks)
+        if whole is not None:
+            write_model(self._model(whole), self.recipe, directory)
+        self.ranks.wait()
+
+    def _whole(self, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module] | None:
+        """Gather copies of networks on the first rank's CPU; None on the others. All must call it."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        states = {name: get_model_state_dict(network, options=options) for name, network in networks.items()}
+        if not self.ranks.first:
+            return None
+        whole = {name: type(network)(network.config) for name, network in networks.items()}
+        for name, network in whole.items():
+            network.load_state_dict(states[name])
+        return whole
+
+    def _model(self, networks: Mapping[str, nn.Module]) -> LanguageModel:
+        return self.system.model(
+            networks,
+            tokenizer=self.tokenizer,
+            origin=str(self.out),
+            generation=self.generation,
+            chat_template=self.template,
+        )
+
+    def _sample(self, monitors: Monitors, stage: Stage, step: int, networks: nn.ModuleDict) -> None:
+        best = {**self.system.networks, **dict(networks.items())}
+        # The engine reads weights where they are; sharded ones are not whole anywhere.
+        parts = best if self.ranks.mesh is None else self._whole(best)
+        if parts is None:
+            self.ranks.wait()
+            return
+        with modes_kept(parts.values()):
+            texts = samples(self.recipe, self._model(parts).to(self.ranks.device))
+        for prompt, text in texts.items():
+            monitors.text(stage.number, step, prompt, f"{prompt}|{text}")
+            self.display.say(Text.assemble("sample: ", prompt, ("|", "bold"), text))
+        if self.ranks.mesh is not None:
+            self.ranks.wait()
+
+    def _log(self, monitors: Monitors, stage: Stage, step: int, split: str, values: dict[str, Any]) -> None:
+        with disk_errors(self.out):
+            monitors.log({"stage": stage.number, "step": step, "split": split, "time": time.time(), **values})
+
+    def _save(self, stage: Stage, average: AveragedModel | None, progress: Progress, wait: bool) -> None:
+        state = {"stage": stage.number, **asdict(progress), "made_with": self.made_with}
+        state |= self.system.configs()
+        state |= {"data": self.inputs.digests(), "generation": self.generation}
+        files = {RECIPE: commented(self.recipe), TOKENIZER_FILE: self.tokenizer.to_json()}
+        if self.template is not None:
+            files[CHAT_TEMPLATE_FILE] = self.template
+        place, self._saved = Place(stage.number, progress.step), time.monotonic()
+        self.checkpoints.save(place, self._state(stage, average), state, files, wait)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.recipe.run.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _ask_to_stop(self) -> None:
+        self._stop = True
+        if self.ranks.first and not self.display.console.quiet:
+            os.write(2, b"stopping after this step\n")  # The console may be in the middle of a line.
+
+    def _agreed(self) -> tuple[bool, bool]:
+        """Return whether any rank was asked to stop, and whether the first one's clock says to save.
+
+        All ranks do the same after the same step.
+        """
+        minutes = self.recipe.run.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+        stop, due = self.ranks.sum(torch.tensor([self._stop, due and self.ranks.first]).float()).tolist()
+        return bool(stop), bool(due)
+
+
+def _add(sums: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
+    for name, term in terms.items():
+        sums[name] = sums[name] + term if name in sums else term
