@@ -27,7 +27,8 @@ from colada.flow import TimestepLaw, calibrated_loc
 from colada.networks.config import DiTConfig, TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
-from colada.train.losses import FlowSettings, VAEWeights, draw_randomness, stage1_loss, stage2_frozen_loss
+from colada.train.losses import stage1_loss, stage2_frozen_loss
+from colada.train.noise import FlowSettings, VAEWeights, draw_randomness
 from colada.train.parallel import compile_blocks, recompute
 from colada.train.plan import Work
 

@@ -37,7 +37,7 @@ from colada.networks.config import DiTConfig
 from colada.networks.dit import ROPE_THETA, DiT
 from colada.networks.layers import rotate_interleaved, rotations
 from colada.networks.packing import two_copy, two_copy_cells
-from colada.train.losses import flow_errors
+from colada.train.flow_matching import flow_errors
 from colada.train.plan import peak_flops, training_flops
 from colada.train.provenance import provenance
 

@@ -23,16 +23,8 @@ from colada import ColaDLM, DiT, DiTConfig, TextVAE, TextVAEConfig
 from colada.data.rows import Batch
 from colada.flow import TimestepLaw, calibrated_loc
 from colada.text.tokenizer import END_OF_TEXT, Tokenizer
-from colada.train.losses import (
-    Draws,
-    FlowSettings,
-    Loss,
-    VAEWeights,
-    draw_randomness,
-    readable,
-    stage1_loss,
-    stage2_frozen_loss,
-)
+from colada.train.losses import Loss, readable, stage1_loss, stage2_frozen_loss
+from colada.train.noise import Draws, FlowSettings, VAEWeights, draw_randomness
 
 STORIES = Path(__file__).parents[1] / "tests" / "data" / "stories.txt"
 LENGTH = 64  # tokens a row

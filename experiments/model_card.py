@@ -29,16 +29,8 @@ from colada.evaluate.generative import distinct
 from colada.flow import TimestepLaw, calibrated_loc
 from colada.generate.settings import Settings, TextRequest
 from colada.models.cola import load_cola
-from colada.train.losses import (
-    FlowSettings,
-    VAEWeights,
-    draw_randomness,
-    encode,
-    readable,
-    reconstruction,
-    rows_layout,
-    stage2_frozen_loss,
-)
+from colada.train.losses import encode, readable, reconstruction, rows_layout, stage2_frozen_loss
+from colada.train.noise import FlowSettings, VAEWeights, draw_randomness
 
 OPENING = "Once upon a time"
 PROMPT_WORDS = 8

@@ -13,16 +13,9 @@ from colada.cli.parity import run_case
 from colada.data.rows import FILLING, Batch
 from colada.models.cola import load
 from colada.networks import layers
-from colada.train.losses import (
-    Draws,
-    FlowSettings,
-    JointWeights,
-    VAEWeights,
-    draw_randomness,
-    flow_errors,
-    stage1_loss,
-    stage2_joint_loss,
-)
+from colada.train.flow_matching import flow_errors
+from colada.train.losses import JointWeights, stage1_loss, stage2_joint_loss
+from colada.train.noise import Draws, FlowSettings, VAEWeights, draw_randomness
 from colada.train.parallel import compile_blocks
 from colada.train.trainer import MODEL, Trainer
 from helpers import tiny_dit, tiny_model, tiny_vae

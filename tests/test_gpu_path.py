@@ -15,7 +15,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from colada.networks import layers
 from colada.networks.layers import attend
 from colada.networks.packing import Layout
-from colada.train.losses import JointWeights, VAEWeights, stage1_loss, stage2_frozen_loss, stage2_joint_loss
+from colada.train.losses import JointWeights, stage1_loss, stage2_frozen_loss, stage2_joint_loss
+from colada.train.noise import VAEWeights
 from helpers import tiny_dit, tiny_vae
 from test_cuda import DIT, VAE, conversations
 

@@ -21,25 +21,18 @@ from colada.networks.dit import DiT, Timesteps
 from colada.networks.layers import History
 from colada.networks.vae import Posterior, TextVAE
 from colada.train import losses as objectives
+from colada.train.flow_matching import Pinned, flow_errors, pin
 from colada.train.losses import (
-    Counts,
-    Draws,
-    FlowSettings,
     JointWeights,
     Loss,
-    Pinned,
-    VAEWeights,
-    count,
-    draw_randomness,
     encode,
-    flow_errors,
-    pin,
     readable,
     rows_layout,
     stage1_loss,
     stage2_frozen_loss,
     stage2_joint_loss,
 )
+from colada.train.noise import Counts, Draws, FlowSettings, VAEWeights, count, draw_randomness
 from helpers import tiny_dit, tiny_vae, tiny_vae_config
 
 PAD = 0

@@ -16,16 +16,8 @@ from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.text.tokenizer import Tokenizer
 from colada.train.dry_run import step_work
-from colada.train.losses import (
-    Counts,
-    Draws,
-    Loss,
-    count,
-    draw_randomness,
-    stage1_loss,
-    stage2_frozen_loss,
-    stage2_joint_loss,
-)
+from colada.train.losses import Loss, stage1_loss, stage2_frozen_loss, stage2_joint_loss
+from colada.train.noise import Counts, Draws, count, draw_randomness
 from colada.train.optimisation import make_optimisers
 from colada.train.parallel import compile_blocks
 from colada.train.parallel import recompute as recompute_blocks

@@ -16,7 +16,8 @@ from colada.networks.decoder import Decoder
 from colada.text.tokenizer import Tokenizer
 from colada.train.decoder_losses import MaskDraws, count, decoder_loss, draw_masks
 from colada.train.decoder_plan import decoder_flops
-from colada.train.losses import Counts, Loss
+from colada.train.losses import Loss
+from colada.train.noise import Counts
 from colada.train.optimisation import make_optimisers
 from colada.train.parallel import compile_blocks
 from colada.train.parallel import recompute as recompute_blocks

@@ -22,7 +22,8 @@ from torch import Tensor
 from colada.data.rows import FILLING, Batch
 from colada.networks.decoder import Decoder
 from colada.networks.decoder_config import DecoderConfig
-from colada.train.losses import Counts, Loss
+from colada.train.losses import Loss
+from colada.train.noise import Counts
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,16 @@ Units: likelihood, KL and entropy terms are nats per token; the flow term is
 the squared velocity error per latent number. Rows all have the same length:
 a batch is (B, L) tokens and (B, M, C) latents, M = L / patch_size.
 
-Everything random is drawn first, row by row (:func:`draw_randomness`), so that
-a loss is a plain function of networks, batch and draws. What a loss sums over is
-divided by counts of the whole step (:func:`count`): contributions of
-micro-batches and ranks add up to the loss of the undivided batch.
+A loss is a plain function of networks, batch and draws (:mod:`colada.train.noise`). What it sums over is
+divided by counts of the whole step: contributions of micro-batches and ranks add up to the loss of the
+undivided batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,16 +22,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from colada.data.rows import Batch
-from colada.flow import T, TimestepLaw, interpolate, target_velocity
-from colada.networks.config import TextVAEConfig
-from colada.networks.dit import DiT, Timesteps
+from colada.networks.dit import DiT
 from colada.networks.packing import Layout
 from colada.networks.vae import Posterior, TextVAE
+from colada.train.flow_matching import flow_matching
+from colada.train.noise import Counts, Draws, VAEWeights, count, sample_of_latents
 
-Z0_MIN_A = 0.1  # Where z0 is predicted, its error counts as a velocity error at no smaller a than this.
 LOGITS_AT_ONCE = 2**26
 """Logits held at once, 268 MB: those of a batch of the released size are 4.5 GB, and their gradient too."""
-TIME_BINS = 10  # Equal bins of [0, T) for the flow loss by timestep.
 
 
 @dataclass
@@ -61,183 +58,7 @@ def readable(terms: Mapping[str, Tensor]) -> dict[str, float | list[float | None
     return values
 
 
-@dataclass(frozen=True)
-class VAEWeights:
-    """Weights of the Text VAE's terms.
-
-    Attributes:
-        beta: weight of KL(q || N(0, I)) in stage 1, of E log q in stage 2.
-        mask: lambda_mask.
-        mask_ratio: share of encoder input tokens replaced by the mask id.
-        log_snr: fix log(E mu^2 / E sigma^2) of each latent to this; None learns it.
-    """
-
-    beta: float = 1e-3
-    mask: float = 0.5
-    mask_ratio: float = 0.15
-    log_snr: float | None = None
-
-
-@dataclass(frozen=True)
-class FlowSettings:
-    """How flow matching draws its examples.
-
-    Attributes:
-        law: of the training timesteps.
-        per_block: one timestep per block, else one per row.
-        copies: noisy copies of each row, which share one clean copy.
-        prefix_share: share of blocks that keep a clean prefix inside, as when a prompt ends in a
-            block; at most one a row, so no more than 1 in M / block_size, and none in samples with a
-            prompt of their own.
-        history_dropout: probability with which a noisy block sees no clean cell, each block by itself:
-            what guidance calls unconditional is then trained in the middle of texts too.
-    """
-
-    law: TimestepLaw = field(default_factory=TimestepLaw)
-    per_block: bool = True
-    copies: int = 1
-    prefix_share: float = 0.05
-    history_dropout: float = 0.0
-
-
-# --- what a step draws and counts ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Everything random in the loss of a batch; K is the number of noisy copies.
-
-    Attributes:
-        posterior: (B, M, C), standard normal noise of z0 ~ q.
-        masked: bool (B, L), encoder input tokens that L_mask hides; None without that term.
-        masked_posterior: (B, M, C), noise of that stream.
-        timestep: (B, K, M) in 0..1000, constant within a block; None in stage 1.
-        noise: (B, K, M, C), z1.
-        prefix: bool (B, M), latents that stay clean at the beginning of a block.
-        alone: bool (B, K, M / block_size), noisy blocks that lose sight of all clean cells; None without
-            history dropout.
-    """
-
-    posterior: Tensor
-    masked: Tensor | None = None
-    masked_posterior: Tensor | None = None
-    timestep: Tensor | None = None
-    noise: Tensor | None = None
-    prefix: Tensor | None = None
-    alone: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Draws:
-        """Return the draws with a function applied to each."""
-        there = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
-        return Draws(**{name: function(x) for name, x in there.items()})
-
-    def to(self, device: torch.device) -> Draws:
-        """Return the draws on a device."""
-        return self.map(lambda x: x.to(device, non_blocking=True))
-
-    def rows(self, begin: int, end: int) -> Draws:
-        """Return the draws of some rows, for a micro-batch."""
-        return self.map(lambda x: x[begin:end])
-
-
-def draw_randomness(
-    generators: Sequence[torch.Generator],
-    config: TextVAEConfig,
-    length: int,
-    weights: VAEWeights,
-    flow: FlowSettings | None = None,
-    masked: bool = True,
-) -> Draws:
-    """Draw what the loss of a batch needs, each row from a CPU generator of its own.
-
-    A row's draws therefore depend neither on the batch it is in nor on the device.
-
-    Args:
-        generators: one a row.
-        length: tokens a row.
-        flow: for stage 2; None draws for stage 1.
-        masked: draw for L_mask too, if it has a weight.
-    """
-    latents, block = length // config.patch_size, config.block_size
-    shape = (latents, config.latent_dim)
-    drawn: dict[str, list[Tensor]] = {f.name: [] for f in fields(Draws)}
-    for own in generators:
-        drawn["posterior"].append(torch.randn(shape, generator=own))
-        if masked and weights.mask > 0:
-            drawn["masked"].append(torch.rand(length, generator=own) < weights.mask_ratio)
-            drawn["masked_posterior"].append(torch.randn(shape, generator=own))
-        if flow is not None:
-            times = flow.law.sample((flow.copies, latents // block if flow.per_block else 1), own)
-            times = times.expand(flow.copies, latents // block)
-            drawn["timestep"].append(times.repeat_interleave(block, 1))
-            drawn["noise"].append(torch.randn((flow.copies, *shape), generator=own))
-            if flow.prefix_share > 0:
-                drawn["prefix"].append(_draw_prefix(latents, block, flow.prefix_share, own))
-            if flow.history_dropout > 0:
-                chances = torch.rand(flow.copies, latents // block, generator=own)
-                drawn["alone"].append(chances < flow.history_dropout)
-    return Draws(**{name: torch.stack(parts) for name, parts in drawn.items() if parts})
-
-
-def _draw_prefix(latents: int, block: int, share: float, generator: torch.Generator) -> Tensor:
-    """Choose the clean prefix of at most one block of a row: bool (M,)."""
-    blocks, position = latents // block, torch.arange(latents)
-    chosen = torch.rand((), generator=generator) < share * blocks
-    at = torch.randint(blocks, (), generator=generator) * block
-    size = torch.randint(1, max(block, 2), (), generator=generator)
-    return (position >= at) & (position < at + size) & chosen & (block > 1)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What the sums of a step's loss are divided by: whole step, all micro-batches and ranks.
-
-    Attributes:
-        tokens: those of samples, not what rows are filled up with.
-        latents: likewise.
-        noisy: noisy latents with a loss, over all copies.
-    """
-
-    tokens: float
-    latents: float
-    noisy: float
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(self.tokens + other.tokens, self.latents + other.latents, self.noisy + other.noisy)
-
-
-def count(batch: Batch, draws: Draws, config: TextVAEConfig) -> Counts:
-    """Return a batch's share in the counts of its step."""
-    free = ~pinned_latents(given_tokens(batch, draws, config.patch_size), config.patch_size)
-    copies = 0 if draws.timestep is None else draws.timestep.shape[1]
-    tokens = batch.ids.numel() if batch.sample is None else int((batch.sample >= 0).sum())
-    return Counts(tokens, tokens / config.patch_size, int(free.sum()) * copies)
-
-
-def given_tokens(batch: Batch, draws: Draws, patch: int) -> Tensor:
-    """Return which tokens are not the flow's to generate: prompts, filling, drawn prefixes; bool (B, L).
-
-    A prefix in a sample with a prompt is left out: it would be encoded after the prompt's padding.
-    """
-    given = torch.zeros_like(batch.ids, dtype=torch.bool) if batch.trained is None else ~batch.trained
-    if draws.prefix is None:
-        return given
-    prefix = draws.prefix.repeat_interleave(patch, 1)
-    if batch.trained is not None:
-        sample = torch.zeros_like(batch.ids) if batch.sample is None else batch.sample
-        around = sample == sample.gather(1, prefix.int().argmax(1, keepdim=True))
-        prefix = prefix & ~(given & around).any(1, keepdim=True)
-    return given | prefix
-
-
-def pinned_latents(given: Tensor, patch: int) -> Tensor:
-    """Return which latents are clean and have no flow loss, bool (B, M): those with a given token."""
-    return given.unflatten(1, (-1, patch)).any(-1)
-
-
-def sample_of_latents(batch: Batch, patch: int) -> Tensor | None:
-    """Return which sample each latent (B, M) belongs to; None where every row is one sample."""
-    return None if batch.sample is None else batch.sample[:, patch - 1 :: patch]
+# --- the Text VAE's terms ----------------------------------------------------------------------
 
 
 def rows_layout(vae: TextVAE, batch: Batch) -> Layout:
@@ -245,9 +66,6 @@ def rows_layout(vae: TextVAE, batch: Batch) -> Layout:
     rows, length = batch.ids.shape
     patch = vae.config.patch_size
     return vae.rows_layout(rows, length // patch, sample_of_latents(batch, patch))
-
-
-# --- the Text VAE's terms ----------------------------------------------------------------------
 
 
 def encode(vae: TextVAE, ids: Tensor, layout: Layout, log_snr: float | None = None) -> Posterior:
@@ -362,110 +180,6 @@ def stage1_loss(
         total = total + weights.mask * terms["masked"]
     terms |= {"accuracy": right / counts.tokens, **log_snr_terms(q, batch, counts)}
     return Loss(total, _detached(terms))
-
-
-# --- flow matching -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pinned:
-    """Clean latents of noisy copies: where (B, M) bool, and their values (B, M, C), without gradient."""
-
-    where: Tensor
-    latents: Tensor
-
-
-def flow_errors(
-    dit: DiT,
-    z0: Tensor,
-    noise: Tensor,
-    timestep: Tensor,
-    pinned: Pinned | None = None,
-    sample: Tensor | None = None,
-    alone: Tensor | None = None,
-) -> Tensor:
-    """Return the error ||v_psi(z_t^b, t; z0^<b) - (z1 - z0)||^2 per latent number, all blocks at once.
-
-    One pass over ``[clean | noisy 1 | ... | noisy K]``. The clean copy (history) and the target
-    carry no gradient: z0 is reached through z_t only. Pinned positions are clean (t = 0)
-    and have no error. A network that predicts z0 has its error divided by max(a, 0.1), which makes it
-    the velocity's.
-
-    Args:
-        z0: (B, M, C) normalised latents.
-        noise: (B, K, M, C), z1 of each copy.
-        timestep: (B, K, M), constant within a block.
-        pinned: the same in every copy.
-        sample: (B, M), the sample of its row that a latent belongs to; samples do not see each other.
-        alone: bool (B, K, M / block_size), noisy blocks that see no clean cell; none by default.
-
-    Returns: (B, K, M), 0 at pinned positions.
-    """
-    rows, copies, length, width = noise.shape
-    size = dit.config.block_size
-    clean = z0.detach()
-    z_t = interpolate(z0[:, None], noise, timestep / T)
-    # One table row for t = 0, then one per block of each copy.
-    times = torch.cat([timestep.new_zeros(1), timestep[..., ::size].flatten()])
-    row = torch.arange(1, len(times), device=times.device).view(rows, copies, -1).repeat_interleave(size, 2)
-    if pinned is not None:
-        where = pinned.where[:, None]
-        z_t = torch.where(where[..., None], pinned.latents[:, None], z_t)
-        row = row.masked_fill(where, 0)
-    history = clean[:, : length - size]
-    packed = torch.cat([history, z_t.flatten(1, 2)], 1).flatten(0, 1)
-    row = torch.cat([row.new_zeros(history.shape[:2]), row.flatten(1)], 1).flatten()
-    layout = dit.two_copy_layout(rows, length, copies, sample, alone=alone)
-    output = dit(packed, Timesteps(times, row), layout, noisy_only=True).view(rows, copies, length, width)
-    if dit.config.prediction == "velocity":
-        error = output - target_velocity(clean[:, None], noise)
-    else:
-        error = (output - clean[:, None]) / (timestep / T).clamp_min(Z0_MIN_A)[..., None]
-    squared = error.square().mean(-1)
-    return squared if pinned is None else squared.masked_fill(pinned.where[:, None], 0.0)
-
-
-@torch.no_grad()
-def pin(vae: TextVAE, batch: Batch, draws: Draws, layout: Layout, pad_id: int) -> Pinned | None:
-    """Return the pinned latents of a batch, None if it cannot have any.
-
-    The clean part of a block is encoded as a prompt that ends there: with
-    padding to the end of its block, as the posterior mean. Encoded with the tokens that
-    follow, it would tell the DiT about them.
-    """
-    if draws.prefix is None and batch.trained is None:
-        return None
-    block, patch = vae.config.block_tokens, vae.config.patch_size
-    given = given_tokens(batch, draws, patch)
-    follows = given.unflatten(1, (-1, block)).any(-1).repeat_interleave(block, 1) & ~given
-    # Encoded even if nothing follows in any block, so that all ranks of a sharded network run alike.
-    mean = vae.normalise(vae.encoder(batch.ids.masked_fill(follows, pad_id).flatten(), layout).mean)
-    return Pinned(pinned_latents(given, patch), mean.view(len(batch), -1, vae.config.latent_dim))
-
-
-def flow_matching(
-    vae: TextVAE,
-    dit: DiT,
-    batch: Batch,
-    draws: Draws,
-    z0: Tensor,
-    layout: Layout,
-    pad_id: int,
-    counts: Counts,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return L_FM of a batch, and its terms by name; z0 (B * M, C) as sampled, not normalised."""
-    assert draws.timestep is not None
-    assert draws.noise is not None
-    z0 = vae.normalise(z0).view(len(batch), -1, vae.config.latent_dim)
-    pinned = pin(vae, batch, draws, layout, pad_id)
-    sample = sample_of_latents(batch, vae.config.patch_size)
-    errors = flow_errors(dit, z0, draws.noise, draws.timestep, pinned, sample, draws.alone)
-    flow = errors.sum() / counts.noisy
-    free = torch.ones_like(errors) if pinned is None else (~pinned.where[:, None]).expand_as(errors).float()
-    bins = (draws.timestep * (TIME_BINS / T)).long().clamp_max(TIME_BINS - 1).flatten()
-    zeros = errors.new_zeros(TIME_BINS)
-    sums = zeros.index_add(0, bins, errors.detach().flatten())
-    return flow, {"flow": flow, "flow_sums": sums, "flow_counts": zeros.index_add(0, bins, free.flatten())}
 
 
 # --- stage 2 -----------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ from colada.train.sections import (
 )
 
 if TYPE_CHECKING:  # They import torch, which settings are checked without.
-    from colada.train.losses import FlowSettings, JointWeights, VAEWeights
+    from colada.train.losses import JointWeights
+    from colada.train.noise import FlowSettings, VAEWeights
 
 
 class Recipe(Section):
@@ -126,7 +127,7 @@ class Recipe(Section):
 
     def vae_weights(self) -> VAEWeights:
         """Return the weights of the Text VAE's terms."""
-        from colada.train.losses import VAEWeights
+        from colada.train.noise import VAEWeights
 
         s = self.stage1
         return VAEWeights(beta=s.beta, mask=s.mask, mask_ratio=s.mask_ratio, log_snr=s.log_snr)
@@ -141,7 +142,7 @@ class Recipe(Section):
     def flow_settings(self, latent_dim: int) -> FlowSettings:
         """Return how flow matching draws examples; an unset loc is the paper's for this latent width."""
         from colada.flow import TimestepLaw, calibrated_loc
-        from colada.train.losses import FlowSettings
+        from colada.train.noise import FlowSettings
 
         s = self.stage2
         law = TimestepLaw(calibrated_loc(latent_dim) if s.loc is None else s.loc, s.scale)

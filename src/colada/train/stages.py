@@ -18,7 +18,8 @@ from colada.networks.config import NetworkConfig
 from colada.networks.decoder import Decoder
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
-from colada.train.losses import Counts, Loss
+from colada.train.losses import Loss
+from colada.train.noise import Counts
 from colada.train.parallel import fill
 from colada.train.recipe import Recipe
 from colada.train.sections import OptimiserSection

@@ -54,8 +54,9 @@ from colada.train.dry_run import check_memory, plan_run, planned, resolve
 from colada.train.export import DTYPES, system_of, write_model
 from colada.train.inputs import chat_template, prepare_inputs, train_tokenizer
 from colada.train.logs import METRICS_FILE, Monitors, make_monitors
-from colada.train.losses import Counts, readable
+from colada.train.losses import readable
 from colada.train.meter import Meter
+from colada.train.noise import Counts
 from colada.train.optimisation import average_weights, learning_rate, set_learning_rate
 from colada.train.parallel import Ranks, allocate, lay_out, run_device
 from colada.train.plan import Plan

@@ -1,0 +1,194 @@
+"""What a training step draws of a batch, and what the sums of its loss are divided by.
+
+Everything random is drawn first, row by row, each from a generator of its own (:func:`draw_randomness`), so
+that a loss is a plain function of networks, batch and draws, and a row's draws depend neither on the batch
+it is in nor on the device. B rows of L tokens are (B, M, C) latents, M = L / patch_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from colada.data.rows import Batch
+from colada.flow import TimestepLaw
+from colada.networks.config import TextVAEConfig
+
+
+@dataclass(frozen=True)
+class VAEWeights:
+    """Weights of the Text VAE's terms.
+
+    Attributes:
+        beta: weight of KL(q || N(0, I)) in stage 1, of E log q in stage 2.
+        mask: lambda_mask.
+        mask_ratio: share of encoder input tokens replaced by the mask id.
+        log_snr: fix log(E mu^2 / E sigma^2) of each latent to this; None learns it.
+    """
+
+    beta: float = 1e-3
+    mask: float = 0.5
+    mask_ratio: float = 0.15
+    log_snr: float | None = None
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """How flow matching draws its examples.
+
+    Attributes:
+        law: of the training timesteps.
+        per_block: one timestep per block, else one per row.
+        copies: noisy copies of each row, which share one clean copy.
+        prefix_share: share of blocks that keep a clean prefix inside, as when a prompt ends in a
+            block; at most one a row, so no more than 1 in M / block_size, and none in samples with a
+            prompt of their own.
+        history_dropout: probability with which a noisy block sees no clean cell, each block by itself:
+            what guidance calls unconditional is then trained in the middle of texts too.
+    """
+
+    law: TimestepLaw = field(default_factory=TimestepLaw)
+    per_block: bool = True
+    copies: int = 1
+    prefix_share: float = 0.05
+    history_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random in the loss of a batch; K is the number of noisy copies.
+
+    Attributes:
+        posterior: (B, M, C), standard normal noise of z0 ~ q.
+        masked: bool (B, L), encoder input tokens that L_mask hides; None without that term.
+        masked_posterior: (B, M, C), noise of that stream.
+        timestep: (B, K, M) in 0..1000, constant within a block; None in stage 1.
+        noise: (B, K, M, C), z1.
+        prefix: bool (B, M), latents that stay clean at the beginning of a block.
+        alone: bool (B, K, M / block_size), noisy blocks that lose sight of all clean cells; None without
+            history dropout.
+    """
+
+    posterior: Tensor
+    masked: Tensor | None = None
+    masked_posterior: Tensor | None = None
+    timestep: Tensor | None = None
+    noise: Tensor | None = None
+    prefix: Tensor | None = None
+    alone: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Draws:
+        """Return the draws with a function applied to each."""
+        there = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        return Draws(**{name: function(x) for name, x in there.items()})
+
+    def to(self, device: torch.device) -> Draws:
+        """Return the draws on a device."""
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+    def rows(self, begin: int, end: int) -> Draws:
+        """Return the draws of some rows, for a micro-batch."""
+        return self.map(lambda x: x[begin:end])
+
+
+def draw_randomness(
+    generators: Sequence[torch.Generator],
+    config: TextVAEConfig,
+    length: int,
+    weights: VAEWeights,
+    flow: FlowSettings | None = None,
+    masked: bool = True,
+) -> Draws:
+    """Draw what the loss of a batch needs, each row from a CPU generator of its own.
+
+    A row's draws therefore depend neither on the batch it is in nor on the device.
+
+    Args:
+        generators: one a row.
+        length: tokens a row.
+        flow: for stage 2; None draws for stage 1.
+        masked: draw for L_mask too, if it has a weight.
+    """
+    latents, block = length // config.patch_size, config.block_size
+    shape = (latents, config.latent_dim)
+    drawn: dict[str, list[Tensor]] = {f.name: [] for f in fields(Draws)}
+    for own in generators:
+        drawn["posterior"].append(torch.randn(shape, generator=own))
+        if masked and weights.mask > 0:
+            drawn["masked"].append(torch.rand(length, generator=own) < weights.mask_ratio)
+            drawn["masked_posterior"].append(torch.randn(shape, generator=own))
+        if flow is not None:
+            times = flow.law.sample((flow.copies, latents // block if flow.per_block else 1), own)
+            times = times.expand(flow.copies, latents // block)
+            drawn["timestep"].append(times.repeat_interleave(block, 1))
+            drawn["noise"].append(torch.randn((flow.copies, *shape), generator=own))
+            if flow.prefix_share > 0:
+                drawn["prefix"].append(_draw_prefix(latents, block, flow.prefix_share, own))
+            if flow.history_dropout > 0:
+                chances = torch.rand(flow.copies, latents // block, generator=own)
+                drawn["alone"].append(chances < flow.history_dropout)
+    return Draws(**{name: torch.stack(parts) for name, parts in drawn.items() if parts})
+
+
+def _draw_prefix(latents: int, block: int, share: float, generator: torch.Generator) -> Tensor:
+    """Choose the clean prefix of at most one block of a row: bool (M,)."""
+    blocks, position = latents // block, torch.arange(latents)
+    chosen = torch.rand((), generator=generator) < share * blocks
+    at = torch.randint(blocks, (), generator=generator) * block
+    size = torch.randint(1, max(block, 2), (), generator=generator)
+    return (position >= at) & (position < at + size) & chosen & (block > 1)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the sums of a step's loss are divided by: whole step, all micro-batches and ranks.
+
+    Attributes:
+        tokens: those of samples, not what rows are filled up with.
+        latents: likewise.
+        noisy: noisy latents with a loss, over all copies.
+    """
+
+    tokens: float
+    latents: float
+    noisy: float
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.tokens + other.tokens, self.latents + other.latents, self.noisy + other.noisy)
+
+
+def count(batch: Batch, draws: Draws, config: TextVAEConfig) -> Counts:
+    """Return a batch's share in the counts of its step."""
+    free = ~pinned_latents(given_tokens(batch, draws, config.patch_size), config.patch_size)
+    copies = 0 if draws.timestep is None else draws.timestep.shape[1]
+    tokens = batch.ids.numel() if batch.sample is None else int((batch.sample >= 0).sum())
+    return Counts(tokens, tokens / config.patch_size, int(free.sum()) * copies)
+
+
+def given_tokens(batch: Batch, draws: Draws, patch: int) -> Tensor:
+    """Return which tokens are not the flow's to generate: prompts, filling, drawn prefixes; bool (B, L).
+
+    A prefix in a sample with a prompt is left out: it would be encoded after the prompt's padding.
+    """
+    given = torch.zeros_like(batch.ids, dtype=torch.bool) if batch.trained is None else ~batch.trained
+    if draws.prefix is None:
+        return given
+    prefix = draws.prefix.repeat_interleave(patch, 1)
+    if batch.trained is not None:
+        sample = torch.zeros_like(batch.ids) if batch.sample is None else batch.sample
+        around = sample == sample.gather(1, prefix.int().argmax(1, keepdim=True))
+        prefix = prefix & ~(given & around).any(1, keepdim=True)
+    return given | prefix
+
+
+def pinned_latents(given: Tensor, patch: int) -> Tensor:
+    """Return which latents are clean and have no flow loss, bool (B, M): those with a given token."""
+    return given.unflatten(1, (-1, patch)).any(-1)
+
+
+def sample_of_latents(batch: Batch, patch: int) -> Tensor | None:
+    """Return which sample each latent (B, M) belongs to; None where every row is one sample."""
+    return None if batch.sample is None else batch.sample[:, patch - 1 :: patch]
