@@ -33,7 +33,7 @@ from colada.train.losses import (
     stage2_joint_loss,
 )
 from colada.train.noise import Counts, Draws, FlowSettings, VAEWeights, count, draw_randomness
-from helpers import tiny_dit, tiny_vae, tiny_vae_config
+from helpers import tiny_dit, tiny_dit_config, tiny_vae, tiny_vae_config
 
 PAD = 0
 WEIGHTS = VAEWeights(beta=0.3, mask=0.7, mask_ratio=0.4)
@@ -248,8 +248,12 @@ def block_by_block(
     timestep: Tensor,
     where: Tensor | None = None,
     values: Tensor | None = None,
+    guessing: bool = False,
 ) -> Tensor:
-    """The errors (M,) of one sample and copy: a pass a block, after committing the clean blocks before it."""
+    """The errors (M,) of one sample and copy: a pass a block, after committing the clean blocks before it.
+
+    With ``guessing`` two passes: the second one is given what the first pointed at.
+    """
     size = dit.config.block_size
     history, errors = History(), []
     for start in range(0, len(z0), size):
@@ -262,7 +266,13 @@ def block_by_block(
             free = ~where[block]
             z_t = torch.where(free[:, None], z_t, values[block])
             t[~free] = 0.0
-        velocity = dit(z_t, t, dit.layout([size], [history]), [history])
+        guess = None
+        if guessing:
+            with torch.no_grad():
+                first = dit(z_t, t, dit.layout([size], [history]), [history])
+            guess = first if dit.config.prediction == "z0" else z_t.detach() - a * first
+            guess = torch.where(free[:, None], guess, z_t.detach())
+        velocity = dit(z_t, t, dit.layout([size], [history]), [history], guess=guess)
         if dit.config.prediction == "z0":
             # What the guess implies, with the z_t that it starts from taken as given.
             velocity = (z_t.detach() - velocity) / a
@@ -307,6 +317,56 @@ def test_all_blocks_at_once_equal_one_block_at_a_time(
             for k in range(copies)
         ]
     same(errors, torch.stack(plain).view(2, copies, 12))
+
+
+@pytest.mark.parametrize("dit_patch", [1, 2])
+@pytest.mark.parametrize("prediction", ["velocity", "z0"])
+def test_self_conditioning_is_a_second_pass_that_is_given_the_guess_of_the_first(
+    dit_patch: int, prediction: str
+) -> None:
+    dit = tiny_dit(patch_size=dit_patch, prediction=prediction, self_conditioning=True)
+    z0, noise, timestep = flow_example(copies=2)
+    pinned = example_pins([(0, 0), (1, 4), (1, 5), (1, 6)], z0.shape)
+    errors = flow_errors(dit, z0, noise, timestep, pinned, self_conditioned=True)
+    plain = [
+        block_by_block(dit, z0[r], noise[r, k], timestep[r, k], pinned.where[r], pinned.latents[r], True)
+        for r in range(2)
+        for k in range(2)
+    ]
+    same(errors, torch.stack(plain).view(2, 2, 12))
+    same_gradients(gradients(errors.sum(), dit), gradients(torch.cat(plain).sum(), dit))
+    assert not torch.allclose(errors, flow_errors(dit, z0, noise, timestep, pinned), rtol=1e-2)
+
+
+def test_a_new_networks_second_input_changes_nothing_and_learns() -> None:
+    dit = tiny_dit(self_conditioning=True)
+    torch.nn.init.zeros_(dit.sc_in.proj.weight)  # as in a new network
+    plain = tiny_dit()
+    plain.load_state_dict({name: value for name, value in dit.state_dict().items() if "sc_in" not in name})
+    z0, noise, timestep = flow_example()
+    errors = flow_errors(dit, z0, noise, timestep, self_conditioned=True)
+    assert torch.equal(errors, flow_errors(plain, z0, noise, timestep))
+    errors.sum().backward()
+    assert float(dit.sc_in.proj.weight.grad.abs().max()) > 0
+    fresh = DiT(tiny_dit_config(self_conditioning=True))
+    fresh.init_weights(seeded(0))
+    assert not bool(fresh.sc_in.proj.weight.any())
+
+
+@pytest.mark.parametrize(("space", "power"), [("velocity", 0), ("half", 1), ("z0", 2)])
+def test_a_loss_space_weighs_the_errors_of_the_velocity_by_a_power_of_a(space: str, power: int) -> None:
+    vae, dit = tiny_vae(), tiny_dit()
+    batch, pieces = packed_rows()
+    draws = packed_draws(vae, batch, replace(SETTINGS, law=TimestepLaw(-1.0, 2.0)))
+    loss = stage2_frozen_loss(vae, dit, batch, draws, WEIGHTS, PAD, space=space)
+    times, errors = brute_force_flow(vae, dit, batch, draws, pieces)
+    a = times.numpy() / 1000
+    assert (a < 0.1).any()
+    weights = np.where(a < 0.1, 0.1, a) ** power
+    assert float(loss.total.detach()) == pytest.approx(
+        float((errors.detach().numpy() * weights).mean()), rel=1e-5
+    )
+    assert float(loss.terms["flow"]) == pytest.approx(float(errors.detach().mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("dit_patch", [1, 2])
@@ -465,9 +525,10 @@ class ExactPrior:
         return share, variance, (1 - a) ** 2 * variance + a**2
 
     def __call__(
-        self, packed: Tensor, timesteps: Timesteps, shape: tuple[int, int], noisy_only: bool
+        self, packed: Tensor, timesteps: Timesteps, shape: tuple[int, int], noisy_only: bool, guess: None
     ) -> Tensor:
         assert noisy_only
+        assert guess is None
         rows, copies = shape
         clean = (self.blocks - 1) * self.size
         packed = packed.view(rows, -1, packed.shape[-1])

@@ -46,6 +46,37 @@ def velocity_from_z0(z: Tensor, z0: Tensor, a: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What a network's output says of the path through z_a; an entry of :data:`PREDICTIONS` is a kind.
+
+    Attributes:
+        velocity: the velocity at z_a (N, C) that an output (N, C) implies; a is () or (N,).
+        error: an output's error as one of the velocity (..., C), from output, z0, z1 and a (...).
+    """
+
+    velocity: Callable[[Tensor, Tensor, Tensor], Tensor]
+    error: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+MIN_A = 0.1
+"""Errors of z0 are errors of the velocity times a, and count so at no smaller a than this."""
+
+PREDICTIONS: dict[str, Prediction] = {
+    "velocity": Prediction(
+        velocity=lambda z, output, a: output,
+        error=lambda output, z0, z1, a: output - target_velocity(z0, z1),
+    ),
+    "z0": Prediction(
+        velocity=velocity_from_z0,
+        error=lambda output, z0, z1, a: (output - z0) / a.clamp_min(MIN_A)[..., None],
+    ),
+}
+
+LOSS_SPACES = {"velocity": 0, "half": 1, "z0": 2}
+"""In which space a squared error counts: that of the velocity times max(a, MIN_A) to this power."""
+
+
+@dataclass(frozen=True)
 class TimestepLaw:
     """t = T sigmoid(n), n ~ N(loc, scale^2): where along the path training looks. A larger loc is noisier."""
 

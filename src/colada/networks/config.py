@@ -130,8 +130,9 @@ def extension(default: Any) -> Any:
 class DiTConfig(NetworkConfig):
     """The block-causal Diffusion Transformer (``model_type`` "cola_dit"); defaults are the released 1.8B.
 
-    Two are extensions: ``prediction``, "velocity" (released) or "z0", what the network's output means, and
-    ``training_length``, tokens of the rows it was trained on where that is known.
+    Three are extensions: ``prediction``, "velocity" (released) or "z0", what the network's output means;
+    ``self_conditioning``, whether it takes its last guess of z0 as a second input; and ``training_length``,
+    tokens of the rows it was trained on where that is known.
     Raises :class:`ColadaError` for values that contradict each other.
     """
 
@@ -152,6 +153,7 @@ class DiTConfig(NetworkConfig):
     rope_dim: int = 96
     block_size: int = 4
     prediction: str = extension("velocity")
+    self_conditioning: bool = extension(False)
     training_length: int | None = extension(None)
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colada.errors import ColadaError
-from colada.flow import T, velocity_from_z0
+from colada.flow import PREDICTIONS, T
 from colada.networks.config import DiTConfig
 from colada.networks.layers import (
     History,
@@ -86,9 +86,9 @@ class TimestepEmbedding(nn.Module):
 class Patch(nn.Module):
     """A linear map called ``proj``: latents to width, and width to latents."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__()
-        self.proj = nn.Linear(inputs, outputs)
+        self.proj = nn.Linear(inputs, outputs, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
@@ -195,6 +195,8 @@ class DiT(nn.Module):
         self.config = config
         patch = config.patch_size
         self.txt_in = Patch(config.txt_in_channels * patch, config.txt_dim)
+        if config.self_conditioning:
+            self.sc_in = Patch(config.txt_in_channels * patch, config.txt_dim, bias=False)
         self.emb_in = TimestepEmbedding(config)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.num_layers))
         self.txt_out_norm = nn.LayerNorm(config.txt_dim, eps=config.norm_eps)
@@ -207,10 +209,10 @@ class DiT(nn.Module):
             self.init_parameter(name, parameter, generator)
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator | None) -> None:
-        """Initialise one: Xavier-uniform matrices, AdaLN and output at zero (adaLN-zero)."""
+        """Initialise one: Xavier-uniform matrices, AdaLN, output and second input at zero (adaLN-zero)."""
         if "norm" in name:
             nn.init.constant_(parameter, float(name.endswith("weight")))
-        elif parameter.ndim == 1 or "ada." in name or name.startswith("txt_out.") or "_ada." in name:
+        elif parameter.ndim == 1 or "ada." in name or name.startswith(("txt_out.", "sc_in.")):
             nn.init.zeros_(parameter)
         elif name.startswith("emb_in."):
             nn.init.normal_(parameter, std=0.02, generator=generator)
@@ -262,6 +264,16 @@ class DiT(nn.Module):
             alone,
         )
 
+    def embed(self, latents: Tensor, guess: Tensor | None = None) -> Tensor:
+        """Return the first layer's input (N / patch_size, dim), see :meth:`forward` for latents and guess."""
+        width, dtype = self.txt_in.proj.in_features, self.txt_in.proj.weight.dtype
+        x = self.txt_in(latents.reshape(-1, width).to(dtype))
+        if self.config.self_conditioning:
+            # Also without a guess: on several ranks every parameter takes part in every pass.
+            guess = torch.zeros_like(latents) if guess is None else guess
+            x = x + self.sc_in(guess.reshape(-1, width).to(dtype))
+        return x
+
     def forward(
         self,
         latents: Tensor,
@@ -270,6 +282,7 @@ class DiT(nn.Module):
         histories: Sequence[History | None] | None = None,
         committing: bool = False,
         noisy_only: bool = False,
+        guess: Tensor | None = None,
     ) -> Tensor:
         """Run the network on packed latents.
 
@@ -283,16 +296,17 @@ class DiT(nn.Module):
             committing: append the new positions to the histories.
             noisy_only: of the rows of :meth:`two_copy_layout`, return the noisy cells only; the last
                 layer then computes no more of the clean ones than their keys and values.
+            guess: (N, C), with ``config.self_conditioning`` the z0 that an earlier pass pointed at, 0 where
+                there was none and at clean positions, the latent itself at pinned ones; None is 0 everywhere.
 
         Returns: float32 (N, C), the velocity or z0, whichever ``config.prediction`` says.
         """
         config = self.config
         patch = config.patch_size
-        x = latents.reshape(-1, patch * config.txt_in_channels).to(self.txt_in.proj.weight.dtype)
         if isinstance(timestep, Tensor):
             timestep = Timesteps(*timestep.expand(latents.shape[0]).unique(return_inverse=True))
         row = timestep.row[patch - 1 :: patch]
-        x = self.txt_in(x)
+        x = self.embed(latents, guess)
         emb = self.emb_in(timestep.values)
         table = rotations(layout.positions, config.rope_dim, config.head_dim, ROPE_THETA)
         shared = Pass(layout, table, histories, committing)
@@ -313,6 +327,4 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Return the velocity float32 (N, C), whatever the network predicts; arguments as :meth:`forward`."""
         output = self(latents, timestep, layout, histories)
-        if self.config.prediction == "velocity":
-            return output
-        return velocity_from_z0(latents, output, timestep / T)
+        return PREDICTIONS[self.config.prediction].velocity(latents, output, timestep / T)

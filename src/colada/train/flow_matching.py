@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from colada.data.rows import Batch
-from colada.flow import T, interpolate, target_velocity
+from colada.flow import LOSS_SPACES, MIN_A, PREDICTIONS, T, interpolate, z0_from_velocity
 from colada.networks.dit import DiT, Timesteps
 from colada.networks.packing import Layout
 from colada.networks.vae import TextVAE
 from colada.train.noise import Counts, Draws, given_tokens, pinned_latents, sample_of_latents
 
-Z0_MIN_A = 0.1  # Where z0 is predicted, its error counts as a velocity error at no smaller a than this.
 TIME_BINS = 10  # Equal bins of [0, T) for the flow loss by timestep.
 
 
@@ -37,13 +36,14 @@ def flow_errors(
     pinned: Pinned | None = None,
     sample: Tensor | None = None,
     alone: Tensor | None = None,
+    self_conditioned: bool = False,
 ) -> Tensor:
     """Return the error ||v_psi(z_t^b, t; z0^<b) - (z1 - z0)||^2 per latent number, all blocks at once.
 
     One pass over ``[clean | noisy 1 | ... | noisy K]``. The clean copy (history) and the target
     carry no gradient: z0 is reached through z_t only. Pinned positions are clean (t = 0)
     and have no error. A network that predicts z0 has its error divided by max(a, 0.1), which makes it
-    the velocity's.
+    the velocity's (:data:`colada.flow.PREDICTIONS`).
 
     Args:
         z0: (B, M, C) normalised latents.
@@ -52,6 +52,8 @@ def flow_errors(
         pinned: the same in every copy.
         sample: (B, M), the sample of its row that a latent belongs to; samples do not see each other.
         alone: bool (B, K, M / block_size), noisy blocks that see no clean cell; none by default.
+        self_conditioned: let a first pass without gradient guess z0, and the second one take that guess
+            (arXiv:2208.04202).
 
     Returns: (B, K, M), 0 at pinned positions.
     """
@@ -70,11 +72,16 @@ def flow_errors(
     packed = torch.cat([history, z_t.flatten(1, 2)], 1).flatten(0, 1)
     row = torch.cat([row.new_zeros(history.shape[:2]), row.flatten(1)], 1).flatten()
     layout = dit.two_copy_layout(rows, length, copies, sample, alone=alone)
-    output = dit(packed, Timesteps(times, row), layout, noisy_only=True).view(rows, copies, length, width)
-    if dit.config.prediction == "velocity":
-        error = output - target_velocity(clean[:, None], noise)
-    else:
-        error = (output - clean[:, None]) / (timestep / T).clamp_min(Z0_MIN_A)[..., None]
+    prediction, guess = PREDICTIONS[dit.config.prediction], None
+    if self_conditioned:
+        with torch.no_grad():
+            output = dit(packed, Timesteps(times, row), layout, noisy_only=True)
+            a = times[row.view(rows, -1)[:, history.shape[1] :].flatten()] / T
+            noisy = z_t.detach().flatten(0, 2)
+            guessed = z0_from_velocity(noisy, prediction.velocity(noisy, output, a), a)
+            guess = torch.cat([torch.zeros_like(history), guessed.view(rows, -1, width)], 1).flatten(0, 1)
+    output = dit(packed, Timesteps(times, row), layout, noisy_only=True, guess=guess)
+    error = prediction.error(output.view_as(noise), clean[:, None], noise, timestep / T)
     squared = error.square().mean(-1)
     return squared if pinned is None else squared.masked_fill(pinned.where[:, None], 0.0)
 
@@ -106,17 +113,26 @@ def flow_matching(
     layout: Layout,
     pad_id: int,
     counts: Counts,
+    space: str = "velocity",
+    self_conditioned: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return L_FM of a batch, and its terms by name; z0 (B * M, C) as sampled, not normalised."""
+    """Return L_FM of a batch, and its terms by name, which are of the velocity in any space.
+
+    Args:
+        z0: (B * M, C) as sampled, not normalised.
+        space: a name in :data:`colada.flow.LOSS_SPACES`.
+        self_conditioned: see :func:`flow_errors`.
+    """
     assert draws.timestep is not None
     assert draws.noise is not None
     z0 = vae.normalise(z0).view(len(batch), -1, vae.config.latent_dim)
     pinned = pin(vae, batch, draws, layout, pad_id)
     sample = sample_of_latents(batch, vae.config.patch_size)
-    errors = flow_errors(dit, z0, draws.noise, draws.timestep, pinned, sample, draws.alone)
-    flow = errors.sum() / counts.noisy
+    errors = flow_errors(dit, z0, draws.noise, draws.timestep, pinned, sample, draws.alone, self_conditioned)
+    weight = (draws.timestep / T).clamp_min(MIN_A) ** LOSS_SPACES[space]
+    total, flow = (errors * weight).sum() / counts.noisy, errors.detach().sum() / counts.noisy
     free = torch.ones_like(errors) if pinned is None else (~pinned.where[:, None]).expand_as(errors).float()
     bins = (draws.timestep * (TIME_BINS / T)).long().clamp_max(TIME_BINS - 1).flatten()
     zeros = errors.new_zeros(TIME_BINS)
     sums = zeros.index_add(0, bins, errors.detach().flatten())
-    return flow, {"flow": flow, "flow_sums": sums, "flow_counts": zeros.index_add(0, bins, free.flatten())}
+    return total, {"flow": flow, "flow_sums": sums, "flow_counts": zeros.index_add(0, bins, free.flatten())}

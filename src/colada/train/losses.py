@@ -202,14 +202,16 @@ def stage2_frozen_loss(
     weights: VAEWeights,
     pad_id: int,
     counts: Counts | None = None,
+    space: str = "velocity",
+    self_conditioned: bool = False,
 ) -> Loss:
-    """L = L_FM over the latents of a frozen Text VAE."""
+    """L = L_FM over the latents of a frozen Text VAE; see :func:`flow_matching`."""
     counts = counts or count(batch, draws, vae.config)
     with torch.no_grad():
         layout = rows_layout(vae, batch)
         q = encode(vae, batch.ids, layout, weights.log_snr)
         z0 = draw(q, draws.posterior)
-    flow, terms = flow_matching(vae, dit, batch, draws, z0, layout, pad_id, counts)
+    flow, terms = flow_matching(vae, dit, batch, draws, z0, layout, pad_id, counts, space, self_conditioned)
     return Loss(flow, _detached(terms | log_snr_terms(q, batch, counts)))
 
 
@@ -223,6 +225,8 @@ def stage2_joint_loss(
     joint: JointWeights,
     pad_id: int,
     counts: Counts | None = None,
+    space: str = "velocity",
+    self_conditioned: bool = False,
 ) -> Loss:
     """The joint loss of stage 2.
 
@@ -235,7 +239,7 @@ def stage2_joint_loss(
     z0 = draw(q, draws.posterior)
     nll, right = reconstruction(vae, z0, batch, layout)
     log_q = within(batch, expected_log_q(q)) / counts.tokens
-    flow, terms = flow_matching(vae, dit, batch, draws, z0, layout, pad_id, counts)
+    flow, terms = flow_matching(vae, dit, batch, draws, z0, layout, pad_id, counts, space, self_conditioned)
     with torch.no_grad():
         q_ref = encode(reference, batch.ids, layout, weights.log_snr)
     kl_ref = within(batch, kl_between(q, q_ref)) / counts.tokens

@@ -48,6 +48,8 @@ class FlowSettings:
             prompt of their own.
         history_dropout: probability with which a noisy block sees no clean cell, each block by itself:
             what guidance calls unconditional is then trained in the middle of texts too.
+        space: in which errors count, a name in :data:`colada.flow.LOSS_SPACES`.
+        self_conditioning: share of steps in which the DiT takes its own guess of z0 as a second input.
     """
 
     law: TimestepLaw = field(default_factory=TimestepLaw)
@@ -55,6 +57,8 @@ class FlowSettings:
     copies: int = 1
     prefix_share: float = 0.05
     history_dropout: float = 0.0
+    space: str = "velocity"
+    self_conditioning: float = 0.0
 
 
 @dataclass(frozen=True)
