@@ -29,7 +29,7 @@ FRONT_DOOR = ("colada", "colada.__main__")
 MOST_LINES = 500
 # To be mended: none may be added.
 CLIMBS = {"evaluate.generative", "evaluate.harness", "models.likelihood", "train.trainer"}
-LONG = {"files.py", "report/training.py", "train/plan.py", "train/trainer.py"}
+LONG = {"report/training.py", "train/plan.py", "train/trainer.py"}
 
 MODULES = {
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path

@@ -59,7 +59,17 @@ def shown(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def reason(error: BaseException) -> str:
+    """Return an error's cause, without a file's name."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if "integer string conversion" in str(error):
+        return "a whole number has thousands of digits"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def failure(what: str, error: Exception) -> ColadaError:
     """Return what has failed, for whatever reason, as one line."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ColadaError(f"{what}: {reason}")
+    return ColadaError(f"{what}: {reason(error)}")

@@ -12,47 +12,25 @@ import gzip
 import itertools
 import json
 import os
-import re
 import shutil
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, cast
 
-from colada.errors import ColadaError, shown
+from colada.errors import ColadaError, reason, shown
 
 MOST_TEXT = 2**30
 """Bytes of a text that is read whole."""
 MOST_JSON = 2**28
 """Bytes of a JSON file; the largest tokenizers have a tenth of it."""
-MOST_YAML = 2**20
-"""Characters of YAML: its parser reads some 100,000 a second."""
 MOST_LINE = 2**30
 """Bytes of one line of a file that is read line by line."""
 DEEPEST = 100
-"""Lists and objects within one another in JSON and YAML; printing deeper ones fails."""
-_MOST_VALUES = 10**5  # In YAML, with what its aliases stand for.
+"""Lists and objects within one another; printing deeper ones fails."""
 
-_YAML_TAG = "tag:yaml.org,2002:{}"
-_DIGITS, _EXPONENT = "[0-9](?:_?[0-9])*", "(?:[eE][-+]?[0-9]+)"
-# Plain scalars that are no strings: the type, the pattern, its first characters. The first that fits counts.
-_YAML_SCALARS = (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("leading-zero", rf"[-+]?0_?{_DIGITS}(?:\.(?:{_DIGITS})?)?{_EXPONENT}?", list("-+0")),
-    ("int", rf"[-+]?{_DIGITS}", list("-+0123456789")),
-    (
-        "float",
-        rf"[-+]?(?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS}){_EXPONENT}?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        list("-+0123456789."),
-    ),
-)
-
-_BOM = b"\xef\xbb\xbf"
 _SPECIAL = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -87,7 +65,7 @@ def require_file(path: str | Path, expected: str = "a regular file") -> Path:
     except FileNotFoundError:
         raise ColadaError(f"{path}: no such file, expected {expected}") from None
     except (OSError, ValueError) as error:  # ValueError: a null character
-        raise ColadaError(f"{path!s}: cannot be read ({_reason(error)}), expected {expected}") from None
+        raise ColadaError(f"{path!s}: cannot be read ({reason(error)}), expected {expected}") from None
     for holds, name in _SPECIAL:
         if holds(mode):
             raise ColadaError(f"{path} is {name}, no regular file; expected {expected}")
@@ -107,7 +85,7 @@ def open_file(path: str | Path, expected: str = "a regular file") -> Iterator[IO
         with cast(IO[bytes], gzip.open(path, "rb") if packed else open(path, "rb")) as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:
-        raise ColadaError(f"{path}: cannot be read ({_reason(error)})") from None
+        raise ColadaError(f"{path}: cannot be read ({reason(error)})") from None
 
 
 def read_lines(path: str | Path, begin: int = 0, before: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -137,7 +115,7 @@ def decode(data: bytes, where: str) -> str:
     Raises:
         ColadaError: naming the byte that is not UTF-8.
     """
-    data = data.removeprefix(_BOM)
+    data = data.removeprefix(b"\xef\xbb\xbf")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -153,15 +131,11 @@ def read_text(path: str | Path, expected: str = "a text file", most: int = MOST_
     Raises:
         ColadaError: if it is no regular file, cannot be read, is no UTF-8 or has more than ``most`` bytes.
     """
-    require_file(path, expected)
-    try:
-        with open(path, "rb") as file:
-            # Before it is read: files can be larger than memory, and sparse ones than the disk.
-            data = b"" if os.fstat(file.fileno()).st_size > most else file.read(most + 1)
-            large = len(data) > most or os.fstat(file.fileno()).st_size > most
-    except OSError as error:
-        raise ColadaError(f"{path}: cannot be read ({_reason(error)})") from None
-    if large:
+    with open_file(path, expected) as file:
+        # Before it is read: files can be larger than memory, and sparse ones than the disk.
+        large = os.stat(path).st_size > most
+        data = b"" if large else file.read(most + 1)
+    if large or len(data) > most:
         raise ColadaError(f"{path} has more than {most} bytes, expected {expected}")
     return decode(data, str(path))
 
@@ -175,14 +149,31 @@ def parse_json(text: str | bytes, where: str) -> Any:
     """
     if isinstance(text, bytes):
         text = decode(text, where)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names if len(set(names)) < len(names) else ():
+            if names.count(name) > 1:
+                raise ColadaError(f"{where}: the key {name!r} is there twice")
+        return dict(pairs)
+
     try:
-        value = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where))
+        value = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else _reason(error)
-        raise ColadaError(f"{where} is not valid JSON: {reason}") from None
+        raise ColadaError(f"{where} is not valid JSON: {reason(error)}") from None
     if text.count("[") + text.count("{") > DEEPEST:
         _check_depth(value, where)
     return value
+
+
+def _check_depth(value: Any, where: str) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        outer = [part for part in level if isinstance(part, dict | list)]
+        level = [inner for part in outer for inner in (part.values() if isinstance(part, dict) else part)]
+        if not level:
+            return
+    raise ColadaError(f"{where} has more than {DEEPEST} lists or objects within one another")
 
 
 def read_json(path: str | Path) -> Any:
@@ -191,11 +182,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
-    """Return the object in a JSON file; see :func:`read_json`.
-
-    Raises:
-        ColadaError: also if it holds anything else than an object.
-    """
+    """Return the object in a JSON file; raises ColadaError also if it holds anything else."""
     return as_object(read_json(path), str(path))
 
 
@@ -205,163 +192,6 @@ def as_object(value: Any, where: str) -> dict[str, Any]:
         kind = "null" if value is None else f"a {type(value).__name__}"
         raise ColadaError(f"{where} holds {kind}, expected a JSON object")
     return value
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Return what a YAML text holds, by the rules of YAML 1.2 where those of 1.1 surprise.
-
-    ``1e-4`` is a number; ``1:30``, ``yes`` and ``2020-01-01`` are strings; ``010`` is refused, as it is 8 in
-    the one version and 10 in the other. There are no merge keys.
-
-    Raises:
-        ColadaError: naming ``where`` and the line, if it is no YAML, spells a key twice, has a key that is
-            no string, or a tag other than those of JSON's types; without PyYAML.
-    """
-    if len(text) > MOST_YAML:
-        raise ColadaError(f"{where} has {len(text)} characters, expected at most {MOST_YAML} of YAML")
-    try:
-        import yaml
-    except ImportError:
-        raise ColadaError(f'{where}: YAML needs PyYAML: pip install "colada-lm[train]"') from None
-    try:
-        value = yaml.load(text.removeprefix("\ufeff"), _strict_loader())
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else _reason(error)
-        raise ColadaError(f"{where} is not valid YAML: {reason}") from None
-    _check_depth(value, where)
-    return value
-
-
-def read_yaml(path: str | Path) -> Any:
-    """Return what a YAML file holds; see :func:`parse_yaml` and :func:`read_text`."""
-    return parse_yaml(read_text(path, "a YAML file", MOST_JSON), str(path))
-
-
-def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ColadaError(f"{where}: the key {twice!r} is there twice")
-    return values
-
-
-def _check_depth(value: Any, where: str) -> None:
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [
-            part
-            for outer in level
-            if isinstance(outer, dict | list)
-            for part in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return
-    raise ColadaError(f"{where} has more than {DEEPEST} lists or objects within one another")
-
-
-@lru_cache(maxsize=1)
-def _strict_loader() -> Any:
-    """Return PyYAML's safe loader with numbers, keys and tags as :func:`parse_yaml` says."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def get_single_node(self) -> Any:
-            node = super().get_single_node()
-            if node is not None:
-                _count_values(node, {})
-            return node
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen = set[str]()
-            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-                if key.tag != _YAML_TAG.format("str"):
-                    raise _yaml_error("found a key that is no string; quote it", key)
-                if key.value in seen:
-                    raise _yaml_error(f"found the key {key.value!r} twice", key)
-                seen.add(key.value)
-            values: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-            return values
-
-        def read_bool(self, node: Any) -> bool:
-            word = str(self.construct_scalar(node)).lower()
-            if word not in ("true", "false"):
-                raise _yaml_error(f"found {node.value!r}, expected true or false", node)
-            return word == "true"
-
-        def read_int(self, node: Any) -> int:
-            return int(self.construct_scalar(node))
-
-        def read_float(self, node: Any) -> float:
-            # float() knows inf and nan by other names than YAML.
-            return float(re.sub(r"\.(?=inf|nan)", "", self.construct_scalar(node).lower()))
-
-        def refuse_number(self, node: Any) -> Any:
-            raise _yaml_error(f"found {node.value}, which begins with 0: leave that out, or quote it", node)
-
-    def _yaml_error(problem: str, node: Any) -> yaml.YAMLError:
-        return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-
-    def _count_values(node: Any, sizes: dict[int, int]) -> int:
-        """Return how many values a node stands for once its aliases are written out."""
-        if id(node) in sizes:
-            if sizes[id(node)] == 0:
-                raise _yaml_error("found a value within itself", node)
-            return sizes[id(node)]
-        sizes[id(node)] = 0
-        if isinstance(node, yaml.MappingNode):
-            inner = [part for pair in node.value for part in pair]
-        else:
-            inner = node.value if isinstance(node, yaml.SequenceNode) else []
-        sizes[id(node)] = 1 + sum(_count_values(part, sizes) for part in inner)
-        if sizes[id(node)] > _MOST_VALUES:
-            raise _yaml_error(f"found more than {_MOST_VALUES} values", node)
-        return sizes[id(node)]
-
-    Loader.yaml_implicit_resolvers, Loader.yaml_constructors = {}, {}
-    for name, pattern, first in _YAML_SCALARS:
-        Loader.add_implicit_resolver(_YAML_TAG.format(name), re.compile(rf"^(?:{pattern})$"), first)
-    for name in ("null", "str", "seq", "map"):
-        Loader.add_constructor(
-            _YAML_TAG.format(name), yaml.SafeLoader.yaml_constructors[_YAML_TAG.format(name)]
-        )
-    Loader.add_constructor(None, yaml.SafeLoader.yaml_constructors[None])  # Every other tag is refused.
-    for name, read in (("bool", "read_bool"), ("int", "read_int"), ("float", "read_float")):
-        Loader.add_constructor(_YAML_TAG.format(name), getattr(Loader, read))
-    Loader.add_constructor(_YAML_TAG.format("leading-zero"), Loader.refuse_number)
-    return Loader
-
-
-def dump_yaml(value: Any, flow: bool = False) -> str:
-    """Return a value as YAML that :func:`parse_yaml`, and a parser of YAML 1.1, read as that value.
-
-    Args:
-        flow: on one line, with brackets; else in lines.
-
-    Raises:
-        ColadaError: without PyYAML.
-    """
-    try:
-        import yaml
-    except ImportError:
-        raise ColadaError('YAML needs PyYAML: pip install "colada-lm[train]"') from None
-
-    class Dumper(yaml.SafeDumper):
-        """Quotes what either version would take for another type."""
-
-    for name, pattern, first in _YAML_SCALARS:
-        Dumper.add_implicit_resolver(_YAML_TAG.format(name), re.compile(rf"^(?:{pattern})$"), first)
-    text: str = yaml.dump(value, Dumper=Dumper, sort_keys=False, default_flow_style=flow, width=10**6)
-    return text
-
-
-def _reason(error: BaseException) -> str:
-    """Return an error's cause in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if "integer string conversion" in str(error):
-        return "a whole number has thousands of digits"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -380,7 +210,7 @@ def atomic_writer(path: str | Path) -> Iterator[IO[bytes]]:
         ColadaError: if the place is no regular file, or cannot be written (no space, no permission).
     """
     try:
-        mode = _mode(path)
+        mode = os.stat(path).st_mode if os.path.exists(as_path(path)) else None
         target = Path(os.path.realpath(path))
         partial = target.with_name(f".{target.name[:50]}.{os.getpid()}-{next(_counter)}.partial")
         if mode is not None and stat.S_ISCHR(mode):
@@ -403,7 +233,7 @@ def atomic_writer(path: str | Path) -> Iterator[IO[bytes]]:
             raise
         _sync(target.parent)
     except OSError as error:
-        raise ColadaError(f"{path}: cannot be written ({_reason(error)})") from None
+        raise ColadaError(f"{path}: cannot be written ({reason(error)})") from None
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -506,12 +336,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _mode(path: str | Path) -> int | None:
-    try:
-        return os.stat(path).st_mode
-    except FileNotFoundError:
-        return None
-    except ValueError as error:  # a null character
-        raise ColadaError(f"{path!s}: cannot be written ({error})") from None

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from colada.errors import ColadaError
-from colada.files import read_text, read_yaml, write_text
+from colada.files import read_text, write_text
 from colada.flow import T
+from colada.strict_yaml import read_yaml
 from colada.train.checkpoints import RECIPE, find, read_state
 from colada.train.logs import (
     METRICS_FILE,

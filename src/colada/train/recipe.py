@@ -17,10 +17,11 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from colada.data.sources import Section
 from colada.errors import ColadaError, nearest
-from colada.files import dump_yaml, parse_yaml, read_yaml, write_text
+from colada.files import write_text
 from colada.generate.settings import check_settings
 from colada.networks.config import DiTConfig, TextVAEConfig, check_pair
 from colada.networks.decoder_config import DecoderConfig
+from colada.strict_yaml import dump_yaml, parse_yaml, read_yaml
 from colada.train.sections import (
     BaselineSection,
     DataSection,
