@@ -22,12 +22,12 @@ from colada.errors import ColadaError
 from colada.evaluate.data import Benchmark, load_benchmark, load_prompts
 from colada.evaluate.outputs import read_outputs
 from colada.evaluate.run import RESULTS_FILE, Part, Results, evaluate, fingerprint, item_seed
-from colada.evaluate.statistics import average, score
+from colada.evaluate.statistics import average, score, wilson
 from colada.evaluate.tasks import TASKS, Item
 from colada.generate.settings import TextRequest
 from colada.locate import BUNDLED
 from colada.models.cola import ColaDLM
-from colada.report.evaluation import write_page
+from colada.report.evaluation import draw_naming, draw_scores, write_page
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import Completion
 from colada.train.display import Display
@@ -473,7 +473,6 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.text, self.tags, self.links = "", [], []
-        self.circles: list[dict[str, str | None]] = []
         self.feed(source)
         self.close()
         assert self.open == []
@@ -489,8 +488,6 @@ class Page(HTMLParser):
     def _see(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [value for name, value in attrs if name in ("href", "src")]
-        if tag == "circle":
-            self.circles.append(dict(attrs))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -519,19 +516,23 @@ def test_the_page_stands_alone_and_escapes_what_models_write(page: tuple[Page, R
     assert "<script>alert(1)</script>" in own.text
 
 
-def test_the_page_draws_what_the_result_says(page: tuple[Page, Results]) -> None:
+def test_the_page_says_and_draws_what_the_result_says(page: tuple[Page, Results]) -> None:
     own, results = page
     (found,) = results.scores
     naming = found.naming
     assert naming is not None
-    for said in (f"{100 * found.share:.2f}", f"{100 * naming.accuracy:.1f}", f"of {naming.named}"):
+    for said in (f"{100 * found.share:.2f}", f"{100 * naming.accuracy:.1f}", f"{naming.named}"):
         assert said in own.text
-    places = [circle["cx"] for circle in own.circles if str(circle["cx"]).endswith("%")]
-    # The published 23% and the score, on an axis to a round number; the share named; the right ones.
-    assert len(places) == 4
-    published, ours, named, right = (float(str(place).rstrip("%")) / 100 for place in places)
-    assert ours / published == pytest.approx(found.share / 0.23, rel=1e-2)
-    assert (named, right) == pytest.approx((naming.named / 10, naming.accuracy), abs=1e-4)
+    (scores,) = draw_scores(results.scores).axes
+    drawn = {line.get_label(): line.lines[0].get_xdata().tolist() for line in scores.containers}
+    assert drawn == {"score": [100 * found.share], "released Cola 2.3B": [23.0]}
+    (options,) = draw_naming(results.scores).axes
+    drawn = {line.get_label(): line.lines[0].get_xdata().tolist() for line in options.containers}
+    assert drawn == {"name an option": [10 * naming.named], "right among those": [100 * naming.accuracy]}
+    for axes, interval in ((scores, found.interval), (options, wilson(naming.named, 10))):
+        bars = axes.containers[0].lines[2][0].get_segments()
+        assert [100 * bound for bound in interval] == pytest.approx([x for x, _ in bars[0]])
+        assert axes.collections[-1].get_segments()[0][0][0] == 25  # chance
 
 
 def test_a_page_of_a_task_without_options(tmp_path: Path) -> None:
@@ -539,7 +540,7 @@ def test_a_page_of_a_task_without_options(tmp_path: Path) -> None:
     results = evaluate(Parrot(), [lambada], tmp_path / "out")
     assert results is not None
     write_page(tmp_path / "page.html", "x", results.scores, results.outputs, {})
-    assert "Which position" not in Page((tmp_path / "page.html").read_text(encoding="utf-8")).text
+    assert "How options are chosen" not in Page((tmp_path / "page.html").read_text(encoding="utf-8")).text
 
 
 def test_cola_is_a_model_to_evaluate() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from colada.errors import ColadaError
 from colada.report import training as report
+from colada.report.style import STYLE
 from colada.report.training import Curve, smooth, thin, write_report
 from colada.train.logs import JsonLines, Samples
 
@@ -187,7 +188,7 @@ def test_every_colour_of_a_plot_has_a_light_and_a_dark_value(whole: tuple[Path, 
     used = set(re.findall(r"var\(--(\w+)\)", source))
     light, dark = source.split("@media (prefers-color-scheme: dark)")
     drawn = used - {"font", "page"}
-    assert drawn >= {"ink", "muted", "grid", "paper", "train", "validation", "part0", "part4"}
+    assert drawn >= {"ink", "muted", "grid", "paper", "series0", "series1", "shade0", "shade4"}
     for scheme in (light, dark):
         assert drawn <= set(re.findall(r"--(\w+): #", scheme))
     plots = source[source.index("<body>") :]
@@ -219,7 +220,7 @@ def test_facts_table_and_skipped_steps(tmp_path: Path) -> None:
         "12 steps, 1 of them skipped.",
     ):
         assert fact in said
-    rows = {(row[0], row[4]): row[1:4] for row in page.cells}
+    rows = {(row[0], row[1]): row[2:] for row in page.cells}
     assert rows["Reconstruction, −log p(x | z0)", "nats per token"] == ["3", f"{3 / 12**0.5:.4g}", "3"]
     assert rows["Reconstruction accuracy", "% of tokens"] == ["25", f"{25 / 12**0.5:.4g}", "25"]
     assert rows["Throughput", "tokens/s"] == ["41,234", f"{41234 / 12**0.5:,.0f}", "–"]
@@ -256,7 +257,7 @@ def test_no_text_of_a_plot_overlaps_another_or_leaves_it(tmp_path: Path, spread:
         for step in range(0, 1_000_001, 50_000)
         for split in ("train", "validation")
     ]
-    with matplotlib.rc_context(report.STYLE):
+    with matplotlib.rc_context(STYLE):
         figures = report.draw_plots(records)
         assert figures.keys() == {name for name, _ in names}
         for name, figure in figures.items():

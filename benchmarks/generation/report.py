@@ -230,7 +230,7 @@ def write_plot(path: Path, setting: Setting, cells: Sequence[Cell]) -> None:
     check_plot(path)
     import matplotlib
 
-    from colada.report.training import STYLE
+    from colada.report.style import STYLE
 
     with matplotlib.rc_context(STYLE):
         figure = draw(setting, cells)
@@ -245,7 +245,7 @@ def draw(setting: Setting, cells: Sequence[Cell]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    from colada.report.training import INK
+    from colada.report.style import INK
 
     names = list(dict.fromkeys(name for cell in cells for name in cell.results))
     figure = Figure(figsize=(5.6, 1.2 + 0.18 * len(cells) * (len(names) + 1)), layout="constrained")

@@ -40,7 +40,7 @@ def write_figures(out: Path, results: Sequence[Result]) -> list[Path]:
         import matplotlib
     except ImportError:
         raise ColadaError('a figure needs matplotlib: pip install "colada-lm[train]"') from None
-    from colada.report.training import STYLE
+    from colada.report.style import STYLE
 
     points, tasks = points_of(results), results[0].tasks
     with matplotlib.rc_context(STYLE):
@@ -94,7 +94,7 @@ def _panel(axes: Axes, title: str, values: Sequence[tuple[Point, Mean]], chance:
     """Draw one line an architecture over training FLOPs."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    from colada.report.training import MUTED
+    from colada.report.style import MUTED
 
     axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     axes.set_xscale("log")
@@ -137,7 +137,7 @@ def draw_options(points: Sequence[Point], tasks: Sequence[Task]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    from colada.report.training import INK, MUTED
+    from colada.report.style import INK, MUTED
 
     chosen = [task for task in tasks if task.chance is not None]
     shown = largest(points)

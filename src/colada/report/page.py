@@ -1,81 +1,91 @@
-"""The looks of the report: one page of its own, readable offline, on a phone and in the dark."""
+"""One page of results: readable offline, on a phone and in the dark; the looks are in ``page.html``.
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}: evaluation</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
+page = Page("speed", "benchmark")
+page.facts({"Machine": "..."}).section("Rates", "What was measured.").table(Table(...))
+with styled():
+    page.figure(figure, "rates", "Tokens per second.")
+page.provenance({"seed": 0}).write(Path("report.html"))
 """
 
-STYLE = """
-:root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  --page: #f4f6f8; --paper: #ffffff; --ink: #1d2733; --muted: #5a6572; --grid: #e3e7ec;
-  --ours: #2468b4; --published: #d2601a; --truth: #b9c3ce; --right: #1a7f4b; --wrong: #b3362b; }
-@media (prefers-color-scheme: dark) { :root {
-  --page: #12161b; --paper: #1a2027; --ink: #e6ebf0; --muted: #9aa6b3; --grid: #303943;
-  --ours: #6cabec; --published: #f2975a; --truth: #56626f; --right: #5cc98f; --wrong: #f08a80; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 var(--font); }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { font-size: 26px; margin: 0 0 16px; overflow-wrap: anywhere; }
-h2 { font-size: 19px; margin: 44px 0 4px; }
-h3 { font-size: 14px; font-weight: 600; margin: 0 0 8px; }
-p { margin: 0 0 12px; color: var(--muted); max-width: 76ch; }
-dl { display: flex; flex-wrap: wrap; gap: 14px 36px; margin: 0; }
-dt { font-size: 12px; color: var(--muted); }
-dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.big dd { font-size: 22px; font-weight: 600; }
-.card, .scroll { background: var(--paper); border: 1px solid var(--grid); border-radius: 8px; }
-.card { padding: 14px 18px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 14px; text-align: right; border-top: 1px solid var(--grid); white-space: nowrap; }
-thead th { border-top: 0; font-weight: 600; font-size: 12px; color: var(--muted); }
-tbody th { font-weight: 400; }
-th:first-child { text-align: left; }
-td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 12em; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 10px; font-size: 13px;
-  color: var(--muted); }
-.legend span { display: inline-flex; align-items: center; gap: 6px; }
-.legend svg { flex: none; }
-.plot { display: grid; grid-template-columns: 9em 1fr 7.5em; align-items: center; column-gap: 14px; }
-.plot .name { font-weight: 600; font-size: 14px; }
-.plot .value { text-align: right; font-size: 14px; font-variant-numeric: tabular-nums; }
-.plot .value small { color: var(--muted); }
-.plot svg, .bar svg { display: block; width: 100%; overflow: visible; }
-.gridline { stroke: var(--grid); }
-.axis { fill: var(--muted); font-size: 11px; }
-.ours { stroke: var(--ours); } .ours.dot { fill: var(--ours); stroke: none; }
-.bar .ours, .plot .fill { fill: var(--ours); stroke: none; }
-.truth { fill: var(--truth); }
-.published { stroke: var(--published); fill: none; }
-.chance { stroke: var(--ink); stroke-dasharray: 3 3; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 14px; }
-.bar { display: grid; grid-template-columns: 1.4em 1fr 7.4em; align-items: center; column-gap: 8px;
-  font-size: 13px; font-variant-numeric: tabular-nums; }
-.bar .value { text-align: right; color: var(--muted); }
-.sample { margin: 0 0 12px; }
-.sample pre { margin: 0 0 8px; padding: 8px 12px; background: var(--page); border-radius: 6px;
-  font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-.sample dl { gap: 4px 28px; }
-.right { color: var(--right); } .wrong { color: var(--wrong); }
-details { margin-top: 10px; }
-summary { cursor: pointer; font-weight: 600; padding: 4px 0; }
-@media (max-width: 640px) {
-  main { padding: 20px 14px 48px; }
-  .card { padding: 12px; }
-  .plot { grid-template-columns: 1fr auto; }
-  .plot .track { grid-column: 1 / -1; order: 1; margin: 0 8px 8px; }
-}
-"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from colada.files import read_text, write_text
+from colada.report.style import inline_svg
+from colada.report.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+class Page:
+    """A page that is put together from the top; whatever it is given as text is shown as it is.
+
+    Args:
+        title: its heading.
+        kind: what it is of, in a browser's tab.
+    """
+
+    def __init__(self, title: str, kind: str) -> None:
+        self.title, self.kind = title, kind
+        self._parts: list[dict[str, Any]] = []
+
+    def _add(self, kind: str, **values: Any) -> Self:
+        self._parts.append({"kind": kind, **values})
+        return self
+
+    def section(self, title: str, text: str = "") -> Self:
+        """Begin a section, with a paragraph."""
+        return self._add("section", title=title, text=text)
+
+    def facts(self, facts: Mapping[str, str], large: bool = False) -> Self:
+        """Add terms and their values, side by side."""
+        return self._add("facts", facts=facts, large=large)
+
+    def table(self, table: Table) -> Self:
+        """Add a table; one wider than the screen can be scrolled."""
+        return self._add("table", table=table)
+
+    def figure(self, figure: Figure, name: str, caption: str = "") -> Self:
+        """Add a figure, within :func:`~colada.report.style.styled`; those in a row share the page's width.
+
+        Args:
+            figure: drawn in that style.
+            name: what it is called, once on a page.
+            caption: below it.
+        """
+        if not (self._parts and self._parts[-1]["kind"] == "figures"):
+            self._add("figures", figures=[])
+        self._parts[-1]["figures"].append({"svg": inline_svg(figure, name), "caption": caption})
+        return self
+
+    def texts(self, texts: Sequence[tuple[str, str]], fold: str = "") -> Self:
+        """Add titles and texts, in which white space counts; folded under ``fold`` if that is not empty."""
+        return self._add("texts", texts=texts, fold=fold)
+
+    def provenance(self, facts: Mapping[str, Any]) -> Self:
+        """Add how everything was made: settings, versions, seeds; none is nothing."""
+        rows = [(name, _said(value)) for name, value in facts.items()]
+        return self._add("provenance", rows=rows) if rows else self
+
+    def write(self, path: Path) -> None:
+        """Write the page, one file that needs no other. Raises ColadaError if that fails."""
+        from jinja2 import Environment, StrictUndefined
+
+        environment = Environment(
+            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        template = environment.from_string(read_text(TEMPLATE))
+        write_text(path, template.render(title=self.title, kind=self.kind, parts=self._parts))
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_said(one)}" for name, one in value.items())
+    return value if isinstance(value, str) else json.dumps(value)

@@ -6,27 +6,38 @@ and the last checkpoint if they are there. What was not recorded is left out.
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from colada.errors import ColadaError
-from colada.files import read_text, write_text
+from colada.files import read_text
 from colada.flow import T
+from colada.report.page import Page
+from colada.report.style import (
+    BLUE,
+    MUTED,
+    ORANGE,
+    PAPER,
+    SHADES,
+    compact,
+    label_log_axis,
+    require_matplotlib,
+    save_figure,
+    styled,
+)
+from colada.report.table import Table
 from colada.strict_yaml import read_yaml
 from colada.train.checkpoints import RECIPE, find, read_state
 from colada.train.logs import (
     METRICS_FILE,
     NOT_MEASURED,
     SAMPLES_FILE,
-    Sample,
     read_records,
     read_samples,
 )
@@ -151,19 +162,7 @@ def thin(curve: Curve, limit: int = 1000) -> Curve:
 
 # --- plots ---------------------------------------------------------------------------------------
 
-INK, MUTED, GRID, PAPER, TRAIN, VALIDATION = "#1d2733", "#66717e", "#e3e7ec", "#ffffff", "#2468b4", "#d2601a"
-PARTS = ("#b9cfe6", "#8db3d9", "#5f95cb", "#2f74b8", "#0d4a86")  # Of a stage, the first to the last fifth.
-
-COLOURS = {
-    INK: "ink",
-    MUTED: "muted",
-    GRID: "grid",
-    PAPER: "paper",
-    TRAIN: "train",
-    VALIDATION: "validation",
-    **{colour: f"part{number}" for number, colour in enumerate(PARTS)},
-}
-"""Colour of the plots -> the page's name for it, which has a light and a dark value."""
+TRAIN, VALIDATION = BLUE, ORANGE
 
 POINTS: dict[str, Any] = {
     "linestyle": "none",
@@ -171,33 +170,6 @@ POINTS: dict[str, Any] = {
     "markersize": 4,
     "markeredgecolor": PAPER,
     "markeredgewidth": 0.6,
-}
-
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "colada",
-    "text.parse_math": False,
-    "font.size": 8.5,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
-    "axes.facecolor": PAPER,
-    "figure.facecolor": PAPER,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "legend.labelcolor": MUTED,
-    "legend.handlelength": 1.4,
-    "legend.columnspacing": 1.2,
 }
 
 
@@ -224,10 +196,10 @@ def plot_curves(quantity: Quantity, train: Curve, validation: Curve) -> Figure:
 def plot_flow_by_t(train: Sequence[Record], validation: Sequence[Record]) -> Figure:
     """Return the flow loss over the timestep: means over each fifth of the stage, and the last validation."""
     figure, axes = _figure(QUANTITIES["flow_by_t"], "timestep t (0: data, 1000: noise)", above=10)
-    groups = np.array_split(np.arange(len(train)), min(len(PARTS), len(train)))
-    for group, colour in zip(groups, PARTS[-len(groups) :], strict=True):
+    groups = np.array_split(np.arange(len(train)), min(len(SHADES), len(train)))
+    for group, colour in zip(groups, SHADES[-len(groups) :], strict=True):
         values = _bin_means([train[index]["flow_by_t"] for index in group])
-        steps = f"{_compact(train[group[0]]['step'])}–{_compact(train[group[-1]]['step'])}"
+        steps = f"{compact(train[group[0]]['step'])}–{compact(train[group[-1]]['step'])}"
         line: dict[str, Any] = {"linewidth": 1.6, "marker": "o", "markersize": 3}
         axes.plot(_bin_centres(values), values, color=colour, label=steps, **line)
     if validation:
@@ -249,34 +221,22 @@ def _figure(quantity: Quantity, across: str, above: float) -> tuple[Figure, Axes
 
     figure = Figure(figsize=(5.6, 3.0), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(quantity.title, loc="left", fontsize=10, fontweight="bold", pad=above)
+    axes.set_title(quantity.title, pad=above)
     axes.set_xlabel(across)
     axes.set_ylabel(quantity.unit)
-    axes.xaxis.set_major_formatter(_compact)
-    axes.yaxis.set_major_formatter(_compact)
+    axes.xaxis.set_major_formatter(compact)
+    axes.yaxis.set_major_formatter(compact)
     return figure, axes
 
 
 def _scale_values(axes: Axes, values: np.ndarray) -> None:
     """Choose a logarithmic axis for positive values that span more than a factor of 30."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     finite = values[np.isfinite(values)]
     if finite.min() > 0 and finite.max() > 30 * finite.min():
         narrow = finite.max() < 1000 * finite.min()
         axes.set_yscale("log")
         axes.set_ylabel(f"{axes.get_ylabel()} (log)")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
-        axes.yaxis.set_major_formatter(_compact)
-        axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _compact(value: float, position: float = 0) -> str:
-    """Return an axis's number as people write it: 0.0005, 1.5, 200, 12k, 3M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= max(size, 1e4):
-            return f"{value / size:.4g}{letter}".replace("-", "−")
-    return f"{value:.5g}".replace("-", "−")
+        label_log_axis(axes.yaxis, subs=(1, 2, 5) if narrow else (1,))
 
 
 def _bin_means(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
@@ -343,31 +303,29 @@ def write_report(out: Path) -> Path:
     Raises:
         ColadaError: without matplotlib or records, for a damaged file (naming the line), or a full disk.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ColadaError('a report needs matplotlib: pip install "colada-lm[train]"') from None
+    require_matplotlib("a report")
     if not (out / METRICS_FILE).is_file():
         raise ColadaError(f"{out} holds no {METRICS_FILE}: not the directory of a training run")
     records = read_records(out / METRICS_FILE)
     if not records:
         raise ColadaError(f"{out / METRICS_FILE} holds no record yet")
     samples = read_samples(out / SAMPLES_FILE) if (out / SAMPLES_FILE).is_file() else []
-    name = out.resolve().name
-    facts = _facts(records, _read_recipe(out), _read_state(out))
+    page = Page(out.resolve().name, "training report").facts(_facts(records, _read_recipe(out), out))
     directory = out / REPORT_DIR
     try:
         directory.mkdir(exist_ok=True)
-        with matplotlib.rc_context(STYLE):
-            stages = [
-                _stage_section(number, [record for record in records if record["stage"] == number], directory)
-                for number in sorted({record["stage"] for record in records})
-            ]
-        body = [f"<h1>{escape(name)}</h1>", facts, *stages, _samples_section(samples), _recipe_section(out)]
-        page = PAGE.format(title=escape(name), style=PAGE_STYLE, body="\n".join(filter(None, body)))
-        write_text(directory / REPORT_FILE, page)
     except OSError as error:
         raise ColadaError(f"cannot write to {directory}: {error.strerror or error}") from None
+    with styled():
+        for number in sorted({record["stage"] for record in records}):
+            _add_stage(page, number, [record for record in records if record["stage"] == number], directory)
+    if samples:
+        stage, step = samples[-1].stage, samples[-1].step
+        page.section(f"Samples at step {step:,} of stage {stage}")
+        page.texts([(one.title, one.text) for one in samples if (one.stage, one.step) == (stage, step)])
+    if (out / RECIPE).is_file():
+        page.texts([("", read_text(out / RECIPE))], fold="Recipe")
+    page.write(directory / REPORT_FILE)
     return directory / REPORT_FILE
 
 
@@ -382,14 +340,8 @@ def _read_recipe(out: Path) -> Mapping[str, Any]:
     return recipe
 
 
-def _read_state(out: Path) -> Mapping[str, Any]:
-    """Return the state of the run's last checkpoint, empty if it has none."""
-    checkpoint = find(out, "auto")
-    return read_state(checkpoint) if checkpoint is not None else {}
-
-
-def _facts(records: Sequence[Record], recipe: Mapping[str, Any], state: Mapping[str, Any]) -> str:
-    """Return what is true of the whole run as a list of terms and values."""
+def _facts(records: Sequence[Record], recipe: Mapping[str, Any], out: Path) -> dict[str, str]:
+    """Return what is true of the whole run: terms and values."""
     times = [record["time"] for record in records]
     facts = {"Wall clock, first to last record": _duration(max(times) - min(times))}
     tokens = {record["stage"]: record["tokens"] for record in records if record.get("tokens") is not None}
@@ -397,14 +349,14 @@ def _facts(records: Sequence[Record], recipe: Mapping[str, Any], state: Mapping[
         facts["Tokens"] = f"{sum(tokens.values()):,.0f}"
     if "seed" in recipe:
         facts["Seed"] = str(recipe["seed"])
-    made_with = dict(state.get("made_with", {}))
+    checkpoint = find(out, "auto")
+    made_with = dict(read_state(checkpoint).get("made_with", {})) if checkpoint is not None else {}
     for term in ("parameters", "device", "commit"):
         if term in made_with:
             facts[term.capitalize()] = str(made_with.pop(term))
     if made_with:
         facts["Versions"] = ", ".join(f"{package} {version}" for package, version in made_with.items())
-    items = (f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in facts.items())
-    return f"<dl>{''.join(items)}</dl>"
+    return facts
 
 
 def _duration(seconds: float) -> str:
@@ -415,33 +367,26 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _stage_section(number: int, records: Sequence[Record], directory: Path) -> str:
-    """Draw the plots of a stage into a directory and return its part of the page."""
+def _add_stage(page: Page, number: int, records: Sequence[Record], directory: Path) -> None:
+    """Add a stage's table and plots to the page, and write the plots into a directory."""
     title = {1: "Stage 1: the Text VAE", 2: "Stage 2: the latent prior"}.get(number, f"Stage {number}")
     said = f"{max(record['step'] for record in records):,} steps"
     skipped = [record["skipped"] for record in records if record.get("skipped") is not None]
     if skipped:
         said += f", {skipped[-1] or 'none'} of them skipped"
-    rows = []
+    table = Table(("", "unit", "train, first", "train, last tenth", "validation, last"), texts=2)
     for name in _measured(records):
-        if name == "flow_by_t":
-            continue
-        quantity = _quantity(name)
-        own, checked = (Curve.of(split, name, quantity.factor) for split in _splits(records))
-        values = own.first, own.last(0.1), checked.last()
-        cells = "".join(f"<td>{_number(value)}</td>" for value in values)
-        rows.append(f"<tr><th>{escape(quantity.title)}</th>{cells}<td>{escape(quantity.unit)}</td></tr>")
-    figures = draw_plots(records)
-    cards = [
-        f"<figure>{_save_plot(figure, directory / _file_name(number, name))}</figure>"
-        for name, figure in figures.items()
-    ]
-    return (
-        f"<section><h2>{title}</h2><p>{said}.</p>"
-        "<div class=scroll><table><thead><tr><th></th><th>train, first</th><th>train, last tenth</th>"
-        f"<th>validation, last</th><th>unit</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        f"<div class=plots>{''.join(cards)}</div></section>"
-    )
+        if name != "flow_by_t":
+            quantity = _quantity(name)
+            train, validation = (Curve.of(split, name, quantity.factor) for split in _splits(records))
+            values = map(_number, (train.first, train.last(0.1), validation.last()))
+            table.row(quantity.title, quantity.unit, *values)
+    page.section(title, f"{said}.").table(table)
+    for name, figure in draw_plots(records).items():
+        stem = f"stage{number}_" + re.sub(r"\W", "_", name)
+        page.figure(figure, stem)
+        for suffix in (".svg", ".png"):
+            save_figure(figure, directory / f"{stem}{suffix}")
 
 
 def _number(value: float) -> str:
@@ -449,108 +394,3 @@ def _number(value: float) -> str:
     if not math.isfinite(value):
         return "–"
     return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}").replace("-", "−")
-
-
-def _file_name(stage: int, name: str) -> str:
-    return f"stage{stage}_" + re.sub(r"\W", "_", name)
-
-
-def _save_plot(figure: Figure, stem: Path) -> str:
-    """Write a plot as ``stem.png`` and ``stem.svg``, and return it as an element for the page."""
-    figure.savefig(stem.with_name(stem.name + ".png"), dpi=160)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    stem.with_name(stem.name + ".svg").write_text(svg, encoding="utf-8")
-    return inline_svg(svg, stem.name)
-
-
-def inline_svg(svg: str, name: str) -> str:
-    """Return an SVG file of this module's colours as an element whose colours and font are the page's.
-
-    Nothing in it points outside the page, and its ids begin with ``name``, so that many fit on one page.
-    """
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    head, rest = svg.split(">", 1)
-    view = re.search(r'viewBox="[^"]*"', head)
-    assert view is not None
-    rest = re.sub(r'\bid="', f'id="{name}-', rest)
-    rest = re.sub(r'(url\(|href=")#', rf"\1#{name}-", rest)
-    rest = re.sub("|".join(COLOURS), lambda colour: f"var(--{COLOURS[colour[0]]})", rest)
-    rest = re.sub(r"font-family: [^;\"]*", "font-family: inherit", rest)
-    return f'<svg {view[0]} role="img" aria-label="{escape(name)}">{rest}'
-
-
-def _samples_section(samples: Sequence[Sample]) -> str:
-    """Return the samples of the last step that has any."""
-    if not samples:
-        return ""
-    stage, step = samples[-1].stage, samples[-1].step
-    last = [sample for sample in samples if (sample.stage, sample.step) == (stage, step)]
-    texts = (f"<h3>{escape(sample.title)}</h3><pre>{escape(sample.text)}</pre>" for sample in last)
-    return f"<section><h2>Samples at step {step:,} of stage {stage}</h2>{''.join(texts)}</section>"
-
-
-def _recipe_section(out: Path) -> str:
-    if not (out / RECIPE).is_file():
-        return ""
-    text = read_text(out / RECIPE)
-    return f"<details><summary>Recipe</summary><pre>{escape(text)}</pre></details>"
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}: training report</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-PAGE_STYLE = """
-:root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  --page: #f4f6f8; --paper: #ffffff; --ink: #1d2733; --muted: #5a6572; --grid: #e3e7ec;
-  --train: #2468b4; --validation: #d2601a;
-  --part0: #b9cfe6; --part1: #8db3d9; --part2: #5f95cb; --part3: #2f74b8; --part4: #0d4a86; }
-@media (prefers-color-scheme: dark) { :root {
-  --page: #12161b; --paper: #1a2027; --ink: #e6ebf0; --muted: #9aa6b3; --grid: #303943;
-  --train: #6cabec; --validation: #f2975a;
-  --part0: #31475f; --part1: #3f658d; --part2: #5388bf; --part3: #7db3e8; --part4: #c5e0fb; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 var(--font); }
-main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { font-size: 26px; margin: 0 0 16px; overflow-wrap: anywhere; }
-h2 { font-size: 19px; margin: 40px 0 4px; }
-h3 { font-size: 14px; font-weight: 600; margin: 16px 0 6px; color: var(--muted); overflow-wrap: anywhere; }
-p { margin: 0 0 12px; color: var(--muted); }
-dl { display: flex; flex-wrap: wrap; gap: 14px 36px; margin: 0; }
-dt { font-size: 12px; color: var(--muted); }
-dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; margin-bottom: 16px; background: var(--paper); border: 1px solid var(--grid);
-  border-radius: 8px; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 14px; text-align: right; border-top: 1px solid var(--grid); white-space: nowrap; }
-thead th { border-top: 0; font-weight: 600; font-size: 12px; color: var(--muted); }
-tbody th { font-weight: 400; }
-th:first-child, th:last-child, td:last-child { text-align: left; }
-td:last-child { color: var(--muted); }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 16px; }
-figure { margin: 0; padding: 12px; background: var(--paper); border: 1px solid var(--grid);
-  border-radius: 8px; }
-figure svg { display: block; width: 100%; height: auto; }
-figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
-pre { margin: 0; padding: 12px 16px; background: var(--paper); border: 1px solid var(--grid);
-  border-radius: 8px; font: 13px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-details { margin-top: 40px; }
-summary { cursor: pointer; font-size: 19px; font-weight: 700; margin-bottom: 8px; }
-"""
