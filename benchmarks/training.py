@@ -69,7 +69,7 @@ def naive_flow_loss(dit: DiT, z0: Tensor, noise: Tensor, timestep: Tensor) -> Te
     row = torch.arange(rows, device=z0.device).repeat_interleave(cells)
     own = two_copy(length, size).to(z0.device).repeat(rows, rows)
     mask = own & (row[:, None] == row[None, :])
-    positions = two_copy_cells(length, size)[0].to(z0.device).repeat(rows)
+    positions = two_copy_cells(length, size).position.to(z0.device).repeat(rows)
     table = rotations(positions, config.rope_dim, config.head_dim, ROPE_THETA)
     x, emb = dit.txt_in(x), dit.emb_in(times)
 

@@ -106,8 +106,9 @@ def test_gradients_through_tiles_are_those_of_one_dense_softmax(
     tensors = [x.requires_grad_() for x in (q, k, v)]
     found = attend(q, k, v, layout)
     found_gradients = torch.autograd.grad(found, tensors, out)
-    position, block, copy = two_copy_cells(96, 4, copies)
-    visible = sees(block[:, None], block, copy[:, None], copy).expand(2, -1, -1)
+    cells = two_copy_cells(96, 4, copies)
+    position = cells.position
+    visible = sees(cells.at((slice(None), None)), cells).expand(2, -1, -1)
     if sample is not None:
         own = sample[:, position]
         visible = visible & (own[:, :, None] == own[:, None])

@@ -14,7 +14,9 @@ from colada.errors import ColadaError
 from colada.networks import layers, packing
 from colada.networks.layers import attend
 from colada.networks.packing import (
+    Cells,
     Group,
+    Kind,
     Layout,
     block_causal,
     pad_to_multiple,
@@ -59,6 +61,51 @@ def test_two_copy_is_the_definition(blocks: int, block: int, copies: int) -> Non
     cells = written_out(blocks * block, block, copies)
     mask = two_copy(blocks * block, block, copies)
     assert mask.tolist() == [[may_see(query, key, block) for key in cells] for query in cells]
+
+
+Cell = tuple[str, int, int]  # kind, block, copy
+
+
+def task_cells(task: str, blocks: int, block: int, picture: int, copies: int) -> list[Cell]:
+    """The cells of a text, of a picture drawn after its caption, and of an answer about a picture."""
+    clean = [("CLEAN", p // block, 0) for p in range(blocks * block)]
+    noisy = [("NOISY", p // block, copy + 1) for copy in range(copies) for p in range(blocks * block)]
+    if task == "text":
+        return clean + noisy
+    if task == "text to picture":
+        drawn = [("DRAWN", blocks, copy + 1) for copy in range(copies) for _ in range(picture)]
+        return clean + drawn + noisy
+    return [("PROMPT", 0, 0)] * 3 + [("SHOWN", 1, 0)] * picture + clean + noisy
+
+
+def may_see_in(task: str, query: Cell, key: Cell) -> bool:
+    """The sources' table, a row after the other."""
+    (asking, own, own_copy), (asked, other, other_copy) = query, key
+    drawing = task == "text to picture"
+    if asking in ("PROMPT", "SHOWN"):
+        return asked in ("PROMPT", "SHOWN")
+    if asking == "DRAWN":
+        return asked == "CLEAN" or (asked == "DRAWN" and own_copy == other_copy)
+    if asked in ("PROMPT", "SHOWN"):
+        return not drawing
+    if asked == "DRAWN":
+        return False
+    if asking == "CLEAN":
+        return asked == "CLEAN" and other <= own
+    if asked == "CLEAN":
+        return other < own
+    return other == own and own_copy == other_copy
+
+
+@pytest.mark.parametrize("task", ["text", "text to picture", "picture to text"])
+@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_who_sees_whom_is_the_sources_table(task: str, block: int, copies: int) -> None:
+    row = task_cells(task, 3, block, 5, copies)
+    table = torch.tensor([(number, b, getattr(Kind, kind), c) for number, (kind, b, c) in enumerate(row)])
+    cells = Cells(*table.unbind(1))
+    mask = sees(cells.at((slice(None), None)), cells)
+    assert mask.tolist() == [[may_see_in(task, query, key) for key in row] for query in row]
 
 
 def test_a_row_that_is_no_multiple_of_the_block_is_refused() -> None:
@@ -111,15 +158,15 @@ def test_tiles_of_training_rows_hold_what_the_definition_says_and_no_large_mask(
     if history % block:
         history = block
     layout = Layout.rows(1, length, block, copies, history=history)
-    _, at, copy = two_copy_cells(length, block, copies)
-    expected = sees(at[:, None], at, copy[:, None], copy)
+    row = two_copy_cells(length, block, copies)
+    expected = sees(row.at((slice(None), None)), row)
     expected = torch.nn.functional.pad(expected, (history, 0), value=True)
     assert torch.equal(written_in_full(layout.groups[0], history)[0], expected)
-    clean = int((copy == 0).sum()) if copies else 0
+    clean = int((row.copy == 0).sum()) if copies else 0
     assert torch.equal(written_in_full(layout.noisy_groups[0], history)[0], expected[clean:])
     cells = layout.noisy_cells()
     assert (cells is None) == (clean == 0)
-    assert cells is None or torch.equal(cells, torch.arange(clean, len(at)))
+    assert cells is None or torch.equal(cells, torch.arange(clean, len(row.copy)))
     widest = max(block, 76) * (copies + 1)
     assert all(tile.mask is None or tile.mask.numel() <= widest**2 for tile in layout.groups[0].tiles)
 

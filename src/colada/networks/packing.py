@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,23 +29,92 @@ def block_causal(queries: int, keys: int, block_size: int) -> Tensor:
     return block[keys - queries :, None] >= block[None, :]
 
 
-def sees(query: Tensor, key: Tensor, query_copy: Tensor, key_copy: Tensor) -> Tensor:
-    """Whether queries of some blocks and copies see keys of others (section 2 of the paper); broadcasts.
+class Kind:
+    """What a cell of a row holds; :data:`RULES` says which kinds see each other.
 
-    Copy 0 is clean, copies 1, 2, ... are noisy. A clean query sees clean blocks up to its own; a
-    noisy query of block b sees clean blocks before b and block b of its own copy.
+    Plain numbers: traced by torch.compile, a comparison with a member of an IntEnum is always False.
     """
-    clean = (key_copy == 0) & torch.where(query_copy == 0, key <= query, key < query)
-    return clean | ((key_copy > 0) & (key_copy == query_copy) & (key == query))
+
+    PROMPT = 0
+    """Clean text that pictures beside it may see, because nobody's answer is in it."""
+    CLEAN = 1
+    """Clean text: the history of the noisy blocks."""
+    NOISY = 2
+    """Noisy text, which is to be predicted."""
+    SHOWN = 3
+    """A clean picture that text is about."""
+    DRAWN = 4
+    """A noisy picture, one block, which is to be predicted from the clean text before it."""
 
 
-def two_copy_cells(length: int, block_size: int, copies: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Return position, block and copy of every cell of a row ``[clean | noisy 1 | ... | noisy m]``.
+class Rule:
+    """Of cells of one kind, those that a cell of another kind sees."""
+
+    NONE = 0
+    ALL = 1
+    UP_TO = 2
+    """Those of blocks up to its own."""
+    BEFORE = 3
+    """Those of blocks before its own."""
+    OWN = 4
+    """Those of its own block and copy."""
+
+
+# A row of the table is a query's kind, a column a key's, both in the order of Kind. What it sees of text is
+# section 2 of the paper (arXiv:2605.06548), of pictures its section on unified text and images.
+RULES = torch.tensor(
+    [
+        [Rule.ALL, Rule.NONE, Rule.NONE, Rule.ALL, Rule.NONE],  # PROMPT
+        [Rule.ALL, Rule.UP_TO, Rule.NONE, Rule.ALL, Rule.NONE],  # CLEAN
+        [Rule.ALL, Rule.BEFORE, Rule.OWN, Rule.ALL, Rule.NONE],  # NOISY
+        [Rule.ALL, Rule.NONE, Rule.NONE, Rule.ALL, Rule.NONE],  # SHOWN
+        [Rule.NONE, Rule.BEFORE, Rule.NONE, Rule.NONE, Rule.OWN],  # DRAWN
+    ],
+    dtype=torch.int8,
+)
+
+
+class Cells(NamedTuple):
+    """The cells of a training row, each field int64 of one shape.
+
+    Attributes:
+        position: in the sample, which rotary positions are of.
+        block: number of the block in the sample.
+        kind: a :class:`Kind`.
+        copy: 0 for what is clean, 1, 2, ... for noisy copies, which do not see each other.
+    """
+
+    position: Tensor
+    block: Tensor
+    kind: Tensor
+    copy: Tensor
+
+    def at(self, index: Any) -> Cells:
+        """Return some of the cells, by an index of tensors."""
+        return Cells(*(part[index] for part in self))
+
+    def to(self, device: torch.device) -> Cells:
+        """Return the cells on a device."""
+        return Cells(*(part.to(device) for part in self))
+
+
+def sees(query: Cells, key: Cells) -> Tensor:
+    """Return where cells see others, by :data:`RULES`: bool; queries and keys broadcast."""
+    rule = RULES.to(query.kind.device)[query.kind, key.kind]
+    same = (key.block == query.block) & (key.copy == query.copy)
+    return (
+        (rule == Rule.ALL)
+        | ((rule == Rule.UP_TO) & (key.block <= query.block))
+        | ((rule == Rule.BEFORE) & (key.block < query.block))
+        | ((rule == Rule.OWN) & same)
+    )
+
+
+def two_copy_cells(length: int, block_size: int, copies: int = 1) -> Cells:
+    """Return the cells of a row ``[clean | noisy 1 | ... | noisy m]``.
 
     The clean copy holds ``length - block_size`` positions (nobody attends to its last block), each
     noisy copy ``length``. Without copies the row is all clean.
-
-    Returns: three int64 vectors of the row's cells.
 
     Raises:
         ColadaError: if the length is not a multiple of ``block_size``.
@@ -53,10 +123,8 @@ def two_copy_cells(length: int, block_size: int, copies: int = 1) -> tuple[Tenso
         raise ColadaError(f"rows of {length} positions, expected a multiple of block_size={block_size}")
     clean = length - block_size if copies else length
     position = torch.cat([torch.arange(clean), *[torch.arange(length)] * copies])
-    copy = torch.cat(
-        [torch.zeros(clean, dtype=torch.long), torch.arange(copies).repeat_interleave(length) + 1]
-    )
-    return position, position // block_size, copy
+    copy = torch.cat([torch.zeros(clean).long(), torch.arange(copies).repeat_interleave(length) + 1])
+    return Cells(position, position // block_size, torch.where(copy > 0, Kind.NOISY, Kind.CLEAN), copy)
 
 
 def two_copy(length: int, block_size: int, copies: int = 1) -> Tensor:
@@ -64,8 +132,8 @@ def two_copy(length: int, block_size: int, copies: int = 1) -> Tensor:
 
     Returns: bool (Q, Q), True where the query (row) sees the key.
     """
-    _, block, copy = two_copy_cells(length, block_size, copies)
-    return sees(block[:, None], block[None, :], copy[:, None], copy[None, :])
+    cells = two_copy_cells(length, block_size, copies)
+    return sees(cells.at((slice(None), None)), cells)
 
 
 TILE = 256
@@ -216,16 +284,16 @@ class Layout:
         flex: bool,
         alone: Tensor | None = None,
     ) -> Layout:
-        position, block, copy = (part.to(device) for part in two_copy_cells(length, block_size, copies))
+        cells = two_copy_cells(length, block_size, copies).to(device)
         layout = cls.__new__(cls)
-        layout.lengths, layout.history = (len(position),) * rows, (history,) * rows
+        layout.lengths, layout.history = (len(cells.position),) * rows, (history,) * rows
         layout.block_size, layout.device = block_size, device
-        layout.positions = (position + history).repeat(rows)
+        layout.positions = (cells.position + history).repeat(rows)
         layout.clean = length - block_size if copies else 0
-        visibility = _Visibility(rows, position, block, copy, sample, history, alone)
+        visibility = _Visibility(rows, cells, sample, history, alone)
         make = visibility.block_mask if flex else partial(visibility.tiles, length, copies, block_size)
-        group = partial(Group, tuple(range(rows)), len(position), index=None)
-        layout.groups = (group(asking=len(position), tiles=make(0)),)
+        group = partial(Group, tuple(range(rows)), len(cells.position), index=None)
+        layout.groups = (group(asking=len(cells.position), tiles=make(0)),)
         layout.noisy_groups = layout.groups
         if layout.clean:
             layout.noisy_groups = (group(asking=copies * length, tiles=make(layout.clean)),)
@@ -264,35 +332,39 @@ class _Visibility:
     """Who sees whom in equal training rows, cell by cell.
 
     Attributes:
-        position, block, copy: of each cell, see :func:`two_copy_cells`.
+        cells: of a row.
         sample: (rows, positions), or None where every row is one sample.
         history: positions before all cells, seen by all of them.
         alone: (rows, copies, blocks), noisy blocks that see no clean cell; None where there are none.
     """
 
     rows: int
-    position: Tensor
-    block: Tensor
-    copy: Tensor
+    cells: Cells
     sample: Tensor | None
     history: int
     alone: Tensor | None = None
 
-    def _is_alone(self, row: Tensor, cell: Tensor) -> Tensor:
-        assert self.alone is not None
-        return (self.copy[cell] > 0) & self.alone[row, (self.copy[cell] - 1).clamp_min(0), self.block[cell]]
+    def seen(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Return where cells of rows see others; all three int64, and broadcast."""
+        asking, asked = self.cells.at(query), self.cells.at(key)
+        seen = sees(asking, asked)
+        if self.sample is not None:
+            seen = seen & (self.sample[row, asking.position] == self.sample[row, asked.position])
+        if self.alone is not None:
+            noisy = asking.kind == Kind.NOISY
+            alone = noisy & self.alone[row, (asking.copy - 1).clamp_min(0), asking.block]
+            seen = seen & ~(alone & (asked.kind == Kind.CLEAN))
+        return seen
+
+    @property
+    def differs(self) -> bool:
+        """Whether rows see differently."""
+        return self.sample is not None or self.alone is not None
 
     def mask(self, query: Tensor, key: Tensor) -> Tensor | None:
-        """Return what cells see of others, bool (Q, K), or (rows, 1, Q, K) with samples; None if all."""
-        seen = sees(self.block[query, None], self.block[key], self.copy[query, None], self.copy[key])
-        if self.sample is not None:
-            of_query, of_key = self.sample[:, self.position[query]], self.sample[:, self.position[key]]
-            seen = seen & (of_query[:, :, None] == of_key[:, None])
-        if self.alone is not None:
-            row = torch.arange(self.rows, device=query.device)[:, None]
-            seen = seen & ~(self._is_alone(row, query)[:, :, None] & (self.copy[key] == 0))
-        if seen.ndim == 3:
-            seen = seen[:, None]
+        """Return what cells see of others, bool (Q, K), or (rows, 1, Q, K) where rows differ; None if all."""
+        row = torch.arange(self.rows, device=query.device)[:, None, None, None]
+        seen = self.seen(row, query[:, None], key)
         return None if bool(seen.all()) else seen
 
     def tiles(self, length: int, copies: int, block_size: int, first: int) -> tuple[Tile, ...]:
@@ -301,7 +373,7 @@ class _Visibility:
         Every query of a segment sees all clean positions before it, so that the mask is over the
         segment only; with samples, which may end anywhere, or blocks alone, it is over all keys.
         """
-        clean = len(self.block) - copies * length
+        clean = len(self.cells.block) - copies * length
         segment = -(-min(max(SEGMENT, length // 8), TILE) // block_size) * block_size
         tiles = []
         for start in range(0, length, segment):
@@ -309,7 +381,7 @@ class _Visibility:
             noisy = [(clean + copy * length + start, clean + copy * length + end) for copy in range(copies)]
             own = [(start, min(end, clean)), *noisy] if start < clean else noisy
             keys = [(0, min(end, clean)), *noisy] if clean else noisy
-            masked = own if self.sample is None and self.alone is None else keys
+            masked = keys if self.differs else own
             queries = [part for part in own if part[0] >= first]
             if not queries:
                 continue
@@ -321,24 +393,18 @@ class _Visibility:
         return tuple(tiles)
 
     def _cells(self, ranges: Sequence[Range]) -> Tensor:
-        device = self.block.device
+        device = self.cells.block.device
         return torch.cat([torch.arange(start, end, device=device) for start, end in ranges])
 
     def block_mask(self, first: int) -> tuple[Tile, ...]:
         """Return one tile with a FlexAttention mask: all keys, and queries from cell ``first`` on."""
-        cells, sample, position = len(self.block), self.sample, self.position
+        cells = len(self.cells.block)
 
         def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            query = query + first
-            seen = sees(self.block[query], self.block[key], self.copy[query], self.copy[key])
-            if sample is not None:
-                seen = seen & (sample[row, position[query]] == sample[row, position[key]])
-            if self.alone is not None:
-                seen = seen & ~(self._is_alone(row, query) & (self.copy[key] == 0))
-            return seen
+            return self.seen(row, query + first, key)
 
-        rows = None if sample is None and self.alone is None else self.rows
-        device = str(self.block.device)
+        rows = self.rows if self.differs else None
+        device = str(self.cells.block.device)
         mask = create_block_mask(visible, rows, None, cells - first, cells, device=device)
         return (Tile(((0, cells - first),), ((0, cells),), mask),)
 
