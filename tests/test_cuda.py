@@ -59,9 +59,9 @@ def test_requests_of_every_kind_share_a_gpu() -> None:
     on_cpu, session = tiny_model(), tiny_model().to("cuda").session(history=256, slots=2)
     for seed, (prompt, own) in enumerate(zip(PROMPTS, settings, strict=True)):
         session.submit(prompt, 13, seed=seed, **own)
-    for _ in session.chunks():
-        pass
-    for seed, (prompt, own, done) in enumerate(zip(PROMPTS, settings, session.completions(), strict=True)):
+    completions = [chunk.completion for chunk in session.chunks() if chunk.completion is not None]
+    completions.sort(key=lambda done: done.seed)
+    for seed, (prompt, own, done) in enumerate(zip(PROMPTS, settings, completions, strict=True)):
         assert done.tokens == on_cpu.generate([prompt], 13, seed=seed, **own)[0].tokens
 
 

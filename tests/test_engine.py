@@ -513,9 +513,9 @@ def test_a_cancelled_request_says_no_more_and_the_others_go_on(model: ColaDLM, g
     expected = [model.generate([own], 14, steps=2, seed=seed)[0].tokens for seed, own in ((0, [1]), (2, [3]))]
     session = model.session(history=64, slots=2)
     for seed in range(3):
-        session.submit([seed + 1], 14, steps=2, seed=seed)
+        session.submit([seed + 1], 14, steps=2, seed=seed, guesses=guesses)
     chunks: list[Chunk] = []
-    for chunk in session.chunks(guesses=guesses):
+    for chunk in session.chunks():
         chunks.append(chunk)
         if chunk.index == 1 and chunk.block == 1:
             session.cancel(1)
@@ -538,7 +538,6 @@ def test_requests_join_while_others_are_under_way(model: ColaDLM) -> None:
             late.append(session.submit([9] * 5, 6, steps=4, guidance=1.0, seed=8))
     assert tokens[late[0]] == model.generate([[9] * 5], 6, steps=4, guidance=1.0, seed=8)[0].tokens
     assert tokens[0] == model.generate([[1, 2]], 14, steps=2, seed=0)[0].tokens
-    assert [own.seed for own in session.completions()] == [0, 8]
 
 
 def test_a_request_taken_back_before_it_is_admitted_never_starts(model: ColaDLM) -> None:

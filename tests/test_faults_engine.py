@@ -551,10 +551,11 @@ def test_a_round_is_as_long_as_makes_the_least_waiting(
 def test_guesses_count_the_steps_of_their_own_grid(model: ColaDLM) -> None:
     session = model.session(history=64)
     for seed, steps in enumerate((4, 10, 2)):
-        session.submit(PROMPT, 5, steps=steps, seed=seed)
+        session.submit(PROMPT, 5, steps=steps, seed=seed, guesses=True)
     seen: dict[tuple[int, int], list[int]] = {}
-    for chunk in session.chunks(guesses=True):
+    for chunk in session.chunks():
         if chunk.step is not None:
+            assert chunk.steps == (4, 10, 2)[chunk.index]
             seen.setdefault((chunk.index, chunk.block), []).append(chunk.step)
     assert seen == {
         (index, block): list(range(1, steps + 1))

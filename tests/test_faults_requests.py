@@ -26,12 +26,12 @@ from colada.checks import MOST_TOKENS
 from colada.cli.main import main
 from colada.errors import ColadaError, ColadaWarning
 from colada.evaluate.measure import measure
+from colada.generate import reference
 from colada.generate.engine import joining
 from colada.generate.engine.engine import Engine, history_bytes
 from colada.generate.engine.request import Request
 from colada.generate.reference import NOISE_RULES, BlockGenerator, sample_noise
 from colada.generate.sampling import Sampling
-from colada.generate.session import MOST_COMPLETIONS
 from colada.generate.settings import LONGEST_STOP, MOST_STEPS, TextRequest
 from colada.models.autoregressive import AutoregressiveLM
 from colada.models.base import LanguageModel
@@ -40,7 +40,7 @@ from colada.models.masked import MaskedLM
 from colada.networks.decoder import Decoder
 from colada.networks.decoder_config import DecoderConfig
 from colada.text.tokenizer import Tokenizer
-from colada.text.transcript import Chunk, GenerationError, Transcript
+from colada.text.transcript import Chunk, Completion, GenerationError, Transcript
 from colada.train.recipe import load_recipe
 from helpers import tiny_dit, tiny_model, tiny_vae
 
@@ -132,6 +132,7 @@ NOT_PROMPTS: list[Any] = [
     torch.zeros(2, dtype=torch.long, device="meta"),
     torch.eye(2).to_sparse(),
 ]
+NOT_TEXTS = [bad for bad in NOT_PROMPTS if bad is not None]
 NOT_COUNTS: list[Any] = [0, -1, 2.5, "4", True, [4], HUGE, 10**12, float("nan"), b"4"]
 NOT_FUNCTIONS: list[Any] = [5, "print", [print], {}]
 NOT_FLAGS: list[Any] = [
@@ -216,7 +217,11 @@ CALLS: dict[str, tuple[Callable[[ColaDLM, Any], Any], list[Any]]] = {
     "callback": (lambda model, bad: model.generate("x", 2, callback=bad), NOT_FUNCTIONS),
     "guesses": (lambda model, bad: model.stream("x", 2, guesses=bad), NOT_FLAGS),
     "submit guesses": (lambda model, bad: model.session(history=8).submit("x", 2, guesses=bad), NOT_FLAGS),
-    "chunks guesses": (lambda model, bad: model.session(history=8).chunks(bad), NOT_FLAGS),
+    "submit confidence": (
+        lambda model, bad: model.session(history=8).submit("x", 2, confidence=bad),
+        NOT_FLAGS,
+    ),
+    "submit suffix": (lambda model, bad: model.session(history=64).submit("x", 2, suffix=bad), NOT_TEXTS),
     "chunks callback": (lambda model, bad: model.session(history=8).chunks(callback=bad), NOT_FUNCTIONS),
     "requests": (lambda model, bad: model.complete(bad), [None, 5, "ab", [5], [("x", 2, {})], {"a": 1}]),
     "request settings": (
@@ -447,7 +452,7 @@ def overflowing(model: ColaDLM, monkeypatch: pytest.MonkeyPatch, seed: int) -> N
         draw = real(own, shape, device)
         return lambda block: draw(block) * (1e8 if (own, block) == (seed, 1) else 1)
 
-    monkeypatch.setitem(__import__("colada.generate.reference").generation.NOISE_RULES, "per-sample", noise)
+    monkeypatch.setitem(reference.NOISE_RULES, "per-sample", noise)
 
 
 def test_a9_a_sample_whose_logits_are_nan_fails_alone_in_the_engine_and_in_the_readable_loop(
@@ -514,12 +519,10 @@ def in_the_transcript(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @fault
 def in_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    generation = __import__("colada.generate.reference").generation
-
     def noise(seed: int, shape: tuple[int, int], device: torch.device) -> Any:
         return failing(sample_noise(seed, shape, device), lambda block: (seed, block) == (13, 1))
 
-    monkeypatch.setitem(generation.NOISE_RULES, "per-sample", noise)
+    monkeypatch.setitem(reference.NOISE_RULES, "per-sample", noise)
 
 
 @fault
@@ -585,9 +588,9 @@ def test_a10_whoever_stops_taking_chunks_goes_on_where_that_was(model: ColaDLM, 
     whole = [model.generate([own], 9, seed=seed)[0] for seed, own in enumerate(prompts)]
     session = model.session(history=64)
     for seed, own in enumerate(prompts):
-        session.submit(own, 9, seed=seed)
+        session.submit(own, 9, seed=seed, guesses=guesses)
     taken: list[Chunk] = []
-    while chunk := next(session.chunks(guesses), None):
+    while chunk := next(session.chunks(), None):
         taken.append(chunk)
     finished = [chunk for chunk in taken if chunk.step is None]
     assert [chunk.completion for chunk in finished if chunk.completion] == whole
@@ -625,34 +628,21 @@ def alive(kind: type) -> int:
     return sum(type(thing) is kind for thing in gc.get_objects())  # isinstance() wakes lazy modules up.
 
 
-def test_a14_what_is_finished_is_forgotten_once_taken(model: ColaDLM) -> None:
-    before = alive(Transcript), alive(Request)
+def test_a14_what_is_finished_or_cancelled_is_forgotten(model: ColaDLM) -> None:
+    before = alive(Transcript), alive(Request), alive(Completion)
     session = model.session(history=64)
-    for number in range(40):
+    seeds = []
+    for number in range(5000):
         session.submit([1], 2, steps=1, seed=number)
         if number % 3 == 0:
             session.cancel(number)
-    for _ in session.chunks():
-        pass
-    assert (alive(Transcript), alive(Request)) == before
-    done = session.completions()
-    assert [own.seed for own in done] == list(range(40))
-    assert [own.finish_reason == "cancelled" for own in done] == [number % 3 == 0 for number in range(40)]
-    assert session.completions() == []
-
-
-def test_a14_completions_nobody_asks_for_are_bounded_and_missed_loudly(
-    model: ColaDLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert MOST_COMPLETIONS == 4096
-    monkeypatch.setattr("colada.generate.session.MOST_COMPLETIONS", 5)
-    session = model.session(history=64)
-    for seed in range(7):
-        session.submit([1], 2, steps=1, seed=seed)
-    assert [chunk.completion.seed for chunk in session.chunks() if chunk.completion] == list(range(7))
-    with pytest.raises(ColadaError, match="7 completions, expected at most 5"):
-        session.completions()
-    assert session.completions() == []
+        if number % 16 == 15:
+            seeds += [chunk.completion.seed for chunk in session.chunks() if chunk.completion is not None]
+    assert len(list(session.chunks())) == 5  # Of 4992 to 4999, those that were not cancelled.
+    assert (alive(Transcript), alive(Request), alive(Completion)) == before
+    assert seeds == [number for number in range(4992) if number % 3]
+    assert not session.busy
+    assert session.engine.regions.free == session.engine.regions.capacity
 
 
 # --- B13: torch's state around a call --------------------------------------------------------------

@@ -66,11 +66,15 @@ NOISE_RULES = {"per-sample": sample_noise, "released": released_noise}
 
 @dataclass(frozen=True)
 class Block:
-    """A finished block of one sample: latents (block, C), logits (block * patch, V) if kept, token ids."""
+    """A finished block of one sample: latents (block, C), logits (block * patch, V) if kept, token ids.
+
+    ``confidence``: the probability of each id under those logits, where that is asked for.
+    """
 
     latents: Tensor
     logits: Tensor | None
     ids: list[int]
+    confidence: tuple[float, ...] | None = None
 
 
 @dataclass

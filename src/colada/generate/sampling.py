@@ -77,3 +77,9 @@ class Sampling:
             probabilities = torch.zeros_like(probabilities).scatter(-1, order, kept)
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         return probabilities
+
+
+def confidence(logits: Tensor, ids: Tensor) -> tuple[float, ...]:
+    """Return the probability of each id (n,) under its row of untempered logits (n, V)."""
+    probabilities = logits.float().softmax(-1).gather(1, ids.to(logits.device)[:, None])
+    return tuple(probabilities.squeeze(1).tolist())

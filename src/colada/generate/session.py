@@ -13,19 +13,15 @@ from colada.generate.engine.engine import Engine
 from colada.generate.engine.request import Request, Slot
 from colada.generate.reference import TransportStep
 from colada.generate.settings import Prompt, Settings
-from colada.text.transcript import Chunk, Completion, Transcript, completed
+from colada.text.transcript import Chunk, Transcript
 
-CANCELLED = "cancelled"
-MOST_COMPLETIONS = 4096
-"""Completions that a session keeps until they are asked for."""
-
-Open = Callable[[Prompt, int, Settings], tuple[Request, Transcript]]
-"""Checks a prompt, a number of tokens and settings, and makes of them what the engine takes."""
+Open = Callable[[Prompt, int, Settings, Prompt | None], tuple[Request, Transcript]]
+"""Checks a prompt, a number of tokens, settings and a suffix, and makes of them what the engine takes."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A request that is not finished, and what follows its tokens."""
+    """A request that is not finished, the transcript that follows its tokens, and if its guesses are told."""
 
     index: int
     request: Request
@@ -34,42 +30,59 @@ class _Entry:
 
 
 class Session:
-    """Requests that are generated together as far as the engine has room.
+    """Requests that are generated together as far as the engine has room; made by ``model.session()``.
 
     A request's result depends on its own prompt and settings, not on who shares the engine. One that fails
-    ends with a chunk that says why. One that is finished is forgotten but for its completion.
-    Made by :meth:`colada.models.cola.ColaDLM.session`.
+    ends with a chunk that says why, and the others go on. One that is finished or cancelled is forgotten: its
+    last chunk has its completion, and nobody else.
+
+    One thread at a time drives a session, and whoever drives it decides when::
+
+        first = session.submit("Once upon a time", 200, seed=1)
+        while session.busy:
+            for chunk in session.step():
+                ...                                  # submit and cancel in between, as you like
     """
 
     def __init__(self, engine: Engine, open_request: Open) -> None:
         self.engine, self._open = engine, open_request
         self._submitted = 0
         self._entries: dict[int, _Entry] = {}  # By the request's identity: equal ones may be submitted twice.
-        self._steps: Iterator[TransportStep] | None = None  # Of the round under way,
-        self._step = 0  # of which so many are done.
-        self._ready: deque[Slot] = deque()  # Whose new block, or error, has not been told.
-        self._completions: dict[int, Completion] = {}
-        self._dropped = 0
+        self._round: Iterator[TransportStep] | None = None  # The one under way,
+        self._steps = 0  # of which so many steps are done.
+        self._pending: deque[Chunk] = deque()  # Of the last step, not yet taken from chunks().
 
     def submit(
-        self, prompt: Prompt, max_new_tokens: int = 64, *, guesses: bool = False, **settings: Unpack[Settings]
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 64,
+        *,
+        suffix: Prompt | None = None,
+        guesses: bool = False,
+        confidence: bool = False,
+        **settings: Unpack[Settings],
     ) -> int:
         """Ask for the continuation of a prompt; it joins at a block boundary, when there is room.
 
         Args:
-            prompt, max_new_tokens, settings: as :meth:`colada.models.cola.ColaDLM.generate`, of one prompt.
-            guesses: yield guesses of this one.
+            prompt, max_new_tokens, settings: of one prompt, else as
+                :meth:`colada.models.base.LanguageModel.generate`.
+            suffix: fill a hole of exactly ``max_new_tokens`` tokens between the prompt and this, as
+                :meth:`colada.models.cola.ColaDLM.infill`; of models that can.
+            guesses: after every solver step, a chunk says how the block under way would read now.
+            confidence: finished chunks say how likely the model held each token, as guesses always do.
 
-        Returns: the index that its chunks have.
+        Returns: the number that its chunks have as ``index``: 0, 1, 2 and so on.
 
         Raises:
             ColadaError: naming the argument at fault, or if it is larger than the whole history;
                 the other requests are not affected.
         """
-        guesses = require_flag("guesses", guesses)
-        return self.add(*self._open(prompt, max_new_tokens, settings), guesses=guesses)
+        guesses, confidence = require_flag("guesses", guesses), require_flag("confidence", confidence)
+        request, transcript = self._open(prompt, max_new_tokens, settings, suffix)
+        return self.add(replace(request, confidence=confidence), transcript, guesses)
 
-    def add(self, request: Request, transcript: Transcript, *, guesses: bool = False) -> int:
+    def add(self, request: Request, transcript: Transcript, guesses: bool = False) -> int:
         """Submit a request that is already checked, with the transcript that follows its tokens."""
         if id(request) in self._entries:
             request = replace(request)
@@ -79,141 +92,166 @@ class Session:
         return index
 
     def cancel(self, index: int) -> None:
-        """Take a request back: no more chunks of it come, and from the next block on its room is free.
+        """Take a request back: no chunk of it comes any more, and from the next block on its room is free.
+
+        One that is finished or cancelled already is no error.
 
         Raises:
             ColadaError: for an index that :meth:`submit` did not return.
         """
         if not is_whole(index) or not 0 <= index < self._submitted:
             raise ColadaError(f"request {shown(index)}, expected one of the {self._submitted} submitted")
+        self._pending = deque(chunk for chunk in self._pending if chunk.index != index)
         for entry in list(self._entries.values()):
             if entry.index == index:
                 self.engine.withdraw(entry.request)
-                entry.transcript.finish_reason = CANCELLED
-                self._forget(entry)
+                del self._entries[id(entry.request)]
+        if not self._entries:  # Nobody waits for the round's end.
+            self._round = None
+            self._dismiss()
 
-    def chunks(
-        self, guesses: bool = False, callback: Callable[[TransportStep], None] | None = None
-    ) -> Iterator[Chunk]:
-        """Generate until no request is left, yielding as :meth:`colada.models.cola.ColaDLM.stream` does.
+    def _dismiss(self) -> None:
+        """Let those leave the engine who are cancelled."""
+        for slot in [slot for slot in self.engine.under_way if id(slot.request) not in self._entries]:
+            self.engine.leave(slot)
 
-        Between chunks, requests may be submitted and cancelled. Whoever stops taking chunks and begins
-        anew goes on where that was.
+    @property
+    def busy(self) -> bool:
+        """Whether a further :meth:`step` has something to do."""
+        return bool(self._entries)
+
+    def step(self, callback: Callable[[TransportStep], None] | None = None) -> list[Chunk]:
+        """Do the next piece of work, and return the chunks that are new; most calls bring none.
+
+        A piece is one solver step of all who are under way (one pass of LLaDA, one token of an AR model), or
+        the end of a round, where blocks are decoded and tell their texts. Requests that wait join, and those
+        cancelled leave, when the next round begins. Where nobody is left, nothing is done.
+
+        What fails for one request alone ends that one with an ``error`` chunk. What fails a round, as memory
+        that runs out, ends all who were in it, and those who wait go on.
 
         Args:
-            guesses: yield those of all requests.
-            callback: sees the latents after every solver step.
+            callback: sees the latents of all who are under way, in a solver step.
 
         Raises:
-            ColadaError: for a callback that cannot be called, or guesses that are neither True nor False.
+            Exception: what went wrong where no request is there to be told.
         """
-        require_function("callback", callback)
-        return self._chunks(require_flag("guesses", guesses), callback)
+        if self._round is None:
+            self._dismiss()
+            if not self.engine.busy:
+                return []
+            self._round, self._steps = self.engine.next_block(), 0
+        step = self._next_step(self._round)
+        if step is None:
+            self._round = None
+            return [chunk for slot in self.engine.news for chunk in self._finished(slot)]
+        self._steps += 1
+        if callback is not None:
+            callback(step)
+        return self._guesses(step)
 
-    def _chunks(self, guesses: bool, callback: Callable[[TransportStep], None] | None) -> Iterator[Chunk]:
-        while True:
-            while self._ready:
-                yield from self._told(self._ready.popleft())
-            if self._steps is None:
-                for slot in [own for own in self.engine.under_way if id(own.request) not in self._entries]:
-                    self.engine.leave(slot)  # Cancelled.
-                if not self.engine.busy:
-                    return
-                self._steps, self._step = self.engine.next_block(), 0
-            step = self._next_step()
-            if step is None:
-                self._steps = None
-                self._ready.extend(self.engine.news)
-                continue
-            self._step += 1
-            if callback is not None:
-                callback(step)
-            yield from self._guesses(step, guesses)
-
-    def _next_step(self) -> TransportStep | None:
-        """Return the next solver step, or None at a block's end; what stops a block fails all its slots."""
-        assert self._steps is not None
+    def _next_step(self, steps: Iterator[TransportStep]) -> TransportStep | None:
+        """Return a round's next solver step, or None at its end; what stops it fails all its slots."""
         try:
-            return next(self._steps, None)
+            return next(steps, None)
         except Exception as error:
+            self._round = None
             if not self.engine.under_way:  # Nobody to be told.
-                self._steps = None
                 raise
             for slot in self.engine.under_way:
                 slot.error = slot.error or failure(f"block {slot.blocks} failed", error)
             return None
         except BaseException:  # An interrupt: the block is begun again.
-            self._steps = None
+            self._round = None
             raise
 
-    def _guesses(self, step: TransportStep, everyone: bool) -> Iterator[Chunk]:
+    def chunks(self, callback: Callable[[TransportStep], None] | None = None) -> Iterator[Chunk]:
+        """Yield the chunks of one :meth:`step` after the other until no request is left.
+
+        Between chunks, requests may be submitted and cancelled. Whoever stops taking chunks and begins anew
+        goes on where that was.
+
+        Raises:
+            ColadaError: for a callback that cannot be called.
+        """
+        require_function("callback", callback)
+
+        def take() -> Iterator[Chunk]:
+            while self._pending or self.busy:
+                if self._pending:
+                    yield self._pending.popleft()
+                else:
+                    self._pending.extend(self.step(callback))
+
+        return take()
+
+    def _guesses(self, step: TransportStep) -> list[Chunk]:
+        """Return how the blocks under way would read now, of those who ask."""
         slots = [slot for slot in self.engine.under_way if not slot.done]
         entries = [self._entries.get(id(slot.request)) for slot in slots]
-        steps = [slot.request.steps - slot.left + self._step for slot in slots]
+        counts = [slot.request.steps - slot.left + self._steps for slot in slots]
         wanted = [
-            entry is not None and (everyone or entry.guesses) and own <= slot.request.steps
-            for slot, entry, own in zip(slots, entries, steps, strict=True)
+            entry is not None and entry.guesses and count <= slot.request.steps
+            for slot, entry, count in zip(slots, entries, counts, strict=True)
         ]
         if not any(wanted):
-            return
+            return []
+        chunks = []
         spelled = self.engine.spell(step.z0, wanted)
-        for slot, entry, ids, own, told in zip(slots, entries, spelled, steps, wanted, strict=True):
-            if entry is None or not told or id(entry.request) not in self._entries:
+        for row, (slot, entry, count) in enumerate(zip(slots, entries, counts, strict=True)):
+            if entry is None or not wanted[row]:
                 continue
+            ids, confidence = spelled[row]
+            skipped = entry.transcript.skip
             try:
                 text, tokens = entry.transcript.guess(ids)
             except Exception:  # The block will fail for the same reason, and say so.
                 continue
-            yield Chunk(entry.index, slot.blocks, own, text, tokens)
+            chunks.append(
+                Chunk(
+                    entry.index,
+                    slot.blocks,
+                    count,
+                    text,
+                    tokens,
+                    steps=slot.request.steps,
+                    confidence=confidence[skipped : skipped + len(tokens)],
+                    latents=step.latents[row],
+                )
+            )
+        return chunks
 
-    def _told(self, slot: Slot) -> Iterator[Chunk]:
+    def _finished(self, slot: Slot) -> Iterator[Chunk]:
         """Yield what a slot's new block adds; a slot that is finished leaves, and nothing of it is kept."""
         entry = self._entries.get(id(slot.request))
         if entry is None:  # Cancelled since.
             return
-        text, error, block = "", slot.error, slot.blocks - (slot.error is None)
-        tokens: tuple[int, ...] = ()
+        transcript, error, block = entry.transcript, slot.error, slot.blocks - (slot.error is None)
+        text, tokens, confidence = "", tuple[int, ...](), None
         if error is None:
             assert slot.block is not None
+            skipped = transcript.skip
             try:
-                text, tokens = entry.transcript.add(slot.block.ids)
+                text, tokens = transcript.add(slot.block.ids)
             except Exception as cause:  # Its own: the others have their text.
                 error = slot.error = failure(f"block {block} cannot be read", cause)
-        reason = entry.transcript.finish_reason
+            if slot.block.confidence is not None:
+                confidence = slot.block.confidence[skipped : skipped + len(tokens)]
         if error is not None:
-            reason = entry.transcript.finish_reason = "error"
-        if reason is None:
-            yield Chunk(entry.index, block, None, text, tokens)
-            return
-        self.engine.leave(slot)
-        done = self._forget(entry, None if error is None else str(error))
-        yield Chunk(entry.index, block, None, text, tokens, reason, done.error, done)
-
-    def _forget(self, entry: _Entry, error: str | None = None) -> Completion:
-        """Keep of a request that is finished what it came to, and return that."""
-        del self._entries[id(entry.request)]
-        done = entry.transcript.completion(entry.request.seed, error)
-        self._completions[entry.index] = done
-        if len(self._completions) > MOST_COMPLETIONS:
-            del self._completions[next(iter(self._completions))]
-            self._dropped += 1
-        return done
-
-    def completions(self) -> list[Completion]:
-        """Return the completions of the requests finished since the last call, in the order of submission.
-
-        They are then forgotten. Whoever takes each last chunk's own ``completion`` need not call this.
-
-        Raises:
-            GenerationError: if some failed.
-            ColadaError: if more than :data:`MOST_COMPLETIONS` have finished, so that some are not kept.
-        """
-        done = [self._completions[index] for index in sorted(self._completions)]
-        dropped, self._dropped = self._dropped, 0
-        self._completions.clear()
-        if dropped:
-            count = len(done) + dropped
-            raise ColadaError(
-                f"{count} completions, expected at most {MOST_COMPLETIONS}: take those of the chunks"
-            )
-        return completed(done)
+            transcript.finish_reason = "error"
+        completion = None
+        if transcript.finish_reason is not None:
+            self.engine.leave(slot)
+            del self._entries[id(entry.request)]
+            completion = transcript.completion(entry.request.seed, None if error is None else str(error))
+        yield Chunk(
+            entry.index,
+            block,
+            None,
+            text,
+            tokens,
+            transcript.finish_reason,
+            None if error is None else str(error),
+            completion,
+            confidence=confidence,
+        )

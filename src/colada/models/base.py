@@ -278,7 +278,7 @@ class LanguageModel(ABC):
             warnings.warn(text, ColadaWarning, stacklevel=4)
         return ids
 
-    def endings(self, chosen: Mapping[str, Any]) -> tuple[list[str], Sequence[int]]:
+    def endings(self, chosen: Mapping[str, Any]) -> tuple[list[str], list[int]]:
         """Return the stop strings and end tokens of chosen settings.
 
         Raises:

@@ -10,9 +10,9 @@ from typing import Any, Unpack
 
 import torch
 
-from colada.checks import MOST_TOKENS, require_count
+from colada.checks import MOST_TOKENS, require_count, require_flag
 from colada.device import check_dtype, find_device, plain_torch, require_memory, undisturbed
-from colada.errors import ColadaError
+from colada.errors import ColadaError, shown
 from colada.files import as_path
 from colada.generate.engine.engine import GPU_BUCKET, Engine, capacity_for
 from colada.generate.engine.memory import round_up
@@ -247,7 +247,7 @@ class ColaDLM(LanguageModel):
             ColadaError: naming the argument at fault.
             GenerationError: if samples failed; it carries the completions of the others.
         """
-        chunks = self._taken(self._open(prompts, max_new_tokens, settings), False, callback)
+        chunks = self._taken(self._open(prompts, max_new_tokens, settings), callback)
         done = {chunk.index: chunk.completion for chunk in chunks if chunk.completion is not None}
         return completed([done[index] for index in sorted(done)])
 
@@ -267,7 +267,8 @@ class ColaDLM(LanguageModel):
         returns. Arguments are checked here, before the first chunk is asked for. A sample that
         fails ends with a chunk that says why, and the others go on.
         """
-        return self._taken(self._open(prompts, max_new_tokens, settings), guesses, callback)
+        guesses = require_flag("guesses", guesses)
+        return self._taken(self._open(prompts, max_new_tokens, settings, guesses), callback)
 
     def complete(self, requests: Iterable[TextRequest], batch: int = 16) -> Iterator[tuple[int, Completion]]:
         """See :meth:`LanguageModel.complete`: one session, in whose slots the requests take turns."""
@@ -305,10 +306,7 @@ class ColaDLM(LanguageModel):
             return Engine(self.vae, self.dit, capacity=capacity, slots=slots, pad_id=pad_id)
 
     def _taken(
-        self,
-        session: Session,
-        guesses: bool = False,
-        callback: Callable[[TransportStep], None] | None = None,
+        self, session: Session, callback: Callable[[TransportStep], None] | None = None
     ) -> Iterator[Chunk]:
         """Return the chunks of a session that nobody else has; its engine may then serve the next call."""
 
@@ -318,10 +316,16 @@ class ColaDLM(LanguageModel):
             if session.engine.graphs is not None:
                 self._kept[:] = [session.engine]
 
-        chunks = session.chunks(guesses, callback)  # Checked now, before the first chunk is asked for.
+        chunks = session.chunks(callback)  # Checked now, before the first chunk is asked for.
         return take()
 
-    def _open(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings) -> Session:
+    def _open(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int,
+        settings: Settings,
+        guesses: bool = False,
+    ) -> Session:
         """Return a session of these prompts alone, all under way together."""
         prompts = several(prompts)
         chosen = self.chosen(settings)
@@ -332,10 +336,10 @@ class ColaDLM(LanguageModel):
             self._request(prompt, max_new_tokens, {**settings, "seed": seed, "guidance": scale})
             for prompt, seed, scale in zip(prompts, seeds, guidance, strict=True)
         ]
-        return self._session_of(requests)
+        return self._session_of(requests, guesses=guesses)
 
     def _session_of(
-        self, requests: Sequence[tuple[Request, Transcript]], slots: int | None = None
+        self, requests: Sequence[tuple[Request, Transcript]], slots: int | None = None, guesses: bool = False
     ) -> Session:
         """Return a session of these requests alone, with just the history that ``slots`` of them need."""
         capacity = capacity_for((own for own, _ in requests), self.vae.config, slots)
@@ -343,11 +347,11 @@ class ColaDLM(LanguageModel):
         pad_id = self.pad_id if any(own.ids for own, _ in requests) else 0
         session = Session(self._free_engine(capacity, slots, pad_id), self._request)
         for request, transcript in requests:
-            session.add(request, transcript)
+            session.add(request, transcript, guesses)
         return session
 
     def _request(
-        self, prompt: Prompt, max_new_tokens: int, settings: Mapping[str, Any]
+        self, prompt: Prompt, max_new_tokens: int, settings: Mapping[str, Any], suffix: Prompt | None = None
     ) -> tuple[Request, Transcript]:
         """Check what is asked for a prompt, and return it as the engine and the transcript take it.
 
@@ -356,15 +360,31 @@ class ColaDLM(LanguageModel):
         """
         max_new_tokens = require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
         chosen = self.chosen(settings)
-        ids = self.prompt_ids(prompt)
+        patch, size = self.vae.config.patch_size, self.vae.config.block_size
         (seed,), (guidance,) = (one_each(name, chosen[name], 1, 0) for name in ("seed", "guidance"))
-        stop, end_ids = self.endings(chosen)
-        shape = (self.vae.config.block_size, self.vae.config.latent_dim)
+        hole, stop, end_ids = None, list[str](), list[int]()
+        if suffix is None:
+            before = ids = self.prompt_ids(prompt)
+            stop, end_ids = self.endings(chosen)
+            first = -(-len(ids) // patch)
+        else:
+            before, after = self.ids(prompt), self.ids(suffix)
+            if len(before) % patch or max_new_tokens % patch:
+                raise ColadaError(
+                    f"a hole of {max_new_tokens} tokens after {len(before)}, "
+                    f"expected multiples of patch_size={patch}"
+                )
+            if settings.get("stop"):
+                raise ColadaError(f"stop={shown(settings['stop'])} with a suffix, expected none")
+            ids = [*before, *[self.vae.config.mask_id] * max_new_tokens, *after]
+            first = len(before) // patch
+            hole = first, first + max_new_tokens // patch
+        self._check_length(ids)
         low, high = chosen["guidance_interval"]
         request = Request(
             tuple(ids),
             max_new_tokens,
-            NOISE_RULES[chosen["noise"]](seed, shape, self.device),
+            NOISE_RULES[chosen["noise"]](seed, (size, self.vae.config.latent_dim), self.device),
             seed,
             guidance,
             (low, high),
@@ -372,45 +392,30 @@ class ColaDLM(LanguageModel):
             chosen["solver"],
             chosen["schedule"],
             Sampling(**{name: chosen[name] for name in SAMPLING_SETTINGS}),
+            hole,
         )
-        self._check_length(ids, max_new_tokens)
-        skip = self._tail_tokens(ids)
-        return request, Transcript(self.tokenizer, skip, max_new_tokens, stop, end_ids, ids)
-
-    def _tail_tokens(self, ids: Sequence[int]) -> int:
-        """Return how many tokens the first block only repeats: those of the prompt's pinned latents."""
-        patch, size = self.vae.config.patch_size, self.vae.config.block_size
-        return -(-len(ids) // patch) % size * patch
+        # Of the first block, those tokens are told that are not the prompt's pinned latents.
+        skip = first % size * patch
+        return request, Transcript(self.tokenizer, skip, max_new_tokens, stop, end_ids, before)
 
     def infill(self, before: Prompt, after: Prompt, tokens: int, **settings: Unpack[Settings]) -> Completion:
         """Fill a hole of exactly ``tokens`` tokens between two texts.
 
         The hole's latents are generated with their neighbours in the same blocks pinned; the
         surroundings are encoded with the hole's tokens masked. Blocks being causal, what comes
-        after the hole's last block is not seen. Sampling settings as :meth:`generate`; ``stop``
-        and ``end_ids`` do not apply.
+        after the hole's last block is not seen. Sampling settings as :meth:`generate`; end tokens and
+        the model's own stop strings do not apply.
 
         Raises:
-            ColadaError: as :meth:`generate`; or if the hole does not fall on whole latents (patch_size > 1).
+            ColadaError: as :meth:`generate`; for ``stop``; or if the hole does not fall on whole latents
+                (patch_size > 1).
         """
         tokens = require_count("tokens", tokens, MOST_TOKENS)
-        left, right = self.ids(before), self.ids(after)
-        patch = self.vae.config.patch_size
-        if len(left) % patch or tokens % patch:
-            raise ColadaError(
-                f"a hole of {tokens} tokens after {len(left)}, expected multiples of patch_size={patch}"
-            )
-        self._check_length([*left, *right], tokens)
-        request, _ = self._request([], tokens, {**settings, "stop": (), "end_ids": ()})
-        whole = (*left, *[self.vae.config.mask_id] * tokens, *right)
-        hole = len(left) // patch, (len(left) + tokens) // patch
-        request = dataclasses.replace(request, ids=whole, hole=hole)
-        skip = hole[0] % self.vae.config.block_size * patch
-        session = self._session_of([(request, Transcript(self.tokenizer, skip, tokens, (), (), left))])
+        session = self._session_of([self._request(before, tokens, settings, self.ids(after))])
         done = [chunk.completion for chunk in self._taken(session) if chunk.completion is not None]
         return completed(done)[0]
 
-    def _check_length(self, ids: Sequence[int], new_tokens: int) -> None:
+    def _check_length(self, ids: Sequence[int]) -> None:
         """Raise ColadaError for a text whose encoding needs more memory than there is."""
         if len(ids) > CHECKED_TOKENS:
             config = self.vae.config

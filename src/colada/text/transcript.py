@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from colada.errors import ColadaError
 from colada.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REPLACEMENT = "\ufffd"
 _CONTEXT, _LONGEST_CONTEXT = 8, 64  # Tokens; a character has at most four.
@@ -28,6 +32,10 @@ class Chunk:
         finish_reason: "length", "end", "stop" or "error" in a sample's last chunk, else None.
         error: why the sample failed.
         completion: in a sample's last chunk, all of it.
+        steps: of a guess: solver steps that the block takes.
+        confidence: how likely the model held each of ``tokens``: of guesses, and of finished blocks where
+            that is asked for.
+        latents: of a guess: the block's latents (block, C) after the step.
     """
 
     index: int
@@ -38,6 +46,9 @@ class Chunk:
     finish_reason: str | None = None
     error: str | None = None
     completion: Completion | None = None
+    steps: int | None = None
+    confidence: tuple[float, ...] | None = None
+    latents: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ class Completion:
         text: what follows the prompt, without end tokens, cut before the stop string.
         tokens: its tokens, at most ``max_new_tokens``; the end token and what
             spells the stop string are left out.
-        finish_reason: "length", "end" (an end token), "stop" (a stop string), "error" or "cancelled".
+        finish_reason: "length", "end" (an end token), "stop" (a stop string) or "error".
         seed: the sample's own seed.
         error: why the sample failed; its text is what was finished before.
     """

@@ -34,10 +34,14 @@ from colada.generate.engine.memory import (
 from colada.generate.engine.request import Request, Slot
 from colada.generate.engine.transport import COMMITTED_ROWS, Transport
 from colada.generate.reference import Block, TransportStep, block_generator
+from colada.generate.sampling import confidence
 from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.layers import kept_frequencies, rotary_table
 from colada.networks.vae import TextVAE
+
+Spelling = tuple[list[int], tuple[float, ...]]
+"""The likeliest ids of a guess, and how likely they are."""
 
 GPU_BUCKET = 128
 """Latents of history to which a GPU's passes are padded, or to twice as many, and so on."""
@@ -365,13 +369,14 @@ class Engine:
                 slot.error = failure(f"block {slot.blocks} has no tokens", error)
                 continue
             slot.seen.update(ids)
-            slot.block = Block(latents, mine if self._keep_logits else None, ids)
+            sure = confidence(mine, torch.tensor(ids)) if slot.request.confidence else None
+            slot.block = Block(latents, mine if self._keep_logits else None, ids, sure)
             slot.decoded += self._size
             slot.blocks += 1
 
     @undisturbed
-    def spell(self, z0: Tensor, wanted: Sequence[bool] | None = None) -> list[list[int]]:
-        """Return the likeliest ids of a guess (B, block, C) of the coming block of those under way.
+    def spell(self, z0: Tensor, wanted: Sequence[bool] | None = None) -> list[Spelling]:
+        """Return how a guess (B, block, C) of the coming block of those under way reads.
 
         Nothing is committed: the block's own positions of the decoder's memory are written again.
 
@@ -380,13 +385,14 @@ class Engine:
         """
         slots = [slot for slot in self.under_way if not slot.done]
         fine = z0.isfinite().flatten(1).all(1).tolist()
-        chosen = [a and b for a, b in zip(fine, wanted or fine, strict=True)]
-        spelled: Iterator[list[int]] = iter(())
-        if any(chosen):
-            some = [slot for slot, own in zip(slots, chosen, strict=True) if own]
-            ids = self.vae.decoder.logits(self._hidden(some, z0[torch.tensor(chosen)])).argmax(-1)
-            spelled = iter([part.tolist() for part in ids.split(self._size * self._patch)])
-        return [next(spelled) if own else [] for own in chosen]
+        rows = [row for row, asks in enumerate(wanted or fine) if asks and fine[row]]
+        spelled: list[Spelling] = [([], ())] * len(slots)
+        if rows:
+            logits = self.vae.decoder.logits(self._hidden([slots[row] for row in rows], z0[rows]))
+            for row, own in zip(rows, logits.split(self._size * self._patch), strict=True):
+                ids = own.argmax(-1)
+                spelled[row] = ids.tolist(), confidence(own, ids)
+        return spelled
 
 
 @dataclass(frozen=True)

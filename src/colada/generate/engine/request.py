@@ -30,6 +30,7 @@ class Request:
         sampling: how tokens are picked.
         hole: latents (start, end) of ``ids`` to be generated, in place of what follows; the others
             of their blocks are pinned.
+        confidence: blocks say how likely their tokens are.
 
     Raises:
         ColadaError: naming a setting out of range.
@@ -46,6 +47,7 @@ class Request:
     schedule: str = "uniform"
     sampling: Sampling = field(default_factory=Sampling)
     hole: tuple[int, int] | None = None
+    confidence: bool = False
 
     def __post_init__(self) -> None:
         require_count("new_tokens", self.new_tokens, MOST_TOKENS)
