@@ -10,9 +10,9 @@ from torch import Tensor
 from colada.errors import ColadaError
 from colada.flow import Euler, T
 from colada.generate.reference import BlockGenerator
-from colada.models import likelihood as room
+from colada.models import cola_likelihood as room
 from colada.models.cola import ColaDLM
-from colada.models.likelihood import likelihood
+from colada.models.likelihood import measure
 from colada.models.prior import BlockFlow, Passes, Pins, log_prior
 from helpers import tiny_model
 
@@ -102,7 +102,7 @@ def test_the_terms_are_those_of_plain_code(context: list[int], patch: int, predi
     """All of one sample's bound, without histories, packing of copies, or masks of pinned latents."""
     model = tiny_model(vae={"patch_size": patch}, dit={"prediction": prediction})
     text, at, steps, finishing = [7, 3, 9, 11, 12], 0.6, 3, 2
-    found = likelihood(model, [text], [context], at=at, steps=steps, seed=3).texts[0]
+    found = measure(model, [text], [context], at=at, steps=steps, seed=3)[0]
 
     # Ids: the context filled to a whole latent, the text, and padding to whole blocks of 4 latents.
     first = -(-len(context) // patch)
@@ -157,49 +157,49 @@ def test_the_terms_are_those_of_plain_code(context: list[int], patch: int, predi
     with torch.no_grad():
         spelled = model.vae.decode(done, [total]).log_softmax(-1)
     reconstruction = sum(spelled[begin + n, token].item() for n, token in enumerate(text))
-    assert found.entropy == pytest.approx(entropy.item(), rel=1e-4)
-    assert found.reconstruction == pytest.approx(reconstruction, rel=1e-3)
-    assert found.prior == pytest.approx(prior.item(), rel=1e-3)
-    assert found.bound == pytest.approx(found.entropy + found.reconstruction + found.prior, rel=1e-6)
+    assert found.parts["entropy"] == pytest.approx(entropy.item(), rel=1e-4)
+    assert found.parts["reconstruction"] == pytest.approx(reconstruction, rel=1e-3)
+    assert found.parts["prior"] == pytest.approx(prior.item(), rel=1e-3)
+    assert found.log_likelihood == pytest.approx(sum(found.parts.values()), rel=1e-6)
     assert found.tokens == len(text)
 
 
 def test_an_empty_context_is_none(model: ColaDLM) -> None:
-    plain = likelihood(model, TEXTS, samples=2, steps=2)
-    assert likelihood(model, TEXTS, [[]] * len(TEXTS), samples=2, steps=2) == plain
-    mixed = likelihood(model, TEXTS, CONTEXTS, samples=2, steps=2)
-    assert mixed.texts[1].bound == pytest.approx(plain.texts[1].bound, rel=1e-4)
-    assert mixed.texts[0].bound != pytest.approx(plain.texts[0].bound, rel=1e-4)
+    plain = measure(model, TEXTS, samples=2, steps=2)
+    assert measure(model, TEXTS, [[]] * len(TEXTS), samples=2, steps=2) == plain
+    mixed = measure(model, TEXTS, CONTEXTS, samples=2, steps=2)
+    assert mixed[1].log_likelihood == pytest.approx(plain[1].log_likelihood, rel=1e-4)
+    assert mixed[0].log_likelihood != pytest.approx(plain[0].log_likelihood, rel=1e-4)
 
 
 def test_batches_do_not_matter(model: ColaDLM) -> None:
-    together = likelihood(model, TEXTS, CONTEXTS, samples=2, steps=2, batch=8)
-    apart = likelihood(model, TEXTS, CONTEXTS, samples=2, steps=2, batch=1)
-    for a, b in zip(together.texts, apart.texts, strict=True):
-        assert a.bound == pytest.approx(b.bound, rel=1e-4)
+    together = measure(model, TEXTS, CONTEXTS, samples=2, steps=2, batch=8)
+    apart = measure(model, TEXTS, CONTEXTS, samples=2, steps=2, batch=1)
+    for a, b in zip(together, apart, strict=True):
+        assert a.log_likelihood == pytest.approx(b.log_likelihood, rel=1e-4)
 
 
 def test_with_a_seed_each_the_place_does_not_matter(model: ColaDLM) -> None:
     seeds = [11, 5, 7, 3, 2]
-    found = likelihood(model, TEXTS, CONTEXTS, steps=2, seed=seeds).texts
+    found = measure(model, TEXTS, CONTEXTS, steps=2, seed=seeds)
     for number in (4, 0):
-        alone = likelihood(model, [TEXTS[number]], [CONTEXTS[number]], steps=2, seed=[seeds[number]]).texts[0]
-        assert alone.bound == pytest.approx(found[number].bound, rel=1e-4)
+        alone = measure(model, [TEXTS[number]], [CONTEXTS[number]], steps=2, seed=[seeds[number]])[0]
+        assert alone.log_likelihood == pytest.approx(found[number].log_likelihood, rel=1e-4)
 
 
 def test_more_samples_do_not_loosen_the_bound(model: ColaDLM) -> None:
     """Of the same 32 single samples: means over groups of K rise with K, within their errors."""
     seeds = list(range(32))
-    texts = likelihood(model, [TEXTS[0]] * 32, [CONTEXTS[0]] * 32, steps=2, seed=seeds, batch=32).texts
-    single = torch.tensor([text.bound for text in texts], dtype=torch.float64)
+    texts = measure(model, [TEXTS[0]] * 32, [CONTEXTS[0]] * 32, steps=2, seed=seeds, batch=32)
+    single = torch.tensor([text.log_likelihood for text in texts], dtype=torch.float64)
     means = []
     for size in (1, 4, 8):
         bounds = single.view(-1, size).logsumexp(1) - math.log(size)
         means.append((bounds.mean().item(), bounds.std().item() / math.sqrt(len(bounds))))
     for (low, low_error), (high, high_error) in itertools.pairwise(means):
         assert high > low - 2 * math.hypot(low_error, high_error)
-    text = likelihood(model, [TEXTS[0]], [CONTEXTS[0]], samples=3, steps=2).texts[0]
-    assert text.bound >= text.reconstruction + text.prior + text.entropy
+    text = measure(model, [TEXTS[0]], [CONTEXTS[0]], samples=3, steps=2)[0]
+    assert text.log_likelihood >= sum(text.parts.values())
 
 
 def test_the_right_context_helps_the_bundled_model() -> None:
@@ -208,9 +208,9 @@ def test_the_right_context_helps_the_bundled_model() -> None:
     model = colada.load()
     contexts = ["Once upon a time there was a little girl named", "The big dog ran after the red"]
     texts = [" Lily. She liked to play", " ball. He was happy"]
-    right = likelihood(model, texts, contexts, steps=4)
-    wrong = likelihood(model, texts, contexts[::-1], steps=4)
-    assert right.bits_per_byte < wrong.bits_per_byte
+    right = measure(model, texts, contexts, steps=4)
+    wrong = measure(model, texts, contexts[::-1], steps=4)
+    assert sum(own.log_likelihood for own in right) > sum(own.log_likelihood for own in wrong)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_bad_input(
     model: ColaDLM, given: list[list[int]], settings: dict[str, list[int]], words: str
 ) -> None:
     with pytest.raises(ColadaError, match=words):
-        likelihood(model, [[1]], given, **settings)
+        measure(model, [[1]], given, **settings)
 
 
 def test_nothing_is_pinned_by_default() -> None:

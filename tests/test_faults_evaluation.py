@@ -23,16 +23,15 @@ import colada
 from colada.checks import MOST_CHARACTERS
 from colada.errors import ColadaError
 from colada.evaluate.data import Benchmark, load_benchmark
-from colada.evaluate.measure import measure
 from colada.evaluate.run import Part, evaluate, fingerprint
 from colada.evaluate.statistics import Outcome, clustered
 from colada.evaluate.tasks import TASKS, find_task
 from colada.evaluate.texts import read_texts
 from colada.generate.settings import TextRequest
 from colada.locate import BUNDLED
-from colada.models import likelihood as likelihood_room
+from colada.models import cola_likelihood as likelihood_room
 from colada.models.base import LanguageModel
-from colada.models.likelihood import likelihood
+from colada.models.likelihood import measure
 from colada.models.load_decoder import MODELS
 from colada.networks import layers
 from colada.networks.decoder import Decoder
@@ -144,7 +143,7 @@ def test_a_text_that_no_memory_holds_is_refused_before_it_is_measured(
 ) -> None:
     monkeypatch.setattr(likelihood_room, "memory_of", lambda device: 2**20)
     with pytest.raises(ColadaError, match=r"a text of 4,000 tokens needs 0\.0 GiB for its keys"):
-        likelihood(tiny_model(), [[1], [2] * 4000])
+        measure(tiny_model(), [[1], [2] * 4000])
 
 
 def test_groups_of_blocks_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,10 +152,10 @@ def test_groups_of_blocks_change_no_result(monkeypatch: pytest.MonkeyPatch) -> N
     found = []
     for latents in (4, 8, 128):
         monkeypatch.setattr(likelihood_room, "GROUP_LATENTS", latents)
-        found.append(likelihood(model, [text], [[3] * 9], steps=2).texts[0])
+        found.append(measure(model, [text], [[3] * 9], steps=2)[0])
     for other in found[1:]:
-        assert other.bound == pytest.approx(found[0].bound, rel=1e-5)
-        assert other.reconstruction == pytest.approx(found[0].reconstruction, rel=1e-5)
+        assert other.log_likelihood == pytest.approx(found[0].log_likelihood, rel=1e-5)
+        assert other.parts["reconstruction"] == pytest.approx(found[0].parts["reconstruction"], rel=1e-5)
 
 
 def test_no_compiled_kernel_is_used_so_that_several_samples_may_follow_one(
@@ -169,9 +168,8 @@ def test_no_compiled_kernel_is_used_so_that_several_samples_may_follow_one(
 
     monkeypatch.setattr(layers, "_flex", compiled)
     model = tiny_model()
-    one, several = (likelihood(model, [[1, 2, 3]], samples=samples, steps=1) for samples in (1, 3))
-    assert one.samples == 1
-    assert several.samples == 3
+    one, several = (measure(model, [[1, 2, 3]], samples=samples, steps=1) for samples in (1, 3))
+    assert one[0].tokens == several[0].tokens == 3
 
 
 def _append(said: list[tuple[int, int]], done: int, total: int) -> None:
@@ -589,4 +587,4 @@ def test_a_bound_that_is_no_number_is_an_error() -> None:
     with torch.no_grad():
         model.dit.txt_out.proj.weight[0, 0] = math.nan
     with pytest.raises(ColadaError, match="not finite"):
-        likelihood(model, [[1, 2, 3]], steps=1)
+        measure(model, [[1, 2, 3]], steps=1)

@@ -25,7 +25,6 @@ import colada
 from colada.checks import MOST_TOKENS
 from colada.cli.main import main
 from colada.errors import ColadaError, ColadaWarning
-from colada.evaluate.measure import measure
 from colada.generate import reference
 from colada.generate.engine import joining
 from colada.generate.engine.engine import Engine, history_bytes
@@ -36,6 +35,7 @@ from colada.generate.settings import LONGEST_STOP, MOST_STEPS, TextRequest
 from colada.models.autoregressive import AutoregressiveLM
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
+from colada.models.likelihood import measure
 from colada.models.masked import MaskedLM
 from colada.networks.decoder import Decoder
 from colada.networks.decoder_config import DecoderConfig

@@ -24,9 +24,10 @@ from colada.evaluate.generative import (
     figures,
     read_generated,
 )
-from colada.evaluate.texts import Text, TextScore
+from colada.evaluate.texts import Text
+from colada.models.bound import TextScore
 from colada.models.cola import ColaDLM
-from colada.models.likelihood import likelihood
+from colada.models.likelihood import measure
 from colada.text.tokenizer import Tokenizer
 
 TEXTS = [
@@ -66,7 +67,7 @@ def passage(*ids: int) -> Passage:
 
 def test_figures_by_hand() -> None:
     passages = [passage(1, 1, 2, 2), passage(3, 3)]
-    scores = [TextScore("", 5, 0, -5 * math.log(8), {}), TextScore("", 3, 0, -3 * math.log(8), {})]
+    scores = [TextScore(5, 0, -5 * math.log(8), {}), TextScore(3, 0, -3 * math.log(8), {})]
     found = figures(passages, scores)
     assert found["perplexity"] == pytest.approx(8.0)
     assert found["standard_error"] == pytest.approx(0.0, abs=1e-9)
@@ -74,7 +75,7 @@ def test_figures_by_hand() -> None:
     assert found["entropy_together"] == pytest.approx(math.log2(3))
     assert (found["distinct_1"], found["distinct_2"], found["distinct_3"]) == (3 / 6, 4 / 4, 2 / 2)
     assert (found["texts"], found["tokens"], found["judge_tokens"]) == (2, 6, 8)
-    uneven = figures(passages, [TextScore("", 4, 0, -4.0, {}), TextScore("", 2, 0, -8.0, {})])
+    uneven = figures(passages, [TextScore(4, 0, -4.0, {}), TextScore(2, 0, -8.0, {})])
     # Two nats a token over all; the texts are 4 - 2 * 4 = -4 and 8 - 2 * 2 = 4 nats off that.
     error = math.sqrt((16 + 16) * 2 / 1) / 6
     assert uneven["perplexity"] == pytest.approx(math.exp(2.0))
@@ -95,7 +96,7 @@ class CountingJudge:
 
     def score(self, passages: Sequence[Passage], progress: Any = None) -> list[TextScore]:
         self.seen = list(passages)
-        return [TextScore("", len(own.ids), 0, -float(len(own.text)), {}) for own in passages]
+        return [TextScore(len(own.ids), 0, -float(len(own.text)), {}) for own in passages]
 
 
 def test_generated_and_real_follow_the_same_prompts_for_as_long(model: ColaDLM) -> None:
@@ -150,8 +151,8 @@ def test_a_judge_with_the_same_tokenizer_reads_tokens(model: ColaDLM) -> None:
     ids = model.ids(TEXTS[0].text)
     own = Passage("not read", "nor this", tuple(ids[:4]), tuple(ids[4:9]))
     (score,) = ModelJudge(model, tokenizer, steps=2, seed=3).score([own])
-    (bound,) = likelihood(model, [ids[4:9]], [ids[:4]], steps=2, seed=3).texts
-    assert score.log_likelihood == pytest.approx(bound.bound, rel=1e-5)
+    (bound,) = measure(model, [ids[4:9]], [ids[:4]], steps=2, seed=3)
+    assert score.log_likelihood == pytest.approx(bound.log_likelihood, rel=1e-5)
     assert score.tokens == 5
 
 
@@ -159,8 +160,8 @@ def test_a_judge_with_another_tokenizer_reads_text(model: ColaDLM) -> None:
     stranger = Tokenizer.train(["a few words, no more than that"], 262)
     own = Passage("The dog", " ran home.", (1, 2), (3, 4))
     (score,) = ModelJudge(model, stranger, steps=2, seed=3).score([own])
-    (bound,) = likelihood(model, [" ran home."], ["The dog"], steps=2, seed=3).texts
-    assert score.log_likelihood == pytest.approx(bound.bound, rel=1e-5)
+    (bound,) = measure(model, [" ran home."], ["The dog"], steps=2, seed=3)
+    assert score.log_likelihood == pytest.approx(bound.log_likelihood, rel=1e-5)
     assert score.tokens == len(model.ids(" ran home."))
 
 

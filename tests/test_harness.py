@@ -13,7 +13,7 @@ import colada
 from colada.cli.main import app
 from colada.errors import ColadaError
 from colada.models.cola import ColaDLM
-from colada.models.likelihood import likelihood
+from colada.models.likelihood import measure
 from colada.models.load_decoder import MODELS
 from colada.networks.decoder import Decoder
 from colada.networks.decoder_config import DecoderConfig
@@ -105,7 +105,7 @@ def test_multiple_choice(lm: "HarnessLM", model: ColaDLM, tmp_path: Path) -> Non
             ids, before = model.ids(" " + choice), model.ids(context)
             assert before + ids == model.ids(f"{context} {choice}")
             seed = lm._seed("loglikelihood", context, " " + choice)
-            values.append(likelihood(model, [ids], [before], steps=1, seed=[seed]).texts[0].bound)
+            values.append(measure(model, [ids], [before], steps=1, seed=[seed])[0].log_likelihood)
             assert value == pytest.approx(values[-1], rel=1e-4)
         right += values.index(max(values)) == record["label"]
         normed = [value / len(choice) for value, choice in zip(values, record["choices"], strict=True)]
@@ -125,7 +125,7 @@ def test_rolling(lm: "HarnessLM", model: ColaDLM, tmp_path: Path) -> None:
         metric_list=[{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
     )
     seeds = [lm._seed("loglikelihood_rolling", story, 0) for story in STORIES]
-    bounds = [text.bound for text in likelihood(model, STORIES, steps=1, seed=seeds).texts]
+    bounds = [text.log_likelihood for text in measure(model, STORIES, steps=1, seed=seeds)]
     assert [own[0][0] for own in responses] == pytest.approx(bounds, rel=1e-4)
     words, size = (sum(len(part) for part in parts) for parts in (map(str.split, STORIES), STORIES))
     assert results["word_perplexity,none"] == pytest.approx(math.exp(-sum(bounds) / words), rel=1e-3)
@@ -247,14 +247,14 @@ def test_long_texts_go_through_windows(model: ColaDLM) -> None:
     assert len(ids) > 8
     seeds = [lm._seed("loglikelihood_rolling", STORIES[1], at) for at in range(-(-len(ids) // 4))]
     texts = [ids[at : at + 4] for at in range(0, len(ids), 4)]
-    bounds = likelihood(model, texts, [[], *texts[:-1]], steps=1, seed=seeds).texts
+    bounds = measure(model, texts, [[], *texts[:-1]], steps=1, seed=seeds)
     (found,) = lm.loglikelihood_rolling([Instance(STORIES[1])])
-    assert found == pytest.approx(sum(text.bound for text in bounds), rel=1e-4)
+    assert found == pytest.approx(sum(text.log_likelihood for text in bounds), rel=1e-4)
     (pair,) = lm.loglikelihood([Instance(STORIES[1], " Then")])
     new = model.ids(" Then")
     seed = lm._seed("loglikelihood", STORIES[1], " Then")
-    alone = likelihood(model, [new], [ids[len(ids) + len(new) - 8 :]], steps=1, seed=[seed]).texts[0]
-    assert pair[0] == pytest.approx(alone.bound, rel=1e-4)
+    alone = measure(model, [new], [ids[len(ids) + len(new) - 8 :]], steps=1, seed=[seed])[0]
+    assert pair[0] == pytest.approx(alone.log_likelihood, rel=1e-4)
     with pytest.raises(ColadaError, match="at most max_length=8"):
         lm.generate_until([Instance("A", {"max_gen_toks": 9})])
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from colada.errors import ColadaError
+from colada.evaluate.texts import summarise
 from colada.flow import Euler, T
-from colada.models import likelihood as room
+from colada.models import cola_likelihood as room
 from colada.models.cola import ColaDLM
-from colada.models.likelihood import likelihood
+from colada.models.likelihood import kind, measure
 from colada.models.prior import BlockFlow, Passes, Velocity, divergence, log_prior
 from helpers import tiny_model
 
@@ -119,30 +120,30 @@ def test_a_block_is_moved_under_its_clean_history(model: ColaDLM) -> None:
 
 
 def test_batches_do_not_matter(model: ColaDLM) -> None:
-    together = likelihood(model, TEXTS, samples=2, steps=4, batch=8)
-    apart = likelihood(model, TEXTS, samples=2, steps=4, batch=1)
-    for a, b in zip(together.texts, apart.texts, strict=True):
-        assert a.bound == pytest.approx(b.bound, rel=1e-4)
+    together = measure(model, TEXTS, samples=2, steps=4, batch=8)
+    apart = measure(model, TEXTS, samples=2, steps=4, batch=1)
+    for a, b in zip(together, apart, strict=True):
+        assert a.log_likelihood == pytest.approx(b.log_likelihood, rel=1e-4)
         assert a.tokens == b.tokens
 
 
 def test_the_terms_of_one_sample_add_up(model: ColaDLM) -> None:
-    found = likelihood(model, TEXTS, samples=1, steps=4)
-    for text, ids in zip(found.texts, TEXTS, strict=True):
-        assert text.bound == pytest.approx(text.reconstruction + text.prior + text.entropy, rel=1e-6)
+    found = measure(model, TEXTS, samples=1, steps=4)
+    for text, ids in zip(found, TEXTS, strict=True):
+        assert text.log_likelihood == pytest.approx(sum(text.parts.values()), rel=1e-6)
         assert text.tokens == len(ids)
-        assert text.reconstruction < 0
+        assert text.parts["reconstruction"] < 0
 
 
 def test_the_entropy_is_that_of_the_posterior_carried_along_the_path(model: ColaDLM) -> None:
     ids = TEXTS[1]
-    found = likelihood(model, [ids], samples=64, steps=1, at=0.3).texts[0]
+    found = measure(model, [ids], samples=64, steps=1, at=0.3)[0]
     q = model.vae.encode(torch.tensor(ids), [len(ids)])
     assert q.logvar is not None
     deviation = ((0.7 * (0.5 * q.logvar).exp() * 1.7) ** 2 + 0.3**2).sqrt()
     exact = torch.distributions.Normal(torch.zeros_like(deviation), deviation).entropy().sum().item()
     # The sampled one differs by the noise's own squares: variance 1/2 a number.
-    assert found.entropy == pytest.approx(exact, abs=4 * math.sqrt(0.5 * q.mean.numel() / 64))
+    assert found.parts["entropy"] == pytest.approx(exact, abs=4 * math.sqrt(0.5 * q.mean.numel() / 64))
 
 
 def test_finishing_is_generation_from_where_the_latents_are(model: ColaDLM) -> None:
@@ -165,7 +166,7 @@ def test_more_samples_do_not_loosen_the_bound(model: ColaDLM) -> None:
     """E of the bound of K samples grows with K; here means of many, with their errors."""
     ids = TEXTS[1]
     single = torch.tensor(
-        [likelihood(model, [ids], steps=2, seed=seed).texts[0].bound for seed in range(64)],
+        [measure(model, [ids], steps=2, seed=seed)[0].log_likelihood for seed in range(64)],
         dtype=torch.float64,
     )
     means = []
@@ -174,24 +175,24 @@ def test_more_samples_do_not_loosen_the_bound(model: ColaDLM) -> None:
         means.append((bounds.mean().item(), bounds.std().item() / math.sqrt(len(bounds))))
     for (low, low_error), (high, high_error) in itertools.pairwise(means):
         assert high > low - 2 * math.hypot(low_error, high_error)
-    text = likelihood(model, [ids], samples=3, steps=2).texts[0]
-    assert text.bound >= text.reconstruction + text.prior + text.entropy
+    text = measure(model, [ids], samples=3, steps=2)[0]
+    assert text.log_likelihood >= sum(text.parts.values())
 
 
 def test_hutchinson_is_used_for_wide_blocks_and_agrees(
     model: ColaDLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = likelihood(model, [TEXTS[1]], samples=1, steps=3).texts[0]
+    exact = measure(model, [TEXTS[1]], samples=1, steps=3)[0]
     monkeypatch.setattr(room, "EXACT_NUMBERS", 0)
     estimates = torch.tensor(
-        [likelihood(model, [TEXTS[1]], steps=3, seed=0).texts[0].prior for _ in range(2)]
+        [measure(model, [TEXTS[1]], steps=3, seed=0)[0].parts["prior"] for _ in range(2)]
     )
-    assert estimates[0] == estimates[1] != exact.prior
-    assert estimates[0].item() == pytest.approx(exact.prior, rel=0.5)
+    assert estimates[0] == estimates[1] != exact.parts["prior"]
+    assert estimates[0].item() == pytest.approx(exact.parts["prior"], rel=0.5)
     # An estimate's noise would enter the weights of several samples: they take the trace itself.
-    two = likelihood(model, [TEXTS[1]], samples=2, steps=3)
+    two = measure(model, [TEXTS[1]], samples=2, steps=3)
     monkeypatch.undo()
-    assert two == likelihood(model, [TEXTS[1]], samples=2, steps=3)
+    assert two == measure(model, [TEXTS[1]], samples=2, steps=3)
 
 
 def test_bits_per_byte_of_the_bundled_model() -> None:
@@ -199,12 +200,15 @@ def test_bits_per_byte_of_the_bundled_model() -> None:
 
     model = colada.load()
     texts = ["Once upon a time there was a little girl.", "The dog ran home."]
-    found = likelihood(model, texts, steps=4)
+    scores = measure(model, texts, steps=4)
+    found = summarise(scores, kind(model))
     total = sum(len(text) for text in texts)
-    assert found.bits_per_byte == pytest.approx(-sum(t.bound for t in found.texts) / math.log(2) / total)
-    assert found.error > 0
-    shuffled = likelihood(model, [text[::-1] for text in texts], steps=4)
-    assert found.bits_per_byte < shuffled.bits_per_byte
+    nats = -sum(score.log_likelihood for score in scores)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / total)
+    assert found["kind"] == "bound"
+    assert found["standard_error"] > 0
+    shuffled = measure(model, [text[::-1] for text in texts], steps=4)
+    assert nats < -sum(score.log_likelihood for score in shuffled)
 
 
 @pytest.mark.parametrize(
@@ -220,9 +224,9 @@ def test_bits_per_byte_of_the_bundled_model() -> None:
 )
 def test_bad_input(model: ColaDLM, settings: dict[str, int], texts: list[list[int]], words: str) -> None:
     with pytest.raises(ColadaError, match=words):
-        likelihood(model, texts, **settings)
+        measure(model, texts, **settings)
 
 
 def test_a_deterministic_encoder_has_no_bound() -> None:
     with pytest.raises(ColadaError, match="use_variation"):
-        likelihood(tiny_model(vae={"use_variation": False}), [[1, 2]])
+        measure(tiny_model(vae={"use_variation": False}), [[1, 2]])

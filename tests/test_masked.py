@@ -13,14 +13,22 @@ import torch
 import colada
 from colada.data.rows import FILLING, Batch
 from colada.errors import ColadaError
-from colada.evaluate.measure import kind, measure
 from colada.models.autoregressive import AutoregressiveLM
-from colada.models.decoder_likelihood import log_likelihood
+from colada.models.base import LanguageModel
+from colada.models.likelihood import kind, measure
 from colada.models.masked import MaskedLM, transfers
 from colada.networks.decoder import Decoder
 from colada.networks.decoder_config import DecoderConfig, matched_config
 from colada.networks.packing import Layout
 from colada.train.decoder_losses import MaskDraws, decoder_loss, draw_masks, first_tokens
+
+
+def nats(
+    model: LanguageModel, contexts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], **settings: int
+) -> list[float]:
+    """Log-likelihoods of texts after contexts."""
+    return [own.log_likelihood for own in measure(model, texts, contexts, **settings)]
+
 
 PROMPTS = [[3, 1, 4, 1], [], [2, 0], [5, 3, 5, 4, 2, 1, 0]]
 
@@ -145,7 +153,7 @@ def test_the_probabilities_of_all_texts_after_a_context_add_up_to_one() -> None:
     model = AutoregressiveLM(tiny("ar", vocab_size=4))
     texts = [list(text) for text in product(range(4), repeat=3)]
     for context in ([], [3, 2]):
-        found = log_likelihood(model, [context] * len(texts), texts, batch=7)
+        found = nats(model, [context] * len(texts), texts, batch=7)
         assert sum(math.exp(own) for own in found) == pytest.approx(1, abs=1e-6)
         bos = model.decoder.config.bos_token_id
         for text, own in zip(texts[5:60:11], found[5:60:11], strict=True):
@@ -172,7 +180,7 @@ def enumerated_bound(decoder: Decoder, context: Sequence[int], text: Sequence[in
 def test_lladas_bound_is_the_mean_over_all_masks(context: list[int]) -> None:
     model = MaskedLM(tiny("llada", vocab_size=4))
     texts, samples = [[1, 2, 3, 0], [0, 0, 1], [2]], 400
-    found = log_likelihood(model, [context] * 3, texts, samples=samples, batch=2)
+    found = nats(model, [context] * 3, texts, samples=samples, batch=2)
     for own, text in zip(found, texts, strict=True):
         mean, variance = enumerated_bound(model.decoder, context, text)
         assert abs(own - mean) < 4 * math.sqrt(variance / samples) + 1e-6
@@ -185,12 +193,12 @@ def test_lladas_bound_does_not_depend_on_the_batch() -> None:
     model = MaskedLM(tiny("llada", vocab_size=30))
     texts = [[1, 2, 3, 4, 5], [9, 8], [7, 7, 7, 7, 1, 2]]
     contexts = [[4], [], [5, 6]]
-    one, all_at_once = (log_likelihood(model, contexts, texts, samples=3, batch=size) for size in (1, 3))
+    one, all_at_once = (nats(model, contexts, texts, samples=3, batch=size) for size in (1, 3))
     assert one == pytest.approx(all_at_once, abs=1e-5)
     with pytest.raises(ColadaError, match="text 1 has no tokens"):
-        log_likelihood(model, contexts[:2], [[1], []])
+        nats(model, contexts[:2], [[1], []])
     with pytest.raises(ColadaError, match="samples=0, expected a whole number of at least 1"):
-        log_likelihood(model, contexts, texts, samples=0)
+        nats(model, contexts, texts, samples=0)
 
 
 def test_every_kind_of_model_is_measured_by_one_function() -> None:
@@ -199,7 +207,7 @@ def test_every_kind_of_model_is_measured_by_one_function() -> None:
     assert (kind(ar), kind(llada)) == ("exact", "bound")
     for model in (ar, llada):
         found = [own.log_likelihood for own in measure(model, texts, given)]
-        assert found == log_likelihood(model, given, texts, samples=32)
+        assert found == nats(model, given, texts, samples=32)
         each = [own.log_likelihood for own in measure(model, texts, given, seed=[3, 4])]
         alone = [
             measure(model, [text], [own], seed=[seed])[0]
@@ -215,7 +223,7 @@ def test_the_ar_loss_is_exact_likelihood_per_token() -> None:
     decoder = tiny("ar", vocab_size=30)
     ids = torch.randint(30, (3, 7), generator=torch.Generator().manual_seed(2))
     loss = decoder_loss(decoder, Batch(ids), MaskDraws())
-    exact = log_likelihood(AutoregressiveLM(decoder), [[]] * 3, ids.tolist())
+    exact = nats(AutoregressiveLM(decoder), [[]] * 3, ids.tolist())
     assert float(loss.total.detach()) == pytest.approx(-sum(exact) / ids.numel(), rel=1e-5)
 
 
@@ -229,7 +237,7 @@ def test_samples_of_a_row_and_what_is_given_are_kept_apart() -> None:
     ]
     loss = decoder_loss(decoder, Batch(ids, sample, trained), MaskDraws())
     model = AutoregressiveLM(decoder)
-    exact = log_likelihood(model, [[5], []], [[6, 7], [8, 9, 1]])
+    exact = nats(model, [[5], []], [[6, 7], [8, 9, 1]])
     assert float(loss.total.detach()) == pytest.approx(-sum(exact) / 5, rel=1e-5)
 
 

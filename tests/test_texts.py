@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 
 from colada.cli.main import app
 from colada.errors import ColadaError
-from colada.evaluate.texts import TextScore, read_texts, summarise
+from colada.evaluate.texts import read_texts, summarise
+from colada.models.bound import TextScore
 
 
 def test_texts_keep_their_order_and_place(tmp_path: Path) -> None:
@@ -25,7 +26,7 @@ def test_no_text_is_an_error(tmp_path: Path) -> None:
 
 
 def test_bytes_count_alike() -> None:
-    scores = [TextScore("a:1", 2, 4, -8 * math.log(2), {}), TextScore("a:2", 4, 12, -8 * math.log(2), {})]
+    scores = [TextScore(2, 4, -8 * math.log(2), {}), TextScore(4, 12, -8 * math.log(2), {})]
     found = summarise(scores, "exact")
     assert found["bits_per_byte"] == pytest.approx(1.0)
     assert found["standard_error"] == pytest.approx(math.sqrt((4**2 + 4**2) * 2) / 16)

@@ -199,9 +199,9 @@ def likelihood(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Measure texts in bits per byte; of Cola DLM an upper bound, from a lower bound on log p(x)."""
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
-    from colada.evaluate.texts import check_bound
+    from colada.models.bound import check_bound
 
     _check_counts(limit=limit, batch=batch)
     check_bound(samples, at, steps)
@@ -210,9 +210,9 @@ def likelihood(
 
     from rich.console import Console
 
-    from colada.evaluate.measure import bound_settings, kind, measure
     from colada.evaluate.texts import read_texts, summarise
     from colada.files import write_text
+    from colada.models.likelihood import bound_settings, kind, measure
     from colada.train.display import Display
     from colada.train.provenance import provenance
 
@@ -229,9 +229,8 @@ def likelihood(
             progress=display.advance,
             **bound,
         )
-    scores = [replace(own, origin=text.origin) for text, own in zip(texts, found, strict=True)]
-    settings: dict[str, Any] = {**bound, "seed": seed, "dtype": dtype, "device": device}
-    result = summarise(scores, kind(network))
+        settings: dict[str, Any] = {**bound, "seed": seed, "dtype": dtype, "device": device}
+    result = summarise(found, kind(network))
     error = result["standard_error"]
     spread = f" ± {error:.3f}" if error is not None else " (one text, so no standard error)"
     bound = result["kind"] == "bound"
@@ -248,7 +247,9 @@ def likelihood(
             "model": network.origin,
             "settings": settings,
             "made_with": provenance(network.device),
-            "records": [asdict(score) for score in scores],
+            "records": [
+                {"origin": text.origin, **asdict(own)} for text, own in zip(texts, found, strict=True)
+            ],
         }
         write_text(out, json.dumps(record, indent=2) + "\n")
         print(f"wrote {out}")
@@ -298,7 +299,8 @@ def generative(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Perplexity of generated text under a judge, beside its entropy and distinct-n, and real text's own."""
-    from colada.evaluate.texts import check_bound, check_lengths
+    from colada.evaluate.texts import check_lengths
+    from colada.models.bound import check_bound
 
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "steps": steps, "guidance": guidance}
     _check_counts(limit=limit, batch=batch)
@@ -315,10 +317,10 @@ def generative(
 
     from colada.device import find_device
     from colada.evaluate import generative as room
-    from colada.evaluate.measure import bound_settings
     from colada.evaluate.run import require_tokenizer
     from colada.evaluate.texts import read_texts
     from colada.files import write_text
+    from colada.models.likelihood import bound_settings
     from colada.report.evaluation import print_generative
     from colada.train.display import Display
     from colada.train.provenance import provenance

@@ -13,18 +13,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from colada.checks import require_count
-from colada.cli.evaluate import TRANSFORMERS
 from colada.errors import ColadaError
-from colada.evaluate.measure import kind, measure
-from colada.evaluate.texts import Kind, Text, TextScore, check_lengths, ratio_error
+from colada.evaluate.statistics import ratio_error
+from colada.evaluate.texts import Text, check_lengths
 from colada.generate.settings import Prompt, Settings, TextRequest
 from colada.models.base import LanguageModel
+from colada.models.bound import Kind, TextScore
+from colada.models.likelihood import kind, measure
 from colada.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
 
 NGRAMS = (1, 2, 3)
+TRANSFORMERS = "hf:"
+"""What the name of a judge from ``transformers`` begins with."""
 
 Progress = Callable[[int, int], None]
 
@@ -84,7 +87,7 @@ class ModelJudge:
     Args:
         model: the judge.
         writer: the tokenizer of the passages.
-        settings: of :func:`~colada.evaluate.measure.measure`.
+        settings: of :func:`~colada.models.likelihood.measure`.
 
     Raises:
         ColadaError: if it has no tokenizer.
@@ -154,7 +157,7 @@ class TransformersJudge:
             spelled = logits[len(before) - 1 : -1].double().log_softmax(-1)
             expected = torch.tensor(ids, device=self.device)[:, None]
             value = spelled.gather(1, expected).sum().item()
-            scores.append(TextScore("", len(ids), len(passage.text.encode()), value, {}))
+            scores.append(TextScore(len(ids), len(passage.text.encode()), value, {}))
             if progress is not None:
                 progress(len(scores), len(passages))
         return scores

@@ -21,9 +21,9 @@ from lm_eval.api.registry import register_model
 from colada.checks import require_count
 from colada.cli.options import load_model
 from colada.errors import ColadaError
-from colada.evaluate.measure import bound_settings, kind, measure
 from colada.generate.settings import Settings, TextRequest, check_settings
 from colada.models.base import LanguageModel
+from colada.models.likelihood import bound_settings, kind, measure
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import Completion
 from colada.train.provenance import provenance
@@ -53,7 +53,7 @@ class HarnessLM(LM):  # type: ignore[misc]
         model: a model, or where to load one from, see :func:`colada.load`; the bundled one if left out.
         revision, dtype, device: of loading, as on the command line.
         batch_size: requests computed together; changes no result.
-        samples, at, flow_steps: of the bound, see :func:`~colada.evaluate.measure.bound_settings`.
+        samples, at, flow_steps: of the bound, see :func:`~colada.models.likelihood.bound_settings`.
         seed: every request has a seed of its own, made of this one and of what it asks.
         max_length: tokens of context and continuation together. Contexts lose their beginning; a longer text
             is measured in windows of half as many tokens, each after the one before. None: no limit.

@@ -212,6 +212,16 @@ def wilson(successes: float, trials: float, z: float = Z95) -> tuple[float, floa
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def ratio_error(values: Sequence[float], sizes: Sequence[float]) -> float | None:
+    """Return the standard error of sum(values) / sum(sizes) over independent pairs, None for a single one."""
+    count, size = len(values), sum(sizes)
+    if count < 2:
+        return None
+    rate = sum(values) / size
+    residuals = sum((value - rate * own) ** 2 for value, own in zip(values, sizes, strict=True))
+    return math.sqrt(residuals * count / (count - 1)) / size
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two sets of outputs for the same items, item by item.

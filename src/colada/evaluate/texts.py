@@ -6,16 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from colada.checks import MOST_CHARACTERS, MOST_TOKENS, is_number, is_whole, require_count
+from colada.checks import MOST_CHARACTERS, MOST_TOKENS, is_whole, require_count
 from colada.data.documents import read_records, split_file, text_of
 from colada.data.listing import find_files
 from colada.errors import ColadaError, shown
-from colada.generate.settings import MOST_STEPS
-
-Kind = Literal["bound", "exact"]
-"""What a log-likelihood is: a lower bound on log p(x), or log p(x) itself."""
+from colada.evaluate.statistics import ratio_error
+from colada.models.bound import Kind, TextScore
 
 
 @dataclass(frozen=True)
@@ -69,26 +67,6 @@ def read_texts(
     return found
 
 
-MOST_SAMPLES = 2**16
-"""Samples of a bound."""
-NEAREST = 1e-3
-"""How near to 0 or 1 the a of a bound may be: nearer, the flow's velocity is a difference of equals."""
-
-
-def check_bound(samples: Any = None, at: Any = None, steps: Any = None) -> None:
-    """Check settings of a likelihood, which every kind of model has some of; None is the default.
-
-    Raises:
-        ColadaError: naming the value that is out of its bounds.
-    """
-    if samples is not None:
-        require_count("samples", samples, MOST_SAMPLES)
-    if steps is not None:
-        require_count("steps", steps, MOST_STEPS)
-    if at is not None and not (is_number(at) and NEAREST <= at <= 1 - NEAREST):
-        raise ColadaError(f"at={shown(at)}, expected a number from {NEAREST} to {1 - NEAREST}")
-
-
 def check_lengths(prompt_tokens: Any, new_tokens: Any) -> None:
     """Check how many tokens of a text are a prompt, and how many are written after it.
 
@@ -99,34 +77,6 @@ def check_lengths(prompt_tokens: Any, new_tokens: Any) -> None:
     if not is_whole(prompt_tokens) or not 0 <= prompt_tokens <= MOST_TOKENS:
         expected = f"a whole number from 0 (no prompt) to {MOST_TOKENS}"
         raise ColadaError(f"prompt_tokens={shown(prompt_tokens)}, expected {expected}")
-
-
-@dataclass(frozen=True)
-class TextScore:
-    """log p(x) of a text, or a bound on it, in nats.
-
-    Attributes:
-        origin: the text's place.
-        tokens, bytes: its size; bytes are of UTF-8.
-        log_likelihood: of the whole text.
-        parts: what it is made of, by name, in nats; may be empty.
-    """
-
-    origin: str
-    tokens: int
-    bytes: int
-    log_likelihood: float
-    parts: dict[str, float]
-
-
-def ratio_error(values: Sequence[float], sizes: Sequence[float]) -> float | None:
-    """Return the standard error of sum(values) / sum(sizes) over independent pairs, None for a single one."""
-    count, size = len(values), sum(sizes)
-    if count < 2:
-        return None
-    rate = sum(values) / size
-    residuals = sum((value - rate * own) ** 2 for value, own in zip(values, sizes, strict=True))
-    return math.sqrt(residuals * count / (count - 1)) / size
 
 
 def summarise(scores: Sequence[TextScore], kind: Kind) -> dict[str, Any]:

@@ -16,11 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colada.checks import require_count, require_function
 from colada.device import undisturbed
-from colada.errors import ColadaError
 from colada.generate.reference import block_generator
-from colada.generate.settings import check_settings
 from colada.models.decoder import DecoderLM
 from colada.networks.layers import Pass
 
@@ -29,42 +26,23 @@ LOGITS_ROWS = 1024
 
 
 @undisturbed
-def log_likelihood(
+def decoder_likelihoods(
     model: DecoderLM,
     contexts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
-    *,
-    samples: int = 32,
-    seed: int | Sequence[int] = 0,
-    batch: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    streams: Sequence[tuple[int, ...]],
+    samples: int,
+    batch: int,
+    progress: Callable[[int, int], None] | None,
 ) -> list[float]:
     """Return log p(text | context) of each text, in nats: exact for AR, the mean of a bound for LLaDA.
 
-    Args:
-        contexts: ids, may be empty.
-        texts: ids, none empty.
-        samples: masks drawn for each text of a LLaDA model; not looked at for AR.
-        seed: text i, sample k have the stream of (seed, i, k), or with one each of (seed of i, 0, k): results
-            do not depend on ``batch``.
-        batch: texts computed together.
-        progress: called after every batch with how many tokens are done, and of how many.
+    The arguments are those of :func:`~colada.models.likelihood.measure`, once checked.
 
-    Raises:
-        ColadaError: for a value out of range, or an empty text.
+    Args:
+        contexts, texts: ids; contexts may be empty.
+        streams: seed and number of each text, or a seed of its own, for a bound's masks.
     """
-    samples, batch = require_count("samples", samples), require_count("batch", batch)
-    seed = check_settings({"seed": seed}).get("seed", 0)
-    require_function("progress", progress)
-    for number, text in enumerate(texts):
-        if not len(text):
-            raise ColadaError(f"text {number} has no tokens")
-    if isinstance(seed, int):
-        streams = [(seed, number) for number in range(len(texts))]
-    else:
-        streams = [(own, 0) for own in seed]
-    if len(streams) != len(texts):
-        raise ColadaError(f"{len(streams)} values of seed for {len(texts)} texts, expected one, or one each")
     found: list[float] = []
     for begin in range(0, len(texts), batch):
         some = slice(begin, begin + batch)
@@ -90,14 +68,14 @@ def _masked(
     model: DecoderLM,
     contexts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
-    streams: Sequence[tuple[int, int]],
+    streams: Sequence[tuple[int, ...]],
     sample: int,
 ) -> Tensor:
     """Return one sample of the bound of each text, float64 (B,)."""
     mask, rows, chosen, weights = model.decoder.config.mask_id, [], [], []
-    for stream, context, text in zip(streams, contexts, texts, strict=True):
+    for (seed, *number), context, text in zip(streams, contexts, texts, strict=True):
         # Like those of blocks, whose purposes are 0 and 1.
-        generator = block_generator(*stream, 2 + sample)
+        generator = block_generator(seed, number[0] if number else 0, 2 + sample)
         count = int(torch.randint(1, len(text) + 1, (), generator=generator))
         where = torch.randperm(len(text), generator=generator)[:count].sort().values
         ids = torch.tensor(text)

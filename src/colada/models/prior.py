@@ -122,7 +122,7 @@ class BlockFlow:
     ) -> Tensor:
         """Return where the flow takes latents (B, L, C), each block under the finished ones before it.
 
-        All but the last block are committed on the way.
+        All but the last block are committed.
 
         Args:
             z: at the first value of the grid; they follow the ``start`` latents that are committed.
@@ -138,38 +138,28 @@ class BlockFlow:
             own = pins.part(number * size, (number + 1) * size)
             table = forward.modulation.rows({0.0, *(T * a for a in grid[:-1])})
             spans = self._spans(start // size + number)
-            before = self._spans(start // size + number - 1) if finished else []
             plan = Plan(self._memory, [], spans, 0, self._size)
-            # The block before is committed on the way, in the first pass of this one.
-            first = Plan(self._memory, before, spans, 0, self._size) if before else plan
             turns = forward.rotations(plan.positions)
-            first_turns = forward.rotations(first.positions) if before else turns
             pinned = bool(own.where.any())
             steps = solver()
-            for step, (a, a_next) in enumerate(pairwise(grid)):
+            if finished:
+                self.commit(finished[-1], start + (number - 1) * size)
+            for a, a_next in pairwise(grid):
                 block = own.put(block) if pinned else block
-                row = self._row(table, a, own.where if pinned else None, len(before) if step == 0 else 0)
-                if step == 0 and before:
-                    packed = torch.cat([finished[-1], block]).flatten(0, 1)
-                    output = forward(packed, row, first, first_turns)
-                else:
-                    output = forward(block.flatten(0, 1), row, plan, turns)
+                row = self._row(table, a, own.where if pinned else None)
+                output = forward(block.flatten(0, 1), row, plan, turns)
                 block = steps.step(block, self._velocity_of(block, output, a), a, a_next)
             finished.append(own.put(block) if pinned else block)
             if done is not None:
                 done(number + 1)
         return torch.cat(finished, 1)
 
-    def _row(self, table: dict[float, int], a: float, where: Tensor | None, clean: int = 0) -> int | Tensor:
-        """Return the modulation rows of a pass: ``clean`` blocks, then latents at a, or at 0 where pinned."""
-        if where is None and not clean:
+    def _row(self, table: dict[float, int], a: float, where: Tensor | None) -> int | Tensor:
+        """Return the modulation rows of a pass over latents at a, or at 0 where they are pinned."""
+        if where is None:
             return table[T * a]
         patch = self._config.patch_size
-        if where is None:
-            noisy = torch.full((self._rows * self._size,), table[T * a], device=self._device)
-        else:
-            noisy = torch.where(where[:, patch - 1 :: patch], table[0.0], table[T * a]).flatten()
-        return torch.cat([noisy.new_full((clean * self._size,), table[0.0]), noisy])
+        return torch.where(where[:, patch - 1 :: patch], table[0.0], table[T * a]).flatten()
 
     def _velocity_of(self, z: Tensor, output: Tensor, a: float) -> Tensor:
         """Return what the network's output (N, C) at z (B, L, C) says of the velocity."""

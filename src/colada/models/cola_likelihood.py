@@ -1,0 +1,305 @@
+"""A lower bound on log p(x), or on log p(x | context), from the model's own factors.
+
+Generation without guidance maps noise to latents by a flow, so the latents on its way, at any a = t / T
+above 0, are as good a hidden variable as the noise itself, and x is spelled from where the flow takes them.
+With z_a for them,
+
+    log p(x) >= E_q[ log p_theta(x | z0(z_a)) + log p_psi(z_a) - log q(z_a | x) ],
+
+q(z_a | x) = N((1 - a) mu, (1 - a)^2 sigma^2 + a^2) being the encoder's posterior carried along the path. It
+is a bound of the same model for every a; near a = 0, where a deterministic flow has contracted its density
+to less than the posterior's width, it is a very loose one. With K samples: the importance-weighted
+log (1/K) sum_k w_k (Burda et al., arXiv 1509.00519).
+
+The prior's term: log p(z_a) = log N(z_1) + integral of div v from a to 1 (Chen et al., arXiv 1806.07366),
+block by block under the finished blocks before. The divergence is the exact trace of the block's Jacobian
+where it is small or K > 1, else Hutchinson's estimate e . J e, whose noise averages out for K = 1 but would
+lift the log of a mean of K weights above the bound.
+
+A context is given as a prompt is to generation: padded and encoded alone, as posterior means. Its whole
+blocks are clean history. The latents of its tail are pinned in the first block of x, at timestep 0: they are
+no hidden variable, so they have neither density nor entropy, and the flow does not move them. As in
+generation, x begins at a whole latent, after the padding that fills the context's last one. Only q sees
+context and x together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from colada.device import memory_of, plain_torch
+from colada.errors import ColadaError
+from colada.flow import AdamsBashforth2
+from colada.generate.engine.memory import round_up
+from colada.generate.reference import encode
+from colada.models.cola import ColaDLM
+from colada.models.prior import BlockFlow, Passes, Pins, log_prior
+from colada.networks.config import TextVAEConfig
+from colada.networks.layers import History
+from colada.networks.packing import pad_to_multiple
+from colada.networks.vae import TextVAE
+
+EXACT_NUMBERS = 64
+"""Numbers in a block up to which its trace is exact for K = 1, too."""
+
+BATCH_LATENTS = 2**15
+"""Latents of the texts that are measured together; one longer text is measured alone."""
+
+GROUP_LATENTS = 128
+"""Latents of a text that are differentiated, and spelled, together."""
+
+FINISHING = 0.2
+"""The share of the work that takes the latents to the data, about; only progress depends on it."""
+
+
+@plain_torch(inference=False)
+def cola_bounds(
+    model: ColaDLM,
+    contexts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    streams: Sequence[tuple[int, ...]],
+    samples: int,
+    at: float,
+    steps: int,
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[float], list[dict[str, float]]]:
+    """Return the bound on each text's log-likelihood given its context, and the means of its three terms.
+
+    A text is padded to whole blocks, as a prompt is; its padding's latents are part of z, but only its own
+    tokens are scored. The arguments are those of :func:`~colada.models.likelihood.measure`, once checked.
+
+    Args:
+        model: its encoder must have a variance.
+        contexts, texts: ids; contexts may be empty.
+        streams: sample k of a text has the stream (*its own, k) of noise and probes.
+        batch: samples of texts of as many blocks, after as many, that are computed together; of long texts
+            fewer.
+
+    Returns: bounds of all samples of a text together, and by name the means over samples of
+    log p(x | z0(z_a)), log p(z_a) and -log q(z_a | x), which add up to the bound of one sample.
+
+    Raises:
+        ColadaError: for a deterministic encoder, a text too long for the memory, or velocities that are
+            not finite.
+    """
+    config = model.vae.config
+    if not config.use_variation:
+        raise ColadaError("a deterministic encoder (use_variation false) has no density, so no bound")
+    shapes = [_shape(*own, config) for own in zip(contexts, texts, strict=True)]
+    for shape in shapes:
+        _check_memory(model, shape)
+    exact = samples > 1 or config.block_size * config.latent_dim <= EXACT_NUMBERS
+    measurement = _Measurement(model, Passes(model.dit), at, steps, exact)
+    tokens, done = sum(map(len, texts)), 0.0
+    terms: dict[Row, Tensor] = {}
+    for rows in _batches(shapes, samples, batch):
+        size = sum(len(texts[number]) for number, _ in rows) / samples
+
+        def advance(share: float, size: float = size) -> None:
+            nonlocal done
+            done = min(done + share * size, tokens)
+            if progress is not None:
+                progress(round(done), tokens)
+
+        found = measurement.terms(
+            [(contexts[number], texts[number]) for number, _ in rows],
+            [(*streams[number], sample) for number, sample in rows],
+            advance,
+        )
+        terms |= dict(zip(rows, found, strict=True))
+    bounds, parts = [], []
+    for number in range(len(texts)):
+        own = torch.stack([terms[number, sample] for sample in range(samples)])
+        bounds.append(own.sum(-1).logsumexp(0).item() - math.log(samples))
+        if not math.isfinite(bounds[-1]):
+            raise ColadaError(
+                f"text {number} has a bound of {bounds[-1]}: the model's velocities are not finite"
+            )
+        parts.append(dict(zip(("reconstruction", "prior", "entropy"), own.mean(0).tolist(), strict=True)))
+    return bounds, parts
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Latents of a text: of the context's whole blocks, of its tail, and of all blocks after the former."""
+
+    prefix: int
+    tail: int
+    length: int
+
+
+def _shape(context: Sequence[int], text: Sequence[int], config: TextVAEConfig) -> _Shape:
+    latents, length = (-(-len(ids) // config.patch_size) for ids in (context, text))
+    prefix = latents // config.block_size * config.block_size
+    tail = latents - prefix
+    return _Shape(prefix, tail, round_up(tail + length, config.block_size))
+
+
+Row = tuple[int, int]
+"""Number of a text, and of one of its samples."""
+
+
+def _batches(shapes: Sequence[_Shape], samples: int, batch: int) -> Iterator[list[Row]]:
+    """Yield rows of equally many latents after equally many: at most ``batch``, fewer of long texts."""
+    alike: dict[tuple[int, int], list[Row]] = {}
+    for number, shape in enumerate(shapes):
+        rows = alike.setdefault((shape.prefix, shape.length), [])
+        rows += [(number, sample) for sample in range(samples)]
+    for latents, rows in alike.items():
+        most = max(1, min(batch, BATCH_LATENTS // sum(latents)))
+        for start in range(0, len(rows), most):
+            yield rows[start : start + most]
+
+
+def _check_memory(model: ColaDLM, shape: _Shape) -> None:
+    """Raise ColadaError if the keys and values of one text are more than the machine's memory."""
+    config, vae = model.dit.config, model.vae.config
+    width = config.num_layers * config.heads * config.head_dim + vae.decoder_num_blocks * vae.dim
+    latents = shape.prefix + shape.length
+    needed = 2 * latents * width * model.dit.txt_in.proj.weight.element_size()
+    there = memory_of(model.device)
+    if there is not None and needed > there / 2:
+        raise ColadaError(
+            f"a text of {latents * vae.patch_size:,} tokens needs {needed / 2**30:.1f} GiB for its keys"
+            f" and values, expected at most half of the {there / 2**30:.1f} GiB there are: cut it up"
+        )
+
+
+def _group(rows: int, size: int) -> int:
+    """Return how many latents of each row are differentiated, or spelled, together: whole blocks."""
+    return max(1, min(GROUP_LATENTS, 4 * GROUP_LATENTS // rows) // size) * size
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """How texts are measured: everything but the texts.
+
+    Attributes:
+        model, at, steps: see :func:`~colada.models.likelihood.measure`.
+        passes: of the model's DiT.
+        exact: take the trace itself for the divergence, not an estimate.
+    """
+
+    model: ColaDLM
+    passes: Passes
+    at: float
+    steps: int
+    exact: bool
+
+    def terms(
+        self,
+        asked: Sequence[tuple[Sequence[int], Sequence[int]]],
+        streams: Sequence[tuple[int, ...]],
+        advance: Callable[[float], None],
+    ) -> Tensor:
+        """Return log p(x | z0(z_a)), log p(z_a) and -log q(z_a | x) of one sample a row, float64 (B, 3).
+
+        Args:
+            asked: contexts and texts, with equally many latents of prefix and blocks after it.
+            streams: of each row's noise.
+            advance: told what further share of the work is done.
+        """
+        model, at = self.model, self.at
+        vae, device, config = model.vae, model.device, model.vae.config
+        width, patch = config.latent_dim, config.patch_size
+        shapes = [_shape(context, text, config) for context, text in asked]
+        rows, prefix, length = len(asked), shapes[0].prefix, shapes[0].length
+        generators = [_generator(stream) for stream in streams]
+        whole = [[*pad_to_multiple(context, patch, model.pad_id), *text] for context, text in asked]
+        padded = torch.tensor([pad_to_multiple(ids, config.block_tokens, model.pad_id) for ids in whole])
+        with torch.no_grad():
+            known = encode(vae, [context for context, _ in asked], model.pad_id)
+            clean = torch.stack([own[:prefix] for own in known])
+            tails = [own[prefix : prefix + one.tail] for own, one in zip(known, shapes, strict=True)]
+            pins = Pins.first(tails, length)
+            q = vae.encode(padded.flatten().to(device), [padded.shape[1]] * rows)
+            assert q.logvar is not None
+            noise = torch.stack([torch.randn(length, width, generator=own) for own in generators]).to(device)
+            mean, logvar = (
+                own.view(rows, -1, width)[:, prefix:] for own in (vae.normalise(q.mean), q.logvar)
+            )
+            sigma = (0.5 * logvar).exp() * config.scaling_factor
+            deviation = ((1 - at) ** 2 * sigma**2 + at**2).sqrt()
+            z = pins.put((1 - at) * mean + deviation * noise)
+            entropy = pins.free_sum(
+                0.5 * noise.double() ** 2 + 0.5 * math.log(2 * math.pi) + deviation.double().log()
+            )
+            flow = BlockFlow(self.passes, rows, prefix + length)
+            flow.commit(clean)
+            # More steps to the data cost more and do not tighten the bound: see docs/evaluation.md.
+            count = -(-self.steps // 2)
+            grid = [at * (1 - step / count) for step in range(count + 1)]
+            share = FINISHING * config.block_size / length
+            finished = flow.finish(z, grid, AdamsBashforth2, prefix, pins, lambda number: advance(share))
+            begin = [(prefix + own.tail) * patch for own in shapes]
+            end = [len(ids) for ids in whole]
+            latents = torch.cat([clean, finished], 1)
+            reconstruction = spelled(vae, latents, padded.to(device), begin, end)
+        # Unit vectors of a block in all blocks at once, or random signs: see divergence.
+        group, signs = _group(rows, config.block_size), None
+        if not self.exact:
+            signs = torch.stack([torch.randint(2, (length, width), generator=own) for own in generators])
+            signs = (2.0 * signs - 1).to(device)
+        prior = torch.zeros(rows, dtype=torch.float64, device=device)
+        for start in range(0, length, group):
+            own = z[:, start : start + group]
+            share = (1 - FINISHING) * own.shape[1] / length / self.steps
+            here = pins.part(start, start + group)
+            prior += log_prior(
+                flow.velocity(prefix + start, own.shape[1], here.where),
+                own,
+                _unit_probes(config.block_size, own)
+                if signs is None
+                else signs[None, :, start : start + group],
+                self.steps,
+                at,
+                here,
+                lambda number, share=share: advance(share),  # type: ignore[misc]
+            )
+        return torch.stack([reconstruction, prior, entropy], -1).cpu()
+
+
+def _unit_probes(size: int, z: Tensor) -> Tensor:
+    """Return the unit vectors of a block, in all blocks of z (B, L, C) at once: (size * C, B, L, C)."""
+    rows, length, width = z.shape
+    probes = torch.eye(size * width, device=z.device).view(-1, 1, 1, size, width)
+    return probes.expand(-1, rows, length // size, -1, -1).flatten(2, 3)
+
+
+def spelled(vae: TextVAE, latents: Tensor, ids: Tensor, begin: Sequence[int], end: Sequence[int]) -> Tensor:
+    """Return the sums of log p(token | latents) of tokens ``begin`` to ``end`` of each row, float64 (B,).
+
+    A few blocks are decoded at a time, under those before them.
+
+    Args:
+        latents: (B, L, C).
+        ids: (B, L * patch_size).
+    """
+    rows, patch, size = len(latents), vae.config.patch_size, vae.config.block_size
+    histories = [History() for _ in range(rows)]
+    total = torch.zeros(rows, dtype=torch.float64, device=latents.device)
+    group = _group(rows, size)
+    first, last = (torch.tensor(own, device=latents.device)[:, None] for own in (begin, end))
+    for start in range(0, latents.shape[1], group):
+        part = latents[:, start : start + group]
+        layout = vae.layout([part.shape[1]] * rows, histories)
+        hidden = vae.decoder(part.flatten(0, 1), layout, histories)
+        token = torch.arange(start * patch, (start + part.shape[1]) * patch, device=latents.device)
+        scored = (token >= first) & (token < last)
+        logits = vae.decoder.logits(hidden).view(rows, len(token), -1)[scored]
+        values = -F.cross_entropy(logits.double(), ids[:, token][scored], reduction="none")
+        total.index_add_(0, scored.nonzero()[:, 0], values)
+    return total
+
+
+def _generator(stream: tuple[int, ...]) -> torch.Generator:
+    state = np.random.SeedSequence(stream).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
