@@ -12,9 +12,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from colada.data.jsonl import parse_object
 from colada.data.listing import require_kind
-from colada.errors import ColadaError, nearest
-from colada.files import as_object, decode, parse_json, read_lines, require_file
+from colada.errors import ColadaError, nearest, reason
+from colada.files import decode, read_lines, require_file
 from colada.text.tokenizer import END_OF_TEXT
 
 Split = Literal["train", "validation"]
@@ -45,6 +46,12 @@ class Record:
     origin: str
     stated: bool = False
 
+    @property
+    def text(self) -> str:
+        """Its only value, of a record that :func:`read_documents` has read."""
+        (text,) = self.values
+        return str(text)
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -61,15 +68,6 @@ class Cut:
 
 Holdout = float | Cut
 """What is held out for validation: documents, as such a share of them, or pieces of them."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text, the split it belongs to, and where it came from (file and line or row, from 1)."""
-
-    text: str
-    split: Split
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -97,35 +95,33 @@ class Part:
 
 def read_documents(
     files: Iterable[Path], *, column: str = "text", validation_share: float = 0.02
-) -> Iterator[Document]:
-    """Stream the documents of ``files``, in order; white-space-only ones are left out.
+) -> Iterator[Record]:
+    """Stream the records of ``files`` with a text, in order; white-space-only ones are left out.
 
-    ``.txt``: documents stand between lines that are exactly ``<|endoftext|>``;
-    without such a line the file is one document. The line break that ends a
-    document is not part of it. ``.jsonl``: one object per line, its text under
-    ``column``. ``.parquet``: one row per document, likewise.
-
-    Raises ColadaError, naming the file and its line or row, for anything that
-    cannot be read as described; and at once when ``validation_share`` is not
-    within 0 to 1. Splits are those of :func:`read_records`.
+    Raises ColadaError as :func:`read_records`, also for what is no text.
     """
-    if not 0 <= validation_share <= 1:
-        raise ColadaError(f"validation_share is {validation_share}, expected 0 to 1")
-    parts = (part for path in files for part in split_file(path))
-    records = (record for part in parts for record in read_records(part, [column], validation_share))
-    texts = ((record, text_of(record.values[0], column, record.origin)) for record in records)
-    return (Document(text, record.split, record.origin) for record, text in texts if text.strip())
+    for path in files:
+        for part in split_file(path):
+            for record in read_records(part, [column], validation_share):
+                text = text_of(record.values[0], column, record.origin)
+                if text.strip():
+                    yield record
 
 
 def text_of(value: object, column: str, origin: str) -> str:
     """Return a value that must be a string. Raises ColadaError, naming column and origin, if it is none."""
     if not isinstance(value, str):
-        raise ColadaError(f"{origin}: {column!r} is {_kind_of(value)}, expected a string")
+        kind = "null" if value is None else f"of type {type(value).__name__}"
+        raise ColadaError(f"{origin}: {column!r} is {kind}, expected a string")
     return value
 
 
 def read_records(part: Part, columns: Sequence[str], validation_share: Holdout) -> Iterator[Record]:
     """Stream the values of some columns of the records of a part of a file.
+
+    ``.txt``: documents stand between lines that are exactly ``<|endoftext|>``; without such a line the file
+    is one document. The line break that ends a document is not part of it. ``.jsonl``: an object a line.
+    ``.parquet``: a row a record.
 
     Where ``part`` has no split, a key or column ``split`` says where a record belongs: ``train``, or
     ``validation`` (also ``valid``, ``val``, ``dev``); ``test`` is left out.
@@ -133,10 +129,10 @@ def read_records(part: Part, columns: Sequence[str], validation_share: Holdout) 
     they are not one string), as a fraction of 2**160, is below ``validation_share``: equal texts always land
     in the same split. With a :class:`Cut`, that holds of its pieces, and neighbours in a split stay together.
 
-    Raises ColadaError, naming the file and its line or row, for anything that
-    cannot be read as described.
+    Raises ColadaError, naming the file and its line or row, for anything that cannot be read as described.
     """
-    for number, fields in _reader_of(Path(part.where))(part, columns):
+    readers = {".txt": _text_records, ".jsonl": _jsonl_records, ".parquet": _parquet_records}
+    for number, fields in readers[require_kind(Path(part.where)).removesuffix(".gz")](part, columns):
         yield from records_of(fields, part, number, columns, validation_share)
 
 
@@ -157,29 +153,25 @@ def records_of(
             f"{origin}: {', '.join(map(repr, columns))} holds a lone surrogate {text[error.start]!r}"
             f" at character {error.start}, expected Unicode text"
         ) from None
-    split: Split | None
     if part.split is not None or "split" in fields:
-        if part.split is None:
-            split = _named_split(origin, fields["split"])
-        else:
-            left_out = part.split == "train" and fields.get("split") == "test"
-            split = None if left_out else part.split
-        return [] if split is None else [Record(values, split, number, origin, stated=True)]
-    if isinstance(validation_share, Cut) and whole:
-        below = validation_share.share
-        runs = groupby(cut(text, validation_share.size), lambda piece: _split(piece, below))
-        return [Record(("".join(pieces),), split, number, origin) for split, pieces in runs]
+        split = part.split or _named_split(origin, fields["split"])
+        if split is None or (split == "train" and fields.get("split") == "test"):
+            return []
+        return [Record(values, split, number, origin, stated=True)]
     share = validation_share.share if isinstance(validation_share, Cut) else validation_share
-    return [Record(values, _split(text, share), number, origin)]
+
+    def split_of(piece: str) -> Split:
+        return "validation" if fraction(piece) < share else "train"
+
+    if isinstance(validation_share, Cut) and whole:
+        runs = groupby(cut(text, validation_share.size), split_of)
+        return [Record(("".join(pieces),), split, number, origin) for split, pieces in runs]
+    return [Record(values, split_of(text), number, origin)]
 
 
 def fraction(text: str) -> float:
     """Return the SHA-1 of a text as a fraction of 2**160."""
     return int.from_bytes(sha1(text.encode(), usedforsecurity=False).digest(), "big") / 2**160
-
-
-def _split(text: str, share: float) -> Split:
-    return "validation" if fraction(text) < share else "train"
 
 
 def cut(text: str, size: int) -> Iterator[str]:
@@ -207,7 +199,8 @@ _Records = Iterator[tuple[int, Mapping[str, object]]]
 
 def _text_records(part: Part, columns: Sequence[str]) -> _Records:
     first, lines = part.before + 1, list[str]()
-    for number, line in _lines(part):
+    for number, raw in _lines(part):
+        line = decode(raw, f"{part.place}{number}")
         if _separates(line):
             yield first, {columns[0]: _join(lines)}
             first, lines = number + 1, []
@@ -226,25 +219,20 @@ def _join(lines: list[str]) -> str:
 
 def _jsonl_records(part: Part, columns: Sequence[str]) -> _Records:
     for number, line in _lines(part):
-        if line.isspace():
-            continue
-        origin = f"{part.place}{number}"
-        fields = as_object(parse_json(line, origin), origin)
-        check_columns(origin, columns, list(fields))
-        yield number, fields
+        if line.strip():
+            fields = parse_object(line, f"{part.place}{number}")
+            check_columns(f"{part.place}{number}", columns, list(fields))
+            yield number, fields
 
 
-def _lines(part: Part) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line with its line break) of a UTF-8 file or a range of it, unpacking ``.gz``.
-
-    A byte order mark before a line is no part of it: files that begin with one may have been joined.
-    """
+def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
+    """Yield (number from 1, line with its line break) of a file or a range of it, unpacking ``.gz``."""
     at = part.begin
     for number, raw in read_lines(part.where, part.begin, part.before):
         if part.end is not None and at >= part.end:
             return
         at += len(raw)
-        yield number, decode(raw, f"{part.place}{number}")
+        yield number, raw
 
 
 def _parquet_records(part: Part, columns: Sequence[str]) -> _Records:
@@ -261,13 +249,8 @@ def _parquet_records(part: Part, columns: Sequence[str]) -> _Records:
             # By name: with several columns, the file's order is not that of the asking.
             for cells in zip(*(batch.column(name) for name in wanted), strict=True):
                 number += 1
-                yield (
-                    number,
-                    {
-                        name: _value(cell, name, f"{part.place}{number}")
-                        for name, cell in zip(wanted, cells, strict=True)
-                    },
-                )
+                row = zip(wanted, cells, strict=True)
+                yield number, {name: _value(cell, name, f"{part.place}{number}") for name, cell in row}
 
 
 def _value(cell: Any, column: str, origin: str) -> object:
@@ -277,8 +260,7 @@ def _value(cell: Any, column: str, origin: str) -> object:
     except UnicodeDecodeError as error:
         raise ColadaError(f"{origin}: not UTF-8 ({error}), expected UTF-8 text") from None
     except Exception as error:  # Dates and time zones that Python lacks each raise an error of their own.
-        reason = _one_line(error) or type(error).__name__
-        raise ColadaError(f"{origin}: {column!r} cannot be converted ({reason})") from None
+        raise ColadaError(f"{origin}: {column!r} cannot be converted ({reason(error)})") from None
 
 
 @contextmanager
@@ -295,7 +277,7 @@ def _open_parquet(path: str, read: Callable[[], int]) -> Iterator[Any]:
             yield file
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, RecursionError) as error:
         where = f" after row {read()}" if read() else ""
-        raise ColadaError(f"{path}: not a readable parquet file{where} ({_one_line(error)})") from error
+        raise ColadaError(f"{path}: not a readable parquet file{where} ({reason(error)})") from error
 
 
 def split_file(path: Path, size: int = sys.maxsize) -> list[Part]:
@@ -333,19 +315,6 @@ def _line_ranges(path: Path, size: int, text: bool) -> list[Part]:
     return parts
 
 
-_READERS: Mapping[str, Callable[[Part, Sequence[str]], _Records]] = {
-    ".txt": _text_records,
-    ".txt.gz": _text_records,
-    ".jsonl": _jsonl_records,
-    ".jsonl.gz": _jsonl_records,
-    ".parquet": _parquet_records,
-}
-
-
-def _reader_of(path: Path) -> Callable[[Part, Sequence[str]], _Records]:
-    return _READERS[require_kind(path)]
-
-
 def check_columns(where: str, columns: Sequence[str], names: Sequence[str]) -> None:
     """Raise ColadaError if a column is missing, with the nearest name of those that are there."""
     for column in columns:
@@ -354,11 +323,3 @@ def check_columns(where: str, columns: Sequence[str], names: Sequence[str]) -> N
             raise ColadaError(
                 f"{where}: no column {column!r}{nearest(column, names)}, columns there: {there}"
             )
-
-
-def _kind_of(value: object) -> str:
-    return "null" if value is None else f"of type {type(value).__name__}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -34,10 +34,11 @@ def read_lines(path: Path, unfinished: bool = False) -> Iterator[tuple[str, dict
         if unfinished and not raw.endswith(b"\n"):
             return
         if raw.strip():
-            yield f"{path}:{number}", _parse(raw, f"{path}:{number}")
+            yield f"{path}:{number}", parse_object(raw, f"{path}:{number}")
 
 
-def _parse(raw: bytes, place: str) -> dict[str, Any]:
+def parse_object(raw: bytes, place: str) -> dict[str, Any]:
+    """Return the object of a line. Raises ColadaError naming its place, if it is none."""
     try:
         return files.as_object(files.parse_json(raw, place), place)
     except ColadaError as error:

@@ -27,13 +27,13 @@ class Listing:
     left_out: Counter[str]
 
     def __str__(self) -> str:
-        read = f"{len(self.files)} file{'s' if len(self.files) != 1 else ''}"
-        return f"{self.where}: {read} to read, {self.reasons()}"
+        files = f"{len(self.files)} file{'s' if len(self.files) != 1 else ''}"
+        return f"{self.where}: {files} to read, {_in_words(self.left_out)}"
 
-    def reasons(self) -> str:
-        """Return how many were left out and why, in words."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
-        return f"{self.left_out.total()} left out" + (f": {reasons}" if reasons else "")
+
+def _in_words(left_out: Counter[str]) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+    return f"{left_out.total()} left out" + (f": {reasons}" if reasons else "")
 
 
 def find_files(where: Path, include: Sequence[str] = ()) -> list[Path]:
@@ -61,7 +61,7 @@ def list_files(where: Path, include: Sequence[str] = ()) -> Listing:
             raise ColadaError(f"{where} is a training run's directory, expected a folder of text")
         files = sorted(_walk(where, left_out))
         if not files:
-            reasons = f" ({Listing(where, files, left_out).reasons()})" if left_out else ""
+            reasons = f" ({_in_words(left_out)})" if left_out else ""
             raise ColadaError(f"{where}: no data files in this folder{reasons}, expected {', '.join(KINDS)}")
     else:
         files = [require_file(where, f"a folder or a file of {', '.join(KINDS)}")]
@@ -70,23 +70,18 @@ def list_files(where: Path, include: Sequence[str] = ()) -> Listing:
         if not any(fnmatchcase(path.name, pattern) for path in files):
             guess = nearest(pattern, {path.name for path in files})
             raise ColadaError(f"include pattern {pattern!r} matches no data file in {where}{guess}")
-    kept = [path for path in files if not include or any(fnmatchcase(path.name, p) for p in include)]
-    if len(kept) < len(files):
-        left_out["not included"] = len(files) - len(kept)
-    return Listing(where, kept, left_out)
-
-
-def kind_of(path: Path) -> str | None:
-    """Return which of ``KINDS`` a file's name says it is, or None."""
-    return next((kind for kind in KINDS if path.name.lower().endswith(kind)), None)
+    included = [path for path in files if not include or any(fnmatchcase(path.name, p) for p in include)]
+    if len(included) < len(files):
+        left_out["not included"] = len(files) - len(included)
+    return Listing(where, included, left_out)
 
 
 def require_kind(path: Path) -> str:
     """Return which of ``KINDS`` a file's name says it is; raises ColadaError if none."""
-    kind = kind_of(path)
-    if kind is None:
-        raise ColadaError(f"{path}: unknown kind of file, expected {', '.join(KINDS)}")
-    return kind
+    for kind in KINDS:
+        if path.name.lower().endswith(kind):
+            return kind
+    raise ColadaError(f"{path}: unknown kind of file, expected {', '.join(KINDS)}")
 
 
 def _walk(where: Path, left_out: Counter[str]) -> Iterator[Path]:
@@ -130,7 +125,7 @@ def _left_out(path: Path) -> str | None:
         return "directory of a training run" if _is_run(path) else None
     if not stat.S_ISREG(mode):
         return "no regular file"
-    return None if kind_of(path) else path.suffix.lower() or "without a suffix"
+    return None if path.name.lower().endswith(KINDS) else path.suffix.lower() or "without a suffix"
 
 
 def _is_run(folder: Path) -> bool:

@@ -6,7 +6,7 @@ number of ranks change no row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -47,15 +47,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        sample, trained = (
-            None if x is None else x.to(device, non_blocking=True) for x in (self.sample, self.trained)
-        )
-        return Batch(self.ids.to(device, non_blocking=True), sample, trained)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def rows(self, begin: int, end: int) -> Batch:
         """Return some rows, for a micro-batch."""
-        sample, trained = (None if x is None else x[begin:end] for x in (self.sample, self.trained))
-        return Batch(self.ids[begin:end], sample, trained)
+        return self._each(lambda tensor: tensor[begin:end])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        sample, trained = (None if x is None else change(x) for x in (self.sample, self.trained))
+        return Batch(change(self.ids), sample, trained)
 
 
 class Rows(Protocol):
@@ -266,8 +266,7 @@ def _pieces(stream: TokenStream, length: int) -> tuple[_Ids, _Ids, _Ids, _Ids]:
     count = np.where(prompts > 0, (prompts < length).astype(np.int64), -(-sizes // length))
     origins = np.repeat(np.arange(len(starts)), count)
     offsets = length * (np.arange(len(origins)) - np.repeat(np.cumsum(count) - count, count))
-    kept = np.minimum(sizes[origins] - offsets, length)
-    return starts[origins] + offsets, kept, prompts[origins], origins
+    return starts[origins] + offsets, np.minimum(sizes[origins] - offsets, length), prompts[origins], origins
 
 
 def pack(sizes: _Ids, capacity: int) -> _Ids:
@@ -317,19 +316,20 @@ class MixedRows:
 
     def row(self, number: int) -> Batch:
         """Return a row of the source whose turn it is."""
-        part, own = self._of(number)
-        return self._parts[part].row(own)
+        rows, turn = self._of(number)
+        return rows.row(turn)
 
     def describe(self, number: int) -> str:
         """Return where a row is from."""
-        part, own = self._of(number)
-        return self._parts[part].describe(own)
+        rows, turn = self._of(number)
+        return rows.describe(turn)
 
-    def _of(self, number: int) -> tuple[int, int]:
+    def _of(self, number: int) -> tuple[Rows, int]:
+        """Return whose turn it is, and which of its rows."""
         period, index = divmod(number, MIX_PERIOD)
         order, turn = _turns(self._shares, self._seed, period)
         part = int(order[index])
-        return part, period * self._shares[part] + int(turn[index])
+        return self._parts[part], period * self._shares[part] + int(turn[index])
 
 
 @lru_cache(maxsize=16)

@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout
 from colada.data.documents import Cut, Holdout, Part, Record, Split, text_of
 from colada.data.sources import Source, identity, parts, read
 from colada.data.stream import TokenStream
-from colada.errors import ColadaError
+from colada.errors import ColadaError, reason
 from colada.files import read_json_object, write_json
 from colada.text.chat import encode_messages, encode_pair
 from colada.text.tokenizer import Tokenizer
@@ -45,6 +45,7 @@ _BATCH_CHARACTERS = 2**20  # Encoded at once: documents are as short as a line o
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 _TOKENIZER, _PLAN = "tokenizer.json", "plan.json"
 _FILES = ("ids", "samples.npy")  # Of each split of a unit.
+_STATED = ("size", "mtime", "sha256")  # What a manifest says of each file.
 
 Unit = Sequence[Part]
 
@@ -204,14 +205,14 @@ def _start_worker() -> None:
     """Keep a worker to one core, leave Ctrl-C to its parent, and end it with its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_end_with_parent, daemon=True).start()
 
+    def end_with_parent() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    Thread(target=end_with_parent, daemon=True).start()
 
 
 def _tokenise(job: Job, number: int, unit: Unit) -> None:
@@ -282,8 +283,7 @@ def _settled(path: Path) -> dict[str, Any]:
     """Write a file through to the disk and return what the manifest says of it."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    stat = path.stat()
-    return {"size": stat.st_size, "mtime": stat.st_mtime_ns, "sha256": _digest(path)}
+    return dict(zip(_STATED, (path.stat().st_size, path.stat().st_mtime_ns, _digest(path)), strict=True))
 
 
 def _digest(path: Path) -> str:
@@ -355,23 +355,20 @@ def _check(directory: Path, number: int) -> None:
     """
     with _undamaged(_manifest(directory, number)):
         files = read_json_object(_manifest(directory, number))["files"]
-        stated = [
-            (directory / name, file["size"], file["mtime"], file["sha256"]) for name, file in files.items()
-        ]
+        stated = [(directory / name, *(file[key] for key in _STATED)) for name, file in files.items()]
     advice = f"delete {directory} to have it made again"
     for path, size, mtime, digest in stated:
         try:
             stat = path.stat()
-            found = _digest(path) if stat.st_size == size and stat.st_mtime_ns != mtime else digest
+            changed = stat.st_size == size and stat.st_mtime_ns != mtime
+            digest_now = _digest(path) if changed else digest
         except OSError as error:
             raise ColadaError(f"{path} cannot be read ({error.strerror}); {advice}") from error
         if stat.st_size != size:
             raise ColadaError(f"{path} has {stat.st_size} bytes, expected {size}; {advice}")
-        if found != digest:
-            raise ColadaError(
-                f"{path} changed since it was made: its SHA-256 begins {found[:8]}, expected {digest[:8]};"
-                f" {advice}"
-            )
+        if digest_now != digest:
+            hashes = f"its SHA-256 begins {digest_now[:8]}, expected {digest[:8]}"
+            raise ColadaError(f"{path} changed since it was made: {hashes}; {advice}")
 
 
 @contextmanager
@@ -380,9 +377,8 @@ def _undamaged(path: Path) -> Iterator[None]:
     try:
         yield
     except (ColadaError, AttributeError, ValueError, KeyError, TypeError) as error:
-        raise ColadaError(
-            f"{path} is damaged ({' '.join(str(error).split())}); delete {path.parent} to have it made again"
-        ) from error
+        advice = f"delete {path.parent} to have it made again"
+        raise ColadaError(f"{path} is damaged ({reason(error)}); {advice}") from error
 
 
 def _name(number: int, split: Split, what: str) -> str:

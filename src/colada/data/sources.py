@@ -27,7 +27,7 @@ from colada.data.documents import (
     text_of,
 )
 from colada.data.listing import find_files, list_files
-from colada.errors import ColadaError
+from colada.errors import ColadaError, failure
 
 Format = Literal["text", "messages", "pairs"]
 
@@ -92,14 +92,9 @@ class Source(Section):
     def _one_place(self) -> Source:
         if (self.path is None) == (self.hub is None):
             raise ValueError(f"path={self.path!r} and hub={self.hub!r}, expected one of them")
-        for key, value in (
-            ("config", self.config),
-            ("revision", self.revision),
-            ("streaming", self.streaming),
-            ("limit", self.limit),
-        ):
-            if value and self.hub is None:
-                raise ValueError(f"{key}={value!r} without hub: it is of hub data sets")
+        for key in ("config", "revision", "streaming", "limit"):
+            if getattr(self, key) and self.hub is None:
+                raise ValueError(f"{key}={getattr(self, key)!r} without hub: it is of hub data sets")
         if self.include and self.path is None:
             raise ValueError(f"include={list(self.include)} without path: it is of files")
         return self
@@ -121,17 +116,17 @@ class Source(Section):
 
 
 def read_texts(
-    source: Source, validation_share: Holdout, among: Sequence[Part] | None = None
+    source: Source, validation_share: Holdout, some: Sequence[Part] | None = None
 ) -> Iterator[str]:
     """Yield what a source's training records say, for a tokenizer to learn from.
 
     Args:
-        among: those of its parts that are read; None for all.
+        some: those of its parts that are read; None for all.
 
     Raises:
         ColadaError: for what cannot be read or is no text, with its file and line or row.
     """
-    for part in parts(source) if among is None else among:
+    for part in parts(source) if some is None else some:
         for record in read(source, part, validation_share):
             if record.split == "train":
                 yield from _texts(source, record)
@@ -162,13 +157,12 @@ def parts(source: Source, size: int = sys.maxsize) -> list[Part]:
         ColadaError: if there is no such data.
     """
     _dataset.cache_clear()  # It may have changed since this process last read it.
+    training = _parts_of(source, source.path or source.split, size)
     if source.validation is None:
-        return _parts_of(source, source.path or source.split, size)
-    trained, held_out = (
-        _parts_of(source, where, size) for where in (source.path or source.split, source.validation)
-    )
-    return [replace(part, split="train") for part in trained] + [
-        replace(part, split="validation") for part in held_out
+        return training
+    validation = _parts_of(source, source.validation, size)
+    return [replace(part, split="train") for part in training] + [
+        replace(part, split="validation") for part in validation
     ]
 
 
@@ -206,14 +200,14 @@ def identity(source: Source) -> list[object]:
     """
     if source.hub is not None:
         return [_builder(source).hash]
-    places = [(source.path, source.include), (source.validation, ())]
-    stats = [
-        (str(path), path.stat())
-        for where, include in places
-        if where is not None
-        for path in find_files(Path(where), include)
-    ]
-    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    files = [path for _, where, include in _places(source) for path in find_files(Path(where), include)]
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def _places(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Return the files or folders of a source: its key, where it is, and which patterns hold there."""
+    places = [("path", source.path, source.include), ("validation", source.validation, ())]
+    return [] if source.hub else [(key, where, include) for key, where, include in places if where]
 
 
 def read(source: Source, part: Part, validation_share: Holdout) -> Iterator[Record]:
@@ -244,12 +238,7 @@ def check_sources(sources: Sequence[Source], out: Path | None = None) -> list[st
     """
     lines = []
     for number, source in enumerate(sources):
-        for key, where, include in (
-            ("path", source.path, source.include),
-            ("validation", source.validation, ()),
-        ):
-            if where is None or source.path is None:
-                continue
+        for key, where, include in _places(source):
             if not os.path.lexists(where):
                 corpora = ", or get the corpora that docs/training.md names"
                 raise ColadaError(
@@ -275,31 +264,29 @@ def hold_out(source: Source, share: float, least: int) -> Holdout:
     """
     if source.format != "text" or source.validation is not None or source.streaming or share == 0:
         return share
-    held, total = 0, 0
-    for record in _records(source, share):
-        size = len(_texts(source, record)[0])
-        held, total = held + size * (record.split == "validation"), total + size
-        if record.stated or least <= held <= 4 * share * total:
+
+    def texts(share: float) -> Iterator[tuple[str, Record]]:
+        for part in parts(source):
+            for record in read(source, part, share):
+                yield _texts(source, record)[0], record
+
+    held_out, total = 0, 0
+    for text, record in texts(share):
+        total += len(text)
+        held_out += len(text) * (record.split == "validation")
+        if record.stated or least <= held_out <= 4 * share * total:
             return share
     wanted = max(least, round(share * total))
     if wanted > total / 4:
-        return share if held <= total / 2 else 0.0
+        return share if held_out <= total / 2 else 0.0
     size = max(1, min(wanted // 4, 2**15))
-    pieces = sorted(
-        (fraction(piece), len(piece))
-        for record in _records(source, 0.0)
-        for piece in cut(_texts(source, record)[0], size)
-    )
-    held = 0
+    pieces = sorted((fraction(piece), len(piece)) for text, _ in texts(0.0) for piece in cut(text, size))
+    held_out = 0
     for place, length in pieces:
-        if held >= wanted:
+        if held_out >= wanted:
             return Cut(size, place)
-        held += length
+        held_out += length
     return share
-
-
-def _records(source: Source, share: float) -> Iterator[Record]:
-    return (record for part in parts(source) for record in read(source, part, share))
 
 
 # --- data sets ---------------------------------------------------------------------------------
@@ -349,5 +336,4 @@ def _named(source: Source, split: str) -> Iterator[None]:
         yield
     # Each file format and transport of the library raises errors of its own.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ColadaError(f"cannot read data set {source.name}, split {split!r}: {reason}") from error
+        raise failure(f"cannot read data set {source.name}, split {split!r}", error) from error
