@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.generation.models import size_configs
+from benchmarks.models import size_configs
 from colada import device
 from colada.data.rows import Batch
 from colada.flow import TimestepLaw, calibrated_loc

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.generation.machine import machine_name
+from benchmarks.machine import machine_name
 from benchmarks.step import CLIP, LR, Case, Elsewhere, Step, open_gates, peak_bytes, synchronise
 from colada.flow import T, TimestepLaw, interpolate, target_velocity
 from colada.networks.config import DiTConfig

@@ -1,12 +1,10 @@
-"""Measuring generation: the counted work, the opponents' equality, who is timed when, what is reported."""
+"""Measuring generation: the counted cost, the peers' equality, who is timed when, what is reported."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -15,45 +13,57 @@ from typing import Any
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.generation import contestants, levers, machine, mixed, run
+from benchmarks import machine, measure, table
+from benchmarks.generation import levers, libraries, peers, run
 from benchmarks.generation.__main__ import bench_app
-from benchmarks.generation.ar import ar, matched_parameters
-from benchmarks.generation.levers import EXACT, Lever, measure_levers, next_blocks, own_prompts
-from benchmarks.generation.machine import Rates, copy_bandwidth, fastest, machine_name, matmul_rate
-from benchmarks.generation.mixed import Request, engine_serve, full_batch, measure_mixed, mixed_requests
-from benchmarks.generation.models import SIZES, random_model, size_configs
-from benchmarks.generation.plain import PlainGenerator
-from benchmarks.generation.run import Spread, measure_cell, random_prompts, sweep, take_turn
-from benchmarks.generation.work import (
+from benchmarks.generation.cost import (
+    Cost,
     Job,
-    Work,
     blocks_of,
-    generation_work,
+    generation_cost,
     history_bytes,
     limit,
     prompt_latents,
 )
+from benchmarks.generation.levers import EXACT, Lever, measure_levers, next_blocks, own_prompts
+from benchmarks.generation.peers import LIBRARIES, Write, make_peers, matched_parameters
+from benchmarks.generation.run import (
+    engine_serve,
+    full_batch,
+    measure_cell,
+    measure_mixed,
+    mixed_requests,
+    random_prompts,
+    sweep,
+    take_turn,
+)
+from benchmarks.machine import Rates, copy_bandwidth, fastest, machine_name, matmul_rate
+from benchmarks.measure import Spread
+from benchmarks.models import SIZES, random_model, size_configs
 from colada.errors import ColadaError
 from colada.generate.engine.engine import Engine
-from colada.generate.reference import BlockGenerator, sample_noise
+from colada.generate.settings import TextRequest
 from colada.models import cola as model_module
+from colada.models.autoregressive import AutoregressiveLM
 from colada.models.cola import ColaDLM
 from colada.networks.config import DiTConfig, TextVAEConfig
+from colada.networks.decoder import Decoder
+from colada.networks.decoder_config import DecoderConfig
 from colada.networks.dit import DiT
 from colada.networks.packing import block_causal
 from colada.networks.vae import TextVAE
-from colada.text.transcript import Chunk
 from helpers import tiny_model
 
 CPU = torch.device("cpu")
 RATES = Rates(bandwidth=1e9, matmul=1e9)
 
 
-# --- work ----------------------------------------------------------------------------------------
+# --- cost ----------------------------------------------------------------------------------------
 
 
 def linear_entries(network: nn.Module) -> int:
@@ -77,10 +87,9 @@ def counted_flops(model: ColaDLM, job: Job, guidance: float) -> tuple[int, int, 
             outputs += len(inputs[0])
 
     hooks = [part.register_forward_pre_hook(note) for part in (model.dit.emb_in, model.dit.txt_out)]
-    stream = contestants.reference(model, guidance, 0)(random_prompts(job, 50, 0), job)
+    readable = peers.readable(model, guidance, 0)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        for _ in stream:
-            pass
+        readable(random_prompts(job, 50, 0), job, lambda index, ids: None)
     for hook in hooks:
         hook.remove()
     config = model.dit.config
@@ -114,14 +123,14 @@ def test_flops_are_those_of_the_reference_without_what_is_avoidable(
     ):
         visible = int(block_causal(length, length, block).sum())
         hidden += 4 * layers * width * job.batch * (length**2 - visible)
-    ours = sum(part.flops for part in generation_work(vae, dit, job, 4).values())
+    ours = sum(part.flops for part in generation_cost(vae, dit, job, 4).values())
     assert ours == counted - adaln - unread - hidden
 
 
 def test_bytes_by_hand() -> None:
     model = tiny_model()
     vae, dit = model.vae.config, model.dit.config
-    parts = generation_work(vae, dit, Job(3, 8, 8, steps=5), 2)
+    parts = generation_cost(vae, dit, Job(3, 8, 8, steps=5), 2)
     prior = linear_entries(model.dit) - adaln_entries(model.dit)
     output = linear_entries(model.dit.txt_out)
     head = linear_entries(model.vae.decoder.final_layer)
@@ -143,15 +152,15 @@ def test_the_released_size() -> None:
     assert history_bytes(vae, dit, 2) == 216 * 1024
     with torch.device("meta"):
         decoder, prior = TextVAE(vae).decoder, DiT(dit)
-    first = generation_work(vae, dit, Job(1, 0, 16, steps=1), 2)
+    first = generation_cost(vae, dit, Job(1, 0, 16, steps=1), 2)
     read = linear_entries(prior) - adaln_entries(prior) + (6 * 24 + 2) * 2048
     assert first["transport"].bytes == 2 * read
     assert first["decoder"].bytes == 2 * linear_entries(decoder) + 16 * 24 * 1024
-    assert first["prompt"] == Work()
+    assert first["prompt"] == Cost()
 
 
 def test_the_limit_adds_up_what_each_part_takes_at_least() -> None:
-    parts = {"products": Work(6e9, 1e9), "memory": Work(1e9, 8e9)}
+    parts = {"products": Cost(6e9, 1e9), "memory": Cost(1e9, 8e9)}
     assert limit(parts, Rates(bandwidth=4e9, matmul=2e9)) == 3 + 2
 
 
@@ -169,69 +178,92 @@ def test_impossible_jobs(values: tuple[int, ...], said: str) -> None:
         Job(*values)
 
 
-# --- opponents -----------------------------------------------------------------------------------
+# --- peers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", [0, 3, 8, 10])
-@pytest.mark.parametrize(("guidance", "prediction"), [(1.0, "velocity"), (3.0, "z0"), (3.0, "velocity")])
-@pytest.mark.parametrize("patches", [(1, 1), (2, 1), (1, 2)])
-def test_the_plain_path_equals_the_reference(
-    context: int, guidance: float, prediction: str, patches: tuple[int, int]
-) -> None:
-    model = tiny_model(
-        vae={"patch_size": patches[0]}, dit={"patch_size": patches[1], "prediction": prediction}
-    )
-    context *= math.lcm(*patches)  # Whole latents, and whole patches of the DiT.
-    prompts = random_prompts(Job(3, context, 1), 50, seed=1)
-    seeds = [5, 9, 2]
-    engine = BlockGenerator(model.vae, model.dit, steps=4)
-    blocks = PlainGenerator(model.vae, model.dit, 4, guidance).blocks(prompts, 3, seeds, 0)
-    with torch.inference_mode():
-        noises = [sample_noise(seed, (4, 8), CPU) for seed in seeds]
-        samples = engine.start(prompts, noises, seeds, [guidance] * 3, 0)
-        for latents, ids in blocks:
-            for _ in engine.next_block(samples):
-                pass
-            done = [sample.block for sample in samples if sample.block is not None]
-            expected = torch.stack([block.latents for block in done])
-            assert (latents - expected).abs().max() <= 1e-5 * expected.abs().max()
-            assert ids.tolist() == [block.ids for block in done]
-
-
-def test_the_plain_path_takes_prompts_of_one_length() -> None:
-    model = tiny_model()
-    with pytest.raises(ColadaError, match=r"\[1, 2\] tokens, expected one length"):
-        next(PlainGenerator(model.vae, model.dit, 2, 1.0).blocks([[1], [1, 2]], 1, [0, 1], 0))
+def written(peer: peers.Peer, prompts: Sequence[Sequence[int]], job: Job) -> list[list[int]]:
+    """What a peer writes for each prompt."""
+    texts: list[list[int]] = [[] for _ in prompts]
+    peer(prompts, job, lambda index, ids: texts[index].extend(ids))
+    return texts
 
 
 @pytest.mark.parametrize("context", [0, 4, 7])
-def test_all_contestants_stream_the_same_tokens(context: int) -> None:
+def test_the_readable_loop_writes_the_engines_tokens(context: int) -> None:
     model = tiny_model(generation={"steps": 9, "solver": "ab2", "temperature": 1.0})
     job = Job(2, context, 10, steps=3)
     prompts = random_prompts(job, 50, 3)
-    makers = (contestants.engine, contestants.reference, contestants.plain)
-    streams = [
-        [replace(chunk, completion=None) for chunk in make(model, 3.0, 7)(prompts, job)] for make in makers
-    ]
-    assert streams[0] == streams[1] == streams[2]
-    tokens = [sum(len(chunk.tokens) for chunk in streams[0] if chunk.index == index) for index in (0, 1)]
-    assert tokens == [10, 10]
+    engine, readable = (written(make(model, 3.0, 7), prompts, job) for make in (peers.engine, peers.readable))
+    assert engine == readable
+    assert [len(ids) for ids in engine] == [10, 10]
 
 
-def test_the_ar_opponent_matches_what_generates() -> None:
+def test_the_ar_peer_matches_what_generates() -> None:
     model = tiny_model()
     everything = sum(p.numel() for network in (model.dit, model.vae) for p in network.parameters())
     encoder = sum(p.numel() for p in model.vae.encoder.parameters())
     assert matched_parameters(model) == everything - encoder
 
 
-def test_the_ar_opponent_writes_what_a_job_asks_for() -> None:
+def test_the_ar_peer_writes_what_a_job_asks_for() -> None:
     model = random_model(*size_configs("tiny", layers=1, width=64), CPU, torch.float32, 0)
-    job = Job(2, 3, 6)
-    chunks = list(ar(model, 7.0, 0)([[1, 2, 3], [4, 5, 6]], job))
-    assert [sum(len(chunk.tokens) for chunk in chunks if chunk.index == own) for own in (0, 1)] == [6, 6]
-    turn = take_turn(ar(model, 7.0, 0), [[1, 2, 3], [4, 5, 6]], job, 4, CPU)
+    peer = make_peers(model, ["ar"], 7.0, 0)["ar"]
+    turn = take_turn(peer, [[1, 2, 3], [4, 5, 6]], Job(2, 3, 6), 4, CPU)
     assert 0 < turn.first < turn.seconds
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_other_libraries_write_the_ar_baselines_tokens(name: str) -> None:
+    """Also those that begin and end a text where that is left to a library."""
+    pytest.importorskip(LIBRARIES[name], reason="not installed: pip install -r benchmarks/requirements.txt")
+    config = DecoderConfig(
+        vocab_size=97, dim=128, num_layers=3, num_heads=2, ffn_dim=192, init_std=0.2, bos_token_id=5
+    )
+    decoder = Decoder(config)
+    decoder.init_weights(torch.Generator().manual_seed(0))
+    job = Job(8, 9, 120)
+    prompts = random_prompts(job, 97, 0)
+    expected = [list(done.tokens) for done in AutoregressiveLM(decoder).generate(prompts, 120, end_ids=())]
+    assert {5, 96} <= {token for ids in expected for token in ids}
+    assert written(libraries.MAKERS[name](decoder), prompts, job) == expected
+
+
+def test_an_exported_decoder_is_a_llama(tmp_path: Path) -> None:
+    """Read back by the names and halves that a Llama has: logits by hand equal the decoder's."""
+    config = DecoderConfig(vocab_size=11, dim=8, num_layers=1, num_heads=2, ffn_dim=6, rope_theta=100.0)
+    decoder = Decoder(config).double()
+    decoder.init_weights(torch.Generator().manual_seed(1))
+    libraries.export_llama(decoder, tmp_path, spare=2)
+    w = {name: t.double() for name, t in load_file(tmp_path / "model.safetensors").items()}
+    keys = json.loads((tmp_path / "config.json").read_text())
+    assert (keys["vocab_size"], keys["eos_token_id"]) == (13, 12)
+    ids = torch.tensor([3, 1, 4])
+    angles = torch.arange(3)[:, None] * keys["rope_theta"] ** (-torch.arange(2) / 2)
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None].to(torch.complex128)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + keys["rms_norm_eps"]).sqrt() * w[name]
+
+    def rotated(x: Tensor) -> Tensor:
+        both = torch.complex(*x.chunk(2, -1)) * turn
+        return torch.cat([both.real, both.imag], -1)
+
+    layer = "model.layers.0."
+    x = w["model.embed_tokens.weight"][ids]
+    h = norm(x, f"{layer}input_layernorm.weight")
+    q, k, v = ((h @ w[f"{layer}self_attn.{n}_proj.weight"].T).view(3, 2, 4) for n in ("q", "k", "v"))
+    scores = torch.einsum("ihd,jhd->hij", rotated(q), rotated(k)) / 2
+    scores = scores.masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf).softmax(-1)
+    x = x + torch.einsum("hij,jhd->ihd", scores, v).reshape(3, 8) @ w[f"{layer}self_attn.o_proj.weight"].T
+    h = norm(x, f"{layer}post_attention_layernorm.weight")
+    gate, up = (h @ w[f"{layer}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
+    x = x + (gate * gate.sigmoid() * up) @ w[f"{layer}mlp.down_proj.weight"].T
+    logits = norm(x, "model.norm.weight") @ w["lm_head.weight"].T
+    torch.testing.assert_close(
+        logits[:, :11].float(), decoder(ids, decoder.layout([3])), rtol=1e-4, atol=1e-5
+    )
+    assert not logits[:, 11:].any()
 
 
 # --- random models -------------------------------------------------------------------------------
@@ -296,85 +328,79 @@ class Clock:
         self.now += seconds
 
 
-def paced(clock: Clock, name: str, log: list[str], paces: Iterator[float]) -> contestants.Contestant:
+def paced(clock: Clock, name: str, log: list[str], paces: Iterator[float]) -> peers.Peer:
     """Delivers a block of 4 tokens a sample after every ``pace`` seconds of the turn."""
 
-    def contestant(prompts: contestants.Prompts, job: Job) -> Iterator[Chunk]:
+    def peer(prompts: peers.Prompts, job: Job, write: Write) -> None:
         log.append(name)
         pace = next(paces)
-        for number in range(job.new_tokens // 4):
+        for _ in range(job.new_tokens // 4):
             clock.pass_by(pace)
             for index in range(job.batch):
-                yield Chunk(index, number, None, "", (0,) * 4)
+                write(index, (0,) * 4)
 
-    return contestant
+    return peer
 
 
-def test_contestants_take_turns_and_ratios_are_of_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_take_turns_and_ratios_are_of_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, log = Clock(monkeypatch, run), list[str]()
     entrants = {
         "engine": paced(clock, "engine", log, iter([50.0, 1.0, 2.0, 4.0])),
-        "plain": paced(clock, "plain", log, iter([70.0, 3.0, 8.0, 4.0])),
+        "readable": paced(clock, "readable", log, iter([70.0, 3.0, 8.0, 4.0])),
         "ar": paced(clock, "ar", log, iter([70.0, 1.0, 1.0, 1.0])),
     }
     model, job = tiny_model(), Job(2, 8, 12, steps=2)
     cell = measure_cell(model, entrants, job, RATES, repeats=3, warm_up=1)
-    assert log == ["engine", "plain", "ar"] * 4
-    engine = cell.results["engine"]
-    assert [turn.seconds for turn in engine.turns] == [3, 6, 12]
-    assert engine.rate == Spread(24 / 6, 24 / 12, 24 / 3)
-    assert (engine.first, engine.block) == (Spread(2, 1, 4), Spread(2, 1, 4))
+    assert log == ["engine", "readable", "ar"] * 4
+    assert [turn.seconds for turn in cell.turns["engine"]] == [3, 6, 12]
+    cost = generation_cost(model.vae.config, model.dit.config, job, 4)
+    least, flops = limit(cost, RATES), sum(part.flops for part in cost.values())
+    best, engine, readable, ar = cell.rows()
+    assert (best["peer"], best["tokens/s"]) == ("limit", 24 / least)
+    assert engine["tokens/s"] == Spread(24 / 6, 24 / 12, 24 / 3)
+    assert (engine["first, ms"], engine["block, ms"]) == (Spread(2e3, 1e3, 4e3), Spread(2e3, 1e3, 4e3))
     # Turn by turn 3, 4 and 1; the ratio of the medians would be 2.
-    assert cell.speedups["plain"] == Spread(3, 1, 4)
-    assert cell.speedups["ar"] == Spread(0.5, 0.25, 1)
-    work = generation_work(model.vae.config, model.dit.config, job, 4)
-    assert cell.least_seconds == limit(work, RATES)
-    assert engine.of_limit is not None
-    assert engine.of_matmul is not None
-    assert engine.of_limit.median == cell.least_seconds / 6
-    assert engine.of_matmul.median == cell.total.flops / 6 / RATES.matmul
-    assert cell.results["ar"].of_limit is None
+    assert readable["engine is"] == Spread(3, 1, 4)
+    assert ar["engine is"] == Spread(0.5, 0.25, 1)
+    assert engine["% limit"] == pytest.approx(100 * least / 6)
+    assert engine["% products"] == pytest.approx(100 * flops / 6 / RATES.matmul)
+    assert ar["% limit"] is None
 
 
 def test_a_prompts_tail_shortens_the_first_block(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, run)
 
-    def contestant(prompts: contestants.Prompts, job: Job) -> Iterator[Chunk]:
-        for number, tokens in enumerate((1, 4, 4)):
+    def peer(prompts: peers.Prompts, job: Job, write: Write) -> None:
+        for tokens in (1, 4, 4):
             clock.pass_by(2.0)
-            yield Chunk(0, number, None, "", (0,) * tokens)
+            write(0, (0,) * tokens)
 
-    cell = measure_cell(
-        tiny_model(), {"engine": contestant}, Job(1, 7, 9, steps=2), RATES, repeats=1, warm_up=0
-    )
-    assert cell.results["engine"].first.median == 2
-    assert cell.results["engine"].block == Spread(2, 2, 2)
+    cell = measure_cell(tiny_model(), {"engine": peer}, Job(1, 7, 9, steps=2), RATES, repeats=1, warm_up=0)
+    assert cell.turns["engine"][0].first == 2
+    assert cell.rows()[1]["block, ms"] == Spread(2e3, 2e3, 2e3)
 
 
 def test_who_does_not_fit_leaves_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, log = Clock(monkeypatch, run), list[str]()
 
-    def too_large(prompts: contestants.Prompts, job: Job) -> Iterator[Chunk]:
-        log.append("plain")
+    def too_large(prompts: peers.Prompts, job: Job, write: Write) -> None:
+        log.append("readable")
         raise torch.OutOfMemoryError
 
-    entrants = {"engine": paced(clock, "engine", log, iter([1.0, 1.0])), "plain": too_large}
+    entrants = {"engine": paced(clock, "engine", log, iter([1.0, 1.0])), "readable": too_large}
     cell = measure_cell(tiny_model(), entrants, Job(1, 8, 4, steps=2), RATES, repeats=1, warm_up=1)
-    assert log == ["engine", "plain", "engine"]
-    assert (list(cell.results), cell.out_of_memory, cell.speedups) == (["engine"], ("plain",), {})
-    assert cell.results["engine"].block is None
+    assert log == ["engine", "readable", "engine"]
+    assert (list(cell.turns), cell.out_of_memory) == (["engine"], ["readable"])
+    assert cell.rows()[1]["block, ms"] is None
 
 
 def test_too_few_tokens_are_no_measurement() -> None:
-    def lazy(prompts: contestants.Prompts, job: Job) -> Iterator[Chunk]:
-        yield Chunk(0, 0, None, "", (1, 2))
-
     with pytest.raises(ColadaError, match="2 tokens were generated, expected 8"):
-        take_turn(lazy, [[], []], Job(2, 0, 4), 4, CPU)
+        take_turn(lambda prompts, job, write: write(0, (1, 2)), [[], []], Job(2, 0, 4), 4, CPU)
 
 
 def test_the_sweep_has_every_combination() -> None:
-    jobs = list(sweep([1, 8], [16, 32], [4, 16], 20, True))
+    jobs = sweep([1, 8], [16, 32], [4, 16], 20, True)
     assert [(job.batch, job.context, job.steps) for job in jobs] == list(product([1, 8], [16, 32], [4, 16]))
     assert {(job.new_tokens, job.guided) for job in jobs} == {(20, True)}
 
@@ -383,29 +409,30 @@ def test_the_sweep_has_every_combination() -> None:
 
 
 def test_mixed_requests_are_the_seeds_and_around_the_lengths_given() -> None:
-    requests = mixed_requests(400, 20, 8, 50, seed=3)
-    assert requests == mixed_requests(400, 20, 8, 50, seed=3) != mixed_requests(400, 20, 8, 50, seed=4)
-    assert {len(request.ids) for request in requests} == set(range(10, 31))
-    assert {request.new_tokens for request in requests} == set(range(4, 13))
-    assert [len(one.ids) for one in mixed_requests(2, 0, 1, 50, 0)] == [0, 0]
-    full = full_batch([Request((1,) * 3, 4), Request((1,) * 6, 9)], 5, 50, 0)
-    assert [(len(one.ids), one.new_tokens) for one in full] == [(4, 6)] * 5
+    job = Job(1, 20, 8)
+    requests = mixed_requests(400, job, 50, seed=3)
+    assert requests == mixed_requests(400, job, 50, seed=3) != mixed_requests(400, job, 50, seed=4)
+    assert {len(request.prompt) for request in requests} == set(range(10, 31))
+    assert {request.max_new_tokens for request in requests} == set(range(4, 13))
+    assert [len(one.prompt) for one in mixed_requests(2, Job(1, 0, 1), 50, 0)] == [0, 0]
+    full = full_batch([TextRequest([1] * 3, 4, {}), TextRequest([1] * 6, 9, {})], 5, 50, 0)
+    assert [(len(one.prompt), one.max_new_tokens) for one in full] == [(4, 6)] * 5
 
 
 def test_the_ideal_is_the_rate_of_a_full_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch, mixed)
+    clock = Clock(monkeypatch, measure)
     seconds = iter([99.0, 99.0, 2.0, 12.0, 3.0, 15.0])
 
-    def serve(requests: Sequence[Request], slots: int) -> int:
+    def serve(requests: Sequence[TextRequest], slots: int) -> int:
         clock.pass_by(next(seconds))
-        return sum(request.new_tokens for request in requests)
+        return sum(request.max_new_tokens for request in requests)
 
-    requests = [Request((1, 2), new) for new in (6, 10, 8, 8, 8, 8, 8, 8, 8, 8)]
-    found = measure_mixed(serve, requests, 2, CPU, vocab_size=50, repeats=2, warm_up=1)
+    requests = [TextRequest([1, 2], new, {}) for new in (6, 10, 8, 8, 8, 8, 8, 8, 8, 8)]
+    row = measure_mixed(serve, requests, 2, CPU, vocab_size=50, repeats=2, warm_up=1)
     # A full batch is 2 requests of 8 tokens, the mixed ones are 80 tokens: five times as long, at best.
-    assert (found.tokens, found.ideal) == (80, Spread(12.5, 10, 15))
-    assert found.seconds == Spread(13.5, 12, 15)
-    assert found.share == Spread((10 / 12 + 1) / 2, 10 / 12, 1)
+    shares = [100 * 5 * 2 / 12, 100 * 5 * 3 / 15]
+    assert row["% ideal"] == Spread(sum(shares) / 2, *shares)
+    assert row["tokens/s"] == Spread((80 / 12 + 80 / 15) / 2, 80 / 15, 80 / 12)
     with pytest.raises(ColadaError, match="0 tokens were generated, expected 16"):
         measure_mixed(lambda *_: 0, requests, 2, CPU, vocab_size=50, repeats=1, warm_up=0)
 
@@ -420,7 +447,8 @@ def test_the_engine_keeps_its_slots_full(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Engine, "next_block", noted)
     # 2, 1, 3 and 1 blocks of 4: the tail of the second prompt takes 3 tokens of its only block.
-    requests = [Request((1,) * 4, 8), Request((1,) * 7, 1), Request((), 11), Request((2,) * 9, 3)]
+    lengths = [([1] * 4, 8), ([1] * 7, 1), ([], 11), ([2] * 9, 3)]
+    requests = [TextRequest(ids, new, {}) for ids, new in lengths]
     assert engine_serve(tiny_model(), 2, 3.0, 0)(requests, 2) == 23
     assert widths == [2, 2, 2, 1]
 
@@ -435,8 +463,9 @@ def bucketed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("bucketed")
 @pytest.mark.parametrize("slots", [1, 3])
 def test_mixed_requests_are_served_where_history_comes_in_buckets(slots: int) -> None:
-    requests = mixed_requests(4, 12, 6, 50, seed=1)
-    assert engine_serve(tiny_model(), 2, 3.0, 0)(requests, slots) == sum(own.new_tokens for own in requests)
+    requests = mixed_requests(4, Job(1, 12, 6), 50, seed=1)
+    tokens = sum(request.max_new_tokens for request in requests)
+    assert engine_serve(tiny_model(), 2, 3.0, 0)(requests, slots) == tokens
 
 
 @pytest.mark.usefixtures("bucketed")
@@ -458,10 +487,10 @@ def test_levers_are_priced_against_the_exact_flow() -> None:
         Lever("half", {"steps": 4, "solver": "ab2", "schedule": "uniform", "interval": (0.6, 1.0)}),
     ]
     exact, few, half = measure_levers(tiny_model, chosen, count=6, context=8, repeats=2, seed=0)
-    assert (exact.error, exact.agreement, exact.agreement_error) == (0, 1, 0)
-    assert few.error > 0.01
-    assert [price.passes for price in (exact, few, half)] == [512, 4, 2 + 2 + 1 + 1]
-    assert half.seconds.least > 0
+    assert (exact["error"], exact["% same"], exact["±"]) == (0, 100, 0)
+    assert few["error"] > 0.01
+    assert [row["passes"] for row in (exact, few, half)] == [512, 4, 2 + 2 + 1 + 1]
+    assert half["time, s"].least > 0
 
 
 def test_own_prompts_are_seeded_and_as_long_as_asked() -> None:
@@ -484,71 +513,75 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "measure_rates", lambda *_: RATES)
 
 
-SMALL = ["generate", "--layers", "1", "--width", "64", "--block-size", "4", "--steps", "2", "-n", "10"]
+SMALL = ["speed", "--layers", "1", "--width", "64", "--block-size", "4", "--steps", "2", "-n", "10"]
 
 
 @pytest.mark.usefixtures("quick")
-def test_json_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--batch", "1,2", "--context", "6", "--repeats", "2", "--mixed", "3", "--json"]
-    assert command(*SMALL, *options) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [cell["job"]["batch"] for cell in found["cells"]] == [1, 2]
-    for cell in found["cells"]:
-        assert list(cell["results"]) == ["engine", "plain", "reference", "ar"]
-        assert set(cell["speedups"]) == {"plain", "reference", "ar"}
-        work, tokens = cell["work"].values(), cell["job"]["batch"] * 10
-        assert cell["flops_per_token"] == pytest.approx(sum(part["flops"] for part in work) / tokens)
-        assert cell["limit_tokens_per_second"] == pytest.approx(tokens / cell["least_seconds"])
-        for name, result in cell["results"].items():
-            assert len(result["turns"]) == 2
-            rate = result["rate"]
-            assert 0 < rate["least"] <= rate["median"] <= rate["most"]
-            if name == "ar":
-                assert result["of_limit"] is None  # the limit is of another model's work
-                continue
-            assert result["of_limit"]["median"] == pytest.approx(
-                rate["median"] * cell["least_seconds"] / tokens
-            )
-    assert [one["slots"] for one in found["mixed"]] == [1, 2]
-    assert (found["dtype"], found["seed"], found["rates"]["matmul"]) == ("float32", 0, 1e9)
-    assert {"torch", "colada"} <= set(found["made_with"])
-
-
-@pytest.mark.usefixtures("quick")
-def test_tables_fit_a_terminal_of_eighty_columns(
+def test_a_record_has_all_that_was_measured_and_becomes_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    plot = tmp_path / "speed.svg"
-    options = ["--batch", "2", "--context", "4", "--repeats", "1", "--mixed", "2", "--plot", str(plot)]
+    file = tmp_path / "speed.json"
+    options = ["--batch", "1,2", "--context", "6", "--repeats", "2", "--mixed", "3", "--json", str(file)]
     assert command(*SMALL, *options) == 0
     out = capsys.readouterr().out
-    assert max(len(line) for line in out.splitlines() if not line.startswith("wrote")) <= 80
+    assert max(map(len, out.splitlines())) <= 80
     assert "…" not in out
-    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
-    assert {"engine", "plain", "reference"} <= set(rows)
-    assert "batch 2, context 4, 2 steps" in out
-    assert "2 mixed requests, 2 at once" in out
-    drawn = plot.read_text()
-    assert all(name in drawn for name in ("engine", "plain", "reference", "limit", "batch 2, context 4"))
+    assert {"engine", "readable", "ar"} <= {line.split()[0] for line in out.splitlines() if line.strip()}
+    assert "batch 2, context 6, 2 steps" in out
+    assert "3 mixed requests, 2 at once" in out
+    record = json.loads(file.read_text())
+    assert [row["peer"] for row in record["rows"]] == 2 * ["limit", "engine", "readable", "ar"]
+    for cell, best in zip(record["cells"], record["rows"][::4], strict=True):
+        model = size_configs("tiny", 4, 1, 64)
+        least = limit(generation_cost(*model, Job(**cell["job"]), 4), RATES)
+        assert best["tokens/s"] == pytest.approx(cell["job"]["batch"] * 10 / least)
+        assert all(len(turns) == 2 for turns in cell["turns"].values())
+    for row in record["rows"]:
+        if row["peer"] != "limit":
+            assert 0 < row["tokens/s"]["least"] <= row["tokens/s"]["median"] <= row["tokens/s"]["most"]
+    assert [one["slots"] for one in record["mixed"]] == [1, 2]
+    assert (record["settings"]["dtype"], record["settings"]["seed"]) == ("float32", 0)
+    assert record["rates"]["matmul"] == 1e9
+    assert {"torch", "colada", "device"} <= set(record["made_with"])
+    table.main([file])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[4].strip() for line in lines if line.startswith("| 1")] == [
+        "limit",
+        "engine",
+        "readable",
+        "ar",
+    ]
+    assert " GB " not in lines[2]  # Nothing was measured of it.
+
+
+def test_numbers_have_three_digits_and_spreads_their_range() -> None:
+    numbers = (1234.5, 12.34, 1.234, 0.1234, 0.0000012, 0.0)
+    assert list(map(measure.number, numbers)) == ["1,234", "12.3", "1.23", "0.123", "1.2e-06", "0.000"]
+    assert measure.cell(Spread(2, 1, 3)) == "2.00\n1.00–3.00"
+    assert table.markdown([{"a": "x", "b": None, "c": {"median": 2, "least": 1, "most": 3}}]) == (
+        "| a | c |\n| --- | --- |\n| x | 2.00 (1.00–3.00) |"
+    )
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_saved_model_without_opponents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_model().save(tmp_path)
-    options = ["--batch", "1", "--context", "8", "--steps", "2", "-n", "4", "--repeats", "1", "--json"]
-    assert command("generate", "--model", str(tmp_path), "--opponents", "none", *options) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["cells"][0]["results"]) == ["engine"]
-    assert found["cells"][0]["results"]["engine"]["block"] is None
+def test_a_saved_model_without_peers(tmp_path: Path) -> None:
+    tiny_model().save(tmp_path / "model")
+    options = ["--batch", "1", "--context", "8", "--steps", "2", "-n", "4", "--repeats", "1"]
+    file = str(tmp_path / "speed.json")
+    assert (
+        command("speed", "--model", str(tmp_path / "model"), "--peers", "none", *options, "--json", file) == 0
+    )
+    (_, engine) = json.loads(Path(file).read_text())["rows"]
+    assert (engine["peer"], engine["block, ms"]) == ("engine", None)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--opponents", "plane"], "'plane', expected some of plain, reference, ar, none.*mean 'plain'"),
-        (["--opponents", "plain,plain"], "'plain' is there twice"),
-        (["--opponents", ""], "--opponents : ''"),
+        (["--peers", "arr"], "'arr', expected some of readable, ar, .*mean 'ar'"),
+        (["--peers", "ar,ar"], "'ar' is there twice"),
+        (["--peers", ""], "--peers : ''"),
         (["--size", "smal"], "size='smal', expected one of .*mean 'small'"),
         (["--width", "100"], "width=100"),
         (["--batch", ""], "--batch : '', expected whole numbers of at least 1"),
@@ -559,14 +592,19 @@ def test_a_saved_model_without_opponents(tmp_path: Path, capsys: pytest.CaptureF
         (["--size", "tiny", "--device", "gpu"], "device='gpu'"),
         (["--model", "there", "--layers", "2"], "--model there and --layers 2, expected one of them"),
         (["--revision", "main", "--size", "tiny"], "--revision main and --size tiny, expected one of them"),
-        (["--plot", "speed.gif"], "speed.gif: suffix '.gif', expected one of .png"),
-        (["--plot", "nowhere/speed.png"], "there is no directory nowhere"),
+        (["--json", "nowhere/speed.json"], "there is no directory nowhere"),
     ],
 )
 def test_bad_options(arguments: list[str], said: str) -> None:
     with pytest.raises(ColadaError, match=said) as caught:
-        command("generate", *arguments)
+        command("speed", *arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(peers.LIBRARIES, "ctranslate2", "no_such_module")
+    with pytest.raises(ColadaError, match="ctranslate2 is not installed: pip install -r benchmarks/"):
+        command("speed", "--size", "tiny", "--peers", "ctranslate2")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -578,17 +616,24 @@ def test_cuda_where_there_is_none() -> None:
 @pytest.mark.parametrize("option", ["--repeats", "--new-tokens", "--mixed"])
 def test_nothing_to_measure(option: str) -> None:
     with pytest.raises(typer.BadParameter.__bases__[0]):
-        command("generate", option, "0")
+        command("speed", option, "0")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "directory"])
-def test_a_plot_over_what_is_no_file_is_refused_before_anything_is_measured(
+def test_a_record_over_what_is_no_file_is_refused_before_anything_is_measured(
     tmp_path: Path, kind: str
 ) -> None:
-    place = tmp_path / "speed.svg"
+    place = tmp_path / "speed.json"
     if kind == "pipe":
         os.mkfifo(place)
     else:
         place.mkdir()
     with pytest.raises(ColadaError, match="no regular file"):
-        command("generate", "--size", "tiny", "--plot", str(place))
+        command("speed", "--size", "tiny", "--json", str(place))
+
+
+def test_a_file_without_rows_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(typer.Exit):
+        table.main([tmp_path / "other.json"])
+    assert "no rows, expected a file that a benchmark wrote" in capsys.readouterr().err

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,27 +20,30 @@ from colada.cli.options import (
     RevisionOption,
     load_cola,
 )
-from colada.errors import ColadaError, nearest
+from colada.errors import ColadaError
+from colada.files import require_file
 from colada.generate.settings import check_settings
 
 if TYPE_CHECKING:
-    from benchmarks.generation.contestants import Contestant
     from colada.models.cola import ColaDLM
 
 bench_app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
 
 MOST_TURNS = 10_000
-"""Turns of a contestant, and prompts or requests of a measurement."""
-OPPONENTS = ("plain", "reference", "ar")
+"""Turns of a peer, and prompts or requests of a measurement."""
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write all that was measured; see benchmarks.table."),
+]
 
 
 @bench_app.callback()
 def bench() -> None:
-    """Measure speed against the machine's limits and against opponents."""
+    """Measure generation against the machine's limits and against peers."""
 
 
 @bench_app.command("speed")
-def generate(
+def speed(
     model: ModelOption = None,
     revision: RevisionOption = None,
     size: Annotated[
@@ -62,107 +64,110 @@ def generate(
     new_tokens: Annotated[
         int, typer.Option("--new-tokens", "-n", min=1, help="Generated for each prompt.")
     ] = 64,
-    opponents: Annotated[
+    peers: Annotated[
         str,
         typer.Option(
             metavar="NAME,...",
-            help="plain: straightforward PyTorch; reference: this package's readable loop; ar: a decoder of"
-            " equal size; or none.",
+            help="readable: this package's readable loop; ar: its AR decoder of equal size; transformers,"
+            " ctranslate2, onnxruntime-genai: the same decoder there (benchmarks/requirements.txt); or none.",
         ),
-    ] = "plain,reference,ar",
+    ] = "readable,ar",
     mixed: Annotated[
         int | None,
         typer.Option(
             min=1, metavar="N", help="Serve so many requests of mixed lengths too, with --batch slots."
         ),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Turns of each contestant that count.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each peer that count.")] = 5,
     warm_up: Annotated[int, typer.Option("--warm-up", min=0, help="Turns that come before.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of random weights, prompts and noise.")] = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     quantise: QuantiseOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the tokens per second: .png, .svg or .pdf.")
-    ] = None,
+    json: JsonOption = None,
 ) -> None:
-    """Measure generation: tokens/s, time to the first block, latency per block, against limit and opponents.
+    """Measure generation: tokens/s, time to the first block, latency per block, against limit and peers.
 
-    Contestants take turns, and each point of the sweep batch x context x steps gives medians and ranges.
+    Peers take turns, and each point of the sweep batch x context x steps gives medians and ranges.
     """
     require_count("new_tokens", new_tokens, MOST_TOKENS)
     check_settings({"guidance": guidance, "seed": seed})
     _check_turns(repeats=repeats, warm_up=warm_up or None, mixed=mixed)
+    check_target(json)
+    batches, lengths = _numbers("--batch", batch, 1), _numbers("--context", context, 0)
+    grids = _numbers("--steps", steps, 1)
+    random = {"--size": size, "--layers": layers, "--width": width, "--block-size": block_size}
+    named = [name for name, value in random.items() if value is not None]
+    for name, value in (("--model", model), ("--revision", revision)):
+        if value is not None and named:
+            raise ColadaError(f"{name} {value} and {named[0]} {random[named[0]]}, expected one of them")
 
     from rich.console import Console
 
-    from benchmarks.generation.machine import measure_rates
-    from benchmarks.generation.mixed import engine_serve, measure_mixed, mixed_requests
-    from benchmarks.generation.report import (
-        Setting,
-        check_plot,
-        print_cell,
-        print_memory,
-        print_mixed,
-        print_setting,
-        to_dict,
-        write_plot,
-    )
-    from benchmarks.generation.run import measure_cell, sweep
+    from benchmarks import machine, measure
+    from benchmarks.generation.cost import history_bytes
+    from benchmarks.generation.peers import check_peers, make_peers
+    from benchmarks.generation.run import engine_serve, measure_cell, measure_mixed, mixed_requests, sweep
+    from colada.train.plan import parameter_counts, scaled
 
-    batches, lengths = _numbers("--batch", batch, 1), _numbers("--context", context, 0)
-    jobs = list(sweep(batches, lengths, _numbers("--steps", steps, 1), new_tokens, guidance != 1))
-    names = _opponents(opponents)
-    if plot is not None:
-        check_plot(plot)
-    random = {"--size": size, "--layers": layers, "--width": width, "--block-size": block_size}
-    given = [name for name, value in random.items() if value is not None]
-    for name, value in (("--model", model), ("--revision", revision)):
-        if value is not None and given:
-            raise ColadaError(f"{name} {value} and {given[0]} {random[given[0]]}, expected one of them")
-    if given:
+    names = check_peers(peers)
+    if named:
         network = _random_model(size or "tiny", block_size or 16, layers, width, dtype, device, seed)
     else:
         network = load_cola(model, revision, dtype, device)
     if quantise is not None:
         network.quantise(quantise)
-    contestants = _contestants(network, names, guidance, seed)
-    console = Console(highlight=False, quiet=as_json)
-    config, weight = network.dit.config, network.dit.txt_in.proj.weight
+    rivals = make_peers(network, names, guidance, seed)
+    vae, dit, weight = network.vae.config, network.dit.config, network.dit.txt_in.proj.weight
     # Conditional and unconditional rows share a pass.
-    rows = [2 * count * config.block_size // config.patch_size for count in batches]
-    rates = measure_rates(network.device, weight.dtype, rows, config.txt_dim)
-    setting = Setting.of(network, rates, guidance=guidance, seed=seed, repeats=repeats, warm_up=warm_up)
-    print_setting(setting, console)
-    cells, served = [], []
-    for job in jobs:
-        cells.append(
-            measure_cell(network, contestants, job, rates, repeats=repeats, warm_up=warm_up, seed=seed)
-        )
-        print_cell(cells[-1], console)
+    rows = [2 * count * dit.block_size // dit.patch_size for count in batches]
+    rates = machine.measure_rates(network.device, weight.dtype, rows, dit.txt_dim)
+    kind = str(weight.dtype).removeprefix("torch.")
+    parameters = parameter_counts(vae, dit)
+    history = history_bytes(vae, dit, weight.dtype.itemsize)
+
+    console = Console(highlight=False)
+    console.print(f"{machine.machine_name(network.device)}, {kind}, seed {seed}\n{network.origin}")
+    sizes = ", ".join(f"{name} {scaled(count)}" for name, count in parameters.items())
+    console.print(f"{sizes}; history {scaled(history, 'B')} a latent")
+    console.print(
+        f"measured: copies {rates.bandwidth / 1e9:,.1f} GB/s, products {scaled(rates.matmul, 'FLOP')}/s"
+    )
+    cells, served, left_out = [], [], ("batch", "context", "steps", "% products")
+    turns = {"repeats": repeats, "warm_up": warm_up, "seed": seed}
+    for job in sweep(batches, lengths, grids, new_tokens, guidance != 1):
+        cells.append(measure_cell(network, rivals, job, rates, **turns))
+        shown = [
+            {name: value for name, value in row.items() if name not in left_out} for row in cells[-1].rows()
+        ]
+        measure.show(f"batch {job.batch}, context {job.context}, {job.steps} steps", shown, console)
+        for name in cells[-1].out_of_memory:
+            console.print(f"{name}: out of memory")
         if mixed is not None:
-            vocab = network.vae.config.vocab_size
+            requests = mixed_requests(mixed, job, vae.vocab_size, seed)
+            serve = engine_serve(network, job.steps, guidance, seed)
+            vocab = vae.vocab_size
             served.append(
-                measure_mixed(
-                    engine_serve(network, job.steps, guidance, seed),
-                    mixed_requests(mixed, job.context, new_tokens, vocab, seed),
-                    job.batch,
-                    network.device,
-                    vocab_size=vocab,
-                    repeats=repeats,
-                    warm_up=warm_up,
-                    seed=seed,
-                )
+                measure_mixed(serve, requests, job.batch, network.device, vocab_size=vocab, **turns)
             )
-            print_mixed(served[-1], console)
-    print_memory(network.device, console)
-    if as_json:
-        print(json.dumps(to_dict(setting, cells, served), indent=2))
-    if plot is not None:
-        write_plot(plot, setting, cells)
-        if not as_json:
-            print(f"wrote {plot}")
+            measure.show(f"{mixed} mixed requests, {job.batch} at once", served[-1:], console)
+    if network.device.type == "cpu":
+        peak = measure.peak_bytes(network.device)
+        console.print(f"\npeak resident memory {scaled(peak, 'B')}, of the whole run")
+    if json is not None:
+        measure.write_record(
+            json,
+            f"{network.origin}, {kind}",
+            network.device,
+            [row for cell in cells for row in cell.rows()],
+            settings={"guidance": guidance, "new_tokens": new_tokens, "dtype": kind, **turns},
+            parameters=parameters,
+            history_bytes=history,
+            rates=rates,
+            peak_bytes=measure.peak_bytes(network.device),
+            cells=cells,
+            mixed=served,
+        )
 
 
 @bench_app.command("levers")
@@ -175,7 +180,7 @@ def levers(
     seed: Annotated[int, typer.Option(min=0, help="Of prompts and noise.")] = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: JsonOption = None,
 ) -> None:
     """Price the levers that change the result: solver, grid, steps, guidance's interval, bfloat16, int8.
 
@@ -184,33 +189,34 @@ def levers(
     check_settings({"seed": seed})
     require_count("context", context, MOST_TOKENS)
     _check_turns(repeats=repeats, prompts=prompts)
+    check_target(json)
 
-    import dataclasses
     import importlib.util
 
     from rich.console import Console
 
     from benchmarks.generation.levers import levers as all_levers
     from benchmarks.generation.levers import measure_levers
-    from benchmarks.generation.machine import machine_name
-    from benchmarks.generation.report import print_levers
+    from benchmarks.measure import show, write_record
     from colada.device import find_device
-    from colada.train.provenance import provenance
 
     def make() -> ColaDLM:
         return load_cola(model, revision, dtype, device)
 
     chosen = all_levers(importlib.util.find_spec("torchao") is not None)
-    prices = measure_levers(make, chosen, count=prompts, context=context, repeats=repeats, seed=seed)
-    place = find_device(device)
-    if as_json:
-        made = {"made_with": provenance(place), "machine": machine_name(place), "seed": seed}
-        made |= {"prompts": prompts, "context": context, "model": model or "bundled"}
-        print(json.dumps({**made, "levers": [dataclasses.asdict(price) for price in prices]}, indent=2))
-    else:
-        console = Console(highlight=False)
-        console.print(f"{machine_name(place)}, {prompts} prompts of {context} tokens, seed {seed}")
-        print_levers(prices, console)
+    rows = measure_levers(make, chosen, count=prompts, context=context, repeats=repeats, seed=seed)
+    title = f"{model or 'bundled'}: {prompts} prompts of {context} tokens, seed {seed}"
+    show(title, rows, Console(highlight=False))
+    if json is not None:
+        write_record(json, title, find_device(device), rows)
+
+
+def check_target(path: Path | None) -> None:
+    """Raise ColadaError if no file could be written there, before anything is measured."""
+    if path is not None and not path.parent.is_dir():
+        raise ColadaError(f"{path}: there is no directory {path.parent}")
+    if path is not None and path.exists():
+        require_file(path, "a regular file, or none")  # A named pipe would wait for who reads it.
 
 
 def _check_turns(**counts: int | None) -> None:
@@ -231,21 +237,6 @@ def _numbers(option: str, text: str, least: int) -> list[int]:
     return numbers
 
 
-def _opponents(text: str) -> list[str]:
-    if text == "none":
-        return []
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in OPPONENTS:
-            known = [*OPPONENTS, "none"]
-            raise ColadaError(
-                f"--opponents {text}: {name!r}, expected some of {', '.join(known)}{nearest(name, known)}"
-            )
-        if names.count(name) > 1:
-            raise ColadaError(f"--opponents {text}: {name!r} is there twice")
-    return names
-
-
 def _random_model(
     size: str,
     block_size: int,
@@ -257,7 +248,7 @@ def _random_model(
 ) -> ColaDLM:
     import torch
 
-    from benchmarks.generation.models import random_model, size_configs
+    from benchmarks.models import random_model, size_configs
     from colada.device import find_device
     from colada.flow import choose
 
@@ -265,21 +256,6 @@ def _random_model(
     wanted = choose("dtype", dtype or "float32", dtypes)
     vae, dit = size_configs(size, block_size, layers, width)
     return random_model(vae, dit, find_device(device), wanted, seed)
-
-
-def _contestants(
-    model: ColaDLM, opponents: Sequence[str], guidance: float, seed: int
-) -> dict[str, Contestant]:
-    """Return who takes part, in the order of their turns."""
-    from benchmarks.generation import ar, contestants
-
-    makers: dict[str, Callable[[ColaDLM, float, int], Contestant]] = {
-        "engine": contestants.engine,
-        "plain": contestants.plain,
-        "reference": contestants.reference,
-        "ar": ar.ar,
-    }
-    return {name: makers[name](model, guidance, seed) for name in [contestants.ENGINE, *opponents]}
 
 
 def main(args: Sequence[str] | None = None) -> int:

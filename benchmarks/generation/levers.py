@@ -7,13 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.generation.run import Spread
+from benchmarks.measure import Spread, take_turns
 from colada.errors import ColadaError
 from colada.flow import SCHEDULES
 from colada.generate.engine.engine import Engine, capacity_for
@@ -36,32 +37,6 @@ class Lever:
     name: str
     settings: Mapping[str, Any]
     change: Callable[[ColaDLM], ColaDLM] = lambda model: model
-
-
-@dataclass(frozen=True)
-class Price:
-    """What a lever does.
-
-    Attributes:
-        name, settings: of the lever.
-        passes: blocks of rows that a guided block sends through the DiT: two a guided step, one another.
-        seconds: of one block of the whole batch.
-        error: |z - z_exact| / |z_exact| over the finished latents.
-        agreement: the share of tokens that the exact flow spells too.
-        agreement_error: its standard error over prompts.
-        entropy: of the block's tokens over all prompts, in bits.
-        distinct: distinct pairs of neighbouring tokens, as a share of all pairs.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    passes: int
-    seconds: Spread
-    error: float
-    agreement: float
-    agreement_error: float
-    entropy: float
-    distinct: float
 
 
 def levers(quantised: bool) -> list[Lever]:
@@ -131,8 +106,15 @@ def next_blocks(
 
 def measure_levers(
     make: Make, chosen: Sequence[Lever], *, count: int, context: int, repeats: int, seed: int
-) -> list[Price]:
-    """Measure every lever on the block after the same prompts, from the same noise.
+) -> list[dict[str, Any]]:
+    """Measure every lever on the block after the same prompts, from the same noise, and return its row.
+
+    - "passes": blocks of rows that a guided block sends through the DiT, two a guided step, one another
+    - "time, s": of one block of the whole batch
+    - "error": |z - z_exact| / |z_exact| over the finished latents
+    - "% same": the share of tokens that the exact flow spells too; "±" is its standard error over prompts
+    - "entropy": of the block's tokens over all prompts, in bits
+    - "% pairs": distinct pairs of neighbouring tokens, as a share of all pairs
 
     Args:
         make: loads the model anew, since some levers change it.
@@ -145,34 +127,34 @@ def measure_levers(
     guidance = float(model.generation.get("guidance", 7.0))
     prompts = own_prompts(model, count, context, seed)
     exact, exact_ids, _ = next_blocks(model, prompts, guidance, EXACT, seed)
-    models = [lever.change(make()) for lever in chosen]
-    turns: list[list[float]] = [[] for _ in chosen]
-    results: dict[int, tuple[Tensor, Tensor]] = {}
-    for turn in range(repeats + 1):
-        for number, (lever, own) in enumerate(zip(chosen, models, strict=True)):
-            latents, ids, seconds = next_blocks(own, prompts, guidance, lever.settings, seed)
-            results[number] = latents, ids
-            if turn:
-                turns[number].append(seconds)
-    prices = []
-    for number, lever in enumerate(chosen):
-        latents, ids = results[number]
-        same = (ids == exact_ids).double().mean(1)
+    turns = take_turns(
+        {
+            lever.name: partial(next_blocks, lever.change(make()), prompts, guidance, lever.settings, seed)
+            for lever in chosen
+        },
+        repeats,
+        warm_up=1,
+    )
+    rows = []
+    for lever in chosen:
+        latents, ids, _ = turns[lever.name][-1]
+        same = 100 * (ids == exact_ids).double().mean(1)
         low, high = lever.settings.get("interval", (0.0, 1.0))
         grid = SCHEDULES[lever.settings["schedule"]](lever.settings["steps"]).tolist()[:-1]
-        prices.append(
-            Price(
-                lever.name,
-                dict(lever.settings),
-                sum(2 if low <= a <= high else 1 for a in grid),
-                Spread.of(turns[number]),
-                float((latents - exact).norm() / exact.norm()),
-                float(same.mean()),
-                float(same.std() / math.sqrt(len(same))),
-                *_variety(ids.tolist()),
-            )
+        entropy, pairs = _variety(ids.tolist())
+        rows.append(
+            {
+                "lever": lever.name,
+                "passes": sum(2 if low <= a <= high else 1 for a in grid),
+                "time, s": Spread.of(seconds for _, _, seconds in turns[lever.name]),
+                "error": float((latents - exact).norm() / exact.norm()),
+                "% same": float(same.mean()),
+                "±": float(same.std() / math.sqrt(len(same))),
+                "entropy": entropy,
+                "% pairs": 100 * pairs,
+            }
         )
-    return prices
+    return rows
 
 
 def _variety(blocks: Sequence[Sequence[int]]) -> tuple[float, float]:

@@ -1,34 +1,23 @@
-"""Measure: contestants take turns, so that whatever slows the machine down meets them all."""
+"""Measure: peers take turns at a job; and requests of mixed lengths against slots that are always full."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
 
-from benchmarks.generation.contestants import AR, ENGINE, Contestant, Prompts
-from benchmarks.generation.machine import Rates, synchronise
-from benchmarks.generation.work import Job, Work, generation_work, limit, prompt_latents
+from benchmarks.generation.cost import Cost, Job, generation_cost, limit, prompt_latents
+from benchmarks.generation.peers import COLA, ENGINE, Peer, Prompts, fixed_settings
+from benchmarks.machine import Rates, synchronise
+from benchmarks.measure import Spread, ratios, seconds_of, take_turns
 from colada.errors import ColadaError
+from colada.generate.settings import TextRequest
 from colada.models.cola import ColaDLM
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The median, least and greatest of repeated measurements."""
-
-    median: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """Return the spread of at least one value."""
-        values = list(values)
-        return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -38,7 +27,7 @@ class Turn:
     Attributes:
         seconds: of all of it, prompts included.
         first: seconds until a sample had its first block's tokens.
-        memory: greatest bytes allocated on the GPU meanwhile; None on a CPU.
+        memory: greatest bytes that torch allocated on the GPU meanwhile; None on a CPU.
     """
 
     seconds: float
@@ -47,54 +36,63 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one contestant did in one cell.
-
-    Attributes:
-        name: of the contestant.
-        turns: that count.
-        rate: new tokens per second, of the whole batch.
-        first: seconds to the first block.
-        block: seconds for each further block's tokens; None where the first block was all.
-        memory: greatest bytes allocated on the GPU; None on a CPU.
-        of_limit: least possible seconds / seconds; None for another kind of model.
-        of_matmul: FLOPs of the work / seconds / the machine's measured rate; likewise.
-    """
-
-    name: str
-    turns: tuple[Turn, ...]
-    rate: Spread
-    first: Spread
-    block: Spread | None
-    memory: int | None
-    of_limit: Spread | None
-    of_matmul: Spread | None
-
-
-@dataclass(frozen=True)
 class Cell:
     """A point of the sweep.
 
     Attributes:
         job: what was generated.
-        work: its FLOPs and bytes by part.
-        least_seconds: in which this machine could do it at best.
-        results: by contestant, in the order of their turns.
-        speedups: how many times faster the engine was than each opponent, turn by turn.
-        out_of_memory: contestants that did not fit on the device.
+        cost: its FLOPs and bytes by part.
+        rates: of the machine.
+        further_blocks: of each sample, after its first; part of one counts as such.
+        turns: that count, by peer.
+        out_of_memory: peers that did not fit on the device.
     """
 
     job: Job
-    work: dict[str, Work]
-    least_seconds: float
-    results: dict[str, Result]
-    speedups: dict[str, Spread]
-    out_of_memory: tuple[str, ...]
+    cost: dict[str, Cost]
+    rates: Rates
+    further_blocks: float
+    turns: dict[str, list[Turn]]
+    out_of_memory: list[str]
 
     @property
-    def total(self) -> Work:
-        """The work of all parts."""
-        return sum(self.work.values(), Work())
+    def least_seconds(self) -> float:
+        """In which this machine could do the work at best."""
+        return limit(self.cost, self.rates)
+
+    @property
+    def total(self) -> Cost:
+        """The cost of all parts."""
+        return sum(self.cost.values(), Cost())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what is shown of each peer, the machine's limit first.
+
+        "% limit" is the least possible seconds over those taken, "% products" FLOPs over seconds and the
+        machine's rate, both of the medians; "engine is" how many times as fast the engine was, turn by turn.
+        """
+        point = {"batch": self.job.batch, "context": self.job.context, "steps": self.job.steps}
+        rate = self.job.tokens / self.least_seconds
+        names = ["first, ms", "block, ms", "% limit", "% products", "engine is", "GB"]
+        rows = [{**point, "peer": "limit", "tokens/s": rate, **dict.fromkeys(names)}]
+        for name, turns in self.turns.items():
+            seconds = [turn.seconds for turn in turns]
+            speed = Spread.of(self.job.tokens / took for took in seconds)
+            row: dict[str, Any] = {**rows[0], "peer": name, "tokens/s": speed}
+            row["first, ms"] = Spread.of(1e3 * turn.first for turn in turns)
+            if self.further_blocks:
+                further = (1e3 * (turn.seconds - turn.first) / self.further_blocks for turn in turns)
+                row["block, ms"] = Spread.of(further)
+            if name in COLA:  # The work is not that of another kind of model.
+                flops = self.total.flops / self.job.tokens
+                row["% limit"] = 100 * speed.median / rate
+                row["% products"] = 100 * speed.median * flops / self.rates.matmul
+            if name != ENGINE and ENGINE in self.turns:
+                row["engine is"] = ratios(seconds, [turn.seconds for turn in self.turns[ENGINE]])
+            if turns[0].memory is not None:
+                row["GB"] = max(turn.memory or 0 for turn in turns) / 1e9
+            rows.append(row)
+        return rows
 
 
 def random_prompts(job: Job, vocab_size: int, seed: int) -> Prompts:
@@ -106,10 +104,8 @@ def random_prompts(job: Job, vocab_size: int, seed: int) -> Prompts:
     return prompts
 
 
-def take_turn(
-    contestant: Contestant, prompts: Prompts, job: Job, first_tokens: int, device: torch.device
-) -> Turn:
-    """Let a contestant generate, and time it.
+def take_turn(peer: Peer, prompts: Prompts, job: Job, first_tokens: int, device: torch.device) -> Turn:
+    """Let a peer generate, and time it.
 
     Args:
         first_tokens: of one sample, that count as its first block.
@@ -119,24 +115,27 @@ def take_turn(
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    synchronise(device)
-    got, first = [0] * job.batch, 0.0
-    begin = time.perf_counter()
-    for chunk in contestant(prompts, job):
-        got[chunk.index] += len(chunk.tokens)
-        if not first and got[chunk.index] >= first_tokens:
+    counts, first = [0] * job.batch, 0.0
+
+    def write(index: int, ids: Sequence[int]) -> None:
+        nonlocal first
+        counts[index] += len(ids)
+        if not first and counts[index] >= first_tokens:
             first = time.perf_counter() - begin
+
+    synchronise(device)
+    begin = time.perf_counter()
+    peer(prompts, job, write)
     synchronise(device)
     seconds = time.perf_counter() - begin
-    if got != [job.new_tokens] * job.batch:
-        raise ColadaError(f"{sum(got)} tokens were generated, expected {job.tokens}")
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return Turn(seconds, first, memory)
+    if counts != [job.new_tokens] * job.batch:
+        raise ColadaError(f"{sum(counts)} tokens were generated, expected {job.tokens}")
+    return Turn(seconds, first, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
 
 
 def measure_cell(
     model: ColaDLM,
-    contestants: Mapping[str, Contestant],
+    peers: Mapping[str, Peer],
     job: Job,
     rates: Rates,
     *,
@@ -144,66 +143,117 @@ def measure_cell(
     warm_up: int,
     seed: int = 0,
 ) -> Cell:
-    """Let the contestants take turns at one job.
+    """Let peers take turns at one job, on prompts of random ids.
 
     Args:
-        model: what is generated with; the work is its own.
-        contestants: by name, the engine among them.
+        model: whose work is counted.
+        peers: by name, the engine among them.
         rates: of the machine.
         repeats, warm_up: turns of each that count, and that come before.
         seed: of the prompts.
 
     Raises:
-        ColadaError: if a contestant generates another number of tokens than it was asked for.
+        ColadaError: if a peer generates another number of tokens than it was asked for.
     """
     vae, dit = model.vae.config, model.dit.config
     prompts = random_prompts(job, vae.vocab_size, seed)
     tail = prompt_latents(vae, job.context)[1] * vae.patch_size
-    first_tokens = min(job.new_tokens, vae.block_tokens - tail)
-    turns: dict[str, list[Turn]] = {name: [] for name in contestants}
-    for number in range(warm_up + repeats):
-        for name in list(turns):
-            try:
-                turn = take_turn(contestants[name], prompts, job, first_tokens, model.device)
-            except torch.OutOfMemoryError:
-                del turns[name]
-                torch.cuda.empty_cache()
-                continue
-            if number >= warm_up:
-                turns[name].append(turn)
-    work = generation_work(vae, dit, job, model.dit.txt_in.proj.weight.element_size())
-    least = limit(work, rates)
-    rest = (job.new_tokens - first_tokens) / vae.block_tokens
-    flops = sum(part.flops for part in work.values())
-    results = {}
-    for name, own in turns.items():
-        seconds = [turn.seconds for turn in own]
-        ours = name != AR  # The work is not that of another kind of model.
-        results[name] = Result(
-            name,
-            tuple(own),
-            Spread.of(job.tokens / took for took in seconds),
-            Spread.of(turn.first for turn in own),
-            Spread.of((turn.seconds - turn.first) / rest for turn in own) if rest else None,
-            max((turn.memory for turn in own if turn.memory is not None), default=None),
-            Spread.of(least / took for took in seconds) if ours else None,
-            Spread.of(flops / took / rates.matmul for took in seconds) if ours else None,
-        )
-    speedups = {
-        name: Spread.of(
-            theirs.seconds / ours.seconds for theirs, ours in zip(own, turns[ENGINE], strict=True)
-        )
-        for name, own in turns.items()
-        if name != ENGINE and ENGINE in turns
-    }
-    return Cell(job, work, least, results, speedups, tuple(name for name in contestants if name not in turns))
+    first = min(job.new_tokens, vae.block_tokens - tail)
+    turns = take_turns(
+        {name: partial(take_turn, peer, prompts, job, first, model.device) for name, peer in peers.items()},
+        repeats,
+        warm_up,
+    )
+    cost = generation_cost(vae, dit, job, model.dit.txt_in.proj.weight.element_size())
+    further = (job.new_tokens - first) / vae.block_tokens
+    return Cell(job, cost, rates, further, turns, [name for name in peers if name not in turns])
 
 
 def sweep(
     batches: Sequence[int], contexts: Sequence[int], steps: Sequence[int], new_tokens: int, guided: bool
-) -> Iterator[Job]:
-    """Yield every combination, the first varying slowest."""
-    for batch in batches:
-        for context in contexts:
-            for number in steps:
-                yield Job(batch, context, new_tokens, number, guided)
+) -> list[Job]:
+    """Return every combination, the first varying slowest."""
+    return [
+        Job(batch, context, new_tokens, number, guided)
+        for batch, context, number in product(batches, contexts, steps)
+    ]
+
+
+# --- requests of mixed lengths -------------------------------------------------------------------
+
+Serve = Callable[[Sequence[TextRequest], int], int]
+"""Runs all requests, at most so many at once, and returns how many new tokens there were."""
+
+
+def mixed_requests(count: int, job: Job, vocab_size: int, seed: int) -> list[TextRequest]:
+    """Return requests whose lengths are uniform between half and one and a half times the job's."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def lengths(mean: int, least: int) -> list[int]:
+        low = max(least, mean - mean // 2)
+        return torch.randint(low, mean + mean // 2 + 1, (count,), generator=generator).tolist()
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(vocab_size, (length,), generator=generator).tolist()
+
+    drawn = zip(lengths(job.context, 0), lengths(job.new_tokens, 1), strict=True)
+    return [TextRequest(ids(length), new, {}) for length, new in drawn]
+
+
+def full_batch(requests: Sequence[TextRequest], slots: int, vocab_size: int, seed: int) -> list[TextRequest]:
+    """Return requests of the average lengths, one for each slot, of random ids."""
+    context = round(sum(len(request.prompt) for request in requests) / len(requests))
+    new_tokens = max(1, round(sum(request.max_new_tokens for request in requests) / len(requests)))
+    prompts = random_prompts(Job(slots, context, new_tokens), vocab_size, seed)
+    return [TextRequest(ids, new_tokens, {}) for ids in prompts]
+
+
+def measure_mixed(
+    serve: Serve,
+    requests: Sequence[TextRequest],
+    slots: int,
+    device: torch.device,
+    *,
+    vocab_size: int,
+    repeats: int,
+    warm_up: int,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Serve mixed requests and a full batch in turns, and return the row of what came out.
+
+    "% ideal" is the seconds that the tokens would have taken at the full batch's rate, as if slots had
+    always been full, over those they took.
+
+    Raises:
+        ColadaError: if ``serve`` generates another number of tokens than it was asked for.
+    """
+    full = full_batch(requests, slots, vocab_size, seed)
+
+    def served(requests: Sequence[TextRequest]) -> float:
+        seconds = seconds_of(lambda: written.append(serve(requests, slots)), device)
+        if written[-1] != tokens_of(requests):
+            raise ColadaError(f"{written[-1]} tokens were generated, expected {tokens_of(requests)}")
+        return seconds
+
+    def tokens_of(requests: Sequence[TextRequest]) -> int:
+        return sum(request.max_new_tokens for request in requests)
+
+    written: list[int] = []
+    turns = take_turns({"full": partial(served, full), "mixed": partial(served, requests)}, repeats, warm_up)
+    tokens, scale = tokens_of(requests), 100 * tokens_of(requests) / tokens_of(full)
+    share = ratios([scale * seconds for seconds in turns["full"]], turns["mixed"])
+    speed = Spread.of(tokens / seconds for seconds in turns["mixed"])
+    return {"requests": len(requests), "slots": slots, "tokens/s": speed, "% ideal": share}
+
+
+def engine_serve(model: ColaDLM, steps: int, guidance: float, seed: int) -> Serve:
+    """Return continuous batching by the model, in so many slots at once."""
+
+    def serve(requests: Sequence[TextRequest], slots: int) -> int:
+        asked = [
+            request._replace(settings=fixed_settings(steps, guidance, seed + number))
+            for number, request in enumerate(requests)
+        ]
+        return sum(len(done.tokens) for done in model.complete_all(asked, slots))
+
+    return serve

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.generation.machine import Rates
+from benchmarks.machine import Rates
 from colada.errors import ColadaError
 from colada.networks.config import DiTConfig, TextVAEConfig
 from colada.train.plan import block_causal_pairs
@@ -55,14 +55,14 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Work:
+class Cost:
     """FLOPs of products and bytes of memory."""
 
     flops: float = 0.0
     bytes: float = 0.0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
     def seconds(self, rates: Rates) -> float:
         """Return the least time it can take: max(FLOPs / rate, bytes / bandwidth)."""
@@ -87,7 +87,7 @@ class Stack:
         """Numbers that one committed position holds: keys and values of every layer."""
         return 2 * self.layers * self.width
 
-    def run(self, positions: int, pairs: int, seen: int, written: int, itemsize: int) -> Work:
+    def run(self, positions: int, pairs: int, seen: int, written: int, itemsize: int) -> Cost:
         """Return the work of one pass.
 
         Args:
@@ -97,7 +97,7 @@ class Stack:
             itemsize: bytes of a number.
         """
         flops = 2 * positions * self.entries + 4 * self.layers * self.width * pairs
-        return Work(flops, itemsize * (self.entries + (seen + written) * self.history))
+        return Cost(flops, itemsize * (self.entries + (seen + written) * self.history))
 
 
 def dit_stack(dit: DiTConfig) -> tuple[Stack, int]:
@@ -144,7 +144,7 @@ def blocks_of(vae: TextVAEConfig, job: Job) -> int:
     return -(-(tail + job.new_tokens) // vae.block_tokens)
 
 
-def generation_work(vae: TextVAEConfig, dit: DiTConfig, job: Job, itemsize: int) -> dict[str, Work]:
+def generation_cost(vae: TextVAEConfig, dit: DiTConfig, job: Job, itemsize: int) -> dict[str, Cost]:
     """Return the work of a whole generation by part.
 
     With B samples, blocks of s latents (positions of the DiT), h latents of history before a block, W the
@@ -164,14 +164,14 @@ def generation_work(vae: TextVAEConfig, dit: DiTConfig, job: Job, itemsize: int)
     cells = size // patch  # Positions of the DiT in a block.
     prefix, _ = prompt_latents(vae, job.context)
     blocks = -(-job.context // vae.block_tokens)
-    prompt = Work()
+    prompt = Cost()
     if blocks:
         prompt += encoder.run(batch * blocks * size, batch * block_causal_pairs(blocks, size), 0, 0, itemsize)
     for stack, length, block in ((prior, prefix // patch, cells), (decoder, prefix, size)):
         if length:
             pairs = batch * block_causal_pairs(length // block, block)
             prompt += stack.run(batch * length, pairs, 0, batch * length, itemsize)
-    transport, decoding = Work(), Work()
+    transport, decoding = Cost(), Cost()
     for number in range(blocks_of(vae, job)):
         history = prefix + number * size
         past = history // patch
@@ -179,17 +179,17 @@ def generation_work(vae: TextVAEConfig, dit: DiTConfig, job: Job, itemsize: int)
         branches = 1 + (job.guided and history > 0)
         pairs = rows * (past + branches * cells)
         step = prior.run(branches * rows, pairs, batch * past, 0, itemsize)
-        step += Work(2 * branches * rows * output, itemsize * (output + modulation(dit)))
-        transport += Work(job.steps * step.flops, job.steps * step.bytes)
+        step += Cost(2 * branches * rows * output, itemsize * (output + modulation(dit)))
+        transport += Cost(job.steps * step.flops, job.steps * step.bytes)
         if number:
             added = prior.run(rows, rows * past, 0, rows, itemsize)
-            transport += Work(added.flops, added.bytes - itemsize * prior.entries)
+            transport += Cost(added.flops, added.bytes - itemsize * prior.entries)
         new = batch * size
         decoding += decoder.run(new, new * (history + size), batch * history, new, itemsize)
-        decoding += Work(2 * new * vae.patch_size * head, itemsize * head)
+        decoding += Cost(2 * new * vae.patch_size * head, itemsize * head)
     return {"prompt": prompt, "transport": transport, "decoder": decoding}
 
 
-def limit(parts: dict[str, Work], rates: Rates) -> float:
+def limit(parts: dict[str, Cost], rates: Rates) -> float:
     """Return the least seconds that parts, one after the other, take on a machine."""
     return sum(part.seconds(rates) for part in parts.values())

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import nn
 
 from colada.errors import ColadaError
 from colada.flow import choose
@@ -68,23 +69,25 @@ def size_configs(
 
 
 @torch.no_grad()
+def open_gates(network: nn.Module, generator: torch.Generator) -> None:
+    """Give random values to what starts from zero, such as the DiT's gates: every part then has an effect."""
+    for parameter in network.parameters():
+        if not bool(parameter.any()):
+            parameter.normal_(std=0.02, generator=generator)
+
+
+@torch.no_grad()
 def random_model(
     vae: TextVAEConfig, dit: DiTConfig, device: torch.device, dtype: torch.dtype, seed: int
 ) -> ColaDLM:
-    """Return a model without a tokenizer, made on the device in its final type.
-
-    What training starts from zero, such as the DiT's gates, is random too, so that every part of the
-    network has an effect.
-    """
+    """Return a model without a tokenizer, made on the device in its final type, with open gates."""
     with torch.device("meta"):
         networks = TextVAE(vae), DiT(dit)
     generator = torch.Generator(device).manual_seed(seed)
     for network in networks:
         network.to(dtype).to_empty(device=device)
         network.init_weights(generator)
-        for parameter in network.parameters():
-            if not bool(parameter.any()):
-                parameter.normal_(std=0.02, generator=generator)
+        open_gates(network, generator)
     for buffer in networks[1].buffers():
         buffer.copy_(inverse_frequencies(dit.rope_dim, ROPE_THETA))
     shape = f"{dit.num_layers} layers, width {dit.txt_dim}, block {dit.block_size}"

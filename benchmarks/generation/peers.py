@@ -1,0 +1,161 @@
+"""Who is compared: ways to continue a batch of prompts of one length greedily, without an end.
+
+``engine`` is :meth:`ColaDLM.stream`, what users run, and ``readable`` the loop that it is proved against. The
+others are one autoregressive decoder with as many parameters as DiT and VAE decoder together, with the same
+random weights: this package's own, and in the libraries of :mod:`benchmarks.generation.libraries`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from benchmarks.generation.cost import Job, blocks_of, prompt_latents
+from colada.errors import ColadaError, nearest
+from colada.generate.reference import BlockGenerator, sample_noise
+from colada.generate.settings import Settings
+from colada.models.autoregressive import AutoregressiveLM
+from colada.models.cola import ColaDLM
+from colada.networks.decoder import Decoder
+from colada.networks.decoder_config import matched_config
+
+Prompts = Sequence[Sequence[int]]
+Write = Callable[[int, Sequence[int]], None]
+"""Takes the next ids of the sample with this number, as soon as they are there."""
+Peer = Callable[[Prompts, Job, Write], None]
+"""Continues every prompt by exactly ``job.new_tokens`` tokens."""
+
+ENGINE = "engine"
+COLA = (ENGINE, "readable")
+"""Peers that run the model itself, to whose cost the limit belongs."""
+LIBRARIES = {
+    "transformers": "transformers",
+    "ctranslate2": "ctranslate2",
+    "onnxruntime-genai": "onnxruntime_genai",
+}
+"""Peers that need a package of benchmarks/requirements.txt, and its module."""
+PEERS = ("readable", "ar", *LIBRARIES)
+
+
+def check_peers(text: str) -> list[str]:
+    """Return the peers that a list separated by commas names, or none for "none".
+
+    Raises:
+        ColadaError: for unknown and repeated names, and packages that are not installed.
+    """
+    import importlib.util
+
+    names = [] if text == "none" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PEERS:
+            known = [*PEERS, "none"]
+            expected = f"some of {', '.join(known)}{nearest(name, known)}"
+            raise ColadaError(f"--peers {text}: {name!r}, expected {expected}")
+        if names.count(name) > 1:
+            raise ColadaError(f"--peers {text}: {name!r} is there twice")
+        if name in LIBRARIES and importlib.util.find_spec(LIBRARIES[name]) is None:
+            raise ColadaError(f"--peers {name} is not installed: pip install -r benchmarks/requirements.txt")
+    return names
+
+
+def make_peers(model: ColaDLM, names: Sequence[str], guidance: float, seed: int) -> dict[str, Peer]:
+    """Return the engine and the peers of these names, in the order of their turns.
+
+    Raises:
+        ColadaError: if no decoder of usual proportions has the model's size, or a library lacks the type.
+    """
+    peers = {ENGINE: engine(model, guidance, seed)}
+    decoder = matched_decoder(model, seed) if set(names) - set(COLA) else None
+    for name in names:
+        if decoder is None or name in COLA:
+            peers[name] = readable(model, guidance, seed)
+        elif name == "ar":
+            peers[name] = autoregressive(decoder)
+        else:
+            from benchmarks.generation.libraries import MAKERS
+
+            peers[name] = MAKERS[name](decoder)
+    return peers
+
+
+def fixed_settings(steps: int, guidance: float, seed: int) -> Settings:
+    """Return what all share: the released solver and grid, greedy, without an end."""
+    return {
+        "steps": steps,
+        "guidance": guidance,
+        "solver": "euler",
+        "schedule": "uniform",
+        "temperature": 0.0,
+        "repetition_penalty": 1.0,
+        "stop": (),
+        "end_ids": (),
+        "seed": seed,
+        "noise": "per-sample",
+    }
+
+
+def engine(model: ColaDLM, guidance: float, seed: int) -> Peer:
+    """Return the model's own ``stream``."""
+
+    def run(prompts: Prompts, job: Job, write: Write) -> None:
+        for chunk in model.stream(prompts, job.new_tokens, **fixed_settings(job.steps, guidance, seed)):
+            write(chunk.index, chunk.tokens)
+
+    return run
+
+
+def readable(model: ColaDLM, guidance: float, seed: int) -> Peer:
+    """Return the readable loop, :class:`~colada.generate.reference.BlockGenerator`."""
+    vae = model.vae.config
+
+    @torch.inference_mode()
+    def run(prompts: Prompts, job: Job, write: Write) -> None:
+        generator = BlockGenerator(model.vae, model.dit, steps=job.steps)
+        seeds = [seed + number for number in range(job.batch)]
+        noises = [sample_noise(one, (vae.block_size, vae.latent_dim), model.device) for one in seeds]
+        pad_id = model.pad_id if job.context else 0
+        samples = generator.start(prompts, noises, seeds, [guidance] * job.batch, pad_id)
+        skipped = prompt_latents(vae, job.context)[1] * vae.patch_size  # The first block repeats the tail.
+        left = job.new_tokens
+        for _ in range(blocks_of(vae, job)):
+            for _ in generator.next_block(samples):
+                pass
+            for index, sample in enumerate(samples):
+                if sample.block is not None:
+                    write(index, sample.block.ids[skipped : skipped + left])
+            left -= vae.block_tokens - skipped
+            skipped = 0
+
+    return run
+
+
+def matched_parameters(model: ColaDLM) -> int:
+    """Return the parameters that generating a token takes: the DiT's and the Text VAE's decoder's."""
+    networks = (model.dit, model.vae.decoder)
+    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def matched_decoder(model: ColaDLM, seed: int) -> Decoder:
+    """Return an AR decoder of the model's size, of random weights, on its device and in its type.
+
+    Raises:
+        ColadaError: if no network of usual proportions has that size.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(matched_config(matched_parameters(model), model.vae.config.vocab_size))
+    weight = model.dit.txt_in.proj.weight
+    decoder.to(weight.dtype).to_empty(device=weight.device)
+    decoder.init_weights(torch.Generator(weight.device).manual_seed(seed))
+    return decoder
+
+
+def autoregressive(decoder: Decoder) -> Peer:
+    """Return this package's AR baseline."""
+    model = AutoregressiveLM(decoder)
+
+    def run(prompts: Prompts, job: Job, write: Write) -> None:
+        for chunk in model.stream(prompts, job.new_tokens, end_ids=()):
+            write(chunk.index, chunk.tokens)
+
+    return run
