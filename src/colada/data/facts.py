@@ -147,7 +147,8 @@ CATEGORIES: dict[str, Category] = {
             smell: your nose, walk: your legs/your feet, tell the time: a clock/a watch, open a lock: a key,
             stay dry in the rain: an umbrella, hit a nail: a hammer, sleep: a bed, sail: a boat,
             sew: a needle, cut paper: scissors, wash your hands: soap, drink tea: a cup,
-            catch a fish: a net/a rod, light a dark room: a lamp, comb your hair: a comb, paint: a brush, climb a wall: a ladder"""
+            catch a fish: a net/a rod, light a dark room: a lamp, comb your hair: a comb, paint: a brush,
+            climb a wall: a ladder"""
         ),
     ),
     "after": Category(
