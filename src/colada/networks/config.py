@@ -9,70 +9,87 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, get_type_hints
 
 from colada.errors import ColadaError, nearest, shown
 
 # Keys that the transformers library writes into every config.json; they do not describe the network.
-_METADATA_KEYS = frozenset(
-    {
-        "architectures",
-        "auto_map",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "_name_or_path",
-        "model_type",
-    }
-)
-
-
+_METADATA_KEYS = frozenset({"architectures", "auto_map", "dtype", "torch_dtype", "model_type"})
+_METADATA_KEYS |= {"transformers_version", "_name_or_path"}
 # The largest whole numbers, by key; others may be 2**20. No network that a machine can hold comes near them.
 _MOST = {"ffn_dim": 2**31, "vocab_size": 2**24, "pad_token_id": 2**24, "bos_token_id": 2**24}
 _MOST |= dict.fromkeys(("num_layers", "encoder_num_blocks", "decoder_num_blocks"), 1000)
 
+Rule = tuple[str, Callable[[Any], bool], str]
+"""A key, whether a configuration ``c`` is right in it, and what is expected, with values of ``c``."""
+
+
+def extension(
+    default: Any, meaning: str, holds: Callable[[Any], bool] = lambda value: True, expected: str = ""
+) -> Any:
+    """Return a field beyond the released keys: written only where it differs from what the release does.
+
+    Args:
+        default: what the release does.
+        meaning: what the key says.
+        holds: whether a value of the right type may be.
+        expected: which may be, in words.
+    """
+    metadata = {"meaning": meaning, "holds": holds, "expected": expected}
+    return dataclasses.field(default=default, metadata=metadata)
+
 
 class NetworkConfig:
-    """What both configurations share: checked construction, and reading and writing a mapping."""
+    """What all configurations share: checked construction, and reading and writing a mapping.
+
+    Raises :class:`ColadaError` for values of another type, out of bounds, or that contradict each other.
+    """
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
-    # Keys whose other values the released model never uses and nobody has defined.
     fixed: ClassVar[Mapping[str, Any]] = {}
+    """Keys whose other values the released model never uses and nobody has defined."""
+    positive: ClassVar[str] = ""
+    """Keys of numbers above 0."""
+    rules: ClassVar[Sequence[Rule]] = ()
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, kind = getattr(self, field.name), hints[field.name]
-            if kind is float and type(value) is int:
-                value = _as_float(value)
-                object.__setattr__(self, field.name, value)
-            elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                name = getattr(kind, "__name__", str(kind))
-                raise ColadaError(f"{self.model_type}: {field.name}={shown(value)}, expected {name}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ColadaError(f"{self.model_type}: {field.name}={value!r}, expected a finite number")
-            if isinstance(value, float) and value and not 1e-30 <= abs(value) <= 1e30:
-                expected = "0 or a size from 1e-30 to 1e30"
-                raise ColadaError(f"{self.model_type}: {field.name}={value!r}, expected {expected}")
-            most = _MOST.get(field.name, 2**20)
-            if isinstance(value, int) and abs(value) > most:
-                raise ColadaError(f"{self.model_type}: {field.name}={shown(value)}, expected at most {most}")
+            self._check_type(field.name, hints[field.name])
         for name, only in self.fixed.items():
             if getattr(self, name) != only:
                 raise ColadaError(
                     f"{self.model_type}: {name}={getattr(self, name)!r} is not supported, only {only!r}"
                 )
+        for name in self.positive.split():
+            self._require(getattr(self, name) > 0, name, "a positive number")
+        for name, holds, expected in self.rules:
+            self._require(holds(self), name, expected)
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if field.metadata:
+                holds, expected = field.metadata["holds"], field.metadata["expected"]
+                self._require(holds(getattr(self, field.name)), field.name, expected)
+
+    def _check_type(self, name: str, kind: Any) -> None:
+        value = getattr(self, name)
+        if kind in (float, float | None) and type(value) is int:
+            value = float(value) if abs(value) < 2**1023 else math.copysign(math.inf, value)
+            object.__setattr__(self, name, value)
+        elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            self._require(False, name, getattr(kind, "__name__", str(kind)))
+        if isinstance(value, float):
+            self._require(math.isfinite(value), name, "a finite number")
+            self._require(not value or 1e-30 <= abs(value) <= 1e30, name, "0 or a size from 1e-30 to 1e30")
+        most = _MOST.get(name, 2**20)
+        self._require(not isinstance(value, int) or abs(value) <= most, name, f"at most {most}")
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:
-            raise ColadaError(f"{self.model_type}: {name}={shown(getattr(self, name))}, expected {expected}")
-
-    def _require_positive(self, *names: str) -> None:
-        for name in names:
-            self._require(getattr(self, name) > 0, name, "a positive number")
+            value = shown(getattr(self, name))
+            raise ColadaError(f"{self.model_type}: {name}={value}, expected {expected.format(c=self)}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], origin: str = "config") -> Self:
@@ -85,9 +102,9 @@ class NetworkConfig:
         """
         if not isinstance(values, Mapping):
             raise ColadaError(f"{origin} is {shown(values)}, expected keys and values")
-        found = values.get("model_type", cls.model_type)
-        if not isinstance(found, str) or found != cls.model_type:
-            raise ColadaError(f"{origin}: model_type {shown(found)}, expected {cls.model_type!r}")
+        model_type = values.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ColadaError(f"{origin}: model_type {shown(model_type)}, expected {cls.model_type!r}")
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for key in values:
             if key not in known and key not in _METADATA_KEYS:
@@ -108,36 +125,40 @@ class NetworkConfig:
         values: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if not (field.metadata.get("extension") and value == field.default):
+            if not (field.metadata and value == field.default):
                 values[field.name] = value
         return values
 
 
-def _as_float(number: int) -> float:
-    """Return a whole number as a float; one beyond all floats is infinite, which is refused."""
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf if number > 0 else -math.inf
-
-
-def extension(default: Any) -> Any:
-    """Return a field beyond the released keys, which is written only where it differs from its default."""
-    return dataclasses.field(default=default, metadata={"extension": True})
+TRAINING_LENGTH = extension(
+    None,
+    "tokens of the rows it was trained on, where that is known",
+    lambda length: length is None or length > 0,
+    "a positive number",
+)
 
 
 @dataclass(frozen=True)
 class DiTConfig(NetworkConfig):
-    """The block-causal Diffusion Transformer (``model_type`` "cola_dit"); defaults are the released 1.8B.
-
-    Three are extensions: ``prediction``, "velocity" (released) or "z0", what the network's output means;
-    ``self_conditioning``, whether it takes its last guess of z0 as a second input; and ``training_length``,
-    tokens of the rows it was trained on where that is known.
-    Raises :class:`ColadaError` for values that contradict each other.
-    """
+    """The block-causal Diffusion Transformer (``model_type`` "cola_dit"); defaults are the released 1.8B."""
 
     model_type: ClassVar[str] = "cola_dit"
     architecture: ClassVar[str] = "ColaDiTModel"
+    positive: ClassVar[str] = (
+        "txt_in_channels txt_dim heads head_dim expand_ratio num_layers norm_eps patch_size rope_dim"
+        " block_size"
+    )
+    rules: ClassVar[Sequence[Rule]] = (
+        ("emb_dim", lambda c: c.emb_dim == c.txt_dim, "txt_dim={c.txt_dim}"),
+        (
+            "txt_out_channels",
+            lambda c: c.txt_out_channels == c.txt_in_channels,
+            "txt_in_channels={c.txt_in_channels}",
+        ),
+        ("rope_dim", lambda c: c.rope_dim % 2 == 0, "an even number"),
+        ("rope_dim", lambda c: c.rope_dim <= c.head_dim, "at most head_dim={c.head_dim}"),
+        ("block_size", lambda c: c.block_size % c.patch_size == 0, "a multiple of patch_size={c.patch_size}"),
+    )
 
     txt_in_channels: int = 16
     txt_out_channels: int = 16
@@ -152,40 +173,16 @@ class DiTConfig(NetworkConfig):
     patch_size: int = 1
     rope_dim: int = 96
     block_size: int = 4
-    prediction: str = extension("velocity")
-    self_conditioning: bool = extension(False)
-    training_length: int | None = extension(None)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_positive("txt_in_channels", "txt_dim", "heads", "head_dim", "expand_ratio")
-        self._require_positive("num_layers", "norm_eps", "patch_size", "rope_dim", "block_size")
-        self._require(self.emb_dim == self.txt_dim, "emb_dim", f"txt_dim={self.txt_dim}")
-        self._require(
-            self.txt_out_channels == self.txt_in_channels,
-            "txt_out_channels",
-            f"txt_in_channels={self.txt_in_channels}",
-        )
-        self._require(self.rope_dim % 2 == 0, "rope_dim", "an even number")
-        self._require(self.rope_dim <= self.head_dim, "rope_dim", f"at most head_dim={self.head_dim}")
-        self._require(
-            self.block_size % self.patch_size == 0,
-            "block_size",
-            f"a multiple of patch_size={self.patch_size}",
-        )
-        self._require(self.prediction in ("velocity", "z0"), "prediction", "'velocity' or 'z0'")
-        self._require((self.training_length or 1) > 0, "training_length", "a positive number")
+    prediction: str = extension(
+        "velocity", "what its output means", lambda name: name in ("velocity", "z0"), "'velocity' or 'z0'"
+    )
+    self_conditioning: bool = extension(False, "whether it takes its last guess of z0 as a second input")
+    training_length: int | None = TRAINING_LENGTH
 
 
 @dataclass(frozen=True)
 class TextVAEConfig(NetworkConfig):
-    """The Text VAE (``model_type`` "cola_text_vae"); defaults are the released 0.5B.
-
-    ``pad_token_id`` is an extension for models whose tokenizer does not name its
-    padding token, ``log_snr`` for models whose posterior has the variances that make log(E mu^2 / E sigma^2)
-    of each latent this, in place of learnt ones. Raises :class:`ColadaError` for values that contradict
-    each other.
-    """
+    """The Text VAE (``model_type`` "cola_text_vae"); defaults are the released 0.5B."""
 
     model_type: ClassVar[str] = "cola_text_vae"
     architecture: ClassVar[str] = "ColaTextVAEModel"
@@ -200,6 +197,28 @@ class TextVAEConfig(NetworkConfig):
         "dropout": 0.0,
         "attn_dropout": 0.0,
     }
+    positive: ClassVar[str] = (
+        "vocab_size encoder_num_blocks decoder_num_blocks dim ffn_dim latent_dim patch_size num_heads"
+        " layer_norm_eps rope_theta block_size init_std init_cutoff_factor"
+    )
+    rules: ClassVar[Sequence[Rule]] = (
+        ("dim", lambda c: c.dim % c.num_heads == 0, "a multiple of num_heads={c.num_heads}"),
+        ("dim", lambda c: c.dim // c.num_heads % 2 == 0, "an even width per head"),
+        ("scaling_factor", lambda c: c.scaling_factor != 0, "a number other than 0"),
+        ("clip_qkv", lambda c: c.clip_qkv is None or c.clip_qkv > 0, "null or a positive number"),
+        ("act", lambda c: c.act in ("swiglu", "gelu", "silu"), "'swiglu', 'gelu' or 'silu'"),
+        ("ffn_dim", lambda c: c.act != "swiglu" or c.ffn_dim % 2 == 0, "an even number for swiglu"),
+        (
+            "log_snr",
+            lambda c: c.log_snr is None or (c.use_variation and abs(c.log_snr) <= 50),
+            "null, or with use_variation a number from -50 to 50",
+        ),
+        (
+            "pad_token_id",
+            lambda c: c.pad_token_id is None or 0 <= c.pad_token_id < c.vocab_size,
+            "an id below vocab_size={c.vocab_size}",
+        ),
+    )
 
     vocab_size: int = 100278
     encoder_num_blocks: int = 4
@@ -235,33 +254,10 @@ class TextVAEConfig(NetworkConfig):
     use_emb: bool = True
     dropout: float = 0.0
     attn_dropout: float = 0.0
-    pad_token_id: int | None = extension(None)
-    log_snr: float | None = extension(None)
-
-    def __post_init__(self) -> None:
-        for name in ("clip_qkv", "log_snr"):
-            if type(getattr(self, name)) is int:
-                object.__setattr__(self, name, _as_float(getattr(self, name)))
-        super().__post_init__()
-        self._require_positive("vocab_size", "encoder_num_blocks", "decoder_num_blocks", "dim", "ffn_dim")
-        self._require_positive("latent_dim", "patch_size", "num_heads", "layer_norm_eps", "rope_theta")
-        self._require_positive("block_size", "init_std", "init_cutoff_factor")
-        self._require(self.dim % self.num_heads == 0, "dim", f"a multiple of num_heads={self.num_heads}")
-        self._require((self.dim // self.num_heads) % 2 == 0, "dim", "an even width per head")
-        self._require(self.scaling_factor != 0, "scaling_factor", "a number other than 0")
-        self._require(self.clip_qkv is None or self.clip_qkv > 0, "clip_qkv", "null or a positive number")
-        self._require(self.act in ("swiglu", "gelu", "silu"), "act", "'swiglu', 'gelu' or 'silu'")
-        self._require(self.act != "swiglu" or self.ffn_dim % 2 == 0, "ffn_dim", "an even number for swiglu")
-        self._require(
-            self.log_snr is None or (self.use_variation and abs(self.log_snr) <= 50),
-            "log_snr",
-            "null, or with use_variation a number from -50 to 50",
-        )
-        self._require(
-            self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
-            "pad_token_id",
-            f"an id below vocab_size={self.vocab_size}",
-        )
+    pad_token_id: int | None = extension(None, "the padding token, where the tokenizer does not name it")
+    log_snr: float | None = extension(
+        None, "log(E mu^2 / E sigma^2) of each latent, of variances that are fixed in place of learnt"
+    )
 
     @property
     def mask_id(self) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from colada.errors import ColadaError
-from colada.networks.config import NetworkConfig, extension
+from colada.networks.config import TRAINING_LENGTH, NetworkConfig, Rule
 
 HEAD = 64  # Channels of a head, where the width allows it.
 OBJECTIVES = ("ar", "llada")
@@ -20,14 +21,24 @@ class DecoderConfig(NetworkConfig):
 
     ``objective`` says what it is trained for: "ar", the next token under causal visibility, or "llada",
     masked tokens under full visibility. ``bos_token_id`` precedes every text of an AR model;
-    ``block_size`` tokens are decoded together by a LLaDA model, blocks from left to right;
-    ``training_length`` is tokens of the rows it was trained on, where that is known.
-
-    Raises :class:`ColadaError` for values that contradict each other.
+    ``block_size`` tokens are decoded together by a LLaDA model, blocks from left to right.
     """
 
     model_type: ClassVar[str] = "colada_decoder"
     architecture: ClassVar[str] = "ColadaDecoderModel"
+    positive: ClassVar[str] = (
+        "vocab_size dim num_layers num_heads ffn_dim norm_eps rope_theta init_std block_size"
+    )
+    rules: ClassVar[Sequence[Rule]] = (
+        ("objective", lambda c: c.objective in OBJECTIVES, "'ar' or 'llada'"),
+        (
+            "bos_token_id",
+            lambda c: 0 <= c.bos_token_id < c.vocab_size,
+            "an id below vocab_size={c.vocab_size}",
+        ),
+        ("dim", lambda c: c.dim % c.num_heads == 0, "a multiple of num_heads={c.num_heads}"),
+        ("dim", lambda c: c.dim // c.num_heads % 2 == 0, "an even width per head"),
+    )
 
     objective: str = "ar"
     vocab_size: int = 32000
@@ -40,22 +51,7 @@ class DecoderConfig(NetworkConfig):
     init_std: float = 0.02
     bos_token_id: int = 0
     block_size: int = 16
-    training_length: int | None = extension(None)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_positive("vocab_size", "dim", "num_layers", "num_heads", "ffn_dim")
-        self._require_positive("norm_eps", "rope_theta", "init_std")
-        self._require(self.objective in OBJECTIVES, "objective", "'ar' or 'llada'")
-        self._require_positive("block_size")
-        self._require((self.training_length or 1) > 0, "training_length", "a positive number")
-        self._require(
-            0 <= self.bos_token_id < self.vocab_size,
-            "bos_token_id",
-            f"an id below vocab_size={self.vocab_size}",
-        )
-        self._require(self.dim % self.num_heads == 0, "dim", f"a multiple of num_heads={self.num_heads}")
-        self._require((self.dim // self.num_heads) % 2 == 0, "dim", "an even width per head")
+    training_length: int | None = TRAINING_LENGTH
 
     @property
     def mask_id(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from colada.errors import ColadaError, nearest, shown
+from colada.errors import ColadaError, failure, nearest, shown
 from colada.files import read_text
 from colada.text.tokenizer import IM_END, IM_START, Tokenizer
 
@@ -50,8 +50,8 @@ def read_template(path: Path) -> str:
     try:
         _environment().from_string(template)
     except _TEMPLATE_ERRORS as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError | MemoryError) else str(error)
-        raise ColadaError(f"{path} is not a chat template: {' '.join(reason.split())}") from None
+        deep = isinstance(error, MemoryError)  # Of Python's compiler.
+        raise failure(f"{path} is not a chat template", RecursionError() if deep else error) from None
     return template
 
 
@@ -76,8 +76,7 @@ def render(
             bos_token="",
         )
     except Exception as error:  # A template is a program: it fails with whatever its expressions raise.
-        reason = " ".join(str(error).split())
-        raise ColadaError(f"{origin}: the chat template refuses it: {reason}") from None
+        raise failure(f"{origin}: the chat template refuses it", error) from None
 
 
 def check_messages(messages: object, tokenizer: Tokenizer, origin: str) -> list[dict[str, str]]:
@@ -96,7 +95,11 @@ def check_messages(messages: object, tokenizer: Tokenizer, origin: str) -> list[
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise ColadaError(f"{where}.{key} is {shown(message.get(key))}, expected a string")
-            _check_plain(message[key], tokenizer, f"{where}.{key}")
+            for token in tokenizer.specials:
+                if token in message[key]:
+                    raise ColadaError(
+                        f"{where}.{key} spells the special token {token!r}, expected plain text"
+                    )
         role = message["role"]
         if role not in ROLES:
             expected = ", ".join(ROLES)
@@ -113,15 +116,15 @@ def encode_messages(
         ColadaError: naming ``origin``, for a malformed conversation, one without an assistant's turn, or
             a template whose rendering of a conversation does not begin with that of its prompt.
     """
-    checked = check_messages(messages, tokenizer, origin)
+    turns = check_messages(messages, tokenizer, origin)
     samples = []
-    for number, message in enumerate(checked):
+    for number, message in enumerate(turns):
         if message["role"] != ANSWERING:
             continue
         if not message["content"].strip():
             raise ColadaError(f"{origin}: messages[{number}].content is empty, expected an answer to learn")
-        prompt = render(checked[:number], tokenizer, template, origin, answer=True)
-        whole = render(checked[: number + 1], tokenizer, template, origin, answer=False)
+        prompt = render(turns[:number], tokenizer, template, origin, answer=True)
+        whole = render(turns[: number + 1], tokenizer, template, origin, answer=False)
         if not whole.startswith(prompt):
             raise ColadaError(
                 f"{origin}: the chat template renders messages[{number}] in another way than its prompt"
@@ -129,7 +132,12 @@ def encode_messages(
         if not whole[len(prompt) :].strip():
             raise ColadaError(f"{origin}: the chat template adds nothing for the answer messages[{number}]")
         ids = _encode(prompt, tokenizer, origin)
-        samples.append((ids + _ended(_encode(whole[len(prompt) :], tokenizer, origin), tokenizer), len(ids)))
+        answer = _encode(whole[len(prompt) :], tokenizer, origin)
+        ends = [at for at, token in enumerate(answer) if token in tokenizer.end_ids]
+        answer = (
+            answer[: ends[0] + 1] if ends else [*answer, tokenizer.eos_id]
+        )  # Not every template has an end.
+        samples.append((ids + answer, len(ids)))
     if not samples:
         raise ColadaError(f"{origin}: no message has the role {ANSWERING!r}, expected an answer to learn")
     return samples
@@ -160,18 +168,6 @@ def _encode(text: str, tokenizer: Tokenizer, origin: str) -> list[int]:
         return tokenizer.encode(text)
     except ColadaError as error:
         raise ColadaError(f"{origin}: {error}") from None
-
-
-def _ended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Cut after the first id that ends generation; end with end-of-text where the template has none."""
-    end = next((at for at, token in enumerate(ids) if token in tokenizer.end_ids), None)
-    return [*ids, tokenizer.eos_id] if end is None else ids[: end + 1]
-
-
-def _check_plain(text: str, tokenizer: Tokenizer, where: str) -> None:
-    for token in tokenizer.specials:
-        if token in text:
-            raise ColadaError(f"{where} spells the special token {token!r}, expected plain text")
 
 
 class _Generation(Extension):
@@ -217,14 +213,11 @@ def _environment() -> ImmutableSandboxedEnvironment:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    def as_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own is escaped for HTML.
-
-    def now(form: str) -> str:
-        return datetime.now().strftime(form)
-
-    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
-    environment.filters["tojson"] = as_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = partial(
+        json.dumps, ensure_ascii=False
+    )  # Jinja's own is escaped for HTML.
     return environment
 
 

@@ -48,20 +48,20 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
-        eos: int | None = inner.token_to_id(END_OF_TEXT)
-        pad: int | None = inner.token_to_id(PAD)
-        if eos is None or pad is None:
-            missing = END_OF_TEXT if eos is None else PAD
-            raise ColadaError(f"{origin}: no {missing} in the vocabulary, expected {END_OF_TEXT} and {PAD}")
-        self._eos_id = eos
-        self._pad_id = pad
-        im_end = inner.token_to_id(IM_END)
-        self._end_ids = (eos,) if im_end is None else (eos, im_end)
-        # Not the entry count: a vocabulary with gaps still needs an embedding row for its highest id.
-        vocab = inner.get_vocab(with_added_tokens=True)
-        self._vocab_size: int = max(vocab.values()) + 1
-        known = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
-        self._bytes = frozenset(token for token in known if token is not None)
+        vocab: dict[str, int] = inner.get_vocab(with_added_tokens=True)
+        for token in (END_OF_TEXT, PAD):
+            if token not in vocab:
+                raise ColadaError(f"{origin}: no {token} in the vocabulary, expected {END_OF_TEXT} and {PAD}")
+        self.eos_id: int = vocab[END_OF_TEXT]
+        self.pad_id: int = vocab[PAD]
+        self.end_ids: tuple[int, ...] = tuple(
+            vocab[token] for token in (END_OF_TEXT, IM_END) if token in vocab
+        )
+        """Ids that end a generation: end-of-text and, where present, ``<|im_end|>``."""
+        self.vocab_size: int = max(vocab.values()) + 1
+        """Highest id plus one, the rows of an embedding table: not the entries, as there may be gaps."""
+        names = (f"<0x{byte:02X}>" for byte in range(256))
+        self._bytes = frozenset(vocab[name] for name in names if name in vocab)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -83,13 +83,15 @@ class Tokenizer:
     ) -> Tokenizer:
         """Learn a byte-level BPE from ``texts``; the same texts give the same tokenizer.
 
-        ``vocab_size`` is the total: 256 bytes, merges, and the four special
-        tokens, which take the last four ids. All 256 bytes are entries, so any
-        text survives encoding and decoding. ``progress`` shows the library's bars. With
-        ``fewer``, texts that are too few to fill it give the vocabulary that they yield.
+        Args:
+            texts: all 256 bytes are entries, so any other text survives encoding and decoding too.
+            vocab_size: in all: 256 bytes, merges, and the four special tokens, which have the last ids.
+            progress: show the library's bars.
+            fewer: where the texts are too few to fill it, take as many entries as they yield.
 
-        Raises ColadaError when ``vocab_size`` is below 260 or beyond :data:`MOST_VOCAB`, a text is none, or,
-        without ``fewer``, the texts are too few to fill it.
+        Raises:
+            ColadaError: when ``vocab_size`` is below 260 or beyond :data:`MOST_VOCAB`, a text is none, or,
+                without ``fewer``, the texts are too few to fill it.
         """
         if not is_whole(vocab_size) or not _SMALLEST_VOCAB <= vocab_size <= MOST_VOCAB:
             raise ColadaError(
@@ -165,8 +167,8 @@ class Tokenizer:
     def id_of(self, token: str) -> int | None:
         """Return the id of one vocabulary entry, or None when there is no such entry."""
         _check_encodable(token)
-        found: int | None = self._inner.token_to_id(token)
-        return found
+        number: int | None = self._inner.token_to_id(token)
+        return number
 
     def to_json(self) -> str:
         """Return the text of a ``tokenizer.json``."""
@@ -183,26 +185,6 @@ class Tokenizer:
         added = self._inner.get_added_tokens_decoder()
         tokens = [token for _, token in sorted(added.items())]
         return tuple(token.content for token in tokens if token.special or token.content in _SPECIALS)
-
-    @property
-    def vocab_size(self) -> int:
-        """Highest id plus one: the rows an embedding table needs."""
-        return self._vocab_size
-
-    @property
-    def pad_id(self) -> int:
-        """Id of ``<|pad|>``."""
-        return self._pad_id
-
-    @property
-    def eos_id(self) -> int:
-        """Id of ``<|endoftext|>``."""
-        return self._eos_id
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """Ids that end a generation: end-of-text and, where present, ``<|im_end|>``."""
-        return self._end_ids
 
 
 def _texts(texts: Iterable[str]) -> Iterator[str]:

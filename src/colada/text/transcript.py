@@ -260,7 +260,9 @@ class Transcript:
     def _cut(self, at: int) -> None:
         self.text, self.finish_reason = self.text[:at], "stop"
         # The tokens kept are the longest run that spells nothing beyond the cut.
-        count, characters, before = next(own for own in reversed(self._settlements) if own[1] <= at)
+        count, characters, before = next(
+            settled for settled in reversed(self._settlements) if settled[1] <= at
+        )
         settled, wanted = self.text[:characters], self.text
         while len(self.tokens) > count and not wanted.startswith(
             settled + self._decode(before, self.tokens[count:])
