@@ -93,6 +93,49 @@ def calibrated_loc(latent_dim: int) -> float:
     return 1.0 + 0.5 * math.log(latent_dim / 16)
 
 
+# --- guidance ----------------------------------------------------------------------------------
+
+
+def guided(conditional: Tensor, unconditional: Tensor, scale: Tensor | float) -> Tensor:
+    """Return u + s (c - u), of velocities or of guesses of z0 (arXiv:2207.12598); a scale of 1 is off."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def rms(x: Tensor, where: Tensor | None = None) -> Tensor:
+    """Return the root mean square of latents (..., C) as (..., 1), or of blocks (..., L, C) as (..., 1, 1).
+
+    Args:
+        where: bool (..., L), the latents of a block that count; a block without any has 0.
+    """
+    if where is None:
+        return x.square().mean(-1, keepdim=True).sqrt()
+    weight = where[..., None].to(x.dtype)
+    total = (x.square() * weight).sum((-2, -1), keepdim=True)
+    return (total / (weight.sum((-2, -1), keepdim=True) * x.shape[-1]).clamp_min(1)).sqrt()
+
+
+def within_the_data(
+    z0: Tensor, conditional: Tensor, cap: Tensor | float, rescale: Tensor | float, free: Tensor
+) -> Tensor:
+    """Return guided guesses of z0 brought back to the size of data, which guidance throws them beyond.
+
+    First each block is scaled to the size of its conditional guess, to a share of ``rescale``
+    (arXiv:2305.08891, there of velocities); then each latent is cut off at a root mean square of ``cap``.
+
+    Args:
+        z0: (..., L, C), guided.
+        conditional: (..., L, C), not guided.
+        cap: inf is off.
+        rescale: from 0, off, to 1.
+        free: bool (..., L), latents that are not pinned: of these is a block's size.
+    """
+    size = rms(z0, free)
+    ratio = torch.where(size > 0, rms(conditional, free) / size.clamp_min(1e-12), torch.ones_like(size))
+    z0 = z0 * (1 + rescale * (ratio - 1))
+    limit = torch.as_tensor(cap, dtype=z0.dtype, device=z0.device)
+    return z0 * (limit / rms(z0).clamp_min(1e-12)).clamp_max(1.0)
+
+
 # --- grids -------------------------------------------------------------------------------------
 
 Schedule = Callable[[int], Tensor]

@@ -28,6 +28,61 @@ class Pinned:
     latents: Tensor
 
 
+def place(z: Tensor, pinned: Pinned | None) -> Tensor:
+    """Return noisy copies (B, K, M, C) with the pinned latents in their places."""
+    return z if pinned is None else torch.where(pinned.where[:, None, :, None], pinned.latents[:, None], z)
+
+
+def predict(
+    dit: DiT,
+    z: Tensor,
+    timestep: Tensor,
+    clean: Tensor,
+    pinned: Pinned | None = None,
+    sample: Tensor | None = None,
+    alone: Tensor | None = None,
+    guess: Tensor | None = None,
+) -> Tensor:
+    """Return the network's output (B, K, M, C) for noisy copies of rows, all blocks at once.
+
+    One pass over ``[clean | noisy 1 | ... | noisy K]``: every noisy block follows the clean blocks before it.
+
+    Args:
+        z: (B, K, M, C), pinned latents in place, see :func:`place`.
+        timestep: (B, K, M), constant within a block; pinned latents are passed as t = 0 whatever it says.
+        clean: (B, M, C) normalised latents, the history of later blocks.
+        pinned: where, the same in every copy.
+        sample: (B, M), the sample of its row that a latent belongs to; samples do not see each other.
+        alone: bool (B, K, M / block_size), noisy blocks that see no clean cell; none by default.
+        guess: (B, K, M, C), the second input of a network with self-conditioning.
+    """
+    rows, copies, length, _ = z.shape
+    size = dit.config.block_size
+    # One table row for t = 0, then one per block of each copy.
+    times = torch.cat([timestep.new_zeros(1), timestep[..., ::size].flatten()])
+    row = torch.arange(1, len(times), device=times.device).view(rows, copies, -1).repeat_interleave(size, 2)
+    if pinned is not None:
+        row = row.masked_fill(pinned.where[:, None], 0)
+    history = clean[:, : length - size]
+
+    def packed(of_clean: Tensor, of_noisy: Tensor) -> Tensor:
+        return torch.cat([of_clean, of_noisy.flatten(1, 2)], 1).flatten(0, 1)
+
+    steps = Timesteps(times, packed(row.new_zeros(history.shape[:2]), row))
+    layout = dit.two_copy_layout(rows, length, copies, sample, alone=alone)
+    seen = None if guess is None else packed(torch.zeros_like(history), guess)
+    output: Tensor = dit(packed(history, z), steps, layout, noisy_only=True, guess=seen)
+    return output.view_as(z)
+
+
+def guess_of_z0(dit: DiT, z: Tensor, output: Tensor, timestep: Tensor, pinned: Pinned | None) -> Tensor:
+    """Return the z0 (B, K, M, C) that an output points at: pinned latents at themselves."""
+    a = timestep / T if pinned is None else (timestep / T).masked_fill(pinned.where[:, None], 0.0)
+    z, output, a = z.flatten(0, 2), output.flatten(0, 2), a.flatten()
+    velocity = PREDICTIONS[dit.config.prediction].velocity(z, output, a)
+    return z0_from_velocity(z, velocity, a).view(*timestep.shape, -1)
+
+
 def flow_errors(
     dit: DiT,
     z0: Tensor,
@@ -40,48 +95,28 @@ def flow_errors(
 ) -> Tensor:
     """Return the error ||v_psi(z_t^b, t; z0^<b) - (z1 - z0)||^2 per latent number, all blocks at once.
 
-    One pass over ``[clean | noisy 1 | ... | noisy K]``. The clean copy (history) and the target
-    carry no gradient: z0 is reached through z_t only. Pinned positions are clean (t = 0)
-    and have no error. A network that predicts z0 has its error divided by max(a, 0.1), which makes it
-    the velocity's (:data:`colada.flow.PREDICTIONS`).
+    The clean copy (history) and the target carry no gradient: z0 is reached through z_t only. Pinned
+    positions are clean (t = 0) and have no error. A network that predicts z0 has its error divided by
+    max(a, 0.1), which makes it the velocity's (:data:`colada.flow.PREDICTIONS`).
 
     Args:
         z0: (B, M, C) normalised latents.
         noise: (B, K, M, C), z1 of each copy.
-        timestep: (B, K, M), constant within a block.
-        pinned: the same in every copy.
-        sample: (B, M), the sample of its row that a latent belongs to; samples do not see each other.
-        alone: bool (B, K, M / block_size), noisy blocks that see no clean cell; none by default.
+        timestep, pinned, sample, alone: see :func:`predict`.
         self_conditioned: let a first pass without gradient guess z0, and the second one take that guess
             (arXiv:2208.04202).
 
     Returns: (B, K, M), 0 at pinned positions.
     """
-    rows, copies, length, width = noise.shape
-    size = dit.config.block_size
     clean = z0.detach()
-    z_t = interpolate(z0[:, None], noise, timestep / T)
-    # One table row for t = 0, then one per block of each copy.
-    times = torch.cat([timestep.new_zeros(1), timestep[..., ::size].flatten()])
-    row = torch.arange(1, len(times), device=times.device).view(rows, copies, -1).repeat_interleave(size, 2)
-    if pinned is not None:
-        where = pinned.where[:, None]
-        z_t = torch.where(where[..., None], pinned.latents[:, None], z_t)
-        row = row.masked_fill(where, 0)
-    history = clean[:, : length - size]
-    packed = torch.cat([history, z_t.flatten(1, 2)], 1).flatten(0, 1)
-    row = torch.cat([row.new_zeros(history.shape[:2]), row.flatten(1)], 1).flatten()
-    layout = dit.two_copy_layout(rows, length, copies, sample, alone=alone)
-    prediction, guess = PREDICTIONS[dit.config.prediction], None
+    z_t = place(interpolate(z0[:, None], noise, timestep / T), pinned)
+    guess = None
     if self_conditioned:
         with torch.no_grad():
-            output = dit(packed, Timesteps(times, row), layout, noisy_only=True)
-            a = times[row.view(rows, -1)[:, history.shape[1] :].flatten()] / T
-            noisy = z_t.detach().flatten(0, 2)
-            guessed = z0_from_velocity(noisy, prediction.velocity(noisy, output, a), a)
-            guess = torch.cat([torch.zeros_like(history), guessed.view(rows, -1, width)], 1).flatten(0, 1)
-    output = dit(packed, Timesteps(times, row), layout, noisy_only=True, guess=guess)
-    error = prediction.error(output.view_as(noise), clean[:, None], noise, timestep / T)
+            output = predict(dit, z_t, timestep, clean, pinned, sample, alone)
+            guess = guess_of_z0(dit, z_t, output, timestep, pinned)
+    output = predict(dit, z_t, timestep, clean, pinned, sample, alone, guess)
+    error = PREDICTIONS[dit.config.prediction].error(output, clean[:, None], noise, timestep / T)
     squared = error.square().mean(-1)
     return squared if pinned is None else squared.masked_fill(pinned.where[:, None], 0.0)
 

@@ -1,0 +1,134 @@
+"""Distillation of a guided prior: one student pass learns what several passes of a teacher come to.
+
+A teacher integrates a block from a to a' < a in some steps of its own, guided, and so moves z to z'. The
+student learns the guess of z0 whose one Euler step lands there (progressive distillation, arXiv:2202.00512,
+block by block): x = z - a (z - z') / (a - a'). A teacher that takes one step teaches its guided guess itself:
+guidance is folded into the student, at any a. History is what each network makes of the clean blocks before.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colada.flow import MIN_A, PREDICTIONS, T, guided, within_the_data
+from colada.networks.dit import DiT
+from colada.train.flow_matching import Pinned, guess_of_z0, place, predict
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A frozen prior, and how it is guided.
+
+    Attributes:
+        dit: the network.
+        guidance: scale s; 1 is off, and takes no unconditional pass.
+        cap: root mean square that no latent of a guided guess exceeds; inf is off.
+        rescale: share to which a guided guess is scaled to its conditional one.
+    """
+
+    dit: DiT
+    guidance: float = 1.0
+    cap: float = math.inf
+    rescale: float = 0.0
+
+    @torch.no_grad()
+    def guess(
+        self,
+        z: Tensor,
+        timestep: Tensor,
+        clean: Tensor,
+        pinned: Pinned | None = None,
+        sample: Tensor | None = None,
+    ) -> Tensor:
+        """Return the guided guess of z0 (B, K, M, C); arguments as of :func:`predict`.
+
+        Conditional and unconditional blocks are copies of one pass. A block that follows nothing has one
+        guess only, and so is not guided.
+        """
+        copies, size = z.shape[1], self.dit.config.block_size
+        if self.guidance == 1:
+            output = predict(self.dit, z, timestep, clean, pinned, sample)
+            return guess_of_z0(self.dit, z, output, timestep, pinned)
+        both, times = torch.cat([z, z], 1), torch.cat([timestep, timestep], 1)
+        alone = torch.zeros(len(z), 2 * copies, z.shape[2] // size, dtype=torch.bool, device=z.device)
+        alone[:, copies:] = True
+        output = predict(self.dit, both, times, clean, pinned, sample, alone)
+        guesses = guess_of_z0(self.dit, both, output, times, pinned)
+        conditional, unconditional = guesses.unflatten(2, (-1, size)).chunk(2, 1)
+        free = torch.ones(conditional.shape[:-1], dtype=torch.bool, device=z.device)
+        if pinned is not None:
+            free = free & ~pinned.where.view(len(z), 1, -1, size)
+        z0 = guided(conditional, unconditional, self.guidance)
+        z0 = within_the_data(z0, conditional, self.cap, self.rescale, free)
+        follows = _follows(z.shape[2], size, sample, z.device)[:, None, :, None]
+        return torch.where((free & follows)[..., None], z0, conditional).flatten(2, 3)
+
+
+def _follows(length: int, size: int, sample: Tensor | None, device: torch.device) -> Tensor:
+    """Return which blocks of rows (B or 1, M / size) follow others of their sample."""
+    follows = torch.arange(length // size, device=device)[None] > 0
+    if sample is None:
+        return follows
+    first = sample[:, ::size]
+    return follows & (first == first.roll(1, 1))
+
+
+@torch.no_grad()
+def landing(
+    teacher: Guided,
+    z: Tensor,
+    timestep: Tensor,
+    end: Tensor,
+    clean: Tensor,
+    pinned: Pinned | None = None,
+    sample: Tensor | None = None,
+    substeps: int = 1,
+) -> Tensor:
+    """Return where a teacher's Euler steps of equal length take z (B, K, M, C) from ``timestep`` to ``end``.
+
+    Args:
+        timestep, end: (B, K, M) in 0..1000, constant within a block, the end before the beginning.
+        substeps: how many steps.
+    """
+    begin, length = timestep, (timestep - end) / substeps
+    for step in range(substeps):
+        now = begin - step * length
+        z0 = teacher.guess(z, now, clean, pinned, sample)
+        velocity = (z - z0) / (now / T).clamp_min(1e-6)[..., None]
+        z = place(z - (length / T)[..., None] * velocity, pinned)
+    return z
+
+
+def target_of(z: Tensor, landed: Tensor, timestep: Tensor, end: Tensor) -> Tensor:
+    """Return the guess of z0 whose Euler step from z at ``timestep`` lands at ``landed`` at ``end``."""
+    a, step = (timestep / T)[..., None], ((timestep - end) / T)[..., None]
+    return z - a / step * (z - landed)
+
+
+def distillation_errors(
+    student: DiT,
+    z: Tensor,
+    target: Tensor,
+    timestep: Tensor,
+    clean: Tensor,
+    pinned: Pinned | None = None,
+    sample: Tensor | None = None,
+) -> Tensor:
+    """Return the student's squared error as one of the velocity, per latent number (B, K, M).
+
+    Args:
+        z: (B, K, M, C), the teacher's or the data's, pinned latents in place.
+        target: (B, K, M, C), the guess of z0 that is taught.
+        timestep: (B, K, M); at pinned positions there is no error.
+        clean: (B, M, C), from which the student makes a history of its own.
+    """
+    output = predict(student, z, timestep, clean, pinned, sample)
+    a = timestep / T
+    # The noise that lies at the other end of the line from the target through z.
+    noise = target + (z - target) / a.clamp_min(MIN_A * 1e-2)[..., None]
+    squared = PREDICTIONS[student.config.prediction].error(output, target, noise, a).square().mean(-1)
+    return squared if pinned is None else squared.masked_fill(pinned.where[:, None], 0.0)
