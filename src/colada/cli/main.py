@@ -32,6 +32,7 @@ from colada.cli.options import (
     load_cola,
     read_texts,
 )
+from colada.cli.serve import serve
 from colada.cli.write import chat, generate
 from colada.errors import ColadaError, ColadaWarning
 
@@ -75,6 +76,7 @@ app.add_typer(eval_app, name="eval")
 for command in (
     generate,
     chat,
+    serve,
     commands.train,
     commands.recipe,
     commands.report,

@@ -1,0 +1,152 @@
+"""``colada serve``: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from colada.cli.options import DeviceOption, DtypeOption, QuantiseOption, check_model_options
+from colada.errors import ColadaError
+from colada.files import read_text
+
+KEYS_VARIABLE = "COLADA_API_KEYS"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOGS = ("text", "json", "off")
+
+
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=]WHERE...",
+            help="Model directories, or hub ids owner/name[@revision]. Default: the bundled model.",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"Keys, one a line, of which clients send one. Also: {KEYS_VARIABLE}, with commas."
+        ),
+    ] = None,
+    no_key: Annotated[bool, typer.Option("--no-key", help="Let anybody ask.")] = False,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A further name that the server is called by; * is any.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="An origin whose pages may ask; * is any. May be repeated.")
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, max=4096, help="Requests under way together.")] = 64,
+    history: Annotated[
+        int,
+        typer.Option(min=1, max=2**24, help="Latents under way together, and of one request."),
+    ] = 8192,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, max=2**20, help="Requests that may wait; more get 429.")
+    ] = 256,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=2**17, help="New tokens of a request at most.")
+    ] = 8192,
+    max_steps: Annotated[int, typer.Option(min=1, max=10_000, help="Solver steps a block at most.")] = 64,
+    watchers: Annotated[
+        int, typer.Option(min=0, max=4096, help="Requests that may stream guesses at once.")
+    ] = 8,
+    timeout: Annotated[
+        float, typer.Option(min=1, max=86400, help="Seconds for a request, waiting included.")
+    ] = 600,
+    drain: Annotated[
+        float, typer.Option(min=0, max=3600, help="Seconds that requests have to finish at SIGTERM.")
+    ] = 30,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="torch's threads. Default: the cores less one.")
+    ] = None,
+    lenient: Annotated[bool, typer.Option("--lenient", help="Leave unknown fields of requests out.")] = False,
+    metrics_public: Annotated[
+        bool, typer.Option("--metrics-public", help="Show /metrics without a key.")
+    ] = False,
+    log: Annotated[str, typer.Option(help="A line a request: text, json or off.")] = "text",
+    root_path: Annotated[str, typer.Option(help="The path under which a proxy shows the server.")] = "",
+    open_page: Annotated[bool, typer.Option("--open", help="Open the playground in a browser.")] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    quantise: QuantiseOption = None,
+) -> None:
+    """Serve models over HTTP, as OpenAI's clients ask, with a page on which one watches them write.
+
+    Ends with SIGTERM or Ctrl-C, once the requests under way are finished; at once with a second one.
+    """
+    if log not in LOGS:
+        raise ColadaError(f"log={log!r}, expected one of {', '.join(map(repr, LOGS))}")
+    named = _named(models or [])
+    for _, where, revision in named:
+        check_model_options(where, revision, dtype, device, quantise)
+    keys = _keys(api_key_file)
+    local = host in LOOPBACK
+    if not local and not keys and not no_key:
+        raise ColadaError(
+            f"host={host} and no key, expected --api-key-file or {KEYS_VARIABLE}; --no-key lets anybody ask"
+        )
+    try:
+        from colada.serve.run import Options, run
+    except ModuleNotFoundError as error:
+        raise ColadaError(f"{error.name} is missing: pip install 'colada-lm[serve]'") from None
+    from colada.serve.admission import Limits
+    from colada.serve.edge import LOOPBACK_HOSTS, Policy
+
+    limits = Limits(
+        slots=slots,
+        waiting=max_waiting,
+        history=history,
+        max_tokens=max_tokens,
+        max_steps=max_steps,
+        watchers=watchers,
+        timeout=timeout,
+        drain=drain,
+    )
+    hosts = [*LOOPBACK_HOSTS, *(name.lower() for name in allowed_host or [])]
+    policy = Policy(
+        keys,
+        hosts if local or not keys and allowed_host else ["*"],
+        tuple(cors_origin or ()),
+        metrics_public,
+        log,
+    )
+    options = Options(host, port, threads, root_path, lenient, open_page, named, dtype, device, quantise)
+    raise typer.Exit(run(options, limits, policy))
+
+
+def _named(models: list[str]) -> list[tuple[str | None, str | None, str | None]]:
+    """Return the name, place and revision of each model, None where there is none."""
+    named: list[tuple[str | None, str | None, str | None]] = []
+    for model in models:
+        name, equals, where = model.rpartition("=")
+        if Path(model).is_dir() or not equals:
+            name, where = "", model
+        place, at, revision = where.partition("@")
+        if Path(where).exists() or not at:
+            place, revision = where, ""
+        named.append((name or None, place, revision or None))
+    names = [name for name, _, _ in named if name is not None]
+    for name in names:
+        if names.count(name) > 1:
+            raise ColadaError(f"the name {name!r} is there twice, expected one for each model")
+    return named or [(None, None, None)]
+
+
+def _keys(path: Path | None) -> list[str]:
+    """Return the keys of the environment and of a file, where # begins a comment."""
+    import os
+
+    lines = os.environ.get(KEYS_VARIABLE, "").split(",")
+    if path is not None:
+        lines += [line.partition("#")[0] for line in read_text(path, "keys, one a line").splitlines()]
+    keys = [line.strip() for line in lines if line.strip()]
+    if path is not None and not keys:
+        raise ColadaError(f"{path} has no key, expected one a line")
+    for key in keys:
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ColadaError("a key has spaces or other than ASCII characters, expected none")
+    return keys
