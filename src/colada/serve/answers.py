@@ -185,14 +185,17 @@ def _field_of(refusal: Refusal) -> Refusal:
     if refusal.param in _EXTENSION:
         refusal.param = f"colada.{refusal.param}"
     elif refusal.param not in (*_SAMPLING, "stop"):
-        refusal.param = {"prompt": "prompt", "text": "prompt", "chat": "messages"}.get(
-            refusal.detail.partition(" ")[0].rstrip(":")
-        )
+        refusal.param = {
+            "prompt": "prompt",
+            "text": "prompt",
+            "chat:": "messages",
+            "end_ids:": "colada.end_ids",
+        }.get(refusal.detail.partition(" ")[0])
     return refusal
 
 
 def _too_long(prompt: int, new: int, served: Served, limits: Limits) -> Refusal:
-    most = served.most_new(0, limits)
+    most = served.context(limits)
     text = f"a prompt of {prompt} tokens and {new} new ones, expected at most {most} together"
     return Refusal(400, "context_length_exceeded", text, "prompt" if prompt >= most else "max_tokens")
 

@@ -47,8 +47,6 @@ LONG_BODY = 8192
 MOST_ENCODED = 2048
 """Tokens that are encoded or decoded between two rounds of the engine."""
 LAG_SECONDS = 0.1
-STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 503, 504)
-"""With which requests are refused."""
 ELSEWHERE = {
     "/v1/embeddings": "latents of a Text VAE are no sentence embeddings; /colada/encode gives them",
     "/v1/responses": "use /v1/chat/completions",
@@ -234,7 +232,7 @@ class Service:
             tokens = await run_in_threadpool(served.model.ids, body.prompt)
         except ColadaError as error:
             raise Refusal(400, "invalid_value", str(error), "prompt") from None
-        context = served.most_new(0, self.limits)
+        context = served.context(self.limits)
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": context})
 
     async def detokenize(self, body: protocol.DetokenizeRequest) -> Response:
@@ -297,7 +295,10 @@ class Service:
                     f"{len(latents)} latents, expected at most {MOST_ENCODED} tokens",
                     "latents",
                 )
-            ids: list[int] = model.decode(latents)
+            try:
+                ids: list[int] = model.decode(latents)
+            except ColadaError as error:
+                raise Refusal(400, "invalid_value", str(error), "latents") from None
             return ids
 
         ids = await self.driver.aside(work)
@@ -400,7 +401,7 @@ def create_app(
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
-    errors: dict[int | str, dict[str, Any]] = {status: {"model": protocol.ErrorAnswer} for status in STATUSES}
+    errors: dict[int | str, dict[str, Any]] = {"default": {"model": protocol.ErrorAnswer}}
     stream: dict[int | str, dict[str, Any]] = {
         200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
     }

@@ -356,6 +356,8 @@ class Driver:
 
 def as_refusal(error: Exception) -> Refusal:
     """Return an error as a client is told it: a ColadaError by its text, nothing of any other."""
+    if isinstance(error, Refusal):
+        return error
     if isinstance(error, ColadaError):
         name = str(error).partition("=")[0]
         return Refusal(400, "invalid_value", str(error), name if name.isidentifier() else None)

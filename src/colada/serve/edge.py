@@ -185,7 +185,7 @@ class Body(Request):
         return self._body
 
     async def json(self) -> Any:
-        """Return what the body says. Raises Refusal for no JSON, and before it is read where none has room."""
+        """Return what the body says; it is not read as JSON where nothing has room. Raises Refusal."""
         if self.scope["path"].endswith("/completions"):
             self.app.state.service.admission.require_place()
         return read_json(await self.body())

@@ -61,10 +61,15 @@ class Served:
         patch, size = self.sizes
         return -(-(-(-prompt // patch) - (-new // patch)) // size) * size
 
+    def context(self, limits: Limits) -> int:
+        """Return how many tokens the longest request has, with its prompt."""
+        patch, size = self.sizes
+        return limits.history // size * size * patch
+
     def most_new(self, prompt: int, limits: Limits) -> int:
         """Return how many tokens at most may follow a prompt of so many; 0 or less: none may."""
-        patch, size = self.sizes
-        return min(limits.max_tokens, (limits.history // size * size + -prompt // patch) * patch)
+        patch, _ = self.sizes
+        return min(limits.max_tokens, self.context(limits) - -(-prompt // patch) * patch)
 
     def card(self, limits: Limits) -> dict[str, Any]:
         """Return what ``/v1/models`` tells."""
@@ -80,7 +85,7 @@ class Served:
             "block": size,
             "patch": patch,
             "latent_dim": model.vae.config.latent_dim if cola else None,  # type: ignore[attr-defined]
-            "max_context": self.most_new(0, limits),
+            "max_context": self.context(limits),
             "max_tokens": limits.max_tokens,
             "max_steps": limits.max_steps,
             "dtype": str(self._weight.dtype).removeprefix("torch."),
