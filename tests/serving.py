@@ -16,7 +16,6 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
 import uvicorn
-from helpers import tiny_model
 
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
@@ -26,6 +25,7 @@ from colada.serve.edge import Policy
 from colada.serve.models import Served
 from colada.text.chat import DEFAULT_TEMPLATE
 from colada.text.tokenizer import Tokenizer
+from helpers import tiny_model
 
 Json = dict[str, Any]
 
@@ -108,7 +108,8 @@ def running(
     try:
         end = time.monotonic() + 60
         while not server.started or (ready and app.state.service.status in ("loading",)):
-            assert time.monotonic() < end and thread.is_alive()
+            assert time.monotonic() < end
+            assert thread.is_alive()
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         yield Running(port, app.state.service, server, opened)
@@ -262,7 +263,7 @@ def check_answer(answer: Answer, body: Json, wanted: list[Any]) -> None:
     if body.get("stream"):
         assert answer.events[-1] == "[DONE]"
         assert answer.complete
-        assert {number: text for number, text in answer.texts().items()} == texts
+        assert answer.texts() == texts
         assert answer.reasons() == reasons
         if (body.get("stream_options") or {}).get("include_usage"):
             assert answer.events[-2]["choices"] == []

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving import Json, Running, alone, ask, byte_model, check_answer, running
 
 from colada.models.cola import ColaDLM
 from colada.serve.admission import Limits
+from serving import Json, Running, alone, ask, byte_model, check_answer, running
 
 LIMITS = Limits(history=512, max_tokens=256, slots=8)
 
@@ -78,7 +78,8 @@ def test_a_stream_reads_as_openai_writes_it(server: Running) -> None:
     *events, last = plain.events
     assert last == "[DONE]"
     assert len({(event["id"], event["created"], event["model"], event["object"]) for event in events}) == 1
-    assert events[0]["id"].startswith("cmpl-") and events[0]["object"] == "text_completion"
+    assert events[0]["id"].startswith("cmpl-")
+    assert events[0]["object"] == "text_completion"
     # Who does not ask has no event without a choice, whose choices[0] would fail.
     assert all(event["choices"] and "usage" not in event for event in events)
     asked = server.post("/v1/completions", {**body, "stream_options": {"include_usage": True}})
@@ -93,7 +94,8 @@ def test_a_chat_is_its_template_continued(server: Running, model: ColaDLM) -> No
     body: Json = {"messages": [{"role": "user", "content": parts}], "max_completion_tokens": 11}
     wanted = model.chat([{"role": "user", "content": "hello"}], 11)
     answer = server.post("/v1/chat/completions", body).json
-    assert answer["object"] == "chat.completion" and answer["id"].startswith("chatcmpl-")
+    assert answer["object"] == "chat.completion"
+    assert answer["id"].startswith("chatcmpl-")
     message = answer["choices"][0]["message"]
     assert message == {"role": "assistant", "content": wanted.text, "refusal": None}
     stream = server.post("/v1/chat/completions", {**body, "stream": True, "n": 2})
@@ -323,7 +325,7 @@ def test_models_are_told_and_asked_for_by_name(server: Running) -> None:
         1,
         512,
     )
-    assert details["defaults"]["steps"] == 3 and details["infill"] and details["chat"]
+    assert (details["defaults"]["steps"], details["infill"], details["chat"]) == (3, True, True)
     for answer in [server.get("/v1/models/other"), server.post("/v1/completions", {"model": "other"})]:
         assert (answer.status, answer.error["code"]) == (404, "model_not_found")
 

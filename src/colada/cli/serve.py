@@ -109,7 +109,7 @@ def serve(
     hosts = [*LOOPBACK_HOSTS, *(name.lower() for name in allowed_host or [])]
     policy = Policy(
         keys,
-        hosts if local or not keys and allowed_host else ["*"],
+        hosts if local or (not keys and allowed_host) else ["*"],
         tuple(cors_origin or ()),
         metrics_public,
         log,

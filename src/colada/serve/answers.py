@@ -329,7 +329,8 @@ class Writer:
 
     def _guess(self, news: News) -> dict[str, Any]:
         chunk = news.chunk
-        assert chunk.step is not None and chunk.steps is not None
+        assert chunk.step is not None
+        assert chunk.steps is not None
         return {
             "type": "guess",
             "index": news.number,

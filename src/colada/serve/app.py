@@ -347,8 +347,8 @@ class Service:
 
 def create_app(
     open_models: Callable[[], Models],
-    limits: Limits = Limits(),
-    policy: Policy = Policy(),
+    limits: Limits,
+    policy: Policy,
     *,
     lenient: bool = False,
     on_end: Callable[[], None] = lambda: None,

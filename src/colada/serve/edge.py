@@ -66,7 +66,7 @@ class Policy:
         if origin is None or origin in self.origins or "*" in self.origins:
             return
         if origin.partition("://")[2].lower() != headers["host"].lower():
-            text = f"pages of {ascii(origin[:100])} may not ask; --cors-origin lets them"
+            text = f"pages of {origin[:100]!a} may not ask; --cors-origin lets them"
             raise Refusal(403, "origin_not_allowed", text)
 
     def require_key(self, path: str, headers: Headers) -> str:
@@ -77,7 +77,8 @@ class Policy:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         sent = key.strip().encode() if scheme.lower() == "bearer" else b""
         # Against all of them: how long it takes says nothing.
-        if not any([hmac.compare_digest(sent, one.encode()) for one in self.keys]):
+        right = [hmac.compare_digest(sent, one.encode()) for one in self.keys]
+        if not any(right):
             text = "no right key: send `Authorization: Bearer KEY`"
             raise Refusal(401, "invalid_api_key", text, None, {"WWW-Authenticate": "Bearer"})
         return hashlib.sha256(sent).hexdigest()[:6]

@@ -137,9 +137,10 @@ def open_served(
     Raises:
         ColadaError: as there.
     """
+    import torch
+
     from colada.locate import BUNDLED, locate
     from colada.models.cola import load
-    import torch
 
     directory = locate(BUNDLED if where is None else where, revision)
     model = load(
