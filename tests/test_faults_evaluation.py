@@ -24,7 +24,6 @@ from colada.checks import MOST_CHARACTERS
 from colada.errors import ColadaError
 from colada.evaluate.data import Benchmark, load_benchmark
 from colada.evaluate.run import Part, evaluate, fingerprint
-from colada.evaluate.statistics import Outcome, clustered
 from colada.evaluate.tasks import TASKS, find_task
 from colada.evaluate.texts import read_texts
 from colada.generate.settings import TextRequest
@@ -39,7 +38,7 @@ from colada.networks.decoder_config import DecoderConfig
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import Completion
 from commands import main
-from experiments.scaling.cells import Counts
+from experiments.scaling.cells import Counts, clustered
 from experiments.scaling.summary import verdict
 from helpers import tiny_model
 
@@ -356,15 +355,14 @@ def test_a_quantised_model_is_evaluated_and_is_another_one(tmp_path: Path, colou
 def simulated(seed: int, items: int, models: int, agreement: float) -> Counts:
     """Models without any skill on the same items of four options; on some items all of them do alike."""
     draw = random.Random(seed)
-    outcomes = {}
+    by_item = {}
     for item in range(items):
         if draw.random() < agreement:
             right = models * (draw.random() < 0.25)
         else:
             right = sum(draw.random() < 0.25 for _ in range(models))
-        outcomes[str(item)] = Outcome(models, right, models, right)
-    right = sum(own.correct for own in outcomes.values())
-    return Counts(models * items, right, models * items, right, models, outcomes)
+        by_item[str(item)] = (models, right, models, right)
+    return Counts(by_item)
 
 
 @pytest.mark.parametrize("agreement", [0.0, 0.5, 1.0])
@@ -377,7 +375,7 @@ def test_a_model_without_skill_is_rarely_called_above_or_below_chance(agreement:
     # Three standard errors of a share of 5% over what is claimed, and one point for discreteness.
     assert false / trials < 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
     if agreement == 1:
-        pooled = sum(verdict((own.correct, own.items), 0.25) != "at" for own in found)
+        pooled = sum(verdict((own.share * own.items, own.items), 0.25) != "at" for own in found)
         assert pooled / trials > 0.1
 
 
@@ -387,7 +385,7 @@ def test_independent_answers_count_as_such_and_agreeing_ones_once() -> None:
     assert 0.9 * 3 * items < independent <= 3 * items
     agreeing = simulated(0, items, 3, 1.0)
     assert agreeing.score[1] == pytest.approx(items, rel=0.01)
-    assert agreeing.score[0] / agreeing.score[1] == pytest.approx(agreeing.correct / agreeing.items)
+    assert agreeing.score[0] / agreeing.score[1] == pytest.approx(agreeing.share)
 
 
 @pytest.mark.parametrize(
@@ -405,9 +403,10 @@ def test_clusters_by_hand(parts: list[tuple[int, int]], expected: tuple[float, f
     assert clustered(parts) == pytest.approx(expected)
 
 
-def test_outcomes_that_do_not_add_up_are_refused() -> None:
-    with pytest.raises(ValueError, match="do not add up"):
-        Counts(2, 2, outcomes={"a": Outcome(1, 1), "b": Outcome(1, 0)})
+@pytest.mark.parametrize("counts", [(2, 3, 0, 0), (2, 0, 1, 2), (2, 0, 3, 0), (0, 0, 0, 0), (2, -1, 0, 0)])
+def test_impossible_counts_are_refused(counts: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match="impossible counts of item 'a'"):
+        Counts({"a": counts})
 
 
 # --- what is left out is said --------------------------------------------------------------------

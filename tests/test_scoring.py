@@ -20,7 +20,7 @@ from colada.evaluate.scoring import (
     option_by_text,
     similarity,
 )
-from colada.evaluate.statistics import Comparison, average, compare, correct, score, wilson
+from colada.evaluate.statistics import Comparison, Judgement, average, compare, judge, score, wilson
 from colada.evaluate.tasks import TASKS, THE_EIGHT, find_task
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "official_outputs"
@@ -316,9 +316,9 @@ def test_the_average_counts_every_task_once() -> None:
 
 def test_comparing_item_by_item() -> None:
     task = TASKS["obqa"]
-    first = correct(task, outputs(["A", "A", "A", "A", "A"], [0, 0, 1, 1, 0]))
-    second = correct(task, outputs(["B", "B", "B", "B", "A"], [0, 0, 1, 1, 0]))
-    second["another"] = True
+    first = judge(task, outputs(["A", "A", "A", "A", "A"], [0, 0, 1, 1, 0]))
+    second = judge(task, outputs(["B", "B", "B", "B", "A"], [0, 0, 1, 1, 0]))
+    second["another"] = Judgement(True)
     found = compare(first, second)
     assert found == Comparison(5, 2, 2)
     assert (found.difference, found.p_value) == (0, 1)

@@ -21,11 +21,11 @@ from colada.train.display import Display
 from colada.train.recipe import Recipe, save_recipe
 from colada.train.trainer import Interrupted, Trainer
 from commands import main
-from experiments.scaling import scaling
-from experiments.scaling.cells import CELL_FILE, Counts, Result, read_result, read_results, write_result
+from experiments.scaling import run as scaling
+from experiments.scaling.cells import CELL_FILE, Result, read_result, read_results
 from experiments.scaling.data import RECORD_FILE, write_documents
 from experiments.scaling.figure import draw_options, draw_scores, write_figures
-from experiments.scaling.scaling import Asked, Outcome, plan_cells, run_study
+from experiments.scaling.run import Asked, Progress, plan_cells, run_study
 from experiments.scaling.summary import Difference, markdown, points_of, verdict
 
 # The items' prompts are longer than the rows that models of a second's training see.
@@ -84,7 +84,7 @@ def recipes(tmp_path: Path) -> list[Path]:
 ASKED = Asked(("lambada", "obqa"), limit=3, max_new_tokens=4)
 
 
-def study(recipes: list[Path], benchmarks: Path, out: Path, asked: Asked = ASKED, seeds: int = 1) -> Outcome:
+def study(recipes: list[Path], benchmarks: Path, out: Path, asked: Asked = ASKED, seeds: int = 1) -> Progress:
     cells = plan_cells(recipes, ["cola"], seeds, "cpu")
     return run_study(cells, asked, asked.benchmarks(benchmarks), out, Display())
 
@@ -181,8 +181,8 @@ def test_all_architectures_are_trained_at_equal_cost_and_asked(
 ) -> None:
     out, archs = tmp_path / "study", ["cola", "ar", "llada"]
     cells = plan_cells(recipes[1:], archs, 1, "cpu")
-    outcome = run_study(cells, ASKED, ASKED.benchmarks(benchmarks), out, Display())
-    assert outcome.made == [f"little/{arch}/seed0" for arch in archs]
+    progress = run_study(cells, ASKED, ASKED.benchmarks(benchmarks), out, Display())
+    assert progress.made == [f"little/{arch}/seed0" for arch in archs]
     costs = {result.arch: result.cost for result in read_results(out)}
     for cost in costs.values():
         # Steps are whole, and the runs short: a step is a good part of one.
@@ -213,8 +213,8 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(
     out = tmp_path / "study"
     (out / "little/cola/seed0").mkdir(parents=True)
     with FileLock(out / "little/cola/seed0/lock"):
-        outcome = study(recipes, benchmarks, out)
-    assert (outcome.made, outcome.elsewhere) == (["big/cola/seed0"], ["little/cola/seed0"])
+        progress = study(recipes, benchmarks, out)
+    assert (progress.made, progress.elsewhere) == (["big/cola/seed0"], ["little/cola/seed0"])
 
 
 @pytest.mark.usefixtures("untrained")
@@ -285,7 +285,6 @@ def make(tmp_path: Path) -> Callable[..., Result]:
     """Writes a cell's file with scores of 8 items a task, and reads it."""
 
     def make(point: str, arch: str, seed: int, flops: float, lambada: int, obqa: int, **asked: Any) -> Result:
-        naming = {"named": 6, "right": obqa}
         record = {
             "cell": {"recipe": point, "arch": arch, "seed": seed},
             "ledger": {
@@ -296,16 +295,14 @@ def make(tmp_path: Path) -> Callable[..., Result]:
                 "narrow_flops": flops,
             },
             "asked": {"limit": 8, **asked},
-            "scores": {
-                "tasks": {
-                    "lambada": {"items": 8, "correct": lambada},
-                    "obqa": {"items": 8, "correct": obqa, "naming": naming},
-                }
+            "outcomes": {
+                "lambada": {str(n): [int(n < lambada), 0, 0] for n in range(8)},
+                "obqa": {str(n): [int(n < obqa), int(n < 6), int(n < obqa)] for n in range(8)},
             },
         }
         path = tmp_path / point / arch / f"seed{seed}" / CELL_FILE
         path.parent.mkdir(parents=True)
-        write_result(path, record)
+        path.write_text(json.dumps(record))
         return read_result(path)
 
     return make
@@ -321,14 +318,13 @@ def test_means_and_errors_over_seeds(make: Callable[..., Result]) -> None:
     # Averages 37.5, 50 and 62.5.
     assert point.average.value == pytest.approx(50)
     assert point.average.error == pytest.approx(12.5 / math.sqrt(3))
-    assert (point.pooled["obqa"].items, point.pooled["obqa"].correct) == (24, 12)
-    assert (point.pooled["obqa"].named, point.pooled["obqa"].right) == (18, 12)
+    assert point.pooled["obqa"].to_dict() == {"items": 24, "correct": 12, "named": 18, "right": 12}
     assert (point.cost.total_parameters, point.cost.total_flops) == (10, 100.0)
     record = point.to_dict(results[0].tasks)
-    # p ± z sqrt(p (1 - p) / n), solved for p by hand. Which items each seed got right is not known here, so
-    # they might be the same ones: 4 of 8.
-    assert record["tasks"]["obqa"]["independent_items"] == 8
-    assert record["tasks"]["obqa"]["interval_95"] == pytest.approx([21.52, 78.48], abs=0.01)
+    # Every seed gets the same items right: three answers count once, and the variance of 8 has n - 1 = 7.
+    # p ± z sqrt(p (1 - p) / n), solved for p by hand.
+    assert record["tasks"]["obqa"]["independent_items"] == pytest.approx(7)
+    assert record["tasks"]["obqa"]["interval_95"] == pytest.approx([20.24, 79.76], abs=0.01)
     assert record["tasks"]["obqa"]["is"] == "at"
 
 
@@ -347,7 +343,7 @@ def test_verdicts() -> None:
 
 def test_differences() -> None:
     # Newcombe's example (1998, table II, a): 56/70 - 48/80 = 0.2, from 0.0524 to 0.3339.
-    found = Difference.of(Counts(70, 56), Counts(80, 48))
+    found = Difference.of((56, 70), (48, 80))
     assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
     assert str(found) == "**+20.0 (+5.2 to +33.4)**"
     mean = Difference.mean([Difference(0.2, 0.1, 0.5), Difference(-0.2, -0.2, 0.2)])
@@ -366,8 +362,9 @@ def test_results_that_do_not_belong_together_are_refused(make: Callable[..., Res
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ('"correct": 1', '"correct": 9', "impossible counts"),
-        ('"items"', '"item"', "KeyError('items')"),
+        ('"0": [1, 0, 0]', '"0": [9, 0, 0]', "impossible counts of item '0'"),
+        ('"0": [1, 0, 0]', '"0": [1, 0]', "missing 1 required positional argument"),
+        ('"outcomes"', '"outcome"', "KeyError('outcomes')"),
         ('"cola"', '"coal"', "arch 'coal'"),
         ('"lambada"', '"lambda"', "did you mean 'lambada'"),
         ('"flops": {', '"flop": {', "KeyError('flops')"),
@@ -416,8 +413,8 @@ def test_the_figure_shows_the_means_their_errors_and_chance(make: Callable[..., 
     assert chance[0].get_ydata() == [25.0, 25.0]
     assert not [line for axes in (lambada, average) for line in axes.lines if line.get_label() == "chance"]
     named, right = draw_options(points, results[0].tasks).axes
-    assert named.containers[0].lines[0].get_xdata() == [75.0]
-    assert right.containers[0].lines[0].get_xdata() == [pytest.approx(100 / 3)]
+    assert named.containers[0].lines[0].get_xdata().tolist() == [75.0]
+    assert right.containers[0].lines[0].get_xdata().tolist() == [pytest.approx(100 / 3)]
 
 
 def test_figures_tables_and_record_are_written(make: Callable[..., Result], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import typer
 from colada.cli.main import Commands, run
 from colada.cli.options import DeviceOption
 from colada.errors import ColadaError
+from colada.report.style import require_matplotlib
 
 study_app = typer.Typer(
     cls=Commands,
@@ -55,8 +56,6 @@ def scaling(
     OUT/scaling.svg, .png, .md and .json; OUT/options.svg and .png. Stopped at any
     moment, the same command goes on. Started several times, the processes share the work.
     """
-    from importlib.util import find_spec
-
     from colada.checks import MOST_COUNT, MOST_TOKENS, require_count
 
     for name, value, most in (
@@ -67,8 +66,7 @@ def scaling(
     ):
         if value is not None:
             require_count(name, value, most)
-    if find_spec("matplotlib") is None:
-        raise ColadaError('a study\'s figure needs matplotlib: pip install "colada-lm[train]"')
+    require_matplotlib("a study's figure")
 
     from rich.console import Console
 
@@ -82,7 +80,7 @@ def scaling(
         from colada.train.trainer import Interrupted
         from experiments.scaling.cells import read_results
         from experiments.scaling.figure import write_figures
-        from experiments.scaling.scaling import Asked, plan_cells, run_study
+        from experiments.scaling.run import Asked, plan_cells, run_study
 
     if threads is not None:
         import torch
@@ -95,24 +93,24 @@ def scaling(
     for cell in cells:
         preflight(cell.recipe, out / cell.name)
     try:
-        outcome = run_study(cells, asked, items, out, Display(Console(stderr=True, quiet=quiet)))
+        progress = run_study(cells, asked, items, out, Display(Console(stderr=True, quiet=quiet)))
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         raise typer.Exit(130) from None
-    finished = set(outcome.made + outcome.kept)
-    print(f"{len(finished)} of {len(cells)} cells are finished, {len(outcome.made)} of them by this process")
-    if outcome.elsewhere:
-        print(f"other processes are at {', '.join(outcome.elsewhere)}; the last to end draws all")
+    finished = set(progress.made + progress.kept)
+    print(f"{len(finished)} of {len(cells)} cells are finished, {len(progress.made)} of them by this process")
+    if progress.elsewhere:
+        print(f"other processes are at {', '.join(progress.elsewhere)}; the last to end draws all")
     if finished:
-        there = read_results(out, but=outcome.failed)
+        there = read_results(out, but=progress.failed)
         results = [result for result in there if result.asked == asked.to_dict()]
         if len(results) < len(there):
             print(f"left out: {len(there) - len(results)} cells that were asked other items")
         for path in write_figures(out, results):
             print(f"wrote {path}")
-    if outcome.failed:
-        name, why = next(iter(outcome.failed.items()))
-        raise ColadaError(f"{len(outcome.failed)} of {len(cells)} cells failed, first {name}: {why}")
+    if progress.failed:
+        name, why = next(iter(progress.failed.items()))
+        raise ColadaError(f"{len(progress.failed)} of {len(cells)} cells failed, first {name}: {why}")
 
 
 @study_app.command("figure")
@@ -149,9 +147,9 @@ def data(
     Records that a task is scored on are left out. Prints what each licence allows.
     """
     from colada.cli.evaluate import chosen_tasks
-    from experiments.scaling.data import TRAINING, write_documents
+    from experiments.scaling.data import LICENCES, write_documents
 
-    chosen = list(TRAINING) if tasks is None else [task.name for task in chosen_tasks(tasks)]
+    chosen = list(LICENCES) if tasks is None else [task.name for task in chosen_tasks(tasks)]
     write_documents(benchmarks, out, chosen, print, letters)
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from colada.errors import ColadaError
-from colada.evaluate.statistics import Outcome, clustered
 from colada.evaluate.tasks import Task, find_task
-from colada.files import read_json_object, write_text
+from colada.files import read_json_object
 from colada.models.base import ARCHITECTURES
 from colada.train.ledger import Ledger
 
@@ -19,71 +17,89 @@ ARCHS = tuple(ARCHITECTURES)
 
 CELL_FILE = "cell.json"
 
+Trials = tuple[float, float]
+"""Successes, and independent trials."""
+
+
+def clustered(parts: Sequence[tuple[int, int]]) -> Trials:
+    """Return successes and trials as many as independent ones that are as informative as these clusters.
+
+    Answers of several models to one item are no independent trials: where all of them are right or wrong
+    together, they tell no more than one does. The variance of the share over clusters, that of a ratio,
+    over the binomial one says how many trials stand for one (Kish's design effect); no fewer than one, and
+    where no variance can be seen, as many as a cluster has.
+
+    Args:
+        parts: successes and trials of each cluster; those without trials do not count.
+    """
+    parts = [part for part in parts if part[1]]
+    successes, trials = (sum(part[place] for part in parts) for place in (0, 1))
+    if len(parts) < 2 or trials == len(parts):
+        effect = trials / max(1, len(parts))
+    elif successes in (0, trials):
+        effect = sum(tried**2 for _, tried in parts) / trials
+    else:
+        share, count = successes / trials, len(parts)
+        square = sum((right - share * tried) ** 2 for right, tried in parts) * count / (count - 1)
+        effect = max(1.0, square / (share * (1 - share) * trials))
+    return (successes / effect, trials / effect) if trials else (0.0, 0.0)
+
 
 @dataclass(frozen=True)
 class Counts:
-    """How the outputs for a task's items did, of one model or several.
+    """How the answers to a task's items did, of one model or several.
 
     Attributes:
-        items, correct: how many.
-        named, right: how many name an option at all, and the right one; both 0 for a task without options.
-        models: of how many.
-        outcomes: by item; empty where the file does not have them.
+        by_item: of each item's answers: how many there are, are correct, name an option at all, and the right
+            one; the last two are 0 for a task without options.
     """
 
-    items: int
-    correct: int
-    named: int = 0
-    right: int = 0
-    models: int = 1
-    outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    by_item: Mapping[str, tuple[int, int, int, int]]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.right <= self.named <= self.items or not 0 <= self.correct <= self.items > 0:
-            raise ValueError(f"impossible counts of {self.items} items")
-        whole = (self.items, self.correct, self.named, self.right)
-        each = self.outcomes.values()
-        if each and whole != tuple(
-            sum(own) for own in zip(*((o.answers, o.correct, o.named, o.right) for o in each), strict=True)
-        ):
-            raise ValueError(f"the outcomes of {len(each)} items do not add up to their counts")
+        for item, (answers, correct, named, right) in self.by_item.items():
+            if not (0 <= right <= named <= answers and 0 <= correct <= answers > 0):
+                raise ValueError(f"impossible counts of item {item!r}")
 
     def __add__(self, other: Counts) -> Counts:
-        outcomes: dict[str, Outcome] = {}
-        if self.outcomes and other.outcomes:
-            outcomes = dict(self.outcomes)
-            for item, own in other.outcomes.items():
-                outcomes[item] = outcomes[item] + own if item in outcomes else own
-        return Counts(
-            self.items + other.items,
-            self.correct + other.correct,
-            self.named + other.named,
-            self.right + other.right,
-            self.models + other.models,
-            outcomes,
-        )
+        none = (0, 0, 0, 0)
+        pairs = {
+            item: zip(self.by_item.get(item, none), other.by_item.get(item, none), strict=True)
+            for item in {**self.by_item, **other.by_item}
+        }
+        return Counts({item: tuple(map(sum, pair)) for item, pair in pairs.items()})  # type: ignore[misc]
+
+    def _total(self, place: int) -> int:
+        return sum(counts[place] for counts in self.by_item.values())
 
     @property
-    def score(self) -> tuple[float, float]:
+    def items(self) -> int:
+        """How many answers there are."""
+        return self._total(0)
+
+    @property
+    def share(self) -> float:
+        """The share of correct ones."""
+        return self._total(1) / self.items
+
+    @property
+    def score(self) -> Trials:
         """Those correct, of as many independent items as these tell as much as."""
-        return self._independent("correct", "answers", self.correct, self.items)
+        return clustered([(correct, answers) for answers, correct, _, _ in self.by_item.values()])
 
     @property
-    def naming(self) -> tuple[float, float]:
+    def naming(self) -> Trials:
         """Those that name an option, likewise."""
-        return self._independent("named", "answers", self.named, self.items)
+        return clustered([(named, answers) for answers, _, named, _ in self.by_item.values()])
 
     @property
-    def accuracy(self) -> tuple[float, float]:
+    def accuracy(self) -> Trials:
         """Those right of those that name an option, likewise."""
-        return self._independent("right", "named", self.right, self.named)
+        return clustered([(right, named) for _, _, named, right in self.by_item.values()])
 
-    def _independent(self, part: str, whole: str, successes: int, trials: int) -> tuple[float, float]:
-        if self.outcomes:
-            each = self.outcomes.values()
-            return clustered([(getattr(own, part), getattr(own, whole)) for own in each])
-        # What is not known is taken to be the worst: that all models do alike.
-        return successes / self.models, trials / self.models
+    def to_dict(self) -> dict[str, int]:
+        """Return the sums over items, for JSON."""
+        return {name: self._total(place) for place, name in enumerate(("items", "correct", "named", "right"))}
 
 
 @dataclass(frozen=True)
@@ -107,18 +123,18 @@ class Result:
     record: dict[str, Any]
 
     @property
+    def name(self) -> str:
+        """Its directory, below the study's."""
+        return f"{self.point}/{self.arch}/seed{self.seed}"
+
+    @property
     def tasks(self) -> list[Task]:
         """The tasks, in their order."""
         return [find_task(name) for name in self.counts]
 
-    def score(self, task: str) -> float:
-        """Return the score of a task, in per cent of its items."""
-        return 100 * self.counts[task].correct / self.counts[task].items
 
-    @property
-    def average(self) -> float:
-        """The mean of the tasks' scores, in per cent."""
-        return sum(map(self.score, self.counts)) / len(self.counts)
+def _counts(correct: int, named: int, right: int) -> tuple[int, int, int, int]:
+    return 1, int(correct), int(named), int(right)
 
 
 def read_result(path: Path) -> Result:
@@ -129,46 +145,27 @@ def read_result(path: Path) -> Result:
     """
     try:
         record = read_json_object(path)
-        cell = record["cell"]
+        cell, cost = record["cell"], record["ledger"]
         if cell["arch"] not in ARCHS:
             raise ValueError(f"arch {cell['arch']!r}, expected one of {', '.join(ARCHS)}")
-        outcomes = record.get("outcomes") or {}
         counts = {
-            find_task(name).name: _counts(score, outcomes.get(name) or {})
-            for name, score in record["scores"]["tasks"].items()
+            find_task(task).name: Counts({item: _counts(*own) for item, own in by_item.items()})
+            for task, by_item in record["outcomes"].items()
         }
-        if not counts:
-            raise ValueError("no tasks")
-        cost, asked = _ledger(record["ledger"]), dict(record["asked"])
-        return Result(str(cell["recipe"]), cell["arch"], int(cell["seed"]), cost, asked, counts, record)
+        if not all(own.by_item for own in counts.values()) or not counts:
+            raise ValueError("no tasks, or one without items")
+        parameters, flops = (
+            {name: value + 0 for name, value in cost[key].items() if name != "total"}
+            for key in ("parameters", "flops")
+        )
+        ledger = Ledger(
+            str(cost["arch"]), parameters, flops, int(cost["tokens"]), float(cost["narrow_flops"])
+        )
+        where = str(cell["recipe"]), cell["arch"], int(cell["seed"])
+        return Result(*where, ledger, dict(record["asked"]), counts, record)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, ColadaError) as error:
         advice = "delete it, and the study makes it again from the outputs beside it"
         raise ColadaError(f"{path}: not a cell's result ({error!r}); {advice}") from None
-
-
-def _ledger(fields: Mapping[str, Any]) -> Ledger:
-    """Return the ledger that was written; totals are added up again."""
-    parameters, flops = (
-        {name: value + 0 for name, value in fields[key].items() if name != "total"}
-        for key in ("parameters", "flops")
-    )
-    return Ledger(
-        str(fields["arch"]), parameters, flops, int(fields["tokens"]), float(fields["narrow_flops"])
-    )
-
-
-def _counts(score: Mapping[str, Any], outcomes: Mapping[str, Sequence[int]]) -> Counts:
-    naming = score.get("naming") or {"named": 0, "right": 0}
-    found = {item: Outcome(1, *map(int, own)) for item, own in outcomes.items()}
-    items, right, named, right_named = map(
-        int, (score["items"], score["correct"], naming["named"], naming["right"])
-    )
-    return Counts(items, right, named, right_named, outcomes=found)
-
-
-def write_result(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a cell's file at once. Raises ColadaError if that fails."""
-    write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_results(out: Path, but: Collection[str] = ()) -> list[Result]:

@@ -14,36 +14,25 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from colada.errors import ColadaError
-from colada.evaluate.data import fingerprint
+from colada.errors import ColadaError, reason
+from colada.evaluate.data import find_file, fingerprint
 from colada.evaluate.scoring import normalise
-from colada.evaluate.tasks import THE_EIGHT, Item, Record, Task, build_items, find_task, read_records
+from colada.evaluate.tasks import THE_EIGHT, Item, Record, build_items, find_task, read_records
 from colada.files import write_text
 
 RECORD_FILE = "in-domain.json"
 
 
-@dataclass(frozen=True)
-class Training:
-    """What of a benchmark may be trained on.
-
-    Attributes:
-        split: never the one that the task is scored on.
-        licence: of the split, and what follows for weights trained on it.
-    """
-
-    split: str
-    licence: str
-
-
-TRAINING: dict[str, Training] = {
-    "obqa": Training("train", "Apache-2.0"),
-    "hellaswag": Training(
-        "train", "MIT as released, texts under it are CC BY-NC-SA: local experiments only, ship no weights"
-    ),
-    "siqa": Training("train", "no explicit licence: local experiments only, ship no weights"),
+LICENCES: dict[str, str] = {
+    "obqa": "Apache-2.0",
+    "hellaswag": "MIT as released, texts under it are CC BY-NC-SA: local experiments only, ship no weights",
+    "siqa": "no explicit licence: local experiments only, ship no weights",
 }
-"""By task. The other tasks have no training split, so nothing of them is in-domain."""
+"""Of the training splits, by task, and what follows for weights trained on them. The other tasks have no
+training split, so nothing of them is in-domain."""
+
+SPLIT = "train"
+"""What may be trained on: never the split that a task is scored on."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +40,17 @@ class Written:
     """The documents of one task.
 
     Attributes:
-        task, split: what they are of.
+        task: what they are of.
         source: the file of the records.
         file: what was written.
         fingerprint: of all records of the source.
         documents: how many were written.
         scored: how many records were left out because their question is among those the task is scored on.
         characters: of all documents.
-        licence: see :class:`Training`.
+        licence: see :data:`LICENCES`.
     """
 
     task: str
-    split: str
     source: str
     file: str
     fingerprint: str
@@ -82,21 +70,10 @@ def document(item: Item, letter: bool = False) -> str:
     return f"{item.prefix}{item.prompt}{option} {item.answer}"
 
 
-def training_of(task: Task) -> Training:
-    """Return what of a task may be trained on.
-
-    Raises:
-        ColadaError: if there is nothing.
-    """
-    if task.name not in TRAINING:
-        raise ColadaError(f"{task.name} has no training split, expected some of {', '.join(TRAINING)}")
-    return TRAINING[task.name]
-
-
 def write_documents(
     benchmarks: Path,
     out: Path,
-    tasks: Sequence[str] = tuple(TRAINING),
+    tasks: Sequence[str] = tuple(LICENCES),
     say: Callable[[str], None] = lambda line: None,
     letters: bool = False,
 ) -> list[Written]:
@@ -116,44 +93,46 @@ def write_documents(
     Raises:
         ColadaError: for a task without a training split, or records that are missing or malformed.
     """
-    chosen = [(task, training_of(task)) for task in map(find_task, tasks)]
+    chosen = list(map(find_task, tasks))
+    for task in chosen:
+        if task.name not in LICENCES:
+            raise ColadaError(f"{task.name} has no training split, expected some of {', '.join(LICENCES)}")
     if not benchmarks.is_dir():
         raise ColadaError(f"{benchmarks}: no such directory, expected one of <task>.<split>.jsonl(.gz) files")
-    texts: dict[str, list[str]] = {}
+    texts: dict[str, str] = {}
     written = []
-    for task, training in chosen:
-        source = _file(benchmarks, task, training.split)
+    for task in chosen:
+        source = find_file(benchmarks, [f"{task.data}.{SPLIT}"])
         records = read_records(source, task)
-        asked = {_question(record) for record in read_records(_file(benchmarks, task, task.split), task)}
+        scored = read_records(find_file(benchmarks, [f"{task.data}.{task.split}"]), task)
+        asked = {_question(record) for record in scored}
         kept = [record for record in records if _question(record) not in asked]
         if not kept:
             raise ColadaError(f"{source}: every record is among those that {task.name} is scored on")
-        texts[task.name] = [
+        documents = [
             document(item, letters and task.rule == "option") for item in build_items(task, kept, ())
         ]
-        written.append(
-            Written(
-                task.name,
-                training.split,
-                str(source),
-                f"{task.data}.{training.split}.jsonl",
-                fingerprint(asdict(record) for record in records),
-                len(kept),
-                len(records) - len(kept),
-                sum(map(len, texts[task.name])),
-                training.licence,
-            )
+        one = Written(
+            task.name,
+            str(source),
+            f"{task.data}.{SPLIT}.jsonl",
+            fingerprint(asdict(record) for record in records),
+            len(kept),
+            len(records) - len(kept),
+            sum(map(len, documents)),
+            LICENCES[task.name],
         )
+        written.append(one)
+        texts[one.file] = "".join(json.dumps({"text": own}, ensure_ascii=False) + "\n" for own in documents)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ColadaError(f"{out}: cannot be made ({error.strerror})") from None
+        raise ColadaError(f"{out}: cannot be made ({reason(error)})") from None
     for one in written:
-        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[one.task])
-        write_text(out / one.file, "".join(lines))
+        write_text(out / one.file, texts[one.file])
         said = f", {one.scored} left out that are scored on" if one.scored else ""
         say(f"{one.file}: {one.documents:,} documents, {one.characters:,} characters{said} ({one.licence})")
-    without = [name for name in THE_EIGHT if name not in TRAINING]
+    without = [name for name in THE_EIGHT if name not in LICENCES]
     say(f"nothing in-domain, there being no training split: {', '.join(without)}")
     record: dict[str, Any] = {
         "letters": letters,
@@ -166,12 +145,3 @@ def write_documents(
 
 def _question(record: Record) -> str:
     return normalise(f"{record.context} {record.question}")
-
-
-def _file(directory: Path, task: Task, split: str) -> Path:
-    names = [f"{task.data}.{split}{suffix}" for suffix in (".jsonl", ".jsonl.gz")]
-    found = next((directory / name for name in names if (directory / name).is_file()), None)
-    if found is None:
-        there = ", ".join(sorted(path.name for path in directory.glob("*.jsonl*"))) or "none"
-        raise ColadaError(f"{directory}: no {' or '.join(names)}, data files there: {there}")
-    return found

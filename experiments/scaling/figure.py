@@ -7,13 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colada.errors import ColadaError
 from colada.evaluate.statistics import wilson
 from colada.evaluate.tasks import Task
 from colada.files import write_text
 from colada.models.base import ARCHITECTURES
-from colada.train.checkpoints import disk_errors
-from experiments.scaling.cells import ARCHS, Result
+from colada.report.style import (
+    MUTED,
+    SERIES,
+    Series,
+    draw_intervals,
+    label_log_axis,
+    require_matplotlib,
+    save_figure,
+    styled,
+)
+from experiments.scaling.cells import ARCHS, Result, Trials
 from experiments.scaling.summary import Mean, Point, largest, markdown, points_of
 
 if TYPE_CHECKING:
@@ -21,8 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCORES, OPTIONS = "scaling", "options"
-COLOURS = {"cola": "#2468b4", "ar": "#d2601a", "llada": "#2f8f6b"}
-MARKERS = {"cola": "o", "ar": "s", "llada": "^"}
+COLOURS, MARKERS = dict(zip(ARCHS, SERIES, strict=False)), dict(zip(ARCHS, "os^", strict=True))
 
 _COLUMNS = 3
 
@@ -36,23 +43,15 @@ def write_figures(out: Path, results: Sequence[Result]) -> list[Path]:
     Raises:
         ColadaError: without matplotlib, if the results do not belong together, or for a full disk.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ColadaError('a figure needs matplotlib: pip install "colada-lm[train]"') from None
-    from colada.report.style import STYLE
-
+    require_matplotlib("a study's figure")
     points, tasks = points_of(results), results[0].tasks
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figures = {SCORES: draw_scores(points, tasks)}
         if any(task.chance is not None for task in tasks):
             figures[OPTIONS] = draw_options(points, tasks)
         files = [out / f"{name}{suffix}" for name in figures for suffix in (".svg", ".png")]
-        with disk_errors(out):
-            for file in files:
-                # Without a date, so that the same results give the same file.
-                metadata = {"Date": None} if file.suffix == ".svg" else {}
-                figures[file.stem].savefig(file, dpi=160, metadata=metadata)
+        for file in files:
+            save_figure(figures[file.stem], file)
     record: dict[str, Any] = {
         "asked": results[0].asked,
         "points": [point.to_dict(tasks) for point in points],
@@ -68,59 +67,52 @@ def draw_scores(points: Sequence[Point], tasks: Sequence[Task]) -> Figure:
     """Return a panel a task, and one of their average: mean and standard error over seeds."""
     from matplotlib.figure import Figure
 
-    rows = -(-(len(tasks) + 1) // _COLUMNS)
+    panels = [(task.title, [point.scores[task.name] for point in points], task.chance) for task in tasks]
+    panels.append((f"Average of {len(tasks)}", [point.average for point in points], None))
+    rows = -(-len(panels) // _COLUMNS)
     figure = Figure(figsize=(7.6, 0.5 + 2.1 * rows), layout="constrained")
-    grid = figure.subplots(rows, _COLUMNS, squeeze=False, sharex=True).flat
-    panels = list(grid)
-    for task, axes in zip(tasks, panels, strict=False):
-        _panel(axes, task.title, [(point, point.scores[task.name]) for point in points], task.chance)
-    average = panels[len(tasks)]
-    _panel(average, f"Average of {len(tasks)}", [(point, point.average) for point in points], None)
-    for axes in panels[len(tasks) + 1 :]:
+    grid = list(figure.subplots(rows, _COLUMNS, squeeze=False, sharex=True).flat)
+    for axes in grid[len(panels) :]:
         axes.remove()
-    for axes in panels[max(0, len(tasks) + 1 - _COLUMNS) : len(tasks) + 1]:
-        axes.set_xlabel("training FLOPs (log)")
-        axes.tick_params(axis="x", labelbottom=True)
-    for axes in panels[: len(tasks) + 1 : _COLUMNS]:
-        axes.set_ylabel("score, %")
     handles: dict[str, Any] = {}
-    for axes in panels[: len(tasks) + 1]:
+    for number, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
+        _draw_panel(axes, points, *panel)
+        if number + _COLUMNS >= len(panels):
+            axes.set_xlabel("training FLOPs (log)")
+            axes.tick_params(axis="x", labelbottom=True)
+        if number % _COLUMNS == 0:
+            axes.set_ylabel("score, %")
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=len(handles))
     return figure
 
 
-def _panel(axes: Axes, title: str, values: Sequence[tuple[Point, Mean]], chance: float | None) -> None:
+def _draw_panel(
+    axes: Axes, points: Sequence[Point], title: str, means: Sequence[Mean], chance: float | None
+) -> None:
     """Draw one line an architecture over training FLOPs."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    from colada.report.style import MUTED
-
-    axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
+    axes.set_title(title, fontsize=9)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(_flops)
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    for arch in ARCHS:
-        own = [(point.cost.total_flops, mean) for point, mean in values if point.arch == arch]
-        if own:
-            axes.errorbar(
-                [flops for flops, _ in own],
-                [mean.value for _, mean in own],
-                yerr=[mean.error or 0.0 for _, mean in own],
-                label=ARCHITECTURES[arch],
-                color=COLOURS[arch],
-                marker=MARKERS[arch],
-                markersize=4,
-                linewidth=1.4,
-                elinewidth=1.1,
-                capsize=2.5,
-            )
+    label_log_axis(axes.xaxis, _flops)
+    for arch in dict.fromkeys(point.arch for point in points):
+        own = [(p.cost.total_flops, m) for p, m in zip(points, means, strict=True) if p.arch == arch]
+        axes.errorbar(
+            [flops for flops, _ in own],
+            [mean.value for _, mean in own],
+            yerr=[mean.error or 0.0 for _, mean in own],
+            label=ARCHITECTURES[arch],
+            color=COLOURS[arch],
+            marker=MARKERS[arch],
+            markersize=4,
+            linewidth=1.4,
+            elinewidth=1.1,
+            capsize=2.5,
+        )
     if chance is not None:
         axes.axhline(100 * chance, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="chance")
-    every = [point.cost.total_flops for point, _ in values]
+    every = [point.cost.total_flops for point in points]
     axes.set_xlim(min(every) / 1.25, max(every) * 1.25)
-    top = max([mean.value + (mean.error or 0.0) for _, mean in values] + [100 * (chance or 0)])
+    top = max([mean.value + (mean.error or 0.0) for mean in means] + [100 * (chance or 0)])
     axes.set_ylim(0, max(5.0, 1.12 * top))
 
 
@@ -137,58 +129,31 @@ def draw_options(points: Sequence[Point], tasks: Sequence[Task]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    from colada.report.style import INK, MUTED
-
-    chosen = [task for task in tasks if task.chance is not None]
-    shown = largest(points)
+    chosen, shown = [task for task in tasks if task.chance is not None], largest(points)
+    titles, chance = [task.title for task in chosen], [100 * task.chance for task in chosen if task.chance]
     figure = Figure(figsize=(7.6, 0.9 + 0.17 * len(chosen) * (len(shown) + 1)), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, title in zip(panels, ("Names an option at all", "Right among those"), strict=True):
-        axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
-        axes.set_xlabel("% of outputs" if axes is panels[0] else "% of those that name one")
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.set(title="Names an option at all", xlabel="% of outputs")
+    right.set(title="Right among those", xlabel="% of those that name one")
+    for axes, kind in ((left, "naming"), (right, "accuracy")):
+        series = [
+            Series(
+                f"{ARCHITECTURES[point.arch]}, {point.name}",
+                COLOURS[point.arch],
+                [_interval(getattr(point.pooled[task.name], kind)) for task in chosen],
+                MARKERS[point.arch],
+            )
+            for point in shown
+        ]
+        draw_intervals(axes, titles, series, chance if axes is right else (), "chance")
         axes.set_xlim(0, 100)
-        axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", length=0)
-    tops = [number * (len(shown) + 1) for number in range(len(chosen))]
-    for place, point in enumerate(shown):
-        for top, task in zip(tops, chosen, strict=True):
-            pooled = point.pooled[task.name]
-            for axes, successes, trials in (
-                (panels[0], *pooled.naming),
-                (panels[1], *pooled.accuracy),
-            ):
-                if not trials:
-                    continue
-                share = successes / trials
-                low, high = wilson(successes, trials)
-                axes.errorbar(
-                    [100 * share],
-                    [top + place],
-                    xerr=[[100 * max(0.0, share - low)], [100 * max(0.0, high - share)]],
-                    label=f"{ARCHITECTURES[point.arch]}, {point.name}"
-                    if top == 0 and axes is panels[0]
-                    else None,
-                    color=COLOURS[point.arch],
-                    marker=MARKERS[point.arch],
-                    markersize=4,
-                    linewidth=1.4,
-                )
-    for top, task in zip(tops, chosen, strict=True):
-        assert task.chance is not None
-        panels[1].vlines(
-            100 * task.chance,
-            top - 0.5,
-            top + len(shown) - 0.5,
-            color=INK,
-            linewidth=1,
-            linestyle=(0, (4, 3)),
-            label="chance" if top == 0 else None,
-        )
-    panels[0].set_yticks([top + (len(shown) - 1) / 2 for top in tops], [task.title for task in chosen])
-    panels[0].invert_yaxis()
-    handles, labels = (
-        [*one, *other]
-        for one, other in zip(*(axes.get_legend_handles_labels() for axes in panels), strict=True)
-    )
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), labelcolor=MUTED)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
     return figure
+
+
+def _interval(share: Trials) -> tuple[float, float, float] | None:
+    """Return a share and its 95% interval, in per cent; None of nothing."""
+    successes, trials = share
+    low, high = wilson(successes, trials)
+    return (100 * successes / trials, 100 * low, 100 * high) if trials else None

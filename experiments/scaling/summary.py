@@ -11,9 +11,10 @@ from colada.errors import ColadaError
 from colada.evaluate.statistics import wilson
 from colada.evaluate.tasks import Task
 from colada.models.base import ARCHITECTURES
+from colada.report.table import Table
 from colada.train.ledger import Ledger
 from colada.train.plan import scaled
-from experiments.scaling.cells import ARCHS, Counts, Result
+from experiments.scaling.cells import ARCHS, Counts, Result, Trials
 
 Verdict = Literal["above", "at", "below"]
 
@@ -26,23 +27,19 @@ class Mean:
     error: float | None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        """Return the mean of some values, with s / sqrt(n), s² their variance with n - 1."""
-        n, mean = len(values), sum(values) / len(values)
+    def of(cls, shares: Sequence[float]) -> Mean:
+        """Return the mean of some shares, with s / sqrt(n), s² their variance with n - 1."""
+        n, mean = len(shares), sum(shares) / len(shares)
         if n == 1:
-            return cls(mean, None)
-        return cls(mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n))
+            return cls(100 * mean, None)
+        return cls(100 * mean, 100 * math.sqrt(sum((x - mean) ** 2 for x in shares) / (n - 1) / n))
 
     def __str__(self) -> str:
         return f"{self.value:.1f}" + (f" ± {self.error:.1f}" if self.error is not None else "")
 
 
-def verdict(share: tuple[float, float], chance: float) -> Verdict:
-    """Return where the 95% interval (Wilson's) of a share is: wholly above or below chance, or around it.
-
-    Args:
-        share: successes and independent trials, see :func:`~colada.evaluate.statistics.clustered`.
-    """
+def verdict(share: Trials, chance: float) -> Verdict:
+    """Return where the 95% interval (Wilson's) of a share is: wholly above or below chance, or around it."""
     low, high = wilson(*share)
     return "above" if low > chance else "below" if high < chance else "at"
 
@@ -56,14 +53,14 @@ class Difference:
     high: float
 
     @classmethod
-    def of(cls, first: Counts, second: Counts) -> Difference:
-        """Return first minus second, as shares of their items that are correct.
+    def of(cls, first: Trials, second: Trials) -> Difference:
+        """Return the first share minus the second.
 
         The interval is made of those of both shares (Newcombe 1998, "Interval estimation for the difference
         between independent proportions", method 10): wider than needed where the items are the same.
         """
-        p, q = first.correct / first.items, second.correct / second.items
-        (p_low, p_high), (q_low, q_high) = (wilson(*own.score) for own in (first, second))
+        p, q = (successes / trials for successes, trials in (first, second))
+        (p_low, p_high), (q_low, q_high) = wilson(*first), wilson(*second)
         below, above = math.hypot(p - p_low, q_high - q), math.hypot(p_high - p, q - q_low)
         return cls(p - q, p - q - below, p - q + above)
 
@@ -103,30 +100,31 @@ class Point:
     average: Mean
     pooled: dict[str, Counts]
 
+    @property
+    def title(self) -> str:
+        """The architecture, and the point that it is at."""
+        return f"{ARCHITECTURES[self.arch]} ({self.name})"
+
     def to_dict(self, tasks: Sequence[Task]) -> dict[str, Any]:
         """Return it for JSON, in per cent."""
-        found = {}
+        records: dict[str, dict[str, Any]] = {}
         for task in tasks:
             score, pooled = self.scores[task.name], self.pooled[task.name]
-            own: dict[str, Any] = {
+            records[task.name] = {
                 "score": score.value,
                 "standard_error_over_seeds": score.error,
-                "items": pooled.items,
-                "correct": pooled.correct,
+                **pooled.to_dict(),
                 "independent_items": pooled.score[1],
                 "interval_95": [100 * bound for bound in wilson(*pooled.score)],
             }
             if task.chance is not None:
-                own |= {
+                records[task.name] |= {
                     "chance": 100 * task.chance,
                     "is": verdict(pooled.score, task.chance),
-                    "named": pooled.named,
                     "named_interval_95": [100 * bound for bound in wilson(*pooled.naming)],
-                    "right_among_named": pooled.right,
                     "right_interval_95": [100 * bound for bound in wilson(*pooled.accuracy)],
                     "right_is": verdict(pooled.accuracy, task.chance),
                 }
-            found[task.name] = own
         return {
             "recipe": self.name,
             "arch": self.arch,
@@ -134,7 +132,7 @@ class Point:
             "parameters": self.cost.total_parameters,
             "flops": self.cost.total_flops,
             "average": {"score": self.average.value, "standard_error_over_seeds": self.average.error},
-            "tasks": found,
+            "tasks": records,
         }
 
 
@@ -147,29 +145,30 @@ def points_of(results: Sequence[Result]) -> list[Point]:
     first = results[0]
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        name = f"{result.point}/{result.arch}/seed{result.seed}"
         if result.asked != first.asked:
             raise ColadaError(
-                f"{name} was asked {result.asked}, and {first.point}/{first.arch}/seed{first.seed}"
-                f" {first.asked}: run the study to its end with one of them"
+                f"{result.name} was asked {result.asked}, and {first.name} {first.asked}: run the study to"
+                " its end with one of them"
             )
         group = groups.setdefault((result.arch, result.point), [])
         if group and group[0].cost != result.cost:
-            raise ColadaError(f"{name}: its ledger is not that of seed {group[0].seed}: another recipe?")
+            raise ColadaError(
+                f"{result.name}: its ledger is not that of seed {group[0].seed}: another recipe?"
+            )
         group.append(result)
     points = []
-    for (arch, point), group in groups.items():
-        pooled = {task: group[0].counts[task] for task in first.counts}
-        for result in group[1:]:
-            pooled = {task: counts + result.counts[task] for task, counts in pooled.items()}
+    for (arch, name), group in groups.items():
+        shares = {task: [result.counts[task].share for result in group] for task in first.counts}
+        pooled = {task: sum((r.counts[task] for r in group), Counts({})) for task in first.counts}
+        averages = [sum(each) / len(each) for each in zip(*shares.values(), strict=True)]
         points.append(
             Point(
-                point,
+                name,
                 arch,
                 group[0].cost,
                 tuple(sorted(result.seed for result in group)),
-                {task: Mean.of([result.score(task) for result in group]) for task in first.counts},
-                Mean.of([result.average for result in group]),
+                {task: Mean.of(own) for task, own in shares.items()},
+                Mean.of(averages),
                 pooled,
             )
         )
@@ -182,13 +181,10 @@ def largest(points: Sequence[Point]) -> list[Point]:
     While a study is under way there may be none: then the most expensive point of each.
     """
     archs = {point.arch for point in points}
-    shared = [
-        point.name for point in points if {own.arch for own in points if own.name == point.name} == archs
-    ]
-    costs = {point.name: point.cost.total_flops for point in points if point.name in shared}
-    if not costs:
+    complete = [p for p in points if {other.arch for other in points if other.name == p.name} == archs]
+    if not complete:
         return list({point.arch: point for point in points}.values())
-    name = max(costs, key=costs.__getitem__)
+    name = max(complete, key=lambda point: point.cost.total_flops).name
     return [point for point in points if point.name == name]
 
 
@@ -197,131 +193,105 @@ def largest(points: Sequence[Point]) -> list[Point]:
 
 def markdown(points: Sequence[Point], tasks: Sequence[Task]) -> str:
     """Return the tables of a study."""
+    cost: dict[str, float] = {}
+    for point in points:
+        cost.setdefault(point.name, point.cost.total_flops)
+    by_name = sorted(points, key=lambda point: (cost[point.name], point.name, ARCHS.index(point.arch)))
+    first, *others = largest(points)
     seeds = sorted({len(point.seeds) for point in points})
     items = max(counts.items // len(points[0].seeds) for counts in points[0].pooled.values())
     counted = " or ".join(map(str, seeds)) + (" seed" if seeds == [1] else " seeds")
+    leads = (
+        f"## Where {ARCHITECTURES[first.arch]} leads",
+        f"{first.title} minus the others, in points of score, with 95% intervals over the items of all seeds"
+        " together; bold where the interval is all on one side of 0.",
+        _lead_table(first, others, tasks).markdown(),
+    )
     return "\n\n".join(
         (
             "## What was trained",
             "FLOPs are of the whole training run, everything counted; the narrow count is 6 N D, of the"
             " network that generates latents or tokens alone. The share is of Cola DLM's at the same point.",
-            _ledger_table(points),
+            _ledger_table(by_name).markdown(),
             "## Scores",
             f"Per cent right of up to {items} items a task; mean ± standard error over {counted}. Every score"
             " is of text that the model writes: an output that is no option is wrong, so a score can be below"
             " chance.",
-            _score_table(points, tasks),
-            *_leads(largest(points), tasks),
+            _score_table(by_name, tasks).markdown(),
+            *(leads if others else ()),
             "## Above chance?",
             "The items of all seeds together, seeds that agree on an item counting once, with 95% intervals"
             " (Wilson's): at the most expensive point of each model. An output names an option by its letter"
             " or its text.",
-            _chance_table(largest(points), tasks),
+            _chance_table([first, *others], tasks).markdown(),
         )
     )
 
 
-def _ledger_table(points: Sequence[Point]) -> str:
+def _ledger_table(points: Sequence[Point]) -> Table:
     cola = {point.name: point.cost for point in points if point.arch == ARCHS[0]}
-    rows = []
-    for point in sorted(points, key=_by_name(points)):
-        cost, other = point.cost, cola.get(point.name)
-        rows.append(
-            (
-                point.name,
-                ARCHITECTURES[point.arch],
-                f"{cost.total_parameters:,}",
-                f"{cost.total_parameters / other.total_parameters:.3f}" if other else "–",
-                scaled(cost.total_flops),
-                f"{cost.total_flops / other.total_flops:.3f}" if other else "–",
-                scaled(cost.narrow_flops),
-                f"{cost.tokens:,}",
-                str(len(point.seeds)),
-            )
-        )
     titles = ("point", "model", "parameters", "share", "FLOPs", "share", "narrow FLOPs", "tokens", "seeds")
-    return _table(titles, rows, texts=2)
-
-
-def _score_table(points: Sequence[Point], tasks: Sequence[Task]) -> str:
-    rows = [
-        (
+    table = Table(titles, texts=2)
+    for point in points:
+        cost, other = point.cost, cola.get(point.name)
+        table.row(
             point.name,
             ARCHITECTURES[point.arch],
-            *(str(point.scores[task.name]) for task in tasks),
-            str(point.average),
+            f"{cost.total_parameters:,}",
+            f"{cost.total_parameters / other.total_parameters:.3f}" if other else "–",
+            scaled(cost.total_flops),
+            f"{cost.total_flops / other.total_flops:.3f}" if other else "–",
+            scaled(cost.narrow_flops),
+            f"{cost.tokens:,}",
+            str(len(point.seeds)),
         )
-        for point in sorted(points, key=_by_name(points))
-    ]
+    return table
+
+
+def _score_table(points: Sequence[Point], tasks: Sequence[Task]) -> Table:
+    table = Table(("point", "model", *(task.title for task in tasks), "average"), texts=2)
+    for point in points:
+        scores = (str(point.scores[task.name]) for task in tasks)
+        table.row(point.name, ARCHITECTURES[point.arch], *scores, str(point.average))
     chance = [f"{100 * task.chance:.1f}" if task.chance is not None else "–" for task in tasks]
-    rows.append(("", "chance", *chance, ""))
-    return _table(("point", "model", *(task.title for task in tasks), "average"), rows, texts=2)
+    return table.row("", "chance", *chance, "")
 
 
-def _leads(points: Sequence[Point], tasks: Sequence[Task]) -> list[str]:
-    """Return a section on where the first architecture leads the others, if there are others."""
-    first, *others = points
-    if not others:
-        return []
-    parts = {
-        other.arch: [Difference.of(first.pooled[task.name], other.pooled[task.name]) for task in tasks]
+def _lead_table(first: Point, others: Sequence[Point], tasks: Sequence[Task]) -> Table:
+    """Return where the first point leads the others."""
+    table = Table(("task", *(f"minus {other.title}" for other in others)))
+    columns = [
+        [Difference.of(first.pooled[task.name].score, other.pooled[task.name].score) for task in tasks]
         for other in others
-    }
-    rows = [
-        (task.title, *(str(parts[other.arch][number]) for other in others))
-        for number, task in enumerate(tasks)
     ]
-    rows.append(("average", *(str(Difference.mean(parts[other.arch])) for other in others)))
-    named = [f"{ARCHITECTURES[other.arch]} ({other.name})" for other in others]
-    return [
-        f"## Where {ARCHITECTURES[first.arch]} leads",
-        f"{ARCHITECTURES[first.arch]} ({first.name}) minus the others, in points of score, with 95% intervals"
-        " over the items of all seeds together; bold where the interval is all on one side of 0.",
-        _table(("task", *(f"minus {name}" for name in named)), rows, texts=1),
-    ]
+    for task, *differences in zip(tasks, *columns, strict=True):
+        table.row(task.title, *map(str, differences))
+    return table.row("average", *(str(Difference.mean(column)) for column in columns))
 
 
-def _chance_table(points: Sequence[Point], tasks: Sequence[Task]) -> str:
-    rows = []
+def _chance_table(points: Sequence[Point], tasks: Sequence[Task]) -> Table:
+    titles = ("task", "model", "score", "chance", "is", "names an option", "right among those", "is")
+    table = Table(titles, texts=2)
     for task in tasks:
         for point in points:
             pooled = point.pooled[task.name]
-            if task.chance is None:
-                verdicts = ("–", "–", "–", "–", "–")
-            else:
-                verdicts = (
+            cells = ["–"] * 5
+            if task.chance is not None:
+                cells = [
                     f"{100 * task.chance:.1f}",
                     verdict(pooled.score, task.chance),
                     _share(pooled.naming),
                     _share(pooled.accuracy),
-                    verdict(pooled.accuracy, task.chance) if pooled.named else "–",
-                )
-            chance, scored, named, right, chosen = verdicts
-            model = f"{ARCHITECTURES[point.arch]} ({point.name})"
-            score = _share(pooled.score)
-            rows.append((task.title, model, score, chance, scored, named, right, chosen))
-    titles = ("task", "model", "score", "chance", "is", "names an option", "right among those", "is")
-    return _table(titles, rows, texts=2)
+                    verdict(pooled.accuracy, task.chance) if pooled.accuracy[1] else "–",
+                ]
+            table.row(task.title, point.title, _share(pooled.score), *cells)
+    return table
 
 
-def _share(share: tuple[float, float]) -> str:
-    """Return a share, successes of independent trials, with its interval, in per cent."""
+def _share(share: Trials) -> str:
+    """Return a share with its interval, in per cent."""
     successes, trials = share
     if not trials:
         return "–"
     low, high = wilson(successes, trials)
     return f"{100 * successes / trials:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def _by_name(points: Sequence[Point]) -> Any:
-    """Return a sorting key: points from the cheapest on, the architectures of one together."""
-    cost: dict[str, float] = {}
-    for point in points:
-        cost.setdefault(point.name, point.cost.total_flops)
-    return lambda point: (cost[point.name], point.name, ARCHS.index(point.arch))
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> str:
-    """Return a Markdown table whose first ``texts`` columns are aligned left, the others right."""
-    rule = [*["---"] * texts, *["---:"] * (len(titles) - texts)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (titles, rule, *rows))

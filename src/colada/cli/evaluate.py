@@ -154,8 +154,8 @@ def score(
     from rich.console import Console
 
     from colada.evaluate.outputs import read_outputs
-    from colada.evaluate.run import summary
     from colada.evaluate.statistics import score as score_outputs
+    from colada.evaluate.statistics import summary
     from colada.report.evaluation import print_tables, write_page
 
     found = _files(files, task)

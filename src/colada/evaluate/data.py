@@ -51,6 +51,11 @@ class Benchmark:
     shots: int | None
     order: Order
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is asked and where it is from, for JSON."""
+        facts = {name: getattr(self, name) for name in ("source", "fingerprint", "rows", "order", "shots")}
+        return {**facts, "items": len(self.items)}
+
 
 def load_benchmark(
     task: Task,
@@ -111,7 +116,7 @@ def load_prompts(task: Task, where: str | Path, *, limit: int | None = None) -> 
     """
     if limit is not None:
         require_count("limit", limit)
-    path = _find(as_path(where, "where"), [task.data])
+    path = find_file(as_path(where, "where"), [task.data])
     items = tuple(
         Item(output.id, output.few_shot_prefix, output.prompt, output.ground_truth, output.choices)
         for output in read_outputs(path, task, answered=False)
@@ -147,12 +152,16 @@ def _shuffled(records: Sequence[Record], seed: str) -> list[Record]:
 
 
 def _read_local(task: Task, where: Path) -> tuple[str, list[Record]]:
-    path = _find(where, [f"{task.data}.{task.split}", task.data])
+    path = find_file(where, [f"{task.data}.{task.split}", task.data])
     return str(path), read_records(path, task)
 
 
-def _find(where: Path, stems: Sequence[str]) -> Path:
-    """Return a file, or the first of a directory's that has one of some names."""
+def find_file(where: Path, stems: Sequence[str]) -> Path:
+    """Return a file, or the first of a directory's .jsonl(.gz) that has one of some names.
+
+    Raises:
+        ColadaError: if there is none, naming what is there.
+    """
     if where.is_file():
         return where
     if not where.exists():

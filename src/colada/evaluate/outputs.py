@@ -8,7 +8,6 @@ The released ones are ``id``, ``prompt``, ``generate`` (the output up to the fir
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from colada.data.jsonl import Fields, get, get_optional, get_texts, read_lines
 from colada.errors import ColadaError
 from colada.evaluate.scoring import cut
 from colada.evaluate.tasks import TASKS, Item, Task, check_options
-from colada.files import write_text
 from colada.text.transcript import Completion
 
 _CUES = tuple({task.cue for task in TASKS.values() if task.cue})
@@ -137,8 +135,3 @@ def read_outputs(path: Path, task: Task, *, answered: bool = True, unfinished: b
     if not outputs and not unfinished:
         raise ColadaError(f"{path} holds no output")
     return list(outputs.values())
-
-
-def write_outputs(path: Path, task: Task, outputs: Iterable[Output]) -> None:
-    """Replace a file by some outputs, at once."""
-    write_text(path, "".join(output.line(task) for output in outputs))

@@ -23,11 +23,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from colada.checks import MOST_TOKENS, is_whole, require_count, require_seed
-from colada.errors import ColadaError, shown
+from colada.errors import ColadaError, reason, shown
 from colada.evaluate.data import Benchmark
-from colada.evaluate.outputs import Output, read_outputs, write_outputs
+from colada.evaluate.outputs import Output, read_outputs
 from colada.evaluate.scoring import normalise
-from colada.evaluate.statistics import Score, average, score
+from colada.evaluate.statistics import Score, score, summary
 from colada.evaluate.tasks import Item, Task
 from colada.files import as_path, read_json_object, require_file, write_text
 from colada.generate.settings import Settings, TextRequest, check_settings
@@ -136,8 +136,7 @@ def evaluate(
         ColadaError: if the tokenizer does not fit, if ``out`` was begun with other settings or has outputs of
             other items, or cannot be written.
     """
-    part = Part() if part is None else part
-    display = Display() if display is None else display
+    part, display = Part() if part is None else part, display or Display()
     require_kind("part", part, Part)
     if not isinstance(benchmarks, list | tuple):
         raise ColadaError(f"benchmarks={shown(benchmarks)}, expected a list of Benchmark")
@@ -150,7 +149,7 @@ def evaluate(
     require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
     require_seed(seed)
     check_settings(settings)
-    require_tokenizer(model)
+    tokenizer = require_tokenizer(model)
     given = {name: value for name, value in settings.items() if value is not None}
     chosen = {**model.generation, "temperature": 0.0, **given}
     made_with = {
@@ -162,37 +161,19 @@ def evaluate(
     quantised = getattr(model, "quantised", None)
     if quantised is not None:
         made_with["quantised"] = quantised
-    # All that can be wrong is found before the first item is generated.
-    _make(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ColadaError(f"{out}: cannot be made ({reason(error)})") from None
     with _locked(out, part):
-        return _evaluate(
-            model, benchmarks, out, seed, max_new_tokens, batch, part, display, made_with, chosen
-        )
-
-
-def _evaluate(
-    model: Model,
-    benchmarks: Sequence[Benchmark],
-    out: Path,
-    seed: int,
-    max_new_tokens: int,
-    batch: int,
-    part: Part,
-    display: Display,
-    made_with: Mapping[str, Any],
-    chosen: Mapping[str, Any],
-) -> Results | None:
-    """Do as :func:`evaluate` says, in a directory that is this process's, or this rank's share of it."""
-    tokenizer = require_tokenizer(model)
-    waiting = []
-    for benchmark in benchmarks:
-        check_spelling(tokenizer, benchmark, model.origin)
-        _begin(out, benchmark, made_with)
-        waiting.append(_waiting(out, benchmark, seed, part, display))
-
-    for benchmark, items in zip(benchmarks, waiting, strict=True):
-        task = benchmark.task
-        if items:
+        # All that can be wrong is found before the first item is generated.
+        waiting = []
+        for benchmark in benchmarks:
+            check_spelling(tokenizer, benchmark, model.origin)
+            _begin(out, benchmark, made_with)
+            waiting.append(_waiting(out, benchmark, seed, part, display))
+        for benchmark, items in zip(benchmarks, waiting, strict=True):
+            task = benchmark.task
             requests = [
                 TextRequest(
                     item.prefix + item.prompt,
@@ -201,11 +182,13 @@ def _evaluate(
                 )
                 for item in items
             ]
-            with display.task(task.name, total=len(items), unit="items"):
-                completions = model.complete(requests, batch)
-                _write_outputs(completions, task, items, part.file(out, task), display)
-        _join(out, benchmark)
-    outputs = {benchmark.task.name: _outputs(out, benchmark) for benchmark in benchmarks}
+            if items:
+                with display.task(task.name, total=len(items), unit="items"):
+                    _write_outputs(
+                        model.complete(requests, batch), task, items, part.file(out, task), display
+                    )
+            _join(out, benchmark)
+        outputs = {benchmark.task.name: _outputs(out, benchmark) for benchmark in benchmarks}
     if any(len(outputs[benchmark.task.name]) < len(benchmark.items) for benchmark in benchmarks):
         display.say(f"rank {part.rank} of {part.world} is done; the last of them writes {RESULTS_FILE}")
         return None
@@ -214,32 +197,11 @@ def _evaluate(
         **summary(scores),
         "model": model.origin,
         "settings": {**made_with, "batch": batch, "ranks": part.world},
-        "data": {benchmark.task.name: _data_of(benchmark) for benchmark in benchmarks},
+        "data": {benchmark.task.name: benchmark.to_dict() for benchmark in benchmarks},
         "made_with": provenance(model.device),
     }
     write_text(out / RESULTS_FILE, json.dumps(record, indent=2) + "\n")
     return Results(scores, outputs, record)
-
-
-def summary(scores: Sequence[Score]) -> dict[str, Any]:
-    """Return scores for JSON: each task's, and their average; in per cent."""
-    mean, error = average(scores)
-    return {
-        "average": 100 * mean,
-        "standard_error": 100 * error,
-        "tasks": {score.task.name: score.to_dict() for score in scores},
-    }
-
-
-def _data_of(benchmark: Benchmark) -> dict[str, Any]:
-    return {
-        "source": benchmark.source,
-        "fingerprint": benchmark.fingerprint,
-        "rows": benchmark.rows,
-        "items": len(benchmark.items),
-        "order": benchmark.order,
-        "shots": benchmark.shots,
-    }
 
 
 # --- the model -----------------------------------------------------------------------------------
@@ -320,7 +282,13 @@ def _write_outputs(
     for done, (number, completion) in enumerate(completions, 1):
         item = items[number]
         if completion.error is None:
-            _append(file, Output.of_completion(item, completion).line(task))
+            line = Output.of_completion(item, completion).line(task)
+            try:
+                # Lone surrogates as JSON escapes them.
+                with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+                    stream.write(line)
+            except OSError as error:
+                raise ColadaError(f"{file}: cannot be written ({reason(error)})") from None
         else:
             errors[item.id] = completion.error
         display.advance(done, len(items))
@@ -331,23 +299,7 @@ def _write_outputs(
         )
 
 
-def _append(path: Path, line: str) -> None:
-    try:
-        # Lone surrogates as JSON escapes them.
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write(line)
-    except OSError as error:
-        raise ColadaError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
 # --- the output directory ------------------------------------------------------------------------
-
-
-def _make(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ColadaError(f"{out}: cannot be made ({error.strerror})") from None
 
 
 @contextmanager
@@ -358,48 +310,36 @@ def _locked(out: Path, part: Part) -> Iterator[None]:
         ColadaError: if another process holds it as the same rank, or among another number of ranks.
     """
 
-    def held(path: Path) -> FileLock | None:
-        lock = FileLock(path)
+    def hold(rank: str, world: str) -> FileLock:
+        lock = FileLock(out / f".rank{rank}of{world}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            return None
+            who = "another process" if world == "1" else f"rank {rank} of {world}"
+            raise ColadaError(
+                f"{out}: {who} is at work there: wait for it, or give another directory"
+            ) from None
         except OSError as error:
-            raise ColadaError(f"{path}: cannot be written ({error.strerror or error})") from None
+            raise ColadaError(f"{lock.lock_file}: cannot be written ({reason(error)})") from None
         return lock
 
-    def refuse(path: Path) -> ColadaError:
-        rank, world = path.name.removeprefix(".rank").removesuffix(".lock").split("of")
-        who = "another process" if world == "1" else f"rank {rank} of {world}"
-        return ColadaError(f"{out}: {who} is at work there: wait for it, or give another directory")
-
-    path = out / f".rank{part.rank}of{part.world}.lock"
-    own = held(path)
-    if own is None:
-        raise refuse(path)
+    own = hold(str(part.rank), str(part.world))
     try:
         for other in sorted(out.glob(".rank*of*.lock")):
-            if not other.name.endswith(f"of{part.world}.lock"):
-                lock = held(other)
-                if lock is None:
-                    raise refuse(other)
-                lock.release()
+            rank, world = other.name.removeprefix(".rank").removesuffix(".lock").split("of")
+            if world != str(part.world):
+                hold(rank, world).release()
         yield
     finally:
-        path.unlink(missing_ok=True)
+        Path(own.lock_file).unlink(missing_ok=True)
         own.release()
 
 
 def _begin(out: Path, benchmark: Benchmark, made_with: Mapping[str, Any]) -> None:
     """Write down what a task's outputs are made with, or see that it is what they were begun with."""
     path = out / f"{benchmark.task.name}.settings.json"
-    own = {
-        **made_with,
-        "data": benchmark.fingerprint,
-        "order": benchmark.order,
-        "shots": benchmark.shots,
-    }
-    own = json.loads(json.dumps(own))  # as it will be read: tuples are lists
+    asked = {"data": benchmark.fingerprint, "order": benchmark.order, "shots": benchmark.shots}
+    own = json.loads(json.dumps({**made_with, **asked}))  # as it will be read: tuples are lists
     if not os.path.lexists(path):
         write_text(path, json.dumps(own, indent=2) + "\n")
         return
@@ -480,6 +420,6 @@ def _join(out: Path, benchmark: Benchmark) -> None:
     if len(outputs) < len(benchmark.items):
         return
     if _files(out, task) != [joined] or read_outputs(joined, task) != outputs:
-        write_outputs(joined, task, outputs)
+        write_text(joined, "".join(output.line(task) for output in outputs))
     for path in out.glob(f"{task.name}.rank*of*.jsonl"):
         path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,34 @@ from colada.evaluate.tasks import Task
 
 Z95 = 1.959963984540054
 """Half the width of a 95% interval of the normal distribution, in standard deviations."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How one output did.
+
+    Attributes:
+        correct: whether it gives the answer.
+        named: which option it names, None if it names none or there are none.
+        right: whether that is the right one.
+    """
+
+    correct: bool
+    named: int | None = None
+    right: bool = False
+
+
+def judge(task: Task, outputs: Sequence[Output]) -> dict[str, Judgement]:
+    """Return the judgement of each item's output."""
+    return {output.id: _judgement(task, output) for output in outputs}
+
+
+def _judgement(task: Task, output: Output) -> Judgement:
+    correct = is_correct(task.rule, output.generate, output.ground_truth, output.choices)
+    named = named_option(output.generate, output.choices) if task.options else None
+    # As the score does: of options that are equal once normalised, both count as the first.
+    right = named is not None and named == answer_option(output.ground_truth, output.choices)
+    return Judgement(correct, named, right)
 
 
 @dataclass(frozen=True)
@@ -79,7 +108,7 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON; scores, errors and intervals are in per cent."""
-        found: dict[str, Any] = {
+        record: dict[str, Any] = {
             "items": self.items,
             "correct": self.correct,
             "score": 100 * self.share,
@@ -88,18 +117,18 @@ class Score:
             "published": self.task.published,
         }
         if self.naming is not None:
-            own = self.naming
-            found["naming"] = {
-                "named": own.named,
-                "right": own.right,
-                "picked": list(own.picked),
-                "truth": list(own.truth),
-                "share_named": 100 * own.named / self.items,
-                "accuracy": 100 * own.accuracy if own.named else None,
-                "interval_95": _percent(own.interval),
-                "chance": 100 * own.chance,
+            naming = self.naming
+            record["naming"] = {
+                "named": naming.named,
+                "right": naming.right,
+                "picked": list(naming.picked),
+                "truth": list(naming.truth),
+                "share_named": 100 * naming.named / self.items,
+                "accuracy": 100 * naming.accuracy if naming.named else None,
+                "interval_95": _percent(naming.interval),
+                "chance": 100 * naming.chance,
             }
-        return found
+        return record
 
 
 def _percent(interval: tuple[float, float]) -> list[float]:
@@ -108,95 +137,35 @@ def _percent(interval: tuple[float, float]) -> list[float]:
 
 def score(task: Task, outputs: Sequence[Output]) -> Score:
     """Return the result of some outputs, at least one, of a task."""
-    return Score(task, len(outputs), sum(correct(task, outputs).values()), _naming(task, outputs))
-
-
-def correct(task: Task, outputs: Sequence[Output]) -> dict[str, bool]:
-    """Return for each item whether its output is correct."""
-    return {
-        output.id: is_correct(task.rule, output.generate, output.ground_truth, output.choices)
-        for output in outputs
-    }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the answers to one item did, of one model or several.
-
-    Attributes:
-        answers: how many.
-        correct: how many of them are.
-        named, right: how many name an option, and the right one.
-    """
-
-    answers: int
-    correct: int
-    named: int = 0
-    right: int = 0
-
-    def __add__(self, other: Outcome) -> Outcome:
-        return Outcome(
-            self.answers + other.answers,
-            self.correct + other.correct,
-            self.named + other.named,
-            self.right + other.right,
+    judgements = judge(task, outputs).values()
+    naming = None
+    if task.chance is not None:
+        picked = Counter(one.named for one in judgements if one.named is not None)
+        truth = Counter(output.choices.index(output.ground_truth) for output in outputs)
+        naming = Naming(
+            picked.total(),
+            sum(one.right for one in judgements),
+            tuple(picked[place] for place in range(task.options)),
+            tuple(truth[place] for place in range(task.options)),
+            task.chance,
         )
-
-
-def outcomes(task: Task, outputs: Sequence[Output]) -> dict[str, Outcome]:
-    """Return the outcome of each item."""
-    is_right = correct(task, outputs)
-    found = {}
-    for output in outputs:
-        named = named_option(output.generate, output.choices) if task.chance is not None else None
-        # As the score does: of options that are equal once normalised, both count as the first.
-        right = named is not None and named == answer_option(output.ground_truth, output.choices)
-        found[output.id] = Outcome(1, int(is_right[output.id]), int(named is not None), int(right))
-    return found
-
-
-def clustered(parts: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """Return successes and trials as many as independent ones that are as informative as these clusters.
-
-    Answers of several models to one item are no independent trials: where all of them are right or wrong
-    together, they tell no more than one does. The variance of the share over clusters, that of a ratio,
-    over the binomial one says how many trials stand for one (Kish's design effect); no fewer than one, and
-    where no variance can be seen, as many as a cluster has.
-
-    Args:
-        parts: successes and trials of each cluster; those without trials do not count.
-    """
-    parts = [own for own in parts if own[1]]
-    successes, trials = (sum(own[place] for own in parts) for place in (0, 1))
-    if len(parts) < 2 or trials == len(parts):
-        effect = trials / max(1, len(parts))
-    elif successes in (0, trials):
-        effect = sum(own**2 for _, own in parts) / trials
-    else:
-        share, count = successes / trials, len(parts)
-        square = sum((own - share * tried) ** 2 for own, tried in parts) * count / (count - 1)
-        effect = max(1.0, square / (share * (1 - share) * trials))
-    return (successes / effect, trials / effect) if trials else (0.0, 0.0)
-
-
-def _naming(task: Task, outputs: Sequence[Output]) -> Naming | None:
-    if task.chance is None:
-        return None
-    picked, truth, right = [0] * task.options, [0] * task.options, 0
-    for output in outputs:
-        truth[output.choices.index(output.ground_truth)] += 1
-        named = named_option(output.generate, output.choices)
-        if named is not None:
-            picked[named] += 1
-            # As the score does: of options that are equal once normalised, both count as the first.
-            right += named == answer_option(output.ground_truth, output.choices)
-    return Naming(sum(picked), right, tuple(picked), tuple(truth), task.chance)
+    return Score(task, len(outputs), sum(one.correct for one in judgements), naming)
 
 
 def average(scores: Sequence[Score]) -> tuple[float, float]:
     """Return the mean of the tasks' shares, each task counting once, and its standard error."""
     mean = sum(score.share for score in scores) / len(scores)
     return mean, math.sqrt(sum(score.error**2 for score in scores)) / len(scores)
+
+
+def summary(scores: Sequence[Score]) -> dict[str, Any]:
+    """Return scores for JSON: each task's, and their average; in per cent."""
+    mean, error = average(scores)
+    return {
+        "average": 100 * mean,
+        "standard_error": 100 * error,
+        "tasks": {score.task.name: score.to_dict() for score in scores},
+    }
 
 
 def wilson(successes: float, trials: float, z: float = Z95) -> tuple[float, float]:
@@ -254,11 +223,11 @@ class Comparison:
         return min(1.0, 2 * tail / 2**decided)
 
 
-def compare(first: Mapping[str, bool], second: Mapping[str, bool]) -> Comparison:
-    """Return how two results of :func:`correct` differ on the items that both have, at least one."""
+def compare(first: Mapping[str, Judgement], second: Mapping[str, Judgement]) -> Comparison:
+    """Return how two results of :func:`judge` differ on the items that both have, at least one."""
     both = first.keys() & second.keys()
     return Comparison(
         len(both),
-        sum(first[item] and not second[item] for item in both),
-        sum(second[item] and not first[item] for item in both),
+        sum(first[item].correct and not second[item].correct for item in both),
+        sum(second[item].correct and not first[item].correct for item in both),
     )

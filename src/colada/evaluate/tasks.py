@@ -29,32 +29,37 @@ class Task:
     Attributes:
         name: on the command line and in file names.
         title: for readers.
-        data: its records' file name, before the split.
         split: which split it is scored on.
         rule: how it is scored.
         shots: how many demonstrations the release gave.
         options: how many options a record has, 0 for none.
-        lead: the word that opens a question.
-        body: a question, made of ``{context}``, ``{question}`` and ``{options}``.
-        cue: what the answer follows.
         published: the released model's score, in per cent of its items.
+        body: a question, made of ``{context}``, ``{question}`` and ``{options}``.
+        lead: the word that opens a question.
+        cue: what the answer follows.
         header: what a prompt with demonstrations or without begins with.
         shown: the body of a demonstration, where it is another.
+        records: its records' file name, before the split, where that is not its name.
     """
 
     name: str
     title: str
-    data: str
     split: str
     rule: Rule
     shots: int
     options: int
-    lead: str
-    body: str
-    cue: str
     published: float
+    body: str = "{question}\n{options}\n"
+    lead: str = "Question: "
+    cue: str = "Answer:"
     header: str = ""
     shown: str = ""
+    records: str = ""
+
+    @property
+    def data(self) -> str:
+        """Its records' file name, before the split."""
+        return self.records or self.name
 
     @property
     def chance(self) -> float | None:
@@ -62,116 +67,23 @@ class Task:
         return 1 / self.options if self.options else None
 
 
-_SIQA = Task(
-    "siqa",
-    "SIQA",
-    data="siqa",
-    split="validation",
-    rule="option",
-    shots=2,
-    options=3,
-    lead="Question: ",
-    body="{context} {question}\n{options}\n",
-    cue="Answer:",
-    published=28.90,
-)
+_ENDINGS = "{context}\n{options}\n"
+_ARTICLE = "{context} {question}\nOptions:\n{options}\n"
+_PASSAGE = "{context}\nQuestion: {question}\n"
+_READ = "Read the following article and answer the question.\n\n"
+_SIQA = Task("siqa", "SIQA", "validation", "option", 2, 3, 28.90, "{context} {question}\n{options}\n")
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task(
-            "lambada",
-            "LAMBADA",
-            data="lambada",
-            split="test",
-            rule="first word",
-            shots=0,
-            options=0,
-            lead="",
-            body="{question}",
-            cue="",
-            published=50.80,
-        ),
-        Task(
-            "mmlu",
-            "MMLU",
-            data="mmlu",
-            split="test",
-            rule="option",
-            shots=2,
-            options=4,
-            lead="Question: ",
-            body="{question}\n{options}\n",
-            cue="Answer:",
-            published=19.30,
-        ),
-        Task(
-            "obqa",
-            "OBQA",
-            data="obqa",
-            split="test",
-            rule="option",
-            shots=2,
-            options=4,
-            lead="Question: ",
-            body="{question}\n{options}\n",
-            cue="Answer:",
-            published=23.00,
-        ),
-        Task(
-            "hellaswag",
-            "HellaSwag",
-            data="hellaswag",
-            split="validation",
-            rule="text",
-            shots=2,
-            options=4,
-            lead="Context: ",
-            body="{context}\n{options}\n",
-            cue="Answer:",
-            published=10.70,
-        ),
-        Task(
-            "race",
-            "RACE",
-            data="race",
-            split="test",
-            rule="option",
-            shots=1,
-            options=4,
-            lead="Article: ",
-            body="{context} {question}\nOptions:\n{options}\n",
-            cue="Answer:",
-            published=19.60,
-            header="Read the following article and answer the question.\n\n",
-        ),
+        Task("lambada", "LAMBADA", "test", "first word", 0, 0, 50.80, "{question}", lead="", cue=""),
+        Task("mmlu", "MMLU", "test", "option", 2, 4, 19.30),
+        Task("obqa", "OBQA", "test", "option", 2, 4, 23.00),
+        Task("hellaswag", "HellaSwag", "validation", "text", 2, 4, 10.70, _ENDINGS, "Context: "),
+        Task("race", "RACE", "test", "option", 1, 4, 19.60, _ARTICLE, "Article: ", header=_READ),
         _SIQA,
-        Task(
-            "squad",
-            "SQuAD",
-            data="squad",
-            split="validation",
-            rule="text",
-            shots=1,
-            options=0,
-            lead="Context: ",
-            body="{context}\nQuestion: {question}\n",
-            cue="Answer:",
-            published=30.90,
-        ),
-        Task(
-            "story_cloze",
-            "Story Cloze",
-            data="story_cloze",
-            split="test",
-            rule="text",
-            shots=2,
-            options=2,
-            lead="Story: ",
-            body="{context}\n{options}\n",
-            cue="End:",
-            published=30.77,
-        ),
+        Task("squad", "SQuAD", "validation", "text", 1, 0, 30.90, _PASSAGE, "Context: "),
+        Task("story_cloze", "Story Cloze", "test", "text", 2, 2, 30.77, _ENDINGS, "Story: ", "End:"),
         # The release left the situation out of its questions, though not out of its demonstrations.
         replace(
             _SIQA,
@@ -179,6 +91,7 @@ TASKS: dict[str, Task] = {
             title="SIQA (released prompts)",
             body="{question}\n{options}\n",
             shown=_SIQA.body,
+            records="siqa",
         ),
     )
 }
@@ -338,10 +251,9 @@ def choose_demonstrations(task: Task, shots: int | None, seed: int) -> tuple[Rec
         ColadaError: if there are not so many.
     """
     ours = own_demonstrations(task)
-    if shots is None:
-        return ours[: task.shots]
+    shots = task.shots if shots is None else shots
     if not is_whole(shots) or not 0 <= shots <= len(ours):
         raise ColadaError(f"shots={shown(shots)}, expected 0 to {len(ours)} for {task.name}")
     if shots == task.shots:
-        return ours[: task.shots]
+        return ours[:shots]
     return tuple(random.Random(f"{seed}/{task.name}").sample(ours, shots))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from colada.evaluate.outputs import Output
-from colada.evaluate.statistics import Naming, Score, average, correct, wilson
+from colada.evaluate.statistics import Naming, Score, average, judge, wilson
 from colada.evaluate.tasks import THE_EIGHT
 from colada.report.page import Page
 from colada.report.style import BLUE, ORANGE, Series, draw_intervals, styled
@@ -204,10 +204,10 @@ def _bar(successes: int, trials: int) -> tuple[float, float, float] | None:
 
 def _examples(score: Score, outputs: Sequence[Output]) -> list[tuple[str, str]]:
     """Return some right and some wrong outputs: what is said of each, and its text."""
-    right = correct(score.task, outputs)
+    judgements = judge(score.task, outputs)
     examples = []
     for wanted in (True, False):
-        for output in [output for output in outputs if right[output.id] is wanted][:_EXAMPLES]:
+        for output in [output for output in outputs if judgements[output.id].correct is wanted][:_EXAMPLES]:
             prompt = output.prompt
             if len(prompt) > _SHOWN_PROMPT:
                 prompt = f"… {prompt[-_SHOWN_PROMPT:]}"

@@ -7,6 +7,7 @@ different cells. Whatever is stopped goes on where it was: between cells, within
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +20,9 @@ from colada.device import find_device
 from colada.errors import ColadaError
 from colada.evaluate.data import Benchmark, load_benchmark
 from colada.evaluate.run import MAX_NEW_TOKENS, evaluate
-from colada.evaluate.statistics import outcomes
+from colada.evaluate.statistics import judge
 from colada.evaluate.tasks import find_task
+from colada.files import write_text
 from colada.models.cola import KINDS, load
 from colada.train.checkpoints import RECIPE, disk_errors
 from colada.train.display import Display
@@ -28,7 +30,7 @@ from colada.train.dry_run import resolve
 from colada.train.ledger import Ledger, ledger
 from colada.train.recipe import Recipe, difference, load_recipe
 from colada.train.trainer import MODEL, Trainer
-from experiments.scaling.cells import CELL_FILE, read_result, write_result
+from experiments.scaling.cells import CELL_FILE, read_result
 
 TRAINING, OUTPUTS = "training", "evaluation"
 TRAINED_FILE = "trained"
@@ -59,12 +61,7 @@ class Asked:
         """Return the items, of the records in a directory. Raises ColadaError for what is wrong with them."""
         return [
             load_benchmark(
-                find_task(name),
-                data,
-                shots=self.shots,
-                seed=ITEMS_SEED,
-                limit=self.limit,
-                order="random",
+                find_task(name), data, shots=self.shots, seed=ITEMS_SEED, limit=self.limit, order="random"
             )
             for name in self.tasks
         ]
@@ -94,7 +91,7 @@ class Cell:
 
 
 @dataclass
-class Outcome:
+class Progress:
     """What a process did.
 
     Attributes:
@@ -154,7 +151,7 @@ def _recipe(path: Path, arch: str, seed: int, device: str) -> Recipe:
 
 def run_study(
     cells: Sequence[Cell], asked: Asked, benchmarks: Sequence[Benchmark], out: Path, display: Display
-) -> Outcome:
+) -> Progress:
     """Train and evaluate the cells that are not finished and no other process is at.
 
     A cell that fails is reported, and the others go on.
@@ -162,7 +159,7 @@ def run_study(
     Raises:
         training.trainer.Interrupted: after SIGINT or SIGTERM in training, once the state is saved.
     """
-    outcome = Outcome()
+    progress = Progress()
     for number, cell in enumerate(cells, 1):
         directory = out / cell.name
         try:
@@ -170,18 +167,18 @@ def run_study(
                 directory.mkdir(parents=True, exist_ok=True)
             with FileLock(directory / "lock", timeout=0):
                 if _finished(cell, asked, directory):
-                    outcome.kept.append(cell.name)
+                    progress.kept.append(cell.name)
                     continue
                 display.say(f"cell {number} of {len(cells)}: {cell.name}")
                 run_cell(cell, asked, benchmarks, directory, display)
-                outcome.made.append(cell.name)
+                progress.made.append(cell.name)
         except Timeout:
             display.say(f"{cell.name}: another process is at it")
-            outcome.elsewhere.append(cell.name)
+            progress.elsewhere.append(cell.name)
         except ColadaError as error:
             display.say(f"{cell.name} failed: {error}")
-            outcome.failed[cell.name] = str(error)
-    return outcome
+            progress.failed[cell.name] = str(error)
+    return progress
 
 
 def _finished(cell: Cell, asked: Asked, directory: Path) -> bool:
@@ -226,24 +223,28 @@ def run_cell(
     )
     assert results is not None  # It is the only rank.
     record = results.record
-    write_result(
+    write_text(
         directory / CELL_FILE,
-        {
-            "cell": {"recipe": cell.point, "arch": cell.arch, "seed": cell.seed},
-            "ledger": cell.cost.to_dict(),
-            "asked": asked.to_dict(),
-            "scores": {name: record[name] for name in ("average", "standard_error", "tasks")},
-            "outcomes": {
-                task: {
-                    item: [own.correct, own.named, own.right]
-                    for item, own in outcomes(find_task(task), outputs).items()
-                }
-                for task, outputs in results.outputs.items()
+        json.dumps(
+            {
+                "cell": {"recipe": cell.point, "arch": cell.arch, "seed": cell.seed},
+                "ledger": cell.cost.to_dict(),
+                "asked": asked.to_dict(),
+                "scores": {name: record[name] for name in ("average", "standard_error", "tasks")},
+                "outcomes": {
+                    task: {
+                        item: [int(one.correct), int(one.named is not None), int(one.right)]
+                        for item, one in judge(find_task(task), outputs).items()
+                    }
+                    for task, outputs in results.outputs.items()
+                },
+                "settings": record["settings"],
+                "data": record["data"],
+                "made_with": record["made_with"],
+                "recipe": cell.recipe.model_dump(mode="json"),
             },
-            "settings": record["settings"],
-            "data": record["data"],
-            "made_with": record["made_with"],
-            "recipe": cell.recipe.model_dump(mode="json"),
-        },
+            indent=2,
+        )
+        + "\n",
     )
     display.say(f"{cell.name}: average {record['average']:.2f} ± {record['standard_error']:.2f} %")
