@@ -17,6 +17,7 @@ from colada.errors import ColadaError
 from colada.evaluate.data import load_benchmark
 from colada.evaluate.tasks import find_task
 from colada.models.base import find_archs
+from colada.report.style import styled
 from colada.train.display import Display
 from colada.train.recipe import Recipe, save_recipe
 from colada.train.trainer import Interrupted, Trainer
@@ -400,7 +401,8 @@ def test_the_figure_shows_the_means_their_errors_and_chance(make: Callable[..., 
         ("ar", "one"),
         ("ar", "two"),
     ]
-    figure = draw_scores(points, results[0].tasks)
+    with styled():
+        figure = draw_scores(points, results[0].tasks)
     lambada, obqa, average = figure.axes
     assert [axes.get_title("left") for axes in figure.axes] == ["LAMBADA", "OBQA", "Average of 2"]
     line = lambada.containers[0].lines[0]
