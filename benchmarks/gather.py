@@ -22,11 +22,11 @@ import torch
 import typer
 
 from benchmarks.gpu import KIT_TIME, MIB, ROOT, kit_overrides
+from benchmarks.measure import made_with
 from colada.data.listing import find_files
 from colada.errors import ColadaError
 from colada.files import write_text
 from colada.train.inputs import prepare_inputs, train_tokenizer
-from colada.train.provenance import provenance
 from colada.train.recipe import load_recipe
 
 TESTING = ("pytest", "pytest-xdist")
@@ -130,7 +130,7 @@ def main(
         for path in sorted(kit.iterdir())
     }
     made = {
-        "made_with": provenance(torch.device("cpu")),
+        "made_with": made_with(torch.device("cpu")),
         "python": python,
         "machine": machine,
         "bytes": sizes,

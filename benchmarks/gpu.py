@@ -22,15 +22,16 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from benchmarks.measure import made_with
 from colada.files import write_text
 from colada.train.checkpoints import find
-from colada.train.provenance import provenance
 from colada.train.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +98,7 @@ class Part:
             "over": self.over,
             "errors": self.errors,
             "debug": self.debug,
-            "made_with": provenance(self.device),
+            "made_with": made_with(self.device),
             "seed": SEED,
             "started": self.started,
             "wall_s": time.monotonic() - self.begin,
@@ -251,7 +252,7 @@ def generate(part: Part) -> None:
             return json.loads(file.read_text())
 
     for batch in batches:
-        part.add(f"batch {batch}", lambda batch=batch: measure(batch))
+        part.add(f"batch {batch}", partial(measure, batch))
 
 
 # --- 3: training steps ---------------------------------------------------------------------------
@@ -267,18 +268,18 @@ def training(part: Part) -> None:
     def measure(size: str, batch: int, length: int, flags: Sequence[str]) -> Any:
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "sizes.json"
-            arguments = ["-m", "benchmarks.training", "sizes", "--size", size, "--batch", str(batch)]
+            arguments = ["-m", "benchmarks.training", "steps", "--size", size, "--batch", str(batch)]
             arguments += ["--length", str(length), "--device", part.device.type, "--json", str(file)]
             part.command(*arguments, *extra, *flags)
             return json.loads(file.read_text())
 
     for size, tries in shapes.items():
-        for compiled in ([], ["--compile"]):
+        for compiled in ([], ["--compile", "yes"]):
             for number, (batch, length) in enumerate(tries):
                 flags = [*compiled, *(["--checkpoint-activations"] if number else [])]
                 name = " ".join([size, f"{batch} x {length}", *flags])
                 try:
-                    part.add(name, lambda a=(size, batch, length, flags): measure(*a))
+                    part.add(name, partial(measure, size, batch, length, flags))
                     break
                 except OutOfMemory:
                     part.results[name] = "out of memory"
@@ -439,14 +440,9 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     if which == "all":
         # Each in a process of its own: none takes another down, or counts its memory.
-        arguments = [str(out), "--kit", str(kit), "--minutes", str(minutes), *(["--debug"] if debug else [])]
-        arguments += [] if pieces is None else ["--pieces", str(pieces)]
-        arguments += [] if run is None else ["--run", str(run)]
-        arguments += [] if train_for is None else ["--train-for", str(train_for)]
-        arguments += [word for own in overrides or [] for word in ("--set", own)]
+        words = [word for word in sys.argv[1:] if word != "all"]
         statuses = {
-            name: subprocess.call([sys.executable, "-m", "benchmarks.gpu", name, *arguments])
-            for name in names
+            name: subprocess.call([sys.executable, "-m", "benchmarks.gpu", name, *words]) for name in names
         }
         failed = [name for name, status in statuses.items() if status]
         if failed:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import size_configs
+from benchmarks.measure import peak_bytes, seconds_of
+from benchmarks.models import open_gates, size_configs
 from colada import device
 from colada.data.rows import Batch
 from colada.flow import TimestepLaw, calibrated_loc
@@ -101,7 +100,7 @@ class Step:
             self.vae, self.dit = TextVAE(vae_config), DiT(dit_config)
         for network in (self.vae, self.dit):
             network.init_weights(torch.Generator(self.device).manual_seed(0))
-            open_gates(network)
+            open_gates(network, torch.Generator(self.device).manual_seed(1))
         self.learns: nn.Module = self.vae if case.stage == 1 else self.dit
         if case.stage == 2:
             self.vae.requires_grad_(False)
@@ -147,27 +146,6 @@ class Step:
         return {name: parameter.grad.cpu() for name, parameter in named if parameter.grad is not None}
 
 
-def open_gates(network: nn.Module) -> None:
-    """Give random values to what is initialised with zeros, so that gradients reach every parameter."""
-    for parameter in network.parameters():
-        if not bool(parameter.detach().any()):
-            generator = torch.Generator(parameter.device).manual_seed(1)
-            parameter.data.normal_(std=0.02, generator=generator)
-
-
-def synchronise(device: str) -> None:
-    """Wait until the device has done all it was given; a CPU always has."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_bytes(device: str) -> int:
-    """Return the most memory used so far: of this process on a CPU, allocated by torch on a GPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 class Elsewhere:
     """A step in a process of its own, which waits while others take their turns.
 
@@ -198,7 +176,7 @@ class Elsewhere:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self._process.args} ended with status {self._process.wait()}")
+            raise RuntimeError(f"{self._process.args!r} ended with status {self._process.wait()}")
         return json.loads(line)
 
     def ask(self, line: str) -> Any:
@@ -228,16 +206,12 @@ def _serve(case: Case) -> None:
     for line in sys.stdin:
         word, _, rest = line.strip().partition(" ")
         if word == "step":
-            synchronise(case.device)
-            begin = time.perf_counter()
-            step()
-            synchronise(case.device)
-            answer = time.perf_counter() - begin
+            answer = seconds_of(step, step.device)
         elif word == "gradients":
             torch.save(step.gradients(), rest)
             answer = rest
         elif word == "peak":
-            answer = peak_bytes(case.device)
+            answer = peak_bytes(step.device)
         else:
             raise ValueError(f"{word!r}, expected step, gradients or peak")
         print(json.dumps(answer), flush=True)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from benchmarks.step import Case, Elsewhere, Step
+from benchmarks.training import app, largest_difference
+from colada.cli.main import run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,3 +43,33 @@ def test_a_step_elsewhere_is_that_of_the_other_checkout(tmp_path: Path) -> None:
 def test_a_process_that_fails_is_no_measurement(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ended with status 1"):
         Elsewhere(Case(size="no such size"), ROOT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["steps", "--size", "large"], "size='large', expected one of 'tiny', 'small', '2.3b'"),
+        (["steps", "--length", "30"], "length=30, expected a multiple of patch_size * block_size = 16"),
+        (["steps", "--precision", "float8"], "precision='float8'"),
+        (["steps", "--compile", "maybe"], "compile='maybe'"),
+        (["steps", "--against", "nowhere"], "--against nowhere: no benchmarks/step.py"),
+        (["naive", "--width", "30"], "width=30, expected a multiple of 64"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(app, arguments, "training") == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_variants_of_a_step_take_turns_and_compute_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--layers", "1", "--batch", "2", "--length", "32", "--repeats", "2", "--warmup", "0"]
+    assert run(app, ["steps", *small, "--precision", "float32", "--against", str(ROOT)], "training") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {"before", "now"} < {line[0] for line in lines if line}
+    (now,) = (line for line in lines if line[:1] == ["now"])
+    assert float(now[-2]) == 0  # "gradients"
+    assert largest_difference({"w": torch.tensor([1.0, 4.5])}, {"w": torch.tensor([1.0, 4.0])}) == 0.125

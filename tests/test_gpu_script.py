@@ -58,7 +58,7 @@ def test_every_part_runs_at_debug_size_on_a_cpu(tmp_path: Path, parity_cases: li
         assert cell["settings"]["dtype"] == "bfloat16"
         assert [row["peer"] for row in cell["rows"]] == ["limit", "engine", "readable", "ar"]
     steps = results_of(tmp_path / "training.json")
-    assert [name.endswith("--compile") for name in steps] == [False, True]
+    assert [name.endswith("--compile yes") for name in steps] == [False, True]
     assert all(cell["rows"][0]["tokens/s"] > 0 for cell in steps.values())
     trained = results_of(tmp_path / "bundled.json")
     assert trained["training"]["finished"]
