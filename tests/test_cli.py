@@ -18,8 +18,7 @@ import pytest
 import torch
 
 import colada
-from colada.cli.info import count_parameters, describe, history_values
-from colada.cli.main import _size
+from colada.cli.info import count_parameters, describe, history_values, size
 from colada.cli.terminal import row_end
 from colada.flow import SCHEDULES, SOLVERS
 from colada.generate.reference import NOISE_RULES, Noise, sample_noise
@@ -372,7 +371,7 @@ def test_info_reads_when_piped(run: Run, saved: Path) -> None:
 
 
 def test_sizes_are_readable() -> None:
-    assert [_size(n) for n in (0, 768, 20 * 1024, 3 * 2**30)] == ["0 B", "768 B", "20.0 KiB", "3.0 GiB"]
+    assert [size(n) for n in (0, 768, 20 * 1024, 3 * 2**30)] == ["0 B", "768 B", "20.0 KiB", "3.0 GiB"]
 
 
 def test_parity_reports_every_case(run: Run, parity_cases: list[Path]) -> None:

@@ -222,11 +222,17 @@ print(tried)
         (["tokenizer", "train", "DATA", "--vocab-size", "1" + "0" * 23], "at most 16777216"),
         (["tokenizer", "train", "DATA", "--vocab-size", "-1"], "vocab_size is -1"),
         (["tokenizer", "train", "/dev/zero", "--vocab-size", "300"], "/dev/zero"),
+        (["tokenizer", "train", __file__, "--vocab-size", "300", "--include", "x"], "--include x with"),
+        (["generate", "a", "--guidance", "1e-400"], "'1e-400' is beyond what a number can hold"),
+        (["generate", "a", "--temperature", "-1e400"], "'-1e400' is beyond what a number can hold"),
+        (["generate", "a", "--top-p", "half"], "'half', expected a number"),
+        (["generate", "a", "--guidance-interval", "1e-400", "1"], "'1e-400' is beyond"),
+        (["parity", "DATA", "--tolerance", "inf"], "tolerance=inf, expected a finite number of at least 0"),
         (["bench", "speed", "--size", "tiny", "--batch", "9" * 5000], "at most 999,999,999"),
         (["bench", "speed", "--size", "tiny", "--steps", "1,0"], "--steps 1,0"),
     ],
 )
-def test_b1_counts_have_bounds(
+def test_options_have_bounds_and_say_what_was_expected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], named: str
 ) -> None:
     (tmp_path / "text.txt").write_text(SENTENCE * 20)

@@ -19,6 +19,7 @@ from colada.cli.options import (
     RevisionOption,
     check_model_options,
     load_model,
+    number_option,
 )
 from colada.errors import ColadaError
 from colada.generate.settings import check_settings
@@ -79,7 +80,7 @@ def run(
         int | None, typer.Option(help="Solver steps per block. Default: the model's own.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", "-g", help="Guidance scale. Default: the model's own.")
+        float | None, number_option("--guidance", "-g", help="Guidance scale. Default: the model's own.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Items generated together; changes no output.")] = 16,
     device: DeviceOption = "cpu",
@@ -186,7 +187,7 @@ def likelihood(
         int | None, typer.Option(help="K of a bound. Default: 1 for Cola DLM, 32 for LLaDA.")
     ] = None,
     at: Annotated[
-        float | None, typer.Option(help="a = t / T of the latents that the bound is over. Default: 0.6.")
+        float | None, number_option(help="a = t / T of the latents that the bound is over. Default: 0.6.")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Solver steps to the noise, and half as many to the data. Default: 16.")
@@ -272,15 +273,15 @@ def generative(
     prompt_tokens: Annotated[int, typer.Option(help="Of each text, as prompt; 0 writes from nothing.")] = 16,
     new_tokens: Annotated[int, typer.Option(help="Tokens of a continuation.")] = 64,
     temperature: Annotated[
-        float | None, typer.Option(help="Of the tokens. Default: the model's own.")
+        float | None, number_option(help="Of the tokens. Default: the model's own.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep so many tokens; 0 all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest up to this share.")] = None,
+    top_p: Annotated[float | None, number_option(help="Keep the likeliest up to this share.")] = None,
     steps: Annotated[
         int | None, typer.Option(help="Solver steps per block. Default: the model's own.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", "-g", help="Guidance scale. Default: the model's own.")
+        float | None, number_option("--guidance", "-g", help="Guidance scale. Default: the model's own.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of continuations, and of the judge's noise.")] = 0,
     batch: Annotated[int, typer.Option(help="Texts computed together; changes no result.")] = 16,
@@ -288,7 +289,7 @@ def generative(
         int | None, typer.Option(help="K of a judge's bound. Default: 1 for Cola DLM, 32 for LLaDA.")
     ] = None,
     judge_at: Annotated[
-        float | None, typer.Option(help="a = t / T of a judge's bound. Default: 0.6.")
+        float | None, number_option(help="a = t / T of a judge's bound. Default: 0.6.")
     ] = None,
     judge_steps: Annotated[
         int | None, typer.Option(help="Solver steps of a judge's bound. Default: 16.")

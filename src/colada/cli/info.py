@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from colada.device import unallocated
 from colada.files import read_json_object
@@ -133,11 +137,8 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> Mo
         with unallocated():
             parameters = count_parameters(TextVAE(vae), DiT(dit))
     settings, tokenizer = directory / GENERATION_FILE, find_tokenizer(directory)
-    own = [
-        *directory.glob("*.json"),
-        *directory.glob("*.jinja"),
-        *(file for folder in configs for file in (directory / folder).iterdir()),
-    ]
+    inside = (file for folder in configs for file in (directory / folder).iterdir())
+    files = sorted([*directory.glob("*.json"), *directory.glob("*.jinja"), *inside])
     return ModelInfo(
         origin="bundled" if where is None else str(where),
         directory=directory,
@@ -147,16 +148,68 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> Mo
         dtypes=_dtypes(directory, configs),
         generation={**defaults, **(read_json_object(settings) if os.path.lexists(settings) else {})},
         tokenizer=(tokenizer, Tokenizer.from_file(tokenizer).vocab_size) if tokenizer is not None else None,
-        files={
-            str(file.relative_to(directory)): file.stat().st_size for file in sorted(own) if file.is_file()
-        },
+        files={str(file.relative_to(directory)): file.stat().st_size for file in files if file.is_file()},
     )
 
 
 def _dtypes(directory: Path, folders: Iterable[str]) -> tuple[str, ...]:
     """Return the types of the stored tensors, from the headers of the weight files."""
-    found: set[str] = set()
+    dtypes: set[str] = set()
     for file in sorted(file for folder in folders for file in (directory / folder).glob("*.safetensors")):
         with open_weights(file) as handle:
-            found.update(handle.get_slice(name).get_dtype() for name in handle.keys())  # noqa: SIM118
-    return tuple(sorted(found))
+            dtypes.update(handle.get_slice(name).get_dtype() for name in handle.keys())  # noqa: SIM118
+    return tuple(sorted(dtypes))
+
+
+# --- for a reader ------------------------------------------------------------------------------
+
+
+def show(model: ModelInfo) -> None:
+    """Print everything as tables."""
+    console = Console(highlight=False, soft_wrap=True)
+
+    def table(*columns: str, rows: Sequence[Sequence[str]]) -> None:
+        grid = Table(*columns[:1], box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+        for column in columns[1:]:
+            grid.add_column(column, justify="right")
+        for row in rows:
+            grid.add_row(*row)
+        console.print(grid)
+        console.print()
+
+    def values(title: str, mapping: dict[str, Any]) -> None:
+        table(title, "", rows=[(name, json.dumps(value)) for name, value in mapping.items()])
+
+    tokenizer = f"{model.tokenizer[0]} ({model.tokenizer[1]:,} entries)" if model.tokenizer else "none"
+    for name, value in (
+        ("model", model.origin),
+        ("directory", model.directory),
+        ("tokenizer", tokenizer),
+        ("stored as", ", ".join(model.dtypes)),
+    ):
+        console.print(f"[bold]{name:<12}[/bold]", end="")
+        console.print(value, markup=False)
+    console.print()
+    shares = [(part, f"{n:,}", f"{n / model.total:.1%}") for part, n in model.parameters.items()]
+    table("Part", "Parameters", "Share", rows=[*shares, ("Total", f"{model.total:,}", "100.0%")])
+    memory = [
+        (name, size(model.weight_bytes(name)), size(model.history_bytes(name)))
+        for name in BYTES
+    ]
+    per = "token" if DECODER_DIR in model.configs else "latent"
+    table("Memory", "Weights", f"History per {per}", rows=memory)
+    titles = {VAE_DIR: "Text VAE", DIT_DIR: "DiT", DECODER_DIR: "Decoder"}
+    for folder, config in model.configs.items():
+        values(titles[folder], config.to_dict())
+    values("Generation", dict(model.generation))
+    table("File", "Size", rows=[(name, size(count)) for name, count in model.files.items()])
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for a reader: "1,536 B", "12.3 MiB"."""
+    units = ["KiB", "MiB", "GiB", "TiB"]
+    if count < 10 * 1024:
+        return f"{count:,.0f} B"
+    while (count := count / 1024) >= 1024 and len(units) > 1:
+        units.pop(0)
+    return f"{count:.1f} {units[0]}"

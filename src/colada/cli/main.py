@@ -12,35 +12,32 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
 
 from colada import __version__
-from colada.cli import train as commands
+from colada.cli import train
 from colada.cli.evaluate import eval_app
 from colada.cli.options import (
     DeviceOption,
     DtypeOption,
     FileOption,
+    JsonOption,
     LinesOption,
     ModelOption,
     RevisionOption,
     TextArgument,
     check_model_options,
     load_cola,
+    load_tokenizer,
+    number_option,
     read_texts,
 )
 from colada.cli.serve import serve
 from colada.cli.write import chat, generate
 from colada.errors import ColadaError, ColadaWarning
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from colada.cli.info import ModelInfo
-    from colada.text.tokenizer import Tokenizer
 
 
 class Commands(typer.core.TyperGroup):
@@ -73,16 +70,7 @@ app = typer.Typer(
 tokenizer_app = typer.Typer(help="Train a tokenizer, and see what one does.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(eval_app, name="eval")
-for command in (
-    generate,
-    chat,
-    serve,
-    commands.train,
-    commands.recipe,
-    commands.report,
-    commands.export,
-    commands.ledger,
-):
+for command in (generate, chat, serve, train.train, train.recipe, train.report, train.export, train.ledger):
     app.command()(command)
 
 # typer exports no other name for click's usage errors, and only newer versions carry their own click.
@@ -93,8 +81,6 @@ SPINS = "10000"
 Not at all (``OMP_WAIT_POLICY=PASSIVE``) makes generation on an idle machine three times slower."""
 
 _TABLES_WIDTH = 60  # Narrower, the tables of rich's help cut the options' names.
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -237,11 +223,11 @@ def reconstruct(
     check_model_options(model, revision, dtype, device)
     texts = read_texts(text, file, lines)
     network = load_cola(model, revision, dtype, device)
-    for own in texts:
-        back = network.reconstruct(own)
+    for original in texts:
+        back = network.reconstruct(original)
         if as_json:
             fields = {"reconstruction": back.text, "tokens": back.tokens, "accuracy": back.accuracy}
-            print(json.dumps({"text": own, **fields}))
+            print(json.dumps({"text": original, **fields}))
         else:
             count = len(back.tokens)
             correct = round(back.accuracy * count)
@@ -258,65 +244,13 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """Show a model's parameters, memory, configuration and files. Its weights are not loaded."""
-    from colada.cli.info import describe
+    from colada.cli.info import describe, show
 
-    found = describe(model, revision)
+    description = describe(model, revision)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps(description.to_dict(), indent=2))
     else:
-        from rich.console import Console
-
-        _print_info(found, Console(highlight=False, soft_wrap=True))
-
-
-def _print_info(found: ModelInfo, console: Console) -> None:
-    from rich.table import Table
-
-    from colada.cli.info import BYTES
-    from colada.locate import DECODER_DIR, DIT_DIR, VAE_DIR
-
-    def table(*columns: str, rows: Sequence[Sequence[str]]) -> None:
-        grid = Table(*columns[:1], box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-        for column in columns[1:]:
-            grid.add_column(column, justify="right")
-        for row in rows:
-            grid.add_row(*row)
-        console.print(grid)
-        console.print()
-
-    def values(title: str, mapping: dict[str, Any]) -> None:
-        table(title, "", rows=[(name, json.dumps(value)) for name, value in mapping.items()])
-
-    tokenizer = f"{found.tokenizer[0]} ({found.tokenizer[1]:,} entries)" if found.tokenizer else "none"
-    for name, value in (
-        ("model", found.origin),
-        ("directory", found.directory),
-        ("tokenizer", tokenizer),
-        ("stored as", ", ".join(found.dtypes)),
-    ):
-        console.print(f"[bold]{name:<12}[/bold]", end="")
-        console.print(value, markup=False)
-    console.print()
-    shares = [(part, f"{n:,}", f"{n / found.total:.1%}") for part, n in found.parameters.items()]
-    table("Part", "Parameters", "Share", rows=[*shares, ("Total", f"{found.total:,}", "100.0%")])
-    memory = [(name, _size(found.weight_bytes(name)), _size(found.history_bytes(name))) for name in BYTES]
-    per = "token" if DECODER_DIR in found.configs else "latent"
-    table("Memory", "Weights", f"History per {per}", rows=memory)
-    titles = {VAE_DIR: "Text VAE", DIT_DIR: "DiT", DECODER_DIR: "Decoder"}
-    for folder, config in found.configs.items():
-        values(titles[folder], config.to_dict())
-    values("Generation", dict(found.generation))
-    table("File", "Size", rows=[(name, _size(size)) for name, size in found.files.items()])
-
-
-def _size(count: float) -> str:
-    """Return a number of bytes for a reader: "1,536 B", "12.3 MiB"."""
-    units = ["KiB", "MiB", "GiB", "TiB"]
-    if count < 10 * 1024:
-        return f"{count:,.0f} B"
-    while (count := count / 1024) >= 1024 and len(units) > 1:
-        units.pop(0)
-    return f"{count:.1f} {units[0]}"
+        show(description)
 
 
 @app.command()
@@ -325,13 +259,13 @@ def parity(
         list[Path], typer.Argument(metavar="CASE_DIR...", help="Directories of parity fixtures.")
     ],
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Largest relative error, max |a - b| / max |b|, that holds.")
+        float, number_option(help="Largest relative error, max |a - b| / max |b|, that holds.")
     ] = 1e-5,
     device: DeviceOption = "cpu",
 ) -> None:
     """Compare this implementation with a reference: one JSON line a case, exit status 1 if any fails."""
-    if tolerance == math.inf:
-        raise ColadaError("tolerance=inf, expected a finite number: everything would hold")
+    if not 0 <= tolerance < math.inf:
+        raise ColadaError(f"tolerance={tolerance}, expected a finite number of at least 0")
     from colada.cli.parity import report
 
     codes = [report(case, tolerance, device) for case in cases]
@@ -365,6 +299,8 @@ def tokenizer_train(
     from colada.data.listing import find_files
     from colada.text.tokenizer import Tokenizer
 
+    if include and path.is_file():
+        raise ColadaError(f"--include {include[0]} with {path}, expected a folder: a file is read as it is")
     documents = read_documents(find_files(path, include or ()), column=column)
     texts = (document.text for document in documents if document.split == "train")
     Tokenizer.train(texts, vocab_size, progress=sys.stderr.isatty()).save(out)
@@ -380,7 +316,7 @@ def tokenizer_encode(
 ) -> None:
     """Print a text's ids and what each spells; U+FFFD stands for part of a character."""
     (text,) = read_texts(text, None, False)
-    tokenizer = _tokenizer(model, file)
+    tokenizer = load_tokenizer(model, file)
     ids = tokenizer.encode(text)
     pieces = [tokenizer.decode([token], skip_special=False) for token in ids]
     if as_json:
@@ -397,25 +333,8 @@ def tokenizer_decode(
     file: TokenizerFile = None,
 ) -> None:
     """Print the text of token ids, special tokens included."""
-    tokenizer = _tokenizer(model, file)
+    tokenizer = load_tokenizer(model, file)
     for token in ids:
         if not 0 <= token < tokenizer.vocab_size:
             raise ColadaError(f"id {token}, expected whole numbers from 0 to {tokenizer.vocab_size - 1}")
     print(tokenizer.decode(ids, skip_special=False))
-
-
-def _tokenizer(model: str | None, file: Path | None) -> Tokenizer:
-    from colada.text.tokenizer import Tokenizer
-
-    if file is not None:
-        if model is not None:
-            raise ColadaError(f"--model {model} and --file {file}, expected one of them")
-        return Tokenizer.from_file(file)
-
-    from colada.locate import BUNDLED, find_tokenizer, locate
-
-    directory = locate(BUNDLED if model is None else model)
-    found = find_tokenizer(directory)
-    if found is None:
-        raise ColadaError(f"{directory} has no tokenizer.json")
-    return Tokenizer.from_file(found)

@@ -1,16 +1,17 @@
-"""What the commands that load a model share: their options, and the model these name."""
+"""What commands share: their options, the texts these name, and the one way to the model that they name."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from colada.cli.loading import loading
 from colada.errors import ColadaError, nearest
 from colada.files import decode, read_text
 from colada.locate import local
@@ -18,6 +19,7 @@ from colada.locate import local
 if TYPE_CHECKING:
     from colada.models.base import LanguageModel
     from colada.models.cola import ColaDLM
+    from colada.text.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTISATIONS = ("int8",)
@@ -26,6 +28,24 @@ MOST_INPUT = 2**28
 """Bytes of standard input that are read."""
 MOST_MESSAGE = 2**20
 """Bytes of one message of a chat."""
+
+
+def number(text: str) -> float:
+    """Return what an option's text spells; refuses what is no number, or would silently be 0 or infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}, expected a number") from None
+    digits = text.lower().partition("e")[0]
+    if (value == 0 and re.search("[1-9]", digits)) or (abs(value) == float("inf") and "i" not in digits):
+        raise typer.BadParameter(f"{text!r} is beyond what a number can hold")
+    return value
+
+
+def number_option(*names: str, help: str, metavar: str = "NUMBER") -> Any:
+    """Return an option that takes a :func:`number`."""
+    return typer.Option(*names, parser=number, metavar=metavar, help=help)
+
 
 TextArgument = Annotated[
     str | None,
@@ -58,11 +78,30 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps.")]
 QuantiseOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Layers with int8 weights: less memory, less exact; slower on a CPU.",
-    ),
+    typer.Option(metavar="NAME", help="int8: layers with such weights take less memory, and are less exact."),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Say on a terminal's standard error what is being loaded, and take it away once that is done.
+
+    By hand: rich itself would keep it waiting.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield
+        return
+    width = 0
+    with suppress(OSError):
+        width = os.get_terminal_size(sys.stderr.fileno()).columns
+    # One row: what is wrapped cannot be taken away.
+    text = f"loading {what} ..."[: max(1, (width or 80) - 1)]
+    print(text, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(f"\r{' ' * len(text)}\r", end="", file=sys.stderr, flush=True)
 
 
 def load_model(
@@ -80,13 +119,13 @@ def load_model(
         from colada.device import find_device
         from colada.models.cola import ColaDLM, load
 
-        wanted = getattr(torch, dtype) if dtype is not None else None
-        loaded = load(model, revision=revision, device=find_device(device), dtype=wanted)
+        kind = getattr(torch, dtype) if dtype is not None else None
+        network = load(model, revision=revision, device=find_device(device), dtype=kind)
     if quantise is None:
-        return loaded
-    if not isinstance(loaded, ColaDLM):
-        raise ColadaError(f"quantise={quantise!r} with {loaded.origin}: expected a Cola DLM")
-    return loaded.quantise(quantise)
+        return network
+    if not isinstance(network, ColaDLM):
+        raise ColadaError(f"quantise={quantise!r} with {network.origin}: expected a Cola DLM")
+    return network.quantise(quantise)
 
 
 def load_cola(model: str | None, revision: str | None, dtype: str | None, device: str) -> ColaDLM:
@@ -98,10 +137,32 @@ def load_cola(model: str | None, revision: str | None, dtype: str | None, device
     from colada.models.base import ARCHITECTURES
     from colada.models.cola import ColaDLM
 
-    loaded = load_model(model, revision, dtype, device)
-    if not isinstance(loaded, ColaDLM):
-        raise ColadaError(f"{loaded.origin} is {ARCHITECTURES[loaded.arch]}, expected a Cola DLM here")
-    return loaded
+    network = load_model(model, revision, dtype, device)
+    if not isinstance(network, ColaDLM):
+        raise ColadaError(f"{network.origin} is {ARCHITECTURES[network.arch]}, expected a Cola DLM here")
+    return network
+
+
+def load_tokenizer(model: str | None, file: Path | None) -> Tokenizer:
+    """Return the tokenizer of a file, or of a model without its weights.
+
+    Raises:
+        ColadaError: if both are given, or there is none.
+    """
+    from colada.text.tokenizer import Tokenizer
+
+    if file is not None:
+        if model is not None:
+            raise ColadaError(f"--model {model} and --file {file}, expected one of them")
+        return Tokenizer.from_file(file)
+
+    from colada.locate import BUNDLED, find_tokenizer, locate
+
+    directory = locate(BUNDLED if model is None else model)
+    path = find_tokenizer(directory)
+    if path is None:
+        raise ColadaError(f"{directory} has no tokenizer.json")
+    return Tokenizer.from_file(path)
 
 
 def check_model_options(

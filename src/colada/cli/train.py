@@ -75,7 +75,7 @@ def train(
     if dry_run:
         _plan(settings, ranks or world_size(), as_json, notes)
         return
-    from colada.cli.loading import loading
+    from colada.cli.options import loading
 
     with loading(f"torch for {recipe}"):
         from rich.console import Console

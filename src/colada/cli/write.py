@@ -23,6 +23,7 @@ from colada.cli.options import (
     TextArgument,
     check_model_options,
     load_model,
+    number_option,
     read_message,
     read_texts,
 )
@@ -41,24 +42,24 @@ TokensOption = Annotated[
 ]
 StepsOption = Annotated[int | None, typer.Option(help=f"Solver steps per block. {_OWN}")]
 GuidanceOption = Annotated[
-    float | None, typer.Option("--guidance", "-g", help=f"Guidance scale; 1 is off. {_OWN}")
+    float | None, number_option("--guidance", "-g", help=f"Guidance scale; 1 is off. {_OWN}")
 ]
 IntervalOption = Annotated[
     tuple[float, float] | None,
-    typer.Option(metavar="LOW HIGH", help=f"Guide only while a = t / T is between these. {_OWN}"),
+    number_option(metavar="LOW HIGH", help=f"Guide only while a = t / T is between these. {_OWN}"),
 ]
 TemperatureOption = Annotated[
-    float | None, typer.Option(help=f"Of token sampling; 0 picks the likeliest. {_OWN}")
+    float | None, number_option(help=f"Of token sampling; 0 picks the likeliest. {_OWN}")
 ]
 TopKOption = Annotated[
     int | None, typer.Option(help=f"Sample among the k likeliest tokens; 0 is off. {_OWN}")
 ]
 TopPOption = Annotated[
     float | None,
-    typer.Option(help=f"Sample among the likeliest tokens that reach this probability; 1 is off. {_OWN}"),
+    number_option(help=f"Sample among the likeliest tokens that reach this probability; 1 is off. {_OWN}"),
 ]
 PenaltyOption = Annotated[
-    float | None, typer.Option(help=f"Above 1, tokens seen before are less likely; 1 is off. {_OWN}")
+    float | None, number_option(help=f"Above 1, tokens seen before are less likely; 1 is off. {_OWN}")
 ]
 StopOption = Annotated[
     list[str] | None, typer.Option(help=f"End the text before this string; may be repeated. {_OWN}")
