@@ -192,10 +192,7 @@ def show(model: ModelInfo) -> None:
     console.print()
     shares = [(part, f"{n:,}", f"{n / model.total:.1%}") for part, n in model.parameters.items()]
     table("Part", "Parameters", "Share", rows=[*shares, ("Total", f"{model.total:,}", "100.0%")])
-    memory = [
-        (name, size(model.weight_bytes(name)), size(model.history_bytes(name)))
-        for name in BYTES
-    ]
+    memory = [(name, size(model.weight_bytes(name)), size(model.history_bytes(name))) for name in BYTES]
     per = "token" if DECODER_DIR in model.configs else "latent"
     table("Memory", "Weights", f"History per {per}", rows=memory)
     titles = {VAE_DIR: "Text VAE", DIT_DIR: "DiT", DECODER_DIR: "Decoder"}
