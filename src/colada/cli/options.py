@@ -30,8 +30,10 @@ MOST_MESSAGE = 2**20
 """Bytes of one message of a chat."""
 
 
-def number(text: str) -> float:
+def number(text: str | float) -> float:
     """Return what an option's text spells; refuses what is no number, or would silently be 0 or infinite."""
+    if not isinstance(text, str):
+        return text  # The option's default.
     try:
         value = float(text)
     except ValueError:
