@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.machine import machine_name, synchronise
 from colada.files import write_text
+from colada.report.table import Table
 from colada.train.provenance import provenance
 
 Result = TypeVar("Result")
@@ -97,33 +97,33 @@ def made_with(device: torch.device) -> dict[str, str]:
 
 def number(value: float) -> str:
     """Return a number in three digits, or all before the point; very small ones as 1.2e-07."""
-    if 0 < abs(value) < 0.001:
+    size = abs(value)
+    if 0 < size < 0.001:
         return f"{value:.1e}"
-    return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3}f}"
+    return f"{value:,.{0 if size >= 100 or not size else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
 
 
-def cell(value: Any, between: str = "\n") -> str:
-    """Return a cell of a table: a number, or a spread's median with its range after ``between``."""
+def cell(value: Any, form: str) -> str:
+    """Return a cell of a table; ``form`` puts a spread's median {0} and range {1} together."""
     if isinstance(value, dict):  # As a record has it.
         value = Spread(**value)
     if isinstance(value, Spread):
-        spread = f"{number(value.least)}–{number(value.most)}"
-        return f"{number(value.median)}{between}{spread if between == chr(10) else f'({spread})'}"
+        return form.format(number(value.median), f"{number(value.least)}–{number(value.most)}")
     if value is None:
         return ""
     return number(value) if isinstance(value, float) else str(value)
 
 
-def show(title: str, rows: Sequence[Row], console: Console) -> None:
-    """Print rows as a table: medians, and their ranges below them. Columns that are empty are left out."""
+def table(rows: Sequence[Row], form: str = "{0} ({1})") -> Table:
+    """Return rows as a table, without the columns that are empty; ``form`` as in :func:`cell`."""
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    return Table(columns, [[cell(row[name], form) for name in columns] for row in rows])
+
+
+def show(title: str, rows: Sequence[Row], console: Console) -> None:
+    """Print rows as a table: medians, and their ranges below them."""
     console.print(f"\n[bold]{title}[/]")
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(cell(row[name]) for name in columns))
-    console.print(table)
+    table(rows, "{0}\n{1}").print(console)
 
 
 def write_record(path: Path, title: str, device: torch.device, rows: Sequence[Row], **others: Any) -> None:

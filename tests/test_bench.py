@@ -553,15 +553,17 @@ def test_a_record_has_all_that_was_measured_and_becomes_a_table(
         "ar",
     ]
     assert " GB " not in lines[2]  # Nothing was measured of it.
+    table.main([file, file], tmp_path / "speed.html")
+    drawn = (tmp_path / "speed.html").read_text()
+    assert all(name in drawn for name in ("engine", "readable", "limit", "batch 2, context 6", "rates1"))
 
 
 def test_numbers_have_three_digits_and_spreads_their_range() -> None:
     numbers = (1234.5, 12.34, 1.234, 0.1234, 0.0000012, 0.0)
-    assert list(map(measure.number, numbers)) == ["1,234", "12.3", "1.23", "0.123", "1.2e-06", "0.000"]
-    assert measure.cell(Spread(2, 1, 3)) == "2.00\n1.00–3.00"
-    assert table.markdown([{"a": "x", "b": None, "c": {"median": 2, "least": 1, "most": 3}}]) == (
-        "| a | c |\n| --- | --- |\n| x | 2.00 (1.00–3.00) |"
-    )
+    assert list(map(measure.number, numbers)) == ["1,234", "12.3", "1.23", "0.123", "1.2e-06", "0"]
+    assert measure.cell(Spread(2, 1, 3), "{0}/{1}") == "2.00/1.00–3.00"
+    rows = [{"a": "x", "b": None, "c": {"median": 2, "least": 1, "most": 3}}]
+    assert measure.table(rows).markdown().splitlines()[::2] == ["| a | c |", "| x | 2.00 (1.00–3.00) |"]
 
 
 @pytest.mark.usefixtures("quick")
