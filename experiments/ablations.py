@@ -25,12 +25,12 @@ import colada
 from colada.data.documents import read_documents
 from colada.data.listing import find_files
 from colada.data.sources import read_texts
-from colada.evaluate.generative import distinct
+from colada.evaluate.variety import distinct, words
 from colada.generate.settings import TextRequest
 from colada.train.display import Display
 from colada.train.recipe import Recipe, load_recipe
 from colada.train.trainer import Trainer
-from experiments.model_card import Trigrams, words
+from experiments.model_card import Trigrams
 
 NARROW, SHIFTED = "model.vae.latent_dim=16", "stage2.loc=1.6931"
 VELOCITY = "model.dit.prediction=velocity"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,7 +24,7 @@ from colada.data.listing import find_files
 from colada.data.rows import StreamRows, batch
 from colada.data.shards import prepare
 from colada.data.sources import Source
-from colada.evaluate.generative import distinct
+from colada.evaluate.variety import distinct, words
 from colada.flow import TimestepLaw, calibrated_loc
 from colada.generate.settings import Settings, TextRequest
 from colada.models.cola import load_cola
@@ -35,11 +34,6 @@ from colada.train.noise import FlowSettings, VAEWeights, draw_randomness
 OPENING = "Once upon a time"
 PROMPT_WORDS = 8
 BATCH = 25
-
-
-def words(text: str) -> list[str]:
-    """Return the words of a text, lower-case, punctuation aside."""
-    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
 
 
 class Trigrams:

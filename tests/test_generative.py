@@ -19,15 +19,17 @@ from colada.evaluate.generative import (
     ModelJudge,
     Passage,
     TransformersJudge,
-    distinct,
-    entropy,
+    continue_passages,
     figures,
-    read_generated,
+    frontier,
+    real_passages,
 )
 from colada.evaluate.texts import Text
+from colada.evaluate.variety import distinct, entropy, known, overlap, repeated, words
 from colada.models.bound import TextScore
 from colada.models.cola import ColaDLM
 from colada.models.likelihood import measure
+from colada.report.frontier import draw_frontier
 from colada.text.tokenizer import Tokenizer
 
 TEXTS = [
@@ -61,26 +63,48 @@ def test_distinct_by_hand() -> None:
     assert distinct(texts, 5) == 0.0
 
 
-def passage(*ids: int) -> Passage:
-    return Passage("", "x" * len(ids), (), ids)
+def test_words_by_hand() -> None:
+    spoken = words("The the dog, don't DON'T: the\nÉté été.")
+    assert spoken == ["the", "the", "dog", "don't", "don't", "the", "été", "été"]
+    assert repeated([spoken, ["été"]]) == 3 / 7
+    assert known([spoken, ["cat"]], {"the", "dog"}) == 4 / 9
+    assert repeated([]) == known([], {"a"}) == 0.0
+
+
+def test_overlap_by_hand() -> None:
+    # ab, bc and ab, bd: one of three; the same twice: all; nothing to share with a text of one word: none.
+    assert overlap([["abc", "abd"]]) == 1 / 3
+    assert overlap([["abc", "abd"], ["abab", "ab"]]) == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert overlap([["abc", "abd", "a"]]) == pytest.approx((1 / 3 + 0 + 0) / 3)
+    assert overlap([["abc"], ["abd"]]) is None
+
+
+def passage(*ids: int, text: str = "") -> Passage:
+    return Passage("", text or "x" * len(ids), (), ids)
 
 
 def test_figures_by_hand() -> None:
     passages = [passage(1, 1, 2, 2), passage(3, 3)]
     scores = [TextScore(5, 0, -5 * math.log(8), {}), TextScore(3, 0, -3 * math.log(8), {})]
-    found = figures(passages, scores)
+    found = figures([passages], scores)
     assert found["perplexity"] == pytest.approx(8.0)
     assert found["standard_error"] == pytest.approx(0.0, abs=1e-9)
     assert found["entropy"] == pytest.approx((1.0 + 0.0) / 2)
     assert found["entropy_together"] == pytest.approx(math.log2(3))
     assert (found["distinct_1"], found["distinct_2"], found["distinct_3"]) == (3 / 6, 4 / 4, 2 / 2)
     assert (found["texts"], found["tokens"], found["judge_tokens"]) == (2, 6, 8)
-    uneven = figures(passages, [TextScore(4, 0, -4.0, {}), TextScore(2, 0, -8.0, {})])
+    assert (found["repeated_words"], found["overlap"]) == (0.0, None)
+    # Two samples of two prompts; where nothing was written there is nothing to compare.
+    rows = [[passage(1, 2, 3, text="a a"), passage(5, 6)], [passage(1, 2, 4, text="a b"), passage()]]
+    both = figures(rows, [*scores, scores[0]], {"a"})
+    assert (both["texts"], both["overlap"]) == (3, 1 / 3)
+    assert (both["repeated_words"], both["known_words"]) == (1 / 2, 3 / 5)
+    uneven = figures([passages], [TextScore(4, 0, -4.0, {}), TextScore(2, 0, -8.0, {})])
     # Two nats a token over all; the texts are 4 - 2 * 4 = -4 and 8 - 2 * 2 = 4 nats off that.
     error = math.sqrt((16 + 16) * 2 / 1) / 6
     assert uneven["perplexity"] == pytest.approx(math.exp(2.0))
     assert uneven["standard_error"] == pytest.approx(math.exp(2.0) * error)
-    assert figures(passages[:1], scores[:1])["standard_error"] is None
+    assert figures([passages[:1]], scores[:1])["standard_error"] is None
 
 
 # --- judging --------------------------------------------------------------------------------------
@@ -99,29 +123,43 @@ class CountingJudge:
         return [TextScore(len(own.ids), 0, -float(len(own.text)), {}) for own in passages]
 
 
-def test_generated_and_real_follow_the_same_prompts_for_as_long(model: ColaDLM) -> None:
-    judge = CountingJudge()
-    found = read_generated(model, TEXTS, judge, prompt_tokens=4, new_tokens=8, seed=5, steps=2)
-    assert (found["left_out"], found["empty"], found["kind"]) == (1, 0, "exact")
+def tokenizer_of(model: ColaDLM) -> Tokenizer:
+    assert model.tokenizer is not None
+    return model.tokenizer
+
+
+def test_models_follow_the_prompts_of_real_texts_under_all_settings(model: ColaDLM) -> None:
+    judge, tokenizer = CountingJudge(), tokenizer_of(model)
+    real = real_passages(tokenizer, TEXTS, 4, 8)
+    assert [own.origin for own in real] == ["a:1", "a:3"]  # The second is too short.
     ids = [model.ids(TEXTS[number].text) for number in (0, 2)]
-    done = model.generate([own[:4] for own in ids], 8, seed=[5, 6], steps=2)
-    generated, real = judge.seen[:2], judge.seen[2:]
-    assert [own.ids for own in generated] == [own.tokens for own in done]
-    assert [own.text for own in generated] == [own.text for own in done]
-    for own, other, whole in zip(generated, real, ids, strict=True):
-        assert own.prompt_ids == other.prompt_ids == tuple(whole[:4])
-        assert other.ids == tuple(whole[4 : 4 + len(own.ids)])
-    characters = sum(len(own.text) for own in real)
-    tokens = sum(len(own.ids) for own in real)
+    for own, whole in zip(real, ids, strict=True):
+        assert (own.prompt_ids, own.ids) == (tuple(whole[:4]), tuple(whole[4:12]))
+    settings = [{"steps": 2, "guidance": guidance} for guidance in (1.0, 3.0)]
+    found = frontier([(model, settings)], real, judge, tokenizer, 8, seed=5, samples=2, batch=3)
+    characters, tokens = sum(len(own.text) for own in real), sum(len(own.ids) for own in real)
     assert found["real"]["perplexity"] == pytest.approx(math.exp(characters / tokens))
-    assert [record["origin"] for record in found["records"]] == ["a:1", "a:3"]
-    apart = read_generated(
-        model, TEXTS, CountingJudge(), prompt_tokens=4, new_tokens=8, seed=5, batch=1, steps=2
-    )
-    assert apart["records"] == found["records"]
+    assert [record["origin"] for record in found["real"]["records"]] == ["a:1", "a:3"]
+    for point, own in zip(found["points"], settings, strict=True):
+        assert own.items() <= point["settings"].items()
+        done = model.generate([whole[:4] for whole in [*ids, *ids]], 8, seed=[5, 6, 7, 8], **own)
+        assert [record["text"] for record in point["records"]] == [each.text for each in done]
+        assert point["texts"] == 4
+        pairs = [[done[0].tokens, done[2].tokens], [done[1].tokens, done[3].tokens]]
+        assert point["overlap"] == pytest.approx(overlap(pairs))
+        assert point["distinct_2"] == distinct([each.tokens for each in done], 2)
 
 
-def test_where_the_model_ends_early_the_real_text_is_cut(
+def test_a_model_with_another_tokenizer_is_counted_in_the_first_ones_tokens(model: ColaDLM) -> None:
+    stranger = Tokenizer.train(["a few words, no more than that"], 262)
+    real = real_passages(stranger, TEXTS, 4, 8)
+    (((own, _, _),),) = continue_passages(model, stranger, real, 4, [{"steps": 1}], seed=5)
+    (done,) = model.generate([real[0].prompt], 4, seed=5, steps=1)
+    assert own.ids == tuple(stranger.encode(done.text))
+    assert own.prompt_ids == real[0].prompt_ids
+
+
+def test_what_ends_early_is_counted_and_real_text_cut_for_comparison(
     model: ColaDLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from colada.text.transcript import Completion
@@ -134,15 +172,16 @@ def test_where_the_model_ends_early_the_real_text_is_cut(
             (n, Completion("", (1,) * lengths[n], "end", n)) for n in range(len(requests))
         ),
     )
+    real = real_passages(tokenizer_of(model), TEXTS, 0, 8)
+    assert real[0].prompt_ids == ()
     judge = CountingJudge()
-    found = read_generated(model, TEXTS, judge, prompt_tokens=0, new_tokens=8)
-    assert [len(own.ids) for own in judge.seen] == [3, 3]
-    assert judge.seen[1].ids == tuple(model.ids(TEXTS[0].text)[:3])
-    assert judge.seen[1].prompt_ids == ()
-    assert (found["empty"], found["ended"], found["generated"]["texts"]) == (1, 2, 1)
+    (point,) = frontier([(model, [{}])], real, judge, tokenizer_of(model), 8)["points"]
+    assert [len(own.ids) for own in judge.seen] == [8, 8]  # Real text is whole to the judge, and read last.
+    assert (point["empty"], point["ended"], point["texts"], point["tokens"]) == (1, 2, 1, 3)
+    assert point["real_distinct_2"] == distinct([real[0].ids[:3]], 2)
     lengths[0] = 0
     with pytest.raises(ColadaError, match="ended every one of 2 texts"):
-        read_generated(model, TEXTS, judge, prompt_tokens=0, new_tokens=8)
+        continue_passages(model, tokenizer_of(model), real, 8, [{}])
 
 
 def test_a_judge_with_the_same_tokenizer_reads_tokens(model: ColaDLM) -> None:
@@ -238,27 +277,62 @@ def test_a_judge_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_bad_input(model: ColaDLM, lengths: dict[str, Any], words: str) -> None:
+    prompt_tokens, new_tokens = lengths.pop("prompt_tokens"), lengths.pop("new_tokens")
+    batch = lengths.pop("batch", 16)
+    tokenizer = tokenizer_of(model)
+
+    def ask() -> None:
+        real = real_passages(tokenizer, TEXTS, prompt_tokens, new_tokens)
+        continue_passages(model, tokenizer, real, new_tokens, [lengths], batch=batch)
+
     with pytest.raises(ColadaError, match=words):
-        read_generated(model, TEXTS, CountingJudge(), **lengths)
+        ask()
 
 
-def test_the_command(tmp_path: Path) -> None:
-    data, out = tmp_path / "real.jsonl", tmp_path / "out.json"
+def test_the_command_draws_a_line_of_each_model(tmp_path: Path) -> None:
+    data, out, page = tmp_path / "real.jsonl", tmp_path / "out.json", tmp_path / "page.html"
     data.write_text("".join(json.dumps({"text": text.text}) + "\n" for text in TEXTS))
     judge = str(Path(colada.__file__).parent / "bundled")
     fast = ["--steps", "2", "--judge-steps", "1", "--prompt-tokens", "4", "--new-tokens", "4"]
-    arguments = ["eval", "generative", str(data), "--judge", judge, *fast, "-q", "--out", str(out)]
-    result = CliRunner().invoke(app, arguments)
+    several = ["--guidance", "1,2.5", "--model", judge, "--model", judge]
+    arguments = ["eval", "generative", str(data), "--judge", judge, *fast, *several, "-q"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(out), "--html", str(page)])
     assert result.exit_code == 0, result.output
-    assert "perplexity, at most" in result.stdout
+    assert "at most" in result.stdout
+    assert "left out: 1 texts with fewer than 8 tokens" in result.stdout
     record = json.loads(out.read_text())
     assert record["kind"] == "bound"
-    assert record["settings"]["steps"] == 2
     assert record["judge_settings"]["steps"] == 1
     assert record["made_with"]["colada"] == colada.__version__
-    for column, name in (("generated", "log_likelihood"), ("real", "real_log_likelihood")):
-        total = -sum(own[name] for own in record["records"])
-        assert record[column]["perplexity"] == pytest.approx(math.exp(total / record[column]["judge_tokens"]))
-        assert record[column]["tokens"] == record["generated"]["tokens"]
-    missing = CliRunner().invoke(app, ["eval", "generative", str(data), "--judge", str(tmp_path / "no")])
-    assert missing.exit_code != 0
+    assert [point["settings"]["guidance"] for point in record["points"]] == [1.0, 2.5, 1.0, 2.5]
+    assert all(point["settings"]["steps"] == 2 for point in record["points"])
+    for own in (record["real"], *record["points"]):
+        total = -sum(each["log_likelihood"] for each in own["records"])
+        assert own["perplexity"] == pytest.approx(math.exp(total / own["judge_tokens"]))
+        assert f"{own['perplexity']:.2f}" in page.read_text()
+    figure = draw_frontier(record)
+    lines = [container.lines[0].get_xydata().tolist() for container in figure.axes[0].containers]
+    expected = [[point["distinct_2"], point["perplexity"]] for point in record["points"]]
+    assert lines == [expected]  # One model by its name, twice.
+    stars = [line for line in figure.axes[0].lines if line.get_label() == "real text"]
+    assert stars[0].get_xdata() == [record["real"]["distinct_2"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--guidance", "1,x"], "'x', expected numbers such as 1,3,7"),
+        (["--guidance", "1,nan"], "guidance=nan"),
+        (["--samples", "0"], "samples=0"),
+        (["--reference", ""], "'': no such file or directory"),
+        (["--judge", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_options(tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "real.jsonl").write_text(json.dumps({"text": TEXTS[0].text}) + "\n")
+    judge = str(Path(colada.__file__).parent / "bundled")
+    with pytest.raises(ColadaError, match=words):
+        app(
+            ["eval", "generative", str(tmp_path / "real.jsonl"), "--judge", judge, *arguments],
+            standalone_mode=False,
+        )

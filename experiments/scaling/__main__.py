@@ -70,8 +70,8 @@ def scaling(
 
     from rich.console import Console
 
-    from colada.cli.evaluate import chosen_tasks
     from colada.cli.train import training_extra
+    from colada.evaluate.tasks import find_tasks
     from colada.models.base import find_archs
 
     with training_extra():
@@ -87,7 +87,7 @@ def scaling(
 
         torch.set_num_threads(threads)
     # All that can be wrong is found before anything is trained.
-    asked = Asked(tuple(task.name for task in chosen_tasks(tasks)), limit, shots, max_new_tokens)
+    asked = Asked(tuple(task.name for task in find_tasks(tasks)), limit, shots, max_new_tokens)
     cells = plan_cells(recipes, find_archs(archs), seeds, device)
     items = asked.benchmarks(benchmarks)
     for cell in cells:
@@ -146,10 +146,10 @@ def data(
 
     Records that a task is scored on are left out. Prints what each licence allows.
     """
-    from colada.cli.evaluate import chosen_tasks
+    from colada.evaluate.tasks import find_tasks
     from experiments.scaling.data import LICENCES, write_documents
 
-    chosen = list(LICENCES) if tasks is None else [task.name for task in chosen_tasks(tasks)]
+    chosen = list(LICENCES) if tasks is None else [task.name for task in find_tasks(tasks)]
     write_documents(benchmarks, out, chosen, print, letters)
 
 

@@ -20,6 +20,7 @@ import typer.core
 from colada import __version__
 from colada.cli import train
 from colada.cli.evaluate import eval_app
+from colada.cli.measure import generative, likelihood
 from colada.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -69,6 +70,8 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(help="Train a tokenizer, and see what one does.")
 app.add_typer(tokenizer_app, name="tokenizer")
+eval_app.command("likelihood")(likelihood)
+eval_app.command("generative")(generative)
 app.add_typer(eval_app, name="eval")
 for command in (generate, chat, serve, train.train, train.recipe, train.report, train.export, train.ledger):
     app.command()(command)

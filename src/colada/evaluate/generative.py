@@ -1,21 +1,21 @@
 """How generated text reads to a judge, beside how varied it is, and the same of real text.
 
-A model that repeats itself pleases any judge: perplexity alone says nothing, so entropy and distinct-n
-stand next to it, and both next to those of real text that follows the same prompts for as many tokens.
+A model that repeats itself pleases any judge: perplexity alone says nothing, so what it is worth is a line
+of perplexity over variety, which guidance moves a model along, and real text's own point beside it.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from colada.checks import require_count
 from colada.errors import ColadaError
+from colada.evaluate import variety
 from colada.evaluate.statistics import ratio_error
-from colada.evaluate.texts import Text, check_lengths
+from colada.evaluate.texts import TRANSFORMERS, Text, check_lengths
 from colada.generate.settings import Prompt, Settings, TextRequest
 from colada.models.base import LanguageModel
 from colada.models.bound import Kind, TextScore
@@ -26,26 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 NGRAMS = (1, 2, 3)
-TRANSFORMERS = "hf:"
-"""What the name of a judge from ``transformers`` begins with."""
 
 Progress = Callable[[int, int], None]
-
-
-# --- variety --------------------------------------------------------------------------------------
-
-
-def entropy(sequence: Iterable[Hashable]) -> float:
-    """Return the entropy of a sequence's unigrams in bits, of the shares as counted; 0 of an empty one."""
-    counts = Counter(sequence)
-    total = counts.total()
-    return sum(count / total * math.log2(total / count) for count in counts.values())
-
-
-def distinct(sequences: Iterable[Sequence[Hashable]], n: int) -> float:
-    """Return the share of different n-grams among all n-grams within sequences; 0 if there are none."""
-    grams = [tuple(own[at : at + n]) for own in sequences for at in range(len(own) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
 
 
 # --- judges ---------------------------------------------------------------------------------------
@@ -53,12 +35,18 @@ def distinct(sequences: Iterable[Sequence[Hashable]], n: int) -> float:
 
 @dataclass(frozen=True)
 class Passage:
-    """A text and the prompt before it, as text and as the writer's tokens."""
+    """A text and the prompt before it, as text and as tokens; and where the prompt is from."""
 
     prompt: str
     text: str
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
+    origin: str = ""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int], origin: str) -> Passage:
+        """Return the passage that some tokens spell."""
+        return cls(tokenizer.decode(prompt), tokenizer.decode(ids), tuple(prompt), tuple(ids), origin)
 
 
 class Judge(Protocol):
@@ -81,23 +69,22 @@ class Judge(Protocol):
 class ModelJudge:
     """A model of this package as judge, of any kind.
 
-    With the writer's own tokenizer it reads the writer's tokens, else their text, prompt and text encoded
-    apart.
+    With the tokenizer of the passages it reads their ids, else their text, prompt and text encoded apart.
 
     Args:
         model: the judge.
-        writer: the tokenizer of the passages.
+        tokenizer: of the passages' ids.
         settings: of :func:`~colada.models.likelihood.measure`.
 
     Raises:
         ColadaError: if it has no tokenizer.
     """
 
-    def __init__(self, model: LanguageModel, writer: Tokenizer, **settings: Any) -> None:
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, **settings: Any) -> None:
         if model.tokenizer is None:
             raise ColadaError(f"{model.origin or 'the judge'} has no tokenizer.json, and judges text")
         self.model, self.origin, self.kind, self.settings = model, model.origin, kind(model), settings
-        self._same = model.tokenizer.to_json() == writer.to_json()
+        self._same = model.tokenizer.to_json() == tokenizer.to_json()
 
     def score(self, passages: Sequence[Passage], progress: Progress | None = None) -> list[TextScore]:
         """See :class:`Judge`."""
@@ -163,116 +150,202 @@ class TransformersJudge:
         return scores
 
 
-# --- figures --------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
-def figures(passages: Sequence[Passage], scores: Sequence[TextScore]) -> dict[str, Any]:
-    """Return perplexity under the judge, entropy and distinct-n of some passages, for JSON.
-
-    ``perplexity`` is exp(-sum log p / judge's tokens), ``standard_error`` that over texts, None for one.
-    Entropies, in bits a token, and distinct-n are of the writer's tokens: ``entropy`` is the mean of each
-    text's own, ``entropy_together`` that of all texts' tokens, which is low too if texts are alike.
-    """
-    losses, sizes = [-score.log_likelihood for score in scores], [score.tokens for score in scores]
-    rate, error = sum(losses) / sum(sizes), ratio_error(losses, sizes)
-    sequences = [passage.ids for passage in passages]
-    everything = [token for own in sequences for token in own]
-    return {
-        "perplexity": math.exp(rate),
-        "standard_error": None if error is None else math.exp(rate) * error,
-        "nats_per_token": rate,
-        "entropy": sum(map(entropy, sequences)) / len(sequences),
-        "entropy_together": entropy(everything),
-        **{f"distinct_{n}": distinct(sequences, n) for n in NGRAMS},
-        "texts": len(passages),
-        "tokens": len(everything),
-        "judge_tokens": sum(sizes),
-    }
-
-
-def read_generated(
-    model: LanguageModel,
-    texts: Sequence[Text],
-    judge: Judge,
-    *,
-    prompt_tokens: int,
-    new_tokens: int,
-    seed: int = 0,
-    batch: int = 16,
-    writing: Progress | None = None,
-    judging: Progress | None = None,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Return a judge's figures of what a model writes after the beginnings of texts, and of the texts.
-
-    Of each text, ``prompt_tokens`` are the prompt (0: none) and the ``new_tokens`` after them are real text;
-    shorter ones are left out. Where the model ends its text early, the real one is cut to as many tokens;
-    where it writes nothing, neither counts.
-
-    Args:
-        model: the writer.
-        texts: real ones.
-        judge: of both.
-        seed: the i-th text used has seed + i.
-        batch: prompts continued together; changes no result.
-        writing, judging: called with how many texts are done, and of how many; judging of both kinds.
-        settings: of ``model.generate``, over the model's own.
-
-    Returns: for JSON: ``kind``, ``generated`` and ``real`` (see :func:`figures`), ``left_out``, ``empty`` and
-    ``ended``, how many texts were too short, were given no continuation, and one that ended early, and
-    ``records``, a text each.
+def real_passages(
+    tokenizer: Tokenizer, texts: Sequence[Text], prompt_tokens: int, new_tokens: int
+) -> list[Passage]:
+    """Return the beginnings of texts: so many tokens as prompt, 0 for none, and so many after them.
 
     Raises:
-        ColadaError: naming the argument at fault; if no text is long enough, or nothing was written.
+        ColadaError: for lengths out of bounds; if no text is long enough. Shorter ones are left out.
     """
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise ColadaError(f"{model.origin or 'this model'} has no tokenizer.json, and judges read text")
     check_lengths(prompt_tokens, new_tokens)
-    require_count("batch", batch)
     length = prompt_tokens + new_tokens
     long = [(text, ids) for text in texts if len(ids := tokenizer.encode(text.text)) >= length]
     if not long:
         raise ColadaError(f"none of {len(texts)} texts has the {length} tokens of prompt and continuation")
+    return [
+        Passage.of(tokenizer, ids[:prompt_tokens], ids[prompt_tokens:length], text.origin)
+        for text, ids in long
+    ]
+
+
+def continue_passages(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    passages: Sequence[Passage],
+    new_tokens: int,
+    settings: Sequence[Mapping[str, Any]],
+    *,
+    seed: int = 0,
+    samples: int = 1,
+    batch: int = 16,
+    progress: Progress | None = None,
+) -> list[list[list[Passage]]]:
+    """Return what a model writes after the prompts of passages, under each of several settings.
+
+    Args:
+        model: the writer. With another tokenizer it is given the prompts' texts.
+        tokenizer: of the passages; what is written is counted in its tokens, so that models may be compared.
+        passages: of which the prompts are continued.
+        new_tokens: of each continuation, as the model counts.
+        settings: of generation, over the model's own, one or several.
+        seed: sample k of passage i has the seed ``seed + i + k * len(passages)``, under all settings.
+        samples: of each prompt.
+        batch: prompts continued together; changes no result.
+        progress: called with how many texts are done, and of how many.
+
+    Returns: for each settings and each sample, a passage a prompt; an empty one where nothing was written.
+
+    Raises:
+        ColadaError: naming the argument at fault; if under some settings nothing was written.
+    """
+    require_count("batch", batch)
+    require_count("samples", samples)
+    own = tokenizer_of(model)
+    same = own.to_json() == tokenizer.to_json()
+    prompts: list[Prompt] = [passage.prompt_ids if same else passage.prompt for passage in passages]
+    seeds = range(seed, seed + samples * len(passages))
     requests = [
-        TextRequest(ids[:prompt_tokens], new_tokens, cast(Settings, {**settings, "seed": seed + number}))
-        for number, (_, ids) in enumerate(long)
+        TextRequest(prompts[number % len(prompts)], new_tokens, cast(Settings, {**one, "seed": own_seed}))
+        for one in settings
+        for number, own_seed in enumerate(seeds)
     ]
-    written = [done.tokens for done in model.complete_all(requests, batch, writing)]
-    pairs = [
-        (
-            text.origin,
-            _passage(tokenizer, ids[:prompt_tokens], own),
-            _passage(tokenizer, ids[:prompt_tokens], ids[prompt_tokens : prompt_tokens + len(own)]),
+    texts = [
+        Passage(passage.prompt, done.text, passage.prompt_ids, tuple(done.tokens), passage.origin)
+        if same
+        else Passage.of(tokenizer, passage.prompt_ids, tokenizer.encode(done.text), passage.origin)
+        for done, passage in zip(
+            model.complete_all(requests, batch, progress), [*passages] * samples * len(settings), strict=True
         )
-        for (text, ids), own in zip(long, written, strict=True)
-        if own
     ]
-    if not pairs:
-        raise ColadaError(f"{model.origin or 'the model'} ended every one of {len(long)} texts at once")
-    generated, real = [passage for _, passage, _ in pairs], [passage for _, _, passage in pairs]
-    scores = judge.score([*generated, *real], judging)
-    ours, theirs = scores[: len(pairs)], scores[len(pairs) :]
+    rows = [texts[start : start + len(passages)] for start in range(0, len(texts), len(passages))]
+    written = [rows[start : start + samples] for start in range(0, len(rows), samples)]
+    for samples_of in written:
+        if not any(passage.ids for row in samples_of for passage in row):
+            raise ColadaError(
+                f"{model.origin or 'the model'} ended every one of {len(passages)} texts at once"
+            )
+    return written
+
+
+def tokenizer_of(model: LanguageModel) -> Tokenizer:
+    """Return a model's tokenizer. Raises ColadaError if it has none."""
+    if model.tokenizer is None:
+        raise ColadaError(f"{model.origin or 'this model'} has no tokenizer.json, and judges read text")
+    return model.tokenizer
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def figures(
+    samples: Sequence[Sequence[Passage]], scores: Sequence[TextScore], vocabulary: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return perplexity under the judge, and the variety, of some passages, for JSON.
+
+    ``perplexity`` is exp(-sum log p / judge's tokens), ``standard_error`` that over texts, None for one.
+    Entropies, in bits a token, and distinct-n are of the passages' tokens: ``entropy`` is the mean of each
+    text's own, ``entropy_together`` that of all texts' tokens, which is low too if texts are alike.
+    ``repeated_words`` and ``known_words`` are shares of words, case and punctuation aside; ``overlap`` is
+    :func:`~colada.evaluate.variety.overlap` of the samples of a prompt, None for a single one.
+
+    Args:
+        samples: a list of passages, one a prompt, for each sample; empty ones do not count.
+        scores: of the passages that are not empty, in order.
+        vocabulary: whose words are known.
+    """
+    passages = [passage for row in samples for passage in row if passage.ids]
+    losses, sizes = [-score.log_likelihood for score in scores], [score.tokens for score in scores]
+    rate, error = sum(losses) / sum(sizes), ratio_error(losses, sizes)
+    sequences = [passage.ids for passage in passages]
+    spoken = [variety.words(passage.text) for passage in passages]
     return {
-        "kind": judge.kind,
-        "generated": figures(generated, ours),
-        "real": figures(real, theirs),
-        "left_out": len(texts) - len(long),
-        "empty": len(long) - len(pairs),
-        "ended": sum(len(own) < new_tokens for own in written),
-        "records": [
-            {
-                "origin": origin,
-                "prompt": own.prompt,
-                "generated": own.text,
-                "real": other.text,
-                "log_likelihood": score.log_likelihood,
-                "real_log_likelihood": other_score.log_likelihood,
-            }
-            for (origin, own, other), score, other_score in zip(pairs, ours, theirs, strict=True)
-        ],
+        "perplexity": math.exp(rate),
+        "standard_error": None if error is None else math.exp(rate) * error,
+        "nats_per_token": rate,
+        "entropy": sum(map(variety.entropy, sequences)) / len(sequences),
+        "entropy_together": variety.entropy([token for ids in sequences for token in ids]),
+        **{f"distinct_{n}": variety.distinct(sequences, n) for n in NGRAMS},
+        "repeated_words": variety.repeated(spoken),
+        "known_words": variety.known(spoken, vocabulary),
+        "overlap": variety.overlap(
+            [[passage.ids for passage in each if passage.ids] for each in zip(*samples, strict=True)]
+        ),
+        "texts": len(passages),
+        "tokens": sum(map(len, sequences)),
+        "judge_tokens": sum(sizes),
     }
 
 
-def _passage(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> Passage:
-    return Passage(tokenizer.decode(prompt), tokenizer.decode(ids), tuple(prompt), tuple(ids))
+def frontier(
+    writers: Iterable[tuple[LanguageModel, Sequence[Mapping[str, Any]]]],
+    real: Sequence[Passage],
+    judge: Judge,
+    tokenizer: Tokenizer,
+    new_tokens: int,
+    *,
+    vocabulary: Collection[str] = (),
+    seed: int = 0,
+    samples: int = 1,
+    batch: int = 16,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Return a judge's figures of what models write after the beginnings of texts, and of the texts.
+
+    Args:
+        writers: models, each with the settings that it writes under; one model is looked at after the other.
+        real: of which the prompts are continued, see :func:`real_passages`.
+        judge: of all.
+        tokenizer: of ``real``.
+        new_tokens, seed, samples, batch: see :func:`continue_passages`.
+        vocabulary: see :func:`figures`.
+        progress: called with how many texts are done, and of how many; of writing and of judging.
+
+    Returns: for JSON: ``kind``; ``real``, its :func:`figures` and ``records``, a text each; and ``points``,
+    for each model and settings ``model``, ``settings``, figures and records, ``empty`` and ``ended``, how
+    many continuations are empty or end early, and ``real_distinct_2``: of real texts cut to the same lengths.
+
+    Raises:
+        ColadaError: as :func:`continue_passages` does.
+    """
+
+    def read(passages: Sequence[Sequence[Passage]]) -> dict[str, Any]:
+        spoken = [passage for row in passages for passage in row if passage.ids]
+        scores = judge.score(spoken, progress)
+        records = [
+            {
+                "origin": passage.origin,
+                "prompt": passage.prompt,
+                "text": passage.text,
+                "log_likelihood": score.log_likelihood,
+            }
+            for passage, score in zip(spoken, scores, strict=True)
+        ]
+        return {**figures(passages, scores, vocabulary), "records": records}
+
+    points = []
+    for model, settings in writers:
+        written = continue_passages(
+            *(model, tokenizer, real, new_tokens, settings),
+            seed=seed,
+            samples=samples,
+            batch=batch,
+            progress=progress,
+        )
+        for own, passages in zip(settings, written, strict=True):
+            lengths = [len(passage.ids) for row in passages for passage in row]
+            cut = [passage.ids[:size] for passage, size in zip([*real] * samples, lengths, strict=True)]
+            points.append(
+                {
+                    "model": model.origin,
+                    "settings": model.chosen(own),
+                    **read(passages),
+                    "empty": lengths.count(0),
+                    "ended": sum(size < new_tokens for size in lengths),
+                    "real_distinct_2": variety.distinct(cut, 2),
+                }
+            )
+    return {"kind": judge.kind, "real": read([real]), "points": points}

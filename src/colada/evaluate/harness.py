@@ -14,15 +14,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
+import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from colada.checks import require_count
-from colada.cli.options import load_model
 from colada.errors import ColadaError
 from colada.generate.settings import Settings, TextRequest, check_settings
 from colada.models.base import LanguageModel
+from colada.models.cola import load
 from colada.models.likelihood import bound_settings, kind, measure
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import Completion
@@ -91,7 +92,10 @@ class HarnessLM(LM):  # type: ignore[misc]
             if name in settings:
                 raise ColadaError(f"{name}={settings[name]!r}: the tasks say where a text ends")
         check_settings(settings)
-        self.model = model if isinstance(model, LanguageModel) else load_model(model, revision, dtype, device)
+        if not isinstance(model, LanguageModel):
+            wanted: Any = None if dtype is None else getattr(torch, dtype, dtype)
+            model = load(model, revision=revision, device=device, dtype=wanted)
+        self.model = model
         if self.model.tokenizer is None:
             raise ColadaError(
                 f"{self.model.origin or 'this model'} has no tokenizer.json, and tasks are text"

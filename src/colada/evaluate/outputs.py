@@ -8,6 +8,7 @@ The released ones are ``id``, ``prompt``, ``generate`` (the output up to the fir
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from colada.data.jsonl import Fields, get, get_optional, get_texts, read_lines
 from colada.errors import ColadaError
 from colada.evaluate.scoring import cut
-from colada.evaluate.tasks import TASKS, Item, Task, check_options
+from colada.evaluate.tasks import TASKS, Item, Task, check_options, find_task
 from colada.text.transcript import Completion
 
 _CUES = tuple({task.cue for task in TASKS.values() if task.cue})
@@ -135,3 +136,42 @@ def read_outputs(path: Path, task: Task, *, answered: bool = True, unfinished: b
     if not outputs and not unfinished:
         raise ColadaError(f"{path} holds no output")
     return list(outputs.values())
+
+
+def find_outputs(paths: Sequence[Path], name: str | None) -> list[tuple[Task, Path]]:
+    """Return files of outputs with their tasks.
+
+    Args:
+        paths: files, or directories: of these, the files whose name is a task's.
+        name: the task of a single file; None for what its name begins with.
+
+    Raises:
+        ColadaError: for a directory without any, a file whose task is not known, two of one task.
+    """
+    found: list[tuple[Task, Path]] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append((_task_of(path, name), path))
+            continue
+        names = [path / f"{task}{suffix}" for task in TASKS for suffix in (".jsonl", ".jsonl.gz")]
+        there = [(_task_of(file, None), file) for file in names if file.is_file()]
+        if not there:
+            raise ColadaError(f"{path}: no <task>.jsonl or <task>.jsonl.gz in this directory")
+        found += there
+    if name is not None and len(found) > 1:
+        raise ColadaError(f"--task {name} with {len(found)} files, expected one")
+    for task, _ in found:
+        twice = [str(path) for other, path in found if other is task]
+        if len(twice) > 1:
+            raise ColadaError(f"{' and '.join(twice)}: both are outputs of {task.name}, expected one of them")
+    return found
+
+
+def _task_of(path: Path, name: str | None) -> Task:
+    """Return the task of that name, or else the one that a file's name begins with."""
+    if name is not None:
+        return find_task(name)
+    try:
+        return find_task(path.name.partition(".")[0])
+    except ColadaError as error:
+        raise ColadaError(f"{path}: {error}; or give --task") from None

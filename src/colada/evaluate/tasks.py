@@ -113,6 +113,19 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
+def find_tasks(names: str | None) -> list[Task]:
+    """Return the tasks of names with commas between them, the eight for None.
+
+    Raises:
+        ColadaError: for an unknown task, or one that is there twice.
+    """
+    wanted = list(THE_EIGHT) if names is None else [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if wanted.count(name) > 1:
+            raise ColadaError(f"--tasks {names}: {name!r} is there twice")
+    return [find_task(name) for name in wanted]
+
+
 # --- records -------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,9 @@ from colada.errors import ColadaError, shown
 from colada.evaluate.statistics import ratio_error
 from colada.models.bound import Kind, TextScore
 
+TRANSFORMERS = "hf:"
+"""What the name of a judge from ``transformers`` begins with."""
+
 
 @dataclass(frozen=True)
 class Text:

@@ -63,30 +63,6 @@ def print_tables(scores: Sequence[Score], console: Console) -> None:
         naming_table(scores).print(console)
 
 
-def print_generative(result: Mapping[str, Any], judge: str, console: Console) -> None:
-    """Print what :func:`colada.evaluate.generative.read_generated` returns, with its judge's name."""
-    bound = result["kind"] == "bound"
-    table = Table((f"Judge: {judge}", "Generated", "Real"))
-    columns = result["generated"], result["real"]
-    table.row("perplexity, at most" if bound else "perplexity", *map(_perplexity, columns))
-    table.row("entropy of a text, bits", *(f"{own['entropy']:.3f}" for own in columns))
-    table.row("entropy of all, bits", *(f"{own['entropy_together']:.3f}" for own in columns))
-    for name in [name for name in columns[0] if name.startswith("distinct_")]:
-        table.row(name.replace("_", "-"), *(f"{own[name]:.3f}" for own in columns))
-    for name in ("texts", "tokens"):
-        table.row(name, *(f"{own[name]:,}" for own in columns))
-    table.print(console)
-    console.print(
-        f"{result['left_out']} texts too short, {result['empty']} without a continuation,"
-        f" {result['ended']} ended early"
-    )
-
-
-def _perplexity(own: Mapping[str, Any]) -> str:
-    error = own["standard_error"]
-    return f"{own['perplexity']:.2f}" + ("" if error is None else f" ± {error:.2f}")
-
-
 def _with_options(scores: Sequence[Score]) -> list[tuple[Score, Naming]]:
     return [(score, score.naming) for score in scores if score.naming is not None]
 
