@@ -200,8 +200,8 @@ def generative(
         reader = room.ModelJudge(network, tokenizer, **bound, seed=seed, batch=batch)
 
     def writers() -> Iterator[tuple[LanguageModel, list[dict[str, Any]]]]:
-        for number, where in enumerate(places):
-            model = load_model(where, None, dtype, device) if number else first
+        for place, where in enumerate(places):
+            model = load_model(where, None, dtype, device) if place else first
             # What has no guidance, such as an AR decoder, is one point beside the lines.
             guided = scales if "guidance" in model.defaults or len(places) == 1 else ()
             yield model, [{**named, "guidance": scale} for scale in guided] or [named]
@@ -238,10 +238,9 @@ def generative(
 
 def _scales(guidance: str | None) -> list[float]:
     """Return the guidance scales that an option names, none by default."""
-    scales: list[float] = []
-    for part in guidance.split(",") if guidance is not None else ():
-        scales.append(number(part))
-        check_settings({"guidance": scales[-1]})
+    scales = [number(part) for part in guidance.split(",")] if guidance is not None else []
+    for scale in scales:
+        check_settings({"guidance": scale})
     return scales
 
 
