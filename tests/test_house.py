@@ -15,6 +15,7 @@ PACKAGE = ROOT / "src/colada"
 SHELVES = [
     "",
     "text",
+    "pictures",
     "data",
     "networks",
     "generate",
