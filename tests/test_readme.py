@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -15,6 +16,9 @@ import pytest
 import typer.main
 
 from colada.cli import main as cli
+from colada.networks.config import DiTConfig, TextVAEConfig
+from colada.networks.decoder_config import DecoderConfig
+from test_house import SHELVES
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "src/colada/bundled/README.md"]
@@ -137,3 +141,43 @@ def test_the_stated_limits_are_those_that_hold() -> None:
         assert getattr(importlib.import_module(f"colada.{module}"), name) == int(stated.replace(",", "")), (
             constant
         )
+
+
+def resolves(name: str) -> bool:
+    """Whether ``module.Class.attribute`` of the package exists; an annotation is an attribute."""
+    parts = name.split(".")
+    module = max((n for n in range(1, len(parts) + 1) if exists(parts[:n])), default=0)
+    thing: Any = importlib.import_module(".".join(["colada", *parts[:module]])) if parts[module:] else None
+    for part in parts[module:]:
+        if not hasattr(thing, part):
+            return module > 0 and part in getattr(thing, "__annotations__", {})
+        thing = getattr(thing, part)
+    return module > 0
+
+
+def exists(parts: list[str]) -> bool:
+    """Whether a module or folder of the package is there; not every one can be imported without its extra."""
+    path = ROOT.joinpath("src", "colada", *parts)
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def test_everything_the_architecture_names_exists() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`([a-z_]+(?:\.\w+)+)(?:\(\))?`", text))
+    names = {name for name in names if not name.endswith((".json", ".safetensors"))}
+    assert len(names) > 60
+    assert [name for name in sorted(names) if not resolves(name)] == []
+
+
+def test_the_architecture_lists_the_shelves_in_their_order() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    section = text.partition("## Shelves")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `?(\w*)`? ?\| .* \| `\w", section, re.MULTILINE) == SHELVES
+
+
+def test_the_architecture_has_every_key_beyond_the_released_ones() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    for name, config in (("DiT", DiTConfig), ("Text VAE", TextVAEConfig), ("decoder", DecoderConfig)):
+        for field in dataclasses.fields(config):
+            if field.metadata:
+                assert f"| `{field.name}` | {name} | {field.metadata['meaning']} |" in text

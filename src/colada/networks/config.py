@@ -174,7 +174,10 @@ class DiTConfig(NetworkConfig):
     rope_dim: int = 96
     block_size: int = 4
     prediction: str = extension(
-        "velocity", "what its output means", lambda name: name in ("velocity", "z0"), "'velocity' or 'z0'"
+        "velocity",
+        "what its output is: the velocity, or a guess of z0",
+        lambda name: name in ("velocity", "z0"),
+        "'velocity' or 'z0'",
     )
     self_conditioning: bool = extension(False, "whether it takes its last guess of z0 as a second input")
     training_length: int | None = TRAINING_LENGTH
