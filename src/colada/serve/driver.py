@@ -322,7 +322,8 @@ class Driver:
                 ticket, number = entry
                 picture = None
                 if ticket.latents is not None and chunk.latents is not None:  # Tensors stay in this thread.
-                    picture = self.models[name].picture(chunk.latents, ticket.latents)
+                    prompt = len(ticket.choices[number].prompt)
+                    picture = self.models[name].picture(chunk, prompt, ticket.latents)
                 news.append((ticket, News(number, replace(chunk, latents=None), picture)))
             if chunk.finish_reason is not None:
                 self._tickets.pop((name, chunk.index), None)

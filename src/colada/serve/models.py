@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from colada.models.base import LanguageModel
+    from colada.text.transcript import Chunk
 
 PICTURED_TOKENS = 128
 """Of the text whose latents give the directions of :meth:`Served.picture`."""
@@ -114,9 +115,16 @@ class Served:
         largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
         self._directions = directions * largest.sign()  # So that a latent has one colour in every run.
 
-    def picture(self, latents: Tensor, kind: Literal["pca", "full"]) -> str:
-        """Return latents (L, C) in base64: three bytes each, of which 128 is 0, or all as float16."""
-        rows = latents.detach().float().cpu()
+    def picture(self, guess: Chunk, prompt: int, kind: Literal["pca", "full"]) -> str:
+        """Return the latents of a guess's tokens in base64: three bytes each, 128 is 0, or all as float16.
+
+        Args:
+            prompt: tokens that stand before the first block, of which the last may be in it.
+        """
+        assert guess.latents is not None
+        patch, size = self.sizes
+        pinned = -(-prompt // patch) % size if guess.block == 0 else 0
+        rows = guess.latents.detach().float().cpu()[pinned:][: -(-len(guess.tokens) // patch)]
         if kind == "full":
             return base64.b64encode(rows.half().numpy().tobytes()).decode()
         assert self._directions is not None
