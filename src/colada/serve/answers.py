@@ -182,7 +182,9 @@ def _seed(body: Common, chosen: dict[str, Any]) -> int:
 
 def _field_of(refusal: Refusal) -> Refusal:
     """Name the field of a setting as it is in a request."""
-    if refusal.param in _EXTENSION:
+    if refusal.detail.startswith("prompt of "):
+        refusal.param, refusal.code = "prompt", "context_length_exceeded"
+    elif refusal.param in _EXTENSION:
         refusal.param = f"colada.{refusal.param}"
     elif refusal.param not in (*_SAMPLING, "stop"):
         refusal.param = {

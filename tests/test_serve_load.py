@@ -1,0 +1,343 @@
+"""Many at once: everybody's answer is what it is alone; who leaves frees its place, who does not read waits.
+
+``SERVE_STREAMS=200`` asks for as many streams as the acceptance does; by default there are fewer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import colada
+from colada.models.cola import ColaDLM
+from colada.serve.admission import Admission, Limits, Refusal
+from serving import Answer, Json, Running, alone, ask, byte_model, check_answer, request_bytes, running
+
+STREAMS = int(os.environ.get("SERVE_STREAMS", "40"))
+MALFORMED = [b"{", b'{"prompt": 5}', b'{"temperature": 1e-320}', b'{"colada": {"steps": 1000000}}', b"[]"]
+
+
+@pytest.fixture(scope="module")
+def model() -> ColaDLM:
+    return byte_model()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running({"bytes": byte_model()}, Limits(history=2048, max_tokens=512, slots=8)) as server:
+        yield server
+        server.empty()
+
+
+def some_body(draw: random.Random, words: str) -> Json:
+    """A request of any settings, in few solver steps."""
+    body: Json = {
+        "prompt": words * draw.randint(0, 20),
+        "max_tokens": draw.randint(1, 60),
+        "seed": draw.randrange(2**40),
+        "stream": draw.random() < 0.7,
+        "colada": {
+            "steps": draw.choice([1, 2, 4, 8]),
+            "guidance": draw.choice([0.0, 1.0, 3.0]),
+            "solver": draw.choice(["euler", "ab2"]),
+            "schedule": draw.choice(["uniform", "front-loaded"]),
+        },
+    }
+    if draw.random() < 0.5:
+        body |= {"temperature": draw.choice([0.5, 1.0]), "top_p": draw.choice([0.8, 1.0]), "top_k": 50}
+    if draw.random() < 0.3:
+        body |= {"repetition_penalty": 1.3}
+    if draw.random() < 0.3:
+        body |= {"stop": [draw.choice(["a", "é", "the", ".", " "])]}
+    if body["stream"] and draw.random() < 0.3:
+        body["colada"]["guesses"] = True
+    if draw.random() < 0.2:
+        body["n"] = 2
+    return body
+
+
+@pytest.mark.parametrize("kind", ["bytes", pytest.param("stories", marks=pytest.mark.slow)])
+def test_whatever_the_load_an_answer_is_the_one_alone(kind: str) -> None:
+    draw = random.Random(0)
+    model = byte_model() if kind == "bytes" else colada.load()
+    words = "né🙂" if kind == "bytes" else "Once upon a time "
+    count = STREAMS if kind == "bytes" else STREAMS // 4
+    bodies = [some_body(draw, words) for _ in range(count)]
+    leaving = set(draw.sample(range(count), count // 4))
+    limits = Limits(history=4096, slots=16, waiting=2 * count, watchers=count)
+
+    async def one(server: Running, number: int) -> Answer | None:
+        await asyncio.sleep(draw.random())
+        if number % 10 == 0:
+            refused = await ask(server.port, "/v1/completions", draw.choice(MALFORMED))
+            assert refused.status == 400
+        asked = asyncio.ensure_future(ask(server.port, "/v1/completions", bodies[number]))
+        if number not in leaving:
+            return await asked
+        await asyncio.sleep(draw.random())
+        asked.cancel()
+        return None
+
+    with running({kind: model}, limits) as server:
+
+        async def all_of_them() -> list[Answer | None]:
+            return await asyncio.gather(*[one(server, number) for number in range(count)])
+
+        answers = asyncio.run(all_of_them())
+        server.empty()
+        assert server.get("/health").status == 200
+    oracle = byte_model() if kind == "bytes" else model
+    for body, answer in zip(bodies, answers, strict=True):
+        if answer is not None:
+            check_answer(answer, body, alone(oracle, body))
+
+
+# --- who leaves ----------------------------------------------------------------------------------
+
+LONG: Json = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "colada": {"steps": 32}}
+
+
+async def sent(port: int, body: Json) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request_bytes("/v1/completions", body, {}, "POST"))
+    await writer.drain()
+    return reader, writer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_who_leaves_while_it_is_written_frees_its_place(server: Running, stream: bool, how: str) -> None:
+    async def leave() -> None:
+        reader, writer = await sent(server.port, {**LONG, "stream": stream})
+        while not server.service.driver._tickets:
+            await asyncio.sleep(0.01)
+        if stream:
+            await reader.readuntil(b"data: ")
+        if how == "reset":
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+        writer.close()
+
+    asyncio.run(leave())
+    server.empty(2.0)
+
+
+def test_who_leaves_the_queue_is_never_written() -> None:
+    with running({"bytes": byte_model()}, Limits(history=2048, max_tokens=512, slots=1)) as server:
+        submitted: list[int] = []
+        session = server.service.driver._sessions["bytes"]
+        admit = session.engine.admit
+
+        def admitted() -> Any:
+            new = admit()
+            submitted.extend(slot.request.seed for slot in new)
+            return new
+
+        session.engine.admit = admitted
+
+        async def queue() -> list[Answer]:
+            first = asyncio.ensure_future(ask(server.port, "/v1/completions", {**LONG, "seed": 1000}))
+            await asyncio.sleep(0.2)
+            waiting = [
+                asyncio.ensure_future(
+                    ask(server.port, "/v1/completions", {"prompt": "a", "max_tokens": 5, "seed": seed})
+                )
+                for seed in range(20)
+            ]
+            await asyncio.sleep(0.2)
+            for asked in waiting[::2]:
+                asked.cancel()
+            first.cancel()
+            return await asyncio.gather(*waiting[1::2])
+
+        answers = asyncio.run(queue())
+        assert [answer.status for answer in answers] == [200] * 10
+        server.empty()
+        assert sorted(submitted) == [*range(1, 20, 2), 1000]
+
+
+@pytest.mark.parametrize("part", [b"", b"POST /v1/comp", b"{"], ids=["nothing", "half a head", "half a body"])
+def test_half_a_request_holds_nothing(server: Running, part: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        whole = request_bytes("/v1/completions", {"prompt": "a"}, {}, "POST")
+        client.sendall(whole[:-5] if part == b"{" else part)
+        assert server.service.admission.places == 0
+    server.empty(2.0)
+
+
+@pytest.mark.slow
+def test_who_never_reads_is_given_up_and_disturbs_nobody() -> None:
+    limits = Limits(history=8192, slots=32, reader=0.5, watchers=64)
+    with running({"bytes": byte_model()}, limits) as server:
+        body = {
+            "prompt": "a",
+            "max_tokens": 400,
+            "n": 8,
+            "ignore_eos": True,
+            "stream": True,
+            "colada": {"guesses": True, "latents": "full", "steps": 8, "guidance": 1.0},
+        }
+        deaf = []
+        for _ in range(2):
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(request_bytes("/v1/completions", body, {}, "POST"))
+            deaf.append(client)
+        good: Json = {"prompt": "b", "max_tokens": 20, "stream": True, "ignore_eos": True}
+        for _ in range(3):
+            check_answer(server.post("/v1/completions", good), good, alone(byte_model(), good))
+        server.empty(20.0)
+        for client in deaf:
+            client.close()
+
+
+# --- long prompts, any text ----------------------------------------------------------------------
+
+
+def test_a_long_prompt_does_not_hold_the_others_up(server: Running) -> None:
+    async def beside() -> tuple[Answer, list[Answer], tuple[float, float]]:
+        body = {"prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        stream = asyncio.ensure_future(ask(server.port, "/v1/completions", body))
+        while not server.service.driver._tickets:
+            await asyncio.sleep(0.01)
+        begin = time.monotonic()
+        first = await ask(server.port, "/v1/completions", {"prompt": "b" * 1600, "max_tokens": 1})
+        end = time.monotonic()
+        prompts: list[Any] = [["c"] * 16, "d" * 2047, "e" * 2048, "e" * 2049, "f" * (2**20 - 100)]
+        others = [ask(server.port, "/v1/completions", {"prompt": one, "max_tokens": 1}) for one in prompts]
+        return await stream, [first, *await asyncio.gather(*others)], (begin, end)
+
+    stream, answers, (begin, end) = asyncio.run(beside())
+    assert [answer.status for answer in answers] == [200, 200, 200, 400, 400, 400]
+    assert {answer.error["code"] for answer in answers[3:]} == {"context_length_exceeded"}
+    assert stream.events[-1] == "[DONE]"
+    # 1,600 latents are read in parts of 512, a part before each of the others' blocks.
+    assert sum(begin < at < end for at in stream.times) >= 3
+
+
+@pytest.mark.parametrize(
+    "words", ["👩‍👩‍👧‍👦", "é́ñ", "שלום", "語言モデル", "\0\u0001", "\ufffd", "\u2028\r\n"], ids=ascii
+)
+def test_any_text_streams_as_it_reads_at_once(server: Running, model: ColaDLM, words: str) -> None:
+    for seed in range(3):
+        body: Json = {
+            "prompt": words,
+            "max_tokens": 40,
+            "temperature": 2.0,
+            "seed": seed,
+            "stop": [words[:1], words],
+            "echo": True,
+        }
+        whole = server.post("/v1/completions", body).json["choices"][0]["text"]
+        stream = server.post("/v1/completions", {**body, "stream": True})
+        assert stream.texts()[0] == whole
+        assert whole == words + alone(model, body)[0].text
+
+
+# --- more than there is room for -----------------------------------------------------------------
+
+
+def test_beyond_its_places_a_server_refuses_at_once_and_everybody_ends() -> None:
+    count = 10 * STREAMS
+    limits = Limits(history=2048, slots=8, waiting=24)
+    with running({"bytes": byte_model()}, limits) as server:
+        seconds: list[float] = []
+
+        async def one() -> int:
+            begin = time.monotonic()
+            answer = await ask(
+                server.port, "/v1/completions", {"prompt": "a" * 40, "max_tokens": 20, "ignore_eos": True}
+            )
+            if answer.status == 429:
+                seconds.append(time.monotonic() - begin)
+                assert answer.error["code"] == "queue_full"
+                assert 1 <= int(answer.headers["retry-after"]) <= 60
+                assert answer.error["type"] == "rate_limit_error"
+            else:
+                assert answer.json["usage"]["completion_tokens"] == 20
+            return answer.status
+
+        async def all_of_them() -> list[int]:
+            return await asyncio.gather(*[one() for _ in range(count)])
+
+        statuses = asyncio.run(all_of_them())
+        assert statuses.count(200) + statuses.count(429) == count
+        assert statuses.count(200) >= 32
+        assert statuses.count(429) > 0
+        server.empty()
+
+
+def test_what_is_refused_is_not_read(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    from colada.serve import edge
+
+    def never(body: bytes) -> Any:
+        pytest.fail("a body was read as JSON")
+
+    admission = server.service.admission
+    places = admission.limits.slots + admission.limits.waiting
+    monkeypatch.setattr(edge, "read_json", never)
+    admission.places += places
+    try:
+        body = json.dumps({"prompt": "a" * (2**20 - 100)}).encode()
+        assert {server.post("/v1/completions", body).status for _ in range(5)} == {429}
+    finally:
+        admission.places -= places
+
+
+def test_places_are_counted_and_given_back() -> None:
+    now = 100.0
+    admission = Admission(Limits(slots=2, waiting=2, history=100, watchers=1), clock=lambda: now)
+    admission.take([10, 10], watching=True)
+    admission.take([100], watching=False)
+    with pytest.raises(Refusal, match="no more has room") as full:
+        admission.take([1, 1], watching=False)
+    assert (full.value.status_code, full.value.headers) == (429, {"Retry-After": "1"})
+    with pytest.raises(Refusal, match="guesses"):
+        admission.take([1], watching=True)
+    assert (admission.places, admission.latents, admission.watchers) == (3, 120, 1)
+    now += 30
+    admission.give_back([10, 10], watching=True)
+    # 100 latents are left, and 20 were finished in the last minute.
+    assert admission.retry_after == 60
+    admission.take([300], watching=True)
+    with pytest.raises(Refusal):
+        admission.take([101], watching=False)
+    now += 61
+    assert admission.retry_after == 1
+
+
+# --- for ever ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_leave_no_memory_behind(server: Running) -> None:
+    import gc
+
+    async def some(count: int) -> None:
+        for _ in range(count // 20):
+            await asyncio.gather(
+                *[
+                    ask(
+                        server.port, "/v1/completions", {"prompt": "abc", "max_tokens": 8, "ignore_eos": True}
+                    )
+                    for _ in range(20)
+                ]
+            )
+
+    def objects() -> int:
+        gc.collect()
+        return len(gc.get_objects())
+
+    asyncio.run(some(200))
+    before = objects()
+    asyncio.run(some(1000))
+    assert objects() - before < 500
