@@ -116,41 +116,42 @@ def read_weights(
     """
     with unallocated():
         network = build()
-    wanted = network.state_dict()
+    expected = network.state_dict()
     files = _weight_files(folder)
-    _check_names(folder, files, wanted)
+    _check_names(folder, files, expected)
+    names_of = {
+        file: [name for name in files if files[name] == file] for file in dict.fromkeys(files.values())
+    }
     stored: dict[str, torch.dtype] = {}
-    for file in dict.fromkeys(files.values()):
+    for file, names in names_of.items():
         with open_weights(file) as handle:
-            for name in (name for name, at in files.items() if at == file):
-                part = handle.get_slice(name)
-                shape, expected = tuple(part.get_shape()), tuple(wanted[name].shape)
-                if shape != expected:
-                    raise ColadaError(
-                        f"{file}: tensor {name} has shape {shape}, its config expects {expected}"
-                    )
+            for name in names:
+                part, shape = handle.get_slice(name), tuple(expected[name].shape)
+                if tuple(part.get_shape()) != shape:
+                    shapes = f"has shape {tuple(part.get_shape())}, its config expects {shape}"
+                    raise ColadaError(f"{file}: tensor {name} {shapes}")
                 if part.get_dtype() not in _TYPES:
                     raise ColadaError(
                         f"{file}: tensor {name} is of type {part.get_dtype()}, expected a float"
                     )
                 stored[name] = _TYPES[part.get_dtype()]
-    kept = reduce(torch.promote_types, stored.values()) if dtype is None else dtype
+    dtype = dtype or reduce(torch.promote_types, stored.values())
     tensors: dict[str, Tensor] = {}
-    for file in dict.fromkeys(files.values()):
-        names = [name for name, at in files.items() if at == file]
+    for file, names in names_of.items():
         with open_weights(file) as handle:
-            tensors |= {name: handle.get_tensor(name) for name in names if stored[name] == kept}
-        mapped = sum(tensors[name].nbytes for name in names if stored[name] == kept)
+            mapped = {name: handle.get_tensor(name) for name in names if stored[name] == dtype}
+        tensors |= mapped
+        large = sum(tensor.nbytes for tensor in mapped.values()) > MOST_READ_AT_LOAD
         for name in names:
-            if stored[name] != kept:
+            if name not in mapped:
                 # Opened anew for each tensor: the pages of the last one leave memory with its handle.
                 with open_weights(file) as handle:
-                    tensors[name] = handle.get_tensor(name).to(kept)
-            elif mapped > MOST_READ_AT_LOAD:
+                    tensors[name] = handle.get_tensor(name).to(dtype)
+            elif large:
                 continue
             # NaN is the least and the greatest value of what holds it.
             if not all(math.isfinite(end) for end in tensors[name].aminmax()):
-                as_type = "" if stored[name] == kept else f" in {str(kept).removeprefix('torch.')}"
+                as_type = "" if name in mapped else f" in {str(dtype).removeprefix('torch.')}"
                 raise ColadaError(f"{file}: tensor {name} holds values that are not finite{as_type}")
     if isinstance(network, DiT):
         _check_frequencies(folder, network, tensors)
