@@ -21,7 +21,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.gpu import KIT_TIME, MIB, ROOT, kit_overrides
+from benchmarks.gpu import KIT_TIME, ROOT, kit_overrides
 from benchmarks.measure import made_with
 from colada.data.listing import find_files
 from colada.errors import ColadaError
@@ -125,21 +125,13 @@ def main(
         shutil.rmtree(kit)
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    sizes = {
-        path.name: sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
-        for path in sorted(kit.iterdir())
-    }
-    made = {
-        "made_with": made_with(torch.device("cpu")),
-        "python": python,
-        "machine": machine,
-        "bytes": sizes,
-    }
+    made = {"made_with": made_with(torch.device("cpu")), "python": python, "machine": machine}
     write_text(kit / "kit.json", json.dumps(made, indent=2) + "\n")
-    for name, size in sizes.items():
-        print(f"{name:<18}{size / MIB:8.1f} MiB")
-    total = sum(sizes.values()) / MIB
-    print(f"{'total':<18}{total:8.1f} MiB")
+    total = 0.0
+    for path in sorted(kit.iterdir()):
+        size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file()) / 2**20
+        total += size
+        print(f"{path.name:<18}{size:8.1f} MiB")
     if total > SIZE:
         print(f"larger than {SIZE} MiB: leave out what the machine has (--have) or can make (--no-shards)")
 

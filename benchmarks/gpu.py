@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -36,7 +35,6 @@ from colada.train.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 0
-MIB = 2**20
 KIT_TIME = 10**9  # The modification time of a kit's corpora, by which prepared shards know them.
 
 
@@ -113,7 +111,14 @@ class Part:
         result = None
         try:
             result = self.results[name] = measure()
-        except (Failed, OSError, ValueError, KeyError, ElementTree.ParseError) as error:
+        except (
+            Failed,
+            OSError,
+            ValueError,
+            KeyError,
+            subprocess.SubprocessError,
+            ElementTree.ParseError,
+        ) as error:
             self.errors.append(f"{name}: {error}")
             print(f"{self.name}: {name} failed: {error}", file=sys.stderr, flush=True)
         self.write()
@@ -162,6 +167,13 @@ class Part:
             raise Failed(f"exit status {status}: {lines[-1] if lines else 'it said nothing'}")
         return status, text
 
+    def record(self, *words: str) -> Any:
+        """Run a benchmark on the part's device, and return the record that it writes; see :meth:`command`."""
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "record.json"
+            self.command("-m", *words, "--device", self.device.type, "--json", str(file))
+            return json.loads(file.read_text())
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Keep the most memory in use: of the whole GPU, or of the largest process on a CPU."""
@@ -196,26 +208,20 @@ def tests(part: Part) -> None:
                 "-m", "pytest", "-n", "0", "-q", f"--junitxml={file}", "tests/test_cuda.py", good=(0, 1)
             )
             cases = list(ElementTree.parse(file).getroot().iter("testcase"))
-        found: dict[str, Any] = {"passed": [], "failed": {}, "skipped": {}}
+        ends: dict[str, dict[str, str]] = {"passed": {}, "failed": {}, "skipped": {}}
         for case in cases:
-            name, wrong = case.attrib["name"], [*case.iter("failure"), *case.iter("error")]
-            if wrong:
-                found["failed"][name] = wrong[0].attrib.get("message", "")
-            elif (skipped := next(case.iter("skipped"), None)) is not None:
-                found["skipped"][name] = skipped.attrib.get("message", "")
-            else:
-                found["passed"].append(name)
-        unseen = {} if part.debug else found["skipped"]
-        if status or unseen:
-            part.errors.append(f"tests: {len(found['failed'])} failed, {len(found['skipped'])} skipped")
-        return found
+            kind, node = "passed", case
+            for tag, name in (("skipped", "skipped"), ("error", "failed"), ("failure", "failed")):
+                if (child := case.find(tag)) is not None:
+                    kind, node = name, child
+            ends[kind][case.attrib["name"]] = node.attrib.get("message", "")
+        if status or (ends["skipped"] and not part.debug):
+            part.errors.append(f"tests: {len(ends['failed'])} failed, {len(ends['skipped'])} skipped")
+        return ends
 
     def parity() -> list[dict[str, Any]]:
-        places = [
-            part.kit / "parity",
-            ROOT.parent / "shared/fixtures/parity",
-            ROOT / "shared/fixtures/parity",
-        ]
+        shared = Path("shared/fixtures/parity")
+        places = [part.kit / "parity", ROOT.parent / shared, ROOT / shared]
         cases = [path.parent for where in places for path in sorted(where.glob("*/case.json"))]
         if not cases:
             raise Failed(f"no fixtures in {' or '.join(map(str, places))}")
@@ -236,23 +242,14 @@ def tests(part: Part) -> None:
 
 def generate(part: Part) -> None:
     """Measure generation beside the readable loop and an AR decoder of equal size, batch by batch."""
-    size = ["--size", "2.3b", "--context", "128", "--steps", "16", "--new-tokens", "64", "--repeats", "3"]
-    batches = [1, 8, 64]
+    job = ["--size", "2.3b", "--context", "128", "--steps", "16", "--new-tokens", "64", "--repeats", "3"]
+    batches = ["1", "8", "64"]
     if part.debug:
-        size = ["--size", "tiny", "--layers", "1", "--context", "16", "--steps", "2", "--new-tokens", "32"]
-        size += ["--repeats", "1"]
-        batches = [1, 2]
-
-    def measure(batch: int) -> Any:
-        with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory) / "speed.json"
-            arguments = ["-m", "benchmarks.generation", "speed", *size, "--batch", str(batch)]
-            arguments += ["--dtype", "bfloat16", "--device", part.device.type, "--json", str(file)]
-            part.command(*arguments, "--seed", str(SEED))
-            return json.loads(file.read_text())
-
+        job = ["--size", "tiny", "--layers", "1", "--context", "16", "--steps", "2", "--new-tokens", "32"]
+        job, batches = [*job, "--repeats", "1"], ["1", "2"]
+    command = ["benchmarks.generation", "speed", *job, "--dtype", "bfloat16", "--seed", str(SEED)]
     for batch in batches:
-        part.add(f"batch {batch}", partial(measure, batch))
+        part.add(f"batch {batch}", partial(part.record, *command, "--batch", batch))
 
 
 # --- 3: training steps ---------------------------------------------------------------------------
@@ -265,21 +262,16 @@ def training(part: Part) -> None:
     if part.debug:
         shapes, extra = {"tiny": [(2, 64)]}, ["--layers", "1", "--repeats", "1", "--warmup", "1"]
 
-    def measure(size: str, batch: int, length: int, flags: Sequence[str]) -> Any:
-        with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory) / "sizes.json"
-            arguments = ["-m", "benchmarks.training", "steps", "--size", size, "--batch", str(batch)]
-            arguments += ["--length", str(length), "--device", part.device.type, "--json", str(file)]
-            part.command(*arguments, *extra, *flags)
-            return json.loads(file.read_text())
-
     for size, tries in shapes.items():
         for compiled in ([], ["--compile", "yes"]):
             for number, (batch, length) in enumerate(tries):
                 flags = [*compiled, *(["--checkpoint-activations"] if number else [])]
                 name = " ".join([size, f"{batch} x {length}", *flags])
+                shape = ["--size", size, "--batch", str(batch), "--length", str(length)]
                 try:
-                    part.add(name, partial(measure, size, batch, length, flags))
+                    part.add(
+                        name, partial(part.record, "benchmarks.training", "steps", *shape, *extra, *flags)
+                    )
                     break
                 except OutOfMemory:
                     part.results[name] = "out of memory"
@@ -360,17 +352,17 @@ def reached(run: Path) -> dict[str, Any]:
     state = json.loads((checkpoint / "state.json").read_text())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     stage = state["stage"]
-    validations = [own for own in records if own["split"] == "validation" and own["stage"] == stage]
-    steps = [own for own in records if own["split"] == "train" and own["stage"] == stage]
+    last: dict[str, dict[str, Any]] = {"validation": {}, "train": {}}
+    for record in records:
+        if record["stage"] == stage and record["split"] in last:
+            last[record["split"]] = record
+    speed = {name: last["train"].get(name) for name in ("tokens_per_s", "mfu", "memory_gb")}
+    where = {name: state[name] for name in ("stage", "step", "tokens")}
     return {
-        "stage": stage,
-        "step": state["step"],
-        "tokens": state["tokens"],
+        **where,
         "checkpoint": str(checkpoint),
-        "validation_flow": validations[-1].get("flow") if validations else None,
-        "tokens_per_s": steps[-1].get("tokens_per_s") if steps else None,
-        "mfu": steps[-1].get("mfu") if steps else None,
-        "memory_gb": steps[-1].get("memory_gb") if steps else None,
+        "validation_flow": last["validation"].get("flow"),
+        **speed,
     }
 
 
@@ -381,17 +373,12 @@ def pack(model: Path, out: Path, pieces: int | None) -> dict[str, Any]:
         return {"folder": "model"}
     for old in out.glob("model.tar.*"):
         old.unlink()
-    with tempfile.TemporaryFile() as whole:
-        with tarfile.open(fileobj=whole, mode="w") as archive:
-            archive.add(model, "model")
-        size = whole.tell()
-        whole.seek(0)
-        for number in range(-(-size // (pieces * MIB))):
-            (out / f"model.tar.{number:02}").write_bytes(whole.read(pieces * MIB))
-    return {
-        "pieces": sorted(path.name for path in out.glob("model.tar.*")),
-        "unpack": "cat model.tar.* | tar x",
-    }
+    split = (
+        'set -o pipefail; tar c -C "$1" --transform "s,^\\.,model," . | split -b "$2m" -d - "$3/model.tar."'
+    )
+    subprocess.run(["bash", "-c", split, "pack", str(model), str(pieces), str(out)], check=True)
+    names = sorted(path.name for path in out.glob("model.tar.*"))
+    return {"pieces": names, "unpack": "cat model.tar.* | tar x"}
 
 
 # --- the command ---------------------------------------------------------------------------------
