@@ -23,6 +23,7 @@ from rich.console import Console
 
 import colada
 from colada.data.documents import read_documents
+from colada.data.jsonl import read_lines
 from colada.data.listing import find_files
 from colada.data.sources import read_texts
 from colada.evaluate.variety import distinct, words
@@ -100,7 +101,7 @@ def _validation(recipe: Recipe) -> list[str]:
 
 def _results(out: Path) -> list[dict[str, Any]]:
     path = out / RESULTS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [row for _, row in read_lines(path, unfinished=True)] if path.is_file() else []
 
 
 def _append(out: Path, row: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
-import yaml
 
 from colada import ColaDLM
 from colada.data.documents import read_documents
@@ -28,6 +27,7 @@ from colada.evaluate.variety import distinct, words
 from colada.flow import TimestepLaw, calibrated_loc
 from colada.generate.settings import Settings, TextRequest
 from colada.models.cola import load_cola
+from colada.strict_yaml import parse_yaml
 from colada.train.losses import encode, readable, reconstruction, rows_layout, stage2_frozen_loss
 from colada.train.noise import FlowSettings, VAEWeights, draw_randomness
 
@@ -113,7 +113,7 @@ def main(
     lm = load_cola(model, dtype=torch.float32)
     assert lm.tokenizer is not None
     chosen: dict[str, Any] = {
-        name: yaml.safe_load(value) for name, _, value in (s.partition("=") for s in settings)
+        name: parse_yaml(value, f"--set {name}") for name, _, value in (s.partition("=") for s in settings)
     }
     documents = list(read_documents(find_files(data, include)))
     train = [words(d.text) for d in documents if d.split == "train"]
