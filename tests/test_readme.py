@@ -143,6 +143,14 @@ def test_the_stated_limits_are_those_that_hold() -> None:
         )
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_that_are_run_from_a_clone_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name in re.findall(r"python -m ((?:benchmarks|experiments)(?:\.\w+)*)", text):
+        path = ROOT.joinpath(*name.split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
+
+
 def resolves(name: str) -> bool:
     """Whether ``module.Class.attribute`` of the package exists; an annotation is an attribute."""
     parts = name.split(".")
