@@ -15,9 +15,9 @@ PACKAGE = ROOT / "src/colada"
 SHELVES = [
     "",
     "text",
-    "pictures",
     "data",
     "networks",
+    "pictures",
     "generate",
     "models",
     "train",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from colada.errors import ColadaError, shown
 
-DIT_DIR, VAE_DIR, DECODER_DIR = "cola_dit", "cola_vae", "decoder"
+DIT_DIR, VAE_DIR, DECODER_DIR, IMAGE_DIR = "cola_dit", "cola_vae", "decoder", "cola_image"
 TOKENIZER_FILE = "tokenizer.json"
 GENERATION_FILE, CHAT_TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
 

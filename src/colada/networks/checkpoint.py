@@ -1,9 +1,9 @@
 """The released checkpoint format: directories of ``config.json`` and safetensors files, read strictly.
 
 A model directory holds ``cola_dit/`` and ``cola_vae/``, and a ``tokenizer.json``
-beside them or one level up; that of a baseline holds ``decoder/`` instead. Two files beside
-them are extensions: ``generation_config.json``, the settings with which this model measures best, and
-``chat_template.jinja``, how it writes conversations.
+beside them or one level up; that of a baseline holds ``decoder/`` instead. Beside them are extensions:
+``cola_image/``, the codec of a model that has pictures; ``generation_config.json``, the settings with which
+this model measures best; and ``chat_template.jinja``, how it writes conversations.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from colada.locate import (
     DECODER_DIR,
     DIT_DIR,
     GENERATION_FILE,
+    IMAGE_DIR,
     TOKENIZER_FILE,
     VAE_DIR,
     find_tokenizer,
@@ -43,7 +44,7 @@ from colada.text.chat import read_template
 from colada.text.tokenizer import Tokenizer
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-FOLDERS = (DIT_DIR, VAE_DIR, DECODER_DIR)
+FOLDERS = (DIT_DIR, VAE_DIR, DECODER_DIR, IMAGE_DIR)
 PARTS = (*FOLDERS, TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE)
 _MODEL_FILE = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _SAVE = "save"  # The key of the weights' metadata that says which were saved together.
