@@ -15,11 +15,15 @@ Not counted are norms, activations, softmax and rotary positions, and moving any
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from benchmarks.machine import Rates
+from colada.device import unallocated
 from colada.errors import ColadaError
 from colada.networks.config import DiTConfig, TextVAEConfig
-from colada.train.plan import block_causal_pairs
+from colada.networks.dit import AdaLN, DiT
+from colada.networks.vae import TextVAE
+from colada.train.plan import block_causal_pairs, matrix_entries
 
 
 @dataclass(frozen=True)
@@ -100,36 +104,30 @@ class Stack:
         return Cost(flops, itemsize * (self.entries + (seen + written) * self.history))
 
 
-def dit_stack(dit: DiTConfig) -> tuple[Stack, int]:
-    """Return the DiT's layers and input, and the entries of its output matrix; AdaLN is in neither."""
-    width = dit.heads * dit.head_dim
-    layer = 4 * width * dit.txt_dim + 2 * dit.expand_ratio * dit.txt_dim**2
-    latents = dit.patch_size * dit.txt_in_channels * dit.txt_dim
-    return Stack(dit.num_layers * layer + latents, dit.num_layers, width), latents
+@lru_cache(maxsize=4)
+def stacks(vae: TextVAEConfig, dit: DiTConfig) -> tuple[Stack, Stack, Stack, int, int]:
+    """Return the encoder, the decoder and the DiT, and the entries of the two output matrices.
 
-
-def modulation(dit: DiTConfig) -> int:
-    """Return the numbers of one row of the AdaLN table: (6 layers + 2) txt_dim."""
-    return (6 * dit.num_layers + 2) * dit.txt_dim
-
-
-def vae_stacks(vae: TextVAEConfig) -> tuple[Stack, Stack]:
-    """Return the encoder with all its matrices, and the decoder with all but the vocabulary head."""
-    hidden = vae.ffn_dim // 2 if vae.act == "swiglu" else vae.ffn_dim
-    layer = 4 * vae.dim**2 + vae.dim * vae.ffn_dim + hidden * vae.dim
-    patch = vae.patch_size * vae.dim**2
-    outputs = vae.dim * vae.latent_dim * (2 if vae.use_variation else 1)
+    These two are in no stack, and neither is AdaLN, which is a table.
+    """
+    with unallocated():
+        text, prior = TextVAE(vae), DiT(dit)
+    head, output = matrix_entries(text.decoder.final_layer), matrix_entries(prior.txt_out)
+    tables = [prior.txt_out_ada, prior.emb_in, *(m for m in prior.modules() if isinstance(m, AdaLN))]
+    layers = matrix_entries(prior) - output - sum(map(matrix_entries, tables))
     return (
-        Stack(vae.encoder_num_blocks * layer + patch + outputs, vae.encoder_num_blocks, vae.dim),
-        Stack(
-            vae.decoder_num_blocks * layer + patch + vae.latent_dim * vae.dim, vae.decoder_num_blocks, vae.dim
-        ),
+        Stack(matrix_entries(text.encoder), vae.encoder_num_blocks, vae.dim),
+        Stack(matrix_entries(text.decoder) - head, vae.decoder_num_blocks, vae.dim),
+        Stack(layers, dit.num_layers, dit.heads * dit.head_dim),
+        head,
+        output,
     )
 
 
 def history_bytes(vae: TextVAEConfig, dit: DiTConfig, itemsize: int) -> float:
     """Return what the history of one latent takes: keys and values in the DiT and in the decoder."""
-    return itemsize * (dit_stack(dit)[0].history / dit.patch_size + vae_stacks(vae)[1].history)
+    _, decoder, prior, _, _ = stacks(vae, dit)
+    return itemsize * (prior.history / dit.patch_size + decoder.history)
 
 
 def prompt_latents(vae: TextVAEConfig, context: int) -> tuple[int, int]:
@@ -157,9 +155,8 @@ def generation_cost(vae: TextVAEConfig, dit: DiTConfig, job: Job, itemsize: int)
 
     Returns: the parts; they follow each other, so their times add up.
     """
-    prior, output = dit_stack(dit)
-    encoder, decoder = vae_stacks(vae)
-    head = vae.dim * vae.vocab_size
+    encoder, decoder, prior, head, output = stacks(vae, dit)
+    table = (6 * dit.num_layers + 2) * dit.txt_dim  # Numbers of a row of the AdaLN table.
     batch, size, patch = job.batch, vae.block_size, dit.patch_size
     cells = size // patch  # Positions of the DiT in a block.
     prefix, _ = prompt_latents(vae, job.context)
@@ -179,7 +176,7 @@ def generation_cost(vae: TextVAEConfig, dit: DiTConfig, job: Job, itemsize: int)
         branches = 1 + (job.guided and history > 0)
         pairs = rows * (past + branches * cells)
         step = prior.run(branches * rows, pairs, batch * past, 0, itemsize)
-        step += Cost(2 * branches * rows * output, itemsize * (output + modulation(dit)))
+        step += Cost(2 * branches * rows * output, itemsize * (output + table))
         transport += Cost(job.steps * step.flops, job.steps * step.bytes)
         if number:
             added = prior.run(rows, rows * past, 0, rows, itemsize)

@@ -75,7 +75,12 @@ def make_peers(model: ColaDLM, names: Sequence[str], guidance: float, seed: int)
         else:
             from benchmarks.generation.libraries import MAKERS
 
-            peers[name] = MAKERS[name](decoder)
+            try:
+                peers[name] = MAKERS[name](decoder)
+            except (ValueError, RuntimeError) as error:  # As they say what they cannot compute in, or where.
+                reason = str(error).partition("\n")[0]
+                weight = decoder.wte.weight
+                raise ColadaError(f"--peers {name}: {weight.dtype} on {weight.device}: {reason}") from error
     return peers
 
 
