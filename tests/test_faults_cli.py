@@ -21,7 +21,7 @@ from colada.cli import options
 from colada.models.cola import ColaDLM
 from colada.networks import quantise
 from colada.text.tokenizer import Tokenizer
-from commands import command_line, main
+from commands import main
 from helpers import tiny_dit, tiny_vae
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="streams of a POSIX system")
@@ -47,12 +47,6 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"steps": 2, "guidance": 2.0}
     ColaDLM(vae, dit, tokenizer, generation=settings, chat_template=TEMPLATE).save(directory)
     return directory
-
-
-def colada_process(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command_line(list(map(str, args))), capture_output=True, text=True, timeout=60, **options
-    )
 
 
 # --- how soon it answers -------------------------------------------------------------------------
@@ -182,7 +176,7 @@ ODD = [
 ]
 
 
-def test_b1_b5_odd_values_of_any_option_are_one_line() -> None:
+def test_odd_values_of_any_option_are_one_line() -> None:
     """Every option that takes a value, with a model that is not there: whatever the value, one line."""
     code = """
 import contextlib, io, json, sys
@@ -251,7 +245,7 @@ def test_the_names_checked_before_torch_are_those_there_are() -> None:
     ("given", "used"),
     [({}, "10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")],
 )
-def test_d1_threads_spin_for_a_moment_only_unless_told_otherwise(given: dict[str, str], used: str) -> None:
+def test_threads_spin_for_a_moment_only_unless_told_otherwise(given: dict[str, str], used: str) -> None:
     choices = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     environment = {name: value for name, value in os.environ.items() if name not in choices} | given
     code = (
@@ -285,7 +279,7 @@ def test_d1_threads_spin_for_a_moment_only_unless_told_otherwise(given: dict[str
         ("--help >/dev/full", 2, "", "error: [^\n]*No space left on device\n"),
     ],
 )
-def test_b6_closed_and_full_streams_are_one_line(
+def test_closed_and_full_streams_are_one_line(
     chatty: Path, redirected: str, status: int, out: str, err: str
 ) -> None:
     command = f'exec "$0" -m colada {redirected.replace("MODEL", str(chatty))}'
@@ -297,7 +291,7 @@ def test_b6_closed_and_full_streams_are_one_line(
     assert re.fullmatch(err, done.stderr)
 
 
-def test_b6_a_file_opened_later_is_not_a_closed_stream(chatty: Path, tmp_path: Path) -> None:
+def test_a_file_opened_later_is_not_a_closed_stream(chatty: Path, tmp_path: Path) -> None:
     """With descriptor 2 free, the next file opened would be standard error."""
     out = tmp_path / "tokenizer.json"
     (tmp_path / "text.txt").write_text(SENTENCE * 20)
@@ -306,7 +300,7 @@ def test_b6_a_file_opened_later_is_not_a_closed_stream(chatty: Path, tmp_path: P
     assert Tokenizer.from_file(out).vocab_size == 280
 
 
-def test_b6_nobody_reads_the_error() -> None:
+def test_nobody_reads_the_error() -> None:
     process = subprocess.Popen([*COLADA, "generate", "x", "--steps", "many"], stderr=subprocess.PIPE)
     assert process.stderr is not None
     process.stderr.close()
@@ -323,7 +317,7 @@ def test_b6_nobody_reads_the_error() -> None:
     ],
     ids=str,
 )
-def test_b6_any_terminal_and_encoding_will_do(environment: dict[str, str]) -> None:
+def test_any_terminal_and_encoding_will_do(environment: dict[str, str]) -> None:
     """In one process a case: help, and text that the encoding cannot spell."""
     code = (
         "from colada.cli.main import main; main(['generate', '--help']); main(['tokenizer', 'encode', 'é日'])"
@@ -347,11 +341,15 @@ def test_endless_standard_input_is_refused(
     )
 
 
-def test_a_byte_order_mark_is_no_part_of_a_prompt(chatty: Path, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_part_of_a_prompt_and_nothing_is_said_of_loading(
+    chatty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_bytes(b"\xef\xbb\xbfOnce\n")
-    done = colada_process("generate", "-m", chatty, "--file", prompts, "--json", "-n", 1)
-    assert json.loads(done.stdout)["prompt"] == "Once"
+    assert main(["generate", "-m", str(chatty), "--file", str(prompts), "--json", "-n", "1"]) == 0
+    result = capsys.readouterr()
+    assert json.loads(result.out)["prompt"] == "Once"
+    assert result.err == ""  # It is no terminal.
 
 
 # --- interrupts ----------------------------------------------------------------------------------
@@ -385,7 +383,9 @@ def test_memory_that_is_not_there_is_one_line(
 # --- chat ----------------------------------------------------------------------------------------
 
 
-def test_a_chat_is_the_model_s_answers_in_turn(chatty: Path) -> None:
+def test_a_chat_is_the_model_s_answers_in_turn(
+    chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = colada.load(chatty)
     settings: dict[str, Any] = {"temperature": 1.0}
     system = {"role": "system", "content": "Be kind."}
@@ -394,12 +394,12 @@ def test_a_chat_is_the_model_s_answers_in_turn(chatty: Path) -> None:
     second = [*first, {"role": "assistant", "content": one}, {"role": "user", "content": "And then?"}]
     two = model.chat(second, 9, seed=5, **settings).text
     anew = model.chat([system, {"role": "user", "content": "moon"}], 9, seed=6, **settings).text
-    done = colada_process(
-        *("chat", "-m", chatty, "-n", 9, "--seed", 4, "--temperature", 1, "--system", "Be kind."),
-        input="Hello\n\nAnd then?\r\n/reset\nmoon\n/quit\nnever asked\n",
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{one}\n{two}\n{anew}\n"
+    typed = b"Hello\n\nAnd then?\r\n/reset\nmoon\n/quit\nnever asked\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+    options = ["-m", str(chatty), "-n", "9", "--seed", "4", "--temperature", "1", "--system", "Be kind."]
+    assert main(["chat", *options]) == 0
+    result = capsys.readouterr()
+    assert (result.out, result.err) == (f"{one}\n{two}\n{anew}\n", "")
 
 
 @pytest.mark.parametrize(
@@ -458,11 +458,6 @@ def test_a_typed_chat_survives_a_failed_turn_and_ends_with_its_input(chatty: Pat
     os.write(leader, b"\x04")  # the end of input
     assert process.wait(timeout=60) == 0
     os.close(leader)
-
-
-def test_without_a_terminal_nothing_is_said_of_loading(chatty: Path) -> None:
-    done = colada_process("generate", "Once", "-m", chatty, "-n", 1)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_hub_model_without_a_template_is_one_line_too(
