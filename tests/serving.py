@@ -19,9 +19,8 @@ import uvicorn
 
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
-from colada.serve.admission import Limits
+from colada.serve.admission import Limits, Policy
 from colada.serve.app import Service, create_app
-from colada.serve.edge import Policy
 from colada.serve.models import Served
 from colada.text.chat import DEFAULT_TEMPLATE
 from colada.text.tokenizer import Tokenizer
@@ -39,9 +38,7 @@ def byte_model(**generation: Any) -> ColaDLM:
 
 
 def served(name: str, model: LanguageModel) -> Served:
-    one = Served(name, model, 1_700_000_000, "0123456789abcdef" * 4)
-    one.prepare_pictures()
-    return one
+    return Served(name, model, 1_700_000_000, "0123456789abcdef" * 4)
 
 
 @dataclass
@@ -76,7 +73,7 @@ class Running:
                 if engine is not None and engine not in held:
                     engine.regions.give_back(0, engine.regions.capacity)
             counts = self.service.admission
-            return [*held, *driver._open_tickets, *driver._tickets] + [counts.places] * bool(counts.places)
+            return [*held, *driver.tickets, *driver._places] + [counts.places] * bool(counts.places)
 
         end = time.monotonic() + seconds
         while left():

@@ -210,8 +210,8 @@ REFUSED: list[tuple[Json, str, str]] = [
     ({"service_tier": "flex"}, "service_tier", "unsupported_parameter"),
     ({"min_tokens": 1}, "min_tokens", "unsupported_parameter"),
     ({"skip_special_tokens": False}, "skip_special_tokens", "unsupported_parameter"),
-    ({"priority": True}, "priority", "invalid_value"),
-    ({"tools": []}, "tools", "unknown_parameter"),
+    ({"priority": True}, "priority", "unsupported_parameter"),
+    ({"tools": [1]}, "tools", "unsupported_parameter"),
     ({"maxtokens": 5}, "maxtokens", "unknown_parameter"),
     ({"colada": {"step": 5}}, "colada.step", "unknown_parameter"),
     ({"colada": {"steps": 65}}, "colada.steps", "invalid_value"),
@@ -384,7 +384,7 @@ def test_health_metrics_and_the_description_are_told(server: Running) -> None:
     for name in (
         'colada_requests_total{endpoint="/v1/completions",status="200"}',
         'colada_tokens_total{kind="completion",model="bytes"}',
-        "colada_choices_open 0.0",
+        'colada_open{what="places"} 0.0',
         "colada_first_block_seconds_count",
         "colada_engine_heartbeat_seconds",
     ):

@@ -90,49 +90,37 @@ def serve(
             f"host={host} and no key, expected --api-key-file or {KEYS_VARIABLE}; --no-key lets anybody ask"
         )
     try:
-        from colada.serve.run import Options, run
+        from colada.serve.admission import LOOPBACK_HOSTS, Limits, Policy
+        from colada.serve.models import open_served
+        from colada.serve.run import listen, run
     except ModuleNotFoundError as error:
         raise ColadaError(f"{error.name} is missing: pip install 'colada-lm[serve]'") from None
-    from colada.serve.admission import Limits
-    from colada.serve.edge import LOOPBACK_HOSTS, Policy
 
-    limits = Limits(
-        slots=slots,
-        waiting=max_waiting,
-        history=history,
-        max_tokens=max_tokens,
-        max_steps=max_steps,
-        watchers=watchers,
-        timeout=timeout,
-        drain=drain,
-    )
+    limits = Limits(slots, max_waiting, history, max_tokens, max_steps, watchers, timeout, drain=drain)
     hosts = [*LOOPBACK_HOSTS, *(name.lower() for name in allowed_host or [])]
-    policy = Policy(
-        keys,
-        hosts if local or (not keys and allowed_host) else ["*"],
-        tuple(cors_origin or ()),
-        metrics_public,
-        log,
+    if not local and (keys or not allowed_host):
+        hosts = ["*"]
+    policy = Policy(keys, hosts, tuple(cors_origin or ()), metrics_public, log)
+    status = run(
+        listen(host, port),
+        lambda: [open_served(*one, dtype, device, quantise) for one in named],
+        limits,
+        policy,
+        lenient=lenient,
+        threads=threads,
+        root_path=root_path,
+        page=open_page,
     )
-    options = Options(host, port, threads, root_path, lenient, open_page, named, dtype, device, quantise)
-    raise typer.Exit(run(options, limits, policy))
+    raise typer.Exit(status)
 
 
 def _named(models: list[str]) -> list[tuple[str | None, str | None, str | None]]:
     """Return the name, place and revision of each model, None where there is none."""
     named: list[tuple[str | None, str | None, str | None]] = []
     for model in models:
-        name, equals, where = model.rpartition("=")
-        if Path(model).is_dir() or not equals:
-            name, where = "", model
-        place, at, revision = where.partition("@")
-        if Path(where).exists() or not at:
-            place, revision = where, ""
-        named.append((name or None, place, revision or None))
-    names = [name for name, _, _ in named if name is not None]
-    for name in names:
-        if names.count(name) > 1:
-            raise ColadaError(f"the name {name!r} is there twice, expected one for each model")
+        name, equals, where = ("", "", model) if Path(model).is_dir() else model.rpartition("=")
+        place, _, revision = (where, "", "") if Path(where).exists() else where.partition("@")
+        named.append((name if equals else None, place, revision or None))
     return named or [(None, None, None)]
 
 

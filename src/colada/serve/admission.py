@@ -1,71 +1,82 @@
-"""Who may join: limits of a server, places that requests take, and when to come again. Plain arithmetic."""
+"""Who may ask, and who has room: refusals, limits, hosts and keys, and the places that requests take."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import hashlib
+import hmac
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
-from colada.errors import shown
+from colada.errors import ColadaError, shown
 
-RATE_SECONDS = 60.0
-"""Over so long, what is finished is counted to tell how fast places come free."""
-LONGEST_RETRY = 60
-"""Seconds that a client is told to wait at most."""
+logger = logging.getLogger("colada.serve")
+
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+OPEN_PATHS = ("/health", "/ready", "/live", "/openapi.json", "/")
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "stop")
+EXTENSION = ("steps", "guidance", "guidance_interval", "solver", "schedule", "noise", "end_ids")
+"""Settings of a generation, as fields of OpenAI's and of ours."""
+KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
 
 
 class Refusal(HTTPException):
-    """A request that is not served, as OpenAI's clients read it.
-
-    Attributes:
-        code: what a program looks at; ``param``: the field at fault.
-    """
+    """A request that is not served, as OpenAI's clients read it: its code is for programs, param a field."""
 
     def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, status: int, code: str, message: str, param: str | None = None, **headers: str
     ) -> None:
-        super().__init__(status, message, dict(headers or {}))
+        if status == 500:  # The same request would fail again.
+            headers["x-should-retry"] = "false"
+        super().__init__(status, message, {name.replace("_", "-"): text for name, text in headers.items()})
         self.code, self.param = code, param
 
     def body(self) -> dict[str, Any]:
         """Return what the client is sent."""
-        kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
-        kind = kinds.get(self.status_code, "invalid_request_error")
+        kind = KINDS.get(self.status_code, "invalid_request_error")
         error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
 
-def invalid(param: str | None, value: object, expected: str) -> Refusal:
-    """Return the refusal of a value that is out of its bounds."""
-    return Refusal(400, "invalid_value", f"{param}={shown(value)}, expected {expected}", param)
+def as_refusal(error: Exception) -> Refusal:
+    """Return an error as a client is told it: a ColadaError by its text, nothing of any other."""
+    if isinstance(error, Refusal):
+        return error
+    if not isinstance(error, ColadaError):
+        logger.error("a request has failed", exc_info=error)
+        return Refusal(500, "internal", "this request has failed")
+    word = str(error).replace("=", " ").partition(" ")[0].rstrip(":")  # The name of what is at fault.
+    names = {"prompt": "prompt", "text": "prompt", "chat": "messages"} | {name: name for name in SAMPLING}
+    param = f"colada.{word}" if word in EXTENSION else names.get(word)
+    long = str(error).startswith("prompt of ")
+    return Refusal(400, "context_length_exceeded" if long else "invalid_value", str(error), param)
+
+
+def invalid(param: str, value: object, expected: str, code: str = "invalid_value") -> Refusal:
+    """Return the refusal of a field's value."""
+    return Refusal(400, code, f"{param}={shown(value)}, expected {expected}", param)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one process serves; those in seconds are at least 0.
+    """What one process serves.
 
     Attributes:
         slots: requests under way together, a model.
         waiting: choices that may wait beside them.
-        history: latents (an AR model's: tokens) under way together, a model; a longer request is refused.
+        history: latents (a baseline's: tokens) under way together, a model; a longer request is refused.
         max_tokens, max_steps: of a request.
         watchers: requests that may be sent guesses at once: these cost the engine a quarter more.
-        connections: at once.
-        timeout: seconds for a whole request, waiting included.
-        reader: seconds in which a client takes none of what it is sent, before it is given up.
+        timeout, body: seconds for a whole request, waiting included; and for its body to be there.
+        reader: seconds after which a client that takes nothing of its stream is given up.
         ping: seconds of silence after which a stream has a comment; 0 is none.
-        body: seconds in which a request's body has to be there.
         drain: seconds that accepted requests have to finish once the process is told to end.
-        stall: seconds without a solver step after which the engine counts as stalled.
+        stall: seconds without a step of a busy engine after which the server is not healthy.
     """
 
     slots: int = 64
@@ -74,13 +85,57 @@ class Limits:
     max_tokens: int = 8192
     max_steps: int = 64
     watchers: int = 8
-    connections: int = 1024
     timeout: float = 600
+    body: float = 30
     reader: float = 60
     ping: float = 15
-    body: float = 30
     drain: float = 30
     stall: float = 60
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who may ask.
+
+    Attributes:
+        keys: one of them has to be sent; none: nobody needs one.
+        hosts: names by which the server may be called; "*" is any.
+        origins: whose pages may ask, beside the server's own; "*" is any.
+        public_metrics: show the metrics without a key.
+        log: a line a request as "text", "json" or "off".
+    """
+
+    keys: Sequence[str] = ()
+    hosts: Sequence[str] = LOOPBACK_HOSTS
+    origins: Sequence[str] = ()
+    public_metrics: bool = False
+    log: str = "text"
+
+    def check(self, path: str, headers: Headers) -> str:
+        """Return the name of the request's key in logs.
+
+        Raises:
+            Refusal: for another host, a page of another origin, or without a right key where one is needed.
+        """
+        hosts = headers.getlist("host")
+        if len(hosts) != 1:
+            raise Refusal(400, "invalid_value", f"{len(hosts)} Host headers, expected one", "host")
+        name, origin = re.sub(r":\d*$", "", hosts[0]).lower(), headers.get("origin", "")
+        if not {"*", name} & set(self.hosts):
+            raise Refusal(403, "host_not_allowed", f"host {name[:100]!a} is not served; see --allowed-host")
+        own = origin.partition("://")[2].lower() == hosts[0].lower()
+        if origin and not own and not {"*", origin} & set(self.origins):
+            raise Refusal(403, "origin_not_allowed", f"{origin[:100]!a} may not ask; see --cors-origin")
+        free = path in OPEN_PATHS or path.startswith("/playground/")
+        if not self.keys or free or (path == "/metrics" and self.public_metrics):
+            return "-"
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        sent = key.strip().encode() if scheme.lower() == "bearer" else b""
+        right = [hmac.compare_digest(sent, one.encode()) for one in self.keys]  # All: time says nothing.
+        if not any(right):
+            text = "no right key, expected `Authorization: Bearer KEY`"
+            raise Refusal(401, "invalid_api_key", text, WWW_Authenticate="Bearer")
+        return hashlib.sha256(sent).hexdigest()[:6]
 
 
 @dataclass
@@ -92,52 +147,32 @@ class Admission:
     """
 
     limits: Limits
-    clock: Callable[[], float] = time.monotonic
     places: int = 0
     latents: int = 0
     watchers: int = 0
-    _finished: deque[tuple[float, int]] = field(default_factory=deque)
 
-    def require_place(self) -> None:
-        """Raise Refusal where everything is taken: before a body is read as JSON, and long before tokens."""
-        if self.places >= self.limits.slots + self.limits.waiting:
-            raise self._full()
+    def require_place(self, places: int = 1, latents: int = 0) -> None:
+        """Raise Refusal where there is no room; called before a body is read as JSON, too."""
+        most = self.limits.slots + self.limits.waiting
+        crowded = self.places and self.latents + latents > 5 * self.limits.history
+        if self.places + places > most or crowded:
+            text = f"{self.places} choices of {self.latents} latents are accepted, and no more has room"
+            seconds = min(60, 1 + self.places // self.limits.slots)
+            raise Refusal(429, "queue_full", text, Retry_After=str(seconds))
 
-    def take(self, latents: list[int], watching: bool) -> None:
-        """Take the places of a request's choices, all or none; :meth:`give_back` has the same arguments.
-
-        Raises:
-            Refusal: 429, with the seconds after which there may be room.
-        """
-        places = self.places + len(latents)
-        if places > self.limits.slots + self.limits.waiting or (
-            self.places and self.latents + sum(latents) > 5 * self.limits.history
-        ):
-            raise self._full()
+    def take(self, latents: Sequence[int], watching: bool) -> None:
+        """Take the places of a request's choices, all or none; raises Refusal where there is no room."""
+        self.require_place(len(latents), sum(latents))
         if watching and self.watchers >= self.limits.watchers:
             text = f"{self.watchers} requests are sent guesses, expected fewer than {self.limits.watchers}"
-            raise Refusal(429, "too_many_watchers", text, "colada.guesses", {"Retry-After": "1"})
-        self.places, self.latents = places, self.latents + sum(latents)
-        self.watchers += watching
+            raise Refusal(429, "too_many_watchers", text, "colada.guesses", Retry_After="1")
+        self._count(1, latents, watching)
 
-    def give_back(self, latents: list[int], watching: bool) -> None:
-        """Give places back, once their request is finished, failed or cancelled."""
-        self.places, self.latents = self.places - len(latents), self.latents - sum(latents)
-        self.watchers -= watching
-        self._finished.append((self.clock(), sum(latents)))
+    def give_back(self, latents: Sequence[int], watching: bool) -> None:
+        """Give places back, once their request has ended."""
+        self._count(-1, latents, watching)
 
-    @property
-    def retry_after(self) -> int:
-        """Whole seconds in which what is accepted will be finished, going by the last minute."""
-        now = self.clock()
-        while self._finished and self._finished[0][0] < now - RATE_SECONDS:
-            self._finished.popleft()
-        done = sum(latents for _, latents in self._finished)
-        seconds = self.latents * RATE_SECONDS / done if done else 1.0
-        return max(1, min(LONGEST_RETRY, round(seconds)))
-
-    def _full(self) -> Refusal:
-        text = (
-            f"{self.places} choices of {self.latents} latents are accepted, and no more has room: try later"
-        )
-        return Refusal(429, "queue_full", text, None, {"Retry-After": str(self.retry_after)})
+    def _count(self, sign: int, latents: Sequence[int], watching: bool) -> None:
+        self.places += sign * len(latents)
+        self.latents += sign * sum(latents)
+        self.watchers += sign * watching

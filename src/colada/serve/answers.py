@@ -7,33 +7,22 @@ import secrets
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from colada.errors import ColadaError
-from colada.serve.admission import Limits, Refusal, invalid
-from colada.serve.driver import Choice, News, Ticket, as_refusal
+from colada.serve.admission import EXTENSION, SAMPLING, Limits, Refusal, as_refusal, invalid
+from colada.serve.driver import Ticket
 from colada.serve.models import Served
-from colada.serve.protocol import (
-    LONGEST_STOP,
-    MOST_CHOICES,
-    MOST_PROMPTS,
-    MOST_STOPS,
-    ChatRequest,
-    Common,
-    CompletionRequest,
-    Extension,
-    unknown_field,
-)
+from colada.serve.protocol import ChatRequest, Common, CompletionRequest
 
 if TYPE_CHECKING:
     from colada.text.transcript import Chunk, Completion
 
+MOST_CHOICES, MOST_STOPS, LONGEST_STOP = 64, 16, 256
 REASONS = {"length": "length", "end": "stop", "stop": "stop"}
 EXACT_SEED = 2**53
 """Seeds that are drawn are below it: JavaScript reads them exactly."""
-_SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
-_EXTENSION = ("steps", "guidance", "guidance_interval", "solver", "schedule", "noise", "end_ids")
 
 
 @dataclass(frozen=True)
@@ -45,6 +34,7 @@ class Job:
         echoes: what stands before each prompt's first text.
         ticket: its choices; choice i of prompt p has number p n + i.
         latents: that each choice takes.
+        watching: whether guesses are sent.
         settings: of the choices, as used, but for their seeds.
         ignored: unknown fields that were left out.
     """
@@ -54,14 +44,10 @@ class Job:
     prompts: Sequence[Sequence[int]]
     echoes: Sequence[str]
     ticket: Ticket
-    latents: list[int]
-    settings: dict[str, Any]
+    latents: Sequence[int]
+    watching: bool
+    settings: Mapping[str, Any]
     ignored: Sequence[str]
-
-    @property
-    def extension(self) -> Extension:
-        """The object ``colada``."""
-        return self.body.colada or Extension()
 
 
 def open_job(body: Common, served: Served, limits: Limits, lenient: bool) -> Job:
@@ -70,75 +56,84 @@ def open_job(body: Common, served: Served, limits: Limits, lenient: bool) -> Job
     Raises:
         Refusal: naming the field at fault.
     """
-    ignored = sorted(body.model_extra or {})
-    if ignored and not lenient:
-        raise unknown_field(ignored[0])
-    new = _check_fields(body, served, limits)
+    ignored, model, extension, count = body.ignored(lenient), served.model, body.colada, body.n or 1
+    _check(body, served, limits)
+    suffix = body.suffix if isinstance(body, CompletionRequest) else None
     try:
         texts = _prompts(body, served)
-        prompts = [served.model.ids(text) for text in texts]
-        settings = _settings(body, served)
-        chosen = served.model.chosen(settings)
-        served.model.endings(chosen)
+        prompts = [model.ids(text) for text in texts]
+        after = model.ids(suffix) if suffix else None
+        settings = model.check(_settings(body))
+        chosen = model.chosen(settings)
     except ColadaError as error:
-        raise _field_of(as_refusal(error)) from None
-    count = body.n or 1
-    suffix = served.model.ids(body.suffix) if isinstance(body, CompletionRequest) and body.suffix else None
+        raise as_refusal(error) from None
     if len(prompts) * count > MOST_CHOICES:
-        raise invalid("n", count, f"{len(prompts)} prompts times n to be at most {MOST_CHOICES}")
+        raise invalid("n" if count > 1 else "prompt", count, f"prompts times n to be 1 to {MOST_CHOICES}")
+    seed = body.seed
+    if seed is None:
+        seed = 0 if chosen["temperature"] == 0 else secrets.randbelow(EXACT_SEED)
+    watching = bool(extension.guesses) and model.arch == "cola"
+    asked = {"suffix": after, "guesses": watching, "confidence": watching or bool(extension.confidence)}
     choices, latents = [], []
-    seed = _seed(body, chosen)
     for ids in prompts:
-        most = served.most_new(len(ids) + len(suffix or ()), limits)
-        wanted = new if new is not None else max(1, min(body.default_tokens, most))
-        if wanted > most:
-            raise _too_long(len(ids) + len(suffix or ()), wanted, served, limits)
+        size = len(ids) + len(after or ())
+        most = served.most_new(size, limits)
+        new = body.max_tokens or body.max_completion_tokens or max(1, min(body.default_tokens, most))
+        if new > most:
+            context = served.context(limits)
+            text = f"a prompt of {size} tokens and {new} new ones, expected at most {context} together"
+            param = "prompt" if size >= context else "max_tokens"
+            raise Refusal(400, "context_length_exceeded", text, param)
+        latents += [served.latents(size, new)] * count
         for number in range(count):
-            choices.append(Choice(ids, wanted, {**settings, "seed": seed + number}, suffix))
-            latents.append(served.latents(len(ids) + len(suffix or ()), wanted))
-    extension = body.colada or Extension()
-    watching = bool(extension.guesses) and served.model.arch == "cola"
-    ticket = Ticket(served.name, choices, watching, watching or bool(extension.confidence), extension.latents)
-    echoed = isinstance(body, CompletionRequest) and body.echo
-    echoes = [_echo(text, served) if echoed else "" for text in texts]
-    return Job(body, served, prompts, echoes, ticket, latents, chosen, ignored)
+            choices.append({**asked, **settings, "prompt": ids, "max_new_tokens": new, "seed": seed + number})
+    ticket = Ticket(served.name, choices, extension.latents)
+    decode = model.tokenizer.decode if model.tokenizer is not None else lambda ids, **_: ""
+    echoes = [text if isinstance(text, str) else decode(text, skip_special=False) for text in texts]
+    if not (isinstance(body, CompletionRequest) and body.echo):
+        echoes = [""] * len(texts)
+    return Job(body, served, prompts, echoes, ticket, latents, watching, chosen, ignored)
 
 
-def _check_fields(body: Common, served: Served, limits: Limits) -> int | None:
-    """Check what fields may be together; return how many tokens are wanted, if that is said."""
-    extension = body.colada or Extension()
-    new, also = body.max_tokens, body.max_completion_tokens
-    if new is not None and also is not None and new != also:
-        raise invalid("max_completion_tokens", also, f"the same as max_tokens={new}, or one of them")
-    new = also if new is None else new
-    if new is not None and new > limits.max_tokens:
-        raise invalid("max_tokens", new, f"at most {limits.max_tokens}")
-    if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options", body.stream_options.model_dump(), "stream: true beside it")
-    if extension.guesses and not body.stream:
-        raise invalid("colada.guesses", True, "stream: true beside it")
-    if extension.latents and not extension.guesses:
-        raise invalid("colada.latents", extension.latents, "colada.guesses: true beside it")
-    if extension.steps is not None and extension.steps > limits.max_steps:
-        raise invalid("colada.steps", extension.steps, f"at most {limits.max_steps}")
-    if body.top_k is not None and body.top_k > served.model.vocab_size:
-        raise invalid("top_k", body.top_k, f"at most the vocabulary's {served.model.vocab_size}")
-    if extension.end_ids and body.ignore_eos:
-        raise invalid("ignore_eos", True, "no colada.end_ids beside it")
+def _check(body: Common, served: Served, limits: Limits) -> None:
+    """Raise Refusal for values that the server or the fields beside them do not allow."""
+    extension, heat = body.colada, body.temperature or 0
+    new, also, most = body.max_tokens, body.max_completion_tokens, served.model.vocab_size
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stops) > MOST_STOPS or any(not 1 <= len(stop) <= LONGEST_STOP for stop in stops):
-        raise invalid("stop", body.stop, f"at most {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters")
-    if isinstance(body, CompletionRequest):
-        if body.best_of is not None and body.best_of != (body.n or 1):
-            raise Refusal(
-                400, "unsupported_parameter", f"best_of={body.best_of}, expected as many as n", "best_of"
-            )
-        if body.suffix and served.model.arch != "cola":
-            text = f"suffix: {served.name} cannot fill a hole, expected none"
-            raise Refusal(400, "unsupported_parameter", text, "suffix")
-        if body.suffix and stops:
-            raise invalid("stop", body.stop, "none where a suffix asks for a hole of max_tokens tokens")
-    return new
+    long = any(not 1 <= len(stop) <= LONGEST_STOP for stop in stops)
+    more = body if isinstance(body, CompletionRequest) else CompletionRequest()
+    watched = extension.guesses and not body.stream
+    wrong: list[tuple[str, Any, Any, str]] = [
+        ("max_completion_tokens", also, new and also and new != also, f"the same as max_tokens={new}"),
+        ("max_tokens", new or also, (new or also or 0) > limits.max_tokens, f"at most {limits.max_tokens}"),
+        ("temperature", heat, 0 < heat < 0.01, "0, or 0.01 to 100"),
+        ("top_k", body.top_k, (body.top_k or 0) > most, f"at most the vocabulary's {most}"),
+        ("stop", body.stop, len(stops) > MOST_STOPS or long, f"{MOST_STOPS} strings of 1 to {LONGEST_STOP}"),
+        ("stop", body.stop, more.suffix and stops, "none beside a suffix, whose hole is filled to its end"),
+        ("seed", body.seed, (body.seed or 0) + (body.n or 1) > 2**63, "the last choice's below 2**63"),
+        ("stream_options", True, body.stream_options and not body.stream, "stream: true beside it"),
+        ("ignore_eos", True, body.ignore_eos and extension.end_ids, "no colada.end_ids beside it"),
+        (
+            "colada.steps",
+            extension.steps,
+            (extension.steps or 0) > limits.max_steps,
+            f"at most {limits.max_steps}",
+        ),
+        ("colada.guesses", True, watched, "stream: true beside it"),
+        (
+            "colada.latents",
+            extension.latents,
+            extension.latents and not extension.guesses,
+            "guesses beside it",
+        ),
+    ]
+    for param, value, holds, expected in wrong:
+        if holds:
+            raise invalid(param, value, expected)
+    if more.best_of not in (None, body.n or 1):
+        raise invalid("best_of", more.best_of, "as many as n", "unsupported_parameter")
+    if more.suffix and served.model.arch != "cola":
+        raise invalid("suffix", more.suffix, "none: this model fills no hole", "unsupported_parameter")
 
 
 def _prompts(body: Common, served: Served) -> list[str | list[int]]:
@@ -148,235 +143,149 @@ def _prompts(body: Common, served: Served) -> list[str | list[int]]:
             raise Refusal(400, "no_chat_template", text, "messages")
         return [served.model.chat_prompt([message.plain() for message in body.messages])]
     assert isinstance(body, CompletionRequest)
-    prompt: Any = "" if body.prompt is None else body.prompt
-    several = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
-    prompts: list[str | list[int]] = prompt if several else [prompt]
-    if not 1 <= len(prompts) <= MOST_PROMPTS:
-        raise Refusal(400, "invalid_value", f"{len(prompts)} prompts, expected 1 to {MOST_PROMPTS}", "prompt")
-    return [[] if prompt == "" else prompt for prompt in prompts]
+    prompt: Any = body.prompt or ("" if body.prompt is None or body.prompt == "" else [])
+    single = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+    prompts = [prompt] if single else prompt
+    if not prompts:
+        raise invalid("prompt", prompt, "at least one")
+    return [one or [] for one in prompts]
 
 
-def _settings(body: Common, served: Served) -> dict[str, Any]:
-    """Return the settings that are said, under the names of :class:`colada.generate.settings.Settings`."""
-    settings = {name: getattr(body, name) for name in _SAMPLING if getattr(body, name) is not None}
+def _settings(body: Common) -> dict[str, Any]:
+    """Return what is said, under the names of :class:`colada.generate.settings.Settings`."""
+    settings = {name: getattr(body, name) for name in SAMPLING}
+    settings |= {name: getattr(body.colada, name) for name in EXTENSION}
     if body.top_k == -1:
         settings["top_k"] = 0
-    if body.stop:
-        settings["stop"] = body.stop
     if body.ignore_eos:
         settings["end_ids"] = ()
-    extension = body.colada or Extension()
-    settings |= {
-        name: getattr(extension, name) for name in _EXTENSION if getattr(extension, name) is not None
-    }
-    return served.model.check(settings)
-
-
-def _seed(body: Common, chosen: dict[str, Any]) -> int:
-    if body.seed is None:
-        return 0 if chosen["temperature"] == 0 else secrets.randbelow(EXACT_SEED)
-    if body.seed + (body.n or 1) > 2**63:
-        raise invalid("seed", body.seed, "the last choice's seed below 2**63")
-    return body.seed
-
-
-def _field_of(refusal: Refusal) -> Refusal:
-    """Name the field of a setting as it is in a request."""
-    if refusal.detail.startswith("prompt of "):
-        refusal.param, refusal.code = "prompt", "context_length_exceeded"
-    elif refusal.param in _EXTENSION:
-        refusal.param = f"colada.{refusal.param}"
-    elif refusal.param not in (*_SAMPLING, "stop"):
-        refusal.param = {
-            "prompt": "prompt",
-            "text": "prompt",
-            "chat:": "messages",
-            "end_ids:": "colada.end_ids",
-        }.get(refusal.detail.partition(" ")[0])
-    return refusal
-
-
-def _too_long(prompt: int, new: int, served: Served, limits: Limits) -> Refusal:
-    most = served.context(limits)
-    text = f"a prompt of {prompt} tokens and {new} new ones, expected at most {most} together"
-    return Refusal(400, "context_length_exceeded", text, "prompt" if prompt >= most else "max_tokens")
-
-
-def _echo(text: str | list[int], served: Served) -> str:
-    if isinstance(text, str):
-        return text
-    return "" if served.model.tokenizer is None else served.model.tokenizer.decode(text, skip_special=False)
-
-
-@dataclass
-class _Written:
-    """What is written of a choice so far."""
-
-    blocks: int = 0
-    confidence: list[float] = field(default_factory=list)
-    completion: Completion | None = None
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 class Writer:
     """Makes of a job's chunks the events of its stream, or its one answer."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.chat = job, isinstance(job.body, ChatRequest)
-        self._written = [_Written() for _ in job.ticket.choices]
+        self.job, self.chat, stream = job, isinstance(job.body, ChatRequest), bool(job.body.stream)
+        count = len(job.ticket.choices)
+        self._blocks, self._confidence = [0] * count, [list[float]() for _ in range(count)]
+        self._completions: list[Completion | None] = [None] * count
         self._usage_wanted = bool(job.body.stream_options and job.body.stream_options.include_usage)
         self._head = {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": "chat.completion" if self.chat else "text_completion",
+            "object": f"chat.completion{'.chunk' * stream}" if self.chat else "text_completion",
             "created": int(time.time()),
             "model": job.served.name,
             "system_fingerprint": job.served.fingerprint,
         }
-        if self.chat and job.body.stream:
-            self._head["object"] = "chat.completion.chunk"
 
-    def add(self, news: News) -> None:
+    def add(self, number: int, chunk: Chunk) -> None:
         """Take what a choice grows by."""
-        chunk, written = news.chunk, self._written[news.number]
-        if chunk.step is not None:
-            return
-        written.blocks += 1
-        written.confidence += chunk.confidence or ()
-        written.completion = chunk.completion
+        if chunk.step is None:
+            self._blocks[number] += 1
+            self._confidence[number] += chunk.confidence or ()
+            self._completions[number] = chunk.completion
 
     @property
-    def reasons(self) -> list[str]:
-        """Why the choices ended."""
-        return [one.completion.finish_reason for one in self._written if one.completion is not None]
+    def completions(self) -> list[Completion]:
+        """Of the choices that are finished."""
+        return [done for done in self._completions if done is not None]
 
     @property
     def usage(self) -> dict[str, int]:
         """Tokens, each prompt's once."""
         prompt = sum(map(len, self.job.prompts))
-        new = sum(len(one.completion.tokens) for one in self._written if one.completion is not None)
+        new = sum(len(done.tokens) for done in self.completions)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def answer(self) -> dict[str, Any]:
         """Return the whole answer, once all choices are finished."""
         choices = []
-        for number, written in enumerate(self._written):
-            assert written.completion is not None
-            text = self._echo(number) + written.completion.text
+        for number, done in enumerate(self.completions):
+            text = self._echo(number) + done.text
             message = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            content = message if self.chat else {"text": text}
-            reason = written.completion.finish_reason
-            choices.append(self._choice(number, content, reason) | {"colada": self._details(number)})
+            choices.append(self._last(number, message if self.chat else {"text": text}))
         return {**self._head, "choices": choices, "usage": self.usage}
 
     # --- a stream's events -------------------------------------------------------------------
 
     def begin(self) -> Iterator[str]:
         """Yield what comes before the first text."""
-        for number in range(len(self._written)):
+        for number in range(len(self._completions)):
             if self.chat:
-                yield self._event([self._choice(number, {"delta": {"role": "assistant", "content": ""}})])
+                yield self._event([_choice(number, {"delta": {"role": "assistant", "content": ""}})])
             elif echo := self._echo(number):
-                yield self._event([self._choice(number, {"text": echo})])
+                yield self._event([_choice(number, {"text": echo})])
 
-    def events(self, news: News) -> Iterator[str]:
+    def events(self, number: int, chunk: Chunk) -> Iterator[str]:
         """Yield what a choice grows by, once :meth:`add` has taken it."""
-        number, chunk = news.number, news.chunk
+        told = {"index": number, "block": chunk.block, "text": chunk.text}
         if chunk.step is not None:
-            yield self._event([], colada=self._guess(news))
+            place = {
+                "step": chunk.step,
+                "steps": chunk.steps,
+                "a": self._time(chunk),
+                "latents": chunk.latents,
+            }
+            yield self._event([], {"type": "guess", **told, **place, "tokens": self._spelled(chunk)})
             return
-        watched = self._block(number, chunk) if self.job.ticket.guesses else None
-        if chunk.text or watched is not None:
+        if chunk.text or self.job.watching:
             grown = {"delta": {"content": chunk.text}} if self.chat else {"text": chunk.text}
-            yield self._event([self._choice(number, grown)], colada=watched)
+            block = {"type": "block", **told, "tokens": self._spelled(chunk)} if self.job.watching else None
+            yield self._event([_choice(number, grown)], block)
         if chunk.finish_reason is not None:
-            nothing = {"delta": dict[str, str]()} if self.chat else {"text": ""}
-            last = self._choice(number, nothing, chunk.finish_reason)
-            yield self._event([last | {"colada": self._details(number)}])
+            nothing: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+            yield self._event([self._last(number, nothing)])
 
     def end(self) -> Iterator[str]:
         """Yield what follows the last choice."""
         if self._usage_wanted:
-            yield self._event([], usage=self.usage)
+            yield as_json({**self._head, "choices": [], "usage": self.usage})
         yield "[DONE]"
 
-    def _event(self, choices: Sequence[dict[str, Any]], **more: Any) -> str:
+    def _event(self, choices: Sequence[Mapping[str, Any]], told: Mapping[str, Any] | None = None) -> str:
         usage = {"usage": None} if self._usage_wanted else {}
-        extra = {name: value for name, value in more.items() if value is not None}
+        extra = {} if told is None else {"colada": told}
         return as_json({**self._head, "choices": choices, **usage, **extra})
 
-    @staticmethod
-    def _choice(number: int, content: Mapping[str, Any], reason: str | None = None) -> dict[str, Any]:
-        finish = None if reason is None else REASONS[reason]
-        return {"index": number, **content, "logprobs": None, "finish_reason": finish}
+    def _last(self, number: int, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a choice with why it has ended, and what is needed to repeat it."""
+        done, extension = self._completions[number], self.job.body.colada
+        assert done is not None
+        settings = {**self.job.settings, "seed": done.seed}
+        details = {"seed": done.seed, "settings": settings, "blocks": self._blocks[number]}
+        details["finish"] = done.finish_reason
+        if extension.tokens:
+            details["tokens"] = done.tokens
+        if extension.confidence:
+            details["confidence"] = [round(one, 4) for one in self._confidence[number][: len(done.tokens)]]
+        return {**_choice(number, content, REASONS[done.finish_reason]), "colada": details}
 
     def _echo(self, number: int) -> str:
         return self.job.echoes[number // (self.job.body.n or 1)]
 
-    def _details(self, number: int) -> dict[str, Any]:
-        written, extension = self._written[number], self.job.extension
-        assert written.completion is not None
-        done = written.completion
-        details = {
-            "seed": done.seed,
-            "settings": {**self.job.settings, "seed": done.seed},
-            "blocks": written.blocks,
-            "finish": done.finish_reason,
-        }
-        if extension.tokens:
-            details["tokens"] = list(done.tokens)
-        if extension.confidence:
-            details["confidence"] = _rounded(written.confidence[: len(done.tokens)])
-        return details
-
-    # --- a block in focus --------------------------------------------------------------------
-
-    def _guess(self, news: News) -> dict[str, Any]:
-        chunk = news.chunk
-        assert chunk.step is not None
-        assert chunk.steps is not None
-        return {
-            "type": "guess",
-            "index": news.number,
-            "block": chunk.block,
-            "step": chunk.step,
-            "steps": chunk.steps,
-            "a": round(self._grid(chunk.steps)[chunk.step], 4),
-            "text": chunk.text,
-            "tokens": self._spelled(chunk),
-            "latents": news.picture,
-        }
-
-    def _block(self, number: int, chunk: Chunk) -> dict[str, Any]:
-        return {
-            "type": "block",
-            "index": number,
-            "block": chunk.block,
-            "text": chunk.text,
-            "tokens": self._spelled(chunk),
-        }
-
-    def _grid(self, steps: int) -> list[float]:
+    def _time(self, guess: Chunk) -> float:
         from colada.flow import SCHEDULES
 
-        grid: list[float] = SCHEDULES[self.job.settings["schedule"]](steps).tolist()
-        return grid
+        assert guess.step is not None
+        grid = SCHEDULES[self.job.settings["schedule"]](guess.steps or 1)
+        return round(float(grid[guess.step]), 4)
 
     def _spelled(self, chunk: Chunk) -> list[tuple[int, str, float]]:
         """Return each token with what it adds to the chunk's text, and the decoder's probability of it."""
-        tokenizer = self.job.served.model.tokenizer
-        texts, before = [], ""
+        tokenizer, texts, before = self.job.served.model.tokenizer, list[str](), ""
         for count in range(1, len(chunk.tokens) + 1):
             text = "" if tokenizer is None else tokenizer.decode(chunk.tokens[:count]).rstrip("\ufffd")
             texts.append(text[len(before) :] if text.startswith(before) else "")
-            before = text if len(text) > len(before) else before
-        joined = "".join(texts)
-        if texts and chunk.text != joined and chunk.text.endswith(joined):  # A space that decoders strip.
-            texts[0] = chunk.text[: len(chunk.text) - len(joined)] + texts[0]
-        confidence = _rounded(chunk.confidence or [0.0] * len(texts))
+            before = max(text, before, key=len)
+        if texts and chunk.text.endswith(before):  # Decoders may strip a space, and halves of characters.
+            texts[0] = chunk.text[: len(chunk.text) - len(before)] + texts[0]
+        confidence = [round(one, 4) for one in chunk.confidence or [0.0] * len(texts)]
         return list(zip(chunk.tokens, texts, confidence, strict=True))
 
 
-def _rounded(confidence: Sequence[float]) -> list[float]:
-    return [round(float(one), 4) for one in confidence]
+def _choice(number: int, content: Mapping[str, Any], reason: str | None = None) -> dict[str, Any]:
+    return {"index": number, **content, "logprobs": None, "finish_reason": reason}
 
 
 def as_json(value: Any) -> str:

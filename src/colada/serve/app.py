@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from prometheus_client import generate_latest
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import JSONResponse
 from starlette.staticfiles import StaticFiles
 
 from colada import __version__
 from colada.errors import ColadaError
 from colada.serve import protocol
-from colada.serve.admission import Admission, Limits, Refusal, invalid
+from colada.serve.admission import Admission, Limits, Policy, Refusal, as_refusal, invalid
 from colada.serve.answers import Job, Writer, as_json, open_job
-from colada.serve.driver import Driver, Models, News, as_refusal
-from colada.serve.edge import Body, Edge, Policy, refused
+from colada.serve.driver import Driver, Models
+from colada.serve.edge import Body, Edge, refused
 from colada.serve.metrics import Metrics
 from colada.serve.models import Served
-
-Answer = TypeVar("Answer")
-logger = logging.getLogger("colada.serve")
 
 PLAYGROUND = Path(__file__).parent / "playground"
 PAGE_HEADERS = {
@@ -45,8 +42,7 @@ PAGE_HEADERS = {
 LONG_BODY = 8192
 """Bytes from which on a request is tokenised beside the loop."""
 MOST_ENCODED = 2048
-"""Tokens that are encoded or decoded between two rounds of the engine."""
-LAG_SECONDS = 0.1
+"""Tokens that are encoded or decoded between two steps of the engine."""
 ELSEWHERE = {
     "/v1/embeddings": "latents of a Text VAE are no sentence embeddings; /colada/encode gives them",
     "/v1/responses": "use /v1/chat/completions",
@@ -72,43 +68,32 @@ class _Route(APIRoute):
 class Service:
     """The handlers of all routes, and what they share."""
 
-    def __init__(
-        self, driver: Driver, admission: Admission, metrics: Metrics, keyed: bool, lenient: bool
-    ) -> None:
-        self.driver, self.admission, self.metrics = driver, admission, metrics
-        self.keyed, self.lenient, self.draining = keyed, lenient, False
-
-    @property
-    def limits(self) -> Limits:
-        """Of the server."""
-        return self.admission.limits
+    def __init__(self, driver: Driver, limits: Limits, metrics: Metrics, keyed: bool, lenient: bool) -> None:
+        self.driver, self.admission, self.metrics = driver, Admission(limits), metrics
+        self.limits, self.keyed, self.lenient, self.draining = limits, keyed, lenient, False
 
     @property
     def status(self) -> str:
-        """loading, ready, draining, stalled, stopped or dead."""
+        """ready, or why no requests are taken: loading, draining, stopped, engine_stalled, engine_dead."""
         status = self.driver.status
         return "draining" if self.draining and status == "ready" else status
 
-    def closed(self) -> str | None:
-        """Return the code with which requests are refused, or None where they are taken."""
-        codes = {"ready": None, "stalled": "engine_stalled", "stopped": "draining", "dead": "engine_dead"}
-        return codes.get(self.status, self.status)
-
-    def served(self, name: str | None) -> Served:
-        """Return a model by its name. Raises Refusal where there is none of it."""
+    def served(self, name: str | None, cola: bool = False) -> Served:
+        """Return a model by its name. Raises Refusal where there is none of it, or it has no latents."""
         models = self.driver.models
+        known = ", ".join(models)
         if not models:
-            raise Refusal(503, "loading", "no model is loaded yet", None, {"Retry-After": "5"})
-        if name is None and len(models) == 1:
-            return next(iter(models.values()))
-        if name is None:
+            raise Refusal(503, "loading", "no model is loaded yet", Retry_After="5")
+        if name is None and len(models) > 1:
+            raise Refusal(400, "missing_parameter", f"model is missing, expected one of {known}", "model")
+        if name is not None and name not in models:
             raise Refusal(
-                400, "missing_parameter", f"model is missing, expected one of {', '.join(models)}", "model"
+                404, "model_not_found", f"no model {name[:100]!r}, expected one of {known}", "model"
             )
-        if name not in models:
-            text = f"no model {name[:100]!r}, expected one of {', '.join(models)}"
-            raise Refusal(404, "model_not_found", text, "model")
-        return models[name]
+        served = models[name or next(iter(models))]
+        if cola and served.model.arch != "cola":
+            raise invalid("model", served.name, "a Cola DLM: this one has no latents")
+        return served
 
     # --- text --------------------------------------------------------------------------------
 
@@ -122,194 +107,130 @@ class Service:
 
     async def _write(self, request: Request, body: protocol.Common) -> Response:
         """Answer with text: as a stream of events, or at once when all is written."""
-        served = self.served(body.model)
-        arguments = (body, served, self.limits, self.lenient)
-        if len(await request.body()) > LONG_BODY:
-            job = await run_in_threadpool(open_job, *arguments)
-        else:
-            job = open_job(*arguments)
-        self._begin(job, request)
-        headers = {"x-colada-ignored": ", ".join(map(ascii, job.ignored))} if job.ignored else {}
-        writer, begin = Writer(job), time.monotonic()
-        await self._unless_gone(request, job.ticket.begun())
-        if body.stream:
-            return EventSourceResponse(
-                self._events(job, writer, begin, request),
-                headers=headers,
-                media_type="text/event-stream; charset=utf-8",
-                sep="\n",
-                ping=self.limits.ping,
-                ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
-                send_timeout=self.limits.reader or None,
-            )
-
-        async def collect() -> None:
-            async for news in self._news(job, begin):
-                writer.add(news)
-
-        await self._unless_gone(request, collect())
-        self._finished(job, writer, request)
-        return JSONResponse(writer.answer(), headers=headers)
-
-    def _begin(self, job: Job, request: Request) -> None:
-        """Take a job's places and hand it to the engine; both end with the request, however that does."""
-        watching = job.ticket.guesses
-        self.admission.take(job.latents, watching)
-        on_end = request.scope["state"]["on_end"]
-        on_end.callback(self.admission.give_back, job.latents, watching)
+        check = partial(open_job, body, self.served(body.model), self.limits, self.lenient)
+        job = await run_in_threadpool(check) if len(await request.body()) > LONG_BODY else check()
+        on_end = request.state.on_end
+        self.admission.take(job.latents, job.watching)
+        on_end.callback(self.admission.give_back, job.latents, job.watching)
         self.driver.submit(job.ticket)
         on_end.callback(self.driver.close, job.ticket)
+        headers = {"x-colada-ignored": ", ".join(map(ascii, job.ignored))} if job.ignored else {}
+        writer = Writer(job)
+        await _unless_gone(request, job.ticket.accepted())
+        if not body.stream:
+            await _unless_gone(request, self._collect(job, writer, request))
+            return JSONResponse(writer.answer(), headers=headers)
+        return EventSourceResponse(
+            self._events(job, writer, request),
+            headers=headers,
+            media_type="text/event-stream; charset=utf-8",
+            sep="\n",
+            ping=self.limits.ping,
+            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
+            send_timeout=self.limits.reader,
+        )
 
-    async def _news(self, job: Job, begin: float) -> AsyncIterator[News]:
-        """Yield what a job's choices grow by, and measure when they come. Raises Refusal where it is late."""
-        last: dict[int, float] = {}
+    async def _collect(self, job: Job, writer: Writer, request: Request) -> None:
+        async for _ in self._chunks(job, writer, request):
+            pass
+
+    async def _chunks(self, job: Job, writer: Writer, request: Request) -> AsyncIterator[Any]:
+        """Yield a job's chunks once the writer has them, and count them. Raises Refusal where it is late."""
+        last = dict.fromkeys(range(len(job.ticket.choices)), time.monotonic())
+        begun = set[int]()
         try:
             async with asyncio.timeout(self.limits.timeout):
-                async for news in job.ticket.news():
-                    if news.chunk.step is None:
+                async for number, chunk in job.ticket.chunks():
+                    writer.add(number, chunk)
+                    if chunk.step is None:
                         now = time.monotonic()
-                        measured = self.metrics.between if news.number in last else self.metrics.first
-                        measured.observe(now - last.get(news.number, begin))
-                        last[news.number] = now
-                    yield news
+                        seconds = self.metrics.between if number in begun else self.metrics.first
+                        seconds.observe(now - last[number])
+                        last[number] = now
+                        begun.add(number)
+                    yield number, chunk
         except TimeoutError:
             text = f"not finished after {self.limits.timeout:g} s"
-            raise Refusal(504, "deadline", text, None, {"x-should-retry": "false"}) from None
+            raise Refusal(504, "deadline", text, x_should_retry="false") from None
+        usage, name = writer.usage, job.served.name
+        self.metrics.tokens.labels(name, "prompt").inc(usage["prompt_tokens"])
+        self.metrics.tokens.labels(name, "completion").inc(usage["completion_tokens"])
+        for done in writer.completions:
+            self.metrics.choices.labels(name, done.finish_reason).inc()
+        request.state.log.update(
+            usage, finish="+".join(sorted({one.finish_reason for one in writer.completions}))
+        )
 
-    async def _events(self, job: Job, writer: Writer, begin: float, request: Request) -> AsyncIterator[str]:
+    async def _events(self, job: Job, writer: Writer, request: Request) -> AsyncIterator[str]:
         """Yield a stream's events; an error is the last one, without ``[DONE]``."""
         try:
             for event in writer.begin():
                 yield event
-            async for news in self._news(job, begin):
-                writer.add(news)
-                for event in writer.events(news):
+            async for number, chunk in self._chunks(job, writer, request):
+                for event in writer.events(number, chunk):
                     yield event
-            self._finished(job, writer, request)
             for event in writer.end():
                 yield event
-        except Refusal as refusal:
-            request.scope["state"]["log"]["error"] = refusal.code
-            yield as_json(refusal.body())
         except Exception as error:
-            yield as_json(as_refusal(error).body())
-
-    def _finished(self, job: Job, writer: Writer, request: Request) -> None:
-        usage = writer.usage
-        for kind in ("prompt", "completion"):
-            self.metrics.tokens.labels(job.served.name, kind).inc(usage[f"{kind}_tokens"])
-        for reason in writer.reasons:
-            self.metrics.finished.labels(job.served.name, reason).inc()
-        self.metrics.replaced.inc(job.ticket.replaced)
-        request.scope["state"]["log"].update(usage, reason="+".join(sorted(set(writer.reasons))))
-
-    async def _unless_gone(self, request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
-        """Return a result, unless the client goes first. Raises Refusal, that nobody reads, if it does."""
-
-        async def gone() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-
-        working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-        try:
-            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
-        finally:
-            for task in (working, watching):
-                task.cancel()
-                with suppress(asyncio.CancelledError, Refusal):
-                    await task
-        self.metrics.cancelled.labels("client").inc()
-        raise Refusal(499, "client_gone", "the client has closed the connection")
+            refusal = as_refusal(error)
+            request.state.log["error"] = refusal.code
+            yield as_json(refusal.body())
 
     # --- tokens and latents --------------------------------------------------------------------
 
     async def tokenize(self, body: protocol.TokenizeRequest) -> Response:
         """Return a text's tokens."""
         served = self.served(body.model)
-        try:
-            tokens = await run_in_threadpool(served.model.ids, body.prompt)
-        except ColadaError as error:
-            raise Refusal(400, "invalid_value", str(error), "prompt") from None
+        tokens = await run_in_threadpool(_ids, served, body.prompt, "prompt")
         context = served.context(self.limits)
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": context})
 
     async def detokenize(self, body: protocol.DetokenizeRequest) -> Response:
         """Return the text of tokens, special ones included."""
-        model = self.served(body.model).model
-        if model.tokenizer is None:
-            raise Refusal(400, "invalid_value", "this model has no tokenizer", "tokens")
-        try:
-            ids = model.ids(body.tokens)
-        except ColadaError as error:
-            raise Refusal(400, "invalid_value", str(error), "tokens") from None
-        return JSONResponse({"prompt": model.tokenizer.decode(ids, skip_special=False)})
+        served = self.served(body.model)
+        return JSONResponse({"prompt": _text(served, _ids(served, body.tokens, "tokens"))})
 
     async def encode(self, body: protocol.EncodeRequest) -> Response:
         """Return the Text VAE's latents of a text."""
-        served = self._cola(body.model)
-        model: Any = served.model
+        served = self.served(body.model, cola=True)
+        ids = _ids(served, body.input, "input")
+        if len(ids) > MOST_ENCODED:
+            raise invalid("input", len(ids), f"at most {MOST_ENCODED} tokens", "context_length_exceeded")
 
-        def work() -> tuple[Any, list[int]]:
-            ids = model.ids(body.input)
-            if len(ids) > MOST_ENCODED:
-                raise Refusal(
-                    400,
-                    "context_length_exceeded",
-                    f"{len(ids)} tokens, expected at most {MOST_ENCODED}",
-                    "input",
-                )
-            latents = model.encode(ids).float().cpu()
-            if body.encoding_format == "float":
-                return latents.tolist(), list(latents.shape)
-            return base64.b64encode(latents.numpy().tobytes()).decode(), list(latents.shape)
+        def work() -> dict[str, Any]:
+            latents = served.model.encode(ids).float().cpu()  # type: ignore[attr-defined]
+            packed = base64.b64encode(latents.numpy().tobytes()).decode()
+            numbers = body.encoding_format == "float"
+            return {"latents": latents.tolist() if numbers else packed, "shape": list(latents.shape)}
 
-        latents, shape = await self.driver.aside(work)
-        return JSONResponse({"latents": latents, "shape": shape})
+        return JSONResponse(await self.driver.aside(work))
 
     async def decode(self, body: protocol.DecodeRequest) -> Response:
         """Return the likeliest tokens of latents."""
-        model: Any = self._cola(body.model).model
-        width = model.vae.config.latent_dim
-        rows: Any = body.latents
-        if isinstance(rows, list) and any(len(row) != width for row in rows):
-            raise invalid("latents", rows, f"rows of {width} numbers")
+        served, sent = self.served(body.model, cola=True), body.latents
 
         def work() -> list[int]:
             import torch
 
             try:
-                data = base64.b64decode(rows, validate=True) if isinstance(rows, str) else b""
-                latents = (
-                    torch.frombuffer(bytearray(data), dtype=torch.float32).view(-1, width)
-                    if data
-                    else torch.tensor(rows or [], dtype=torch.float32).view(-1, width)
-                )
-            except (binascii.Error, ValueError, RuntimeError, TypeError):
-                raise invalid("latents", rows, f"base64 of float32, in rows of {width}") from None
-            if len(latents) * model.vae.config.patch_size > MOST_ENCODED:
-                raise Refusal(
-                    400,
-                    "context_length_exceeded",
-                    f"{len(latents)} latents, expected at most {MOST_ENCODED} tokens",
-                    "latents",
-                )
-            try:
-                ids: list[int] = model.decode(latents)
+                if isinstance(sent, str):
+                    data = bytearray(base64.b64decode(sent, validate=True))
+                    width = served.model.vae.config.latent_dim  # type: ignore[attr-defined]
+                    latents = torch.frombuffer(data, dtype=torch.float32).view(-1, width)
+                else:
+                    latents = torch.tensor(sent, dtype=torch.float32)
+                if len(latents) * served.sizes[0] > MOST_ENCODED:
+                    raise ValueError
+                ids: list[int] = served.model.decode(latents)  # type: ignore[attr-defined]
+            except (ValueError, RuntimeError):  # base64's own is a ValueError.
+                text = f"rows of float32, or these in base64, at most {MOST_ENCODED} tokens"
+                raise invalid("latents", sent, text) from None
             except ColadaError as error:
                 raise Refusal(400, "invalid_value", str(error), "latents") from None
             return ids
 
         ids = await self.driver.aside(work)
-        text = "" if model.tokenizer is None else model.tokenizer.decode(ids, skip_special=False)
-        return JSONResponse({"text": text, "tokens": ids})
-
-    def _cola(self, name: str | None) -> Served:
-        served = self.served(name)
-        if served.model.arch != "cola":
-            raise Refusal(400, "invalid_value", f"{served.name} has no latents, expected a Cola DLM", "model")
-        return served
+        return JSONResponse({"text": _text(served, ids), "tokens": ids})
 
     # --- the server itself -------------------------------------------------------------------
 
@@ -325,16 +246,11 @@ class Service:
 
     async def health(self) -> Response:
         """Say whether requests are taken, and how many are."""
-        status, places = self.status, self.admission.places
-        running = min(places, self.limits.slots)
-        load = {
-            "running": running,
-            "waiting": places - running,
-            "slots": self.limits.slots,
-            "key": self.keyed,
-        }
-        retry = {} if status == "ready" else {"Retry-After": "5"}
-        return JSONResponse({"status": status, **load}, 200 if status == "ready" else 503, retry)
+        places, slots = self.admission.places, self.limits.slots
+        running = min(places, slots)
+        load = {"running": running, "waiting": places - running, "slots": slots, "key": self.keyed}
+        status, headers = (200, {}) if self.status == "ready" else (503, {"Retry-After": "5"})
+        return JSONResponse({"status": self.status, **load}, status, headers)
 
     async def live(self) -> Response:
         """Say that the loop runs."""
@@ -342,7 +258,20 @@ class Service:
 
     async def show_metrics(self) -> Response:
         """Return what is counted, for Prometheus."""
-        return Response(self.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        for what in ("places", "latents", "watchers"):
+            self.metrics.gauges.labels(what).set(getattr(self.admission, what))
+        self.metrics.heartbeat.set(time.monotonic() - self.driver.heartbeat)
+        return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4")
+
+    async def watch_lag(self) -> None:
+        """Measure once a second by how much the loop was late at most."""
+        while True:
+            worst = 0.0
+            for _ in range(10):
+                begin = time.monotonic()
+                await asyncio.sleep(0.1)
+                worst = max(worst, time.monotonic() - begin - 0.1)
+            self.metrics.lag.set(worst)
 
 
 def create_app(
@@ -361,88 +290,65 @@ def create_app(
         lenient: leave unknown fields out, and name them in the header ``x-colada-ignored``.
         on_end: called when the engine has ended, also where it has failed.
     """
-    metrics, admission = Metrics(), Admission(limits)
-    driver = Driver(open_models, limits, metrics, on_end)
-    service = Service(driver, admission, metrics, bool(policy.keys), lenient)
+    metrics = Metrics()
+    driver = Driver(open_models, limits, metrics.step, on_end)
+    service = Service(driver, limits, metrics, bool(policy.keys), lenient)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         driver.start()
-        lag = asyncio.create_task(_watch_lag(metrics))
+        lag = asyncio.create_task(service.watch_lag())
         yield
         lag.cancel()
-        driver.stop()
-        await run_in_threadpool(driver.join, 10.0)
+        await run_in_threadpool(driver.stop)
 
-    app = FastAPI(
-        title="Colada",
-        version=__version__,
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        default_response_class=JSONResponse,
-    )
+    app = FastAPI(title="Colada", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.router.route_class = _Route
     _add_routes(app, service)
     app.add_exception_handler(HTTPException, _refuse)
-    app.add_exception_handler(RequestValidationError, _refuse_fields)
-    app.add_exception_handler(Exception, _fail)
-    app.add_middleware(Edge, policy=policy, limits=limits, metrics=metrics, closed=service.closed)
+    app.add_exception_handler(RequestValidationError, _refuse)
+    app.add_exception_handler(Exception, _refuse)
+    closed = lambda: None if service.status == "ready" else service.status  # noqa: E731
+    app.add_middleware(Edge, policy=policy, closed=closed, count=metrics.request)
     if policy.origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=policy.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
-        )
-    metrics.watch(metrics.places, lambda: admission.places)
-    metrics.watch(metrics.latents, lambda: admission.latents)
-    metrics.watch(metrics.watchers, lambda: admission.watchers)
-    metrics.watch(metrics.heartbeat, lambda: time.monotonic() - driver.heartbeat)
+        allowed: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, allow_origins=policy.origins, **allowed)
     return app
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
-    errors: dict[int | str, dict[str, Any]] = {"default": {"model": protocol.ErrorAnswer}}
-    stream: dict[int | str, dict[str, Any]] = {
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-    }
-    posts: list[tuple[str, Any, Any]] = [
-        ("/v1/completions", service.completions, protocol.CompletionAnswer),
-        ("/v1/chat/completions", service.chat, protocol.ChatAnswer),
-        ("/tokenize", service.tokenize, protocol.Tokens),
-        ("/detokenize", service.detokenize, protocol.Spelled),
-        ("/colada/encode", service.encode, protocol.Latents),
-        ("/colada/decode", service.decode, protocol.Decoded),
+    errors: dict[int | str, Any] = {"default": {"model": protocol.ErrorAnswer}}
+    stream: Any = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    unready: Any = {503: {"model": protocol.Health}}
+    routes: list[tuple[str, str, Any, Any, Any]] = [
+        ("POST", "/v1/completions", service.completions, protocol.CompletionAnswer, stream),
+        ("POST", "/v1/chat/completions", service.chat, protocol.ChatAnswer, stream),
+        ("POST", "/tokenize", service.tokenize, protocol.Tokens, {}),
+        ("POST", "/detokenize", service.detokenize, protocol.Spelled, {}),
+        ("POST", "/colada/encode", service.encode, protocol.Latents, {}),
+        ("POST", "/colada/decode", service.decode, protocol.Decoded, {}),
+        ("GET", "/v1/models", service.models, protocol.ModelList, {}),
+        ("GET", "/v1/models/{name:path}", service.model, protocol.ModelCard, {}),
+        ("GET", "/health", service.health, protocol.Health, unready),
+        ("GET", "/ready", service.health, protocol.Health, unready),
+        ("GET", "/live", service.live, protocol.Health, {}),
     ]
-    for path, handler, model in posts:
-        responses = errors | stream if "completions" in path else errors
-        app.add_api_route(path, handler, methods=["POST"], response_model=model, responses=responses)
-    gets: list[tuple[str, Any, Any]] = [
-        ("/v1/models", service.models, protocol.ModelList),
-        ("/v1/models/{name:path}", service.model, protocol.ModelCard),
-        ("/health", service.health, protocol.Health),
-        ("/ready", service.health, protocol.Health),
-        ("/live", service.live, protocol.Health),
-    ]
-    for path, handler, model in gets:
-        answers = errors | {503: {"model": protocol.Health}} if model is protocol.Health else errors
-        app.add_api_route(path, handler, response_model=model, responses=answers)
+    for method, path, handler, model, more in routes:
+        responses = {**errors, **more}
+        app.add_api_route(path, handler, methods=[method], response_model=model, responses=responses)
     app.add_api_route("/metrics", service.show_metrics, include_in_schema=False)
-    for path, instead in ELSEWHERE.items():
-        app.router.add_route(path, _elsewhere(path, instead), ["GET", "POST"], include_in_schema=False)
+    for path in ELSEWHERE:
+        app.router.add_route(path, _elsewhere, ["GET", "POST"], include_in_schema=False)
     if PLAYGROUND.is_dir():
-
-        async def page(request: Request) -> Response:
-            return FileResponse(PLAYGROUND / "index.html", headers=PAGE_HEADERS)
-
-        app.router.add_route("/", page, ["GET"], include_in_schema=False)
-        app.mount("/playground", _Pages(directory=PLAYGROUND))
+        pages = _Pages(directory=PLAYGROUND, html=True)
+        app.mount("/playground", pages)
+        app.router.add_route("/", pages.index, ["GET"], include_in_schema=False)
 
 
-def _elsewhere(path: str, instead: str) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-    async def refuse(request: Request) -> Response:
-        raise Refusal(404, "not_supported", f"{path} is not served: {instead}")
-
-    return refuse
+async def _elsewhere(request: Request) -> Response:
+    path = request.scope["path"]
+    raise Refusal(404, "not_supported", f"{path} is not served: {ELSEWHERE[path]}")
 
 
 class _Pages(StaticFiles):
@@ -453,35 +359,51 @@ class _Pages(StaticFiles):
         response.headers.update(PAGE_HEADERS)
         return response
 
+    async def index(self, request: Request) -> Response:
+        return await self.get_response("index.html", request.scope)
+
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if not isinstance(error, Refusal):
+    """Answer with an error, whatever it is; the server logs what nobody has thought of."""
+    if isinstance(error, RequestValidationError):
+        refusal = protocol.field_refused(error.errors())
+    elif isinstance(error, HTTPException) and not isinstance(error, Refusal):  # The router's.
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_value")
         text = f"{request.method} {request.url.path[:100]}: {error.detail}"
-        error = Refusal(error.status_code, code, ascii(text)[1:-1], None, error.headers)
-    metrics = request.app.state.service.metrics
-    metrics.rejected.labels(error.code).inc()
-    request.scope["state"]["log"]["error"] = error.code
-    return refused(error)
+        refusal = Refusal(error.status_code, code, ascii(text)[1:-1], None, **(error.headers or {}))
+    else:
+        refusal = as_refusal(error)
+    request.state.log["error"] = refusal.code
+    return refused(refusal)
 
 
-async def _refuse_fields(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return await _refuse(request, protocol.field_refused(error.errors()))
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> None:
+    """Wait for work, unless the client goes first. Raises Refusal, that nobody reads, if it does."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Refusal(499, "client_gone", "the client has closed the connection")
+        working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def _fail(request: Request, error: Exception) -> Response:
-    """Answer for what nobody has thought of; the server above logs the error."""
-    return refused(as_refusal(error))
+def _ids(served: Served, value: str | list[int], param: str) -> list[int]:
+    try:
+        return served.model.ids(value)
+    except ColadaError as error:
+        raise Refusal(400, "invalid_value", str(error), param) from None
 
 
-async def _watch_lag(metrics: Metrics) -> None:
-    """Tell once a second by how much the loop was late at most."""
-    while True:
-        worst = 0.0
-        for _ in range(round(1 / LAG_SECONDS)):
-            begin = time.monotonic()
-            await asyncio.sleep(LAG_SECONDS)
-            worst = max(worst, time.monotonic() - begin - LAG_SECONDS)
-        metrics.lag.set(worst)
+def _text(served: Served, ids: list[int]) -> str:
+    if served.model.tokenizer is None:
+        raise Refusal(400, "invalid_value", f"{served.name} has no tokenizer", "model")
+    return served.model.tokenizer.decode(ids, skip_special=False)

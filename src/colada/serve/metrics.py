@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600)
 
@@ -14,50 +14,29 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        shared: dict[str, Any] = {"namespace": "colada", "registry": registry}
+        self.requests = Counter("requests", "Requests, by status.", ["endpoint", "status"], **shared)
+        self.refusals = Counter("refusals", "Requests that failed or were refused.", ["code"], **shared)
+        self.tokens = Counter("tokens", "Tokens of finished requests.", ["model", "kind"], **shared)
+        self.choices = Counter("choices", "Choices finished.", ["model", "finish"], **shared)
+        self.blocks = Counter("blocks", "Blocks written.", **shared)
+        self.gauges = Gauge("open", "Choices, latents and watchers that have a place.", ["what"], **shared)
+        self.lag = Gauge("loop_lag_seconds", "How late the event loop was at most in a second.", **shared)
+        self.heartbeat = Gauge("engine_heartbeat_seconds", "Since the engine's last step.", **shared)
+        seconds: dict[str, Any] = {"buckets": SECONDS, **shared}
+        self.steps = Histogram("step_seconds", "A step of the engine.", **seconds)
+        self.first = Histogram("first_block_seconds", "From acceptance to the first text.", **seconds)
+        self.between = Histogram("block_interval_seconds", "Between two blocks of a choice.", **seconds)
+        self.whole = Histogram("request_seconds", "A request.", **seconds)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"colada_{name}", text, labels, registry=registry)
-
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"colada_{name}", text, labels, registry=registry)
-
-        def seconds(name: str, text: str) -> Histogram:
-            return Histogram(f"colada_{name}_seconds", text, buckets=SECONDS, registry=registry)
-
-        self.answers = counter("requests", "Requests answered.", "endpoint", "status")
-        self.finished = counter("choices", "Choices finished.", "model", "finish")
-        self.tokens = counter("tokens", "Tokens of finished requests.", "model", "kind")
-        self.blocks = counter("blocks", "Blocks written.", "model")
-        self.cancelled = counter("cancelled", "Requests that were not written to their ends.", "why")
-        self.rejected = counter("rejected", "Requests refused.", "why")
-        self.replaced = counter("guesses_replaced", "Guesses that were not read in time.")
-        self.restarts = counter("engine_restarts", "Sessions made anew after a failure.")
-        self.places = gauge("choices_open", "Choices accepted and not finished.")
-        self.latents = gauge("latents_open", "Latents that they take.")
-        self.watchers = gauge("watchers", "Requests that are sent guesses.")
-        self.lag = gauge(
-            "loop_lag_seconds", "By how much the event loop was late, at most, in the last second."
-        )
-        self.heartbeat = gauge("engine_heartbeat_seconds", "Since the engine's last step.")
-        self.steps = seconds("step", "A solver step of the engine, or the end of a round.")
-        self.first = seconds("first_block", "From a request's acceptance to its first text.")
-        self.between = seconds("block_interval", "Between two blocks of a choice.")
-        self.whole = seconds("request", "A request.")
-        self.info = Info("colada", "What is served.", registry=registry)
-
-    def watch(self, gauge: Gauge, value: Callable[[], float]) -> None:
-        """Let a gauge be what a function returns when it is asked for."""
-        gauge.set_function(value)
-
-    def render(self) -> bytes:
-        """Return Prometheus' text."""
-        return generate_latest(self.registry)
-
-    def round(self, model: str, seconds: float, blocks: int) -> None:
+    def step(self, seconds: float, blocks: int) -> None:
         """Count a step of the engine."""
         self.steps.observe(seconds)
-        self.blocks.labels(model).inc(blocks)
+        self.blocks.inc(blocks)
 
-    def restarted(self) -> None:
-        """Count a session that was made anew."""
-        self.restarts.inc()
+    def request(self, endpoint: str, status: int, seconds: float, log: dict[str, Any]) -> None:
+        """Count a request that has ended."""
+        self.requests.labels("other" if status in (404, 405) else endpoint, status).inc()
+        self.whole.observe(seconds)
+        if "error" in log:
+            self.refusals.labels(log["error"]).inc()

@@ -1,4 +1,4 @@
-"""What clients send and are sent: OpenAI's fields, strictly, and an object ``colada`` beside them."""
+"""What clients send, strictly: OpenAI's fields and an object ``colada`` beside them, and what is answered."""
 
 from __future__ import annotations
 
@@ -6,88 +6,40 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from colada.checks import MOST_SEED
 from colada.errors import nearest, shown
-from colada.serve.admission import Refusal
+from colada.serve.admission import Refusal, invalid
 
-MOST_PROMPTS, MOST_CHOICES, MOST_MESSAGES, MOST_STOPS, LONGEST_STOP = 64, 64, 256, 16, 256
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
-# --- JSON ----------------------------------------------------------------------------------------
-
-
-def read_json(body: bytes) -> Any:
-    """Return what a body says. Raises Refusal for what is no JSON of text and finite numbers."""
-
-    def refuse(text: str) -> Any:
-        raise ValueError(f"{shown(text)}, expected a finite number")
-
-    def number(text: str) -> float:
-        value = float(text)
-        return value if math.isfinite(value) else refuse(text)
-
-    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in values if names.count(name) > 1)
-            raise ValueError(f"the key {shown(twice)} is there twice")
-        return values
-
-    try:
-        value = json.loads(
-            body.decode(), parse_constant=refuse, parse_float=number, object_pairs_hook=members
-        )
-        if _SURROGATE.search(body):
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise Refusal(400, "invalid_json", "the body holds half a surrogate pair, expected text") from None
-    except RecursionError:
-        raise Refusal(400, "invalid_json", "the body is nested too deeply") from None
-    except ValueError as error:  # Also what is no UTF-8, and numbers of too many digits.
-        raise Refusal(400, "invalid_json", f"the body is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise Refusal(400, "invalid_json", f"the body is {shown(value)}, expected a JSON object")
-    return value
-
-
-# --- fields --------------------------------------------------------------------------------------
-
-
-def _only(*values: Any, why: str = "") -> AfterValidator:
-    """Take a field that cannot be honoured only with values that ask for nothing."""
-
-    def check(value: Any) -> Any:
-        if value is None or any(type(value) is type(one) and value == one for one in values):
-            return value
-        expected = " or ".join(json.dumps(one) for one in (*values, None))
-        text = f"expected {expected}{': ' if why else ''}{why}"
-        raise PydanticCustomError("unsupported_parameter", "{text}", {"text": text})
-
-    return AfterValidator(check)
-
-
-def _zero_or(low: float, high: float) -> AfterValidator:
-    def check(value: float | None) -> float | None:
-        if value is None or value == 0 or low <= value <= high:
-            return value
-        raise PydanticCustomError("out_of_range", "{text}", {"text": f"expected 0, or {low} to {high}"})
-
-    return AfterValidator(check)
-
-
-_PENALTY = "use repetition_penalty"
 _PROBABILITY = (
-    "the decoder's p(token given latent) is not the model's p(token given text); colada.confidence returns it"
-    " under its own name, and `colada eval harness` gives log-likelihoods"
+    ": the decoder's p(token given latent), which `colada.confidence` gives, is not the model's p(token given"
+    " text); `colada eval harness` gives log-likelihoods"
 )
-Unused = Annotated[Any, Field(description="Accepted, not used.")]
+NEUTRAL: dict[str, tuple[Sequence[Any], str]] = {
+    "frequency_penalty": ([0], ": use repetition_penalty"),
+    "presence_penalty": ([0], ": use repetition_penalty"),
+    "logprobs": ([False], _PROBABILITY),
+    "top_logprobs": ([], _PROBABILITY),
+    "logit_bias": ([{}], ""),
+    "min_p": ([0], ""),
+    "min_tokens": ([0], ""),
+    "priority": ([0], ""),
+    "store": ([False], ""),
+    "service_tier": (["auto", "default"], ""),
+    "skip_special_tokens": ([True], ""),
+    "include_stop_str_in_output": ([False], ""),
+    "response_format": ([{"type": "text"}], ""),
+    "tools": ([[]], ""),
+    "functions": ([[]], ""),
+    "tool_choice": (["none"], ""),
+    "function_call": (["none"], ""),
+    "parallel_tool_calls": ([True, False], ""),
+}
+"""Fields that cannot be honoured, with the values that ask for nothing, and why or what to use."""
+UNUSED = ("user", "metadata", "prompt_cache_key", "safety_identifier", "add_special_tokens", "request_id")
 
 
 class Strict(BaseModel):
@@ -119,19 +71,16 @@ class StreamOptions(Strict):
 
 
 class Common(BaseModel):
-    """What completions and chat have in common."""
+    """What completions and chat have in common; further fields are those of ``NEUTRAL`` and ``UNUSED``."""
 
-    # Further fields are looked at later: --lenient lets them pass.
-    model_config = ConfigDict(
-        strict=True, extra="allow", json_schema_extra={"additionalProperties": False}, protected_namespaces=()
-    )
+    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=16)
     seed: int | None = Field(None, ge=0, le=MOST_SEED)
-    temperature: Annotated[float | None, _zero_or(0.01, 100)] = Field(None, ge=0, le=100)
+    temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, ge=0.001, le=1)
     top_k: int | None = Field(None, ge=-1, description="0 and -1 are off.")
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
@@ -139,25 +88,24 @@ class Common(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
-    colada: Extension | None = None
-    frequency_penalty: Annotated[float | None, _only(0.0, 0, why=_PENALTY)] = None
-    presence_penalty: Annotated[float | None, _only(0.0, 0, why=_PENALTY)] = None
-    logit_bias: Annotated[dict[str, Any] | None, _only({})] = None
-    min_p: Annotated[float | None, _only(0.0, 0)] = None
-    store: Annotated[bool | None, _only(False)] = None
-    service_tier: Annotated[str | None, _only("auto", "default")] = None
-    min_tokens: Annotated[int | None, _only(0)] = None
-    skip_special_tokens: Annotated[bool | None, _only(True)] = None
-    include_stop_str_in_output: Annotated[bool | None, _only(False)] = None
-    priority: Annotated[int | None, _only(0)] = None
-    user: Unused = None
-    metadata: Unused = None
-    prompt_cache_key: Unused = None
-    safety_identifier: Unused = None
-    add_special_tokens: Unused = None
-    request_id: Unused = None
+    colada: Extension = Field(default_factory=Extension)
 
     default_tokens: ClassVar[int]
+
+    def ignored(self, lenient: bool) -> list[str]:
+        """Return unknown fields, where lenient. Raises Refusal for those, or those that ask for something."""
+        unknown = []
+        for name, value in (self.model_extra or {}).items():
+            values, why = NEUTRAL.get(name, ((), ""))
+            if value is None or name in UNUSED or any(_same(value, one) for one in values):
+                continue
+            if name in NEUTRAL:
+                expected = " or ".join(json.dumps(one) for one in (*values, None))
+                raise invalid(name, value, expected + why, "unsupported_parameter")
+            if not lenient:
+                raise unknown_field(name)
+            unknown.append(name)
+        return unknown
 
 
 class CompletionRequest(Common):
@@ -169,8 +117,6 @@ class CompletionRequest(Common):
     suffix: str | None = None
     echo: bool | None = None
     best_of: int | None = Field(None, description="Only as many as n.")
-    logprobs: Annotated[int | None, _only(why=_PROBABILITY)] = None
-    top_logprobs: Annotated[int | None, _only(why=_PROBABILITY)] = None
 
 
 class TextPart(Strict):
@@ -185,12 +131,13 @@ class Message(Strict):
 
     role: str
     content: str | list[TextPart]
-    name: Unused = None
+    name: str | None = None
 
     def plain(self) -> dict[str, str]:
         """Return it with its parts joined."""
-        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
-        return {"role": self.role, "content": "".join(parts)}
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return {"role": self.role, "content": text}
 
 
 class ChatRequest(Common):
@@ -198,15 +145,7 @@ class ChatRequest(Common):
 
     default_tokens = 256
 
-    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
-    logprobs: Annotated[bool | None, _only(False, why=_PROBABILITY)] = None
-    top_logprobs: Annotated[int | None, _only(why=_PROBABILITY)] = None
-    response_format: Annotated[dict[str, Any] | None, _only({"type": "text"})] = None
-    tools: Annotated[list[Any] | None, _only([])] = None
-    functions: Annotated[list[Any] | None, _only([])] = None
-    tool_choice: Annotated[Any, _only("none")] = None
-    function_call: Annotated[Any, _only("none")] = None
-    parallel_tool_calls: Annotated[bool | None, _only(False, True)] = None
+    messages: list[Message] = Field(min_length=1, max_length=256)
 
 
 class TokenizeRequest(Strict):
@@ -214,7 +153,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str
-    add_special_tokens: Unused = None
+    add_special_tokens: bool | None = None
 
 
 class DetokenizeRequest(Strict):
@@ -225,11 +164,11 @@ class DetokenizeRequest(Strict):
 
 
 class EncodeRequest(Strict):
-    """A text whose latents are wanted."""
+    """A text whose latents are wanted, as float32 in base64 or as numbers."""
 
     model: str | None = None
     input: str
-    encoding_format: Literal["base64", "float"] | None = Field(None, description="base64 is of float32.")
+    encoding_format: Literal["base64", "float"] | None = None
 
 
 class DecodeRequest(Strict):
@@ -239,20 +178,69 @@ class DecodeRequest(Strict):
     latents: str | list[list[float]]
 
 
+_Usage = create_model("Usage", prompt_tokens=int, completion_tokens=int, total_tokens=int)
+_Details = create_model("Details", seed=int, settings=dict[str, Any], blocks=int, finish=str)
+_CHOICE: dict[str, Any] = {"index": int, "finish_reason": Literal["stop", "length"], "colada": _Details}
+_HEAD: dict[str, Any] = {"id": str, "object": str, "created": int, "model": str, "system_fingerprint": str}
+_Text = create_model("TextChoice", text=str, **_CHOICE)
+_Said = create_model("Said", role=Literal["assistant"], content=str)
+_Chat = create_model("ChatChoice", message=_Said, **_CHOICE)
+CompletionAnswer = create_model("CompletionAnswer", choices=list[_Text], usage=_Usage, **_HEAD)  # type: ignore[valid-type]
+ChatAnswer = create_model("ChatAnswer", choices=list[_Chat], usage=_Usage, **_HEAD)  # type: ignore[valid-type]
+ModelCard = create_model("ModelCard", id=str, object=str, created=int, owned_by=str, colada=dict[str, Any])
+ModelList = create_model("ModelList", object=str, data=list[ModelCard])  # type: ignore[valid-type]
+Tokens = create_model("Tokens", tokens=list[int], count=int, max_model_len=int)
+Spelled = create_model("Spelled", prompt=str)
+Latents = create_model("Latents", latents=str | list[list[float]], shape=list[int])
+Decoded = create_model("Decoded", text=str, tokens=list[int])
+Health = create_model("Health", status=str)
+_Error = create_model("Error", message=str, type=str, param=str | None, code=str)
+ErrorAnswer = create_model("ErrorAnswer", error=_Error)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """Return what a body says. Raises Refusal for what is no JSON object of text and finite numbers."""
+
+    def number(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{shown(text)}, expected a finite number")
+        return value
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError("a key is there twice")
+        return values
+
+    try:
+        value = json.loads(
+            body.decode(), parse_constant=number, parse_float=number, object_pairs_hook=members
+        )
+        if re.search(rb"\\u[dD][89a-fA-F]", body):
+            json.dumps(value, ensure_ascii=False).encode()  # Half a surrogate pair is no text.
+    except RecursionError:
+        raise Refusal(400, "invalid_json", "the body is nested too deeply") from None
+    except ValueError as error:  # Also what is no UTF-8, and numbers of too many digits.
+        raise Refusal(400, "invalid_json", f"the body is no JSON: {error!s:.200}") from None
+    if not isinstance(value, dict):
+        raise Refusal(400, "invalid_json", f"the body is {shown(value)}, expected a JSON object")
+    return {name: member for name, member in value.items() if member is not None}
+
+
 def field_refused(errors: Sequence[Mapping[str, Any]]) -> Refusal:
     """Return the refusal of what pydantic says of a request's fields: of the first one."""
     first, name = errors[0], _field_name(errors[0]["loc"])
-    if first["type"] == "json_invalid":
-        return Refusal(400, "invalid_json", "the body is no JSON")
     if first["type"] == "missing":
         return Refusal(400, "missing_parameter", f"{name or 'the body'} is missing, expected it", name)
     if first["type"] == "extra_forbidden":
         return unknown_field(str(name))
-    code = "unsupported_parameter" if first["type"] == "unsupported_parameter" else "invalid_value"
     # A field of several types has an error for each.
     said = dict.fromkeys(error["msg"] for error in errors if _field_name(error["loc"]) == name)
-    expected = " or ".join(text.removeprefix("Input should be ").removeprefix("expected ") for text in said)
-    return Refusal(400, code, f"{name}={shown(first['input'])}, expected {expected}", name)
+    expected = " or ".join(text.removeprefix("Input should be ") for text in said)
+    return invalid(str(name), first["input"], expected)
 
 
 def _field_name(place: Sequence[str | int]) -> str | None:
@@ -264,147 +252,11 @@ def _field_name(place: Sequence[str | int]) -> str | None:
 
 def unknown_field(name: str) -> Refusal:
     """Return the refusal of a field that there is not."""
-    names = [*CompletionRequest.model_fields, *ChatRequest.model_fields, *Extension.model_fields]
+    names = [*CompletionRequest.model_fields, *ChatRequest.model_fields, *Extension.model_fields, *NEUTRAL]
     leaf = name.rpartition(".")[2]
     hint = nearest(leaf, [known for known in names if known != leaf])
     return Refusal(400, "unknown_parameter", f"unknown field {shown(name)}{hint}", name)
 
 
-# --- answers -------------------------------------------------------------------------------------
-
-
-class Usage(BaseModel):
-    """Tokens of a request: each prompt once, end tokens and stop strings left out."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class ChoiceDetails(BaseModel):
-    """What Colada adds to a choice."""
-
-    seed: int
-    settings: dict[str, Any]
-    blocks: int
-    finish: str
-    tokens: list[int] | None = None
-    confidence: list[float] | None = None
-
-
-class TextChoice(BaseModel):
-    """A continuation."""
-
-    index: int
-    text: str
-    finish_reason: Literal["stop", "length"]
-    logprobs: None
-    colada: ChoiceDetails
-
-
-class Answered(BaseModel):
-    """An assistant's message."""
-
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class ChatChoice(BaseModel):
-    """An answer to a conversation."""
-
-    index: int
-    message: Answered
-    finish_reason: Literal["stop", "length"]
-    logprobs: None
-    colada: ChoiceDetails
-
-
-class CompletionAnswer(BaseModel):
-    """Continuations of all prompts."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[TextChoice]
-    usage: Usage
-
-
-class ChatAnswer(BaseModel):
-    """Answers to a conversation."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ModelCard(BaseModel):
-    """A model that is served."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    colada: dict[str, Any]
-
-
-class ModelList(BaseModel):
-    """All models."""
-
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
-class Tokens(BaseModel):
-    """A text's tokens."""
-
-    tokens: list[int]
-    count: int
-    max_model_len: int
-
-
-class Spelled(BaseModel):
-    """A text of tokens."""
-
-    prompt: str
-
-
-class Latents(BaseModel):
-    """Normalised posterior means, (L, C)."""
-
-    latents: str | list[list[float]]
-    shape: list[int]
-
-
-class Decoded(BaseModel):
-    """The likeliest tokens of latents."""
-
-    text: str
-    tokens: list[int]
-
-
-class Health(BaseModel):
-    """Whether requests are taken."""
-
-    status: str
-
-
-class ErrorDetails(BaseModel):
-    """Why not."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorAnswer(BaseModel):
-    """What every refusal looks like."""
-
-    error: ErrorDetails
+def _same(value: Any, other: Any) -> bool:
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
