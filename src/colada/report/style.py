@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "colada",
     "savefig.dpi": 160,
+    "path.simplify_threshold": 0.3,  # Of long curves, files hold what can be seen.
     "text.parse_math": False,
     "font.size": 8.5,
     "text.color": INK,
@@ -74,10 +76,8 @@ STYLE: Any = {
 
 def require_matplotlib(what: str) -> None:
     """Raise ColadaError, naming what is to be drawn, if there is no matplotlib."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ColadaError(f'{what} needs matplotlib: pip install "colada-lm[train]"') from None
+    if find_spec("matplotlib") is None:
+        raise ColadaError(f'{what} needs matplotlib: pip install "colada-lm[train]"')
 
 
 @contextmanager

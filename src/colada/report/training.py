@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -51,15 +50,10 @@ REPORT_DIR, REPORT_FILE = "report", "report.html"
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """How a number of a record is shown.
+class Quantity(NamedTuple):
+    """How a number of a record is shown: its plot's title and unit, and what it is multiplied by for that.
 
-    Attributes:
-        title: of its plot.
-        unit: of its axis.
-        factor: what it is multiplied by for that unit.
-        noisy: whether its moving average says more than its values.
+    ``noisy``: whether its moving average says more than its values.
     """
 
     title: str
@@ -76,7 +70,6 @@ QUANTITIES = {
     "log_q": Quantity("Negative entropy, E log q(z0 | x)", "nats per token"),
     "kl_ref": Quantity("KL(q ‖ q_ref)", "nats per token"),
     "flow": Quantity("Flow loss", "mean squared velocity error"),
-    "flow_by_t": Quantity("Flow loss by timestep", "mean squared velocity error"),
     "log_snr": Quantity("Log-SNR of the latents", "log(E μ² / E σ²)"),
     "accuracy": Quantity("Reconstruction accuracy", "% of tokens", 100),
     "grad_norm": Quantity("Gradient norm", "L2 norm before clipping"),
@@ -87,20 +80,15 @@ QUANTITIES = {
 }
 """The known numbers, in the order of the report; any other follows under its own name."""
 
-STATED = NOT_MEASURED | {"tokens", "skipped"}  # Said in words rather than drawn.
+BY_T = "flow_by_t"
+STATED = NOT_MEASURED | {BY_T, "tokens", "skipped"}  # Said in words, or drawn in another way.
 
 
 # --- curves --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One quantity over one split of a stage.
-
-    Attributes:
-        steps: (S,)
-        values: (S,) in the quantity's unit; NaN where it was not finite.
-    """
+class Curve(NamedTuple):
+    """One quantity over one split of a stage: (S,) steps and values in its unit; NaN where not finite."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -113,23 +101,14 @@ class Curve:
         return cls(np.array([record["step"] for record in own]), np.array(values, dtype=float))
 
     @property
-    def empty(self) -> bool:
-        """Whether there is nothing to draw."""
-        return not len(self._finite)
-
-    @property
-    def first(self) -> float:
-        """The first finite value, NaN if there is none."""
-        return float(next(iter(self._finite), math.nan))
+    def finite(self) -> np.ndarray:
+        """The finite values."""
+        return self.values[np.isfinite(self.values)]
 
     def last(self, share: float = 0.0) -> float:
         """Return the mean of the last share of the finite values, at least one; NaN if there is none."""
-        finite = self._finite
+        finite = self.finite
         return float(finite[-max(1, int(share * len(finite))) :].mean()) if len(finite) else math.nan
-
-    @property
-    def _finite(self) -> np.ndarray:
-        return self.values[np.isfinite(self.values)]
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -137,57 +116,41 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
     It is a weighted mean of the values so far, so it starts at the first one; NaNs have no weight.
     """
-    decay = math.exp(-30 / max(30, len(values)))
-    averaged, total, weight = [], 0.0, 0.0
+    decay, averaged, total, weight = math.exp(-30 / max(30, len(values))), [], 0.0, 0.0
     for value in values.tolist():
         finite = math.isfinite(value)
-        total = decay * total + (value if finite else 0.0)
-        weight = decay * weight + finite
+        total, weight = decay * total + (value if finite else 0.0), decay * weight + finite
         averaged.append(total / weight if weight else math.nan)
     return np.array(averaged)
-
-
-def thin(curve: Curve, limit: int = 1000) -> Curve:
-    """Return a curve of at most ``limit`` points that looks the same: the extremes of groups of steps."""
-    if len(curve.steps) <= limit:
-        return curve
-    keep: set[int] = set()
-    for group in np.array_split(np.arange(len(curve.steps)), limit // 2):
-        values = curve.values[group]
-        if np.isfinite(values).any():
-            keep |= {int(group[np.nanargmin(values)]), int(group[np.nanargmax(values)])}
-    kept = np.array(sorted(keep), dtype=int)
-    return Curve(curve.steps[kept], curve.values[kept])
 
 
 # --- plots ---------------------------------------------------------------------------------------
 
 TRAIN, VALIDATION = BLUE, ORANGE
-
 POINTS: dict[str, Any] = {
-    "linestyle": "none",
-    "marker": "o",
-    "markersize": 4,
-    "markeredgecolor": PAPER,
-    "markeredgewidth": 0.6,
+    **{"linestyle": "none", "marker": "o", "markersize": 4},
+    **{"markeredgecolor": PAPER, "markeredgewidth": 0.6, "color": VALIDATION},
 }
 
 
 def plot_curves(quantity: Quantity, train: Curve, validation: Curve) -> Figure:
     """Return a plot over steps: train values thin under their moving average, validation as points."""
-    figure, axes = _figure(quantity, "step", above=24)
-    drawn = thin(train)
-    if not train.empty and not quantity.noisy:
-        axes.plot(drawn.steps, drawn.values, color=TRAIN, linewidth=1.6, label="train")
-    elif not train.empty:
-        averaged = thin(Curve(train.steps, smooth(train.values)))
-        axes.plot(drawn.steps, drawn.values, color=TRAIN, alpha=0.4, linewidth=0.8, label="train")
-        axes.plot(averaged.steps, averaged.values, color=TRAIN, linewidth=1.6, label="train, smoothed")
+    figure, axes = _figure(quantity.title, "step", quantity.unit, above=24)
+    plain: dict[str, Any] = {"color": TRAIN, "linewidth": 1.6}
+    if len(train.finite) and not quantity.noisy:
+        axes.plot(*train, **plain, label="train")
+    elif len(train.finite):
+        axes.plot(*train, color=TRAIN, alpha=0.4, linewidth=0.8, label="train")
+        axes.plot(train.steps, smooth(train.values), **plain, label="train, smoothed")
     if len(train.steps) == 1:  # One point makes no line.
         axes.lines[-1].set_marker("o")
-    if not validation.empty:
-        axes.plot(validation.steps, validation.values, color=VALIDATION, label="validation", **POINTS)
-    _scale_values(axes, np.concatenate([train.values, validation.values]))
+    if len(validation.finite):
+        axes.plot(*validation, label="validation", **POINTS)
+    finite = np.concatenate([train.finite, validation.finite])
+    if finite.min() > 0 and finite.max() > 30 * finite.min():
+        axes.set_yscale("log")
+        axes.set_ylabel(f"{quantity.unit} (log)")
+        label_log_axis(axes.yaxis, subs=(1, 2, 5) if finite.max() < 1000 * finite.min() else (1,))
     # A row between the title and the plot, where no curve is.
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.3, borderpad=0)
     return figure
@@ -195,16 +158,16 @@ def plot_curves(quantity: Quantity, train: Curve, validation: Curve) -> Figure:
 
 def plot_flow_by_t(train: Sequence[Record], validation: Sequence[Record]) -> Figure:
     """Return the flow loss over the timestep: means over each fifth of the stage, and the last validation."""
-    figure, axes = _figure(QUANTITIES["flow_by_t"], "timestep t (0: data, 1000: noise)", above=10)
+    across = "timestep t (0: data, 1000: noise)"
+    figure, axes = _figure("Flow loss by timestep", across, QUANTITIES["flow"].unit, above=10)
     groups = np.array_split(np.arange(len(train)), min(len(SHADES), len(train)))
     for group, colour in zip(groups, SHADES[-len(groups) :], strict=True):
-        values = _bin_means([train[index]["flow_by_t"] for index in group])
+        values = _bin_means([train[index][BY_T] for index in group])
         steps = f"{compact(train[group[0]]['step'])}–{compact(train[group[-1]]['step'])}"
-        line: dict[str, Any] = {"linewidth": 1.6, "marker": "o", "markersize": 3}
-        axes.plot(_bin_centres(values), values, color=colour, label=steps, **line)
+        axes.plot(_bin_centres(values), values, "o-", color=colour, label=steps, linewidth=1.6, markersize=3)
     if validation:
-        values = _bin_means([validation[-1]["flow_by_t"]])
-        axes.plot(_bin_centres(values), values, color=VALIDATION, label="validation, last", **POINTS)
+        values = _bin_means([validation[-1][BY_T]])
+        axes.plot(_bin_centres(values), values, label="validation, last", **POINTS)
     axes.set_xlim(0, T)
     axes.set_xticks(np.linspace(0, T, 6))
     # Curves may be anywhere in the plot, so their names are beside it.
@@ -215,36 +178,23 @@ def plot_flow_by_t(train: Sequence[Record], validation: Sequence[Record]) -> Fig
     return figure
 
 
-def _figure(quantity: Quantity, across: str, above: float) -> tuple[Figure, Axes]:
+def _figure(title: str, across: str, up: str, above: float) -> tuple[Figure, Axes]:
     """Return empty axes with a title ``above`` them by so many points."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 3.0), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(quantity.title, pad=above)
-    axes.set_xlabel(across)
-    axes.set_ylabel(quantity.unit)
+    axes = figure.add_subplot(xlabel=across, ylabel=up)
+    axes.set_title(title, pad=above)
     axes.xaxis.set_major_formatter(compact)
     axes.yaxis.set_major_formatter(compact)
     return figure, axes
-
-
-def _scale_values(axes: Axes, values: np.ndarray) -> None:
-    """Choose a logarithmic axis for positive values that span more than a factor of 30."""
-    finite = values[np.isfinite(values)]
-    if finite.min() > 0 and finite.max() > 30 * finite.min():
-        narrow = finite.max() < 1000 * finite.min()
-        axes.set_yscale("log")
-        axes.set_ylabel(f"{axes.get_ylabel()} (log)")
-        label_log_axis(axes.yaxis, subs=(1, 2, 5) if narrow else (1,))
 
 
 def _bin_means(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
     """Return the mean of each bin over the records that have it; NaN for a bin that none has."""
     table = np.array(rows, dtype=float)
     counts = np.isfinite(table).sum(0)
-    sums = np.where(np.isfinite(table), table, 0).sum(0)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
+    return np.where(counts > 0, np.nansum(table, 0) / np.maximum(counts, 1), math.nan)
 
 
 def _bin_centres(values: np.ndarray) -> np.ndarray:
@@ -256,21 +206,15 @@ def draw_plots(records: Sequence[Record]) -> dict[str, Figure]:
 
     A number that is in no record, or finite in none, has no plot.
     """
-    train, validation = _splits(records)
     figures: dict[str, Figure] = {}
-    for name in _measured(records):
-        if name == "flow_by_t":
-            binned, checked = (
-                [record for record in split if any(value is not None for value in record.get(name) or ())]
-                for split in (train, validation)
-            )
-            if binned:
-                figures[name] = plot_flow_by_t(binned, checked)
-            continue
-        quantity = _quantity(name)
-        curves = [Curve.of(split, name, quantity.factor) for split in (train, validation)]
-        if not all(curve.empty for curve in curves):
-            figures[name] = plot_curves(quantity, *curves)
+    for name, quantity in _measured(records).items():
+        train, validation = _curves(records, name, quantity)
+        if len(train.finite) or len(validation.finite):
+            figures[name] = plot_curves(quantity, train, validation)
+    binned = [record for record in records if any(value is not None for value in record.get(BY_T) or ())]
+    train_bins, validation_bins = _splits(binned)
+    if train_bins:
+        figures[BY_T] = plot_flow_by_t(train_bins, validation_bins)
     return figures
 
 
@@ -279,17 +223,17 @@ def _splits(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     return train, [record for record in records if record["split"] == "validation"]
 
 
-def _quantity(name: str) -> Quantity:
-    return QUANTITIES.get(name, Quantity(name, name))
+def _curves(records: Sequence[Record], name: str, quantity: Quantity) -> tuple[Curve, Curve]:
+    train, validation = (Curve.of(split, name, quantity.factor) for split in _splits(records))
+    return train, validation
 
 
-def _measured(records: Sequence[Record]) -> list[str]:
-    """Return the names of the numbers of some records: the known ones in their order, then the others."""
-    names = (name for record in records for name, value in record.items() if not isinstance(value, list))
-    found = dict.fromkeys(name for name in names if name not in STATED)
-    if any("flow_by_t" in record for record in records):
-        found["flow_by_t"] = None
-    return [name for name in QUANTITIES if name in found] + [name for name in found if name not in QUANTITIES]
+def _measured(records: Sequence[Record]) -> dict[str, Quantity]:
+    """Return the numbers of some records by name: the known ones in their order, then the others."""
+    items = (item for record in records for item in record.items())
+    names = dict.fromkeys(name for name, value in items if name not in STATED and not isinstance(value, list))
+    known = {name: quantity for name, quantity in QUANTITIES.items() if name in names}
+    return known | {name: Quantity(name, name) for name in names if name not in QUANTITIES}
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -298,7 +242,7 @@ def _measured(records: Sequence[Record]) -> list[str]:
 def write_report(out: Path) -> Path:
     """Write the report of the run in ``out`` and return its path, ``out/report/report.html``.
 
-    The plots are in the page, and beside it as ``stage1_nll.svg``, ``stage1_nll.png`` and so on.
+    The plots are in the page, and beside it as ``stage1_nll.svg`` and so on.
 
     Raises:
         ColadaError: without matplotlib or records, for a damaged file (naming the line), or a full disk.
@@ -310,7 +254,7 @@ def write_report(out: Path) -> Path:
     if not records:
         raise ColadaError(f"{out / METRICS_FILE} holds no record yet")
     samples = read_samples(out / SAMPLES_FILE) if (out / SAMPLES_FILE).is_file() else []
-    page = Page(out.resolve().name, "training report").facts(_facts(records, _read_recipe(out), out))
+    page = Page(out.resolve().name, "training report").facts(_facts(records, out))
     directory = out / REPORT_DIR
     try:
         directory.mkdir(exist_ok=True)
@@ -329,24 +273,18 @@ def write_report(out: Path) -> Path:
     return directory / REPORT_FILE
 
 
-def _read_recipe(out: Path) -> Mapping[str, Any]:
-    """Return the run's recipe, empty if it has none."""
-    path = out / RECIPE
-    if not path.is_file():
-        return {}
-    recipe = read_yaml(path)
-    if not isinstance(recipe, dict):
-        raise ColadaError(f"{path} holds a {type(recipe).__name__}, expected sections such as 'data:'")
-    return recipe
-
-
-def _facts(records: Sequence[Record], recipe: Mapping[str, Any], out: Path) -> dict[str, str]:
+def _facts(records: Sequence[Record], out: Path) -> dict[str, str]:
     """Return what is true of the whole run: terms and values."""
     times = [record["time"] for record in records]
     facts = {"Wall clock, first to last record": _duration(max(times) - min(times))}
     tokens = {record["stage"]: record["tokens"] for record in records if record.get("tokens") is not None}
     if tokens:
         facts["Tokens"] = f"{sum(tokens.values()):,.0f}"
+    recipe = read_yaml(out / RECIPE) if (out / RECIPE).is_file() else {}
+    if not isinstance(recipe, dict):
+        raise ColadaError(
+            f"{out / RECIPE} holds a {type(recipe).__name__}, expected sections such as 'data:'"
+        )
     if "seed" in recipe:
         facts["Seed"] = str(recipe["seed"])
     checkpoint = find(out, "auto")
@@ -375,18 +313,16 @@ def _add_stage(page: Page, number: int, records: Sequence[Record], directory: Pa
     if skipped:
         said += f", {skipped[-1] or 'none'} of them skipped"
     table = Table(("", "unit", "train, first", "train, last tenth", "validation, last"), texts=2)
-    for name in _measured(records):
-        if name != "flow_by_t":
-            quantity = _quantity(name)
-            train, validation = (Curve.of(split, name, quantity.factor) for split in _splits(records))
-            values = map(_number, (train.first, train.last(0.1), validation.last()))
-            table.row(quantity.title, quantity.unit, *values)
+    for name, quantity in _measured(records).items():
+        train, validation = _curves(records, name, quantity)
+        first = next(iter(train.finite), math.nan)
+        values = map(_number, (first, train.last(0.1), validation.last()))
+        table.row(quantity.title, quantity.unit, *values)
     page.section(title, f"{said}.").table(table)
     for name, figure in draw_plots(records).items():
         stem = f"stage{number}_" + re.sub(r"\W", "_", name)
         page.figure(figure, stem)
-        for suffix in (".svg", ".png"):
-            save_figure(figure, directory / f"{stem}{suffix}")
+        save_figure(figure, directory / f"{stem}.svg")
 
 
 def _number(value: float) -> str:
