@@ -157,7 +157,7 @@ def generative(
     """Perplexity of generated text under a judge, over variety, at several guidance scales."""
     from rich.console import Console
 
-    from colada.evaluate.texts import TRANSFORMERS, check_lengths, read_texts
+    from colada.evaluate.texts import TRANSFORMERS, check_lengths, read_texts, require_tokenizer
     from colada.evaluate.variety import words
     from colada.models.bound import check_bound
     from colada.report.frontier import frontier_table, write_frontier_page
@@ -190,7 +190,7 @@ def generative(
     from colada.models.likelihood import bound_settings
 
     first = load_model(places[0], None, dtype, device)
-    tokenizer = room.tokenizer_of(first)
+    tokenizer = require_tokenizer(first, "judges read text")
     reader: room.Judge
     if judge.startswith(TRANSFORMERS):
         reader = room.TransformersJudge(judge.removeprefix(TRANSFORMERS), find_device(device))

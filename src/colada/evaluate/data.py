@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from colada.checks import require_count, require_seed
 from colada.data.jsonl import Fields
@@ -85,9 +85,11 @@ def load_benchmark(
         require_count("limit", limit)
     if not isinstance(order, str) or order not in get_args(Order):
         raise ColadaError(f"order={shown(order)}, expected one of {', '.join(get_args(Order))}")
-    source, records = (
-        read_hub(task) if isinstance(data, str) and data == HUB else _read_local(task, as_path(data, "data"))
-    )
+    if isinstance(data, str) and data == HUB:
+        source, records = read_hub(task)
+    else:
+        path = find_file(as_path(data, "data"), [f"{task.data}.{task.split}", task.data])
+        source, records = str(path), read_records(path, task)
     chosen = choose_demonstrations(task, shots, seed)
     ordered = records if order == "file" else _shuffled(records, f"{seed}/{task.data}")
     return Benchmark(
@@ -151,11 +153,6 @@ def _shuffled(records: Sequence[Record], seed: str) -> list[Record]:
 # --- local files ---------------------------------------------------------------------------------
 
 
-def _read_local(task: Task, where: Path) -> tuple[str, list[Record]]:
-    path = find_file(where, [f"{task.data}.{task.split}", task.data])
-    return str(path), read_records(path, task)
-
-
 def find_file(where: Path, stems: Sequence[str]) -> Path:
     """Return a file, or the first of a directory's .jsonl(.gz) that has one of some names.
 
@@ -177,9 +174,8 @@ def find_file(where: Path, stems: Sequence[str]) -> Path:
 # --- the hub -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """A public data set: its id, configuration, split, and what makes a record's fields of a row."""
+class HubSource(NamedTuple):
+    """A public data set: its id, configuration and split, and what makes a record's fields of a row."""
 
     path: str
     config: str | None
@@ -187,8 +183,9 @@ class HubSource:
     fields: Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def _choice(choices: Sequence[str], index: int) -> dict[str, Any]:
-    return {"choices": list(choices), "answer": choices[index], "answer_index": index}
+def _choice(choices: Sequence[str], index: int, context: str = "", question: str = "") -> dict[str, Any]:
+    record = {"context": context, "question": question}
+    return {**record, "choices": list(choices), "answer": choices[index], "answer_index": index}
 
 
 def _lambada(row: dict[str, Any]) -> dict[str, Any]:
@@ -196,63 +193,41 @@ def _lambada(row: dict[str, Any]) -> dict[str, Any]:
     return {"context": "", "question": row["text"].rstrip()[: -len(answer)].rstrip(), "answer": answer}
 
 
+def _mmlu(row: dict[str, Any]) -> dict[str, Any]:
+    return {"subject": row["subject"], **_choice(row["choices"], row["answer"], question=row["question"])}
+
+
 def _obqa(row: dict[str, Any]) -> dict[str, Any]:
-    options = row["choices"]
-    chosen = _choice(options["text"], options["label"].index(row["answerKey"]))
-    return {"id": row["id"], "context": "", "question": row["question_stem"], **chosen}
+    texts, index = row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
+    return {"id": row["id"], **_choice(texts, index, question=row["question_stem"])}
+
+
+def _hellaswag(row: dict[str, Any]) -> dict[str, Any]:
+    return _choice(row["endings"], int(row["label"]), row["ctx"])
+
+
+def _race(row: dict[str, Any]) -> dict[str, Any]:
+    return _choice(row["options"], "ABCD".index(row["answer"]), row["article"], row["question"])
 
 
 def _siqa(row: dict[str, Any]) -> dict[str, Any]:
     choices = [row["answerA"], row["answerB"], row["answerC"]]
-    return {
-        "context": row["context"],
-        "question": row["question"],
-        **_choice(choices, int(row["label"]) - 1),
-    }
+    return _choice(choices, int(row["label"]) - 1, row["context"], row["question"])
+
+
+def _squad(row: dict[str, Any]) -> dict[str, Any]:
+    fields = {name: row[name] for name in ("id", "context", "question")}
+    return {**fields, "answer": row["answers"]["text"][0]}
 
 
 HUB_SOURCES: dict[str, HubSource] = {
     "lambada": HubSource("EleutherAI/lambada_openai", "default", "test", _lambada),
-    "mmlu": HubSource(
-        "cais/mmlu",
-        "all",
-        "test",
-        lambda row: {
-            "context": "",
-            "question": row["question"],
-            "subject": row["subject"],
-            **_choice(row["choices"], row["answer"]),
-        },
-    ),
+    "mmlu": HubSource("cais/mmlu", "all", "test", _mmlu),
     "obqa": HubSource("allenai/openbookqa", "main", "test", _obqa),
-    "hellaswag": HubSource(
-        "Rowan/hellaswag",
-        None,
-        "validation",
-        lambda row: {"context": row["ctx"], "question": "", **_choice(row["endings"], int(row["label"]))},
-    ),
-    "race": HubSource(
-        "ehovy/race",
-        "all",
-        "test",
-        lambda row: {
-            "context": row["article"],
-            "question": row["question"],
-            **_choice(row["options"], "ABCD".index(row["answer"])),
-        },
-    ),
+    "hellaswag": HubSource("Rowan/hellaswag", None, "validation", _hellaswag),
+    "race": HubSource("ehovy/race", "all", "test", _race),
     "siqa": HubSource("lighteval/siqa", None, "validation", _siqa),
-    "squad": HubSource(
-        "rajpurkar/squad",
-        None,
-        "validation",
-        lambda row: {
-            "id": row["id"],
-            "context": row["context"],
-            "question": row["question"],
-            "answer": row["answers"]["text"][0],
-        },
-    ),
+    "squad": HubSource("rajpurkar/squad", None, "validation", _squad),
 }
 """The public data set of each task; Story Cloze has none, being given out on request. Ids are row
 numbers, as in the released records, where a row has none of its own."""

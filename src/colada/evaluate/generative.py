@@ -15,7 +15,7 @@ from colada.checks import require_count
 from colada.errors import ColadaError
 from colada.evaluate import variety
 from colada.evaluate.statistics import ratio_error
-from colada.evaluate.texts import TRANSFORMERS, Text, check_lengths
+from colada.evaluate.texts import TRANSFORMERS, Text, check_lengths, require_tokenizer
 from colada.generate.settings import Prompt, Settings, TextRequest
 from colada.models.base import LanguageModel
 from colada.models.bound import Kind, TextScore
@@ -81,10 +81,9 @@ class ModelJudge:
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, **settings: Any) -> None:
-        if model.tokenizer is None:
-            raise ColadaError(f"{model.origin or 'the judge'} has no tokenizer.json, and judges text")
+        own = require_tokenizer(model, "it judges text")
         self.model, self.origin, self.kind, self.settings = model, model.origin, kind(model), settings
-        self._same = model.tokenizer.to_json() == tokenizer.to_json()
+        self._same = own.to_json() == tokenizer.to_json()
 
     def score(self, passages: Sequence[Passage], progress: Progress | None = None) -> list[TextScore]:
         """See :class:`Judge`."""
@@ -204,7 +203,7 @@ def continue_passages(
     """
     require_count("batch", batch)
     require_count("samples", samples)
-    own = tokenizer_of(model)
+    own = require_tokenizer(model, "judges read text")
     same = own.to_json() == tokenizer.to_json()
     prompts: list[Prompt] = [passage.prompt_ids if same else passage.prompt for passage in passages]
     seeds = range(seed, seed + samples * len(passages))
@@ -229,13 +228,6 @@ def continue_passages(
                 f"{model.origin or 'the model'} ended every one of {len(passages)} texts at once"
             )
     return written
-
-
-def tokenizer_of(model: LanguageModel) -> Tokenizer:
-    """Return a model's tokenizer. Raises ColadaError if it has none."""
-    if model.tokenizer is None:
-        raise ColadaError(f"{model.origin or 'this model'} has no tokenizer.json, and judges read text")
-    return model.tokenizer
 
 
 # --- figures --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from lm_eval.api.registry import register_model
 
 from colada.checks import require_count
 from colada.errors import ColadaError
+from colada.evaluate.texts import require_tokenizer
 from colada.generate.settings import Settings, TextRequest, check_settings
 from colada.models.base import LanguageModel
 from colada.models.cola import load
@@ -96,11 +97,7 @@ class HarnessLM(LM):  # type: ignore[misc]
             wanted: Any = None if dtype is None else getattr(torch, dtype, dtype)
             model = load(model, revision=revision, device=device, dtype=wanted)
         self.model = model
-        if self.model.tokenizer is None:
-            raise ColadaError(
-                f"{self.model.origin or 'this model'} has no tokenizer.json, and tasks are text"
-            )
-        self.encoding: Tokenizer = self.model.tokenizer
+        self.encoding = require_tokenizer(self.model, "tasks are text")
         self.batch_size, self.seed, self.max_length, self.settings = int(size), seed, max_length, settings
         self.model.check(settings)
         self._bound = bound_settings(self.model, samples=samples, at=at, steps=flow_steps)
@@ -121,11 +118,12 @@ class HarnessLM(LM):  # type: ignore[misc]
         asked = [(self._cut(context, len(own)), own) for context, own in pairs]
         seeds = [self._seed("loglikelihood", *request.args) for request in requests]
         some = [number for number, (_, own) in enumerate(asked) if own]
-        found = self._measure([asked[number] for number in some], [seeds[number] for number in some])
-        totals = dict(zip(some, found, strict=True))
-        greedy = self._greedy([asked[number] for number in some])
-        right = dict(zip(some, greedy, strict=True))
-        results = [(totals.get(number, 0.0), right.get(number, True)) for number in range(len(requests))]
+        spoken = [asked[number] for number in some]
+        found = zip(
+            self._measure(spoken, [seeds[number] for number in some]), self._greedy(spoken), strict=True
+        )
+        known = dict(zip(some, found, strict=True))
+        results = [known.get(number, (0.0, True)) for number in range(len(requests))]
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, result)
         return results
@@ -151,32 +149,20 @@ class HarnessLM(LM):  # type: ignore[misc]
 
         What a LLaDA model writes first depends on how many masks follow: once a context and length there.
         """
-        if self.model.arch == "llada":
-            by_length: dict[int, set[tuple[int, ...]]] = {}
-            for context, own in asked:
-                by_length.setdefault(len(own), set()).add(tuple(context))
-            said = {
-                (context, length): written
-                for length, contexts in by_length.items()
-                for context, written in self._written(dict.fromkeys(contexts, length)).items()
-            }
-            return [said[tuple(context), len(own)] == tuple(own) for context, own in asked]
-        lengths: dict[tuple[int, ...], int] = {}
-        for context, own in asked:
-            lengths[tuple(context)] = max(len(own), lengths.get(tuple(context), 0))
-        written = self._written(lengths)
-        return [written[tuple(context)][: len(own)] == tuple(own) for context, own in asked]
-
-    def _written(self, lengths: dict[tuple[int, ...], int]) -> dict[tuple[int, ...], tuple[int, ...]]:
-        """Return what is written greedily after each context, at least so many tokens."""
+        masks = self.model.arch == "llada"
+        keys = [(tuple(context), len(own) if masks else 0) for context, own in asked]
+        lengths: dict[tuple[tuple[int, ...], int], int] = {}
+        for key, (_, own) in zip(keys, asked, strict=True):
+            lengths[key] = max(len(own), lengths.get(key, 0))
         fixed = {**self.settings, "temperature": 0.0, "stop": (), "end_ids": ()}
         completions = self._complete(
             [
                 (context, length, {**fixed, "seed": self._seed("greedy", context)})
-                for context, length in lengths.items()
+                for (context, _), length in lengths.items()
             ]
         )
-        return {context: own.tokens for context, own in zip(lengths, completions, strict=True)}
+        written = {key: done.tokens for key, done in zip(lengths, completions, strict=True)}
+        return [written[key][: len(own)] == tuple(own) for key, (_, own) in zip(keys, asked, strict=True)]
 
     def _complete(self, wanted: Sequence[tuple[Sequence[int], int, dict[str, Any]]]) -> list[Completion]:
         """Return the completions of contexts, each with a number of tokens and settings."""

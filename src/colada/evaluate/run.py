@@ -29,6 +29,7 @@ from colada.evaluate.outputs import Output, read_outputs
 from colada.evaluate.scoring import normalise
 from colada.evaluate.statistics import Score, score, summary
 from colada.evaluate.tasks import Item, Task
+from colada.evaluate.texts import require_tokenizer
 from colada.files import as_path, read_json_object, require_file, write_text
 from colada.generate.settings import Settings, TextRequest, check_settings
 from colada.models.base import require_kind
@@ -149,7 +150,7 @@ def evaluate(
     require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
     require_seed(seed)
     check_settings(settings)
-    tokenizer = require_tokenizer(model)
+    tokenizer = require_tokenizer(model, "the benchmarks are text")
     given = {name: value for name, value in settings.items() if value is not None}
     chosen = {**model.generation, "temperature": 0.0, **given}
     made_with = {
@@ -205,15 +206,6 @@ def evaluate(
 
 
 # --- the model -----------------------------------------------------------------------------------
-
-
-def require_tokenizer(model: Model) -> Tokenizer:
-    """Return the model's tokenizer. Raises ColadaError if it has none."""
-    if model.tokenizer is None:
-        raise ColadaError(
-            f"{model.origin or 'this model'} has no tokenizer.json, and the benchmarks are text"
-        )
-    return model.tokenizer
 
 
 def check_spelling(tokenizer: Tokenizer, benchmark: Benchmark, origin: str) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colada.checks import MOST_CHARACTERS, MOST_TOKENS, is_whole, require_count
 from colada.data.documents import read_records, split_file, text_of
@@ -14,6 +14,9 @@ from colada.data.listing import find_files
 from colada.errors import ColadaError, shown
 from colada.evaluate.statistics import ratio_error
 from colada.models.bound import Kind, TextScore
+
+if TYPE_CHECKING:
+    from colada.text.tokenizer import Tokenizer
 
 TRANSFORMERS = "hf:"
 """What the name of a judge from ``transformers`` begins with."""
@@ -103,3 +106,11 @@ def summarise(scores: Sequence[TextScore], kind: Kind) -> dict[str, Any]:
             name: sum(score.parts[name] for score in scores) / tokens for name in scores[0].parts
         },
     }
+
+
+def require_tokenizer(model: Any, why: str) -> Tokenizer:
+    """Return a model's tokenizer. Raises ColadaError, saying why, if it has none."""
+    if model.tokenizer is None:
+        raise ColadaError(f"{model.origin or 'this model'} has no tokenizer.json, and {why}")
+    tokenizer: Tokenizer = model.tokenizer
+    return tokenizer
