@@ -21,17 +21,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-import colada
 from colada.data.documents import read_documents
 from colada.data.jsonl import read_lines
 from colada.data.listing import find_files
 from colada.data.sources import read_texts
-from colada.evaluate.variety import distinct, words
-from colada.generate.settings import TextRequest
+from colada.evaluate.variety import words
+from colada.models.cola import load_cola
+from colada.report.table import Table
 from colada.train.display import Display
 from colada.train.recipe import Recipe, load_recipe
 from colada.train.trainer import Trainer
-from experiments.model_card import Trigrams
+from experiments.quality import Trigrams, figures, write
 
 NARROW, SHIFTED = "model.vae.latent_dim=16", "stage2.loc=1.6931"
 VELOCITY = "model.dit.prediction=velocity"
@@ -46,7 +46,7 @@ VARIANTS: dict[str, list[str]] = {
     "block 16": ["model.vae.block_size=16"],
 }
 GUIDANCE = (1.0, 3.0, 7.0)
-PROMPTS, PROMPT_WORDS, NEW_TOKENS, REAL_WORDS, BATCH = 64, 8, 60, 45, 32
+PROMPTS, PROMPT_WORDS, NEW_TOKENS, REAL_WORDS = 64, 8, 60, 45
 RESULTS = "results.jsonl"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -67,11 +67,6 @@ def run(
     prompts = [" ".join(own.split()[:PROMPT_WORDS]) for own in held_out]
     real = [words(" ".join(own.split()[PROMPT_WORDS : PROMPT_WORDS + REAL_WORDS])) for own in held_out]
 
-    def quality(texts: Sequence[Sequence[str]]) -> dict[str, float]:
-        flat = [word for own in texts for word in own]
-        share = sum(word in known for word in flat) / max(1, len(flat))
-        return {"known": share, "distinct2": distinct(texts, 2), "trigram": judge.nats_per_word(texts)}
-
     out.mkdir(parents=True, exist_ok=True)
     done = {(row["variant"], row["seed"]) for row in _results(out)}
     for seed in range(seeds):
@@ -81,15 +76,15 @@ def run(
             directory = out / f"{list(VARIANTS).index(variant)}-{seed}"
             made = load_recipe(recipe, [f"seed={seed}", *VARIANTS[variant]])
             Trainer(made, directory, Display(Console(stderr=True))).run()
-            model = colada.load(directory / "model")
+            model = load_cola(directory / "model")
             for guidance in GUIDANCE:
-                requests = [
-                    TextRequest(prompt, NEW_TOKENS, {"seed": 1000 * seed + number, "guidance": guidance})
-                    for number, prompt in enumerate(prompts)
-                ]
-                texts = [words(own.text) for own in model.complete_all(requests, BATCH)]
-                _append(out, {"variant": variant, "seed": seed, "guidance": guidance, **quality(texts)})
-    _append(out, {"variant": "real continuations", "seed": 0, "guidance": None, **quality(real)})
+                texts = write(model, prompts, NEW_TOKENS, {"guidance": guidance}, 1000 * seed)
+                quality = figures([words(text) for text in texts], judge, known)
+                _append(out, {"variant": variant, "seed": seed, "guidance": guidance, **quality})
+    _append(
+        out,
+        {"variant": "real continuations", "seed": 0, "guidance": None, **figures(real, judge, known)},
+    )
 
 
 def _validation(recipe: Recipe) -> list[str]:
@@ -115,15 +110,14 @@ def table(out: Path) -> None:
     by = defaultdict(list)
     for row in _results(out):
         by[row["variant"], row["guidance"]].append(row)
-    print(
-        "| variant | guidance | seeds | known words | distinct-2 | trigram nats |\n|---|---|---|---|---|---|"
-    )
+    shown = Table(("variant", "guidance", "seeds", "known words, %", "distinct-2", "trigram nats"))
     for (variant, guidance), rows in by.items():
-        cells = [f"{100 * m:.1f} ± {100 * e:.1f}%" for m, e in [_mean([row["known"] for row in rows])]]
-        for name in ("distinct2", "trigram"):
-            mean, error = _mean([row[name] for row in rows])
-            cells.append(f"{mean:.3f} ± {error:.3f}")
-        print(f"| {variant} | {guidance or ''} | {len(rows)} | {' | '.join(cells)} |")
+        cells = []
+        for name, factor, digits in (("known", 100, 1), ("distinct2", 1, 3), ("trigram", 1, 3)):
+            mean, error = (factor * value for value in _mean([row[name] for row in rows]))
+            cells.append(f"{mean:.{digits}f} ± {error:.{digits}f}")
+        shown.row(variant, str(guidance or ""), str(len(rows)), *cells)
+    print(shown.markdown())
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:

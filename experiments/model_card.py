@@ -7,94 +7,35 @@ JSON object. Greedy decoding and the model's own settings unless overridden with
 from __future__ import annotations
 
 import json
-import math
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from colada import ColaDLM
 from colada.data.documents import read_documents
 from colada.data.listing import find_files
-from colada.data.rows import StreamRows, batch
+from colada.data.rows import StreamRows
 from colada.data.shards import prepare
 from colada.data.sources import Source
-from colada.evaluate.variety import distinct, words
-from colada.flow import TimestepLaw, calibrated_loc
-from colada.generate.settings import Settings, TextRequest
+from colada.evaluate.variety import words
 from colada.models.cola import load_cola
 from colada.strict_yaml import parse_yaml
-from colada.train.losses import encode, readable, reconstruction, rows_layout, stage2_frozen_loss
-from colada.train.noise import FlowSettings, VAEWeights, draw_randomness
+from experiments.quality import (
+    Trigrams,
+    figures,
+    guesses_by_noise,
+    named_child,
+    pronouns,
+    validation_losses,
+    write,
+)
 
 OPENING = "Once upon a time"
 PROMPT_WORDS = 8
-BATCH = 25
-
-
-class Trigrams:
-    """An interpolated word-trigram model of the training text: a cheap judge of word order."""
-
-    def __init__(self, texts: Iterable[Sequence[str]], strength: float = 3.0) -> None:
-        self.counts = [Counter[tuple[str, ...]]() for _ in range(3)]
-        self.contexts = [Counter[tuple[str, ...]]() for _ in range(3)]
-        self.strength = strength
-        for text in texts:
-            for n in range(3):
-                for at in range(len(text) - n):
-                    gram = tuple(text[at : at + n + 1])
-                    self.counts[n][gram] += 1
-                    self.contexts[n][gram[:-1]] += 1
-
-    def nats_per_word(self, texts: Iterable[Sequence[str]]) -> float:
-        """Return the mean negative log-probability of the words."""
-        total, count = 0.0, 0
-        for text in texts:
-            for at in range(len(text)):
-                p = 1 / len(self.counts[0])
-                for n in range(min(at, 2) + 1):
-                    gram = tuple(text[at - n : at + 1])
-                    seen = self.contexts[n][gram[:-1]]
-                    p = (self.counts[n][gram] + self.strength * p) / (seen + self.strength)
-                total, count = total - math.log(p), count + 1
-        return total / max(1, count)
-
-
-@torch.inference_mode()
-def validation_losses(model: ColaDLM, rows: StreamRows, batches: int, size: int) -> dict[str, float]:
-    """Return reconstruction accuracy (of posterior means, as in generation), flow loss and log-SNR."""
-    vae, weights = model.vae, VAEWeights(mask=0.0)
-    settings = FlowSettings(TimestepLaw(calibrated_loc(vae.config.latent_dim)), prefix_share=0.0)
-    sums = Counter[str]()
-    for number in range(batches):
-        numbers = range(number * size, (number + 1) * size)
-        some = batch(rows, numbers)
-        generators = [torch.Generator().manual_seed(row) for row in numbers]
-        draws = draw_randomness(generators, vae.config, rows.length, weights, settings)
-        layout = rows_layout(vae, some)
-        _, right = reconstruction(vae, encode(vae, some.ids, layout).mean, some, layout)
-        terms = readable(stage2_frozen_loss(vae, model.dit, some, draws, weights, model.pad_id).terms)
-        sums.update(  # type: ignore[call-overload]  # it counts floats
-            reconstruction_accuracy=float(right) / some.ids.numel(),
-            flow_loss=terms["flow"],
-            log_snr=terms["log_snr"],
-        )
-    return {name: value / batches for name, value in sums.items()}
-
-
-def write(
-    model: ColaDLM, prompts: list[str], seeds: list[int], tokens: int, settings: dict[str, Any]
-) -> list[str]:
-    """Return the continuations of prompts, each with its own seed."""
-    requests = [
-        TextRequest(prompt, tokens, cast(Settings, {**settings, "seed": seed}))
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
-    return [done.text for done in model.complete_all(requests, BATCH)]
+CHILD_WORDS = 16
+"""Words of an opening in which a girl or a boy is named."""
 
 
 def main(
@@ -116,39 +57,44 @@ def main(
         name: parse_yaml(value, f"--set {name}") for name, _, value in (s.partition("=") for s in settings)
     }
     documents = list(read_documents(find_files(data, include)))
-    train = [words(d.text) for d in documents if d.split == "train"]
-    held_out = [d.text for d in documents if d.split == "validation"]
-    result: dict[str, Any] = {"model": model or "bundled", "settings": {**lm.generation, **chosen}}
+    train = [words(document.text) for document in documents if document.split == "train"]
+    held_out = [document.text for document in documents if document.split == "validation"]
+    result: dict[str, Any] = {"model": model or "bundled", "settings": lm.chosen(chosen)}
     if rows:
         source = Source(path=str(data), include=tuple(include))
         with tempfile.TemporaryDirectory() as cache:
             stream = prepare(source, Path(cache), lm.tokenizer, validation_share=0.02)["validation"]
             taken = StreamRows(stream, 128, seed=0)
             result |= validation_losses(lm, taken, max(1, rows // 16), min(rows, 16))
+            scale = result["settings"]["guidance"]
+            result["guesses_by_noise"] = guesses_by_noise(lm, taken, min(rows, 24), scale)
 
-    starts = [text.split(" ") for text in held_out[:prompts]]
-    openings = [" ".join(start[:PROMPT_WORDS]) for start in starts]
-    seeds = list(range(len(openings)))
-    continued = [words(text) for text in write(lm, openings, seeds, tokens, chosen)]
-    stories = write(lm, [OPENING] * max(prompts, samples), list(range(max(prompts, samples))), tokens, chosen)
-    real = [
-        words(" ".join(start[PROMPT_WORDS:]))[: len(own)]
-        for start, own in zip(starts, continued, strict=True)
-    ]
-    known = {word for text in train for word in text}
-    judge = Trigrams(train)
+    judge, vocabulary = Trigrams(train), {word for text in train for word in text}
+
+    def continued(openings: list[str]) -> list[list[str]]:
+        return [words(text) for text in write(lm, openings, tokens, chosen)]
+
+    def split(texts: list[str], count: int) -> tuple[list[str], list[list[str]]]:
+        parts = [text.split(" ") for text in texts]
+        openings = [" ".join(part[:count]) for part in parts]
+        return openings, [words(" ".join(part[count:])) for part in parts]
+
+    openings, rest = split(held_out[:prompts], PROMPT_WORDS)
+    written = continued(openings)
+    real = [own[: len(other)] for own, other in zip(rest, written, strict=True)]
+    stories = write(lm, [OPENING] * max(prompts, samples), tokens, chosen)
     for name, texts in (
-        ("validation_openings", continued),
+        ("validation_openings", written),
         ("once_upon_a_time", [words(text) for text in stories[:prompts]]),
         ("real_continuations", real),
     ):
-        everything = [word for text in texts for word in text]
-        result[name] = {
-            "words": len(everything),
-            "known_word_share": sum(word in known for word in everything) / max(1, len(everything)),
-            "distinct2": distinct(texts, 2),
-            "trigram_nats": judge.nats_per_word(texts),
-        }
+        result[name] = figures(texts, judge, vocabulary)
+
+    children = [text for text in held_out if named_child(" ".join(text.split(" ")[:CHILD_WORDS]))]
+    openings, rest = split(children[:prompts], CHILD_WORDS)
+    written = continued(openings)
+    real = [own[: len(other)] for own, other in zip(rest, written, strict=True)]
+    result["pronouns"] = {"generated": pronouns(openings, written), "real": pronouns(openings, real)}
     result["samples"] = stories[:samples]
     print(json.dumps(result, indent=2))
 
