@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.measure import Row, Spread, ratios, seconds_of, show, take_turns, write_record
 from benchmarks.models import open_gates
+from benchmarks.options import JsonOption
 from benchmarks.step import CLIP, LR, Case, Elsewhere
 from colada.cli.main import run
 from colada.device import find_device
@@ -45,7 +46,6 @@ COMPILED = {"no": False, "yes": True}
 ROOT = Path(__file__).resolve().parents[1]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-Json = Annotated[Path | None, typer.Option("--json", help="Write the measurements here.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
@@ -118,7 +118,7 @@ def naive(
     repeats: int = 7,
     warmup: int = 2,
     device: Device = "cpu",
-    target: Json = None,
+    target: JsonOption = None,
 ) -> None:
     """Whole training steps of the DiT, float32, beside the naive reference; gradients are compared first."""
     if width < 64 or width % 64:
@@ -202,7 +202,7 @@ def steps(
     repeats: int = 5,
     warmup: int = 2,
     device: Device = "cpu",
-    target: Json = None,
+    target: JsonOption = None,
 ) -> None:
     """Whole optimiser steps: text tokens/s, MFU and peak memory. Options given twice make variants.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from benchmarks.options import JsonOption
 from colada.checks import MOST_TOKENS, require_count
 from colada.cli.main import Commands, run
 from colada.cli.options import (
@@ -21,7 +21,6 @@ from colada.cli.options import (
     load_cola,
 )
 from colada.errors import ColadaError
-from colada.files import require_file
 from colada.generate.settings import check_settings
 
 if TYPE_CHECKING:
@@ -31,10 +30,6 @@ bench_app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
 
 MOST_TURNS = 10_000
 """Turns of a peer, and prompts or requests of a measurement."""
-JsonOption = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", help="Write all that was measured; see benchmarks.table."),
-]
 
 
 @bench_app.callback()
@@ -93,7 +88,6 @@ def speed(
     require_count("new_tokens", new_tokens, MOST_TOKENS)
     check_settings({"guidance": guidance, "seed": seed})
     _check_turns(repeats=repeats, warm_up=warm_up or None, mixed=mixed)
-    check_target(json)
     batches, lengths = _numbers("--batch", batch, 1), _numbers("--context", context, 0)
     grids = _numbers("--steps", steps, 1)
     random = {"--size": size, "--layers": layers, "--width": width, "--block-size": block_size}
@@ -189,7 +183,6 @@ def levers(
     check_settings({"seed": seed})
     require_count("context", context, MOST_TOKENS)
     _check_turns(repeats=repeats, prompts=prompts)
-    check_target(json)
 
     import importlib.util
 
@@ -209,14 +202,6 @@ def levers(
     show(title, rows, Console(highlight=False))
     if json is not None:
         write_record(json, title, find_device(device), rows)
-
-
-def check_target(path: Path | None) -> None:
-    """Raise ColadaError if no file could be written there, before anything is measured."""
-    if path is not None and not path.parent.is_dir():
-        raise ColadaError(f"{path}: there is no directory {path.parent}")
-    if path is not None and path.exists():
-        require_file(path, "a regular file, or none")  # A named pipe would wait for who reads it.
 
 
 def _check_turns(**counts: int | None) -> None:
