@@ -20,7 +20,7 @@ from colada.evaluate.scoring import (
     option_by_text,
     similarity,
 )
-from colada.evaluate.statistics import Comparison, Judgement, average, compare, judge, score, wilson
+from colada.evaluate.statistics import average, score, wilson
 from colada.evaluate.tasks import TASKS, THE_EIGHT, find_task
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "official_outputs"
@@ -312,24 +312,6 @@ def test_the_average_counts_every_task_once() -> None:
     mean, error = average(scores)
     assert mean == 0.75
     assert error == pytest.approx(math.sqrt(0.25 / 4) / 2)
-
-
-def test_comparing_item_by_item() -> None:
-    task = TASKS["obqa"]
-    first = judge(task, outputs(["A", "A", "A", "A", "A"], [0, 0, 1, 1, 0]))
-    second = judge(task, outputs(["B", "B", "B", "B", "A"], [0, 0, 1, 1, 0]))
-    second["another"] = Judgement(True)
-    found = compare(first, second)
-    assert found == Comparison(5, 2, 2)
-    assert (found.difference, found.p_value) == (0, 1)
-    differences = [1] * 9 + [-1] + [0] * 10
-    uneven = Comparison(20, 1, 9)
-    assert uneven.difference == pytest.approx(sum(differences) / 20)
-    mean = sum(differences) / 20
-    assert uneven.error == pytest.approx(math.sqrt(sum((d - mean) ** 2 for d in differences)) / 20)
-    # Of 2**10 ways to split ten, those at least as uneven as 1 to 9.
-    splits = sum(min(sum(way), 10 - sum(way)) <= 1 for way in product((0, 1), repeat=10))
-    assert uneven.p_value == pytest.approx(splits / 2**10)
 
 
 # --- files of outputs -----------------------------------------------------------------------------------

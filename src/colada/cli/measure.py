@@ -217,7 +217,8 @@ def generative(
             batch=batch,
             progress=display.advance,
         )
-    frontier_table(result, reader.origin).print(Console(highlight=False))
+    print(f"perplexity under {reader.origin}; s: guidance; repeats and known: % of words")
+    frontier_table(result).print(Console(highlight=False))
     if len(real) < len(texts):
         print(f"left out: {len(texts) - len(real)} texts with fewer than {sum(lengths.values())} tokens")
     settings = {**named, **lengths, "samples": samples, "seed": seed, "dtype": dtype, "device": device}

@@ -16,9 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ from colada.evaluate.tasks import Item, Task
 from colada.evaluate.texts import require_tokenizer
 from colada.files import as_path, read_json_object, require_file, write_text
 from colada.generate.settings import Settings, TextRequest, check_settings
-from colada.models.base import require_kind
+from colada.models.base import LanguageModel, require_kind
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import Completion
 from colada.train.display import Display
@@ -43,26 +42,6 @@ MAX_NEW_TOKENS = 32  # as the release
 
 _CHECKED_ITEMS = 16  # of each task, to see that the tokenizer spells them
 _SAMPLED_WEIGHTS = 256  # of each tensor, for the fingerprint
-
-
-class Model(Protocol):
-    """What is evaluated: :class:`~colada.models.cola.ColaDLM`, or anything that generates as it does.
-
-    Attributes:
-        tokenizer, origin, device: as ColaDLM's.
-        generation: its own settings, over its defaults.
-    """
-
-    tokenizer: Tokenizer | None
-    origin: str
-    generation: dict[str, Any]
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    def complete(self, requests: Sequence[TextRequest], batch: int) -> Iterator[tuple[int, Completion]]:
-        """Yield the number and the completion of each request as it is finished."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +86,7 @@ def item_seed(seed: int, task: Task, item: Item) -> int:
 
 
 def evaluate(
-    model: Model,
+    model: LanguageModel,
     benchmarks: Sequence[Benchmark],
     out: Path,
     *,
@@ -121,7 +100,7 @@ def evaluate(
     """Generate what ``out`` does not have yet, greedily, score it, and write ``results.json``.
 
     Args:
-        model: see :class:`Model`.
+        model: of any kind.
         benchmarks: the tasks and their items.
         out: the output directory; what is there already is kept, and not generated again.
         seed: of the run; every item has its own, made of it.
@@ -227,14 +206,13 @@ def _clip(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:30]} … {text[-30:]}"
 
 
-def fingerprint(model: Model) -> str:
+def fingerprint(model: LanguageModel) -> str:
     """Return the SHA-256 of the names, shapes, types and some evenly spaced values of a model's weights.
 
     Enough to tell trained models apart without reading gigabytes.
     """
     digest = hashlib.sha256()
-    parts = {"": model} if isinstance(model, nn.Module) else vars(model)
-    networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    networks = {name: part for name, part in vars(model).items() if isinstance(part, nn.Module)}
     for attribute, network in networks.items():
         for name, tensor in network.state_dict().items():
             for inner, own in _stored(name, tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,45 +189,3 @@ def ratio_error(values: Sequence[float], sizes: Sequence[float]) -> float | None
     rate = sum(values) / size
     residuals = sum((value - rate * own) ** 2 for value, own in zip(values, sizes, strict=True))
     return math.sqrt(residuals * count / (count - 1)) / size
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two sets of outputs for the same items, item by item.
-
-    Attributes:
-        items: how many both have.
-        only_first, only_second: how many of them only one gets right.
-    """
-
-    items: int
-    only_first: int
-    only_second: int
-
-    @property
-    def difference(self) -> float:
-        """Second minus first, as a share of the items."""
-        return (self.only_second - self.only_first) / self.items
-
-    @property
-    def error(self) -> float:
-        """The standard error of :attr:`difference`, that of a mean of paired differences."""
-        mean_square = (self.only_first + self.only_second) / self.items
-        return math.sqrt((mean_square - self.difference**2) / self.items)
-
-    @property
-    def p_value(self) -> float:
-        """McNemar's exact two-sided test: how likely so uneven a split is if either way were as likely."""
-        decided = self.only_first + self.only_second
-        tail = sum(math.comb(decided, k) for k in range(min(self.only_first, self.only_second) + 1))
-        return min(1.0, 2 * tail / 2**decided)
-
-
-def compare(first: Mapping[str, Judgement], second: Mapping[str, Judgement]) -> Comparison:
-    """Return how two results of :func:`judge` differ on the items that both have, at least one."""
-    both = first.keys() & second.keys()
-    return Comparison(
-        len(both),
-        sum(first[item].correct and not second[item].correct for item in both),
-        sum(second[item].correct and not first[item].correct for item in both),
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,34 +16,39 @@ if TYPE_CHECKING:
 _EXAMPLES = 3  # of each point, on the page
 
 
-def frontier_table(result: Mapping[str, Any], judge: str) -> Table:
-    """Return a row a model and guidance, and one of real text.
+def frontier_table(result: Mapping[str, Any], full: bool = False) -> Table:
+    """Return a row a model and guidance, and one of real text; ``full``: with the figures for a wide page.
 
     Args:
         result: of :func:`colada.evaluate.generative.frontier`.
-        judge: its name.
+        full: whether to show every figure.
     """
-    bound = "at most, " if result["kind"] == "bound" else ""
+
+    def plain(name: str, factor: float = 1.0, form: str = ".3f") -> Callable[[Mapping[str, Any]], str]:
+        return lambda own: "–" if own.get(name) is None else format(factor * own[name], form)
+
     columns = {
-        f"perplexity ({bound}{judge})": _perplexity,
-        "distinct-1": lambda own: f"{own['distinct_1']:.3f}",
-        "distinct-2": lambda own: f"{own['distinct_2']:.3f}",
-        "distinct-3": lambda own: f"{own['distinct_3']:.3f}",
-        "real's 2": lambda own: f"{own['real_distinct_2']:.3f}" if "real_distinct_2" in own else "",
-        "entropy": lambda own: f"{own['entropy']:.3f}",
-        "of all": lambda own: f"{own['entropy_together']:.3f}",
-        "repeats, %": lambda own: f"{100 * own['repeated_words']:.2f}",
-        "known, %": lambda own: f"{100 * own['known_words']:.2f}",
-        "overlap": lambda own: "–" if own["overlap"] is None else f"{own['overlap']:.3f}",
-        "tokens": lambda own: f"{own['tokens']:,}",
-        "ended": lambda own: f"{own['ended']:,}" if "ended" in own else "",
+        "at most" if result["kind"] == "bound" else "perplexity": _perplexity,
+        "distinct-2": plain("distinct_2"),
+        "real's": plain("real_distinct_2"),
+        "repeats": plain("repeated_words", 100, ".2f"),
+        "known": plain("known_words", 100, ".1f"),
+        "overlap": plain("overlap"),
+        "ended": plain("ended", 1, ",d"),
     }
-    table = Table(("model", "guidance", *columns))
-    table.row("real text", "", *(shown(result["real"]) for shown in columns.values()))
-    for point in result["points"]:
-        guidance = point["settings"].get("guidance")
-        cells = (shown(point) for shown in columns.values())
-        table.row(point["model"], "–" if guidance is None else f"{guidance:g}", *cells)
+    if full:
+        columns |= {
+            "distinct-1": plain("distinct_1"),
+            "distinct-3": plain("distinct_3"),
+            "entropy": plain("entropy"),
+            "entropy of all": plain("entropy_together"),
+            "tokens": plain("tokens", 1, ",d"),
+        }
+    table = Table(("", "s", *columns))
+    for own in (result["real"], *result["points"]):
+        guidance = own.get("settings", {}).get("guidance")
+        shown = "–" if guidance is None else f"{guidance:g}"
+        table.row(own.get("model", "real text"), shown, *(column(own) for column in columns.values()))
     return table
 
 
@@ -86,13 +91,14 @@ def draw_frontier(result: Mapping[str, Any]) -> Figure:
 
 def write_frontier_page(path: Path, result: Mapping[str, Any], judge: str, facts: Mapping[str, Any]) -> None:
     """Write the table, the figure and some texts as one page. Raises ColadaError if that fails."""
-    page = Page("Generated text before a judge", "evaluation")
+    page = Page(f"Generated text before {judge}", "evaluation")
     page.section(
         "Perplexity over variety",
         "Guidance moves a model along its line, towards likelier and more repetitive text; a better model has"
-        " a line nearer to real text. Compare lines, never single points.",
+        " a line nearer to real text. Compare lines, never single points. s: guidance; real's: distinct-2 of"
+        " the real texts cut to as many tokens; repeats and known: per cent of words.",
     )
-    page.table(frontier_table(result, judge))
+    page.table(frontier_table(result, full=True))
     with styled():
         page.figure(
             draw_frontier(result), "frontier", "Numbers are guidance scales; bars are standard errors."
