@@ -335,7 +335,7 @@ def bundled(part: Part) -> None:
         return part.command("-m", "colada", "generate", "--model", str(model), *prompt)[1]
 
     done = part.add("training", train)
-    if done is not None and done["stage"] == 2 and part.add("export", export) is not None:
+    if done is not None and done["stage"] == "prior" and part.add("export", export) is not None:
         part.add("sample", sample)
         part.add("model", lambda: pack(model, part.out, part.pieces))
 

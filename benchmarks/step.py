@@ -26,10 +26,10 @@ from colada.flow import TimestepLaw, calibrated_loc
 from colada.networks.config import DiTConfig, TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
+from colada.train.cost import Work
 from colada.train.losses import stage1_loss, stage2_frozen_loss
 from colada.train.noise import FlowSettings, VAEWeights, draw_randomness
 from colada.train.parallel import compile_blocks, recompute
-from colada.train.plan import Work
 
 LR, CLIP = 1e-4, 1.0
 
@@ -79,8 +79,8 @@ class Case:
         vae = self.configs()[0]
         prefixes = min(1.0, FlowSettings().prefix_share * self.length / vae.block_tokens)
         if self.stage == 1:
-            return Work(1, self.batch, self.length)
-        return Work(2, self.batch, self.length, self.copies, masked=False, prefixes=prefixes)
+            return Work("vae", self.batch, self.length)
+        return Work("dit", self.batch, self.length, self.copies, masked=False, prefixes=prefixes)
 
 
 class Step:

@@ -33,16 +33,16 @@ from colada.train.recipe import Recipe, load_recipe
 from colada.train.trainer import Trainer
 from experiments.quality import Trigrams, figures, write
 
-NARROW, SHIFTED = "model.vae.latent_dim=16", "stage2.loc=1.6931"
+NARROW, SHIFTED = "model.vae.latent_dim=16", "stages.prior.loc=1.6931"
 VELOCITY = "model.dit.prediction=velocity"
 VARIANTS: dict[str, list[str]] = {
     "base: width 64, shift, z0, frozen, block 4": [],
-    "no timestep shift": ["stage2.loc=1.0"],
+    "no timestep shift": ["stages.prior.loc=1.0"],
     "width 16 (no shift)": [NARROW],
     "width 16, with the shift of 64": [NARROW, SHIFTED],
     "velocity": [VELOCITY],
     "width 16, velocity": [NARROW, VELOCITY],
-    "joint Text VAE": ["stage2.vae=joint", "stage2.vae_lr=0.1"],
+    "joint Text VAE": ["stages.prior.kind=joint", "stages.prior.vae_lr=0.1"],
     "block 16": ["model.vae.block_size=16"],
 }
 GUIDANCE = (1.0, 3.0, 7.0)

@@ -17,8 +17,8 @@ def curve(metrics: Path) -> dict[str, list[float]]:
     """Return the training loss of each stage at the steps that were logged."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     return {
-        f"stage {number}": [r["loss"] for r in records if (r["stage"], r["split"]) == (number, "train")]
-        for number in (1, 2)
+        stage: [r["loss"] for r in records if (r["stage"], r["split"]) == (stage, "train")]
+        for stage in ("vae", "prior")
     }
 
 

@@ -35,9 +35,9 @@ TINY = [
     "model.dit.head_dim=8",
     "model.dit.rope_dim=8",
     "model.dit.num_layers=1",
-    *(f"{stage}.{setting}" for stage in ("stage1", "stage2") for setting in ("steps=6", "batch=4")),
-    *(f"{stage}.{setting}" for stage in ("stage1", "stage2") for setting in ("length=16", "warmup=2")),
-    "stage2.prefix_share=0.2",
+    *(f"stages.{name}.{setting}" for name in ("vae", "prior") for setting in ("steps=6", "batch=4")),
+    *(f"stages.{name}.{setting}" for name in ("vae", "prior") for setting in ("length=16", "warmup=2")),
+    "stages.prior.prefix_share=0.2",
     "run.log_every=1",
     "run.validate_every=3",
     "run.validation_rows=4",
@@ -100,9 +100,9 @@ def assert_same_run(out: Path, other: Path) -> None:
 class At(Display):
     """A display that acts after one step of a stage: as if SIGTERM came then."""
 
-    def __init__(self, stage: int, step: int) -> None:
+    def __init__(self, stage: str, step: int) -> None:
         super().__init__()
-        self.where, self.title = (f"stage {stage}", step), ""
+        self.where, self.title = (stage, step), ""
 
     @contextmanager
     def task(self, title: str, total: int, start: int = 0, passing: bool = False) -> Iterator[None]:

@@ -17,19 +17,19 @@ from colada.cli.main import main
 from colada.errors import ColadaError
 from colada.models.decoder import DecoderLM
 from colada.train.checkpoints import Place
-from colada.train.dry_run import resolve
 from colada.train.export import export
+from colada.train.plan import resolve
 from colada.train.recipe import Recipe, commented, difference
 from colada.train.trainer import Interrupted, Trainer
 from runs import At, final_state, logged, metrics, recipe, same
 
 BASELINE = [
-    "baseline.steps=6",
-    "baseline.batch=4",
-    "baseline.length=16",
-    "baseline.warmup=2",
-    "baseline.ema=0.9",
-    "baseline.generation={repetition_penalty: 1.1}",
+    "stages.decoder.steps=6",
+    "stages.decoder.batch=4",
+    "stages.decoder.length=16",
+    "stages.decoder.warmup=2",
+    "stages.decoder.ema=0.9",
+    "stages.decoder.generation={repetition_penalty: 1.1}",
     "model.decoder={dim: 16, num_layers: 2, num_heads: 2, ffn_dim: 24, init_std: 0.2}",
 ]
 ARCHS = ["ar", "llada"]
@@ -52,8 +52,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_baseline_that_is_stopped_and_resumed_equals_one_that_was_not(
     tmp_path: Path, uninterrupted: dict[str, Path], arch: str
 ) -> None:
-    with pytest.raises(Interrupted, match="stopped at stage 1, step 3"):
-        Trainer(baseline(arch), tmp_path / "run", At(1, 3)).run()
+    with pytest.raises(Interrupted, match="stopped at step 3 of decoder"):
+        Trainer(baseline(arch), tmp_path / "run", At("decoder", 3)).run()
     Trainer(baseline(arch), tmp_path / "run").run()
     assert logged(tmp_path / "run") == logged(uninterrupted[arch])
     assert same(final_state(tmp_path / "run"), final_state(uninterrupted[arch]))
@@ -80,8 +80,8 @@ def test_what_a_baseline_learns_is_logged_and_its_model_writes(
 def test_a_checkpoint_of_a_baseline_becomes_a_model(
     tmp_path: Path, uninterrupted: dict[str, Path], arch: str
 ) -> None:
-    checkpoint = uninterrupted[arch] / "checkpoints" / Place(1, 6).name
-    assert export(checkpoint, tmp_path / "model") == "stage 1, step 6"
+    checkpoint = uninterrupted[arch] / "checkpoints" / Place("decoder", 6).name
+    assert export(checkpoint, tmp_path / "model") == "stage decoder, step 6"
     one, two = colada.load(tmp_path / "model"), colada.load(uninterrupted[arch] / "model")
     assert isinstance(one, DecoderLM)
     assert isinstance(two, DecoderLM)
@@ -92,7 +92,7 @@ def test_micro_batches_and_whole_samples_change_only_what_they_say(tmp_path: Pat
     losses = {}
     for name, overrides in {
         "whole": [],
-        "cut": ["baseline.micro_batch=1", "run.checkpoint_activations=true"],
+        "cut": ["stages.decoder.micro_batch=1", "run.checkpoint_activations=true"],
         "samples": ["data.packing=samples"],
     }.items():
         Trainer(baseline("llada", *overrides), tmp_path / name).run()
@@ -105,8 +105,14 @@ def test_a_baseline_goes_on_from_another_and_not_from_another_kind(
     tmp_path: Path, uninterrupted: dict[str, Path]
 ) -> None:
     model = uninterrupted["ar"] / "model"
-    start = [f"model.init={model}", "model.vae={}", "model.dit={}", "model.decoder={}", "baseline.lr=1e-9"]
-    Trainer(baseline("ar", *start, "baseline.ema=0"), tmp_path / "run").run()
+    start = [
+        f"model.init={model}",
+        "model.vae={}",
+        "model.dit={}",
+        "model.decoder={}",
+        "stages.decoder.lr=1e-9",
+    ]
+    Trainer(baseline("ar", *start, "stages.decoder.ema=0"), tmp_path / "run").run()
     one, two = colada.load(tmp_path / "run" / "model"), colada.load(model)
     assert isinstance(one, DecoderLM)
     assert isinstance(two, DecoderLM)
@@ -116,8 +122,8 @@ def test_a_baseline_goes_on_from_another_and_not_from_another_kind(
         Trainer(baseline("llada", *start), tmp_path / "other")
     with pytest.raises(ColadaError, match="holds a baseline"):
         Trainer(recipe(f"model.init={model}", "model.vae={}", "model.dit={}"), tmp_path / "cola")
-    with pytest.raises(ColadaError, match=r"baseline\.steps=0 with model.init, expected a number"):
-        Trainer(baseline("ar", *start, "baseline.steps=0"), tmp_path / "steps")
+    with pytest.raises(ColadaError, match=r"stages\.decoder\.steps=0 with model.init, expected a number"):
+        Trainer(baseline("ar", *start, "stages.decoder.steps=0"), tmp_path / "steps")
 
 
 def test_a_checkpoint_is_exported_without_the_model_it_went_on_from(
@@ -127,7 +133,7 @@ def test_a_checkpoint_is_exported_without_the_model_it_went_on_from(
     start = [f"model.init={tmp_path / 'start'}", "model.vae={}", "model.dit={}", "model.decoder={}"]
     Trainer(baseline("llada", *start), tmp_path / "run").run()
     shutil.rmtree(tmp_path / "start")
-    export(tmp_path / "run" / "checkpoints" / Place(1, 6).name, tmp_path / "model")
+    export(tmp_path / "run" / "checkpoints" / Place("decoder", 6).name, tmp_path / "model")
     one, two = colada.load(tmp_path / "model"), colada.load(tmp_path / "run" / "model")
     assert isinstance(one, DecoderLM)
     assert isinstance(two, DecoderLM)
@@ -135,17 +141,17 @@ def test_a_checkpoint_is_exported_without_the_model_it_went_on_from(
 
 
 def test_what_does_not_concern_an_architecture_does_not_make_another_run() -> None:
-    cola, other = recipe(), recipe("baseline.lr=0.5", "model.decoder={dim: 16}")
+    cola, other = recipe(), recipe("stages.decoder.lr=0.5", "model.decoder={dim: 16}")
     assert difference(cola, other) is None
-    assert difference(baseline("ar"), baseline("ar", "stage2.lr=0.5")) is None
-    assert difference(baseline("ar"), baseline("ar", "baseline.lr=0.5")) is not None
-    assert difference(baseline("ar"), baseline("ar", "baseline.llada_lr=0.5")) is None
+    assert difference(baseline("ar"), baseline("ar", "stages.prior.lr=0.5")) is None
+    assert difference(baseline("ar"), baseline("ar", "stages.decoder.lr=0.5")) is not None
+    assert difference(baseline("ar"), baseline("ar", "stages.decoder.llada_lr=0.5")) is None
     assert difference(baseline("ar"), baseline("llada")) == "model.arch was 'ar' and is now 'llada'"
 
 
 def test_settings_that_a_baseline_does_not_have_are_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ColadaError, match="has no guidance"):
-        Trainer(baseline("ar", "baseline.generation={guidance: 3.0}"), tmp_path / "run")
+        Trainer(baseline("ar", "stages.decoder.generation={guidance: 3.0}"), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -173,20 +179,20 @@ def test_arch_trains_a_baseline_of_the_recipes_size_and_flops(
 ) -> None:
     wider = ["model.vae.dim=64", "model.vae.ffn_dim=128", "model.dit.txt_dim=64", "model.dit.emb_dim=64"]
     file = tmp_path / "tiny.yaml"
-    file.write_text(commented(recipe("baseline.length=16", "baseline.batch=4", *wider)))
+    file.write_text(commented(recipe("stages.decoder.length=16", "stages.decoder.batch=4", *wider)))
     assert main(["train", str(file), "--arch", "ar", "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert main(["train", str(file), "--dry-run", "--json"]) == 0
     cola = json.loads(capsys.readouterr().out)
     assert plan["parameters"]["total"] == pytest.approx(cola["parameters"]["total"], rel=0.03)
     assert plan["flops"] == pytest.approx(cola["flops"], rel=0.1)  # in whole steps
-    assert main(["ledger", str(file), "--json"]) == 0
+    assert main(["cost", str(file), "--json"]) == 0
     ledger = json.loads(capsys.readouterr().out)
     assert [own["arch"] for own in ledger] == ["cola", "ar", "llada"]
     assert ledger[0]["flops"]["total"] == cola["flops"]
-    assert main(["ledger", str(file)]) == 0
+    assert main(["cost", str(file)]) == 0
     assert "6 N D" in capsys.readouterr().out
-    assert main(["ledger", str(file), "--archs", "cola,lada"]) == 2
+    assert main(["cost", str(file), "--archs", "cola,lada"]) == 2
     assert "'lada' (did you mean 'llada'?)" in capsys.readouterr().err
 
 

@@ -228,9 +228,9 @@ def answering(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data.validation_share=0",
         "tokenizer.vocab_size=262",
         "model.dit.prediction=z0",
-        *(f"{stage}.{setting}" for stage in ("stage1", "stage2") for setting in ("length=48", "batch=4")),
-        "stage2.steps=300",
-        "stage2.lr=0.004",
+        *(f"stages.{name}.{setting}" for name in ("vae", "prior") for setting in ("length=48", "batch=4")),
+        "stages.prior.steps=300",
+        "stages.prior.lr=0.004",
         "run.validate_every=0",
         "run.sample_every=300",
         "run.sample_prompts=[red]",
@@ -255,7 +255,7 @@ def test_answers_are_learnt_and_so_is_where_they_end(answering: Path) -> None:
 
 @pytest.mark.slow
 def test_the_samples_of_a_run_are_answers(answering: Path) -> None:
-    assert (answering.parent / "samples.txt").read_text() == "--- step 300, stage 2: red\nred|rose\n"
+    assert (answering.parent / "samples.txt").read_text() == "--- step 300, stage prior: red\nred|rose\n"
 
 
 @pytest.mark.slow

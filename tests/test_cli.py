@@ -411,29 +411,30 @@ def test_train_says_how_to_try_the_model(run: Run, tmp_path: Path) -> None:
         model:
           vae: {dim: 16, ffn_dim: 32, latent_dim: 4, num_heads: 2, decoder_num_blocks: 1}
           dit: {txt_dim: 16, emb_dim: 16, heads: 2, head_dim: 8, rope_dim: 4, num_layers: 1}
-        stage1: {steps: 9, batch: 2, length: 16, warmup: 1}
-        stage2: {steps: 2, batch: 2, length: 16, warmup: 1}
+        stages:
+          vae: {steps: 9, batch: 2, length: 16, warmup: 1}
+          prior: {steps: 2, batch: 2, length: 16, warmup: 1}
         run: {validation_rows: 2, sample_every: 0, device: cpu, sample_prompts: ["The cat's mat"]}
         """,
         encoding="utf-8",
     )
-    command = ["train", recipe, "--out", out, "--data", corpus, "--set", "stage1.steps=2"]
+    command = ["train", recipe, "--out", out, "--data", corpus, "--set", "stages.vae.steps=2"]
     result = run(*command)
     assert result.code == 0
-    assert "stage 2 step 2" in result.err
+    assert "prior step 2" in result.err
     last = result.out.splitlines()[-1]
     assert last == f"""colada generate --model {out / "model"} 'The cat'"'"'s mat'"""
     assert run("generate", "x", "--model", out / "model", "-n", 1).code == 0
     assert run(*command, "--quiet").err == ""
-    changed = run(*command, "--set", "stage1.steps=3")
+    changed = run(*command, "--set", "stages.vae.steps=3")
     assert changed.code == 2
-    assert "stage1.steps was 2 and is now 3" in changed.err
+    assert "stages.vae.steps was 2 and is now 3" in changed.err
     # What there is to do with a run afterwards.
     assert (out / "report" / "report.html").is_file()
     assert run("report", out).out == f"wrote {out / 'report' / 'report.html'}\n"
-    checkpoint = out / "checkpoints" / "stage2-00000002"
+    checkpoint = out / "checkpoints" / "prior-00000002"
     exported = run("export", checkpoint, tmp_path / "exported")
-    assert exported.out == f"wrote {tmp_path / 'exported'}: stage 2, step 2\n"
+    assert exported.out == f"wrote {tmp_path / 'exported'}: stage prior, step 2\n"
     assert run("generate", "x", "--model", tmp_path / "exported", "-n", 1).code == 0
     assert run("export", out, tmp_path / "no").code == 2
     assert run("report", tmp_path).code == 2

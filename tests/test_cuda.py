@@ -161,9 +161,9 @@ def test_micro_batches_of_many_sizes_are_no_dense_scores(monkeypatch: pytest.Mon
         flow_errors(dit, z0[:, :32], torch.randn_like(z0)[:, None, :32], timestep[:, :, :32])
 
 
-@pytest.mark.parametrize("setting", ["stage2.vae=frozen", "stage2.vae=joint", "run.compile=true"])
+@pytest.mark.parametrize("setting", ["seed=0", "stages.prior.kind=joint", "run.compile=true"])
 def test_a_run_on_the_gpu_has_the_losses_of_one_on_the_cpu_and_resumes(tmp_path: Path, setting: str) -> None:
-    made = [*WIDE_HEADS, "stage1.micro_batch=3", "stage2.micro_batch=3", setting]
+    made = [*WIDE_HEADS, "stages.vae.micro_batch=3", "stages.prior.micro_batch=3", setting]
 
     def losses(device: str) -> list[float]:
         return [record["loss"] for record in metrics(tmp_path / device) if record["split"] == "train"]
@@ -172,7 +172,7 @@ def test_a_run_on_the_gpu_has_the_losses_of_one_on_the_cpu_and_resumes(tmp_path:
         Trainer(recipe(*made, f"run.device={device}"), tmp_path / device).run()
     whole = losses("cuda")
     assert whole == pytest.approx(losses("cpu"), rel=1e-3)
-    Trainer(recipe(*made, "run.device=cuda"), tmp_path / "cuda", resume="stage2-00000004").run()
+    Trainer(recipe(*made, "run.device=cuda"), tmp_path / "cuda", resume="prior-00000004").run()
     assert losses("cuda") == pytest.approx(whole, rel=1e-4)
     model = load(tmp_path / "cuda" / MODEL, device="cuda")
     assert len(model.generate(["Once"], 9)[0].tokens) == 9

@@ -34,23 +34,23 @@ from colada.text.transcript import GenerationError
 from colada.train import checkpoints
 from colada.train.checkpoints import Place, find, places
 from colada.train.display import Display
-from colada.train.dry_run import plan_run
 from colada.train.inputs import train_tokenizer
+from colada.train.kinds import MOST_STEPS, JointSection, StageSection
 from colada.train.logs import Samples
 from colada.train.optimisation import learning_rate
 from colada.train.parallel import Ranks
+from colada.train.plan import plan_run
 from colada.train.recipe import load_recipe
-from colada.train.sections import MOST_STEPS, OptimiserSection, Stage2Section
 from colada.train.trainer import Trainer
 from commands import main
 from runs import DEBUG, ROOT, STORIES, TINY, At, assert_same_run, recipe
 
-SHORT = ["stage2.steps=0", "run.sample_every=0"]
+SHORT = ["stages.prior.steps=0", "run.sample_every=0"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of stage 1 that kept all its checkpoints."""
+    """A finished run of the Text VAE that kept all its checkpoints."""
     out = tmp_path_factory.mktemp("finished") / "run"
     Trainer(recipe(*SHORT, "run.keep_last=20"), out).run()
     return out
@@ -68,20 +68,9 @@ def test_a1_a_clock_that_goes_back_prunes_no_new_checkpoint(
         def act(self) -> None:
             monkeypatch.setattr(time, "time", lambda: true() - 86_400)
 
-    Trainer(recipe(*SHORT), tmp_path, ClockGoesBack(1, 3)).run()
-    assert places(tmp_path / "checkpoints") == [Place(1, 4), Place(1, 6)]
-    assert find(tmp_path, "auto") == tmp_path / "checkpoints" / "stage1-00000006"
-
-
-def test_a1_checkpoints_of_earlier_versions_come_before_new_ones(tmp_path: Path, finished: Path) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    for name, written in (("stage1-00000002", 3e9), ("stage1-00000004", 1e9)):
-        file = out / "checkpoints" / name / "state.json"
-        state = json.loads(file.read_text())
-        del state["number"]
-        file.write_text(json.dumps({**state, "written": written}))
-    assert places(out / "checkpoints") == [Place(1, 4), Place(1, 2), Place(1, 6)]
+    Trainer(recipe(*SHORT), tmp_path, ClockGoesBack("vae", 3)).run()
+    assert places(tmp_path / "checkpoints") == [Place("vae", 4), Place("vae", 6)]
+    assert find(tmp_path, "auto") == tmp_path / "checkpoints" / "vae-00000006"
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -105,13 +94,13 @@ def test_a3_going_back_over_a_checkpoint_leaves_a_whole_one_at_any_moment(
     monkeypatch.setattr(shutil, "rmtree", removed)
     Trainer(recipe(*SHORT, "run.keep_last=20"), out, resume="2").run()
     assert seen
-    assert all("stage1-00000004" in names and "stage1-00000006" in names for names in seen)
+    assert all("vae-00000004" in names and "vae-00000006" in names for names in seen)
 
 
 def test_a3_what_a_killed_run_left_half_removed_is_cleared_away(tmp_path: Path, finished: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    for name in (".stage1-00000099.partial", ".stage1-00000002.1-2.old", ".stage1-00000001.pruned"):
+    for name in (".vae-00000099.partial", ".vae-00000002.1-2.old", ".vae-00000001.pruned"):
         (out / "checkpoints" / name).mkdir()
     Trainer(recipe(*SHORT, "run.keep_last=20"), out, resume="4").run()
     assert not list((out / "checkpoints").glob(".*"))
@@ -176,16 +165,16 @@ def test_a15_an_error_in_the_writing_thread_ends_the_run_with_that_error(tmp_pat
             while not places(tmp_path / "checkpoints"):
                 time.sleep(0.01)
             # At once: the writing thread may be reading it.
-            write_text(tmp_path / "checkpoints" / "stage1-00000002" / "state.json", "{}")
+            write_text(tmp_path / "checkpoints" / "vae-00000002" / "state.json", "{}")
 
     made = recipe(*SHORT)
-    with pytest.raises(ColadaError, match=r"stage1-00000002/state.json is damaged: stage=None, expected"):
-        Trainer(made, tmp_path, Damages(1, 3)).run()
-    with pytest.raises(ColadaError, match=r"stage1-00000002/state.json is damaged"):
+    with pytest.raises(ColadaError, match=r"vae-00000002/state.json is damaged: stage=None, expected"):
+        Trainer(made, tmp_path, Damages("vae", 3)).run()
+    with pytest.raises(ColadaError, match=r"vae-00000002/state.json is damaged"):
         Trainer(made, tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints" / "stage1-00000002")
+    shutil.rmtree(tmp_path / "checkpoints" / "vae-00000002")
     Trainer(made, tmp_path).run()
-    assert places(tmp_path / "checkpoints") == [Place(1, 4), Place(1, 6)]  # Pruning went on.
+    assert places(tmp_path / "checkpoints") == [Place("vae", 4), Place("vae", 6)]  # Pruning went on.
 
 
 def test_a15_any_error_in_the_writing_thread_is_raised_where_the_run_is(
@@ -208,7 +197,7 @@ def test_a15_any_error_in_the_writing_thread_is_raised_where_the_run_is(
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 @pytest.mark.parametrize(("steps", "warmup"), [(20, 4), (20, 0), (2, 0), (1, 0), (400, 20)])
 def test_a18_the_last_step_has_the_final_learning_rate(schedule: Any, steps: int, warmup: int) -> None:
-    section = OptimiserSection(steps=steps, warmup=warmup, final_lr=0.05, schedule=schedule)
+    section = StageSection(steps=steps, warmup=warmup, final_lr=0.05, schedule=schedule)
     assert learning_rate(steps - 1, section) == pytest.approx(0.05)
     # And only there: nothing else about the schedule is this low.
     assert all(learning_rate(step, section) > 0.05 for step in range(warmup, steps - 1))
@@ -228,7 +217,7 @@ def test_a19_sampling_leaves_the_networks_in_training_mode(
                 module.training for net in trainer.system.networks.values() for module in net.modules()
             )
 
-    trainer = Trainer(recipe("stage2.ema=0", "run.sample_every=2"), tmp_path, Looks(2, 3))
+    trainer = Trainer(recipe("stages.prior.ema=0", "run.sample_every=2"), tmp_path, Looks("prior", 3))
     trainer.run()
     assert modes
     assert all(modes)
@@ -241,27 +230,33 @@ REFUSED = [
     # Generation settings, for samples and for the saved model.
     *(("generation", value) for value in ("{stepz: 4}", "{steps: a}", "{temperature: .nan}")),
     *(("generation", value) for value in ("{solver: x}", "{steps: 0}", "{stop: [5]}", "{top_p: 1e-300}")),
-    *(("baseline.generation", value) for value in ("{steps: true}", "{steps: 0}", "{schedule: x}")),
+    *(("stages.decoder.generation", value) for value in ("{steps: true}", "{steps: 0}", "{schedule: x}")),
     # NaN and infinities, anywhere.
-    *((key, value) for key in ("stage2.loc", "stage1.lr") for value in (".nan", ".inf", "1e999")),
+    *((key, value) for key in ("stages.prior.loc", "stages.vae.lr") for value in (".nan", ".inf", "1e999")),
     ("model.vae", "{init_std: .nan}"),
-    ("stage2.betas", "[.nan, 0.9]"),
+    ("stages.prior.betas", "[.nan, 0.9]"),
     ("data.sources", "[{path: x, weight: .inf}]"),
     # Shares, rates and sizes without a meaning.
-    *(("stage2.betas", value) for value in ("[2, 0.9]", "[0.9, -1]", "[0.9, 1.0]", "[0.9]", "[true, 0.9]")),
-    *(("stage1.final_lr", value) for value in ("-0.1", "1.5", "true", "'0.5'")),
-    *((key, "1e-300") for key in ("stage1.lr", "stage2.scale", "stage1.clip", "stage2.decay")),
-    *((key, "1e300") for key in ("stage1.lr", "stage2.lambda_fm", "stage1.beta", "stage2.loc")),
+    *(
+        ("stages.prior.betas", value)
+        for value in ("[2, 0.9]", "[0.9, -1]", "[0.9, 1.0]", "[0.9]", "[true, 1]")
+    ),
+    *(("stages.vae.final_lr", value) for value in ("-0.1", "1.5", "true", "'0.5'")),
+    *((f"stages.prior.{key}", "1e-300") for key in ("lr", "scale", "clip", "decay")),
+    *((f"stages.{key}", "1e300") for key in ("vae.lr", "vae.beta", "prior.loc")),
     *(("data.sources", f"[{{path: x, weight: {value}}}]") for value in ("0", "1e-300", "true")),
     # Counts: whole numbers with bounds.
-    *((key, "1" + "0" * 23) for key in ("stage1.steps", "stage2.batch", "stage2.length", "run.save_every")),
-    *((key, "-1") for key in ("stage1.steps", "stage1.warmup", "run.max_skipped", "seed", "data.workers")),
-    *((key, value) for key in ("stage1.steps", "seed", "stage2.copies") for value in ("true", "'3'", "2.5")),
+    *((f"stages.prior.{key}", "1" + "0" * 23) for key in ("steps", "batch", "length")),
+    *(
+        (key, "-1")
+        for key in ("stages.vae.steps", "stages.vae.warmup", "run.max_skipped", "seed", "data.workers")
+    ),
+    *((key, value) for key in ("seed", "stages.prior.copies") for value in ("true", "'3'", "2.5")),
     *(("tokenizer.vocab_size", value) for value in ("1" + "0" * 30, "0")),
-    ("stage2.interval", "[0, 3]"),
+    ("stages.prior", "{kind: joint, interval: [0, 3]}"),
     # Numbers of YAML 1.1, and what is there twice.
-    *(("stage1.steps", value) for value in ("010", "1:30", "9" * 5000)),
-    ("stage1", "{steps: 3, steps: 4}"),
+    *(("stages.vae.steps", value) for value in ("010", "1:30", "9" * 5000)),
+    ("stages", "{vae: {steps: 3, steps: 4}}"),
 ]
 
 
@@ -284,11 +279,11 @@ def test_b8_a_value_without_a_meaning_is_refused_when_the_recipe_is_read(
 @pytest.mark.parametrize(
     ("override", "hint"),
     [
-        ("steps=10", r"did you mean stage1.steps or stage2.steps\?"),
+        ("steps=10", r"did you mean stages.<name>.steps\?"),
         ("vocab_size=300", r"did you mean tokenizer.vocab_size\?"),
-        ("stage1.prefix_share=0.1", r"did you mean stage2.prefix_share\?"),
-        ("stage1.stpes=10", r"did you mean 'steps'\?"),
-        ("llada_lr=1", r"did you mean baseline.llada_lr\?"),
+        ("stages.vae.prefix_share=0.1", r"did you mean stages.<prior>.prefix_share or stages.<joint>"),
+        ("stages.vae.stpes=10", r"did you mean 'steps'\?"),
+        ("llada_lr=1", r"did you mean stages.<decoder>.llada_lr\?"),
     ],
 )
 def test_a_key_in_the_wrong_place_gets_a_hint_at_the_right_one(override: str, hint: str) -> None:
@@ -327,13 +322,15 @@ def test_b7_an_environment_that_makes_no_ranks_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "key", ["stage1.batch=1000000", "stage2.copies=1024", "tokenizer.vocab_size=9999999"]
+    "key", ["stages.vae.batch=1000000", "stages.prior.copies=1024", "tokenizer.vocab_size=9999999"]
 )
 def test_b1_a_run_beyond_the_memory_is_refused_before_it_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    monkeypatch.setattr("colada.train.dry_run.memory_of", lambda _: 2**26)
-    with pytest.raises(ColadaError, match=r"stage [12].* would take about .* but cpu has 64.0 MiB: expected"):
+    monkeypatch.setattr("colada.train.plan.memory_of", lambda _: 2**26)
+    with pytest.raises(
+        ColadaError, match=r"(vae|prior).* would take about .* but cpu has 64.0 MiB: expected"
+    ):
         Trainer(recipe(key), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -352,10 +349,10 @@ def test_b15_damaged_metadata_is_one_line_and_nothing_is_printed(
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    file = out / "checkpoints" / "stage1-00000006" / ".metadata"
+    file = out / "checkpoints" / "vae-00000006" / ".metadata"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2] if damage == b"half" else damage)
-    with pytest.raises(ColadaError, match=r"stage1-00000006 is damaged") as caught:
+    with pytest.raises(ColadaError, match=r"vae-00000006 is damaged") as caught:
         Trainer(recipe(*SHORT), out).run()
     assert "\n" not in str(caught.value)
     assert "Traceback" not in "".join(capfd.readouterr())
@@ -372,22 +369,22 @@ def test_b15_damaged_metadata_is_one_line_and_nothing_is_printed(
         '{"stage": 3}',
         "[" * 10**5,
         "9" * 5000,
-        '{"stage": 1, "step": true}',
+        '{"stage": "vae", "step": true}',
         "NaN",
     ],
 )
 def test_b3_a_state_of_the_wrong_shape_is_one_line(tmp_path: Path, finished: Path, content: str) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    (out / "checkpoints" / "stage1-00000006" / "state.json").write_text(content)
-    with pytest.raises(ColadaError, match=r"stage1-00000006/state\.json is damaged") as caught:
+    (out / "checkpoints" / "vae-00000006" / "state.json").write_text(content)
+    with pytest.raises(ColadaError, match=r"vae-00000006/state\.json is damaged") as caught:
         Trainer(recipe(*SHORT), out)
     assert "\n" not in str(caught.value)
 
 
-RECORD = '{"stage": 1, "step": 1, "split": "train", "time": 1.0, '
+RECORD = '{"stage": "vae", "step": 1, "split": "train", "time": 1.0, '
 RECORDS = [
-    *("null", "5", "[]", "{}", "", "[" * 10**5, "9" * 5000, '"x"', RECORD, '{"stage": 1, "stage": 2}'),
+    *("null", "5", "[]", "{}", "", "[" * 10**5, "9" * 5000, '"x"', RECORD, '{"stage": "a", "stage": "b"}'),
     *(
         RECORD + f'"nll": {value}}}'
         for value in ('"x"', "{}", "true", "1e400", "9" * 400, "9" * 5000, '[["x"]]')
@@ -423,8 +420,8 @@ def test_b4_a_log_that_is_a_named_pipe_keeps_nobody_waiting(tmp_path: Path) -> N
 
 def test_b10_a_sample_with_half_a_character_is_written(tmp_path: Path) -> None:
     samples = Samples(tmp_path / "samples.txt")
-    samples.text(2, 1, "a\udc80", "b\ud800")
-    assert (tmp_path / "samples.txt").read_text() == "--- step 1, stage 2: a\\udc80\nb\\ud800\n"
+    samples.text("prior", 1, "a\udc80", "b\ud800")
+    assert (tmp_path / "samples.txt").read_text() == "--- step 1, stage prior: a\\udc80\nb\\ud800\n"
 
 
 def test_b17_a_checkpoint_on_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,7 +454,8 @@ def test_c9_networks_are_laid_out_before_they_have_memory(
     tmp_path: Path, one_rank: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a mesh of one shard computes what a process without a mesh does."""
-    made = recipe("stage2.vae=joint", "stage1.ema=0.9", "stage2.ema=0.9", "run.sample_every=0")
+    averaged = ["stages.vae.ema=0.9", "stages.prior.ema=0.9"]
+    made = recipe("stages.prior.kind=joint", *averaged, "run.sample_every=0")
     Trainer(made, tmp_path / "alone").run()
     laid_out: list[bool] = []
     lay_out = Trainer._lay_out
@@ -497,8 +495,8 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     """As if a package were not installed, for who looks before importing it."""
     find_spec = importlib.util.find_spec
     missing = lambda name, *args: None if name == package else find_spec(name, *args)  # noqa: E731
-    for module in ("preflight", "trainer"):
-        monkeypatch.setattr(f"colada.train.{module}.find_spec", missing)
+    for module in ("train.preflight", "cli.train"):
+        monkeypatch.setattr(f"colada.{module}.find_spec", missing)
 
 
 def test_a_run_without_matplotlib_says_at_the_start_that_there_will_be_no_report(
@@ -543,7 +541,7 @@ def test_the_first_lines_say_what_is_trained_on_what_and_for_how_long(tmp_path: 
 @pytest.mark.parametrize(
     "command",
     [
-        ["train", str(DEBUG), "--set", "stage1.lr=-1"],
+        ["train", str(DEBUG), "--set", "stages.vae.lr=-1"],
         ["train", str(DEBUG), "--set", "generation={steps: a}"],
         ["train", str(DEBUG), "--data", "nowhere"],
         ["train", str(DEBUG), "--json"],
@@ -562,17 +560,17 @@ def test_a_command_is_refused_without_waiting_for_torch(tmp_path: Path, command:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2", "baseline"])
-@pytest.mark.parametrize("vae", ["frozen", "joint", "interval"])
-def test_b1_the_longest_run_is_planned_at_once(stage: str, vae: str) -> None:
-    plan = plan_run(recipe(f"{stage}.steps={MOST_STEPS}", f"stage2.vae={vae}"), 1)
-    assert sum(phase.steps for phase in plan.phases) >= (MOST_STEPS if stage != "baseline" else 12)
+@pytest.mark.parametrize("stage", ["vae", "prior", "decoder"])
+@pytest.mark.parametrize("interval", [[], ["stages.prior.kind=joint", "stages.prior.interval=[3, 4]"]])
+def test_b1_the_longest_run_is_planned_at_once(stage: str, interval: list[str]) -> None:
+    plan = plan_run(recipe(f"stages.{stage}.steps={MOST_STEPS}", *interval))
+    assert sum(phase.steps for phase in plan.phases) >= (MOST_STEPS if stage != "decoder" else 12)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 4, 5, 6, 9, 10, 11, 101])
-@pytest.mark.parametrize("vae", ["frozen", "joint", "interval"])
-def test_joint_steps_are_counted_as_they_are_trained(steps: int, vae: Any) -> None:
-    section = Stage2Section(steps=steps, vae=vae, interval=(4, 2))
+@pytest.mark.parametrize("interval", [None, (4, 2)])
+def test_joint_steps_are_counted_as_they_are_trained(steps: int, interval: tuple[int, int] | None) -> None:
+    section = JointSection(steps=steps, interval=interval)
     assert section.joint_steps == sum(map(section.joint_at, range(steps)))
 
 
@@ -592,8 +590,8 @@ def test_a_dry_run_looks_at_the_text(capsys: pytest.CaptureFixture[str], tmp_pat
 def test_exporting_a_run_gets_a_hint_at_its_last_checkpoint(
     finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    last = finished / "checkpoints" / "stage1-00000006"
-    for path in (finished, finished / "checkpoints", finished / "checkpoints" / "stage1-00000099"):
+    last = finished / "checkpoints" / "vae-00000006"
+    for path in (finished, finished / "checkpoints", finished / "checkpoints" / "vae-00000099"):
         assert main(["export", str(path), str(tmp_path / "model")]) == 2
         assert f"(did you mean {last}?)" in capsys.readouterr().err
 
@@ -601,7 +599,7 @@ def test_exporting_a_run_gets_a_hint_at_its_last_checkpoint(
 def test_exporting_over_another_things_files_is_refused(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "decoder").mkdir()
     (tmp_path / "decoder" / "thesis.tex").write_text("all of it")
-    checkpoint = finished / "checkpoints" / "stage1-00000006"
+    checkpoint = finished / "checkpoints" / "vae-00000006"
     assert main(["export", str(checkpoint), str(tmp_path)]) == 2
     assert [path.name for path in tmp_path.rglob("*.*")] == ["thesis.tex"]
 
@@ -630,7 +628,7 @@ def test_a_checkpoint_is_written_after_so_many_minutes(
 
 
 def test_a_decay_may_begin_from_any_checkpoint() -> None:
-    section = OptimiserSection(steps=4, warmup=0, schedule="wsd", decay=1.0, final_lr=0.0)
+    section = StageSection(steps=4, warmup=0, schedule="wsd", decay=1.0, final_lr=0.0)
     assert [learning_rate(step, section) for step in range(4)] == pytest.approx([0.75, 0.5, 0.25, 0.0])
 
 
@@ -670,11 +668,11 @@ def test_the_tinystories_recipe_trains_from_a_data_set_of_its_form(
 
 def test_the_tinystories_recipe_trains_what_the_bundled_models_recipe_does() -> None:
     one, two = (load_recipe(ROOT / "recipes" / f"{name}.yaml") for name in ("tiny", "tinystories"))
-    for part in ("tokenizer", "model", "stage1", "stage2", "generation"):
+    for part in ("tokenizer", "model", "stages", "generation"):
         assert getattr(one, part) == getattr(two, part)
 
 
-def test_a_study_of_data_that_is_not_there_ends_before_anything_and_a_ledger_says_so(
+def test_a_study_of_data_that_is_not_there_ends_before_anything_and_the_cost_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -684,7 +682,7 @@ def test_a_study_of_data_that_is_not_there_ends_before_anything_and_a_ledger_say
     assert said.startswith("error: data/corpora: no such file or folder (data.sources.0.path); give yours")
     assert len(said.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-    assert main(["ledger", tiny, "--archs", "cola"]) == 0
+    assert main(["cost", tiny, "--archs", "cola"]) == 0
     counted = capsys.readouterr()
     assert "data/corpora: no such file or folder" in counted.err
     assert "get the corpora" in counted.err

@@ -74,7 +74,14 @@ def test_training_stops_by_itself_and_goes_on_when_started_again(tmp_path: Path)
             "4",
             str(tmp_path),
             *("--run", str(tmp_path / "run"), "--train-for", "40", "--pieces", "1"),
-            *("--set", "stage1.steps=20", "--set", "stage2.steps=1000000", "--set", "run.validate_every=20"),
+            *(
+                "--set",
+                "stages.vae.steps=20",
+                "--set",
+                "stages.prior.steps=1000000",
+                "--set",
+                "run.validate_every=20",
+            ),
         )
         return results_of(tmp_path / "bundled.json")
 
@@ -84,7 +91,7 @@ def test_training_stops_by_itself_and_goes_on_when_started_again(tmp_path: Path)
     assert not second["training"]["finished"]
     assert 0 < first["training"]["step"] < second["training"]["step"]
     said = (tmp_path / "gpu.log").read_text()
-    assert f"resuming stage 2 at step {first['training']['step']}" in said
+    assert f"resuming prior at step {first['training']['step']}" in said
     subprocess.run("cat model.tar.* | tar x", shell=True, cwd=tmp_path, check=True)
     load(tmp_path / "model").generate(["Once"], 4)
 

@@ -19,7 +19,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for part in ("debug/model/cola_dit", "debug/model/cola_vae", "other"):
         (tmp_path / "runs" / part).mkdir(parents=True)
     (tmp_path / "runs/debug/model/cola_dit/config.json").write_text("{}")
-    checkpoint = tmp_path / "runs/young/checkpoints/stage1-00000010"
+    checkpoint = tmp_path / "runs/young/checkpoints/vae-00000010"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text("{}")
     return tmp_path / "runs"
@@ -36,8 +36,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("runs/young/model", "colada export runs/young/checkpoints/... runs/young/model"),
         ("runs/young", "colada export runs/young/checkpoints/... MODEL"),
         (
-            "runs/young/checkpoints/stage1-00000010",
-            "colada export runs/young/checkpoints/stage1-00000010 MODEL",
+            "runs/young/checkpoints/vae-00000010",
+            "colada export runs/young/checkpoints/vae-00000010 MODEL",
         ),
     ],
 )

@@ -15,6 +15,7 @@ from colada.train.logs import (
     JsonLines,
     Monitor,
     Monitors,
+    Point,
     Samples,
     TensorBoard,
     load_monitor,
@@ -24,7 +25,7 @@ from colada.train.logs import (
 )
 
 
-def record(stage: int, step: int, split: str = "train", **numbers: Any) -> dict[str, Any]:
+def record(stage: str, step: int, split: str = "train", **numbers: Any) -> dict[str, Any]:
     return {"stage": stage, "step": step, "split": split, "time": 1e9 + step, **numbers}
 
 
@@ -38,7 +39,7 @@ class Recorder:
     def log(self, record: Mapping[str, Any]) -> None:
         self.told.append(dict(record))
 
-    def text(self, stage: int, step: int, title: str, text: str) -> None:
+    def text(self, stage: str, step: int, title: str, text: str) -> None:
         self.told.append((stage, step, title, text))
 
     def close(self) -> None:
@@ -60,11 +61,11 @@ def not_a_monitor(out: Path, recipe: Mapping[str, Any]) -> object:
 # --- metrics.jsonl ---------------------------------------------------------------------------------
 
 HISTORY = [
-    record(1, 20, nll=3.5),
-    record(1, 40, nll=2.5),
-    record(1, 40, "validation", nll=2.75),
-    record(2, 20, flow=1.5, flow_by_t=[1.0, None]),
-    record(2, 40, flow=1.25, flow_by_t=[None, 0.5]),
+    record("vae", 20, nll=3.5),
+    record("vae", 40, nll=2.5),
+    record("vae", 40, "validation", nll=2.75),
+    record("prior", 20, flow=1.5, flow_by_t=[1.0, None]),
+    record("prior", 40, flow=1.25, flow_by_t=[None, 0.5]),
 ]
 LINES = [json.dumps(one) + "\n" for one in HISTORY]
 
@@ -73,25 +74,25 @@ LINES = [json.dumps(one) + "\n" for one in HISTORY]
     ("resume_at", "kept"),
     [
         (None, 0),
-        ((1, 20), 1),
-        ((1, 39), 1),
-        ((1, 40), 3),
-        ((2, 0), 3),
-        ((2, 20), 4),
-        ((2, 40), 5),
-        ((2, 99), 5),
+        (Point(("vae",), 20), 1),
+        (Point(("vae",), 39), 1),
+        (Point(("vae",), 40), 3),
+        (Point(("vae", "prior"), 0), 3),
+        (Point(("vae", "prior"), 20), 4),
+        (Point(("vae", "prior"), 40), 5),
+        (Point(("vae", "prior", "decay"), 0), 5),
     ],
 )
-@pytest.mark.parametrize("torn", ["", '{"stage": 2, "st', '{"stage": 1, "step": 1}'])
+@pytest.mark.parametrize("torn", ["", '{"stage": "prior", "st', '{"stage": "vae", "step": 1}'])
 def test_metrics_keep_what_was_logged_up_to_the_point_of_resumption(
-    tmp_path: Path, resume_at: tuple[int, int] | None, kept: int, torn: str
+    tmp_path: Path, resume_at: Point | None, kept: int, torn: str
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(LINES) + torn)
     monitor = JsonLines(path, resume_at)
     assert path.read_text() == "".join(LINES[:kept])
-    monitor.log(record(2, 60, nll=1.0))
-    assert path.read_text() == "".join(LINES[:kept]) + json.dumps(record(2, 60, nll=1.0)) + "\n"
+    monitor.log(record("prior", 60, nll=1.0))
+    assert path.read_text() == "".join(LINES[:kept]) + json.dumps(record("prior", 60, nll=1.0)) + "\n"
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -100,7 +101,7 @@ def test_metrics_are_in_the_file_at_once_and_read_back(tmp_path: Path) -> None:
     for number, one in enumerate(HISTORY, 1):
         monitor.log(one)
         assert read_records(tmp_path / "metrics.jsonl") == HISTORY[:number]
-    monitor.text(2, 40, "prompt", "no metric")
+    monitor.text("prior", 40, "prompt", "no metric")
     monitor.close()
     assert read_records(tmp_path / "metrics.jsonl") == HISTORY
 
@@ -110,29 +111,37 @@ def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     path = tmp_path / "metrics.jsonl"
-    JsonLines(path).log(record(1, 1, nll=math.nan, kl=math.inf, flow_by_t=[1.0, -math.inf, None], skipped=2))
+    JsonLines(path).log(
+        record("vae", 1, nll=math.nan, kl=math.inf, flow_by_t=[1.0, -math.inf, None], skipped=2)
+    )
     written = json.loads(path.read_text(), parse_constant=refuse)
-    assert written == record(1, 1, nll=None, kl=None, flow_by_t=[1.0, None, None], skipped=2)
+    assert written == record("vae", 1, nll=None, kl=None, flow_by_t=[1.0, None, None], skipped=2)
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (b'{"stage": 1, "st', "damaged"),
+        (b'{"stage": "vae", "st', "damaged"),
         (b"", "damaged"),
-        (b'{"stage": 1\xff', "damaged"),
+        (b'{"stage": "vae"\xff', "damaged"),
         (b"[1, 2]", "expected a JSON object, got list"),
-        (b'{"stage": 1, "split": "train", "time": 1.0}', "step=None, expected an integer"),
-        (b'{"stage": 1, "step": 1, "split": "train", "time": "now"}', "time='now', expected seconds"),
-        (b'{"stage": 1, "step": 1, "split": "train", "time": 1, "nll": "x"}', "nll='x', expected numbers"),
-        (b'{"stage": 1, "step": 1, "split": "train", "time": 1, "b": [1, "x"]}', r"b=\[1, 'x'\], expected"),
+        (b'{"stage": "vae", "split": "train", "time": 1.0}', "step=None, expected an integer"),
+        (b'{"stage": "vae", "step": 1, "split": "train", "time": "now"}', "time='now', expected seconds"),
+        (
+            b'{"stage": "vae", "step": 1, "split": "train", "time": 1, "nll": "x"}',
+            "nll='x', expected numbers",
+        ),
+        (
+            b'{"stage": "vae", "step": 1, "split": "train", "time": 1, "b": [1, "x"]}',
+            r"b=\[1, 'x'\], expected",
+        ),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, line: bytes, said: str) -> None:
     path = tmp_path / "metrics.jsonl"
     content = LINES[0].encode() + line + b"\n" + LINES[1].encode()
     path.write_bytes(content)
-    for read in (lambda: read_records(path), lambda: JsonLines(path, (1, 40))):
+    for read in (lambda: read_records(path), lambda: JsonLines(path, Point(("vae",), 40))):
         with pytest.raises(ColadaError, match=f"^{re.escape(str(path))}, line 2: {said}") as caught:
             read()
         assert "\n" not in str(caught.value)
@@ -147,7 +156,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ColadaError, match=full):
         JsonLines(tmp_path / "metrics.jsonl").log(HISTORY[0])
     with pytest.raises(ColadaError, match=full):
-        Samples(tmp_path / "samples.txt").text(1, 1, "a", "b")
+        Samples(tmp_path / "samples.txt").text("vae", 1, "a", "b")
 
 
 # --- samples.txt -------------------------------------------------------------------------------------
@@ -156,32 +165,32 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
 def test_samples_are_read_back_and_cut_at_the_point_of_resumption(tmp_path: Path) -> None:
     path = tmp_path / "samples.txt"
     monitor = Samples(path)
-    texts = ["Once\n\nupon ☕\r\n", "--- step 9, stage 2: a quotation\n--- step", "", "end\n"]
+    texts = ["Once\n\nupon ☕\r\n", "--- step 9, stage prior: a quotation\n--- step", "", "end\n"]
     for number, text in enumerate(texts):
-        monitor.text(2, number // 2 + 1, f"prompt\n{number}", text)
+        monitor.text("prior", number // 2 + 1, f"prompt\n{number}", text)
     monitor.log(HISTORY[0])
     monitor.close()
     assert path.read_bytes().decode() == (
-        "--- step 1, stage 2: prompt 0\nOnce\n\nupon ☕\r\n\n"
-        "--- step 1, stage 2: prompt 1\n --- step 9, stage 2: a quotation\n--- step\n"
-        "--- step 2, stage 2: prompt 2\n\n"
-        "--- step 2, stage 2: prompt 3\nend\n\n"
+        "--- step 1, stage prior: prompt 0\nOnce\n\nupon ☕\r\n\n"
+        "--- step 1, stage prior: prompt 1\n --- step 9, stage prior: a quotation\n--- step\n"
+        "--- step 2, stage prior: prompt 2\n\n"
+        "--- step 2, stage prior: prompt 3\nend\n\n"
     )
     texts[1] = " " + texts[1]
-    assert read_samples(path) == [(2, i // 2 + 1, f"prompt {i}", text) for i, text in enumerate(texts)]
+    assert read_samples(path) == [("prior", i // 2 + 1, f"prompt {i}", text) for i, text in enumerate(texts)]
 
     with path.open("a") as file:
         file.write("--- st")
     assert len(read_samples(path)) == 4
-    Samples(path, (2, 1))
-    assert read_samples(path) == [(2, 1, f"prompt {i}", text) for i, text in enumerate(texts[:2])]
-    Samples(path, (1, 500))
+    Samples(path, Point(("vae", "prior"), 1))
+    assert read_samples(path) == [("prior", 1, f"prompt {i}", text) for i, text in enumerate(texts[:2])]
+    Samples(path, Point(("vae",), 500))
     assert path.read_bytes() == b""
 
 
 def test_a_damaged_samples_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "samples.txt"
-    Samples(path).text(1, 1, "a", "two\nlines")
+    Samples(path).text("vae", 1, "a", "two\nlines")
     with path.open("a") as file:
         file.write("--- step x\ntext\n")
     with pytest.raises(ColadaError, match=r"samples\.txt, line 4: expected .* got '--- step x'"):
@@ -212,42 +221,20 @@ def test_tensorboard_reads_scalars_bins_and_samples(tmp_path: Path) -> None:
     monitor = TensorBoard(tmp_path)
     for one in HISTORY:
         monitor.log(one)
-    monitor.log(record(2, 60, flow=None, flow_by_t=None))
-    monitor.text(2, 40, "Once", "a\n**b**")
+    monitor.log(record("prior", 60, flow=None, flow_by_t=None))
+    monitor.text("prior", 40, "Once", "a\n**b**")
     monitor.close()
-    assert scalars(tmp_path / "stage1") == {
-        "stage1/nll": [(20, 3.5), (40, 2.5)],
-        "stage1/validation/nll": [(40, 2.75)],
+    assert scalars(tmp_path) == {
+        "vae/nll": [(20, 3.5), (40, 2.5)],
+        "vae/validation/nll": [(40, 2.75)],
+        "prior/flow": [(20, 1.5), (40, 1.25)],
+        "prior/flow_by_t/000-500": [(20, 1.0)],
+        "prior/flow_by_t/500-1000": [(40, 0.5)],
     }
-    assert scalars(tmp_path / "stage2") == {
-        "stage2/flow": [(20, 1.5), (40, 1.25)],
-        "stage2/flow_by_t/000-500": [(20, 1.0)],
-        "stage2/flow_by_t/500-1000": [(40, 0.5)],
-    }
-    found = events(tmp_path / "stage2")
-    (text,) = found.Tensors("stage2/samples/Once/text_summary")
+    found = events(tmp_path)
+    (text,) = found.Tensors("prior/samples/Once/text_summary")
     assert (text.step, text.tensor_proto.string_val[0]) == (40, b"    a\n    **b**")
-    assert found.Scalars("stage2/flow")[0].wall_time == 1e9 + 20
-
-
-@pytest.mark.parametrize(
-    ("resume_at", "one", "two"),
-    [(None, [], []), ((1, 20), [20], []), ((1, 40), [20, 40], []), ((2, 20), [20, 40], [20])],
-)
-def test_tensorboard_forgets_what_a_resumed_run_repeats(
-    tmp_path: Path, resume_at: tuple[int, int] | None, one: list[int], two: list[int]
-) -> None:
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    first = TensorBoard(tmp_path)
-    for stage in (1, 2):
-        for step in (20, 40):
-            first.log(record(stage, step, nll=1.0))
-    first.close()
-    again = TensorBoard(tmp_path, resume_at)
-    again.log(record(2, 60, nll=2.0))
-    again.close()
-    kept = {stage: scalars(tmp_path / f"stage{stage}").get(f"stage{stage}/nll", []) for stage in (1, 2)}
-    assert kept == {1: [(step, 1.0) for step in one], 2: [*((step, 1.0) for step in two), (60, 2.0)]}
+    assert found.Scalars("prior/flow")[0].wall_time == 1e9 + 20
 
 
 def test_a_missing_tensorboard_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,11 +257,11 @@ def test_a_monitor_of_ones_own_is_told_everything(tmp_path: Path) -> None:
     assert isinstance(own, Recorder)
     assert own.made_with == (tmp_path, recipe)
     monitors.log(HISTORY[0])
-    monitors.text(2, 40, "Once", "Once upon")
+    monitors.text("prior", 40, "Once", "Once upon")
     monitors.close()
-    assert own.told == [HISTORY[0], (2, 40, "Once", "Once upon"), "closed"]
+    assert own.told == [HISTORY[0], ("prior", 40, "Once", "Once upon"), "closed"]
     assert read_records(tmp_path / "metrics.jsonl") == HISTORY[:1]
-    assert read_samples(tmp_path / "samples.txt") == [(2, 40, "Once", "Once upon")]
+    assert read_samples(tmp_path / "samples.txt") == [("prior", 40, "Once", "Once upon")]
 
 
 def test_every_monitor_is_closed_whatever_another_does(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 
 import colada
 from colada.errors import ColadaError
-from colada.train.checkpoints import Place, places
+from colada.train.checkpoints import places
 from colada.train.parallel import Ranks
 from colada.train.recipe import commented
 from colada.train.trainer import Trainer
@@ -28,12 +28,18 @@ pytestmark = pytest.mark.skipif(
     reason="needs torch.distributed with gloo",
 )
 
-JOINT = ["stage2.vae=joint", "stage2.vae_lr=0.1", "stage1.ema=0.9", "stage2.ema=0.95"]
+JOINT = ["stages.prior.kind=joint", "stages.prior.vae_lr=0.1", "stages.vae.ema=0.9", "stages.prior.ema=0.95"]
+MICRO = ["stages.vae.micro_batch=1", "stages.prior.micro_batch=1"]
 VARIANTS = {
-    "frozen": ["stage2.copies=2"],
-    "joint": [*JOINT, "stage1.micro_batch=1", "stage2.micro_batch=1", "run.checkpoint_activations=true"],
+    "frozen": ["stages.prior.copies=2"],
+    "joint": [
+        *JOINT,
+        "stages.vae.micro_batch=1",
+        "stages.prior.micro_batch=1",
+        "run.checkpoint_activations=true",
+    ],
     "replicated": [*JOINT, "run.shard=false"],
-    "muon": ["stage1.optimiser=muon", "stage2.optimiser=muon"],
+    "muon": ["stages.vae.optimiser=muon", "stages.prior.optimiser=muon"],
     "bfloat16": [*JOINT, "run.precision=bfloat16"],
 }
 # Muon orthogonalises in bfloat16, where the order of a sum shows; sharded, weights are gathered in it.
@@ -106,9 +112,9 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four(
     done = start(2, VARIANTS["joint"], out)
     assert done.returncode == 0, done.stderr
     shutil.rmtree(out / "model")
-    # As if it had stopped after its second step of stage 2.
+    # As if it had stopped after its second step of the prior.
     for place in places(out / "checkpoints"):
-        if place > Place(2, 2):
+        if place.stage == "prior" and place.step > 2:
             shutil.rmtree(out / "checkpoints" / place.name)
     done = start(ranks, VARIANTS["joint"], out)
     assert done.returncode == 0, done.stderr
@@ -118,7 +124,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four(
 
 @pytest.mark.slow
 def test_what_does_not_divide_is_refused(tmp_path: Path) -> None:
-    done = start(2, ["stage1.batch=3"], tmp_path / "rows")
+    done = start(2, ["stages.vae.batch=3"], tmp_path / "rows")
     assert done.returncode != 0
     assert "error: a batch of 3 rows, expected a multiple of the 2 ranks" in done.stderr
     done = start(2, ["run.replicas=3"], tmp_path / "replicas")

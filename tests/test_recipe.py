@@ -10,16 +10,18 @@ import yaml
 from torch import nn
 
 import make_stories
+from colada.data.sources import Source
 from colada.errors import ColadaError
+from colada.train.cola import flow_settings
+from colada.train.kinds import KINDS, JointSection, PriorSection, StageSection, TextVAESection
 from colada.train.optimisation import average_weights, learning_rate, make_optimisers
 from colada.train.recipe import (
-    OptimiserSection,
     Recipe,
-    Stage1Section,
     commented,
     difference,
     load_recipe,
     save_recipe,
+    source_weights,
 )
 from colada.train.stages import row_generator
 from helpers import tiny_dit, tiny_vae
@@ -43,8 +45,10 @@ def test_every_recipe_is_valid_and_reads_back_the_same(path: Path, tmp_path: Pat
 
 
 def test_overrides_are_yaml_values(tmp_path: Path) -> None:
-    made = load_recipe(DEBUG, ["stage1.lr=1e-3", "stage2.loc=null", "run.sample_prompts=[a, b]", "seed=7"])
-    assert (made.stage1.lr, made.stage2.loc, made.seed) == (0.001, None, 7)
+    made = load_recipe(
+        DEBUG, ["stages.vae.lr=1e-3", "stages.prior.loc=null", "run.sample_prompts=[a, b]", "seed=7"]
+    )
+    assert (made.stages["vae"].lr, made.stages["prior"].loc, made.seed) == (0.001, None, 7)
     assert made.run.sample_prompts == ("a", "b")
     assert load_recipe(DEBUG, ["data.sources.0.path=elsewhere"]).data.sources[0].path == "elsewhere"
 
@@ -52,12 +56,23 @@ def test_overrides_are_yaml_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stage1:\n  stpes: 3\n", r"unknown key 'stage1.stpes' \(did you mean 'steps'\?\)"),
-        ("stag1:\n  steps: 3\n", r"unknown key 'stag1' \(did you mean 'stage1'\?\)"),
-        ("stage1:\n  steps: many\n", r"stage1.steps='many'.*integer"),
-        ("stage1:\n  steps: 2.5\n", r"stage1.steps=2.5.*integer"),
-        ("stage2:\n  vae: thawed\n", r"stage2.vae='thawed'.*'frozen', 'joint' or 'interval'"),
-        ("stage2:\n  interval: [0, 3]\n", r"stage2.interval.0=0.*greater than or equal to 1"),
+        ("stages:\n  vae: {stpes: 3}\n", r"unknown key 'stages.vae.stpes' \(did you mean 'steps'\?\)"),
+        ("stage:\n  steps: 3\n", r"unknown key 'stage' \(did you mean 'stages'\?\)"),
+        ("stages:\n  vae: {steps: many}\n", r"stages.vae.steps='many'.*integer"),
+        ("stages:\n  vae: {steps: 2.5}\n", r"stages.vae.steps=2.5.*integer"),
+        (
+            "stages:\n  prior: {kind: thawed}\n",
+            r"prior.kind='thawed', expected one of vae, prior, joint, decoder",
+        ),
+        ("stages:\n  decay: {steps: 3}\n", r"stages: decay has no kind, expected one of vae, prior"),
+        ("stages:\n  Decay: {kind: prior}\n", r"stages: 'Decay', expected a name of small letters"),
+        ("stages:\n  decoder: {steps: 3}\n", r"stages: decoder, expected one of kind vae, prior, joint"),
+        (
+            "stages:\n  prior: {weights: {books: 1}}\n",
+            r"stages.prior.weights: 'books' names none of the sources",
+        ),
+        ("stages:\n  prior: {weights: {data: 0}}\n", r"stages.prior.weights=.*expected one above 0"),
+        ("stages:\n  joint: {interval: [0, 3]}\n", r"stages.joint.interval.0=0.*greater than or equal to 1"),
         ("data:\n  sources: [{pth: x}]\n", r"unknown key 'data.sources.0.pth' \(did you mean 'path'\?\)"),
         ("data:\n  sources: []\n", r"data.sources"),
         (
@@ -65,9 +80,9 @@ def test_overrides_are_yaml_values(tmp_path: Path) -> None:
             r"data: packing='stream' with format='pairs' of x, expected 'samples'",
         ),
         ("model:\n  init: x\n  vae: {dim: 3}\n", r"model: init gives the configurations"),
-        ("stage1:\n  lr: -1\n", r"stage1.lr=-1.*greater than"),
-        ("stage1:\n  betas: [0.9]\n", r"stage1.betas"),
-        ("stage1: 3\n", r"stage1=3"),
+        ("stages:\n  vae: {lr: -1}\n", r"stages.vae.lr=-1.*greater than"),
+        ("stages:\n  vae: {betas: [0.9]}\n", r"stages.vae.betas"),
+        ("stages: 3\n", r"stages=3"),
         ("run:\n  log_every: 0\n", r"run.log_every=0"),
         ("stage1: [1, 2\n", r"not valid YAML"),
         ("a: b: c\n", r"not valid YAML"),
@@ -98,10 +113,10 @@ def test_a_recipe_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "override",
     [
-        "stage1.steps",
+        "stages.vae.steps",
         "seed.x=1",
-        "stage1.steps=[1",
-        "stage1.stepz=1",
+        "stages.vae.steps=[1",
+        "stages.vae.stepz=1",
         "data.sources.1.path=x",
         "data.sources.x.path=x",
     ],
@@ -116,7 +131,7 @@ def test_a_bad_override_is_refused(override: str) -> None:
 
 
 def test_the_learning_rate_warms_up_and_follows_half_a_cosine() -> None:
-    section = OptimiserSection(steps=12, warmup=4, final_lr=0.1)
+    section = StageSection(steps=12, warmup=4, final_lr=0.1)
     made = [learning_rate(step, section) for step in range(15)]
     quarter = 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2
     assert made[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
@@ -125,12 +140,12 @@ def test_the_learning_rate_warms_up_and_follows_half_a_cosine() -> None:
     assert made[10] == pytest.approx(1.1 - quarter)
     assert made[11:] == pytest.approx([0.1] * 4)
     assert all(a > b for a, b in itertools.pairwise(made[4:12]))
-    assert learning_rate(0, OptimiserSection(steps=5, warmup=0)) == 1.0
+    assert learning_rate(0, StageSection(steps=5, warmup=0)) == 1.0
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_every_parameter_has_one_optimiser_and_vectors_are_not_decayed(optimiser: str) -> None:
-    section = Stage1Section(optimiser=optimiser, weight_decay=0.3)
+    section = TextVAESection(optimiser=optimiser, weight_decay=0.3)
     for network in (tiny_vae(), tiny_dit()):
         groups = [g for opt in make_optimisers(network, section, 0.1) for g in opt.param_groups]
         held = [parameter for group in groups for parameter in group["params"]]
@@ -166,7 +181,7 @@ def test_each_row_of_each_stage_has_its_own_noise() -> None:
 
 
 def test_wsd_is_constant_and_then_goes_down_in_a_line() -> None:
-    section = OptimiserSection(steps=20, warmup=4, final_lr=0.2, schedule="wsd", decay=0.25)
+    section = StageSection(steps=20, warmup=4, final_lr=0.2, schedule="wsd", decay=0.25)
     made = [learning_rate(step, section) for step in range(21)]
     assert made[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert made[4:15] == [1.0] * 11
@@ -174,44 +189,65 @@ def test_wsd_is_constant_and_then_goes_down_in_a_line() -> None:
 
 
 def test_intervals_take_turns_and_begin_with_joint_steps() -> None:
-    two = recipe("stage2.vae=interval", "stage2.interval=[2, 3]").stage2
+    two = recipe("stages.prior.kind=joint", "stages.prior.interval=[2, 3]").stages["prior"]
+    assert isinstance(two, JointSection)
     assert [two.joint_at(step) for step in range(7)] == [True, True, False, False, False, True, True]
-    assert all(recipe("stage2.vae=joint").stage2.joint_at(step) for step in range(3))
-    assert not any(recipe().stage2.joint_at(step) for step in range(3))
+    assert all(JointSection().joint_at(step) for step in range(3))
 
 
 def test_an_unset_loc_follows_the_latent_width() -> None:
-    assert recipe("stage2.loc=null").flow_settings(64).law.loc == pytest.approx(1 + 0.5 * math.log(4))
-    assert recipe("stage2.loc=1.5").flow_settings(64).law.loc == 1.5
-    assert recipe("stage2.timestep_per=row").flow_settings(16).per_block is False
-
-
-def test_the_reference_recipe_is_what_the_recipe_command_prints() -> None:
-    reference = ROOT / "recipes" / "reference.yaml"
-    assert reference.read_text(encoding="utf-8") == commented(Recipe()), (
-        "colada recipe > recipes/reference.yaml"
-    )
+    assert flow_settings(PriorSection(), 64).law.loc == pytest.approx(1 + 0.5 * math.log(4))
+    assert flow_settings(PriorSection(loc=1.5), 64).law.loc == 1.5
+    assert flow_settings(PriorSection(timestep_per="row"), 16).per_block is False
 
 
 def test_every_key_has_a_comment_and_is_written() -> None:
-    def check(text: str, section: type, values: dict) -> None:
+    stages = {name: {} for name in KINDS}
+    text = commented(Recipe.model_validate({"stages": stages}))
+
+    def check(section: type, values: dict) -> None:
         assert values.keys() == section.model_fields.keys()
         for name, field in section.model_fields.items():
             inner = field.annotation
             if isinstance(inner, type) and hasattr(inner, "model_fields"):
-                check(text, inner, values[name])
-            elif name != "sources":
+                check(inner, values[name])
+            elif name not in ("sources", "kind"):
                 assert field.description
                 assert " ".join(field.description.split()[:4]) in text
 
-    text = commented(Recipe())
-    check(text, Recipe, yaml.safe_load(text))
+    written = yaml.safe_load(text)
+    check(Recipe, written)
+    assert list(written["stages"]) == list(KINDS)
+    for name, section in KINDS.items():
+        check(section, written["stages"][name])
+
+
+def test_stages_keep_their_numbers_whatever_is_left_out() -> None:
+    """The seeds of rows and noise have them: a prior alone draws what it does after a Text VAE."""
+
+    def numbers(*stages: str) -> list[int]:
+        made = Recipe.model_validate({"stages": {name: {"kind": name.strip("_23")} for name in stages}})
+        return [made.number(name) for name in stages]
+
+    assert numbers("vae", "prior", "prior_3") == [1, 2, 3]
+    assert numbers("prior") == numbers("joint") == [2]
+    assert numbers("prior", "vae") == [2, 3]
+    assert load_recipe(DEBUG, ["model.arch=ar"]).number("decoder") == 1
+
+
+def test_a_stage_reads_the_sources_that_it_weighs() -> None:
+    sources = (Source(path="data/tiny.parquet", weight=3), Source(hub="a/Books"), Source(path="b/tiny.txt"))
+    assert source_weights(PriorSection(), sources) == [3, 1, 1]
+    named = PriorSection(weights={"data/tiny.parquet": 2, "Books": 0.5})
+    assert source_weights(named, sources) == [2, 0.5, 0]
+    with pytest.raises(ColadaError, match="'tiny' names 2 of the sources"):
+        source_weights(PriorSection(weights={"tiny": 1}), sources)
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("stage2.lr=0.5", r"stage2\.lr was 0\.008 and is now 0\.5"),
+        ("stages.prior.lr=0.5", r"stages\.prior\.lr was 0\.008 and is now 0\.5"),
         ("seed=1", "seed was 0 and is now 1"),
         ("data.sources.0.weight=2", r"data\.sources\.0\.weight was 1\.0 and is now 2\.0"),
         ("data.packing=samples", "data.packing was 'stream' and is now 'samples'"),
@@ -224,7 +260,7 @@ def test_the_difference_of_two_recipes_is_what_changes_the_run(override: str, wo
 
 
 @pytest.mark.parametrize(
-    "override", ["run.log_every=5", "generation.guidance=3", "data.workers=3", "stage1.micro_batch=2"]
+    "override", ["run.log_every=5", "generation.guidance=3", "data.workers=3", "stages.vae.micro_batch=2"]
 )
 def test_what_changes_no_result_is_no_difference(override: str) -> None:
     assert difference(recipe(), recipe(override)) is None

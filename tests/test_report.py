@@ -23,7 +23,7 @@ STAGE1 = {"loss": 4.0, "nll": 3.0, "kl": 20.0, "masked": 2.0, "accuracy": 0.25, 
 STAGE2 = {"loss": 1.0, "flow": 1.0, "log_snr": 4.0, "flow_by_t": [1.0, None, *[0.5] * 8]}
 
 
-def record(stage: int, step: int, split: str = "train", **numbers: Any) -> dict[str, Any]:
+def record(stage: str, step: int, split: str = "train", **numbers: Any) -> dict[str, Any]:
     return {"stage": stage, "step": step, "split": split, "time": 1e9 + 60 * step, **numbers}
 
 
@@ -41,7 +41,7 @@ def whole_run(out: Path, steps: int = 12) -> Path:
         return scaled | {"tokens": 100 * step, "skipped": step // 10}
 
     records = []
-    for stage, values in ((1, STAGE1), (2, STAGE2)):
+    for stage, values in (("vae", STAGE1), ("prior", STAGE2)):
         for step in range(1, steps + 1):
             records.append(record(stage, step, **numbers(step, values | COMMON)))
         records.append(record(stage, steps, "validation", **values))
@@ -112,12 +112,12 @@ class Page(HTMLParser):
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
     run = whole_run(tmp_path_factory.mktemp("runs") / "my <run>")
     (run / "recipe.yaml").write_text("seed: 17\ndata:\n  path: a<b\n")
-    checkpoint = run / "checkpoints" / "stage2-00000012"
+    checkpoint = run / "checkpoints" / "prior-00000012"
     checkpoint.mkdir(parents=True)
     made_with = {"colada": "0.1.0", "torch": "2.13.0", "commit": "abc123+", "device": "x86_64"}
     (checkpoint / "state.json").write_text(
         json.dumps(
-            {"stage": 2, "step": 12, "tokens": 96, "skipped": 0, "number": 3, "made_with": made_with}
+            {"stage": "prior", "step": 12, "tokens": 96, "skipped": 0, "number": 3, "made_with": made_with}
             | {"data": [], "generation": {}}
         )
     )
@@ -129,7 +129,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
 
 def test_every_number_of_both_stages_has_a_plot_with_its_unit(whole: tuple[Path, Page]) -> None:
     _, page = whole
-    expected = {f"stage1_{name}" for name in STAGE1 | COMMON} | {f"stage2_{name}" for name in STAGE2 | COMMON}
+    expected = {f"vae_{name}" for name in STAGE1 | COMMON} | {f"prior_{name}" for name in STAGE2 | COMMON}
     assert page.plots.keys() == expected
     units = {
         "nll": "nats per token",
@@ -165,8 +165,8 @@ def test_plots_are_files_too(whole: tuple[Path, Page]) -> None:
 
 def test_what_was_not_recorded_has_no_plot(tmp_path: Path) -> None:
     never = {"kl": math.nan, "flow_by_t": [None] * 10, "mfu": math.inf}
-    page = Page(write_report(write_run(tmp_path, [record(2, 1, flow=1.0, **never)])))
-    assert page.plots.keys() == {"stage2_flow"}
+    page = Page(write_report(write_run(tmp_path, [record("prior", 1, flow=1.0, **never)])))
+    assert page.plots.keys() == {"prior_flow"}
     assert "Stage 1" not in "".join(page.text)
     assert "skipped" not in "".join(page.text)
     assert "Samples" not in "".join(page.text)
@@ -175,10 +175,12 @@ def test_what_was_not_recorded_has_no_plot(tmp_path: Path) -> None:
 
 def test_numbers_of_ones_own_follow_under_their_names(tmp_path: Path) -> None:
     page = Page(
-        write_report(write_run(tmp_path, [record(2, s, **{"my/own$x$<b>": s, "nll": 1.0}) for s in (1, 2)]))
+        write_report(
+            write_run(tmp_path, [record("prior", s, **{"my/own$x$<b>": s, "nll": 1.0}) for s in (1, 2)])
+        )
     )
-    assert list(page.plots) == ["stage2_nll", "stage2_my_own_x__b_"]
-    assert page.plots["stage2_my_own_x__b_"].count("my/own$x$<b>") == 2  # Title and axis.
+    assert list(page.plots) == ["prior_nll", "prior_my_own_x__b_"]
+    assert page.plots["prior_my_own_x__b_"].count("my/own$x$<b>") == 2  # Title and axis.
 
 
 def test_the_page_is_self_contained(whole: tuple[Path, Page]) -> None:
@@ -225,15 +227,15 @@ def test_facts_table_and_skipped_steps(whole: tuple[Path, Page]) -> None:
 
 
 def test_the_last_samples_are_shown_as_they_are(tmp_path: Path) -> None:
-    run = write_run(tmp_path, [record(2, 10, flow=1.0)])
+    run = write_run(tmp_path, [record("prior", 10, flow=1.0)])
     samples = Samples(run / "samples.txt")
     attack = "</pre><script>alert('&amp;')</script>\n  <img src=//x>"
-    samples.text(2, 5, "old", "old")
-    samples.text(2, 10, "<i>Once", attack)
-    samples.text(2, 10, "Then", "  two\n\nlines")
+    samples.text("prior", 5, "old", "old")
+    samples.text("prior", 10, "<i>Once", attack)
+    samples.text("prior", 10, "Then", "  two\n\nlines")
     page = Page(write_report(run))
     assert page.preformatted == [attack, "  two\n\nlines"]
-    assert {"<i>Once", "Then", "Samples at step 10 of stage 2"} <= set(page.text)
+    assert {"<i>Once", "Then", "Samples at step 10 of prior"} <= set(page.text)
     assert not {"i", "script", "img"} & page.tags
 
 
@@ -288,7 +290,7 @@ def _outside_axis(text: Any, figure: Any) -> bool:
 
 def test_flow_by_timestep_shows_the_mean_of_each_fifth_of_the_stage() -> None:
     rows = [[float(step), None if step % 2 else 4.0] for step in range(1, 11)]
-    figure = report.plot_flow_by_t([record(2, s, flow_by_t=row) for s, row in enumerate(rows, 1)], [])
+    figure = report.plot_flow_by_t([record("prior", s, flow_by_t=row) for s, row in enumerate(rows, 1)], [])
     (axes,) = figure.axes
     assert [line.get_label() for line in axes.lines] == ["1–2", "3–4", "5–6", "7–8", "9–10"]
     for number, line in enumerate(axes.lines):
@@ -341,13 +343,13 @@ def test_a_directory_without_records_is_named(tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
-    run = write_run(tmp_path, [record(2, 10, flow=1.0)])
+    run = write_run(tmp_path, [record("prior", 10, flow=1.0)])
     (run / "recipe.yaml").write_text("a: [")
     with pytest.raises(ColadaError, match=r"recipe\.yaml is not valid YAML"):
         write_report(run)
     (run / "recipe.yaml").unlink()
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"stage": 1, "st')
+        file.write('{"stage": "vae", "st')
     with pytest.raises(ColadaError, match=r"metrics\.jsonl, line 2: damaged") as caught:
         write_report(run)
     assert "\n" not in str(caught.value)
@@ -371,7 +373,7 @@ def test_the_same_run_gives_the_same_report_and_leaves_matplotlib_as_it_was(tmp_
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    run = write_run(tmp_path, [record(2, step, flow=1.0 / step) for step in range(1, 9)])
+    run = write_run(tmp_path, [record("prior", step, flow=1.0 / step) for step in range(1, 9)])
     first = write_report(run).read_bytes()
     assert write_report(run).read_bytes() == first
     assert dict(matplotlib.rcParams) == before

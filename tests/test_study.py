@@ -69,7 +69,7 @@ def recipes(tmp_path: Path) -> list[Path]:
         paths.append(tmp_path / f"{name}.yaml")
         # No decoder is as small as the tiny Cola DLM.
         decoder = "model.decoder={dim: 16, num_layers: 1, num_heads: 2, ffn_dim: 40}"
-        small = ["baseline.batch=1", "baseline.length=8", "baseline.warmup=1"]
+        small = ["stages.decoder.batch=1", "stages.decoder.length=8", "stages.decoder.warmup=1"]
         quiet = [
             decoder,
             *small,
@@ -78,7 +78,9 @@ def recipes(tmp_path: Path) -> list[Path]:
             "run.sample_every=0",
             f"data.cache={tmp_path / 'shards'}",
         ]
-        save_recipe(runs.recipe(f"stage1.steps={steps}", f"stage2.steps={steps}", *quiet), paths[-1])
+        save_recipe(
+            runs.recipe(f"stages.vae.steps={steps}", f"stages.prior.steps={steps}", *quiet), paths[-1]
+        )
     return paths
 
 
@@ -170,7 +172,7 @@ def test_an_interrupted_training_goes_on(
     out, whole = tmp_path / "study", tmp_path / "whole"
     items = ASKED.benchmarks(benchmarks)
     with pytest.raises(Interrupted):
-        run_study(cells, ASKED, items, out, runs.At(2, 3))
+        run_study(cells, ASKED, items, out, runs.At("prior", 3))
     assert not (out / cells[0].name / CELL_FILE).exists()
     assert run_study(cells, ASKED, items, out, Display()).made == [cells[0].name]
     run_study(cells, ASKED, items, whole, Display())
@@ -253,7 +255,7 @@ def test_a_cell_trained_with_another_recipe_is_refused(
     study(recipes[1:], benchmarks, out)
     recipes[1].write_text(recipes[1].read_text().replace("mask_ratio: 0.15", "mask_ratio: 0.2"))
     failed = study(recipes[1:], benchmarks, out).failed["little/cola/seed0"]
-    assert "stage1.mask_ratio was 0.15 and is now 0.2" in failed
+    assert "stages.vae.mask_ratio was 0.15 and is now 0.2" in failed
 
 
 def test_bad_requests_are_named(recipes: list[Path], tmp_path: Path) -> None:
@@ -268,7 +270,7 @@ def test_bad_requests_are_named(recipes: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ColadaError, match="recipes of one name"):
         plan_cells([*recipes, twin], ["cola"], 1, "cpu")
     guided = tmp_path / "guided.yaml"
-    quiet = ["generation={guidance: 3.0}", "baseline.generation={guidance: 3.0}"]
+    quiet = ["generation={guidance: 3.0}", "stages.decoder.generation={guidance: 3.0}"]
     save_recipe(runs.recipe(*quiet, "model.decoder={dim: 16, num_heads: 2, num_layers: 1}"), guided)
     assert len(plan_cells([guided], ["cola"], 1, "cpu")) == 1
     with pytest.raises(ColadaError, match=r"guided\.yaml: generation: guidance=3\.0, but AR has no guidance"):

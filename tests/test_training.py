@@ -21,29 +21,31 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import colada
 import make_stories
+from colada.cli.main import main
 from colada.errors import ColadaError
 from colada.text.tokenizer import Tokenizer
 from colada.train.checkpoints import Place, find, places
-from colada.train.dry_run import resolve
 from colada.train.export import export
 from colada.train.optimisation import learning_rate
-from colada.train.recipe import commented, load_recipe
+from colada.train.plan import resolve
+from colada.train.recipe import commented, load_recipe, save_recipe
+from colada.train.stages import make_stage
 from colada.train.trainer import Interrupted, Trainer
 from golden_losses import GOLDEN, curve
 from runs import DEBUG, ROOT, TINY, At, CrashAt, assert_same_run, final_state, logged, metrics, recipe, same
 
-JOINT = ["stage2.vae=joint", "stage2.vae_lr=0.1", "stage1.ema=0.9", "stage2.ema=0.95"]
+JOINT = ["stages.prior.kind=joint", "stages.prior.vae_lr=0.1", "stages.vae.ema=0.9", "stages.prior.ema=0.95"]
 VARIANTS = {
-    "frozen": ["stage2.ema=0"],
-    "joint": [*JOINT, "stage1.micro_batch=2", "stage2.micro_batch=3"],
+    "frozen": ["stages.prior.ema=0"],
+    "joint": [*JOINT, "stages.vae.micro_batch=2", "stages.prior.micro_batch=3"],
     "interval": [
         *JOINT,
-        "stage2.vae=interval",
-        "stage2.interval=[2, 1]",
-        "stage2.copies=2",
-        "stage2.schedule=wsd",
+        "stages.prior.kind=joint",
+        "stages.prior.interval=[2, 1]",
+        "stages.prior.copies=2",
+        "stages.prior.schedule=wsd",
     ],
-    "muon": [*JOINT, "stage1.optimiser=muon", "stage2.optimiser=muon"],
+    "muon": [*JOINT, "stages.vae.optimiser=muon", "stages.prior.optimiser=muon"],
 }
 
 
@@ -59,8 +61,8 @@ def test_the_corpus_is_what_its_script_writes() -> None:
         (["model.vae.dims=3"], r"model.vae.*'dims'.*did you mean 'dim'"),
         (["model.dit.rope_dim=7"], r"model.dit.*rope_dim=7"),
         (["model.dit.block_size=2"], r"block_size=2"),
-        (["stage1.length=18"], r"stage1.length=18.*multiple.*4"),
-        (["stage2.length=2"], r"stage2.length=2"),
+        (["stages.vae.length=18"], r"stages.vae.length=18.*multiple.*4"),
+        (["stages.prior.length=2"], r"stages.prior.length=2"),
         (["model.vae.vocab_size=17"], r"vocab_size"),
         (["run.device=gpu"], r"run.device='gpu'"),
         (["run.device=cuda:99"], r"run.device='cuda:99' cannot be used"),
@@ -79,7 +81,10 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_trained(
 @pytest.mark.parametrize("variant", ["frozen", "joint"])
 def test_every_step_uses_its_own_learning_rate(tmp_path: Path, variant: str) -> None:
     made = recipe(
-        *VARIANTS[variant], "run.sample_every=0", "stage2.micro_batch=null", "stage1.micro_batch=null"
+        *VARIANTS[variant],
+        "run.sample_every=0",
+        "stages.prior.micro_batch=null",
+        "stages.vae.micro_batch=null",
     )
     used: list[list[float]] = []
     hook = register_optimizer_step_pre_hook(
@@ -89,10 +94,10 @@ def test_every_step_uses_its_own_learning_rate(tmp_path: Path, variant: str) -> 
         Trainer(made, tmp_path).run()
     finally:
         hook.remove()
-    first = [[made.stage1.lr * learning_rate(k, made.stage1)] * 2 for k in range(6)]
+    first = [[made.stages["vae"].lr * learning_rate(k, made.stages["vae"])] * 2 for k in range(6)]
     second = []
     for k in range(6):
-        rate = made.stage2.lr * learning_rate(k, made.stage2)
+        rate = made.stages["prior"].lr * learning_rate(k, made.stages["prior"])
         second.append([rate] * 2)
         if variant == "joint":
             second.append([0.1 * rate] * 2)
@@ -115,7 +120,7 @@ def debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def validation(out: Path, stage: int, term: str) -> list[float]:
+def validation(out: Path, stage: str, term: str) -> list[float]:
     return [
         record[term] for record in metrics(out) if (record["stage"], record["split"]) == (stage, "validation")
     ]
@@ -126,7 +131,7 @@ def test_the_debug_recipe_learns_to_reconstruct(debug_run: Path) -> None:
     assert validation(debug_run, 1, "accuracy")[-1] > 0.9
     losses = validation(debug_run, 1, "nll")
     assert losses[-1] < 0.2
-    trained = [record["nll"] for record in metrics(debug_run) if record["stage"] == 1 and "nll" in record]
+    trained = [record["nll"] for record in metrics(debug_run) if record["stage"] == "vae" and "nll" in record]
     assert trained[-1] < 0.1 * trained[0]
     # The same through the saved model, on stories it has not seen.
     model = colada.load(debug_run / "model")
@@ -197,26 +202,26 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("variant", "stage", "step"),
     [
-        ("frozen", 1, 3),
-        ("frozen", 1, 6),
-        ("frozen", 2, 1),
-        ("frozen", 2, 5),
-        ("joint", 1, 3),
-        ("joint", 1, 6),
-        ("joint", 2, 3),
-        ("joint", 2, 6),
-        ("interval", 2, 1),
-        ("interval", 2, 4),
-        ("muon", 1, 1),
-        ("muon", 2, 3),
+        ("frozen", "vae", 3),
+        ("frozen", "vae", 6),
+        ("frozen", "prior", 1),
+        ("frozen", "prior", 5),
+        ("joint", "vae", 3),
+        ("joint", "vae", 6),
+        ("joint", "prior", 3),
+        ("joint", "prior", 6),
+        ("interval", "prior", 1),
+        ("interval", "prior", 4),
+        ("muon", "vae", 1),
+        ("muon", "prior", 3),
     ],
 )
 def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not(
-    tmp_path: Path, uninterrupted: dict[str, Path], variant: str, stage: int, step: int
+    tmp_path: Path, uninterrupted: dict[str, Path], variant: str, stage: str, step: int
 ) -> None:
     made = recipe(*VARIANTS[variant])
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match=rf"stage {stage}, step {step}"):
+    with pytest.raises(Interrupted, match=rf"step {step} of {stage};"):
         Trainer(made, tmp_path, At(stage, step)).run()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert places(tmp_path / "checkpoints")[-1] == Place(stage, step)
@@ -228,9 +233,11 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not(
     assert len({sample.read_text() for sample in samples}) == 1
 
 
-@pytest.mark.parametrize(("variant", "stage", "step"), [("frozen", 1, 5), ("joint", 2, 1), ("joint", 2, 5)])
+@pytest.mark.parametrize(
+    ("variant", "stage", "step"), [("frozen", "vae", 5), ("joint", "prior", 1), ("joint", "prior", 5)]
+)
 def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(
-    tmp_path: Path, uninterrupted: dict[str, Path], variant: str, stage: int, step: int
+    tmp_path: Path, uninterrupted: dict[str, Path], variant: str, stage: str, step: int
 ) -> None:
     made = recipe(*VARIANTS[variant])
     with pytest.raises(ZeroDivisionError):
@@ -251,7 +258,7 @@ def test_a_frozen_vae_stays_that_of_stage_1_and_a_joint_one_moves(
 ) -> None:
     for variant in ("frozen", "joint"):
         out = tmp_path / variant
-        Trainer(recipe(*VARIANTS[variant], "stage2.steps=0"), out).run()
+        Trainer(recipe(*VARIANTS[variant], "stages.prior.steps=0"), out).run()
         stage1 = colada.load(out / "model").vae.state_dict()
         after = colada.load(uninterrupted[variant] / "model").vae.state_dict()
         assert same(stage1, after) == (variant == "frozen")
@@ -265,8 +272,8 @@ def test_another_recipe_in_the_same_directory_is_refused(
     out = tmp_path / "run"
     shutil.copytree(uninterrupted["frozen"], out)
     before = (out / "recipe.yaml").read_bytes()
-    with pytest.raises(ColadaError, match=r"stage2\.lr was 0\.008 and is now 0\.5"):
-        Trainer(recipe(*VARIANTS["frozen"], "stage2.lr=0.5"), out)
+    with pytest.raises(ColadaError, match=r"stages\.prior\.lr was 0\.008 and is now 0\.5"):
+        Trainer(recipe(*VARIANTS["frozen"], "stages.prior.lr=0.5"), out)
     with pytest.raises(ColadaError, match=r"seed was 0 and is now 1"):
         Trainer(recipe(*VARIANTS["frozen"], "seed=1"), out)
     assert (out / "recipe.yaml").read_bytes() == before
@@ -277,14 +284,14 @@ def test_another_recipe_in_the_same_directory_is_refused(
 def test_a_run_goes_on_with_the_text_it_began_with(tmp_path: Path) -> None:
     texts, out = tmp_path / "texts", tmp_path / "run"
     shutil.copytree(make_stories.STORIES.parent, texts)
-    made = recipe("stage2.steps=0", f"data.sources.0.path={texts}")
+    made = recipe("stages.prior.steps=0", f"data.sources.0.path={texts}")
     with pytest.raises(Interrupted):
-        Trainer(made, out, At(1, 3)).run()
+        Trainer(made, out, At("vae", 3)).run()
     story = texts / "stories.txt"
     os.utime(story, (1, 1))  # Copied, say: the text is the same.
     Trainer(made, out)
     story.write_text(story.read_text() + "\n<|endoftext|>\nOne more story.\n")
-    with pytest.raises(ColadaError, match=r"the training text of .*texts is not what .*stage1-00000003"):
+    with pytest.raises(ColadaError, match=r"the training text of .*texts is not what .*vae-00000003"):
         Trainer(made, out)
 
 
@@ -295,19 +302,19 @@ def test_a_directory_without_a_checkpoint_takes_the_recipe_it_is_given(tmp_path:
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
-    made = recipe("stage2.steps=0")
+    made = recipe("stages.prior.steps=0")
     Trainer(made, tmp_path).run()
-    (file,) = (tmp_path / "checkpoints" / "stage1-00000006").glob("*.distcp")
+    (file,) = (tmp_path / "checkpoints" / "vae-00000006").glob("*.distcp")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ColadaError, match=r"stage1-00000006 is damaged"):
+    with pytest.raises(ColadaError, match=r"vae-00000006 is damaged"):
         Trainer(made, tmp_path).run()
 
 
 def test_the_last_checkpoints_and_the_milestones_are_kept(tmp_path: Path) -> None:
     Trainer(recipe("run.save_every=1", "run.keep_last=2", "run.keep_every=3"), tmp_path).run()
     kept = [place.name for place in places(tmp_path / "checkpoints")]
-    assert kept == [f"stage{k}-0000000{n}" for k, n in [(1, 3), (1, 6), (2, 3), (2, 5), (2, 6)]]
+    assert kept == ["vae-00000003", "vae-00000006", "prior-00000003", "prior-00000005", "prior-00000006"]
 
 
 def test_a_run_resumes_from_a_step_or_a_directory_as_from_the_last_checkpoint(
@@ -315,14 +322,14 @@ def test_a_run_resumes_from_a_step_or_a_directory_as_from_the_last_checkpoint(
 ) -> None:
     made = recipe(*VARIANTS["joint"], "run.keep_last=20")
     Trainer(made, tmp_path / "run").run()
-    for resume in ("4", "stage1-00000002", str(tmp_path / "run" / "checkpoints" / "stage2-00000002")):
+    for resume in ("4", "vae-00000002", str(tmp_path / "run" / "checkpoints" / "prior-00000002")):
         Trainer(made, tmp_path / "run", resume=resume).run()
         assert_same_run(tmp_path / "run", uninterrupted["joint"])
         assert logged(tmp_path / "run") == logged(uninterrupted["joint"])
-    with pytest.raises(ColadaError, match=r"no checkpoint '7'.*stage1-00000002"):
+    with pytest.raises(ColadaError, match=r"no checkpoint '7'.*vae-00000002"):
         Trainer(made, tmp_path / "run", resume="7")
     # Into a directory of its own.
-    start = tmp_path / "run" / "checkpoints" / "stage2-00000002"
+    start = tmp_path / "run" / "checkpoints" / "prior-00000002"
     Trainer(made, tmp_path / "other", resume=str(start)).run()
     assert_same_run(tmp_path / "other", uninterrupted["joint"])
 
@@ -331,9 +338,9 @@ def test_a_run_that_went_back_goes_on_from_there(tmp_path: Path, uninterrupted: 
     made = recipe(*VARIANTS["joint"], "run.keep_last=20")
     Trainer(made, tmp_path).run()
     with pytest.raises(Interrupted):
-        Trainer(made, tmp_path, At(2, 3), resume="stage2-00000002").run()
+        Trainer(made, tmp_path, At("prior", 3), resume="prior-00000002").run()
     # Those of the later steps are older now.
-    assert find(tmp_path, "auto") == tmp_path / "checkpoints" / "stage2-00000003"
+    assert find(tmp_path, "auto") == tmp_path / "checkpoints" / "prior-00000003"
     Trainer(made, tmp_path).run()
     assert_same_run(tmp_path, uninterrupted["joint"])
     assert logged(tmp_path) == logged(uninterrupted["joint"])
@@ -348,20 +355,20 @@ def test_two_runs_in_one_directory_are_refused(tmp_path: Path) -> None:
                 Trainer(made, tmp_path).run()
             seen.append(caught.value)
 
-    Trainer(made, tmp_path, Another(1, 2)).run()
+    Trainer(made, tmp_path, Another("vae", 2)).run()
     assert seen
     assert [r["step"] for r in metrics(tmp_path) if r["split"] == "train"] == [*range(1, 7)] * 2
 
 
 def test_what_a_recipe_gets_wrong_is_said_before_any_text_is_read(tmp_path: Path) -> None:
-    for override in ("stage2.length=63", "run.monitors=[tensorbord]", "model.vae.dimm=3"):
+    for override in ("stages.prior.length=63", "run.monitors=[tensorbord]", "model.vae.dimm=3"):
         with pytest.raises(ColadaError):
             Trainer(recipe(override), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_stages_may_both_be_left_out(tmp_path: Path) -> None:
-    Trainer(recipe("stage1.steps=0", "stage2.steps=0", "run.report=true"), tmp_path).run()
+    Trainer(recipe("stages.vae.steps=0", "stages.prior.steps=0", "run.report=true"), tmp_path).run()
     assert len(colada.load(tmp_path / "model").generate("One", 4, end_ids=())[0].tokens) == 4
 
 
@@ -371,6 +378,7 @@ from pathlib import Path
 import torch
 from colada.train import checkpoints
 from colada.train.recipe import load_recipe
+from colada.train.stages import make_stage
 from colada.train.trainer import Trainer
 
 number, moment = int(sys.argv[3]), sys.argv[4]
@@ -393,7 +401,7 @@ def save(*args, **kwargs):  # In the middle of the file that holds the tensors.
     return write(*args, **kwargs)
 
 def late(old, new):  # After all is written, before the checkpoint has its name.
-    if moment == "rename" and begun == number and Path(new).name.startswith("stage"):
+    if moment == "rename" and begun == number and Path(new).name.startswith("vae"):
         die()
     rename(old, new)
 
@@ -443,13 +451,13 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path: Path, uninterrupted: dict[
     assert_same_run(out, uninterrupted["frozen"])
 
 
-@pytest.mark.parametrize(("stage", "step"), [(1, 4), (2, 2), (2, 6)])
+@pytest.mark.parametrize(("stage", "step"), [("vae", 4), ("prior", 2), ("prior", 6)])
 def test_a_checkpoint_becomes_a_model_at_any_step(
-    tmp_path: Path, uninterrupted: dict[str, Path], stage: int, step: int
+    tmp_path: Path, uninterrupted: dict[str, Path], stage: str, step: int
 ) -> None:
     out = tmp_path / "run"
     Trainer(recipe(*VARIANTS["joint"], "run.keep_last=20"), out).run()
-    words = export(out / "checkpoints" / f"stage{stage}-0000000{step}", tmp_path / "model")
+    words = export(out / "checkpoints" / f"{stage}-0000000{step}", tmp_path / "model")
     assert f"stage {stage}, step {step}" in words
     model = colada.load(tmp_path / "model")
     assert len(model.generate("One morning", 6, end_ids=())[0].tokens) == 6
@@ -475,14 +483,14 @@ def test_every_checkpoint_says_what_made_it(uninterrupted: dict[str, Path]) -> N
 def test_metrics_are_one_json_object_a_line(uninterrupted: dict[str, Path], variant: str) -> None:
     records = metrics(uninterrupted[variant])
     train = [(r["stage"], r["step"]) for r in records if r["split"] == "train"]
-    assert train == [(stage, step) for stage in (1, 2) for step in range(1, 7)]
+    assert train == [(stage, step) for stage in ("vae", "prior") for step in range(1, 7)]
     checked = [(r["stage"], r["step"]) for r in records if r["split"] == "validation"]
-    assert checked == [(1, 3), (1, 6), (2, 3), (2, 6)]
+    assert checked == [("vae", 3), ("vae", 6), ("prior", 3), ("prior", 6)]
     times = [record["time"] for record in records]
     assert times == sorted(times)
-    wanted = {1: {"nll", "kl", "masked", "accuracy", "log_snr"}, 2: {"flow", "log_snr"}}
+    wanted = {"vae": {"nll", "kl", "masked", "accuracy", "log_snr"}, "prior": {"flow", "log_snr"}}
     if variant == "joint":
-        wanted[2] |= {"nll", "log_q", "kl_ref", "masked", "accuracy"}
+        wanted["prior"] |= {"nll", "log_q", "kl_ref", "masked", "accuracy"}
     for record in records:
         terms = record.keys() - {"stage", "step", "split", "time"}
         extra = {"tokens"}
@@ -490,15 +498,15 @@ def test_metrics_are_one_json_object_a_line(uninterrupted: dict[str, Path], vari
             extra |= {"lr", "grad_norm", "loss", "skipped", "tokens_per_s", "mfu", "memory_gb"}
         assert terms - {"flow_by_t"} == wanted[record["stage"]] | extra
         assert all(math.isfinite(record[term]) for term in terms - {"flow_by_t"})
-        if record["stage"] == 2:
+        if record["stage"] == "prior":
             assert len(record["flow_by_t"]) == 10
     assert [r["tokens"] for r in records if r["split"] == "train"] == [16 * 4 * n for n in range(1, 7)] * 2
 
 
 def test_validation_is_the_same_measurement_every_time(tmp_path: Path) -> None:
     made = Trainer(recipe(), tmp_path)
-    for number in (1, 2):
-        stage = made.system.stage(number, made._lay_out)
+    for name in ("vae", "prior"):
+        stage = make_stage(made.system, name, made._lay_out)
         rows = made.inputs.rows("validation", stage.section, 0, made.system.block_tokens)
         first = made._validate(stage, stage.networks, rows, 0)
         torch.manual_seed(1)
@@ -507,16 +515,17 @@ def test_validation_is_the_same_measurement_every_time(tmp_path: Path) -> None:
 
 def test_a_run_feeds_its_monitors_and_ends_with_a_report(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    Trainer(recipe("run.monitors=[tensorboard]", "run.report=true"), tmp_path).run()
+    save_recipe(recipe("run.monitors=[tensorboard]", "run.report=true"), tmp_path / "recipe.yaml")
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path)]) == 0
     page = (tmp_path / "report" / "report.html").read_text()
     for title in ("Flow loss", "Gradient norm", "log-SNR", "MFU", "Memory", "One morning"):
         assert title.lower() in page.lower(), title
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    seen = EventAccumulator(str(tmp_path / "tensorboard" / "stage2"))
+    seen = EventAccumulator(str(tmp_path / "tensorboard"))
     seen.Reload()
-    flow = "stage2/flow"
-    logged = [r["flow"] for r in metrics(tmp_path) if r["split"] == "train" and r["stage"] == 2]
+    flow = "prior/flow"
+    logged = [r["flow"] for r in metrics(tmp_path) if r["split"] == "train" and r["stage"] == "prior"]
     assert [event.value for event in seen.Scalars(flow)] == pytest.approx(logged)
 
 
@@ -529,9 +538,9 @@ def test_z0_prediction_wider_latents_and_joint_training_run(tmp_path: Path) -> N
         "model.dit.prediction=z0",
         "model.vae.latent_dim=24",
         "model.vae.patch_size=2",
-        "stage2.loc=null",
-        "stage2.timestep_per=row",
-        "stage1.log_snr=3.0",
+        "stages.prior.loc=null",
+        "stages.prior.timestep_per=row",
+        "model.vae.log_snr=3.0",
     )
     Trainer(made, tmp_path).run()
     model = colada.load(tmp_path / "model")
@@ -557,7 +566,7 @@ def test_bfloat16_trains_and_saves(tmp_path: Path) -> None:
 def test_a_tokenizer_of_ones_own_is_used(tmp_path: Path) -> None:
     own = Tokenizer.train([make_stories.corpus()], 290)
     own.save(tmp_path / "own.json")
-    made = recipe(f"tokenizer.file={tmp_path / 'own.json'}", "stage1.steps=1", "stage2.steps=0")
+    made = recipe(f"tokenizer.file={tmp_path / 'own.json'}", "stages.vae.steps=1", "stages.prior.steps=0")
     Trainer(made, tmp_path / "run").run()
     model = colada.load(tmp_path / "run" / "model")
     assert model.tokenizer is not None
@@ -569,7 +578,9 @@ def test_a_tokenizer_of_ones_own_is_used(tmp_path: Path) -> None:
 def test_micro_batches_change_nothing_but_rounding(tmp_path: Path, variant: str) -> None:
     curves = []
     for size in ("null", 1, 3):
-        made = recipe(*VARIANTS[variant], f"stage1.micro_batch={size}", f"stage2.micro_batch={size}")
+        made = recipe(
+            *VARIANTS[variant], f"stages.vae.micro_batch={size}", f"stages.prior.micro_batch={size}"
+        )
         Trainer(made, tmp_path / str(size)).run()
         curves.append([r["loss"] for r in metrics(tmp_path / str(size)) if r["split"] == "train"])
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
@@ -581,7 +592,7 @@ def test_recomputing_and_compiling_change_nothing_but_rounding(tmp_path: Path, s
     if setting.startswith("run.compile") and shutil.which("c++") is None:
         pytest.skip("torch.compile on a CPU needs a C++ compiler")
     # Two layers: the last is compiled for fewer queries.
-    short = ["stage1.steps=1", "stage2.steps=4", "model.dit.num_layers=2"]
+    short = ["stages.vae.steps=1", "stages.prior.steps=4", "model.dit.num_layers=2"]
     curves = []
     for name, extra in (("plain", []), ("other", [setting])):
         Trainer(recipe(*short, *extra), tmp_path / name).run()
@@ -597,7 +608,7 @@ def test_a_model_is_the_start_of_another_run(tmp_path: Path, uninterrupted: dict
     yaml = tmp_path / "own.yaml"
     yaml.write_text("generation: {steps: 4}\n")
     common = [o for o in TINY if not o.startswith(("model.", "tokenizer.", "generation."))]
-    tune = load_recipe(yaml, [*common, f"model.init={start}", "stage1.steps=0", "stage2.steps=1"])
+    tune = load_recipe(yaml, [*common, f"model.init={start}", "stages.vae.steps=0", "stages.prior.steps=1"])
     Trainer(tune, tmp_path / "tuned").run()
     before, after = colada.load(start), colada.load(tmp_path / "tuned" / "model")
     assert same(before.vae.state_dict(), after.vae.state_dict())
@@ -606,13 +617,13 @@ def test_a_model_is_the_start_of_another_run(tmp_path: Path, uninterrupted: dict
         float((a - b).abs().max().detach())
         for a, b in zip(before.dit.parameters(), after.dit.parameters(), strict=True)
     )
-    assert 0 < change < 2 * tune.stage2.lr
+    assert 0 < change < 2 * tune.stages["prior"].lr
     # What the recipe does not say is the model's own.
     assert (before.generation, after.generation) == (
         {"steps": 2, "guidance": 2.0},
         {"steps": 4, "guidance": 2.0},
     )
-    export(tmp_path / "tuned" / "checkpoints" / "stage2-00000001", tmp_path / "exported")
+    export(tmp_path / "tuned" / "checkpoints" / "prior-00000001", tmp_path / "exported")
     assert colada.load(tmp_path / "exported").generation == after.generation
     assert after.tokenizer is not None
     assert before.tokenizer is not None
@@ -625,20 +636,20 @@ def test_a_model_that_contradicts_the_recipe_is_no_start(
     yaml = tmp_path / "own.yaml"
     yaml.write_text(f"model: {{init: {uninterrupted['frozen'] / 'model'}}}\n")
     common = [o for o in TINY if not o.startswith(("model.", "tokenizer.", "generation."))]
-    with pytest.raises(ColadaError, match=r"stage1.length=18"):
-        Trainer(load_recipe(yaml, [*common, "stage1.length=18"]), tmp_path / "run")
+    with pytest.raises(ColadaError, match=r"stages.vae.length=18"):
+        Trainer(load_recipe(yaml, [*common, "stages.vae.length=18"]), tmp_path / "run")
 
 
 # --- steps that are not finite ------------------------------------------------------------------
 
 
 class Spoilt(Trainer):
-    """A trainer in which some steps of stage 1 draw infinite noise."""
+    """A trainer in which some steps of the Text VAE draw infinite noise."""
 
     bad: tuple[int, ...] = ()
 
     def _step(self, stage: Any, step: int, own: Any, draws: Any) -> Any:
-        if stage.number == 1 and step in self.bad:
+        if stage.name == "vae" and step in self.bad:
             draws = draws.map(lambda x: x * math.inf if x.is_floating_point() else x)
         return super()._step(stage, step, own, draws)
 
@@ -647,9 +658,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> No
     class Twice(Spoilt):
         bad = (2, 4)
 
-    made = recipe("stage2.steps=0", "stage1.ema=0.9")
+    made = recipe("stages.prior.steps=0", "stages.vae.ema=0.9")
     with pytest.raises(Interrupted):
-        Twice(made, tmp_path, At(1, 3)).run()
+        Twice(made, tmp_path, At("vae", 3)).run()
     Twice(made, tmp_path).run()
     records = [r for r in metrics(tmp_path) if r["split"] == "train"]
     assert [r["skipped"] for r in records] == [0, 0, 1, 1, 2, 2]
@@ -663,10 +674,10 @@ def test_a_skipped_step_leaves_weights_and_optimiser_as_they_were(tmp_path: Path
     class Last(Spoilt):
         bad = (5,)
 
-    made = recipe("stage2.steps=0", "run.save_every=5", "run.keep_last=5")
+    made = recipe("stages.prior.steps=0", "run.save_every=5", "run.keep_last=5")
     Last(made, tmp_path).run()
     states = [final_state(tmp_path)]
-    shutil.rmtree(tmp_path / "checkpoints" / "stage1-00000006")
+    shutil.rmtree(tmp_path / "checkpoints" / "vae-00000006")
     states.append(final_state(tmp_path))
     assert same(states[0], states[1])
 
@@ -678,15 +689,15 @@ def test_too_many_steps_that_are_not_finite_stop_the_run_saved(tmp_path: Path) -
     with pytest.raises(ColadaError) as caught:
         Always(recipe("run.max_skipped=2"), tmp_path).run()
     message = str(caught.value)
-    assert "stage 1: 3 steps were not finite, run.max_skipped=2; the last is step 5" in message
+    assert "vae: 3 steps were not finite, run.max_skipped=2; the last is step 5" in message
     assert re.search(r"stories\.txt:\d+", message), message
     assert "\n" not in message
-    assert places(tmp_path / "checkpoints")[-1] == Place(1, 5)
+    assert places(tmp_path / "checkpoints")[-1] == Place("vae", 5)
 
 
 def test_a_learning_rate_far_too_high_is_caught(tmp_path: Path) -> None:
     with pytest.raises(ColadaError, match=r"steps were not finite"):
-        Trainer(recipe("stage1.lr=1e6", "stage1.warmup=0", "run.max_skipped=1"), tmp_path).run()
+        Trainer(recipe("stages.vae.lr=1e6", "stages.vae.warmup=0", "run.max_skipped=1"), tmp_path).run()
 
 
 # --- unusable data and full disks ---------------------------------------------------------------
@@ -697,7 +708,7 @@ def test_too_little_text_is_refused_by_how_much_there_is(tmp_path: Path) -> None
     made = ["data.validation_share=0.5", f"data.sources.0.path={tmp_path / 'a.txt'}"]
     made.append("tokenizer.vocab_size=260")
     with pytest.raises(ColadaError, match=r"(train|validation) has \d+ ids, expected at least 65"):
-        Trainer(recipe(*made, "stage1.length=64"), tmp_path / "run").run()
+        Trainer(recipe(*made, "stages.vae.length=64"), tmp_path / "run").run()
 
 
 def test_an_undecodable_file_is_named_with_its_line(tmp_path: Path) -> None:
@@ -735,12 +746,12 @@ def test_a_write_that_the_system_refuses_keeps_the_last_checkpoint(
 ) -> None:
     made = recipe(*VARIANTS["frozen"])
     with pytest.raises(Interrupted):
-        Trainer(made, tmp_path, At(1, 2)).run()
+        Trainer(made, tmp_path, At("vae", 2)).run()
     size = max(path.stat().st_size for path in (tmp_path / "checkpoints").rglob("*.distcp"))
     with files_of_at_most(size // 2), pytest.raises(ColadaError, match="cannot write to") as caught:
         Trainer(made, tmp_path).run()
     assert "\n" not in str(caught.value)
-    assert places(tmp_path / "checkpoints") == [Place(1, 2)]
+    assert places(tmp_path / "checkpoints") == [Place("vae", 2)]
     Trainer(made, tmp_path).run()
     assert_same_run(tmp_path, uninterrupted["frozen"])
 
@@ -748,7 +759,7 @@ def test_a_write_that_the_system_refuses_keeps_the_last_checkpoint(
 def test_resuming_on_a_full_disk_harms_nothing(tmp_path: Path, uninterrupted: dict[str, Path]) -> None:
     made = recipe(*VARIANTS["frozen"])
     with pytest.raises(Interrupted):
-        Trainer(made, tmp_path, At(2, 2)).run()
+        Trainer(made, tmp_path, At("prior", 2)).run()
     with files_of_at_most(0), pytest.raises(ColadaError, match="cannot"):
         Trainer(made, tmp_path).run()
     Trainer(made, tmp_path).run()
@@ -760,4 +771,4 @@ def test_resuming_on_a_full_disk_harms_nothing(tmp_path: Path, uninterrupted: di
 def test_a_log_that_cannot_be_written_is_one_clear_error(tmp_path: Path, name: str) -> None:
     (tmp_path / name).symlink_to("/dev/full")
     with pytest.raises(ColadaError, match=f"cannot write to .*{os.strerror(errno.ENOSPC)}"):
-        Trainer(recipe("stage1.steps=2", "stage2.steps=1"), tmp_path).run()
+        Trainer(recipe("stages.vae.steps=2", "stages.prior.steps=1"), tmp_path).run()

@@ -102,7 +102,7 @@ def speed(
     from benchmarks.generation.cost import history_bytes
     from benchmarks.generation.peers import check_peers, make_peers
     from benchmarks.generation.run import engine_serve, measure_cell, measure_mixed, mixed_requests, sweep
-    from colada.train.plan import parameter_counts, scaled
+    from colada.train.cost import parameter_counts, scaled
 
     names = check_peers(peers)
     if named:

@@ -23,7 +23,7 @@ from colada.errors import ColadaError
 from colada.networks.config import DiTConfig, TextVAEConfig
 from colada.networks.dit import AdaLN, DiT
 from colada.networks.vae import TextVAE
-from colada.train.plan import block_causal_pairs, matrix_entries
+from colada.train.cost import block_causal_pairs, matrix_entries
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from colada.errors import ColadaError
 from colada.evaluate.tasks import Task, find_task
 from colada.files import read_json_object
 from colada.models.base import ARCHITECTURES
-from colada.train.ledger import Ledger
+from colada.train.plan import Cost
 
 ARCHS = tuple(ARCHITECTURES)
 
@@ -117,7 +117,7 @@ class Result:
     point: str
     arch: str
     seed: int
-    cost: Ledger
+    cost: Cost
     asked: dict[str, Any]
     counts: dict[str, Counts]
     record: dict[str, Any]
@@ -158,9 +158,7 @@ def read_result(path: Path) -> Result:
             {name: value + 0 for name, value in cost[key].items() if name != "total"}
             for key in ("parameters", "flops")
         )
-        ledger = Ledger(
-            str(cost["arch"]), parameters, flops, int(cost["tokens"]), float(cost["narrow_flops"])
-        )
+        ledger = Cost(str(cost["arch"]), parameters, flops, int(cost["tokens"]), float(cost["narrow_flops"]))
         where = str(cell["recipe"]), cell["arch"], int(cell["seed"])
         return Result(*where, ledger, dict(record["asked"]), counts, record)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, ColadaError) as error:

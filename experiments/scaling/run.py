@@ -26,8 +26,7 @@ from colada.files import write_text
 from colada.models.cola import KINDS, load
 from colada.train.checkpoints import RECIPE, disk_errors
 from colada.train.display import Display
-from colada.train.dry_run import resolve
-from colada.train.ledger import Ledger, ledger
+from colada.train.plan import Cost, plan_run, resolve
 from colada.train.recipe import Recipe, difference, load_recipe
 from colada.train.trainer import MODEL, Trainer
 from experiments.scaling.cells import CELL_FILE, read_result
@@ -82,7 +81,7 @@ class Cell:
     arch: str
     seed: int
     recipe: Recipe
-    cost: Ledger
+    cost: Cost
 
     @property
     def name(self) -> str:
@@ -130,7 +129,7 @@ def plan_cells(recipes: Sequence[Path], archs: Sequence[str], seeds: int, device
         if changed is not None:
             raise ColadaError(f"{path}: {changed}, from {recipes[0]}: the points must share their data")
     costs = {
-        (point, arch): ledger(_recipe(path, arch, 0, device))
+        (point, arch): plan_run(_recipe(path, arch, 0, device)).cost
         for point, path in points.items()
         for arch in archs
     }

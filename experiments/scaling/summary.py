@@ -12,8 +12,8 @@ from colada.evaluate.statistics import wilson
 from colada.evaluate.tasks import Task
 from colada.models.base import ARCHITECTURES
 from colada.report.table import Table
-from colada.train.ledger import Ledger
-from colada.train.plan import scaled
+from colada.train.cost import scaled
+from colada.train.plan import Cost
 from experiments.scaling.cells import ARCHS, Counts, Result, Trials
 
 Verdict = Literal["above", "at", "below"]
@@ -94,7 +94,7 @@ class Point:
 
     name: str
     arch: str
-    cost: Ledger
+    cost: Cost
     seeds: tuple[int, ...]
     scores: dict[str, Mean]
     average: Mean

@@ -73,7 +73,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 eval_app.command("likelihood")(likelihood)
 eval_app.command("generative")(generative)
 app.add_typer(eval_app, name="eval")
-for command in (generate, chat, serve, train.train, train.recipe, train.report, train.export, train.ledger):
+for command in (generate, chat, serve, train.train, train.recipe, train.report, train.export, train.cost):
     app.command()(command)
 
 # typer exports no other name for click's usage errors, and only newer versions carry their own click.

@@ -1,4 +1,4 @@
-"""The commands around training runs: train, report, export, recipe."""
+"""The commands around training runs: train, report, export, recipe, cost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,7 +53,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
-    """Train a model from text, both stages, or a baseline of equal size; under torchrun on several ranks.
+    """Train a model from text, stage by stage, or a baseline of equal size; under torchrun on several ranks.
 
     Ctrl-C and SIGTERM save the state; running again resumes it.
     """
@@ -88,6 +89,10 @@ def train(
         display = Display(Console(stderr=True, quiet=quiet or not group.first))
         try:
             Trainer(settings, out, display, resume, group).run()
+            if group.first and run.report and find_spec("matplotlib") is not None:
+                from colada.report.training import write_report
+
+                display.say(f"wrote {write_report(out)}")
         except Interrupted as stopped:
             if group.first:
                 print(stopped, file=sys.stderr)
@@ -101,9 +106,10 @@ def train(
 
 def _plan(recipe: Recipe, ranks: int, as_json: bool, notes: list[str]) -> None:
     """Print what a run will take, and what its data holds."""
-    from colada.train.dry_run import plan_run
+    from colada.train.plan import plan_run, resolve
     from colada.train.survey import survey
 
+    recipe = resolve(recipe)
     plan, surveys = plan_run(recipe, ranks), survey(recipe)
     if as_json:
         print(json.dumps({**plan.to_dict(), "data": [asdict(own) for own in surveys]}, indent=2))
@@ -114,7 +120,7 @@ def _plan(recipe: Recipe, ranks: int, as_json: bool, notes: list[str]) -> None:
         print(f"data {own.name}: {own}")
     tokens = [own.tokens for own in surveys if own.tokens is not None]
     if sum(tokens) and len(tokens) == len(surveys):
-        print(f"{'passes over the data':<32}{plan.tokens / sum(tokens):>14,.1f}")
+        print(f"{'passes over the data':<32}{plan.cost.tokens / sum(tokens):>14,.1f}")
     for note in notes:
         print(note)
 
@@ -148,7 +154,7 @@ def _require_checkpoint(path: Path) -> None:
     if (path / "state.json").exists():
         return
     runs = (path / "checkpoints", path, path.parent)
-    there = [file.parent for run in runs for file in sorted(run.glob("stage*/state.json"))]
+    there = [file.parent for run in runs for file in sorted(run.glob("*-*/state.json"))]
     hint = f" (did you mean {there[-1]}?)" if there else ""
     reason = "no such directory" if not path.exists() else "no checkpoint: it has no state.json"
     raise ColadaError(f"{path}: {reason}, expected a directory below checkpoints/ of a run{hint}")
@@ -167,10 +173,12 @@ def recipe(
     with training_extra():
         from colada.train.recipe import commented, load_recipe
 
-    print(commented(load_recipe(start, overrides or [])), end="")
+    whole = load_recipe(start, overrides or [])
+    whole.check_networks()
+    print(commented(whole), end="")
 
 
-def ledger(
+def cost(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes, YAML files.")],
     archs: Annotated[
         str, typer.Option(metavar="NAME,...", help="What each is trained as; the baselines are matched.")
@@ -201,29 +209,29 @@ def ledger(
     from rich.table import Table
 
     from colada.models.base import ARCHITECTURES, find_archs
-    from colada.train.ledger import ledger as count
-    from colada.train.plan import scaled
+    from colada.train.cost import scaled
+    from colada.train.plan import plan_run
 
     names = find_archs(archs)
-    found = [
-        (path, count(load_recipe(path, [*(overrides or []), f"model.arch={name}"])))
+    costs = [
+        (path, plan_run(load_recipe(path, [*(overrides or []), f"model.arch={name}"])).cost)
         for path in recipes
         for name in names
     ]
     if as_json:
-        print(json.dumps([{"recipe": str(path), **own.to_dict()} for path, own in found], indent=2))
+        print(json.dumps([{"recipe": str(path), **own.to_dict()} for path, own in costs], indent=2))
         return
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("Recipe, model", no_wrap=True)
     for column in ("Parameters", "Tokens", "FLOPs", "6 N D"):
         table.add_column(column, justify="right", no_wrap=True)
-    for path, own in found:
+    for path, own in costs:
         flops, narrow = scaled(own.total_flops, "FLOP"), scaled(own.narrow_flops, "FLOP")
         model = f"{escape(path.stem)}, {ARCHITECTURES[own.arch]}"
         table.add_row(model, f"{own.total_parameters:,}", f"{own.tokens:,}", flops, narrow)
         for part, value in own.flops.items():
-            name, share = part.replace("frozen Text VAE", "frozen"), 100 * value / own.total_flops
-            table.add_row(f"[dim]  {name}[/dim]", "", "", f"[dim]{share:.1f}%[/dim]", "")
+            share = 100 * value / own.total_flops
+            table.add_row(f"[dim]  {part}[/dim]", "", "", f"[dim]{share:.1f}%[/dim]", "")
     Console(highlight=False).print(table)
 
 

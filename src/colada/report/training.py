@@ -242,7 +242,7 @@ def _measured(records: Sequence[Record]) -> dict[str, Quantity]:
 def write_report(out: Path) -> Path:
     """Write the report of the run in ``out`` and return its path, ``out/report/report.html``.
 
-    The plots are in the page, and beside it as ``stage1_nll.svg`` and so on.
+    The plots are in the page, and beside it as ``vae_nll.svg`` and so on.
 
     Raises:
         ColadaError: without matplotlib or records, for a damaged file (naming the line), or a full disk.
@@ -261,11 +261,11 @@ def write_report(out: Path) -> Path:
     except OSError as error:
         raise ColadaError(f"cannot write to {directory}: {error.strerror or error}") from None
     with styled():
-        for number in sorted({record["stage"] for record in records}):
-            _add_stage(page, number, [record for record in records if record["stage"] == number], directory)
+        for stage in dict.fromkeys(record["stage"] for record in records):
+            _add_stage(page, stage, [record for record in records if record["stage"] == stage], directory)
     if samples:
         stage, step = samples[-1].stage, samples[-1].step
-        page.section(f"Samples at step {step:,} of stage {stage}")
+        page.section(f"Samples at step {step:,} of {stage}")
         page.texts([(one.title, one.text) for one in samples if (one.stage, one.step) == (stage, step)])
     if (out / RECIPE).is_file():
         page.texts([("", read_text(out / RECIPE))], fold="Recipe")
@@ -305,9 +305,8 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _add_stage(page: Page, number: int, records: Sequence[Record], directory: Path) -> None:
+def _add_stage(page: Page, stage: str, records: Sequence[Record], directory: Path) -> None:
     """Add a stage's table and plots to the page, and write the plots into a directory."""
-    title = {1: "Stage 1: the Text VAE", 2: "Stage 2: the latent prior"}.get(number, f"Stage {number}")
     said = f"{max(record['step'] for record in records):,} steps"
     skipped = [record["skipped"] for record in records if record.get("skipped") is not None]
     if skipped:
@@ -318,9 +317,9 @@ def _add_stage(page: Page, number: int, records: Sequence[Record], directory: Pa
         first = next(iter(train.finite), math.nan)
         values = map(_number, (first, train.last(0.1), validation.last()))
         table.row(quantity.title, quantity.unit, *values)
-    page.section(title, f"{said}.").table(table)
+    page.section(f"Stage {stage}", f"{said}.").table(table)
     for name, figure in draw_plots(records).items():
-        stem = f"stage{number}_" + re.sub(r"\W", "_", name)
+        stem = f"{stage}_" + re.sub(r"\W", "_", name)
         page.figure(figure, stem)
         save_figure(figure, directory / f"{stem}.svg")
 

@@ -1,6 +1,6 @@
 """Checkpoints of a run: written beside the training, atomically, readable on any number of ranks.
 
-``checkpoints/stage2-00000500/`` holds the state as ``torch.distributed.checkpoint`` writes it, the recipe,
+``checkpoints/prior-00000500/`` holds the state as ``torch.distributed.checkpoint`` writes it, the recipe,
 the tokenizer, and ``state.json`` (stage, step, number, versions, commit). A checkpoint under way has a
 name that begins with a dot, and gets its own only when all of it is on disk:
 whatever stops the process, the last complete one stays.
@@ -12,7 +12,6 @@ on from an earlier step.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -38,7 +37,7 @@ RECIPE, STATE = "recipe.yaml", "state.json"
 _LITTLE = 2**26  # Bytes left on a disk that may as well be full.
 # That one process is alone is no news; said by the writing thread too, so not only here and there.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-_NAME = re.compile(r"stage([12])-(\d{1,18})")
+_NAME = re.compile(r"([a-z][a-z0-9_]*)-(\d{1,18})")
 
 
 def _is_count(value: Any) -> bool:
@@ -46,14 +45,16 @@ def _is_count(value: Any) -> bool:
 
 
 _STATE_VALUES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("stage", "1 or 2", lambda value: _is_count(value) and value in (1, 2)),
+    (
+        "stage",
+        "a stage's name",
+        lambda value: isinstance(value, str) and bool(_NAME.fullmatch(f"{value}-0")),
+    ),
     *((name, "a whole number of at least 0", _is_count) for name in ("step", "tokens", "skipped", "number")),
-    ("written", "a time", lambda value: isinstance(value, int | float) and math.isfinite(value)),
     ("data", "a list of digests", lambda value: isinstance(value, list)),
     ("generation", "an object", lambda value: isinstance(value, dict)),
     ("made_with", "an object", lambda value: isinstance(value, dict)),
 )
-_OPTIONAL = ("number", "written")  # Earlier versions wrote the one, and this one the other.
 
 
 @contextmanager
@@ -65,17 +66,17 @@ def disk_errors(out: Path) -> Iterator[None]:
         raise ColadaError(f"cannot write to {out}: {error.strerror or error}") from None
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Place:
     """Where in a run a checkpoint was made: after ``step`` steps of a stage."""
 
-    stage: int
+    stage: str
     step: int
 
     @property
     def name(self) -> str:
         """The checkpoint's directory name."""
-        return f"stage{self.stage}-{self.step:08d}"
+        return f"{self.stage}-{self.step:08d}"
 
 
 class Checkpoints:
@@ -122,7 +123,7 @@ class Checkpoints:
         texts = dict(files)
         if self.first:
             if self._number is None:
-                self._number = max((number for (number, _), _ in _written(self.directory)), default=0)
+                self._number = max((number for number, _ in _written(self.directory)), default=0)
             self._number += 1
             texts[STATE] = json.dumps({**state, "number": self._number}, indent=2)
             with disk_errors(self.directory):
@@ -197,22 +198,21 @@ def places(directory: Path) -> list[Place]:
     return [place for _, place in _written(directory)]
 
 
-def _written(directory: Path) -> list[tuple[tuple[int, float], Place]]:
-    """Return the places with what orders them: the number and, for those of earlier versions, the time."""
+def _written(directory: Path) -> list[tuple[int, Place]]:
+    """Return the complete checkpoints' places with their numbers, in order of these."""
     there = []
-    for path in directory.glob("stage*"):
+    for path in directory.glob("*-*"):
         match = _NAME.fullmatch(path.name)
         if not match or not os.path.lexists(path / STATE):
             continue
         try:
-            state = read_state(path)
+            number = read_state(path)["number"]
         except ColadaError:
             if path.exists():
                 raise
             continue  # It was pruned meanwhile.
-        place = Place(int(match[1]), int(match[2]))
-        there.append(((state.get("number", 0), state.get("written", 0.0)), place))
-    return sorted(there)
+        there.append((number, Place(match[1], int(match[2]))))
+    return sorted(there, key=lambda entry: entry[0])
 
 
 def find(out: Path, resume: str) -> Path | None:
@@ -220,8 +220,8 @@ def find(out: Path, resume: str) -> Path | None:
 
     Args:
         out: the run's directory.
-        resume: "auto" for the newest one if there is any, a step number (of the later stage that has
-            it), a name such as stage2-00000500, or a checkpoint's directory.
+        resume: "auto" for the newest one if there is any, a step number (of the stage that
+            had it last), a name such as prior-00000500, or a checkpoint's directory.
 
     Raises:
         ColadaError: if there is no such checkpoint.
@@ -232,7 +232,7 @@ def find(out: Path, resume: str) -> Path | None:
         return directory / there[-1].name if there else None
     if resume.isdecimal():
         matching = [place for place in there if place.step == int(resume)]
-        chosen = directory / max(matching).name if matching else None
+        chosen = directory / matching[-1].name if matching else None
     else:
         chosen = next((path for path in (directory / resume, Path(resume)) if (path / STATE).is_file()), None)
     if chosen is None:
@@ -253,9 +253,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = read_json_object(file)
         for name, expected, holds in _STATE_VALUES:
-            value = state.get(name)
-            if not holds(value) and not (name in _OPTIONAL and name not in state):
-                raise ColadaError(f"{name}={value!r}, expected {expected}")
+            if not holds(state.get(name)):
+                raise ColadaError(f"{name}={state.get(name)!r}, expected {expected}")
     except ColadaError as error:
         raise ColadaError(f"{file} is damaged: {error}") from None
     return state

@@ -1,96 +1,36 @@
-"""Cola DLM in a run: which networks learn in either stage, and what a step draws and minimises."""
+"""Cola DLM in a run: its networks, and its kinds of stages: Text VAE, prior, and both together."""
 
 from __future__ import annotations
 
-import dataclasses
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from colada.data.rows import Batch
 from colada.errors import ColadaError
+from colada.flow import TimestepLaw, calibrated_loc
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
+from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.text.tokenizer import Tokenizer
-from colada.train.dry_run import step_work
-from colada.train.losses import Loss, stage1_loss, stage2_frozen_loss, stage2_joint_loss
-from colada.train.noise import Counts, Draws, count, draw_randomness
-from colada.train.optimisation import make_optimisers
-from colada.train.parallel import compile_blocks
-from colada.train.parallel import recompute as recompute_blocks
-from colada.train.plan import training_flops
+from colada.train.cost import Phase, Placement, Work, cola_phase
+from colada.train.kinds import (
+    FlowTerms,
+    JointSection,
+    PriorSection,
+    StageSection,
+    TextVAESection,
+    TextVAETerms,
+)
+from colada.train.losses import JointWeights, Loss, stage1_loss, stage2_frozen_loss, stage2_joint_loss
+from colada.train.noise import Counts, Draws, FlowSettings, VAEWeights, count, draw_randomness
 from colada.train.recipe import Recipe
-from colada.train.stages import LayOut, Stage, System, copied, drawn, row_generator
-
-
-class ColaStage(Stage):
-    """Stage 1, the Text VAE alone, or stage 2, the DiT with the Text VAE learning or not.
-
-    Attributes:
-        vae, dit: the networks.
-        reference: a joint stage 2's q_ref.
-        pad_id: fills up what is encoded apart.
-    """
-
-    def __init__(
-        self,
-        number: int,
-        recipe: Recipe,
-        pad_id: int,
-        vae: TextVAE,
-        dit: DiT,
-        reference: TextVAE | None = None,
-    ) -> None:
-        self.vae, self.dit, self.reference, self.pad_id = vae, dit, reference, pad_id
-        resting: dict[str, nn.Module] = {} if reference is None else {"reference": reference}
-        one, two = recipe.stage1, recipe.stage2
-        if number == 1:
-            networks, optimisers = nn.ModuleDict({"vae": vae}), make_optimisers(vae, one, one.lr)
-        else:
-            networks, optimisers = nn.ModuleDict({"dit": dit}), make_optimisers(dit, two, two.lr)
-            if two.vae == "frozen":
-                vae.requires_grad_(False)
-                resting["vae"] = vae
-            else:
-                networks["vae"] = vae
-                optimisers += make_optimisers(vae, two, two.lr * two.vae_lr)
-        super().__init__(number, recipe, networks, optimisers, resting)
-
-    def draw(self, rows: Sequence[int]) -> Draws:
-        """Return what the loss of rows with these numbers draws; B is their number."""
-        generators = [row_generator(self.recipe.seed, self.number, row) for row in rows]
-        config, weights = self.vae.config, self.recipe.vae_weights()
-        flow = self.recipe.flow_settings(config.latent_dim) if self.number == 2 else None
-        masked = self.number == 1 or self.recipe.stage2.vae != "frozen"
-        return draw_randomness(generators, config, self.section.length, weights, flow, masked)
-
-    def count(self, rows: Batch, draws: Draws) -> Counts:
-        """Return a batch's share in the counts of its step."""
-        return count(rows, draws, self.vae.config)
-
-    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
-        """Return the loss of rows in a step, with the networks that learn or their average."""
-        weights = self.recipe.vae_weights()
-        vae = networks["vae"] if "vae" in networks else self.vae  # noqa: SIM401 - it has no get()
-        assert isinstance(vae, TextVAE)
-        if self.number == 1:
-            return stage1_loss(vae, rows, draws, weights, counts)
-        dit = networks["dit"]
-        assert isinstance(dit, DiT)
-        if not self.recipe.stage2.joint_at(step):
-            return stage2_frozen_loss(vae, dit, rows, draws, weights, self.pad_id, counts)
-        assert self.reference is not None
-        joint = self.recipe.joint_weights()
-        return stage2_joint_loss(vae, dit, self.reference, rows, draws, weights, joint, self.pad_id, counts)
-
-    def flops(self, step: int) -> float:
-        """Return the useful FLOPs of a step."""
-        joint = self.number == 2 and self.recipe.stage2.joint_at(step)
-        work = step_work(self.recipe, self.number, self.vae.config, joint)
-        return sum(training_flops(self.vae.config, self.dit.config, work).values())
+from colada.train.stages import Stage, System, copied, drawn, row_generator
 
 
 class ColaSystem(System):
@@ -100,50 +40,25 @@ class ColaSystem(System):
         ColadaError: if they do not fit the recipe.
     """
 
-    numbers = (1, 2)
-
     def __init__(
         self, recipe: Recipe, tokenizer: Tokenizer, start: LanguageModel | None, whole: bool = True
     ) -> None:
-        super().__init__(recipe, whole)
-        self._pad_id = tokenizer.pad_id
+        super().__init__(recipe, tokenizer.pad_id, whole)
         if start is None:
             vae_config, dit_config = recipe.configs(tokenizer.vocab_size, tokenizer.pad_id)
         elif isinstance(start, ColaDLM):
             vae_config, dit_config = start.vae.config, start.dit.config
-            if recipe.stage1.log_snr is not None:
-                vae_config = dataclasses.replace(vae_config, log_snr=recipe.stage1.log_snr)
             recipe.check_configs(vae_config, dit_config, tokenizer.vocab_size)
         else:
             raise ColadaError(f"model.init={recipe.model.init} is {start.arch}, model.arch is 'cola'")
-        self.vae, self.dit = self._made(lambda: TextVAE(vae_config)), self._made(lambda: DiT(dit_config))
+        vae, dit = self.made(lambda: TextVAE(vae_config)), self.made(lambda: DiT(dit_config))
         if start is None:
             generators = [row_generator(recipe.seed, 0, number) for number in (0, 1)]
-            first = {"vae": drawn(self.vae, generators[0]), "dit": drawn(self.dit, generators[1])}
+            first = {"vae": drawn(vae, generators[0]), "dit": drawn(dit, generators[1])}
         else:
             first = {"vae": copied(start.vae), "dit": copied(start.dit)}
-        self._begin({"vae": self.vae, "dit": self.dit}, first)
-        self.block_tokens = self.vae.config.block_tokens
-
-    def prepare(self, lay_out: LayOut, recompute: bool, compiled: bool) -> None:
-        """Lay out the Text VAE: stage 1 has the memory for itself."""
-        if recompute:
-            recompute_blocks(self.dit)
-        if compiled:
-            compile_blocks(self.dit)
-        self._laid_out("vae", lay_out)
-
-    def stage(self, number: int, lay_out: LayOut) -> ColaStage:
-        """Return a stage over these networks; stage 2 takes the Text VAE as it is now."""
-        if number == 1:
-            return ColaStage(1, self.recipe, self._pad_id, self.vae, self.dit)
-        self._laid_out("dit", lay_out)
-        reference = None
-        if self.recipe.stage2.vae != "frozen":
-            reference = self._made(lambda: TextVAE(self.vae.config))
-            lay_out({"reference": reference})
-            reference.requires_grad_(False).load_state_dict(self.vae.state_dict())
-        return ColaStage(2, self.recipe, self._pad_id, self.vae, self.dit, reference)
+        self._begin({"vae": vae, "dit": dit}, first)
+        self.block_tokens = vae_config.block_tokens
 
     def model(self, networks: Mapping[str, nn.Module], **parts: Any) -> ColaDLM:
         """Return networks, by name, as a model."""
@@ -151,3 +66,180 @@ class ColaSystem(System):
         assert isinstance(vae, TextVAE)
         assert isinstance(dit, DiT)
         return ColaDLM(vae, dit, **parts)
+
+
+class ColaStage(Stage):
+    """What the kinds of Cola DLM's stages have in common."""
+
+    @property
+    def vae(self) -> TextVAE:
+        """The Text VAE, which may not be the average of what learns."""
+        vae = self.system.networks["vae"]
+        assert isinstance(vae, TextVAE)
+        return vae
+
+    def count(self, rows: Batch, draws: Draws) -> Counts:
+        """Return a batch's share in the counts of its step."""
+        return count(rows, draws, self.vae.config)
+
+    @classmethod
+    @abstractmethod
+    def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
+        """Return the steps that compute the same: what they are called, how many, and what each does."""
+
+    @classmethod
+    def phases(
+        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+    ) -> list[Phase]:
+        """Return what the steps of a stage of this kind compute and need."""
+        vae, dit = configs["vae"], configs["dit"]
+        works = cls.works(recipe, name, vae)
+        return [cola_phase(title, steps, vae, dit, work, placement) for title, steps, work in works]
+
+
+class TextVAEStage(ColaStage):
+    """The Text VAE alone."""
+
+    learns = ("vae",)
+    writes = False
+    section: TextVAESection
+
+    def draw(self, rows: Sequence[int]) -> Draws:
+        """Return what the loss of rows with these numbers draws; B is their number."""
+        weights = _vae_weights(self.section, self.vae.config)
+        return draw_randomness(self.generators(rows), self.vae.config, self.section.length, weights)
+
+    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
+        """Return the loss of rows in a step, with the networks that learn or their average."""
+        vae = networks["vae"]
+        assert isinstance(vae, TextVAE)
+        return stage1_loss(vae, rows, draws, _vae_weights(self.section, vae.config), counts)
+
+    @classmethod
+    def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
+        """Return what the steps do, all the same."""
+        section = recipe.stages[name]
+        assert isinstance(section, TextVAESection)
+        work = Work("vae", section.batch, section.length, masked=section.mask > 0)
+        return [(name, section.steps, work)]
+
+
+class PriorStage(ColaStage):
+    """The DiT over the latents of a frozen Text VAE."""
+
+    learns, uses = ("dit",), ("vae",)
+    section: PriorSection
+
+    def draw(self, rows: Sequence[int]) -> Draws:
+        """Return what the loss of rows with these numbers draws; B is their number."""
+        config, flow = self.vae.config, flow_settings(self.section, self.vae.config.latent_dim)
+        generators = self.generators(rows)
+        return draw_randomness(generators, config, self.section.length, VAEWeights(), flow, masked=False)
+
+    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
+        """Return the loss of rows in a step, with the networks that learn or their average."""
+        dit = networks["dit"]
+        assert isinstance(dit, DiT)
+        weights = VAEWeights(log_snr=self.vae.config.log_snr)
+        space, guess = self.section.space, _guesses(self, self.section, step)
+        return stage2_frozen_loss(
+            self.vae, dit, rows, draws, weights, self.system.pad_id, counts, space, guess
+        )
+
+    @classmethod
+    def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
+        """Return what the steps do, all the same."""
+        section = recipe.stages[name]
+        assert isinstance(section, PriorSection)
+        return [(name, section.steps, _prior_work(recipe, section, section, vae, "dit", masked=False))]
+
+
+class JointStage(ColaStage):
+    """The DiT, and the Text VAE along with it, always or in intervals."""
+
+    learns = ("dit", "vae")
+    teachers = {"reference": "vae"}  # noqa: RUF012 - the base class says that it is the class's
+    section: JointSection
+
+    def rate(self, network: str) -> float:
+        """Return the highest learning rate of a network."""
+        return self.section.lr * (self.section.vae_lr if network == "vae" else 1.0)
+
+    def draw(self, rows: Sequence[int]) -> Draws:
+        """Return what the loss of rows with these numbers draws; B is their number."""
+        config, flow = self.vae.config, flow_settings(self.section, self.vae.config.latent_dim)
+        weights = _vae_weights(self.section, config)
+        return draw_randomness(self.generators(rows), config, self.section.length, weights, flow)
+
+    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
+        """Return the loss of rows in a step, with the networks that learn or their average."""
+        vae, dit, reference = networks["vae"], networks["dit"], self.frozen["reference"]
+        assert isinstance(vae, TextVAE)
+        assert isinstance(dit, DiT)
+        section, pad_id = self.section, self.system.pad_id
+        weights, guess = _vae_weights(section, vae.config), _guesses(self, section, step)
+        if not section.joint_at(step):
+            return stage2_frozen_loss(vae, dit, rows, draws, weights, pad_id, counts, section.space, guess)
+        assert isinstance(reference, TextVAE)
+        joint = JointWeights(vae=section.lambda_vae, flow=section.lambda_fm, reference=section.lambda_ref)
+        return stage2_joint_loss(
+            vae, dit, reference, rows, draws, weights, joint, pad_id, counts, section.space, guess
+        )
+
+    @classmethod
+    def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
+        """Return what the joint steps do, and the frozen ones where they take turns."""
+        section = recipe.stages[name]
+        assert isinstance(section, JointSection)
+        joint = _prior_work(recipe, section, section, vae, "both", masked=section.mask > 0)
+        if section.interval is None:
+            return [(name, section.steps, joint)]
+        frozen = _prior_work(recipe, section, section, vae, "dit", masked=False)
+        return [
+            (f"{name}, joint", section.joint_steps, joint),
+            (f"{name}, frozen Text VAE", section.steps - section.joint_steps, frozen),
+        ]
+
+    def phase_of(self, step: int) -> int:
+        """Return 0 for a joint step, 1 for one with a frozen Text VAE."""
+        return 0 if self.section.joint_at(step) else 1
+
+
+def flow_settings(section: FlowTerms, latent_dim: int) -> FlowSettings:
+    """Return how flow matching draws examples; an unset loc is the paper's for this latent width."""
+    law = TimestepLaw(calibrated_loc(latent_dim) if section.loc is None else section.loc, section.scale)
+    per_block = section.timestep_per == "block"
+    return FlowSettings(
+        law,
+        per_block,
+        section.copies,
+        section.prefix_share,
+        section.history_dropout,
+        section.space,
+        section.self_conditioning,
+    )
+
+
+def _vae_weights(section: TextVAETerms, vae: TextVAEConfig) -> VAEWeights:
+    return VAEWeights(section.beta, section.mask, section.mask_ratio, vae.log_snr)
+
+
+def _guesses(stage: Stage, section: FlowTerms, step: int) -> bool:
+    """Return whether the DiT takes its own guess of z0 in a step; in a validation, if it ever does."""
+    share = section.self_conditioning
+    if share == 0 or not torch.is_grad_enabled():
+        return share > 0
+    # A number that no row has: a step's draw is not one of its rows'.
+    generator = row_generator(stage.recipe.seed, stage.number, 2**41 + step)
+    return bool(torch.rand((), generator=generator) < share)
+
+
+def _prior_work(
+    recipe: Recipe, section: StageSection, flow: FlowTerms, vae: TextVAEConfig, learns: Any, masked: bool
+) -> Work:
+    """Return what a step in which the DiT learns computes."""
+    # Rows encoded once more for what is clean inside a block: drawn prefixes, or the ends of prompts.
+    conversations = any(source.format != "text" for source in recipe.data.sources)
+    prefixes = 1.0 if conversations else min(1.0, flow.prefix_share * section.length / vae.block_tokens)
+    per_block, guesses = flow.timestep_per == "block", flow.self_conditioning
+    return Work(learns, section.batch, section.length, flow.copies, masked, prefixes, per_block, guesses)

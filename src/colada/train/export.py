@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from colada.errors import ColadaError
 from colada.files import read_text
 from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.models.base import LanguageModel
@@ -19,7 +20,7 @@ from colada.train.cola import ColaSystem
 from colada.train.decoder import DecoderSystem
 from colada.train.recipe import Recipe, load_recipe
 from colada.train.sections import ModelSection
-from colada.train.stages import System
+from colada.train.stages import System, make_stage, stage_class
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -49,9 +50,8 @@ def write_model(model: LanguageModel, recipe: Recipe, directory: Path) -> None:
 
 
 def _row_length(recipe: Recipe) -> int:
-    if recipe.model.arch != "cola":
-        return recipe.baseline.length
-    return (recipe.stage2 if recipe.stage2.steps else recipe.stage1).length
+    sections = list(recipe.trained.values())
+    return ([section for section in sections if section.steps] or sections)[-1].length
 
 
 def export(checkpoint: Path, directory: Path) -> str:
@@ -64,17 +64,18 @@ def export(checkpoint: Path, directory: Path) -> str:
     """
     state, recipe = read_state(checkpoint), load_recipe(checkpoint / RECIPE)
     check_replaceable(directory)
+    if state["stage"] not in recipe.trained:
+        raise ColadaError(f"{checkpoint} is damaged: its recipe has no stage {state['stage']!r}")
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER_FILE)
-    start = None
-    if recipe.model.init is not None:
-        if recipe.model.arch == "cola" and state["stage"] == 1:
-            start = load(recipe.model.init)  # The DiT as it began is not in the checkpoint.
-        else:
-            configs = {name: state[name] for name in ("vae", "dit", "decoder") if name in state}
-            model = ModelSection(arch=recipe.model.arch, **configs)
-            recipe = recipe.model_copy(update={"model": model})
+    start, kind = None, stage_class(recipe.trained[state["stage"]])
+    configs = {name: state[name] for name in ("vae", "dit", "decoder") if isinstance(state.get(name), dict)}
+    if recipe.model.init is not None and configs.keys() - {*kind.learns, *kind.uses}:
+        start = load(recipe.model.init)  # A network as it began is not in the checkpoint.
+    else:  # What was trained, whatever the recipe says now.
+        model = ModelSection(arch=recipe.model.arch, **configs)
+        recipe = recipe.model_copy(update={"model": model})
     system = system_of(recipe, tokenizer, start)
-    stage = system.stage(state["stage"], nn.ModuleDict)
+    stage = make_stage(system, state["stage"], nn.ModuleDict)
     tensors: dict[str, Any] = {}
     for name, network in stage.networks.items():
         if stage.section.ema:
@@ -82,13 +83,13 @@ def export(checkpoint: Path, directory: Path) -> str:
             tensors["average"] = tensors.get("average", {}) | averaged
         else:
             tensors[name] = network.state_dict()
-    for name in stage.resting.keys() & system.networks.keys():
-        tensors[name] = stage.resting[name].state_dict()
+    for name in stage.frozen.keys() & system.networks.keys():
+        tensors[name] = stage.frozen[name].state_dict()
     read_tensors(checkpoint, tensors)  # In place.
     template = checkpoint / CHAT_TEMPLATE_FILE
     text = read_text(template) if template.is_file() else None
     parts = {"tokenizer": tokenizer, "generation": state["generation"], "chat_template": text}
     write_model(system.model(system.networks, **parts), recipe, directory)
-    begun = system.networks.keys() - stage.networks.keys() - stage.resting.keys()
+    begun = system.networks.keys() - stage.networks.keys() - stage.frozen.keys()
     rest = "".join(f", the {'DiT' if name == 'dit' else name} as it began" for name in sorted(begun))
     return f"stage {state['stage']}, step {state['step']}{rest}"

@@ -14,8 +14,8 @@ from colada.data.stream import TokenStream
 from colada.errors import ColadaError
 from colada.text.chat import DEFAULT_TEMPLATE, read_template
 from colada.text.tokenizer import IM_END, Tokenizer
-from colada.train.recipe import Recipe
-from colada.train.sections import OptimiserSection
+from colada.train.kinds import StageSection
+from colada.train.recipe import Recipe, source_weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Inputs:
         return [streams["train"].digest for _, streams in self.streams]
 
     def validation_rows(
-        self, section: OptimiserSection, seed: int, block: int, say: Callable[[str], None]
+        self, section: StageSection, seed: int, block: int, say: Callable[[str], None]
     ) -> Rows | None:
         """Return the validation rows of a stage, or None, and say why, if there is too little text."""
         try:
@@ -40,8 +40,8 @@ class Inputs:
             say(f"validation is left out: {error}")
             return None
 
-    def rows(self, split: Split, section: OptimiserSection, seed: int, block: int) -> Rows:
-        """Return the rows of a stage: of all sources by weight, those too short for validation left out.
+    def rows(self, split: Split, section: StageSection, seed: int, block: int) -> Rows:
+        """Return the rows of a stage: of its sources by weight, those too short for validation left out.
 
         Whole samples are padded to multiples of ``block`` tokens.
 
@@ -50,7 +50,10 @@ class Inputs:
         """
         parts: list[tuple[Rows, float]] = []
         problem: ColadaError | None = None
-        for source, streams in self.streams:
+        weights = source_weights(section, self.recipe.data.sources)
+        for (source, streams), weight in zip(self.streams, weights, strict=True):
+            if weight == 0:
+                continue
             try:
                 rows = self._rows(streams[split], section.length, seed, f"{source.name}: {split}", block)
             except ColadaError as error:
@@ -58,7 +61,7 @@ class Inputs:
                     raise
                 problem = error
                 continue
-            parts.append((rows, source.weight))
+            parts.append((rows, weight))
         if not parts:
             assert problem is not None
             raise problem
@@ -90,7 +93,7 @@ def held_out(recipe: Recipe, source: Source) -> Holdout:
     Raises:
         ColadaError: for what cannot be read.
     """
-    rows = max(recipe.stage(number).length for number in (1, 2))  # A baseline's is both.
+    rows = max((section.length for section in recipe.trained.values()), default=1)
     return hold_out(source, recipe.data.validation_share, 8 * rows)  # A token has fewer characters than that.
 
 

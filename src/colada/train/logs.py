@@ -2,14 +2,14 @@
 
 A *record* is a mapping of one moment's metrics::
 
-    {"stage": 2, "step": 400, "split": "train", "time": unix seconds, "nll": 0.31, ...}
+    {"stage": "prior", "step": 400, "split": "train", "time": unix seconds, "flow": 1.31, ...}
 
 Its other numbers are loss terms, "grad_norm", "lr", "tokens_per_s", "mfu" (share of the peak), "memory_gb",
 and of the stage so far "tokens" and "skipped" (steps). "flow_by_t" is a list, the mean flow loss of
 equal bins of t in [0, T), with None for a bin without a timestep.
 
-A run resumes *at* a point, (stage, step): what an earlier attempt logged after that
-point is dropped, since it will be logged again.
+A run resumes *at* a point of its stages: what an earlier attempt logged after that point is dropped from the
+files, since it will be logged again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -28,10 +29,26 @@ from colada.files import atomic_writer, open_file, parse_json
 
 METRICS_FILE, SAMPLES_FILE, TENSORBOARD_DIR = "metrics.jsonl", "samples.txt", "tensorboard"
 BUILT_IN = ("jsonl", "tensorboard")
-START = (0, 0)  # The point before every record: a run from the start keeps nothing.
 
 NOT_MEASURED = frozenset({"stage", "step", "split", "time"})
 """Keys of a record that say where it belongs; the others are numbers."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run goes on.
+
+    Attributes:
+        stages: names of those that come before, and the one that goes on.
+        step: of the last.
+    """
+
+    stages: tuple[str, ...]
+    step: int
+
+    def covers(self, stage: str, step: int) -> bool:
+        """Whether the run has been at a step of a stage, as it goes on."""
+        return stage in self.stages[:-1] or (stage == self.stages[-1] and step <= self.step)
 
 
 @runtime_checkable
@@ -41,7 +58,7 @@ class Monitor(Protocol):
     def log(self, record: Mapping[str, Any]) -> None:
         """Take a record of metrics."""
 
-    def text(self, stage: int, step: int, title: str, text: str) -> None:
+    def text(self, stage: str, step: int, title: str, text: str) -> None:
         """Take a sample."""
 
     def close(self) -> None:
@@ -56,27 +73,26 @@ class JsonLines:
 
     Args:
         path: the file, made if need be.
-        resume_at: keep the records up to this (stage, step); None starts the file anew.
+        resume_at: keep the records up to this point; None starts the file anew.
 
     Raises:
         ColadaError: if the file holds a damaged line or cannot be written.
     """
 
-    def __init__(self, path: Path, resume_at: tuple[int, int] | None = None) -> None:
+    def __init__(self, path: Path, resume_at: Point | None = None) -> None:
         self._path = path
         _refuse_pipe(path)
         if path.is_file():
             lines = [line + b"\n" for line in _whole_lines(path).splitlines()]
             records = (_parse_record(line, path, number) for number, line in enumerate(lines, 1))
-            points = [(record["stage"], record["step"]) for record in records]
-            _keep_until(path, lines, points, resume_at)
+            _keep_until(path, lines, [(record["stage"], record["step"]) for record in records], resume_at)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a record; it is in the file when this returns."""
         finite = {name: _finite(value) for name, value in record.items()}
         _append(self._path, json.dumps(finite, allow_nan=False) + "\n")
 
-    def text(self, stage: int, step: int, title: str, text: str) -> None:
+    def text(self, stage: str, step: int, title: str, text: str) -> None:
         """Samples are not metrics: nothing is written."""
 
     def close(self) -> None:
@@ -84,20 +100,20 @@ class JsonLines:
 
 
 class Samples:
-    """Appends each sample to a file under a line ``--- step 400, stage 2: title``; arguments as JsonLines."""
+    """Appends each sample to a file under ``--- step 400, stage prior: title``; arguments as JsonLines."""
 
-    def __init__(self, path: Path, resume_at: tuple[int, int] | None = None) -> None:
+    def __init__(self, path: Path, resume_at: Point | None = None) -> None:
         self._path = path
         _refuse_pipe(path)
         if path.is_file():
             samples = _split_samples(path)
-            points = [(sample.stage, sample.step) for sample, _ in samples]
-            _keep_until(path, [raw for _, raw in samples], points, resume_at)
+            places = [(sample.stage, sample.step) for sample, _ in samples]
+            _keep_until(path, [raw for _, raw in samples], places, resume_at)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Metrics are not samples: nothing is written."""
 
-    def text(self, stage: int, step: int, title: str, text: str) -> None:
+    def text(self, stage: str, step: int, title: str, text: str) -> None:
         """Append a sample; it is in the file when this returns."""
         # A text may itself quote such a file; only headers start in the first column.
         body = re.sub(r"(?m)^--- step ", " --- step ", text)
@@ -110,7 +126,7 @@ class Samples:
 class Sample(NamedTuple):
     """An entry of a samples file."""
 
-    stage: int
+    stage: str
     step: int
     title: str
     text: str
@@ -143,7 +159,7 @@ def _parse_record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ColadaError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
     for key, kind, name in (
-        ("stage", int, "an integer"),
+        ("stage", str, "a name"),
         ("step", int, "an integer"),
         ("split", str, "a name"),
     ):
@@ -165,7 +181,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e300
 
 
-_HEADER = re.compile(r"--- step (\d{1,15}), stage (\d{1,15}): (.*)")
+_HEADER = re.compile(r"--- step (\d{1,15}), stage (\w{1,31}): (.*)")
 
 
 def _split_samples(path: Path) -> list[tuple[Sample, bytes]]:
@@ -177,8 +193,10 @@ def _split_samples(path: Path) -> list[tuple[Sample, bytes]]:
         header, _, text = raw.decode("utf-8", "replace").partition("\n")
         match = _HEADER.fullmatch(header)
         if match is None:
-            raise ColadaError(f"{path}, line {number}: expected '--- step N, stage N: title', got {header!r}")
-        sample = Sample(int(match[2]), int(match[1]), match[3], text.removesuffix("\n"))
+            raise ColadaError(
+                f"{path}, line {number}: expected '--- step N, stage NAME: title', got {header!r}"
+            )
+        sample = Sample(match[2], int(match[1]), match[3], text.removesuffix("\n"))
         entries.append((sample, raw))
         number += raw.count(b"\n")
     return entries
@@ -217,10 +235,11 @@ def _append(path: Path, text: str) -> None:
 
 
 def _keep_until(
-    path: Path, entries: Sequence[bytes], points: Sequence[tuple[int, int]], last: tuple[int, int] | None
+    path: Path, entries: Sequence[bytes], places: Sequence[tuple[str, int]], point: Point | None
 ) -> None:
     """Rewrite a file with the entries up to a point; it is the old file or the new one at any moment."""
-    kept = b"".join(raw for raw, point in zip(entries, points, strict=True) if point <= (last or START))
+    pairs = zip(entries, places, strict=True)
+    kept = b"".join(entry for entry, place in pairs if point is not None and point.covers(*place))
     with atomic_writer(path) as file:
         file.write(kept)
 
@@ -229,56 +248,44 @@ def _keep_until(
 
 
 class TensorBoard:
-    """Writes event files: tags ``stage1/nll``, ``stage1/validation/nll``, ``stage2/flow_by_t/300-400``.
+    """Writes event files: tags ``vae/nll``, ``vae/validation/nll``, ``prior/flow_by_t/300-400``.
+
+    What a run that goes on logs again stands in them twice.
 
     Args:
-        directory: for TensorBoard's ``--logdir``; each stage is a run in it.
-        resume_at: keep what was logged up to this (stage, step); None keeps nothing.
+        directory: for TensorBoard's ``--logdir``.
 
     Raises:
         ColadaError: if the tensorboard package is missing or the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, resume_at: tuple[int, int] | None = None) -> None:
+    def __init__(self, directory: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ColadaError(
                 'the tensorboard monitor needs a package: pip install "colada-lm[tensorboard]"'
             ) from None
-        stage, step = resume_at or START
-        # TensorBoard drops what a resumed run repeats by its step alone, so the stages cannot share a run.
-        # Stages before the one resumed are over; of those after it nothing is kept.
         try:
-            self._writers = {
-                number: SummaryWriter(
-                    str(directory / f"stage{number}"),
-                    purge_step=step + 1 if number == stage else 0,
-                    flush_secs=10,
-                )
-                for number in (1, 2)
-                if number >= stage
-            }
+            self._writer = SummaryWriter(str(directory), flush_secs=10)
         except OSError as error:
             raise ColadaError(f"cannot write to {directory}: {error.strerror or error}") from None
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Write every number of a record as a scalar."""
-        writer, step, time = self._writers[record["stage"]], record["step"], record["time"]
-        prefix = f"stage{record['stage']}/" + ("validation/" if record["split"] == "validation" else "")
+        prefix = f"{record['stage']}/" + ("validation/" if record["split"] == "validation" else "")
         for name in record.keys() - NOT_MEASURED:
             for tag, value in _scalars(name, record[name]):
-                writer.add_scalar(prefix + tag, value, step, time)
+                self._writer.add_scalar(prefix + tag, value, record["step"], record["time"])
 
-    def text(self, stage: int, step: int, title: str, text: str) -> None:
+    def text(self, stage: str, step: int, title: str, text: str) -> None:
         """Write a sample, as it is: TensorBoard would read it as Markdown."""
         indented = "\n".join("    " + line for line in text.split("\n"))
-        self._writers[stage].add_text(f"stage{stage}/samples/{title}", indented, step)
+        self._writer.add_text(f"{stage}/samples/{title}", indented, step)
 
     def close(self) -> None:
-        """Flush and close the event files."""
-        for writer in self._writers.values():
-            writer.close()
+        """Flush and close the event file."""
+        self._writer.close()
 
 
 def _scalars(name: str, value: float | list[float | None] | None) -> list[tuple[str, float]]:
@@ -306,7 +313,7 @@ class Monitors:
         for monitor in self.monitors:
             monitor.log(record)
 
-    def text(self, stage: int, step: int, title: str, text: str) -> None:
+    def text(self, stage: str, step: int, title: str, text: str) -> None:
         """Pass a sample on to each."""
         for monitor in self.monitors:
             monitor.text(stage, step, title, text)
@@ -356,7 +363,7 @@ def make_monitors(
     names: Sequence[str],
     out: Path,
     recipe: Mapping[str, Any],
-    resume_at: tuple[int, int] | None = None,
+    resume_at: Point | None = None,
     first: bool = True,
 ) -> Monitors:
     """Return the monitors of a run in the directory ``out``; metrics.jsonl and samples.txt are always there.
@@ -364,7 +371,7 @@ def make_monitors(
     Args:
         names: "jsonl", "tensorboard" or ``package.module:Class``, in any number.
         recipe: what monitors of one's own are told of the run.
-        resume_at: the (stage, step) at which the run goes on, None from the start.
+        resume_at: where the run goes on, None from the start.
         first: whether this is the rank that writes; the others have no monitor.
 
     Raises:
@@ -377,7 +384,7 @@ def make_monitors(
     # Those that may be refused come first: until then the files of the run are as they were.
     others: list[Monitor] = [load_monitor(name, out, recipe) for name in chosen if ":" in name]
     if "tensorboard" in chosen:
-        others.append(TensorBoard(out / TENSORBOARD_DIR, resume_at))
+        others.append(TensorBoard(out / TENSORBOARD_DIR))
     return Monitors(
         [JsonLines(out / METRICS_FILE, resume_at), Samples(out / SAMPLES_FILE, resume_at), *others]
     )

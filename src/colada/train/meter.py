@@ -8,8 +8,8 @@ import time
 
 import torch
 
+from colada.train.cost import mfu, peak_flops
 from colada.train.parallel import Ranks
-from colada.train.plan import mfu, peak_flops
 
 
 class Meter:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from colada.train.sections import OptimiserSection
+from colada.train.kinds import StageSection
 
 
-def learning_rate(step: int, section: OptimiserSection) -> float:
+def learning_rate(step: int, section: StageSection) -> float:
     """Return the factor on the learning rate of a step, from 0.
 
     Linear warm-up; then half a cosine down, or (wsd) 1 until the last ``decay`` of the steps, which go down
@@ -40,7 +40,7 @@ def set_learning_rate(optimisers: Sequence[torch.optim.Optimizer], factor: float
             group["lr"] = group["initial_lr"] * factor
 
 
-def make_optimisers(network: nn.Module, section: OptimiserSection, lr: float) -> list[torch.optim.Optimizer]:
+def make_optimisers(network: nn.Module, section: StageSection, lr: float) -> list[torch.optim.Optimizer]:
     """Return a network's optimisers; weight decay is on matrices only, AdaLN and embeddings are AdamW's."""
     named = list(network.named_parameters())
     blocks = [p for name, p in named if p.ndim == 2 and "blocks." in name and ".ada." not in name]

@@ -1,471 +1,69 @@
-"""The arithmetic of a training run: parameters, FLOPs and memory, without training.
-
-FLOPs are the *useful* ones, those that the mathematics of a step asks for. With a
-multiply-add as two FLOPs:
-
-- a matrix costs 2 * positions * inputs * outputs; that of an embedding look-up, none;
-- attention costs 4 * heads * head_dim * (visible query-key pairs) a layer: scores, then values;
-- a network that learns costs 3 * its forward pass (the backward pass is 2 *), a frozen one 1 *;
-- the AdaLN matrices and the timestep MLP count once per *distinct* timestep, not per position;
-- norms, activations, softmax and rotary positions are not counted, and neither is what does no
-  useful work: recomputed activations, invisible pairs, padding.
-
-Rows count as full and as one sample each; with several samples a row, which do not see each other,
-the attention terms are upper bounds. MFU = useful FLOPs per second / (ranks * peak FLOPs per second).
-"""
+"""What a recipe will compute and need, before anything is trained; counted by :mod:`colada.train.cost`."""
 
 from __future__ import annotations
 
-import bisect
-import dataclasses
-import re
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
-from colada.device import unallocated
+from colada.device import memory_of
 from colada.errors import ColadaError
-from colada.networks.config import DiTConfig, TextVAEConfig
-from colada.networks.dit import AdaLN, DiT
-from colada.networks.vae import TextVAE
+from colada.locate import DECODER_DIR, locate
+from colada.models.base import ARCHITECTURES
+from colada.models.cola import KINDS
+from colada.models.load_decoder import read_decoder_config
+from colada.networks.checkpoint import read_configs
+from colada.networks.config import DiTConfig, NetworkConfig, TextVAEConfig
+from colada.networks.decoder_config import DecoderConfig, matched_config
+from colada.train.cost import Phase, Placement, parameter_counts, scaled
+from colada.train.environment import ranks_here
+from colada.train.kinds import DecoderSection, StageSection
+from colada.train.parallel import Ranks
+from colada.train.recipe import Recipe, vocab_size
+from colada.train.stages import stage_class
 
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one optimiser step computes.
-
-    Attributes:
-        stage: 1, the Text VAE, or 2, the DiT.
-        rows: of the step, over all ranks.
-        length: tokens of a row, a multiple of ``patch_size * block_size``.
-        copies: noisy copies of each row, which share one clean copy (stage 2).
-        joint: the Text VAE learns too (stage 2).
-        masked: L_mask has a weight; only looked at where the Text VAE learns.
-        prefixes: share of the rows encoded once more, for clean prefixes inside blocks (stage 2).
-        per_block: a timestep for each block of each noisy copy, else one for each copy.
-
-    Raises:
-        ColadaError: for values that no step can have.
-    """
-
-    stage: int
-    rows: int
-    length: int
-    copies: int = 1
-    joint: bool = False
-    masked: bool = True
-    prefixes: float = 0.0
-    per_block: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "length", "copies"):
-            if getattr(self, name) < 1:
-                raise ColadaError(f"work: {name}={getattr(self, name)!r}, expected a positive number")
-        if self.stage not in (1, 2):
-            raise ColadaError(f"work: stage={self.stage!r}, expected 1 or 2")
-        if self.joint and self.stage == 1:
-            raise ColadaError("work: joint=True, expected only in stage 2")
-        if not 0 <= self.prefixes <= 1:
-            raise ColadaError(f"work: prefixes={self.prefixes!r}, expected a share between 0 and 1")
-
-    @property
-    def vae_learns(self) -> bool:
-        """Whether the Text VAE learns."""
-        return self.stage == 1 or self.joint
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the step."""
-        return self.rows * self.length
-
-    def blocks(self, vae: TextVAEConfig) -> int:
-        """Return the blocks of a row; raises :class:`ColadaError` if it does not divide into them."""
-        if self.length % vae.block_tokens:
-            raise ColadaError(
-                f"work: length={self.length}, expected a multiple of "
-                f"patch_size * block_size = {vae.block_tokens}"
-            )
-        return self.length // vae.block_tokens
-
-
-@lru_cache(maxsize=4)
-def _networks(vae: TextVAEConfig, dit: DiTConfig) -> tuple[TextVAE, DiT]:
-    """Both networks without memory."""
-    with unallocated():
-        return TextVAE(vae), DiT(dit)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def parameter_counts(vae: TextVAEConfig, dit: DiTConfig) -> dict[str, int]:
-    """Return the parameters of each network, which are not allocated."""
-    text, prior = _networks(vae, dit)
-    return {"Text VAE": _count(text), "DiT": _count(prior)}
-
-
-# --- FLOPs -------------------------------------------------------------------------------------
-
-
-def block_causal_pairs(blocks: int, block_size: int) -> int:
-    """Return the visible pairs of a clean row of n blocks of s: s^2 n (n + 1) / 2."""
-    return block_size**2 * blocks * (blocks + 1) // 2
-
-
-def two_copy_pairs(blocks: int, block_size: int, copies: int = 1) -> int:
-    """Return the visible pairs of ``[clean | noisy 1 | ... | noisy m]``: s^2 (n (n - 1) + m n (n + 1)) / 2.
-
-    The clean copy, without its last block, is block-causal; block b of a noisy copy sees the b clean
-    blocks before it and itself.
-    """
-    clean = block_causal_pairs(blocks - 1, block_size)
-    return clean + copies * block_causal_pairs(blocks, block_size)
-
-
-def matrix_entries(module: nn.Module) -> int:
-    """Return the entries of the matrices that every position is multiplied by; an embedding is none."""
-    products = (m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv1d))
-    return sum(product.weight.numel() for product in products)
-
-
-def training_flops(vae: TextVAEConfig, dit: DiTConfig, work: Work) -> dict[str, float]:
-    """Return the useful FLOPs of a step by part; they add up to the step's.
-
-    With n blocks of s latents a row, M = n s latents of P tokens, m noisy copies, and W the matrix
-    entries of a part, a row's forward pass costs
-
-    - encoder, decoder: 2 M W + 4 layers dim s^2 n (n + 1) / 2
-    - head: 2 M P dim V
-    - DiT: 2 (M - s + m M) W + 4 layers heads head_dim s^2 (n (n - 1) + m n (n + 1)) / 2
-    - AdaLN: 2 (m n) W, and once in a step for the t = 0 of clean copies
-
-    In the DiT, s and M are numbers of its own positions, ``patch_size`` latents each. What learns
-    counts three times: encoder, decoder and head in stage 1 and in joint training, there with the
-    masked stream once more; DiT and AdaLN in stage 2. The frozen encoder, the reference encoder and
-    the encoding of prefixes count once.
-
-    Raises:
-        ColadaError: if a row is not a whole number of blocks.
-    """
-    text, prior = _networks(vae, dit)
-    blocks = work.blocks(vae)
-    latents = blocks * vae.block_size
-    attention = 4 * vae.dim * block_causal_pairs(blocks, vae.block_size)
-    head_entries = matrix_entries(text.decoder.final_layer)
-    decoder_entries = matrix_entries(text.decoder) - head_entries
-    encoder = work.rows * (2 * latents * matrix_entries(text.encoder) + vae.encoder_num_blocks * attention)
-    decoder = work.rows * (2 * latents * decoder_entries + vae.decoder_num_blocks * attention)
-    head = 2 * work.tokens * head_entries
-    parts: dict[str, float] = {"encoder": encoder}
-    if work.vae_learns:
-        parts = {"encoder": 3 * encoder, "decoder": 3 * decoder, "head": 3 * head}
-        if work.masked:
-            parts["masked stream"] = 3 * (encoder + decoder + head)
-    if work.stage == 1:
-        return parts
-    if work.joint:
-        parts["reference encoder"] = encoder
-    if work.prefixes:
-        parts["prefixes"] = work.prefixes * encoder
-    size = dit.block_size // dit.patch_size
-    pairs = two_copy_pairs(blocks, size, work.copies)
-    adaln_entries = _adaln_matrices(prior)
-    products = 2 * _dit_positions(dit, work, blocks) * (matrix_entries(prior) - adaln_entries)
-    parts["DiT"] = 3 * work.rows * (products + 4 * dit.num_layers * dit.heads * dit.head_dim * pairs)
-    timesteps = work.rows * work.copies * (blocks if work.per_block else 1) + (blocks > 1)
-    parts["AdaLN"] = 3 * 2 * timesteps * adaln_entries
-    return parts
-
-
-def _dit_positions(dit: DiTConfig, work: Work, blocks: int) -> int:
-    """Positions of one row: the clean copy without its last block, and the noisy copies."""
-    return (blocks - 1 + work.copies * blocks) * (dit.block_size // dit.patch_size)
-
-
-def _adaln_matrices(prior: DiT) -> int:
-    blocks = sum(matrix_entries(module) for module in prior.modules() if isinstance(module, AdaLN))
-    return blocks + matrix_entries(prior.txt_out_ada) + matrix_entries(prior.emb_in)
-
-
-# --- memory ------------------------------------------------------------------------------------
+_SHAPE = ("dim", "num_layers", "num_heads", "ffn_dim")
+"""Keys of ``model.decoder`` that decide a baseline's parameters."""
 
 
 @dataclass(frozen=True)
-class Placement:
-    """How a step is laid out on one rank.
+class Cost:
+    """What a run costs, everything counted, so that "matched" can be checked.
+
+    Everything: the Text VAE with its embeddings, its stage with the masked stream, both copies of a prior's
+    row, the frozen or the reference encoder, heads. Beside it the narrow count, 6 N D. Papers compare by such
+    a number; that of Cola DLM does not say which it used.
 
     Attributes:
-        micro_batch: rows of a pass.
-        shards: ranks that share one copy of weights, gradients and optimiser; 1 is unsharded.
-        checkpointing: the DiT's blocks are computed again in the backward pass.
-        bfloat16: matrix products are in bfloat16, weights in float32.
-        muon: the matrices of transformer blocks, AdaLN aside, have Muon's one buffer, not AdamW's two.
-        ema: averaged weights are kept.
+        arch: "cola", "ar" or "llada".
+        parameters: of each network.
+        flops: useful ones of the whole run, by phase and part.
+        tokens: of all stages.
+        narrow_flops: 6 N D, see :class:`colada.train.cost.Phase`.
     """
 
-    micro_batch: int
-    shards: int = 1
-    checkpointing: bool = False
-    bfloat16: bool = True
-    muon: bool = False
-    ema: bool = False
-
-
-def memory_per_rank(vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: Placement) -> dict[str, float]:
-    """Return the bytes a rank needs by part; the parts add up to the peak.
-
-    Exact, up to the rounding of shards and a few bytes a tensor: "weights" and "gradients" (4 bytes a
-    trained parameter), "optimiser" (AdamW 8, Muon 4), "average" (4) and "networks at rest" (4; the frozen
-    Text VAE of stage 2 or its reference copy), each divided by the shards.
-
-    Estimates, of uncompiled networks:
-
-    - "working copy": what products read. Sharded, the largest transformer block and all that
-      is outside blocks, gathered; unsharded, the bfloat16 copy of every matrix. 2 bytes an entry, 4
-      in float32, where the unsharded weights need no copy.
-    - "activations": kept for the backward pass, per position. With D = dim, F = ffn_dim of the
-      Text VAE, D = txt_dim, W = heads * head_dim, F = expand_ratio * D of the DiT, and e = 4 bytes, or 2 in
-      bfloat16, where norms keep float32 copies, an encoder or decoder layer keeps
-      e (9 D + 2 F) + (4 - e) 7 D, a DiT layer e (12 D + 6 W + 2 F) + (4 - e) (4 D + 4 W), the DiT's
-      output 4 e D. With checkpointing a DiT layer keeps its input, e D, and one layer at a time all of it.
-    - "logits": V (e + 8) bytes a token in bfloat16, V 8 in float32, while their gradient is computed,
-      and V 4 more for a masked stream.
-
-    Not counted: the device's own context, fragmentation, the scratch space of kernels, and the
-    passing needs of networks at rest, which come before the peak.
-
-    Raises:
-        ColadaError: if a row is not a whole number of blocks.
-    """
-    text, prior = _networks(vae, dit)
-    trained: list[nn.Module] = [text] * work.vae_learns + [prior] * (work.stage == 2)
-    parts = state_bytes(trained, placement)
-    if work.stage == 2:
-        parts["networks at rest"] = 4 * _count(text) / placement.shards
-    return parts | _activations(vae, dit, work, placement)
-
-
-def state_bytes(trained: Sequence[nn.Module], placement: Placement) -> dict[str, float]:
-    """Return what networks that learn need beside activations, see :func:`memory_per_rank`."""
-    parameters = sum(_count(network) for network in trained)
-    moments = 2 * parameters - (sum(map(_muon_entries, trained)) if placement.muon else 0)
-    parts = {
-        "weights": 4 * parameters / placement.shards,
-        "gradients": 4 * parameters / placement.shards,
-        "optimiser": 4 * moments / placement.shards,
-    }
-    if placement.ema:
-        parts["average"] = 4 * parameters / placement.shards
-    entry = 2 if placement.bfloat16 else 4
-    if placement.shards > 1:
-        parts["working copy"] = float(entry * sum(map(_gathered_entries, trained)))
-    elif placement.bfloat16:
-        parts["working copy"] = float(entry * sum(map(matrix_entries, trained)))
-    return parts
-
-
-def _activations(vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: Placement) -> dict[str, float]:
-    blocks, rows = work.blocks(vae), placement.micro_batch
-    entry = 2 if placement.bfloat16 else 4
-    total, parts = 0, dict[str, float]()
-    if work.vae_learns:
-        streams = 1 + work.masked
-        layer = entry * (9 * vae.dim + 2 * vae.ffn_dim) + (4 - entry) * 7 * vae.dim
-        layers = vae.encoder_num_blocks + vae.decoder_num_blocks
-        total += streams * blocks * vae.block_size * layers * layer
-        logit = (entry + 8 if placement.bfloat16 else 8) + 4 * (streams - 1)
-        parts["logits"] = float(rows * work.length * vae.vocab_size * logit)
-    if work.stage == 2:
-        dim, width = dit.txt_dim, dit.heads * dit.head_dim
-        layer = entry * ((12 + 2 * dit.expand_ratio) * dim + 6 * width) + (4 - entry) * 4 * (dim + width)
-        kept = dit.num_layers * entry * dim + layer if placement.checkpointing else dit.num_layers * layer
-        total += _dit_positions(dit, work, blocks) * (kept + 4 * entry * dim)
-    return {"activations": float(rows * total), **parts}
-
-
-def _muon_entries(network: nn.Module) -> int:
-    """Entries of the matrices of transformer blocks, AdaLN aside."""
-    named = network.named_parameters()
-    return sum(p.numel() for name, p in named if p.ndim == 2 and "blocks." in name and ".ada." not in name)
-
-
-def _gathered_entries(network: nn.Module) -> int:
-    """Parameters of the largest transformer block and of all that is outside blocks."""
-    stacks = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [_count(block) for stack in stacks for block in stack]
-    return _count(network) - sum(blocks) + max(blocks)
-
-
-def largest_micro_batch(
-    gib: float, vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: Placement, usable: float = 0.9
-) -> int:
-    """Return the most rows a pass can have in ``gib`` of memory, 0 if not even one; an estimate.
-
-    Args:
-        usable: share of the memory to plan with; the rest is for what :func:`memory_per_rank` does not count.
-    """
-
-    def needed(rows: int) -> float:
-        asked = dataclasses.replace(placement, micro_batch=rows)
-        return sum(memory_per_rank(vae, dit, work, asked).values())
-
-    return bisect.bisect_right(range(1, 2**16), usable * gib * GIB, key=needed)
-
-
-def micro_batch_table(
-    vae: TextVAEConfig,
-    dit: DiTConfig,
-    length: int,
-    memories: Sequence[int] = (24, 48, 80),
-    shards: Sequence[int] = (1, 8),
-) -> str:
-    """Return a Markdown table of the largest micro-batches (AdamW, bfloat16) by stage and memory in GiB."""
-    heads = [
-        f"rows of {length:,} tokens",
-        "ranks",
-        "checkpointing",
-        *(f"{memory} GiB" for memory in memories),
-    ]
-    lines = [_markdown(heads), "|---" * len(heads) + "|"]
-    stages = {
-        "stage 1": Work(1, 1, length),
-        "stage 2, frozen": Work(2, 1, length),
-        "stage 2, joint": Work(2, 1, length, joint=True),
-    }
-    for name, work in stages.items():
-        for ranks in shards:
-            for checkpointing in (False, True)[: work.stage]:
-                placement = Placement(1, ranks, checkpointing=checkpointing)
-                fits = [largest_micro_batch(memory, vae, dit, work, placement) for memory in memories]
-                cells = [name, str(ranks), "yes" if checkpointing else "no"]
-                lines.append(_markdown([*cells, *(str(rows or "none") for rows in fits)]))
-    return "\n".join(lines)
-
-
-def _markdown(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-# --- the device --------------------------------------------------------------------------------
-
-# Dense 16-bit tensor-core peaks from the makers' data sheets, FLOPs per second, by whole words of the
-# name of the device; of those that match, the first counts.
-_DATA_SHEETS = (
-    (r"GB200", 2500e12),
-    (r"B200", 2250e12),
-    (r"GH200", 989e12),
-    (r"H200 NVL", 836e12),
-    (r"H200", 989e12),
-    (r"H100 PCIe", 756e12),
-    (r"H100 NVL", 835e12),
-    (r"H100", 989e12),
-    (r"MI300X", 1307e12),
-    (r"A100", 312e12),
-    (r"L40S", 362e12),
-    (r"L40", 181e12),
-    (r"L4", 121e12),
-    (r"A10G", 70e12),
-    (r"A10", 125e12),
-    (r"RTX 4090$", 165e12),  # Not the 4090 D, nor the one for laptops.
-)
-_DATA_SHEETS_FLOAT16 = ((r"V100", 125e12), (r"T4", 65e12))  # Without bfloat16 units.
-
-
-@lru_cache(maxsize=8)
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Return what MFU takes as the peak, in FLOPs per second, and where it is from.
-
-    For 16-bit types on a known GPU "data sheet". Otherwise, as for float32, whose rate depends on
-    whether TF32 is on, "measured": the best rate of square products, taken once a process in
-    under half a second.
-    """
-    if device.type == "cuda":
-        tables = {torch.bfloat16: _DATA_SHEETS, torch.float16: _DATA_SHEETS + _DATA_SHEETS_FLOAT16}
-        name = torch.cuda.get_device_name(device)
-        for words, peak in tables.get(dtype, ()):
-            # A MIG slice is named like the whole.
-            if re.search(rf"\b{words}(\b|$)", name) and "MIG" not in name:
-                return peak, "data sheet"
-    return _measured_rate(device, dtype), "measured"
-
-
-def _measured_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
-    """Return the best rate of n x n products, n doubling from 256 while one more size fits in the time."""
-    end, best, n = time.perf_counter() + seconds, 0.0, 256
-    while True:
-        a = torch.ones(n, n, device=device, dtype=dtype)
-        durations = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            float((a @ a)[0, 0])  # Reading a number waits for the device.
-            durations.append(time.perf_counter() - begin)
-        best = max(best, 2 * n**3 / min(durations))
-        if n == 8192 or time.perf_counter() + 3 * 8 * min(durations) > end:
-            return best
-        n *= 2
-
-
-def mfu(flops: float, seconds: float, peak: float, ranks: int = 1) -> float:
-    """Return the model FLOPs utilisation: useful ``flops`` done in ``seconds`` / (ranks * peak)."""
-    return flops / (seconds * ranks * peak)
-
-
-# --- the plan ----------------------------------------------------------------------------------
-
-_SCALES = {
-    "": (1000, ("", "K", "M", "B", "T")),
-    "FLOP": (1000, ("", "K", "M", "G", "T", "P", "E", "Z", "Y")),
-    "B": (1024, ("", "Ki", "Mi", "Gi", "Ti")),
-}
-
-
-def scaled(value: float, unit: Literal["", "FLOP", "B"] = "") -> str:
-    """Return a count ("1.83 B", billions), FLOPs ("4.20 PFLOP") or bytes ("12.3 GiB") in three digits."""
-    base, prefixes = _SCALES[unit]
-    step = 0
-    while value >= base and step < len(prefixes) - 1:
-        value, step = value / base, step + 1
-    digits = 0 if step == 0 or value >= 100 else 1 if value >= 10 else 2
-    return f"{value:.{digits}f} {prefixes[step]}{unit}".rstrip()
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Steps that all compute the same: a stage, or the joint or the frozen steps of one.
-
-    Attributes:
-        name: as printed.
-        steps: how many.
-        tokens: of a step, over all ranks.
-        flops: useful ones of a step by part.
-        memory: bytes a rank needs by part.
-        placement: how a step lies on a rank.
-        work: what else describes a step.
-    """
-
-    name: str
-    steps: int
-    tokens: int
+    arch: str
+    parameters: Mapping[str, int]
     flops: Mapping[str, float]
-    memory: Mapping[str, float]
-    placement: Placement
-    work: Mapping[str, Any]
+    tokens: int
+    narrow_flops: float
 
+    @property
+    def total_parameters(self) -> int:
+        """Of all networks."""
+        return sum(self.parameters.values())
 
-def cola_phase(
-    name: str, steps: int, vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: Placement
-) -> Phase:
-    """Return steps of a Cola DLM's run."""
-    flops, memory = training_flops(vae, dit, work), memory_per_rank(vae, dit, work, placement)
-    return Phase(name, steps, work.tokens, flops, memory, placement, dataclasses.asdict(work))
+    @property
+    def total_flops(self) -> float:
+        """Of all stages."""
+        return sum(self.flops.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {**asdict(self), "parameters": _with_total(self.parameters), "flops": _with_total(self.flops)}
 
 
 @dataclass(frozen=True)
@@ -473,22 +71,24 @@ class Plan:
     """What a run will compute and need; nothing is allocated.
 
     Attributes:
-        parameters: of each network.
+        cost: of all steps.
         phases: in order. Joint and frozen steps that take turns are two; the memory of the joint one counts.
     """
 
-    parameters: Mapping[str, int]
+    cost: Cost
     phases: tuple[Phase, ...]
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of all steps."""
-        return sum(phase.steps * phase.tokens for phase in self.phases)
-
-    @property
-    def flops(self) -> float:
-        """Useful FLOPs of all steps."""
-        return sum(phase.steps * sum(phase.flops.values()) for phase in self.phases)
+    @classmethod
+    def of(cls, arch: str, parameters: Mapping[str, int], phases: Sequence[Phase]) -> Plan:
+        """Add up phases."""
+        flops = {
+            f"{phase.name}: {part}": phase.steps * value
+            for phase in phases
+            for part, value in phase.flops.items()
+        }
+        tokens = sum(phase.steps * phase.tokens for phase in phases)
+        narrow = sum(phase.steps * phase.narrow_flops for phase in phases)
+        return cls(Cost(arch, parameters, flops, tokens, narrow), tuple(phases))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values: counts, FLOPs, and bytes of memory."""
@@ -497,7 +97,7 @@ class Plan:
                 "name": phase.name,
                 "steps": phase.steps,
                 "work": dict(phase.work),
-                "placement": dataclasses.asdict(phase.placement),
+                "placement": asdict(phase.placement),
                 "tokens_per_step": phase.tokens,
                 "flops_per_step": _with_total(phase.flops),
                 "memory_per_rank": _with_total(phase.memory),
@@ -506,8 +106,8 @@ class Plan:
             }
             for phase in self.phases
         ]
-        parameters = _with_total(self.parameters)
-        return {"parameters": parameters, "phases": phases, "tokens": self.tokens, "flops": self.flops}
+        parameters, flops = _with_total(self.cost.parameters), self.cost.total_flops
+        return {"parameters": parameters, "phases": phases, "tokens": self.cost.tokens, "flops": flops}
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the plan as names, indented by level, and readable values."""
@@ -534,3 +134,161 @@ def _listed(
     indent = "  " * level
     below = [(f"{indent}  {part}", scaled(value, unit)) for part, value in parts.items() if part != "total"]
     return [(indent + name, scaled(parts["total"], unit)), *below]
+
+
+# --- from a recipe -----------------------------------------------------------------------------
+
+
+def plan_run(recipe: Recipe, ranks: int = 1) -> Plan:
+    """Return the plan of a run on so many ranks.
+
+    Raises:
+        ColadaError: for settings that do not fit each other, or a model to continue from that is not there.
+    """
+    recipe = resolve(recipe)
+    arch = recipe.model.arch
+    KINDS[arch].check(recipe.own_generation, "recipe: generation")
+    configs = configs_of(recipe)
+    if arch == "cola":
+        vae, dit = configs["vae"], configs["dit"]
+        assert isinstance(vae, TextVAEConfig)
+        assert isinstance(dit, DiTConfig)
+        parameters = parameter_counts(vae, dit)
+    else:
+        assert isinstance(configs["decoder"], DecoderConfig)
+        parameters = {"decoder": configs["decoder"].parameters}
+    return Plan.of(arch, parameters, _phases(recipe, recipe.trained, configs, ranks))
+
+
+def _phases(
+    recipe: Recipe, stages: Mapping[str, StageSection], configs: Mapping[str, NetworkConfig], ranks: int
+) -> list[Phase]:
+    phases = []
+    for name, section in stages.items():
+        placement = Placement(
+            micro_batch=section.micro_batch or max(1, section.batch // ranks),
+            shards=max(1, ranks // recipe.run.replicas) if recipe.run.shard else 1,
+            checkpointing=recipe.run.checkpoint_activations,
+            bfloat16=recipe.run.precision == "bfloat16",
+            muon=section.optimiser == "muon",
+            ema=section.ema > 0,
+        )
+        phases += stage_class(section).phases(recipe, name, configs, placement)
+    return [phase for phase in phases if phase.steps]
+
+
+def planned(recipe: Recipe, plan: Plan, ranks: Ranks, out: Path) -> list[str]:
+    """Return what is going to be trained, on what, and for how long, in lines of a terminal's width."""
+    where = str(ranks.device)
+    if ranks.device.type == "cuda":
+        where = torch.cuda.get_device_name(ranks.device)
+    elif ranks.device.type == "cpu":
+        threads = torch.get_num_threads()
+        where = f"cpu with {threads} thread{'s' if threads > 1 else ''}"
+    if ranks.size > 1:
+        where += f", {ranks.size} ranks"
+    parts = " + ".join(f"{name} {scaled(number)}" for name, number in plan.cost.parameters.items())
+    steps = " + ".join(f"{phase.steps:,}" for phase in plan.phases) or "0"
+    return [
+        f"training {ARCHITECTURES[recipe.model.arch]} in {out}: {parts} parameters",
+        f"on {where}, {recipe.run.precision}; {steps} steps, {scaled(plan.cost.tokens)} tokens",
+    ]
+
+
+def check_memory(plan: Plan, device: torch.device) -> None:
+    """Raise ColadaError if a rank needs more memory than its device has."""
+    there = memory_of(device)
+    ranks = ranks_here() if device.type == "cpu" else 1
+    for phase in plan.phases:
+        needed = ranks * sum(phase.memory.values())
+        if there is not None and needed > there:
+            raise ColadaError(
+                f"{phase.name} would take about {scaled(needed, 'B')} of memory, but {device} has "
+                f"{scaled(there, 'B')}: expected a smaller batch or micro_batch, length, vocabulary or model"
+            )
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Return a recipe in which a baseline's stage has what follows from Cola DLM's filled in.
+
+    What it leaves out of rows and optimiser is as in the last of Cola DLM's stages; without a stage for it,
+    there is one named "decoder". Without a shape in ``model.decoder`` (and without ``model.init``) a baseline
+    has as many parameters as Text VAE and DiT together, and first weights of spread dim^-1/2; without steps,
+    as many as take the FLOPs of Cola DLM's stages, everything counted.
+
+    Raises:
+        ColadaError: for settings that do not fit each other.
+    """
+    if recipe.model.arch == "cola":
+        return recipe
+    cola = recipe.stages_of("cola")
+    if not recipe.trained:
+        recipe = _with_stages(recipe, {"decoder": DecoderSection()})
+    if cola:
+        *_, last = cola.values()
+        common = StageSection.model_fields.keys() - {"kind", "steps"}
+        for name, section in recipe.trained.items():
+            same = {key: getattr(last, key) for key in common - section.model_fields_set}
+            recipe = _with_stages(recipe, {name: section.model_copy(update=same)})
+    if recipe.model.init is None and not set(_SHAPE) & recipe.model.decoder.keys():
+        total = sum(parameter_counts(*_cola_configs(recipe)).values())
+        config = matched_config(total, vocab_size(recipe), objective=recipe.model.arch)
+        decoder = {name: getattr(config, name) for name in _SHAPE}
+        decoder["init_std"] = round(config.dim**-0.5, 4)  # 0.02 at the width it is usual for
+        decoder |= recipe.model.decoder
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"decoder": decoder})})
+    for name, section in recipe.trained.items():
+        update: dict[str, Any] = {}
+        assert isinstance(section, DecoderSection)
+        if recipe.model.arch == "llada" and section.llada_lr is not None:
+            update = {"lr": section.llada_lr, "llada_lr": None}
+        if section.steps == 0:
+            update["steps"] = _matched_steps(recipe, name)
+        recipe = _with_stages(recipe, {name: section.model_copy(update=update)})
+    return recipe
+
+
+def _with_stages(recipe: Recipe, stages: Mapping[str, StageSection]) -> Recipe:
+    return recipe.model_copy(update={"stages": {**recipe.stages, **stages}})
+
+
+def _matched_steps(recipe: Recipe, name: str) -> int:
+    """Return how many steps of a baseline's stage take the FLOPs of Cola DLM's stages."""
+    if recipe.model.init is not None:
+        raise ColadaError(f"recipe: stages.{name}.steps=0 with model.init, expected a number of steps")
+    vae, dit = _cola_configs(recipe)
+    cola = _phases(recipe, recipe.stages_of("cola"), {"vae": vae, "dit": dit}, 1)
+    wanted = sum(phase.steps * sum(phase.flops.values()) for phase in cola)
+    if wanted == 0:
+        raise ColadaError(f"recipe: stages.{name}.steps=0 with no steps of Cola DLM's stages to match")
+    one = {name: recipe.stages[name].model_copy(update={"steps": 1})}
+    (phase,) = _phases(_with_stages(recipe, one), one, configs_of(recipe), 1)
+    return max(1, round(wanted / sum(phase.flops.values())))
+
+
+def configs_of(recipe: Recipe) -> dict[str, NetworkConfig]:
+    """Return the configuration of each network of a resolved recipe, without its data.
+
+    Raises:
+        ColadaError: for settings that do not fit each other, or a model to continue from that is not there.
+    """
+    init = recipe.model.init
+    if recipe.model.arch == "cola":
+        if init is None:
+            vae, dit = _cola_configs(recipe)
+        else:
+            vae, dit = read_configs(locate(init))
+            own = recipe.tokenizer.file is None
+            recipe.check_configs(vae, dit, vae.vocab_size if own else vocab_size(recipe))
+        return {"vae": vae, "dit": dit}
+    if init is None:
+        return {"decoder": recipe.decoder_config(vocab_size(recipe), bos_id=0)}  # Which id changes no size.
+    directory = locate(init)
+    if not (directory / DECODER_DIR).is_dir():
+        raise ColadaError(f"model.init={init} is no baseline, expected one for arch={recipe.model.arch!r}")
+    return {"decoder": read_decoder_config(directory)}
+
+
+def _cola_configs(recipe: Recipe) -> tuple[TextVAEConfig, DiTConfig]:
+    size = vocab_size(recipe)
+    return recipe.configs(size, pad_id=size - 1)  # Which id it is changes no size.

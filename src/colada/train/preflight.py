@@ -11,7 +11,7 @@ from colada.files import require_file
 from colada.locate import local
 from colada.train.environment import world_size
 from colada.train.logs import check_names
-from colada.train.recipe import Recipe, vocab_size
+from colada.train.recipe import Recipe
 
 
 def preflight(recipe: Recipe, out: Path | None = None) -> list[str]:
@@ -34,9 +34,7 @@ def preflight(recipe: Recipe, out: Path | None = None) -> list[str]:
             require_file(path)
     if recipe.model.init is not None:
         local(recipe.model.init)
-    elif recipe.model.arch == "cola":
-        size = vocab_size(recipe)
-        recipe.configs(size, pad_id=size - 1)  # Which id it is changes no size.
+    recipe.check_networks()
     if recipe.run.report and find_spec("matplotlib") is None:
         lines.append('there will be no report, which needs matplotlib: pip install "colada-lm[train]"')
     return lines

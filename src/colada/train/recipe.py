@@ -1,7 +1,7 @@
 """The recipe: one typed YAML file that says all a training run depends on.
 
-Every key has a default and a description in its section, from which ``recipes/reference.yaml`` and the recipe
-saved with a run are written. A key that does not exist is refused with the nearest name that does.
+Every key has a default and a description in its section, from which ``colada recipe`` and the recipe saved
+with a run are written. A key that does not exist is refused with the nearest name that does.
 """
 
 from __future__ import annotations
@@ -10,32 +10,22 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from pathlib import Path, PurePath
+from typing import Any, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from colada.data.sources import Section
+from colada.data.sources import Section, Source
 from colada.errors import ColadaError, nearest
 from colada.files import write_text
 from colada.generate.settings import check_settings
 from colada.networks.config import DiTConfig, TextVAEConfig, check_pair
 from colada.networks.decoder_config import DecoderConfig
 from colada.strict_yaml import dump_yaml, parse_yaml, read_yaml
-from colada.train.sections import (
-    BaselineSection,
-    DataSection,
-    ModelSection,
-    OptimiserSection,
-    RunSection,
-    Stage1Section,
-    Stage2Section,
-    TokenizerSection,
-)
+from colada.train.kinds import KINDS, AnyStage, DecoderSection, PriorSection, StageSection, TextVAESection
+from colada.train.sections import DataSection, ModelSection, RunSection, TokenizerSection
 
-if TYPE_CHECKING:  # They import torch, which settings are checked without.
-    from colada.train.losses import JointWeights
-    from colada.train.noise import FlowSettings, VAEWeights
+_STAGES: dict[str, AnyStage] = {"vae": TextVAESection(), "prior": PriorSection()}
 
 
 class Recipe(Section):
@@ -45,9 +35,9 @@ class Recipe(Section):
     data: DataSection = DataSection()
     tokenizer: TokenizerSection = TokenizerSection()
     model: ModelSection = ModelSection()
-    stage1: Stage1Section = Stage1Section()
-    stage2: Stage2Section = Stage2Section()
-    baseline: BaselineSection = BaselineSection()
+    stages: dict[str, AnyStage] = Field(
+        _STAGES, description="What is trained, in order: a name of your own, and the settings of each."
+    )
     run: RunSection = RunSection()
     generation: dict[str, Any] = Field(
         {}, description="Settings stored with the model and used for samples: steps, guidance, solver, ..."
@@ -56,27 +46,77 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _finite(cls, values: Any) -> Any:
-        _check_finite(
-            values, ""
-        )  # Sections check their own; those of configurations and settings have no type.
+        # Sections check their own numbers; those of configurations and settings have no type.
+        _check_finite(values, "")
         return values
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _kinds(cls, stages: Any) -> Any:
+        """Check names and kinds; a stage without a kind is of the one that it is named after."""
+        if not isinstance(stages, dict):
+            return stages
+        named = {}
+        for name, values in stages.items():
+            if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]{0,30}", name):
+                raise ValueError(f"{name!r}, expected a name of small letters, digits and underscores")
+            values = {} if values is None else values
+            if isinstance(values, dict):
+                kind = values.get("kind", name)
+                if kind not in KINDS:
+                    known = f"expected one of {', '.join(KINDS)}{nearest(kind, KINDS)}"
+                    raise ValueError(
+                        f"{name}.kind={kind!r}, {known}"
+                        if "kind" in values
+                        else f"{name} has no kind, {known}"
+                    )
+                values = {"kind": kind, **values}
+            named[name] = values
+        return named
 
     @model_validator(mode="after")
     def _settings(self) -> Recipe:
         check_settings(self.generation, "generation")
-        check_settings(self.baseline.generation, "baseline.generation")
+        if self.model.arch == "cola" and not self.trained:
+            kinds = [kind for kind, section in KINDS.items() if "cola" in section.archs]
+            raise ColadaError(
+                f"stages: {', '.join(self.stages) or 'none'}, expected one of kind {', '.join(kinds)}"
+            )
+        for name, section in self.stages.items():
+            if isinstance(section, DecoderSection):
+                check_settings(section.generation, f"stages.{name}.generation")
+            if not any(source_weights(section, self.data.sources, f"stages.{name}.weights")):
+                raise ColadaError(f"stages.{name}.weights={section.weights}, expected one above 0")
         return self
 
-    def stage(self, number: int) -> OptimiserSection:
-        """Return the section of a stage, 1 or 2; a baseline has one stage."""
-        if self.model.arch != "cola":
-            return self.baseline
-        return self.stage1 if number == 1 else self.stage2
+    def stages_of(self, arch: str) -> dict[str, StageSection]:
+        """Return the stages that train an architecture, in order."""
+        return {name: section for name, section in self.stages.items() if arch in section.archs}
+
+    @property
+    def trained(self) -> dict[str, StageSection]:
+        """The stages that train what the recipe trains, in order."""
+        return self.stages_of(self.model.arch)
+
+    def number(self, stage: str) -> int:
+        """Return a stage's number in the seeds of its rows and noise.
+
+        It is its place in the order, but a prior's at least 2: to leave out the Text VAE changes no row.
+        """
+        number = 0
+        for name, section in self.trained.items():
+            number = max(number + 1, section.first)
+            if name == stage:
+                break
+        return number
 
     @property
     def own_generation(self) -> dict[str, Any]:
         """The settings stored with what is trained."""
-        return self.generation if self.model.arch == "cola" else self.baseline.generation
+        if self.model.arch == "cola":
+            return self.generation
+        sections = [section for section in self.trained.values() if isinstance(section, DecoderSection)]
+        return sections[-1].generation if sections else {}
 
     def configs(self, vocab_size: int, pad_id: int) -> tuple[TextVAEConfig, DiTConfig]:
         """Return both configurations, completed with what the tokenizer decides and checked together.
@@ -84,9 +124,8 @@ class Recipe(Section):
         Raises:
             ColadaError: naming the key at fault.
         """
-        vae_keys = {"vocab_size": vocab_size, "pad_token_id": pad_id, "log_snr": self.stage1.log_snr}
-        vae_keys |= self.model.vae
-        vae = TextVAEConfig.from_dict(vae_keys, "recipe: model.vae")
+        filled = {"vocab_size": vocab_size, "pad_token_id": pad_id}
+        vae = TextVAEConfig.from_dict({**filled, **self.model.vae}, "recipe: model.vae")
         channels = {"txt_in_channels": vae.latent_dim, "txt_out_channels": vae.latent_dim}
         dit = DiTConfig.from_dict(
             {**channels, "block_size": vae.block_size, **self.model.dit}, "recipe: model.dit"
@@ -119,35 +158,52 @@ class Recipe(Section):
             raise ColadaError(
                 f"recipe: model.vae.vocab_size={vae.vocab_size}, the tokenizer has {vocab_size}"
             )
-        for stage, section in (("stage1", self.stage1), ("stage2", self.stage2)):
+        for name, section in self.stages_of("cola").items():
             if section.length % vae.block_tokens:
                 raise ColadaError(
-                    f"recipe: {stage}.length={section.length}, expected a multiple of "
+                    f"recipe: stages.{name}.length={section.length}, expected a multiple of "
                     f"patch_size * block_size = {vae.block_tokens}"
                 )
+            share = getattr(section, "self_conditioning", 0)
+            if share and not dit.self_conditioning:
+                raise ColadaError(
+                    f"recipe: stages.{name}.self_conditioning={share} without model.dit.self_conditioning"
+                )
 
-    def vae_weights(self) -> VAEWeights:
-        """Return the weights of the Text VAE's terms."""
-        from colada.train.noise import VAEWeights
+    def check_networks(self) -> None:
+        """Check the keys of the networks' configurations, of an architecture that is not trained too.
 
-        s = self.stage1
-        return VAEWeights(beta=s.beta, mask=s.mask, mask_ratio=s.mask_ratio, log_snr=s.log_snr)
+        Raises:
+            ColadaError: naming the key at fault.
+        """
+        if self.model.init is not None:
+            return
+        size = vocab_size(self)
+        if self.model.arch == "cola" or self.model.vae or self.model.dit:
+            self.configs(size, pad_id=size - 1)  # Which id it is changes nothing here.
+        if self.model.decoder:
+            arch = self.model.decoder.get("objective", "ar") if self.model.arch == "cola" else self.model.arch
+            model = self.model.model_copy(update={"arch": arch})
+            self.model_copy(update={"model": model}).decoder_config(size, bos_id=0)
 
-    def joint_weights(self) -> JointWeights:
-        """Return the weights of the joint loss."""
-        from colada.train.losses import JointWeights
 
-        s = self.stage2
-        return JointWeights(vae=s.lambda_vae, flow=s.lambda_fm, reference=s.lambda_ref)
+def source_weights(section: StageSection, sources: Sequence[Source], where: str = "weights") -> list[float]:
+    """Return the weight of each source in a stage; 0 for one that it does not read.
 
-    def flow_settings(self, latent_dim: int) -> FlowSettings:
-        """Return how flow matching draws examples; an unset loc is the paper's for this latent width."""
-        from colada.flow import TimestepLaw, calibrated_loc
-        from colada.train.noise import FlowSettings
-
-        s = self.stage2
-        law = TimestepLaw(calibrated_loc(latent_dim) if s.loc is None else s.loc, s.scale)
-        return FlowSettings(law, s.timestep_per == "block", s.copies, s.prefix_share, s.history_dropout)
+    Raises:
+        ColadaError: naming ``where``, for a weight of no source, or of several.
+    """
+    if section.weights is None:
+        return [source.weight for source in sources]
+    paths = [PurePath(source.name) for source in sources]
+    weights = [0.0] * len(sources)
+    for key, weight in section.weights.items():
+        named = [n for n, path in enumerate(paths) if key in (sources[n].name, path.name, path.stem)]
+        if len(named) != 1:
+            known = ", ".join(path.stem for path in paths)
+            raise ColadaError(f"{where}: {key!r} names {len(named) or 'none'} of the sources: {known}")
+        weights[named[0]] = weight
+    return weights
 
 
 def vocab_size(recipe: Recipe) -> int:
@@ -180,6 +236,8 @@ def load_recipe(
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ColadaError(f"{path} holds a {type(values).__name__}, expected sections such as 'data:'")
+    if values.get("stages") is None:  # Overrides are of the stages that there are without a word.
+        values["stages"] = {name: {} for name in _STAGES}
     for key, value in (replaced or {}).items():
         _set(values, key, value, key)
     for override in overrides:
@@ -199,7 +257,7 @@ def load_recipe(
 def _check_finite(values: Any, where: str) -> None:
     if isinstance(values, float) and not math.isfinite(values):
         raise ColadaError(f"{where}={values}, expected a finite number")
-    inner: Iterable[tuple[Any, Any]] = enumerate(values) if isinstance(values, list) else ()
+    inner: Iterable[tuple[Any, Any]] = enumerate(values) if isinstance(values, list | tuple) else ()
     if isinstance(values, Mapping):
         inner = values.items()
     for key, value in inner:
@@ -213,24 +271,31 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def commented(recipe: Recipe) -> str:
     """Return a recipe as YAML in which every key has its description as a comment."""
-    return "\n".join(_commented(recipe, 0)) + "\n"
+    return "\n".join(_commented(recipe, 0, set())) + "\n"
 
 
-def _commented(section: BaseModel, depth: int) -> list[str]:
+def _commented(section: BaseModel, depth: int, said: set[str]) -> list[str]:
+    """Return the lines of a section; what is ``said`` of one stage is not said of the next."""
     indent, lines = "  " * depth, list[str]()
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             about = (type(value).__doc__ or "").partition("\n")[0]
-            lines += ["", f"{indent}{name}: # {about}", *_commented(value, depth + 1)]
+            lines += ["", f"{indent}{name}: # {about}", *_commented(value, depth + 1, said)]
             continue
-        lines += textwrap.wrap(
-            field.description or "", 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
-        )
-        if isinstance(value, tuple) and any(isinstance(part, BaseModel) for part in value):
+        about = field.description or ""
+        if about not in said:
+            lines += textwrap.wrap(about, 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        said.add(about)
+        if isinstance(value, dict) and any(isinstance(part, BaseModel) for part in value.values()):
+            lines.append(f"{indent}{name}:")
+            for key, part in value.items():
+                about = (type(part).__doc__ or "").partition("\n")[0]
+                lines += [f"{indent}  {key}: # {about}", *_commented(part, depth + 2, said)]
+        elif isinstance(value, tuple) and any(isinstance(part, BaseModel) for part in value):
             lines.append(f"{indent}{name}:")
             for part in value:
-                first, *rest = _commented(part, 0)
+                first, *rest = _commented(part, 0, said)
                 lines += [f"{indent}  - {first}", *(f"{indent}    {line}" for line in rest)]
         else:
             lines += _dumped(name, section.model_dump(mode="json", include={name})[name], indent)
@@ -248,24 +313,28 @@ def _dumped(name: str, value: Any, indent: str) -> list[str]:
 
 def difference(old: Recipe, new: Recipe) -> str | None:
     """Return the first key that makes ``new`` another run than ``old``, with both values, or None."""
-    sections: dict[str, Any] = dict.fromkeys(("seed", "data", "tokenizer"), True)
-    if new.model.arch == "cola":
-        sections |= {"model": {"arch", "init", "vae", "dit"}, "stage1": True, "stage2": True}
-    else:
-        own = set(BaselineSection.model_fields) - {"llada_lr", "generation"}  # the one is resolved to lr
-        if new.model.arch == "ar":
-            own.remove("random_length")
-        sections |= {"model": {"arch", "init", "decoder"}, "baseline": own}
-    before, after = (recipe.model_dump(mode="json", include=sections) for recipe in (old, new))
+    network = {"vae", "dit"} if new.model.arch == "cola" else {"decoder"}
+    kept: Any = {"seed": True, "data": True, "tokenizer": True, "model": {"arch", "init"} | network}
+    before, after = (recipe.model_dump(mode="json", include=kept) for recipe in (old, new))
+    for values, recipe in ((before, old), (after, new)):
+        # Its rate is resolved to lr, and its settings are of the model; only LLaDA cuts rows.
+        unused = {"llada_lr", "generation"} | ({"random_length"} if new.model.arch == "ar" else set())
+        stages = recipe.stages_of(new.model.arch)
+        values["stages"] = {
+            name: part.model_dump(mode="json", exclude=unused) for name, part in stages.items()
+        }
     return _difference("", before, after)
 
 
 def _difference(path: str, before: Any, after: Any) -> str | None:
-    if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
+    order = path == "stages" and list(before) != list(after)
+    if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys() and not order:
         inner: Iterable[Any] = before
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         inner = range(len(before))
     else:
+        if path == "stages":
+            before, after = ", ".join(before), ", ".join(after)
         return None if before == after else f"{path} was {before!r} and is now {after!r}"
     # Where shards lie and who makes them changes nothing; nor does how a batch is cut.
     keys = (key for key in inner if key not in ("cache", "workers", "micro_batch"))
@@ -301,22 +370,25 @@ def _item(items: list[Any], number: str, override: str) -> Any:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    location = list(problem["loc"])
+    kind = str(location.pop(2)) if location[0] == "stages" and len(location) > 2 else None
+    where = ".".join(str(part) for part in location)
     if problem["type"] != "extra_forbidden":
         reason = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "value_error":
             return f"{where}: {reason}"
         return f"{where}={problem['input']!r}: {reason[0].lower()}{reason[1:]}"
-    *section, key = problem["loc"]
-    return f"unknown key {where!r}{_elsewhere(str(key)) or nearest(str(key), _keys(section))}"
+    *section, key = location
+    known = KINDS[kind].model_fields if kind is not None else _keys(section)
+    return f"unknown key {where!r}{_elsewhere(str(key)) or nearest(str(key), known)}"
 
 
 def _elsewhere(key: str) -> str:
     """Return a hint at the sections that have a key of this name, if there are any."""
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     having = [name for name, section in sections.items() if key in getattr(section, "model_fields", ())]
-    # What the stages have, a baseline has too.
-    having = [name for name in having if name != "baseline"] or having
+    kinds = [f"stages.<{kind}>" for kind, section in KINDS.items() if key in section.model_fields]
+    having += ["stages.<name>"] if len(kinds) == len(KINDS) else kinds
     return f" (did you mean {' or '.join(f'{name}.{key}' for name in having)}?)" if having else ""
 
 

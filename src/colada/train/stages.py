@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol, TypeVar
+from importlib import import_module
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,31 +14,34 @@ from torch import Tensor, nn
 
 from colada.data.rows import Batch
 from colada.device import unallocated
+from colada.errors import ColadaError
 from colada.models.base import LanguageModel
+from colada.models.cola import load
 from colada.networks.config import NetworkConfig
 from colada.networks.decoder import Decoder
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
+from colada.train.cost import Phase, Placement
+from colada.train.kinds import StageSection
 from colada.train.losses import Loss
 from colada.train.noise import Counts
-from colada.train.parallel import fill
+from colada.train.optimisation import make_optimisers
+from colada.train.parallel import compile_blocks, fill, recompute
 from colada.train.recipe import Recipe
-from colada.train.sections import OptimiserSection
 
 Network = TypeVar("Network", bound=nn.Module)
 
 LayOut = Callable[[dict[str, nn.Module]], nn.ModuleDict]
 """Lays networks over the ranks, and puts them on the device."""
 
+FirstWeights = Callable[[str, Tensor], Tensor]
+"""Returns a parameter of a network by its name, given an uninitialised tensor of its shape on the CPU."""
+
 
 def row_generator(seed: int, stage: int, row: int) -> torch.Generator:
     """Return the CPU generator of one row: the same in any batch, on any rank, resumed or not."""
     state = np.random.SeedSequence([seed, stage, row]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
-
-
-FirstWeights = Callable[[str, Tensor], Tensor]
-"""Returns a parameter of a network by its name, given an uninitialised tensor of its shape on the CPU."""
 
 
 def drawn(network: TextVAE | DiT | Decoder, generator: torch.Generator) -> FirstWeights:
@@ -67,6 +71,90 @@ def modes_kept(networks: Iterable[nn.Module]) -> Iterator[None]:
             module.training = training
 
 
+class System(ABC):
+    """An architecture in a run: its networks, which the stages share.
+
+    Attributes:
+        recipe: what it depends on.
+        networks: all that are saved, by name.
+        block_tokens: rows are whole numbers of so many tokens.
+        pad_id: fills up what is encoded apart.
+
+    Args:
+        whole: give the networks memory and weights at once; else when a stage first needs them, laid over
+            the ranks.
+    """
+
+    networks: dict[str, nn.Module]
+    block_tokens: int = 1
+
+    def __init__(self, recipe: Recipe, pad_id: int, whole: bool = True) -> None:
+        self.recipe, self.pad_id, self._whole = recipe, pad_id, whole
+        self._first: dict[str, FirstWeights] = {}
+        self._laid_out: set[str] = set()
+
+    def made(self, make: Callable[[], Network]) -> Network:
+        """Return a new network; without memory if it is to be laid out first."""
+        with nullcontext() if self._whole else unallocated():
+            return make()
+
+    def _begin(self, networks: dict[str, nn.Module], first: dict[str, FirstWeights]) -> None:
+        """Take networks and their first weights."""
+        self.networks, self._first = networks, first
+        if self._whole:
+            for name in networks:
+                fill(networks[name], self._first.pop(name))
+
+    def prepare(self) -> None:
+        """Let the deep network compute activations again, or compile its blocks, as the recipe says."""
+        network = self.networks["dit" if "dit" in self.networks else "decoder"]
+        assert isinstance(network, DiT | Decoder)
+        if self.recipe.run.checkpoint_activations:
+            recompute(network)
+        if self.recipe.run.compile:
+            compile_blocks(network)
+
+    def ready(self, name: str, lay_out: LayOut) -> nn.Module:
+        """Return a network, laid over the ranks with its weights; before, it has taken no memory."""
+        network = self.networks[name]
+        if name not in self._laid_out:
+            lay_out({name: network})
+            if name in self._first:
+                fill(network, self._first.pop(name))
+            self._laid_out.add(name)
+        return network
+
+    def teacher(self, name: str, lay_out: LayOut, where: str | None = None) -> nn.Module:
+        """Return a frozen copy of a network, as it is now or of a model that lies elsewhere.
+
+        Raises:
+            ColadaError: if that model has no such network.
+        """
+        network = self.networks[name]
+        copy = self.made(lambda: type(network)(network.config))
+        lay_out({name: copy})
+        copy.requires_grad_(False)
+        if where is None:
+            copy.load_state_dict(network.state_dict())
+        else:
+            other = getattr(load(where), name, None)
+            if not isinstance(other, nn.Module) or other.config != network.config:
+                raise ColadaError(f"teacher={where}: its {name} is not of the configuration that is trained")
+            fill(copy, copied(other))
+        return copy
+
+    @abstractmethod
+    def model(self, networks: Mapping[str, nn.Module], **parts: Any) -> LanguageModel:
+        """Return networks, by name, as a model; ``parts`` as :class:`LanguageModel` takes them."""
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """Return the configuration of each network."""
+        configs = {name: network.config for name, network in self.networks.items()}
+        return {
+            name: config.to_dict() for name, config in configs.items() if isinstance(config, NetworkConfig)
+        }
+
+
 class Draws(Protocol):
     """Everything random in the loss of a batch."""
 
@@ -78,31 +166,52 @@ class Draws(Protocol):
 
 
 class Stage(ABC):
-    """A stage of a run.
+    """A stage of a run; a kind of training is a subclass, named by its section of :mod:`colada.train.kinds`.
 
     Attributes:
-        number: 1 or 2.
-        recipe: what it depends on.
+        learns: names of the networks that learn, in the order of their optimisers.
+        uses: of those that do not.
+        teachers: frozen copies that are made when the stage begins, each by the network that it is a copy of:
+            as it is then, or that of the model in the section's ``teacher``.
+        writes: whether samples of the model are worth a look.
+
+        name, number, section, recipe: which stage it is, see :class:`Recipe`.
         networks: those that learn, by name.
-        optimisers: theirs.
-        resting: networks that do not learn and that a checkpoint holds, by name.
+        frozen: those that do not and that a checkpoint holds, by name.
+        memory: further tensors that a checkpoint holds and a resumed run is given back, in place: what a
+            stage that makes its own data keeps from step to step.
+        optimisers: of the networks.
     """
 
-    def __init__(
-        self,
-        number: int,
-        recipe: Recipe,
-        networks: nn.ModuleDict,
-        optimisers: list[torch.optim.Optimizer],
-        resting: dict[str, nn.Module],
-    ) -> None:
-        self.number, self.recipe, self.networks = number, recipe, networks
-        self.optimisers, self.resting = optimisers, resting
+    learns: ClassVar[tuple[str, ...]]
+    uses: ClassVar[tuple[str, ...]] = ()
+    teachers: ClassVar[Mapping[str, str]] = {}
+    writes: ClassVar[bool] = True
 
-    @property
-    def section(self) -> OptimiserSection:
-        """Its section of the recipe."""
-        return self.recipe.stage(self.number)
+    def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
+        self.system, self.recipe, self.name = system, system.recipe, name
+        self.section, self.number = self.recipe.stages[name], self.recipe.number(name)
+        self.networks = nn.ModuleDict({own: system.ready(own, lay_out) for own in self.learns})
+        self.networks.requires_grad_(True)
+        self.frozen = {own: system.ready(own, lay_out).requires_grad_(False) for own in self.uses}
+        where = getattr(self.section, "teacher", None)
+        for own, of in self.teachers.items():
+            self.frozen[own] = system.teacher(of, lay_out, where)
+        self.memory: dict[str, Tensor] = {}
+        self.optimisers: list[torch.optim.Optimizer] = []
+        for own, network in self.networks.items():
+            self.optimisers += make_optimisers(network, self.section, self.rate(own))
+        configs = {own: network.config for own, network in system.networks.items()}
+        phases = self.phases(self.recipe, name, configs, Placement(1))
+        self._flops = [sum(phase.flops.values()) for phase in phases]
+
+    def rate(self, network: str) -> float:
+        """Return the highest learning rate of a network."""
+        return self.section.lr
+
+    def generators(self, rows: Sequence[int]) -> list[torch.Generator]:
+        """Return the generators of rows by number."""
+        return [row_generator(self.recipe.seed, self.number, row) for row in rows]
 
     @abstractmethod
     def draw(self, rows: Sequence[int]) -> Draws:
@@ -116,67 +225,37 @@ class Stage(ABC):
     def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Any, counts: Counts, step: int) -> Loss:
         """Return the loss of rows in a step, with the networks that learn or their average."""
 
+    def rollouts(self, step: int, rows: Batch, draws: Any) -> tuple[Batch, Any]:
+        """Return what a step learns from, given this rank's rows of the data and their draws.
+
+        By default those themselves. It is called when the step before is done, so what the networks of now
+        write may be in it. To resume exactly it must follow from them, ``memory`` and the step alone.
+        """
+        return rows, draws
+
+    @classmethod
     @abstractmethod
+    def phases(
+        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+    ) -> list[Phase]:
+        """Return what the steps of a stage of this kind compute and need, by the networks' configurations."""
+
+    def phase_of(self, step: int) -> int:
+        """Return which of the phases a step belongs to."""
+        return 0
+
     def flops(self, step: int) -> float:
         """Return the useful FLOPs of a step."""
+        return self._flops[self.phase_of(step)]
 
 
-class System(ABC):
-    """An architecture in a run: its networks, and the stages in which they learn.
+def stage_class(section: StageSection) -> type[Stage]:
+    """Return the class of a stage's kind."""
+    module, _, name = section.stage.partition(":")
+    found: type[Stage] = getattr(import_module(module), name)
+    return found
 
-    Attributes:
-        recipe: what it depends on.
-        networks: all that are saved, by name.
-        numbers: of the stages.
-        block_tokens: rows are whole numbers of so many tokens.
 
-    Args:
-        whole: give the networks memory and weights at once; else once they are laid over the ranks.
-    """
-
-    recipe: Recipe
-    networks: dict[str, nn.Module]
-    numbers: tuple[int, ...]
-    block_tokens: int
-
-    def __init__(self, recipe: Recipe, whole: bool = True) -> None:
-        self.recipe, self._whole = recipe, whole
-        self._first: dict[str, FirstWeights] = {}
-
-    def _made(self, make: Callable[[], Network]) -> Network:
-        """Return a new network; without memory if it is to be laid out first."""
-        with nullcontext() if self._whole else unallocated():
-            return make()
-
-    def _begin(self, networks: dict[str, nn.Module], first: dict[str, FirstWeights]) -> None:
-        """Take networks and their first weights."""
-        self.networks, self._first = networks, first
-        if self._whole:
-            self._fill(networks)
-
-    def _fill(self, networks: Iterable[str]) -> None:
-        for name in networks:
-            if name in self._first:
-                fill(self.networks[name], self._first.pop(name))
-
-    def _laid_out(self, name: str, lay_out: LayOut) -> None:
-        """Lay a network over the ranks, with its first weights."""
-        lay_out({name: self.networks[name]})
-        self._fill([name])
-
-    @abstractmethod
-    def prepare(self, lay_out: LayOut, recompute: bool, compiled: bool) -> None:
-        """Lay out what the first stage needs; activations may be computed again, blocks be compiled."""
-
-    @abstractmethod
-    def stage(self, number: int, lay_out: LayOut) -> Stage:
-        """Return a stage over these networks; a later one takes those of earlier ones as they are now."""
-
-    @abstractmethod
-    def model(self, networks: Mapping[str, nn.Module], **parts: Any) -> LanguageModel:
-        """Return networks, by name, as a model; ``parts`` as :class:`LanguageModel` takes them."""
-
-    def configs(self) -> dict[str, dict[str, Any]]:
-        """Return the configuration of each network."""
-        found = {name: network.config for name, network in self.networks.items()}
-        return {name: own.to_dict() for name, own in found.items() if isinstance(own, NetworkConfig)}
+def make_stage(system: System, name: str, lay_out: LayOut) -> Stage:
+    """Return a stage of a run over its networks, as they are now."""
+    return stage_class(system.recipe.stages[name])(system, name, lay_out)

@@ -1,4 +1,4 @@
-"""The training run: text to rows, the stages of an architecture, a saved model.
+"""The training run: text to rows, the stages of a recipe, a saved model.
 
 What step k computes is a pure function of the recipe and k (rows, noise, learning rate), whatever
 the number of ranks and the micro-batches. A resumed run needs the weights, their average and the
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.models.base import LanguageModel
 from colada.models.cola import load
 from colada.networks.checkpoint import check_replaceable
-from colada.report.training import write_report
 from colada.text.tokenizer import Tokenizer
 from colada.train.checkpoints import (
     RECIPE,
@@ -50,22 +48,21 @@ from colada.train.checkpoints import (
     read_tensors,
 )
 from colada.train.display import Display
-from colada.train.dry_run import check_memory, plan_run, planned, resolve
 from colada.train.export import DTYPES, system_of, write_model
 from colada.train.inputs import chat_template, prepare_inputs, train_tokenizer
-from colada.train.logs import METRICS_FILE, Monitors, make_monitors
+from colada.train.logs import Monitors, Point, make_monitors
 from colada.train.losses import readable
 from colada.train.meter import Meter
 from colada.train.noise import Counts
 from colada.train.optimisation import average_weights, learning_rate, set_learning_rate
 from colada.train.parallel import Ranks, allocate, lay_out, run_device
-from colada.train.plan import Plan
+from colada.train.plan import Plan, check_memory, plan_run, planned, resolve
 from colada.train.preflight import preflight
 from colada.train.provenance import provenance
 from colada.train.recipe import Recipe, commented, difference, load_recipe, save_recipe
 from colada.train.samples import samples
 from colada.train.signals import graceful_stop
-from colada.train.stages import Draws, Stage, modes_kept
+from colada.train.stages import Draws, Stage, make_stage, modes_kept
 
 MODEL = "model"
 VALIDATION_ROW = 2**40  # Noise for validation: rows that no training run reaches.
@@ -145,12 +142,12 @@ class Trainer:
             )
         self._check_data()
         self.system = system_of(recipe, self.tokenizer, start, whole=self.ranks.mesh is None)
-        self.system.prepare(self._lay_out, recipe.run.checkpoint_activations, recipe.run.compile)
+        self.system.prepare()
         self.checkpoints = Checkpoints(
             out / "checkpoints", recipe.run.keep_last, recipe.run.keep_every, self.ranks.first
         )
         self.made_with = provenance(self.device) | {
-            "parameters": ", ".join(f"{name} {number:,}" for name, number in plan.parameters.items())
+            "parameters": ", ".join(f"{name} {number:,}" for name, number in plan.cost.parameters.items())
         }
 
     def _resumable(self, resume: str) -> Path | None:
@@ -245,24 +242,28 @@ class Trainer:
             self._run()
         finally:
             self._unlock()
-        # What it needs was looked for at the start, and said to be missing.
-        drawn = self.recipe.run.report and find_spec("matplotlib") is not None
-        if drawn and self.ranks.first and (self.out / METRICS_FILE).is_file():
-            self.display.say(f"wrote {write_report(self.out)}")
 
     def _run(self) -> None:
         saved = read_state(self.resumed) if self.resumed is not None else None
-        resume_at = (saved["stage"], saved["step"]) if saved is not None else None
-        names = self.recipe.run.monitors
+        names = [name for name, section in self.recipe.trained.items() if section.steps]
+        resume_at = None
+        if saved is not None:
+            place = names.index(saved["stage"])
+            resume_at, names = Point(tuple(names[: place + 1]), saved["step"]), names[place:]
         monitors = make_monitors(
-            names, self.out, self.recipe.model_dump(mode="json"), resume_at, self.ranks.first
+            self.recipe.run.monitors,
+            self.out,
+            self.recipe.model_dump(mode="json"),
+            resume_at,
+            self.ranks.first,
         )
         try:
             with graceful_stop(self._ask_to_stop):
-                for number in self.system.numbers:
-                    if saved is None or number >= saved["stage"]:
-                        self._run_stage(self.system.stage(number, self._lay_out), saved, monitors)
-                        saved = None
+                for name in names:
+                    self._run_stage(make_stage(self.system, name, self._lay_out), saved, monitors)
+                    saved = None
+                for name in self.system.networks:  # Those that no stage has needed.
+                    self.system.ready(name, self._lay_out)
                 self.checkpoints.finish()
         finally:
             monitors.close()
@@ -273,11 +274,13 @@ class Trainer:
 
     def _state(self, stage: Stage, average: AveragedModel | None) -> dict[str, Any]:
         """Return all tensors that a checkpoint holds, by name."""
-        networks = {**stage.resting, **dict(stage.networks.items())}
+        networks = {**stage.frozen, **dict(stage.networks.items())}
         state: dict[str, Any] = {name: network.state_dict() for name, network in networks.items()}
         state["optimisers"] = get_optimizer_state_dict(stage.networks, stage.optimisers)
         if average is not None:
             state["average"] = average.state_dict()
+        if stage.memory:
+            state["memory"] = stage.memory
         return state
 
     def _restore(self, stage: Stage, average: AveragedModel | None) -> None:
@@ -289,8 +292,6 @@ class Trainer:
 
     def _run_stage(self, stage: Stage, saved: dict[str, Any] | None, monitors: Monitors) -> None:
         section, run = stage.section, self.recipe.run
-        if section.steps == 0:
-            return
         block = self.system.block_tokens
         rows = self.inputs.rows("train", section, self.recipe.seed + stage.number, block)
         validation = None
@@ -308,7 +309,7 @@ class Trainer:
         if saved is not None:
             self._restore(stage, average)
             progress = Progress(saved["step"], saved["tokens"], saved["skipped"])
-            self.display.say(f"resuming stage {stage.number} at step {progress.step}")
+            self.display.say(f"resuming {stage.name} at step {progress.step}")
 
         def best() -> nn.ModuleDict:
             module = average.module if average is not None else stage.networks
@@ -316,12 +317,13 @@ class Trainer:
             return module
 
         meter = Meter(self.ranks, DTYPES[run.precision])
-        with self.display.task(f"stage {stage.number}", section.steps, progress.step):
+        with self.display.task(stage.name, section.steps, progress.step):
             for step, (own, draws) in self._ahead(stage, rows, progress.step):
+                own, draws = stage.rollouts(step, own, draws)
                 terms, norm = self._step(stage, step, own, draws)
                 if norm is None:
                     progress.skipped += 1
-                    self.display.say(f"stage {stage.number} step {step + 1}: not finite, skipped")
+                    self.display.say(f"{stage.name} step {step + 1}: not finite, skipped")
                 elif average is not None:
                     average.update_parameters(stage.networks)
                 progress.step, progress.tokens = step + 1, progress.tokens + section.batch * section.length
@@ -337,8 +339,7 @@ class Trainer:
                     losses = self._validate(stage, best(), validation, step)
                     self._log(monitors, stage, done, "validation", {"tokens": progress.tokens, **losses})
                     meter.restart()
-                final = stage.number == self.system.numbers[-1]
-                if final and run.sample_every and (done % run.sample_every == 0 or last):
+                if stage.writes and run.sample_every and (done % run.sample_every == 0 or last):
                     self._sample(monitors, stage, done, best())
                     meter.restart()
                 (stop, due), spent = self._agreed(), progress.skipped > run.max_skipped
@@ -347,11 +348,11 @@ class Trainer:
                 if spent:
                     where = rows.describe(step * section.batch)
                     raise ColadaError(
-                        f"stage {stage.number}: {progress.skipped} steps were not finite, run.max_skipped="
+                        f"{stage.name}: {progress.skipped} steps were not finite, run.max_skipped="
                         f"{run.max_skipped}; the last is step {done}, whose batch begins with {where}; saved"
                     )
                 if stop:
-                    raise Interrupted(f"stopped at stage {stage.number}, step {done}; run again to resume")
+                    raise Interrupted(f"stopped at step {done} of {stage.name}; run again to resume")
         if average is not None:
             stage.networks.load_state_dict(best().state_dict())
 
@@ -435,7 +436,7 @@ class Trainer:
                 _add(terms, stage.loss(networks, part, drawn, counts, step).terms)
         values = self._readable(terms)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
-        self.display.say(f"stage {stage.number} validation: {shown}")
+        self.display.say(f"{stage.name} validation: {shown}")
         return values
 
     def _readable(self, terms: dict[str, Tensor]) -> dict[str, Any]:
@@ -481,23 +482,23 @@ class Trainer:
         with modes_kept(parts.values()):
             texts = samples(self.recipe, self._model(parts).to(self.ranks.device))
         for prompt, text in texts.items():
-            monitors.text(stage.number, step, prompt, f"{prompt}|{text}")
+            monitors.text(stage.name, step, prompt, f"{prompt}|{text}")
             self.display.say(Text.assemble("sample: ", prompt, ("|", "bold"), text))
         if self.ranks.mesh is not None:
             self.ranks.wait()
 
     def _log(self, monitors: Monitors, stage: Stage, step: int, split: str, values: dict[str, Any]) -> None:
         with disk_errors(self.out):
-            monitors.log({"stage": stage.number, "step": step, "split": split, "time": time.time(), **values})
+            monitors.log({"stage": stage.name, "step": step, "split": split, "time": time.time(), **values})
 
     def _save(self, stage: Stage, average: AveragedModel | None, progress: Progress, wait: bool) -> None:
-        state = {"stage": stage.number, **asdict(progress), "made_with": self.made_with}
+        state = {"stage": stage.name, **asdict(progress), "made_with": self.made_with}
         state |= self.system.configs()
         state |= {"data": self.inputs.digests(), "generation": self.generation}
         files = {RECIPE: commented(self.recipe), TOKENIZER_FILE: self.tokenizer.to_json()}
         if self.template is not None:
             files[CHAT_TEMPLATE_FILE] = self.template
-        place, self._saved = Place(stage.number, progress.step), time.monotonic()
+        place, self._saved = Place(stage.name, progress.step), time.monotonic()
         self.checkpoints.save(place, self._state(stage, average), state, files, wait)
 
     def _autocast(self) -> torch.autocast:

@@ -11,33 +11,42 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from colada.data.rows import Batch
 from colada.errors import ColadaError
 from colada.networks import layers
 from colada.networks.config import DiTConfig, TextVAEConfig
+from colada.networks.decoder import Decoder
+from colada.networks.decoder_config import DecoderConfig
 from colada.networks.dit import DiT
 from colada.networks.packing import block_causal, two_copy
 from colada.networks.vae import TextVAE
-from colada.train import plan
-from colada.train.plan import (
-    GIB,
+from colada.train import cost
+from colada.train.cost import (
     Placement,
-    Plan,
     Work,
     block_causal_pairs,
     cola_phase,
-    largest_micro_batch,
+    decoder_flops,
+    decoder_memory,
     memory_per_rank,
     mfu,
-    micro_batch_table,
     parameter_counts,
     peak_flops,
     scaled,
     training_flops,
     two_copy_pairs,
 )
+from colada.train.decoder_losses import MaskDraws, decoder_loss, draw_masks
+from colada.train.plan import Plan, configs_of, plan_run, resolve
+from colada.train.recipe import Recipe, load_recipe
 from helpers import tiny_dit, tiny_dit_config, tiny_vae, tiny_vae_config
+from runs import DEBUG
 
 ROWS = 3
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(DEBUG, overrides)
 
 
 def counted(compute: Callable[[], Tensor], backward: bool = False) -> int:
@@ -118,7 +127,7 @@ def test_text_vae_flops_against_counted_products(over: dict[str, Any], blocks: i
     config = vae.config
     latents = blocks * config.block_size
     length = latents * config.patch_size
-    parts = training_flops(config, tiny_dit_config(), Work(1, ROWS, length, masked=False))
+    parts = training_flops(config, tiny_dit_config(), Work("vae", ROWS, length, masked=False))
     mask = block_causal(latents, latents, config.block_size)
 
     def useful(products: int, layers: int) -> int:
@@ -126,7 +135,7 @@ def test_text_vae_flops_against_counted_products(over: dict[str, Any], blocks: i
 
     forward = useful(counted(lambda: encode(vae, length)), config.encoder_num_blocks)
     assert parts["encoder"] == 3 * forward
-    assert training_flops(config, tiny_dit_config(), Work(2, ROWS, length))["encoder"] == forward
+    assert training_flops(config, tiny_dit_config(), Work("dit", ROWS, length))["encoder"] == forward
     forward = useful(counted(lambda: decode(vae, latents)), config.decoder_num_blocks)
     assert parts["decoder"] + parts["head"] == 3 * forward
     hidden = torch.zeros(ROWS * length, config.dim)
@@ -150,7 +159,7 @@ def test_dit_flops_against_counted_products(
     dit = tiny_dit(**over)
     config = dit.config
     latents = blocks * config.block_size
-    work = Work(2, ROWS, latents, copies=copies, per_block=per_block)
+    work = Work("dit", ROWS, latents, copies=copies, per_block=per_block)
     parts = training_flops(tiny_vae_config(), config, work)
     mask = two_copy(latents // config.patch_size, config.block_size // config.patch_size, copies)
     width = config.heads * config.head_dim
@@ -170,7 +179,7 @@ def test_a_backward_pass_is_two_forward_passes() -> None:
     # gradient here but the timestep features, which saves the MLP's first matrix one of its three products.
     dit, vae = tiny_dit(), tiny_vae()
     latents = 4
-    parts = training_flops(vae.config, dit.config, Work(2, ROWS, latents, joint=True))
+    parts = training_flops(vae.config, dit.config, Work("both", ROWS, latents))
     saved = 2 * ROWS * dit.emb_in.proj_in.weight.numel()
     total = counted(lambda: run_dit(dit, latents, 1, learn=True), backward=True)
     assert total == parts["DiT"] + parts["AdaLN"] - saved
@@ -180,13 +189,13 @@ def test_a_backward_pass_is_two_forward_passes() -> None:
 
 def test_which_parts_a_step_has() -> None:
     vae, dit = tiny_vae_config(), tiny_dit_config()
-    one = training_flops(vae, dit, Work(1, 8, 16))
+    one = training_flops(vae, dit, Work("vae", 8, 16))
     assert set(one) == {"encoder", "decoder", "head", "masked stream"}
     assert one["masked stream"] == one["encoder"] + one["decoder"] + one["head"]
-    frozen = training_flops(vae, dit, Work(2, 8, 16, prefixes=0.25))
+    frozen = training_flops(vae, dit, Work("dit", 8, 16, prefixes=0.25))
     assert set(frozen) == {"encoder", "prefixes", "DiT", "AdaLN"}
     assert frozen["prefixes"] == frozen["encoder"] / 4
-    joint = training_flops(vae, dit, Work(2, 8, 16, joint=True))
+    joint = training_flops(vae, dit, Work("both", 8, 16))
     assert set(joint) == {*one, "reference encoder", "DiT", "AdaLN"}
     assert {name: joint[name] for name in one} == one
     assert joint["reference encoder"] == frozen["encoder"] == one["encoder"] / 3
@@ -196,10 +205,10 @@ def test_which_parts_a_step_has() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stage": 3}, "work: stage=3, expected 1 or 2"),
+        ({"learns": "all"}, "work: learns='all', expected 'vae', 'dit' or 'both'"),
         ({"rows": 0}, "work: rows=0, expected a positive number"),
         ({"copies": 0}, "work: copies=0, expected a positive number"),
-        ({"joint": True}, "work: joint=True, expected only in stage 2"),
+        ({"guesses": -1}, "work: guesses=-1, expected a share between 0 and 1"),
         ({"prefixes": 1.5}, "work: prefixes=1.5, expected a share between 0 and 1"),
         ({"length": 18}, "work: length=18, expected a multiple of patch_size * block_size = 4"),
     ],
@@ -207,7 +216,7 @@ def test_which_parts_a_step_has() -> None:
 def test_impossible_work_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ColadaError) as caught:
         training_flops(
-            tiny_vae_config(), tiny_dit_config(), Work(**{"stage": 1, "rows": 8, "length": 16, **values})
+            tiny_vae_config(), tiny_dit_config(), Work(**{"learns": "vae", "rows": 8, "length": 16, **values})
         )
     assert str(caught.value) == message
 
@@ -240,15 +249,15 @@ def test_weights_gradients_and_optimiser_against_real_ones(muon: bool) -> None:
     (encode(vae, 8).sum() + decode(vae, 8).sum() + run_dit(dit, 8, 1).sum()).backward()
     for optimiser in optimisers:
         optimiser.step()
-    work, placement = Work(2, ROWS, 8, joint=True), Placement(ROWS, muon=muon, ema=True)
+    work, placement = Work("both", ROWS, 8), Placement(ROWS, muon=muon, ema=True)
     parts = memory_per_rank(vae.config, dit.config, work, placement)
     weights = sum(p.nbytes for p in networks.parameters())
     assert parts["weights"] == parts["average"] == weights
     assert parts["gradients"] == sum(p.grad.nbytes for p in networks.parameters() if p.grad is not None)
     assert parts["optimiser"] == sum(map(state_bytes, optimisers))
-    assert parts["networks at rest"] == sum(p.nbytes for p in vae.parameters())
+    assert parts["frozen networks"] == sum(p.nbytes for p in vae.parameters())
     sharded = memory_per_rank(vae.config, dit.config, work, Placement(ROWS, 8, muon=muon, ema=True))
-    for name in ("weights", "gradients", "optimiser", "average", "networks at rest"):
+    for name in ("weights", "gradients", "optimiser", "average", "frozen networks"):
         assert sharded[name] == parts[name] / 8
     for name in ("activations", "logits"):
         assert sharded[name] == parts[name]
@@ -257,12 +266,12 @@ def test_weights_gradients_and_optimiser_against_real_ones(muon: bool) -> None:
 def test_what_a_frozen_text_vae_and_the_first_stage_need() -> None:
     vae, dit = tiny_vae(), tiny_dit()
     text, prior = (sum(p.nbytes for p in network.parameters()) for network in (vae, dit))
-    frozen = memory_per_rank(vae.config, dit.config, Work(2, ROWS, 8), Placement(ROWS))
-    assert (frozen["weights"], frozen["networks at rest"]) == (prior, text)
+    frozen = memory_per_rank(vae.config, dit.config, Work("dit", ROWS, 8), Placement(ROWS))
+    assert (frozen["weights"], frozen["frozen networks"]) == (prior, text)
     assert "logits" not in frozen
-    first = memory_per_rank(vae.config, dit.config, Work(1, ROWS, 8), Placement(ROWS, bfloat16=False))
+    first = memory_per_rank(vae.config, dit.config, Work("vae", ROWS, 8), Placement(ROWS, bfloat16=False))
     assert first["weights"] == text
-    assert "networks at rest" not in first  # The DiT comes with stage 2.
+    assert "frozen networks" not in first  # The DiT comes later.
     assert not {"working copy", "average"} & set(first)
 
 
@@ -273,7 +282,7 @@ def test_the_gathered_part_of_sharded_networks() -> None:
     outside = sum(p.numel() for p in dit.parameters()) - blocks
     for bfloat16, size in ((True, 2), (False, 4)):
         placement = Placement(ROWS, 4, bfloat16=bfloat16)
-        parts = memory_per_rank(tiny_vae_config(), dit.config, Work(2, ROWS, 8), placement)
+        parts = memory_per_rank(tiny_vae_config(), dit.config, Work("dit", ROWS, 8), placement)
         assert parts["working copy"] == size * (one + outside)
 
 
@@ -300,7 +309,7 @@ def activations(work: Work, vae: TextVAEConfig, dit: DiTConfig) -> float:
 @pytest.mark.parametrize("over", [{}, {"expand_ratio": 4}, {"heads": 2}, {"num_layers": 6}])
 def test_activations_of_the_dit_against_what_autograd_keeps(over: dict[str, int]) -> None:
     dit = tiny_dit(**over)
-    estimate = activations(Work(2, ROWS, 32), tiny_vae_config(), dit.config)
+    estimate = activations(Work("dit", ROWS, 32), tiny_vae_config(), dit.config)
     assert estimate == pytest.approx(kept_bytes(dit, lambda: run_dit(dit, 32, 1)), rel=0.25)
 
 
@@ -313,10 +322,10 @@ def test_activations_of_the_text_vae_against_what_autograd_keeps(over: dict[str,
         hidden = vae.decoder(z0, vae.layout([32] * ROWS))
         return encode(vae, 32).sum() + hidden.sum()
 
-    work = Work(1, ROWS, 32, masked=False)
+    work = Work("vae", ROWS, 32, masked=False)
     estimate = activations(work, vae.config, tiny_dit_config())
     assert estimate == pytest.approx(kept_bytes(vae, halves), rel=0.25)
-    masked = activations(Work(1, ROWS, 32), vae.config, tiny_dit_config())
+    masked = activations(Work("vae", ROWS, 32), vae.config, tiny_dit_config())
     assert masked == 2 * estimate
 
 
@@ -339,7 +348,7 @@ def test_activations_in_bfloat16_against_what_autograd_keeps(
             return encode(vae, length).sum() + vae.decoder(z0, vae.layout([length] * ROWS)).sum()
 
     def estimate(length: int) -> float:
-        work = Work(1, ROWS, length, masked=False) if network == "vae" else Work(2, ROWS, length)
+        work = Work("vae", ROWS, length, masked=False) if network == "vae" else Work("dit", ROWS, length)
         return memory_per_rank(vae.config, dit.config, work, Placement(ROWS))["activations"]
 
     # The difference of two lengths is without the copies of the weights.
@@ -353,19 +362,19 @@ def test_logits_in_float32_are_kept_once_and_have_a_gradient_as_large() -> None:
     logits = torch.randn(ROWS * 8, config.vocab_size, requires_grad=True)
     kept = kept_bytes(nn.Module(), lambda: F.cross_entropy(logits, torch.zeros(ROWS * 8).long()))
     parts = memory_per_rank(
-        config, tiny_dit_config(), Work(1, ROWS, 8, masked=False), Placement(ROWS, bfloat16=False)
+        config, tiny_dit_config(), Work("vae", ROWS, 8, masked=False), Placement(ROWS, bfloat16=False)
     )
     assert parts["logits"] == pytest.approx(kept + logits.nbytes, rel=0.01)
 
 
 def test_checkpointing_keeps_less_and_only_of_the_dit() -> None:
     vae, dit = tiny_vae_config(), tiny_dit_config(num_layers=12)
-    for work in (Work(1, ROWS, 32), Work(2, ROWS, 32)):
+    for work in (Work("vae", ROWS, 32), Work("dit", ROWS, 32)):
         plain, less = (
             memory_per_rank(vae, dit, work, Placement(ROWS, checkpointing=c)) for c in (False, True)
         )
         changed = {name for name in plain if plain[name] != less[name]}
-        assert changed == (set() if work.stage == 1 else {"activations"})
+        assert changed == (set() if not work.dit_learns else {"activations"})
         assert less["activations"] <= plain["activations"]
 
 
@@ -373,9 +382,9 @@ def test_checkpointing_against_what_autograd_keeps() -> None:
     dit = tiny_dit(num_layers=12)
     config = dit.config
     placement = Placement(ROWS, bfloat16=False, checkpointing=True)
-    estimate = memory_per_rank(tiny_vae_config(), config, Work(2, ROWS, 32), placement)["activations"]
+    estimate = memory_per_rank(tiny_vae_config(), config, Work("dit", ROWS, 32), placement)["activations"]
     one, two = (
-        activations(Work(2, ROWS, 32), tiny_vae_config(), tiny_dit_config(num_layers=layers))
+        activations(Work("dit", ROWS, 32), tiny_vae_config(), tiny_dit_config(num_layers=layers))
         for layers in (1, 2)
     )
     whole = kept_bytes(dit, lambda: run_dit(dit, 32, 1))
@@ -384,30 +393,6 @@ def test_checkpointing_against_what_autograd_keeps() -> None:
     inputs = kept_bytes(dit, lambda: run_dit(dit, 32, 1))
     assert inputs < whole / 4
     assert estimate - (two - one) == pytest.approx(inputs, rel=0.25)
-
-
-def test_the_largest_micro_batch_is_the_largest() -> None:
-    vae, dit = TextVAEConfig(), DiTConfig()
-    work, placement = Work(2, 8, 512), Placement(1, shards=8, checkpointing=True)
-    rows = largest_micro_batch(24, vae, dit, work, placement, usable=0.9)
-
-    def needed(micro_batch: int) -> float:
-        return sum(memory_per_rank(vae, dit, work, Placement(micro_batch, 8, checkpointing=True)).values())
-
-    assert needed(rows) <= 0.9 * 24 * GIB < needed(rows + 1)
-    # The 1.8 B parameters of the DiT take 16 bytes each: 27 GiB.
-    assert largest_micro_batch(24, vae, dit, work, Placement(1)) == 0
-
-
-def test_the_table_of_micro_batches() -> None:
-    head, rule, *rows = micro_batch_table(TextVAEConfig(), DiTConfig(), 512).split("\n")
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert head.count("|") == rule.count("|") == 7
-    assert {len(row) for row in cells} == {6}
-    assert [row[0] for row in cells].count("stage 2, joint") == 4
-    for row in cells:
-        sizes = [0 if cell == "none" else int(cell) for cell in row[3:]]
-        assert sizes == sorted(sizes)
 
 
 # --- device and plan ---------------------------------------------------------------------------
@@ -439,7 +424,7 @@ def test_peaks_of_known_devices(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, peak: float | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(plan, "_measured_rate", lambda device, dtype: 1.0)
+    monkeypatch.setattr(cost, "_measured_rate", lambda device, dtype: 1.0)
     found = peak_flops.__wrapped__(torch.device("cuda"), dtype)
     assert found == ((1.0, "measured") if peak is None else (peak, "data sheet"))
 
@@ -471,7 +456,7 @@ def test_mfu() -> None:
         (1_829_875_728, "", "1.83 B"),
         (501_871_574, "", "502 M"),
         (4.2e15, "FLOP", "4.20 PFLOP"),
-        (12.34 * GIB, "B", "12.3 GiB"),
+        (12.34 * 2**30, "B", "12.3 GiB"),
         (1023, "B", "1023 B"),
         (5e18, "", "5000000 T"),
     ],
@@ -482,12 +467,12 @@ def test_readable_numbers(value: float, unit: Any, text: str) -> None:
 
 def test_a_plan_adds_up_and_prints_what_it_holds() -> None:
     vae, dit = tiny_vae_config(), tiny_dit_config()
-    one, two = Work(1, 8, 16), Work(2, 4, 32, copies=2)
+    one, two = Work("vae", 8, 16), Work("dit", 4, 32, copies=2)
     phases = (
-        cola_phase("stage 1", 10, vae, dit, one, Placement(8)),
-        cola_phase("stage 2", 5, vae, dit, two, Placement(2, 2)),
+        cola_phase("vae", 10, vae, dit, one, Placement(8)),
+        cola_phase("prior", 5, vae, dit, two, Placement(2, 2)),
     )
-    whole = Plan(parameter_counts(vae, dit), phases)
+    whole = Plan.of("cola", parameter_counts(vae, dit), phases)
     values = whole.to_dict()
     assert values["tokens"] == 10 * 8 * 16 + 5 * 4 * 32
     flops = [sum(training_flops(vae, dit, work).values()) for work in (one, two)]
@@ -500,7 +485,110 @@ def test_a_plan_adds_up_and_prints_what_it_holds() -> None:
     lines = whole.lines()
     assert ("  FLOPs per step", scaled(flops[0], "FLOP")) in lines
     assert ("  FLOPs per step", scaled(flops[1], "FLOP")) in lines
-    assert ("stage 2", "5 steps") in lines
+    assert ("prior", "5 steps") in lines
     assert lines[-2:] == [("tokens", "1.92 K"), ("FLOPs", scaled(values["flops"], "FLOP"))]
     names = [name.strip() for name, _ in lines]
     assert {"DiT", "AdaLN", "optimiser", "activations", "logits"} <= set(names)
+
+
+# --- baselines, and what they are matched to -----------------------------------------------------
+
+ARCHS = ("ar", "llada")
+
+
+@pytest.mark.parametrize("objective", ARCHS)
+def test_useful_flops_of_a_decoder_are_those_that_run(objective: str) -> None:
+    rows, length = 3, 16
+    config = DecoderConfig(
+        objective=objective, vocab_size=40, dim=32, num_layers=2, num_heads=4, ffn_dim=48, init_std=0.1
+    )
+    decoder = Decoder(config)
+    decoder.init_weights(torch.Generator().manual_seed(0))
+    batch = Batch(torch.randint(40, (rows, length), generator=torch.Generator().manual_seed(0)))
+    draws = MaskDraws()
+    if objective == "llada":
+        drawn = draw_masks([torch.Generator().manual_seed(i) for i in range(rows)], length, 0.0)
+        draws = MaskDraws(torch.full((rows,), 0.5), drawn.order, drawn.length)  # just half of the tokens
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        decoder_loss(decoder, batch, draws).total.backward()
+    parts = decoder_flops(config, rows, length)
+    # Causal attention runs dense: all pairs where half are useful.
+    pairs = length**2 - (length * (length + 1) // 2 if objective == "ar" else length**2)
+    invisible = 3 * rows * 4 * config.num_layers * config.dim * pairs
+    assert counter.get_total_flops() == pytest.approx(sum(parts.values()) + invisible, rel=1e-9)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_baseline_has_the_parameters_and_the_flops_of_cola(arch: str) -> None:
+    cola, other = plan_run(recipe()).cost, plan_run(recipe(f"model.arch={arch}")).cost
+    assert other.total_parameters == pytest.approx(cola.total_parameters, rel=0.03)
+    assert other.total_flops == pytest.approx(cola.total_flops, rel=0.01)
+    assert {name.partition(":")[0] for name in cola.flops} == {"vae", "prior"}
+    config = configs_of(resolve(recipe(f"model.arch={arch}")))["decoder"]
+    assert isinstance(config, DecoderConfig)
+    network = sum(
+        parameter.numel() for name, parameter in Decoder(config).named_parameters() if "wte" not in name
+    )
+    assert other.narrow_flops == 6 * network * other.tokens
+    assert other.to_dict()["flops"]["total"] == other.total_flops
+
+
+def test_joint_training_counts_its_reference_encoder() -> None:
+    parts = plan_run(recipe("stages.prior.kind=joint")).cost.flops
+    assert parts["prior: reference encoder"] > 0
+    assert parts["prior: decoder"] > 0
+
+
+def test_what_a_recipe_names_stays_as_it_is() -> None:
+    given = "model.decoder={dim: 64, num_layers: 1, num_heads: 2, ffn_dim: 64}"
+    own = resolve(recipe("model.arch=ar", given, "stages.decoder.steps=7"))
+    assert own.stages["decoder"].steps == 7
+    assert own.model.decoder == {"dim": 64, "num_layers": 1, "num_heads": 2, "ffn_dim": 64}
+    assert resolve(own) == own
+    rates = [
+        resolve(recipe(f"model.arch={arch}", "stages.decoder.llada_lr=5e-4")).stages["decoder"].lr
+        for arch in ARCHS
+    ]
+    assert rates == [recipe().stages["prior"].lr, 5e-4]
+
+
+def test_what_is_left_out_follows_from_cola() -> None:
+    own = resolve(recipe("model.arch=llada", "model.decoder.block_size=8", "stages.decoder.batch=3"))
+    cola = plan_run(recipe()).cost
+    assert own.model.decoder["block_size"] == 8
+    config = configs_of(own)["decoder"]
+    assert isinstance(config, DecoderConfig)
+    assert config.parameters == pytest.approx(cola.total_parameters, rel=0.03)
+    assert (own.stages["decoder"].batch, own.stages["decoder"].length) == (3, own.stages["prior"].length)
+    assert own.stages["decoder"].ema == own.stages["prior"].ema
+    # A recipe for a cluster, planned on one machine.
+    assert plan_run(recipe("run.replicas=2")).cost.total_flops == cola.total_flops
+    with pytest.raises(ColadaError, match=r"stages.decoder.steps=0 with no steps of Cola DLM's stages"):
+        resolve(recipe("model.arch=ar", "stages.vae.steps=0", "stages.prior.steps=0"))
+
+
+def test_a_named_objective_must_be_the_architectures() -> None:
+    with pytest.raises(ColadaError, match=r"model.decoder.objective='llada', expected 'ar'"):
+        resolve(recipe("model.arch=ar", "model.decoder={objective: llada}"))
+
+
+def test_activations_of_a_decoder_against_what_autograd_keeps() -> None:
+    config = DecoderConfig(vocab_size=40, dim=64, num_layers=6, num_heads=4, ffn_dim=160)
+    decoder, kept = Decoder(config), dict[int, int]()
+    own = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def measured(length: int) -> int:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            decoder(torch.zeros(2 * length, dtype=torch.long), decoder.layout([length] * 2))
+        return sum(size for address, size in kept.items() if address not in own)
+
+    estimates = [
+        decoder_memory(config, length, Placement(2, bfloat16=False))["activations"] for length in (64, 32)
+    ]
+    found = measured(64) - measured(32)
+    assert estimates[0] - estimates[1] == pytest.approx(found, rel=0.25)

@@ -1,0 +1,190 @@
+"""The kinds of training that a stage of a recipe can be, each with its settings.
+
+A kind is a section here, one of :data:`AnyStage`, and a class that it names by ``stage``: which networks
+learn, what a step draws and minimises, what it costs (:class:`colada.train.stages.Stage`). Nothing here waits
+for torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import Field
+
+from colada.data.sources import Section
+
+MOST_STEPS = 10**9
+MOST_ROWS = 2**20
+MOST_TOKENS = 2**20  # Of a row.
+SMALLEST, LARGEST = 1e-12, 1e6
+"""Of numbers that are neither counts nor shares: below and above, float32 has little left to compute with."""
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Weight = Annotated[float, Field(ge=0, le=LARGEST)]
+
+
+class StageSection(Section):
+    """A stage: its length, its rows, and its optimiser."""
+
+    archs: ClassVar[tuple[str, ...]]
+    """The architectures that it trains: a run leaves out the stages of others."""
+    stage: ClassVar[str]
+    """``module:Class`` of what it does."""
+    first: ClassVar[int] = 1
+    """The least number that it has in the seeds of rows and noise, whatever comes before it in the recipe."""
+
+    kind: str = Field("", description="What is trained; unset: what the stage's name says.")
+    steps: int = Field(1000, ge=0, le=MOST_STEPS, description="Optimiser steps; 0 leaves the stage out.")
+    batch: int = Field(32, ge=1, le=MOST_ROWS, description="Rows per step, over all ranks.")
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_ROWS,
+        description="Rows per pass on each rank; gradients are accumulated. Unset: all at once.",
+    )
+    length: int = Field(
+        128,
+        ge=1,
+        le=MOST_TOKENS,
+        description="Tokens per row; for Cola DLM a multiple of patch_size * block_size.",
+    )
+    weights: dict[str, Weight] | None = Field(
+        None,
+        description="Shares of the rows by source, named by path, hub id, or the last part of either without"
+        " its ending; sources left out are not read. Unset: all, by their own weights.",
+    )
+    optimiser: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon orthogonalises the updates of the blocks' matrices (AdamW for the rest),"
+        " scaled to AdamW's size, so that both share one learning rate.",
+    )
+    lr: float = Field(1e-3, ge=SMALLEST, le=LARGEST, description="Highest learning rate, after the warm-up.")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine", description="After the warm-up: half a cosine down; wsd: constant, then linear down."
+    )
+    final_lr: float = Field(0.05, ge=0, le=1, description="Share of lr that is left at the last step.")
+    warmup: int = Field(100, ge=0, le=MOST_STEPS, description="Steps over which the learning rate rises.")
+    decay: float = Field(0.2, ge=SMALLEST, le=1, description="Share of the steps in which wsd goes down.")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's decay rates.")
+    weight_decay: float = Field(0.01, ge=0, le=LARGEST, description="On matrices only.")
+    clip: float = Field(1.0, ge=SMALLEST, le=LARGEST, description="Largest norm of the gradient.")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="Decay of the averaged weights, which are the ones saved; 0: none."
+    )
+
+
+class TextVAETerms(Section):
+    """Weights of the Text VAE's terms where it learns."""
+
+    beta: Weight = Field(1e-3, description="Weight of KL(q || N(0, I)); in joint training, of E log q.")
+    mask: Weight = Field(0.5, description="lambda_mask.")
+    mask_ratio: Share = Field(0.15, description="Share of the encoder's input tokens masked there.")
+
+
+class FlowTerms(Section):
+    """How flow matching draws its examples."""
+
+    copies: int = Field(1, ge=1, le=1024, description="Noisy copies of each row, which share one clean copy.")
+    loc: float | None = Field(
+        None,
+        ge=-100,
+        le=100,
+        description="Centre of the timestep law t = T sigmoid(n), n ~ N(loc, scale^2); unset: by width.",
+    )
+    scale: float = Field(1.0, ge=SMALLEST, le=100, description="Spread of the timestep law.")
+    timestep_per: Literal["block", "row"] = Field("block", description="What draws a timestep of its own.")
+    prefix_share: float = Field(
+        0.05, ge=0, le=1, description="Share of blocks with a clean prefix inside, as at the end of a prompt."
+    )
+    history_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Probability with which a noisy block sees nothing before it: trains the unconditional"
+        " branch of guidance in the middle of texts.",
+    )
+    space: Literal["velocity", "half", "z0"] = Field(
+        "velocity", description="Where errors count: that of the velocity times a to the power 0, 1 or 2."
+    )
+    self_conditioning: float = Field(
+        0.0, ge=0, le=1, description="Share of steps in which the DiT takes its own guess of z0 as an input."
+    )
+
+
+class TextVAESection(TextVAETerms, StageSection):
+    """The Text VAE alone: -log p(x|z0) + beta KL + lambda_mask L_mask."""
+
+    archs = ("cola",)
+    stage = "colada.train.cola:TextVAEStage"
+    kind: Literal["vae"] = "vae"
+
+
+class PriorSection(FlowTerms, StageSection):
+    """The DiT by flow matching, on the latents of a frozen Text VAE."""
+
+    archs = ("cola",)
+    stage = "colada.train.cola:PriorStage"
+    first = 2
+    kind: Literal["prior"] = "prior"
+
+
+class JointSection(TextVAETerms, FlowTerms, StageSection):
+    """The DiT by flow matching, and the Text VAE along with it."""
+
+    archs = ("cola",)
+    stage = "colada.train.cola:JointStage"
+    first = 2
+    kind: Literal["joint"] = "joint"
+    interval: tuple[Steps, Steps] | None = Field(
+        None, description="So many steps joint, so many with a frozen Text VAE, and again; unset: all joint."
+    )
+    vae_lr: Weight = Field(1.0, description="The Text VAE's learning rate, as a factor on lr.")
+    lambda_vae: Weight = Field(1.0, description="Weight of the Text VAE's terms.")
+    lambda_fm: Weight = Field(1.0, description="Weight of the flow.")
+    lambda_ref: Weight = Field(0.1, description="Weight of KL(q || q as the stage began).")
+
+    @property
+    def joint_steps(self) -> int:
+        """How many of the steps the Text VAE learns in."""
+        if self.interval is None:
+            return self.steps
+        joint, whole = self.interval[0], sum(self.interval)
+        return self.steps // whole * joint + min(self.steps % whole, joint)
+
+    def joint_at(self, step: int) -> bool:
+        """Return whether the Text VAE learns in a step."""
+        return self.interval is None or step % sum(self.interval) < self.interval[0]
+
+
+class DecoderSection(StageSection):
+    """A baseline (model.arch ar or llada). Keys left out are as in the last of Cola DLM's stages."""
+
+    archs = ("ar", "llada")
+    stage = "colada.train.decoder:DecoderStage"
+    kind: Literal["decoder"] = "decoder"
+    steps: int = Field(
+        0,
+        ge=0,
+        le=MOST_STEPS,
+        description="Optimiser steps; 0: as many as take the FLOPs of Cola DLM's stages.",
+    )
+    llada_lr: float | None = Field(
+        None,
+        ge=SMALLEST,
+        le=LARGEST,
+        description="llada: highest learning rate, if it wants another than lr.",
+    )
+    random_length: float = Field(0.01, ge=0, le=1, description="llada: share of rows cut to a random length.")
+    generation: dict[str, Any] = Field(
+        {}, description="Settings stored with the baseline, in place of those under generation."
+    )
+
+
+AnyStage = Annotated[
+    TextVAESection | PriorSection | JointSection | DecoderSection, Field(discriminator="kind")
+]
+KINDS: dict[str, type[StageSection]] = {
+    section.model_fields["kind"].default: section for section in get_args(get_args(AnyStage)[0])
+}
+"""The section of each kind."""
