@@ -1,0 +1,238 @@
+"""Pictures with captions to train on: a folder, parquet files, the Twemoji, or generated scenes.
+
+Files are read whole before anything else is done, so that what is wrong with one is said at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from hashlib import sha1
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from colada.data.documents import read_records, split_file, text_of
+from colada.errors import ColadaError, nearest, shown
+from colada.files import as_path, decode, read_lines, require_file
+from colada.pictures.load import Loaded, decode_picture, load_picture
+from colada.pictures.shapes import SIZE, Picture, example
+from colada.pictures.twemoji import read_twemoji
+
+CAPTIONS = "captions.tsv"
+"""The file of a folder that has a line for each picture: its name, a tab, its caption."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+SHAPES, TWEMOJI = "shapes:", "twemoji:"
+_THINGS = {"one": 1, "two": 2, "three": 3}
+_SCENE_WORDS = (*_THINGS, "grid", "unseen")
+_VALIDATION = 2**62
+"""The number of the first scene to validate with: no training comes that far."""
+
+
+class Pair(NamedTuple):
+    """A picture, the caption to draw it from, and what is to be answered of it."""
+
+    caption: str
+    picture: Picture
+    answer: str
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Generated scenes without end, see :func:`colada.pictures.shapes.example`.
+
+    Attributes:
+        name: as users gave it.
+        first: number of the first one.
+    """
+
+    name: str
+    seed: int = 0
+    things: int | None = None
+    unseen: bool = False
+    on_grid: bool = False
+    first: int = 0
+
+    count: None = None
+    notes: tuple[str, ...] = ()
+
+    def pair(self, number: int) -> Pair:
+        """Return a scene by its number, from 0."""
+        return Pair(*example(self.seed, self.first + number, self.things, self.unseen, self.on_grid))
+
+    def split(self, share: float) -> tuple[Scenes, Scenes]:
+        """Return what is trained on, and others to validate with."""
+        return self, replace(self, first=self.first + _VALIDATION)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Pairs that were read from files.
+
+    Attributes:
+        name: as users gave it.
+        captions: of each pair.
+        pictures: uint8 (n, S, S, 3).
+        notes: what was changed in pictures, in words.
+        validation: of each pair, whether its file says that it is for validation; None where it does not say.
+    """
+
+    name: str
+    captions: tuple[str, ...]
+    pictures: Picture
+    notes: tuple[str, ...] = ()
+    validation: tuple[bool, ...] | None = None
+
+    @property
+    def count(self) -> int:
+        """Pairs in all."""
+        return len(self.captions)
+
+    def pair(self, number: int) -> Pair:
+        """Return a pair by its number, from 0; after the last comes the first."""
+        number %= len(self.captions)
+        return Pair(self.captions[number], self.pictures[number], self.captions[number])
+
+    def split(self, share: float) -> tuple[Files, Files]:
+        """Return what is trained on, and what to validate with: what the file says, or about a share.
+
+        Equal pairs land on the same side.
+        """
+        chosen = self.validation or tuple(self._fraction(n) < share for n in range(self.count))
+        return self._of(not one for one in chosen), self._of(chosen)
+
+    def _fraction(self, number: int) -> float:
+        content = self.captions[number].encode() + self.pictures[number].tobytes()
+        return int.from_bytes(sha1(content, usedforsecurity=False).digest(), "big") / 2**160
+
+    def _of(self, chosen: Iterable[bool]) -> Files:
+        numbers = [number for number, one in enumerate(chosen) if one]
+        captions = tuple(self.captions[number] for number in numbers)
+        return replace(self, captions=captions, pictures=self.pictures[numbers], validation=None)
+
+
+Source = Scenes | Files
+
+
+def open_source(name: str, size: int = SIZE, seed: int = 0) -> Source:
+    """Return the pairs of a source, by what users call it.
+
+    ``shapes:`` are generated scenes; ``shapes:one,grid`` those of one thing (or ``two``, ``three``) on the
+    patch grid, ``unseen`` those with a combination that is held out. ``twemoji:PLACE`` are those of an npm
+    package, see :mod:`colada.pictures.twemoji`. Anything else is a folder of pictures with a
+    ``captions.tsv``, a parquet file with columns ``image`` (a picture file's bytes) and ``caption``, or a
+    folder of such.
+
+    Args:
+        name: of the source.
+        size: pixels of a picture's side.
+        seed: of generated scenes.
+
+    Raises:
+        ColadaError: in one line that names what is wrong.
+    """
+    if name.startswith(SHAPES):
+        return _scenes(name, size, seed)
+    if name.startswith(TWEMOJI):
+        names, loaded = read_twemoji(as_path(name.removeprefix(TWEMOJI)), size)
+        return _files(name, names, loaded)
+    place = as_path(name)
+    if not place.is_dir():
+        expected = "a folder of pictures, a .parquet file, shapes: or twemoji:"
+        require_file(place, expected)
+        if place.suffix.lower() != ".parquet":
+            raise ColadaError(f"{place}, expected {expected}")
+        return _parquet(name, [place], size)
+    tables = sorted(place.glob("*.parquet"))
+    if tables and not (place / CAPTIONS).exists():
+        return _parquet(name, tables, size)
+    return _folder(name, place, size)
+
+
+def _scenes(name: str, size: int, seed: int) -> Scenes:
+    if size != SIZE:
+        raise ColadaError(f"{name} are pictures of {SIZE} pixels, expected size={SIZE}, not {size}")
+    words = [word.strip() for word in name.removeprefix(SHAPES).split(",") if word.strip()]
+    for word in words:
+        if word not in _SCENE_WORDS:
+            known = ", ".join(_SCENE_WORDS)
+            raise ColadaError(f"{name}: {shown(word)}{nearest(word, _SCENE_WORDS)}, expected some of {known}")
+    things = [word for word in words if word in _THINGS]
+    if len(things) > 1:
+        raise ColadaError(f"{name}: {' and '.join(things)}, expected one of them")
+    count = _THINGS[things[0]] if things else None
+    return Scenes(name, seed, count, "unseen" in words, "grid" in words)
+
+
+def _folder(name: str, folder: Path, size: int) -> Files:
+    captions = _read_captions(folder)
+    there = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    }
+    for picture, (number, _) in captions.items():
+        if picture not in there:
+            where = f"{folder / CAPTIONS}:{number}"
+            raise ColadaError(f"{where}: no picture {shown(picture)}{nearest(picture, there)} in {folder}")
+    without = [picture for picture in there if picture not in captions]
+    if without:
+        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        raise ColadaError(f"{folder}: {shown(without[0])}{more} without a caption in {CAPTIONS}")
+    loaded = [load_picture(there[picture], size) for picture in captions]
+    return _files(name, [caption for _, caption in captions.values()], loaded)
+
+
+def _read_captions(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return line and caption of each picture that a folder's captions name."""
+    file = folder / CAPTIONS
+    if not file.exists():
+        raise ColadaError(
+            f"{folder}: no {CAPTIONS} in this folder, expected a line for each picture: name, tab, caption"
+        )
+    captions: dict[str, tuple[int, str]] = {}
+    for number, raw in read_lines(file):
+        line = decode(raw, f"{file}:{number}").strip("\r\n")
+        if not line.strip():
+            continue
+        picture, tab, caption = line.partition("\t")
+        if not tab or not picture or not caption.strip() or "\t" in caption:
+            raise ColadaError(f"{file}:{number}: {shown(line)}, expected a picture's name, a tab, a caption")
+        if picture in captions:
+            before = captions[picture][0]
+            raise ColadaError(f"{file}:{number}: {shown(picture)} is there twice, first in line {before}")
+        captions[picture] = number, caption.strip()
+    if not captions:
+        raise ColadaError(f"{file} holds no captions, expected a line for each picture")
+    return captions
+
+
+def _parquet(name: str, tables: list[Path], size: int) -> Files:
+    captions, loaded, splits, stated = list[str](), list[Loaded](), list[bool](), False
+    for path in tables:
+        for part in split_file(path):
+            for record in read_records(part, ("image", "caption"), 0.0):
+                image, caption = record.values
+                # The way in which `datasets` writes pictures.
+                content = image.get("bytes") if isinstance(image, dict) else image
+                if not isinstance(content, bytes):
+                    kind = "null" if content is None else f"of type {type(content).__name__}"
+                    raise ColadaError(f"{record.origin}: 'image' is {kind}, expected a picture file's bytes")
+                text = text_of(caption, "caption", record.origin).strip()
+                if not text:
+                    raise ColadaError(f"{record.origin}: 'caption' is empty, expected text")
+                captions.append(text)
+                loaded.append(decode_picture(content, size, record.origin))
+                splits.append(record.split == "validation")
+                stated |= record.stated
+    if not captions:
+        raise ColadaError(f"{name} holds no pictures, expected some")
+    return replace(_files(name, captions, loaded), validation=tuple(splits) if stated else None)
+
+
+def _files(name: str, captions: list[str], loaded: list[Loaded]) -> Files:
+    kinds = Counter(change.kind for one in loaded for change in one.changes)
+    notes = tuple(f"{count} of {len(loaded)} pictures {kind}" for kind, count in kinds.items())
+    return Files(name, tuple(captions), np.stack([one.picture for one in loaded]), notes)
