@@ -31,7 +31,8 @@ def score_table(scores: Sequence[Score]) -> Table:
     for score in scores:
         chance = _percent(score.task.chance) if score.task.chance is not None else "–"
         values = _percent(score.share), _percent(score.error), _interval(score.interval), chance
-        table.row(score.task.title, f"{score.items:,}", *values, f"{score.task.published:.2f}")
+        published = "–" if score.task.published is None else f"{score.task.published:.2f}"
+        table.row(score.task.title, f"{score.items:,}", *values, published)
     mean, error = average(scores)
     published = f"{PUBLISHED_AVERAGE:.2f}" if _are_the_eight(scores) else "–"
     return table.row("Average", "", _percent(mean), _percent(error), "", "", published)
@@ -142,7 +143,7 @@ def draw_scores(scores: Sequence[Score]) -> Figure:
     from matplotlib.figure import Figure
 
     ours = [_bar(score.correct, score.items) for score in scores]
-    released = [(score.task.published,) * 3 for score in scores]
+    released = [None if score.task.published is None else (score.task.published,) * 3 for score in scores]
     chance = [None if score.task.chance is None else 100 * score.task.chance for score in scores]
     figure = Figure(figsize=(5.6, 0.9 + 0.4 * len(scores)), layout="constrained")
     axes = figure.add_subplot(xlabel="score, %")
