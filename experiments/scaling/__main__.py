@@ -68,10 +68,19 @@ def scaling(
             require_count(name, value, most)
     require_matplotlib("a study's figure")
 
-    from rich.console import Console
-
     from colada.cli.train import training_extra
     from colada.evaluate.tasks import find_tasks
+
+    chosen = tuple(task.name for task in find_tasks(tasks))
+    with training_extra():
+        from colada.data.sources import check_sources
+        from colada.train.recipe import load_recipe
+    # What is wrong most often, before torch is waited for.
+    for recipe in recipes:
+        check_sources(load_recipe(recipe).data.sources)
+
+    from rich.console import Console
+
     from colada.models.base import find_archs
 
     with training_extra():
@@ -87,7 +96,7 @@ def scaling(
 
         torch.set_num_threads(threads)
     # All that can be wrong is found before anything is trained.
-    asked = Asked(tuple(task.name for task in find_tasks(tasks)), limit, shots, max_new_tokens)
+    asked = Asked(chosen, limit, shots, max_new_tokens)
     cells = plan_cells(recipes, find_archs(archs), seeds, device)
     items = asked.benchmarks(benchmarks)
     for cell in cells:

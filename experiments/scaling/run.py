@@ -15,7 +15,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from colada.data.sources import check_sources
 from colada.device import find_device
 from colada.errors import ColadaError
 from colada.evaluate.data import Benchmark, load_benchmark
@@ -110,8 +109,7 @@ def plan_cells(recipes: Sequence[Path], archs: Sequence[str], seeds: int, device
 
     Raises:
         ColadaError: for a recipe that is none or cannot be of an architecture, two of one name, recipes
-            whose data or tokenizer differ, data that is not there, settings of generation that a model
-            does not have.
+            whose data or tokenizer differ, settings of generation that a model does not have.
     """
     if seeds < 1:
         raise ColadaError(f"--seeds {seeds}, expected at least 1")
@@ -121,7 +119,6 @@ def plan_cells(recipes: Sequence[Path], archs: Sequence[str], seeds: int, device
             raise ColadaError(f"{points[path.stem]} and {path}: recipes of one name, and it names the point")
         points[path.stem] = path
     first = load_recipe(recipes[0])
-    check_sources(first.data.sources)
     for path in recipes[1:]:
         other = load_recipe(path)
         same_data = first.model_copy(update={"data": other.data, "tokenizer": other.tokenizer})
