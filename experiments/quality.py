@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch import Tensor
 from colada.data.rows import StreamRows, batch
 from colada.evaluate.variety import distinct, known, ngrams, repeated
 from colada.flow import T, TimestepLaw, calibrated_loc, interpolate
-from colada.generate.settings import Settings, TextRequest
 from colada.models.cola import ColaDLM
 from colada.train.flow_matching import guess_of_z0, predict
 from colada.train.losses import (
@@ -37,11 +36,7 @@ def write(
     model: ColaDLM, prompts: Sequence[str], tokens: int, settings: Mapping[str, Any], seed: int = 0
 ) -> list[str]:
     """Return the continuations of prompts, the i-th with seed ``seed + i``."""
-    requests = [
-        TextRequest(prompt, tokens, cast(Settings, {**settings, "seed": seed + number}))
-        for number, prompt in enumerate(prompts)
-    ]
-    return [done.text for done in model.complete_all(requests, BATCH)]
+    return [done.text for done in model.generate(prompts, tokens, batch=BATCH, **{**settings, "seed": seed})]
 
 
 # --- words ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from colada.generate.engine.request import Request
-from colada.generate.reference import BlockGenerator, sample_noise
+from colada.generate.engine.slots import latents_of
+from colada.generate.noise import sample_noise
+from colada.generate.reference import BlockGenerator
+from colada.generate.settings import RequestSettings
+from colada.generate.writer import Request
 from colada.models.cola import ColaDLM
 from colada.networks.config import DiTConfig, TextVAEConfig
 from colada.networks.dit import DiT
@@ -106,26 +110,19 @@ Blocks = list[tuple[Tensor, list[int]]]
 
 
 def request(model: ColaDLM, ids: Sequence[int], new_tokens: int, seed: int, **settings: Any) -> Request:
-    shape = (model.vae.config.block_size, model.vae.config.latent_dim)
-    return Request(tuple(ids), new_tokens, sample_noise(seed, shape, torch.device("cpu")), seed, **settings)
+    return Request(tuple(ids), new_tokens, RequestSettings(seed=seed, **settings))
 
 
 def reference(model: ColaDLM, own: Request, pad_id: int = 0) -> Blocks:
     """A request alone, in the readable loop."""
-    generator = BlockGenerator(
-        model.vae,
-        model.dit,
-        steps=own.steps,
-        solver=own.solver,
-        schedule=own.schedule,
-        sampling=own.sampling,
-        interval=own.interval,
-    )
+    settings = own.settings
+    generator = BlockGenerator(model.vae, model.dit, **asdict(settings))
     made: Blocks = []
     with torch.inference_mode():
-        (sample,) = generator.start([own.ids], [own.noise], [own.seed], [own.guidance], pad_id)
         patch, size = model.vae.config.patch_size, model.vae.config.block_size
-        for _ in range(own.latents(patch, size)[2]):
+        noise = sample_noise(settings.seed, (size, model.vae.config.latent_dim), torch.device("cpu"))
+        (sample,) = generator.start([own.ids], [noise], [settings.seed], [settings.guidance], pad_id)
+        for _ in range(latents_of(own, patch, size)[2]):
             for _ in generator.next_block([sample]):
                 pass
             assert sample.block is not None

@@ -484,7 +484,7 @@ def test_levers_are_priced_against_the_exact_flow() -> None:
     chosen = [
         Lever("exact", EXACT),
         Lever("few", {"steps": 2, "solver": "euler", "schedule": "uniform"}),
-        Lever("half", {"steps": 4, "solver": "ab2", "schedule": "uniform", "interval": (0.6, 1.0)}),
+        Lever("half", {"steps": 4, "solver": "ab2", "schedule": "uniform", "guidance_interval": (0.6, 1.0)}),
     ]
     exact, few, half = measure_levers(tiny_model, chosen, count=6, context=8, repeats=2, seed=0)
     assert (exact["error"], exact["% same"], exact["±"]) == (0, 100, 0)

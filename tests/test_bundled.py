@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from colada.generation import TransportStep
-from colada.parity import relative_error
 
 import colada
+from colada.cli.parity import relative_error
+from colada.generate.reference import TransportStep
 from colada.locate import BUNDLED
 
 PROMPTS = ["Once upon a time", "The little dog", "", "One day, Lily and her mother went to the park to"]

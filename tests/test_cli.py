@@ -21,7 +21,7 @@ import colada
 from colada.cli.info import count_parameters, describe, history_values, size
 from colada.cli.terminal import row_end
 from colada.flow import SCHEDULES, SOLVERS
-from colada.generate.reference import NOISE_RULES, Noise, sample_noise
+from colada.generate.noise import NOISE_RULES, Noise, sample_noise
 from colada.models.cola import ColaDLM
 from colada.networks.layers import History
 from colada.text.tokenizer import Tokenizer

@@ -29,7 +29,7 @@ from colada.locate import BUNDLED
 from colada.models.cola import ColaDLM
 from colada.report.evaluation import draw_naming, draw_scores, write_page
 from colada.text.tokenizer import Tokenizer
-from colada.text.transcript import Completion
+from colada.text.transcript import Chunk, Completion
 from colada.train.display import Display
 from helpers import tiny_model
 
@@ -51,19 +51,20 @@ class Parrot:
         self.calls: list[dict[str, Any]] = []
         self.fails_after = fails_after
 
-    def complete(self, requests: Sequence[TextRequest], batch: int) -> Iterator[tuple[int, Completion]]:
+    def stream(self, prompts: Sequence[TextRequest], *, batch: int) -> Iterator[Chunk]:
         """Of as many as are under way, the last one is finished first."""
-        for start in range(0, len(requests), batch):
+        for start in range(0, len(prompts), batch):
             if self.fails_after is not None and start >= self.fails_after * batch:
                 raise KeyboardInterrupt
-            for number in reversed(range(start, min(len(requests), start + batch))):
-                prompt, length, settings = requests[number]
+            for number in reversed(range(start, min(len(prompts), start + batch))):
+                prompt, length, settings = prompts[number]
                 assert isinstance(prompt, str)
                 assert isinstance(settings["seed"], int)
                 self.calls.append({"max_new_tokens": length, **settings})
                 self.asked.append(prompt)
                 text = self.write(prompt, settings["seed"])
-                yield number, Completion(text, (1, 2), "length", settings["seed"])
+                done = Completion(text, (1, 2), "length", settings["seed"])
+                yield Chunk(number, 0, None, text, (1, 2), "length", None, done)
 
     def write(self, prompt: str, seed: int) -> str:
         pick = hashlib.md5(f"{seed}{prompt}".encode()).digest()[0] % 5

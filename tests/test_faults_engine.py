@@ -18,9 +18,9 @@ from colada.generate.engine.engine import Engine
 from colada.generate.engine.joining import shares
 from colada.generate.engine.kernels import packed_weight
 from colada.generate.engine.memory import Memory, PaddedPlan, Plan, Span
-from colada.generate.engine.request import Request, Slot
+from colada.generate.engine.slots import LatentSlot
 from colada.generate.engine.transport import round_steps
-from colada.generate.reference import sample_noise
+from colada.generate.writer import Request
 from colada.models.cola import ColaDLM
 from colada.networks.vae import TextVAE
 from helpers import reference, request, tiny_dit, tiny_model
@@ -191,21 +191,21 @@ def test_packed_weights_of_many_models_are_bounded_in_bytes(
 
 def _requests(model: ColaDLM, count: int, seed: int, most: int = 100) -> list[Request]:
     rng = random.Random(seed)
-    shape = (model.vae.config.block_size, model.vae.config.latent_dim)
     return [
-        Request(
-            tuple(rng.randrange(50) for _ in range(rng.randrange(most))),
+        request(
+            model,
+            [rng.randrange(50) for _ in range(rng.randrange(most))],
             rng.randrange(1, 30),
-            sample_noise(number, shape, torch.device("cpu")),
+            number,
             guidance=rng.choice([1.0, 3.0]),
-            interval=rng.choice([(0.0, 1.0), (0.4, 1.0)]),
+            guidance_interval=rng.choice([(0.0, 1.0), (0.4, 1.0)]),
             steps=rng.choice([2, 3]),
         )
         for number in range(count)
     ]
 
 
-def _serve(engine: Engine, requests: list[Request]) -> Iterator[list[Slot]]:
+def _serve(engine: Engine, requests: list[Request]) -> Iterator[list[LatentSlot]]:
     """Serve requests, yielding the slots that have a new block after each."""
     for own in requests:
         engine.submit(own)
@@ -277,7 +277,8 @@ def test_a_padded_pass_attends_once_a_layer_however_many_samples_there_are(
     model = tiny_model()
     engine = Engine(model.vae, model.dit, capacity=1024, bucket=32)
     for own in _requests(model, count, seed=4):
-        engine.submit(replace(own, guidance=3.0, interval=(0.0, 1.0), steps=3))
+        changed = replace(own.settings, guidance=3.0, guidance_interval=(0.0, 1.0), steps=3)
+        engine.submit(replace(own, settings=changed))
     for _ in engine.next_block():
         pass
     steps = engine.next_block()
@@ -542,7 +543,15 @@ def test_a_round_is_as_long_as_makes_the_least_waiting(
 ) -> None:
     none = torch.zeros(0, 8)
     slots = [
-        Slot(request(model, [], 1, 0, steps=own), 0, 4, 1, none, torch.zeros(0, dtype=torch.bool), none)
+        LatentSlot(
+            request(model, [], 1, 0, steps=own),
+            start=0,
+            length=4,
+            wanted=1,
+            prefix=none,
+            where=torch.zeros(0, dtype=torch.bool),
+            pinned=none,
+        )
         for own in grids
     ]
     assert round_steps(slots) == steps

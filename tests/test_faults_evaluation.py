@@ -36,7 +36,7 @@ from colada.networks import layers
 from colada.networks.decoder import Decoder
 from colada.networks.decoder_config import DecoderConfig
 from colada.text.tokenizer import Tokenizer
-from colada.text.transcript import Completion
+from colada.text.transcript import Chunk, Completion
 from commands import main
 from experiments.scaling.cells import Counts, clustered
 from experiments.scaling.summary import verdict
@@ -71,8 +71,8 @@ def test_texts_that_take_turns_are_those_written_alone(arch: str, batch: int) ->
         TextRequest(prompt, length, {"seed": 5 + number, "temperature": 1.0, "end_ids": ()})
         for number, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True))
     ]
-    found = dict(model.complete(requests, batch))
-    assert sorted(found) == list(range(len(PROMPTS)))
+    found = model.generate(requests, batch=batch)
+    assert len(found) == len(PROMPTS)
     for number, (prompt, length, settings) in enumerate(requests):
         (alone,) = model.generate([prompt], length, **settings)
         assert found[number] == alone
@@ -81,7 +81,8 @@ def test_texts_that_take_turns_are_those_written_alone(arch: str, batch: int) ->
 def test_a_text_joins_as_soon_as_another_leaves() -> None:
     """Two short texts are finished, one after the other, beside one long text."""
     requests = [TextRequest([], length, {"steps": 1}) for length in (24, 4, 4, 4)]
-    order = [number for number, _ in tiny_model().complete(requests, batch=2)]
+    chunks = tiny_model().stream(requests, batch=2)
+    order = [chunk.index for chunk in chunks if chunk.completion is not None]
     assert order == [1, 2, 3, 0]
 
 
@@ -89,13 +90,13 @@ def test_a_text_joins_as_soon_as_another_leaves() -> None:
 def test_a_batch_of_nothing_is_refused(batch: int) -> None:
     for model in models().values():
         with pytest.raises(ColadaError, match="batch="):
-            model.complete([TextRequest([1], 1, {})], batch)
+            model.generate([TextRequest([1], 1, {})], batch=batch)
 
 
 def test_one_bad_request_is_found_before_anything_is_written() -> None:
     for model in models().values():
         with pytest.raises(ColadaError, match="prompt id 99"):
-            model.complete([TextRequest([1], 4, {}), TextRequest([99], 4, {})], 1)
+            model.stream([TextRequest([1], 4, {}), TextRequest([99], 4, {})], batch=1)
 
 
 # --- long texts ----------------------------------------------------------------------------------
@@ -198,12 +199,13 @@ class Reader:
         self.generation: dict[str, Any] = {}
         self.meanwhile = meanwhile
 
-    def complete(self, requests: Sequence[TextRequest], batch: int) -> Iterator[tuple[int, Completion]]:
+    def stream(self, prompts: Sequence[TextRequest], *, batch: int) -> Iterator[Chunk]:
         self.meanwhile()
-        for number, request in enumerate(requests):
+        for number, request in enumerate(prompts):
             seed = request.settings["seed"]
             assert isinstance(seed, int)
-            yield number, Completion(" red", (1,), "length", seed)
+            done = Completion(" red", (1,), "length", seed)
+            yield Chunk(number, 0, None, " red", (1,), "length", None, done)
 
 
 @pytest.fixture
@@ -321,9 +323,11 @@ def test_other_ranks_of_the_same_run_are_let_in(tmp_path: Path, colours: Benchma
 
 def test_an_item_that_fails_is_named_and_the_others_are_kept(tmp_path: Path, colours: Benchmark) -> None:
     class Failing(Reader):
-        def complete(self, requests: Sequence[TextRequest], batch: int) -> Iterator[tuple[int, Completion]]:
-            for number, own in super().complete(requests, batch):
-                yield number, replace(own, error="not finite") if number == 2 else own
+        def stream(self, prompts: Sequence[TextRequest], *, batch: int) -> Iterator[Chunk]:
+            for chunk in super().stream(prompts, batch=batch):
+                assert chunk.completion is not None
+                failed = replace(chunk.completion, error="not finite")
+                yield replace(chunk, completion=failed) if chunk.index == 2 else chunk
 
     out = tmp_path / "out"
     with pytest.raises(ColadaError, match="1 of 6 items of obqa failed, first '2': not finite"):

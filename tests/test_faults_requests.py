@@ -25,13 +25,14 @@ import colada
 from colada.checks import MOST_TOKENS
 from colada.cli.main import main
 from colada.errors import ColadaError, ColadaWarning
-from colada.generate import reference
+from colada.generate import noise as noise_rules
+from colada.generate.engine import engine as engine_room
 from colada.generate.engine import joining
 from colada.generate.engine.engine import Engine, history_bytes
-from colada.generate.engine.request import Request
-from colada.generate.reference import NOISE_RULES, BlockGenerator, sample_noise
-from colada.generate.sampling import Sampling
+from colada.generate.noise import NOISE_RULES, sample_noise
+from colada.generate.reference import BlockGenerator
 from colada.generate.settings import LONGEST_STOP, MOST_STEPS, TextRequest
+from colada.generate.writer import Request
 from colada.models.autoregressive import AutoregressiveLM
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
@@ -187,7 +188,8 @@ CALLS: dict[str, tuple[Callable[[ColaDLM, Any], Any], list[Any]]] = {
     "generate": (lambda model, bad: model.generate(bad, 2), NOT_PROMPTS),
     "stream": (lambda model, bad: model.stream(bad, 2), NOT_PROMPTS),
     "submit": (lambda model, bad: model.session(history=64).submit(bad, 2), NOT_PROMPTS),
-    "complete": (lambda model, bad: model.complete([TextRequest(bad, 2, {})]), NOT_PROMPTS),
+    "request": (lambda model, bad: model.generate([TextRequest(bad, 2, {})]), NOT_PROMPTS),
+    "request tokens": (lambda model, bad: model.stream([TextRequest("x", bad, {})]), [*NOT_COUNTS, None]),
     "encode": (lambda model, bad: model.encode(bad), NOT_PROMPTS),
     "reconstruct": (lambda model, bad: model.reconstruct(bad), [*NOT_PROMPTS, "", []]),
     "infill before": (lambda model, bad: model.infill(bad, "x", 2), NOT_PROMPTS),
@@ -196,7 +198,7 @@ CALLS: dict[str, tuple[Callable[[ColaDLM, Any], Any], list[Any]]] = {
     "tokens": (lambda model, bad: model.generate("x", bad), [*NOT_COUNTS, None]),
     "stream tokens": (lambda model, bad: model.stream("x", bad), [*NOT_COUNTS, None]),
     "hole": (lambda model, bad: model.infill("x", "x", bad), [*NOT_COUNTS, None]),
-    "batch": (lambda model, bad: model.complete([], bad), [*NOT_COUNTS, None]),
+    "batch": (lambda model, bad: model.generate([], batch=bad), [*NOT_COUNTS, None]),
     "history": (lambda model, bad: model.session(history=bad), [*NOT_COUNTS, None, 10**15, 2**31 - 1]),
     "slots": (lambda model, bad: model.session(history=64, slots=bad), NOT_COUNTS),
     "samples": (lambda model, bad: measure(model, ["x"], samples=bad), NOT_COUNTS),
@@ -213,7 +215,7 @@ CALLS: dict[str, tuple[Callable[[ColaDLM, Any], Any], list[Any]]] = {
     "measure given": (lambda model, bad: measure(model, ["x"], bad), [5, {"a": 1}, b"x", [None], ["a", "b"]]),
     "measure model": (lambda model, bad: measure(bad, ["x"]), [None, 5, "model", torch.nn.Linear(1, 1)]),
     "progress": (lambda model, bad: measure(model, ["x"], progress=bad), NOT_FUNCTIONS),
-    "complete progress": (lambda model, bad: model.complete_all([], progress=bad), NOT_FUNCTIONS),
+    "generate progress": (lambda model, bad: model.generate([], progress=bad), NOT_FUNCTIONS),
     "callback": (lambda model, bad: model.generate("x", 2, callback=bad), NOT_FUNCTIONS),
     "guesses": (lambda model, bad: model.stream("x", 2, guesses=bad), NOT_FLAGS),
     "submit guesses": (lambda model, bad: model.session(history=8).submit("x", 2, guesses=bad), NOT_FLAGS),
@@ -223,9 +225,8 @@ CALLS: dict[str, tuple[Callable[[ColaDLM, Any], Any], list[Any]]] = {
     ),
     "submit suffix": (lambda model, bad: model.session(history=64).submit("x", 2, suffix=bad), NOT_TEXTS),
     "chunks callback": (lambda model, bad: model.session(history=8).chunks(callback=bad), NOT_FUNCTIONS),
-    "requests": (lambda model, bad: model.complete(bad), [None, 5, "ab", [5], [("x", 2, {})], {"a": 1}]),
     "request settings": (
-        lambda model, bad: model.complete([TextRequest("x", 2, bad)]),
+        lambda model, bad: model.generate([TextRequest("x", 2, bad)]),
         [None, 5, [1], {"stepz": 1}, {5: 1}],
     ),
     "cancel": (lambda model, bad: model.session(history=8).cancel(bad), [None, 0, -1, "0", 1.5, True, HUGE]),
@@ -367,7 +368,7 @@ def test_a8_recipe_file_python_and_session_refuse_a_setting_alike(
 ) -> None:
     said = refused(lambda: speaker.generate("x", 2, **settings))
     assert refused(lambda: speaker.session(history=64).submit("x", 2, **settings)) == said
-    assert refused(lambda: speaker.complete([TextRequest("x", 2, settings)])) == said  # type: ignore[arg-type]
+    assert refused(lambda: speaker.generate([TextRequest("x", 2, settings)])) == said  # type: ignore[arg-type]
     assert refused(lambda: ColaDLM(speaker.vae, speaker.dit, generation=settings)).endswith(said)
     speaker.save(tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
@@ -415,7 +416,7 @@ def test_b1_memory_is_compared_before_it_is_taken(model: ColaDLM, monkeypatch: p
         model.generate([[1] * 9000], 2)
     with pytest.raises(ColadaError, match="a history of 131076 latents"):
         model.generate([[1]], MOST_TOKENS)
-    with pytest.raises(ColadaError, match="a cache of 1 x 131074 tokens"):
+    with pytest.raises(ColadaError, match="a history of 131074 tokens"):
         AutoregressiveLM(decoder("ar")).generate([[1]], MOST_TOKENS)
     with pytest.raises(ColadaError, match="passes over 131073 tokens"):
         MaskedLM(decoder("llada")).generate([[1]], MOST_TOKENS)
@@ -452,7 +453,7 @@ def overflowing(model: ColaDLM, monkeypatch: pytest.MonkeyPatch, seed: int) -> N
         draw = real(own, shape, device)
         return lambda block: draw(block) * (1e8 if (own, block) == (seed, 1) else 1)
 
-    monkeypatch.setitem(reference.NOISE_RULES, "per-sample", noise)
+    monkeypatch.setitem(noise_rules.NOISE_RULES, "per-sample", noise)
 
 
 def test_a9_a_sample_whose_logits_are_nan_fails_alone_in_the_engine_and_in_the_readable_loop(
@@ -509,7 +510,8 @@ def failing(real: Callable[..., Any], is_bad: Callable[..., bool]) -> Callable[.
 
 @fault
 def in_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Sampling, "pick", failing(Sampling.pick, lambda own, *rest: own.top_k == 13))
+    room = engine_room
+    monkeypatch.setattr(room, "pick", failing(room.pick, lambda logits, own, *rest: own.top_k == 13))
 
 
 @fault
@@ -522,7 +524,7 @@ def in_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def noise(seed: int, shape: tuple[int, int], device: torch.device) -> Any:
         return failing(sample_noise(seed, shape, device), lambda block: (seed, block) == (13, 1))
 
-    monkeypatch.setitem(reference.NOISE_RULES, "per-sample", noise)
+    monkeypatch.setitem(noise_rules.NOISE_RULES, "per-sample", noise)
 
 
 @fault
@@ -613,11 +615,10 @@ def test_a9_a_baselines_sample_without_numbers_fails_alone(arch: str) -> None:
     with pytest.raises(GenerationError, match="number 1: broken: logits that are not finite") as caught:
         model.generate(prompts, 6, seed=[0, 1, 2])
     assert caught.value.completions == (alone[0], None, alone[2])
-    requests = [TextRequest(own, 6, {"seed": seed}) for seed, own in enumerate(prompts)]
-    done = dict(model.complete(requests))
-    assert [done[number].finish_reason for number in range(3)] == ["length", "error", "length"]
-    last = list(model.stream(prompts, 6, seed=[0, 1, 2]))[-1]
-    assert last.completion is not None
+    chunks = list(model.stream(prompts, 6, seed=[0, 1, 2], batch=2))
+    reasons = {chunk.index: chunk.finish_reason for chunk in chunks if chunk.completion is not None}
+    assert reasons == {0: "length", 1: "error", 2: "length"}
+    assert chunks[-1].completion is not None
 
 
 # --- A14: what a session keeps ---------------------------------------------------------------------

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from colada.errors import ColadaError
-from colada.generate.reference import BlockGenerator, TransportStep, released_noise, sample_noise
-from colada.generate.sampling import Sampling
+from colada.generate.noise import released_noise, sample_noise
+from colada.generate.reference import BlockGenerator, TransportStep
 from colada.models.cola import ColaDLM
 from helpers import tiny_dit, tiny_model, tiny_vae
 
@@ -205,7 +205,7 @@ def run_blocks(
     model: ColaDLM, which: Sequence[int], blocks: int = 3, temperature: float = 0.0
 ) -> dict[int, tuple[Tensor, list[int]]]:
     """Latents and ids of the chosen PROMPTS, run together."""
-    engine = BlockGenerator(model.vae, model.dit, steps=4, sampling=Sampling(temperature=temperature))
+    engine = BlockGenerator(model.vae, model.dit, steps=4, temperature=temperature)
     noises = [sample_noise(SEEDS[i], (4, 8), CPU) for i in which]
     with torch.inference_mode():
         prompts, seeds = [PROMPTS[i] for i in which], [SEEDS[i] for i in which]
@@ -415,17 +415,3 @@ def test_all_solvers_and_schedules_approach_the_same_latents(
 def test_the_engine_refuses_unknown_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ColadaError, match=message):
         BlockGenerator(tiny_vae(), tiny_dit(), **settings)  # type: ignore[arg-type]
-
-
-def test_spelling_a_guess_commits_nothing(model: ColaDLM) -> None:
-    engine = BlockGenerator(model.vae, model.dit, steps=2)
-    with torch.inference_mode():
-        noises = [sample_noise(0, (4, 8), CPU)]
-        samples = engine.start([PROMPTS[3]], noises, [0], [7.0], 0)
-        lengths = len(samples[0].prior_history), len(samples[0].decoder_history)
-        for step in engine.next_block(samples):
-            first = engine.spell(samples, step.z0)
-            assert first == engine.spell(samples, step.z0)
-            assert (len(samples[0].prior_history), len(samples[0].decoder_history)) == lengths
-    assert lengths == (8, 8)
-    assert len(samples[0].decoder_history) == 12

@@ -32,6 +32,7 @@ from colada.models.cola import ColaDLM
 from colada.models.likelihood import measure
 from colada.report.frontier import draw_frontier
 from colada.text.tokenizer import Tokenizer
+from colada.text.transcript import Completion
 
 TEXTS = [
     Text("Once upon a time there was a little girl named Lily. She liked to play in the park.", "a:1"),
@@ -163,15 +164,11 @@ def test_a_model_with_another_tokenizer_is_counted_in_the_first_ones_tokens(mode
 def test_what_ends_early_is_counted_and_real_text_cut_for_comparison(
     model: ColaDLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from colada.text.transcript import Completion
-
     lengths = {0: 3, 1: 0}
     monkeypatch.setattr(
         model,
-        "complete",
-        lambda requests, batch: (
-            (n, Completion("", (1,) * lengths[n], "end", n)) for n in range(len(requests))
-        ),
+        "generate",
+        lambda requests, **_: [Completion("", (1,) * lengths[n], "end", n) for n in range(len(requests))],
     )
     real = real_passages(tokenizer_of(model), TEXTS, 0, 8)
     assert real[0].prompt_ids == ()

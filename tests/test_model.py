@@ -54,7 +54,7 @@ def test_the_tokenizers_end_tokens_are_the_default(speaker: ColaDLM, monkeypatch
     tokenizer = speaker.tokenizer
     assert tokenizer is not None
     free = speaker.generate("The fox", 20, end_ids=())[0]
-    monkeypatch.setattr(tokenizer, "_end_ids", (free.tokens[7],))
+    monkeypatch.setattr(tokenizer, "end_ids", (free.tokens[7],))
     assert speaker.generate("The fox", 20)[0].tokens == free.tokens[: free.tokens.index(free.tokens[7])]
     assert speaker.generate("The fox", 20, end_ids=())[0] == free
 

@@ -16,7 +16,8 @@ from torch.distributions import Normal, kl_divergence
 
 from colada.data.rows import FILLING, Batch
 from colada.flow import T, TimestepLaw
-from colada.generate.reference import BlockGenerator, sample_noise
+from colada.generate.noise import sample_noise
+from colada.generate.reference import BlockGenerator
 from colada.networks.dit import DiT, Timesteps
 from colada.networks.layers import History
 from colada.networks.vae import Posterior, TextVAE

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from colada.errors import ColadaError
-from colada.generate import reference as loop
+from colada.generate import noise as noise_rules
 from colada.generate.engine.engine import Engine
+from colada.generate.reference import BlockGenerator
+from colada.generate.settings import Settings, TextRequest
+from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
+from colada.models.likelihood import measure
+from colada.models.load_decoder import MODELS
+from colada.networks.decoder import Decoder
+from colada.networks.decoder_config import DecoderConfig
 from colada.text.transcript import Chunk
 from helpers import tiny_model
 
@@ -87,8 +95,8 @@ def test_guesses_and_blocks_say_how_likely_their_tokens_are(model: ColaDLM) -> N
         assert chunk.latents is not None
         assert chunk.latents.shape == (4, 8)
     # Against the readable loop's decoder, whose logits come without an engine.
-    generator = loop.BlockGenerator(model.vae, model.dit, steps=3)
-    noise = loop.sample_noise(2, (4, 8), torch.device("cpu"))
+    generator = BlockGenerator(model.vae, model.dit, steps=3)
+    noise = noise_rules.sample_noise(2, (4, 8), torch.device("cpu"))
     with torch.inference_mode():
         (sample,) = generator.start([PROMPT], [noise], [2], [7.0], 0)
         finished = [chunk for chunk in chunks if chunk.index == asks]
@@ -151,7 +159,7 @@ def test_a_noise_rule_that_raises_while_guesses_are_told_fails_its_own_request_a
     model: ColaDLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = model.generate([PROMPT], 9, seed=1)[0]
-    real = loop.sample_noise
+    real = noise_rules.sample_noise
 
     def noise(seed: int, shape: tuple[int, int], device: torch.device) -> Any:
         draw = real(seed, shape, device)
@@ -163,7 +171,7 @@ def test_a_noise_rule_that_raises_while_guesses_are_told_fails_its_own_request_a
 
         return drawn
 
-    monkeypatch.setitem(loop.NOISE_RULES, "per-sample", noise)
+    monkeypatch.setitem(noise_rules.NOISE_RULES, "per-sample", noise)
     session = model.session(history=64)
     # First in line, so that rows would be told to the wrong request if those of the failed one were counted.
     bad = session.submit(PROMPT, 9, seed=2, guesses=True)
@@ -177,3 +185,73 @@ def test_a_noise_rule_that_raises_while_guesses_are_told_fails_its_own_request_a
     # A block's last guess is the likeliest reading of what is then decoded.
     for guess, block in zip(told[2::4], told[3::4], strict=True):
         assert guess.tokens == block.tokens
+
+
+# --- models of every kind --------------------------------------------------------------------------
+
+
+def baseline(arch: str) -> LanguageModel:
+    config = DecoderConfig(
+        objective=arch,
+        vocab_size=30,
+        dim=32,
+        num_layers=2,
+        num_heads=4,
+        ffn_dim=48,
+        block_size=4,
+        init_std=0.3,
+    )
+    network = Decoder(config)
+    network.init_weights(torch.Generator().manual_seed(3))
+    return MODELS[arch](network)
+
+
+@pytest.mark.parametrize("arch", ["ar", "llada"])
+def test_a_baselines_requests_join_leave_and_are_cancelled_as_any(arch: str) -> None:
+    model = baseline(arch)
+    sampled: Settings = {"temperature": 1.0}
+    asked = {0: ([1, 2, 3], 6), 1: ([], 13), 3: ([4] * 7, 9), 4: ([5], 3)}
+    alone = {seed: model.generate([ids], new, seed=seed, **sampled)[0] for seed, (ids, new) in asked.items()}
+    session = model.session(history=48, slots=3)
+    numbers = {seed: session.submit(*asked[seed], seed=seed, **sampled) for seed in (0, 1)}
+    bad = session.submit([9, 9], 12, seed=2)
+    chunks = session.step()
+    session.cancel(bad)
+    numbers |= {seed: session.submit(*asked[seed], seed=seed, confidence=True, **sampled) for seed in (3, 4)}
+    chunks += [chunk for step in driven(session) for chunk in step]
+    done = {chunk.index: chunk.completion for chunk in chunks if chunk.completion is not None}
+    assert done == {numbers[seed]: completion for seed, completion in alone.items()}
+    assert not session.engine.busy
+    for chunk in chunks:
+        assert (chunk.confidence is not None) == (chunk.index in (numbers[3], numbers[4]))
+        assert chunk.confidence is None or all(0 < share <= 1 for share in chunk.confidence)
+        assert chunk.confidence is None or len(chunk.confidence) == len(chunk.tokens)
+
+
+def test_an_ar_models_confidence_is_the_probability_that_its_likelihood_has() -> None:
+    model = baseline("ar")
+    chunks = []
+    session = model.session(history=48)
+    session.submit([1, 2, 3], 6, seed=1, temperature=1.0, confidence=True)
+    for step in driven(session):
+        chunks += step
+    tokens = [token for chunk in chunks for token in chunk.tokens]
+    total = sum(math.log(share) for chunk in chunks for share in chunk.confidence or ())
+    assert total == pytest.approx(measure(model, [tokens], [[1, 2, 3]])[0].log_likelihood, abs=1e-4)
+
+
+def test_a_baseline_refuses_a_suffix_and_more_than_its_history_by_name() -> None:
+    session = baseline("ar").session(history=20)
+    with pytest.raises(ColadaError, match=r"suffix=\[1\], but AR fills no holes"):
+        session.submit([1], 2, suffix=[1])
+    with pytest.raises(ColadaError, match="a request of 24 tokens, expected at most 20: the history's room"):
+        session.submit([1] * 3, 20)
+
+
+def test_prompts_of_their_own_settings_among_others_take_turns() -> None:
+    model = tiny_model()
+    prompts = [PROMPT, TextRequest([7], 5, {"steps": 2, "seed": 9}), [8, 9]]
+    made = model.generate(prompts, 9, batch=2, steps=3, seed=4)
+    assert made[0] == model.generate(PROMPT, 9, steps=3, seed=4)[0]
+    assert made[1] == model.generate([7], 5, steps=2, seed=9)[0]
+    assert made[2] == model.generate([8, 9], 9, steps=3, seed=6)[0]

@@ -12,7 +12,7 @@ import torch
 from colada.checks import MOST_COUNT, MOST_SEED, require_count
 from colada.errors import ColadaError
 from colada.flow import SCHEDULES, SOLVERS
-from colada.generate.reference import NOISE_RULES
+from colada.generate.noise import NOISE_RULES
 from colada.generate.settings import (
     LONGEST_STOP,
     MOST_STEPS,

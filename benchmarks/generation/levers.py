@@ -18,13 +18,11 @@ from benchmarks.measure import Spread, take_turns
 from colada.errors import ColadaError
 from colada.flow import SCHEDULES
 from colada.generate.engine.engine import Engine, capacity_for
-from colada.generate.engine.request import Request
-from colada.generate.reference import sample_noise
-from colada.generate.sampling import Sampling
-from colada.generate.settings import TextRequest
+from colada.generate.settings import RequestSettings
+from colada.generate.writer import Request
 from colada.models.cola import ColaDLM
 
-EXACT = {"steps": 256, "solver": "ab2", "schedule": "front-loaded", "interval": (0.0, 1.0)}
+EXACT = {"steps": 256, "solver": "ab2", "schedule": "front-loaded", "guidance_interval": (0.0, 1.0)}
 """So many steps that more change nothing: what the solvers approximate."""
 
 Make = Callable[[], ColaDLM]
@@ -49,7 +47,9 @@ def levers(quantised: bool) -> list[Lever]:
         Lever("Euler, front-loaded, 16", {"solver": "euler", "schedule": "front-loaded", "steps": 16}),
         *(Lever(f"AB2, front-loaded, {n}", {**front, "steps": n}) for n in (16, 12, 8, 6, 4)),
         *(
-            Lever(f"guided from a={high:g} to {low:g}", {**front, "steps": 16, "interval": (low, high)})
+            Lever(
+                f"guided from a={high:g} to {low:g}", {**front, "steps": 16, "guidance_interval": (low, high)}
+            )
             for low, high in ((0.25, 1.0), (0.5, 1.0), (0.75, 1.0), (0.0, 0.75), (0.0, 0.5))
         ),
         Lever("bfloat16", {**front, "steps": 16}, lambda model: model.to(dtype=torch.bfloat16)),
@@ -61,8 +61,7 @@ def levers(quantised: bool) -> list[Lever]:
 
 def own_prompts(model: ColaDLM, count: int, tokens: int, seed: int) -> list[tuple[int, ...]]:
     """Return beginnings of texts that the model itself writes from nothing: in its domain, and seeded."""
-    requests = [TextRequest([], tokens, {"seed": seed + number, "end_ids": ()}) for number in range(count)]
-    return [own.tokens for own in model.complete_all(requests, 64)]
+    return [own.tokens for own in model.generate([[]] * count, tokens, seed=seed, end_ids=())]
 
 
 def next_blocks(
@@ -73,17 +72,8 @@ def next_blocks(
     The third is the seconds it took, prompts included.
     """
     config = model.vae.config
-    shape = (config.block_size, config.latent_dim)
     requests = [
-        Request(
-            tuple(ids),
-            1,
-            sample_noise(seed + number, shape, model.device),
-            seed + number,
-            guidance,
-            sampling=Sampling(),
-            **settings,
-        )
+        Request(tuple(ids), 1, RequestSettings(guidance=guidance, seed=seed + number, **settings))
         for number, ids in enumerate(prompts)
     ]
     capacity = capacity_for(requests, config)
@@ -139,7 +129,7 @@ def measure_levers(
     for lever in chosen:
         latents, ids, _ = turns[lever.name][-1]
         same = 100 * (ids == exact_ids).double().mean(1)
-        low, high = lever.settings.get("interval", (0.0, 1.0))
+        low, high = lever.settings.get("guidance_interval", (0.0, 1.0))
         grid = SCHEDULES[lever.settings["schedule"]](lever.settings["steps"]).tolist()[:-1]
         entropy, pairs = _variety(ids.tolist())
         rows.append(

@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.generation.cost import Job, blocks_of, prompt_latents
 from colada.errors import ColadaError, nearest
-from colada.generate.reference import BlockGenerator, sample_noise
+from colada.generate.noise import sample_noise
+from colada.generate.reference import BlockGenerator
 from colada.generate.settings import Settings
 from colada.models.autoregressive import AutoregressiveLM
 from colada.models.cola import ColaDLM
@@ -104,7 +105,8 @@ def engine(model: ColaDLM, guidance: float, seed: int) -> Peer:
     """Return the model's own ``stream``."""
 
     def run(prompts: Prompts, job: Job, write: Write) -> None:
-        for chunk in model.stream(prompts, job.new_tokens, **fixed_settings(job.steps, guidance, seed)):
+        settings = fixed_settings(job.steps, guidance, seed)
+        for chunk in model.stream(prompts, job.new_tokens, batch=job.batch, **settings):
             write(chunk.index, chunk.tokens)
 
     return run
@@ -160,7 +162,7 @@ def autoregressive(decoder: Decoder) -> Peer:
     model = AutoregressiveLM(decoder)
 
     def run(prompts: Prompts, job: Job, write: Write) -> None:
-        for chunk in model.stream(prompts, job.new_tokens, end_ids=()):
+        for chunk in model.stream(prompts, job.new_tokens, batch=job.batch, end_ids=()):
             write(chunk.index, chunk.tokens)
 
     return run

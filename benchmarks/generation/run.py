@@ -254,6 +254,6 @@ def engine_serve(model: ColaDLM, steps: int, guidance: float, seed: int) -> Serv
             request._replace(settings=fixed_settings(steps, guidance, seed + number))
             for number, request in enumerate(requests)
         ]
-        return sum(len(done.tokens) for done in model.complete_all(asked, slots))
+        return sum(len(done.tokens) for done in model.generate(asked, batch=slots))
 
     return serve

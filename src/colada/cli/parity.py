@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,9 +23,9 @@ from colada.device import find_device
 from colada.errors import ColadaError, failure
 from colada.files import read_json_object
 from colada.generate.engine.engine import Engine, capacity_for
-from colada.generate.engine.request import Request
 from colada.generate.reference import Block, BlockGenerator
-from colada.generate.sampling import Sampling
+from colada.generate.settings import RequestSettings, check_settings
+from colada.generate.writer import Request
 from colada.networks.checkpoint import open_weights, read_dit, read_vae
 from colada.networks.dit import DiT
 from colada.networks.packing import pad_to_multiple
@@ -98,22 +99,26 @@ def _compare(
     # prefix, and nothing else.
     blocks_of = range(case["n_blocks"])
     noise = [expected[f"generate.noise.{b}"].split(size) for b in blocks_of]
-    sampling = Sampling(
-        temperature=settings["temperature"], repetition_penalty=settings["repetition_penalty"]
-    )
 
-    def given_noise(block: int, sample: int) -> Tensor:
+    def given_noise(sample: int, block: int) -> Tensor:
         return noise[block][sample]
 
+    made_with = RequestSettings(
+        **check_settings(
+            {
+                "guidance": settings["guidance_scale"],
+                "steps": settings["timestep_num"],
+                "temperature": settings["temperature"],
+                "repetition_penalty": settings["repetition_penalty"],
+            }
+        )
+    )
     requests = [
         Request(
             tuple(ids),
             case["n_blocks"] * vae.config.block_tokens,
-            partial(given_noise, sample=number),
-            0,
-            settings["guidance_scale"],
-            steps=settings["timestep_num"],
-            sampling=sampling,
+            made_with,
+            noise=partial(given_noise, number),
         )
         for number, ids in enumerate(prompts)
     ]
@@ -139,14 +144,11 @@ def _by_reference(
     vae: TextVAE, dit: DiT, requests: Sequence[Request], blocks: int, pad_id: int
 ) -> list[list[Block]]:
     """Return the blocks of every request, number by number, as the readable loop makes them."""
-    loop = BlockGenerator(vae, dit, steps=requests[0].steps, sampling=requests[0].sampling)
-    samples = loop.start(
-        [own.ids for own in requests],
-        [own.noise for own in requests],
-        [own.seed for own in requests],
-        [own.guidance for own in requests],
-        pad_id,
-    )
+    settings = requests[0].settings
+    loop = BlockGenerator(vae, dit, **asdict(settings))
+    noises = [own.noise for own in requests if own.noise is not None]
+    seeds, guidance = [settings.seed] * len(requests), [settings.guidance] * len(requests)
+    samples = loop.start([own.ids for own in requests], noises, seeds, guidance, pad_id)
     made = []
     for _ in range(blocks):
         for _ in loop.next_block(samples):

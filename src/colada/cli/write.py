@@ -28,12 +28,12 @@ from colada.cli.options import (
     read_texts,
 )
 from colada.errors import ColadaError
-from colada.generate.settings import SEED_STRIDE, Settings, TextRequest, check_settings, one_each
+from colada.generate.settings import Settings, check_settings
 from colada.locate import BUNDLED, CHAT_TEMPLATE_FILE, local
 
 if TYPE_CHECKING:
     from colada.models.base import LanguageModel
-    from colada.text.transcript import Completion
+    from colada.text.transcript import Chunk, Completion
 
 _OWN = "Default: the model's own."
 
@@ -123,9 +123,10 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop": stop or None,
         "noise": noise,
+        "seed": seed,
     }
     # All that can be refused is, before torch is imported.
-    check_settings({**given, "seed": seed})
+    check_settings(given)
     require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
     require_count("batch", batch)
     check_model_options(model, revision, dtype, device, quantise)
@@ -139,19 +140,13 @@ def generate(
 
     chosen = {**network.chosen(given), "max_new_tokens": max_new_tokens}
     del chosen["seed"]  # Every prompt has its own.
-    stride = SEED_STRIDE[chosen.get("noise", "per-sample")]
-    seeds = one_each("seed", seed, len(prompts), stride)
-
     if len(prompts) == 1 and not as_json and not no_stream:
         shown = "" if chat else prompts[0]
-        _stream(network, prompts[0], shown, max_new_tokens, {**given, "seed": seed}, chosen.get("steps"))
+        _stream(network, prompts[0], shown, max_new_tokens, given)
         return
-    requests = [
-        TextRequest(own, max_new_tokens, {**given, "seed": own_seed})
-        for own, own_seed in zip(prompts, seeds, strict=True)
-    ]
     errors: dict[int, str] = {}  # by prompt; the others are finished and printed first
-    for number, done in enumerate(_in_order(network.complete(requests, batch))):
+    chunks = network.stream(prompts, max_new_tokens, batch=batch, **given)
+    for number, done in enumerate(_in_order(chunks)):
         if done.error is not None:
             errors[number] = done.error
         if as_json:
@@ -159,7 +154,7 @@ def generate(
             if done.error is not None:
                 fields = {"error": done.error}
             fields["finish_reason"] = done.finish_reason
-            line = {"prompt": texts[number], **fields, "seed": seeds[number], "settings": chosen}
+            line = {"prompt": texts[number], **fields, "seed": done.seed, "settings": chosen}
             print(json.dumps(line), flush=True)
         else:
             shown = "" if chat else prompts[number]
@@ -169,12 +164,13 @@ def generate(
         raise ColadaError(f"{len(errors)} of {len(prompts)} prompts failed, first number {which}: {why}")
 
 
-def _in_order(completions: Iterator[tuple[int, Completion]]) -> Iterator[Completion]:
-    """Yield completions in the order of their numbers, each once all before it are finished."""
+def _in_order(chunks: Iterator[Chunk]) -> Iterator[Completion]:
+    """Yield completions in the order of their prompts, each once all before it are finished."""
     waiting: dict[int, Completion] = {}
     next_one = 0
-    for number, done in completions:
-        waiting[number] = done
+    for chunk in chunks:
+        if chunk.completion is not None:
+            waiting[chunk.index] = chunk.completion
         while next_one in waiting:
             yield waiting.pop(next_one)
             next_one += 1
@@ -186,7 +182,6 @@ def _stream(
     shown: str,
     max_new_tokens: int,
     settings: Settings,
-    steps: int | None,
     written: list[str] | None = None,
 ) -> None:
     """Print what is shown of one prompt, and its continuation as it grows; on a terminal, with guesses.
@@ -226,10 +221,8 @@ def _stream(
                 error = chunk.error
             else:
                 rate = tokens / (time.perf_counter() - begin)
-                status = (
-                    f"block {chunk.block + 1} · step {chunk.step}/{steps} · {tokens} tokens ({rate:.0f}/s)"
-                )
-                view.guess(chunk.text, status)
+                place = f"block {chunk.block + 1} · step {chunk.step}/{chunk.steps}"
+                view.guess(chunk.text, f"{place} · {tokens} tokens ({rate:.0f}/s)")
     if error is not None:
         raise ColadaError(error)
 
@@ -313,9 +306,8 @@ def chat(
         written: list[str] = []
         try:
             prompt = network.chat_prompt(asked)
-            chosen = network.chosen(settings).get("steps")
             numbered: Settings = {**settings, "seed": seed + answers}
-            _stream(network, prompt, "", max_new_tokens, numbered, chosen, written)
+            _stream(network, prompt, "", max_new_tokens, numbered, written)
         except KeyboardInterrupt:
             if not typed:
                 raise

@@ -217,7 +217,9 @@ def continue_passages(
         if same
         else Passage.of(tokenizer, passage.prompt_ids, tokenizer.encode(done.text), passage.origin)
         for done, passage in zip(
-            model.complete_all(requests, batch, progress), [*passages] * samples * len(settings), strict=True
+            model.generate(requests, batch=batch, progress=progress),
+            [*passages] * samples * len(settings),
+            strict=True,
         )
     ]
     rows = [texts[start : start + len(passages)] for start in range(0, len(texts), len(passages))]

@@ -167,7 +167,7 @@ class HarnessLM(LM):  # type: ignore[misc]
     def _complete(self, wanted: Sequence[tuple[Sequence[int], int, dict[str, Any]]]) -> list[Completion]:
         """Return the completions of contexts, each with a number of tokens and settings."""
         requests = [TextRequest(ids, length, cast(Settings, settings)) for ids, length, settings in wanted]
-        return self.model.complete_all(requests, self.batch_size)
+        return self.model.generate(requests, batch=self.batch_size)
 
     def _measure(self, asked: Sequence[tuple[list[int], list[int]]], seeds: Sequence[int]) -> list[float]:
         if not asked:

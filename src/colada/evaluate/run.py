@@ -122,7 +122,7 @@ def evaluate(
         raise ColadaError(f"benchmarks={shown(benchmarks)}, expected a list of Benchmark")
     for benchmark in benchmarks:
         require_kind("benchmark", benchmark, Benchmark)
-    if not callable(getattr(model, "complete", None)):
+    if not callable(getattr(model, "stream", None)):
         raise ColadaError(f"model={shown(model)}, expected a model that generates")
     out = as_path(out, "out")
     require_count("batch", batch)
@@ -163,10 +163,12 @@ def evaluate(
                 for item in items
             ]
             if items:
+                chunks = model.stream(requests, batch=batch)
+                finished = (
+                    (chunk.index, chunk.completion) for chunk in chunks if chunk.completion is not None
+                )
                 with display.task(task.name, total=len(items), unit="items"):
-                    _write_outputs(
-                        model.complete(requests, batch), task, items, part.file(out, task), display
-                    )
+                    _write_outputs(finished, task, items, part.file(out, task), display)
             _join(out, benchmark)
         outputs = {benchmark.task.name: _outputs(out, benchmark) for benchmark in benchmarks}
     if any(len(outputs[benchmark.task.name]) < len(benchmark.items) for benchmark in benchmarks):

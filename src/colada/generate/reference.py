@@ -7,74 +7,34 @@ carries its own noise, so results do not depend on who shares the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Unpack
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from colada.errors import ColadaError, failure
 from colada.flow import SCHEDULES, SOLVERS, Solver, T, z0_from_velocity
-from colada.generate.sampling import Sampling
-from colada.generate.settings import check_settings
+from colada.generate.noise import Noise, block_generator
+from colada.generate.sampling import pick
+from colada.generate.settings import RequestSettings, Settings, check_settings
 from colada.networks.dit import DiT
 from colada.networks.layers import History
 from colada.networks.packing import pad_to_multiple
 from colada.networks.vae import TextVAE
-
-# --- noise -------------------------------------------------------------------------------------
-
-Noise = Callable[[int], Tensor]
-"""Block number -> noise (block, C) of one sample."""
-
-
-def block_generator(seed: int, block: int, purpose: int) -> torch.Generator:
-    """Return the CPU generator of one sample's block; purpose 0 draws noise, 1 draws tokens."""
-    state = np.random.SeedSequence([seed, block, purpose]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
-
-
-def sample_noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noise:
-    """Return this project's rule: independent streams per (seed, block), the same on every device."""
-
-    def draw(block: int) -> Tensor:
-        generator = block_generator(seed, block, 0)
-        noise = torch.randn(shape, generator=generator, pin_memory=device.type == "cuda")
-        return noise.to(device, non_blocking=True)
-
-    return draw
-
-
-def released_noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noise:
-    """Return the released code's rule: a generator on the device, seeded with seed + 10,000,000 * block."""
-
-    def draw(block: int) -> Tensor:
-        generator = torch.Generator(device).manual_seed(seed + 10_000_000 * block)
-        return torch.randn(shape, generator=generator, device=device)
-
-    return draw
-
-
-NOISE_RULES = {"per-sample": sample_noise, "released": released_noise}
-"""By name, as in :data:`colada.generate.settings.NOISE_NAMES`."""
-
 
 # --- state -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Block:
-    """A finished block of one sample: latents (block, C), logits (block * patch, V) if kept, token ids.
-
-    ``confidence``: the probability of each id under those logits, where that is asked for.
-    """
+    """A finished block of one sample: latents (block, C), logits (block * patch, V) if kept, token ids."""
 
     latents: Tensor
     logits: Tensor | None
     ids: list[int]
-    confidence: tuple[float, ...] | None = None
 
 
 @dataclass
@@ -213,39 +173,16 @@ class BlockGenerator:
 
     Args:
         vae, dit: the two networks.
-        steps: solver steps per block.
-        solver, schedule: names in ``flow.SOLVERS`` and ``flow.SCHEDULES``.
-        sampling: how tokens are picked.
-        interval: the values of a between which guidance acts.
+        settings: of all samples alike, but for noise, seed and guidance, which :meth:`start` takes.
 
     Raises:
         ColadaError: naming a setting out of range.
     """
 
-    def __init__(
-        self,
-        vae: TextVAE,
-        dit: DiT,
-        *,
-        steps: int = 16,
-        solver: str = "euler",
-        schedule: str = "uniform",
-        sampling: Sampling | None = None,
-        interval: tuple[float, float] = (0.0, 1.0),
-    ) -> None:
-        check_settings(
-            {"steps": steps, "solver": solver, "schedule": schedule, "guidance_interval": interval}
-        )
+    def __init__(self, vae: TextVAE, dit: DiT, **settings: Unpack[Settings]) -> None:
         self.vae, self.dit = vae, dit
-        self.new_solver = SOLVERS[solver]
-        self.grid = SCHEDULES[schedule](steps).tolist()
-        self.sampling = sampling or Sampling()
-        self.interval = interval
-
-    @property
-    def steps(self) -> int:
-        """Solver steps per block."""
-        return len(self.grid) - 1
+        self.settings = RequestSettings(**check_settings(settings))
+        self.grid = SCHEDULES[self.settings.schedule](self.settings.steps).tolist()
 
     @property
     def device(self) -> torch.device:
@@ -319,29 +256,20 @@ class BlockGenerator:
             torch.stack([values for _, values in pins]),
             [sample.guidance for sample in samples],
             self.grid,
-            self.new_solver(),
-            self.interval,
+            SOLVERS[self.settings.solver](),
+            self.settings.guidance_interval,
         )
         for number, (z, z0) in enumerate(steps, start=1):
-            yield TransportStep(number, self.steps, z, z0)
+            yield TransportStep(number, self.settings.steps, z, z0)
         histories = [sample.decoder_history for sample in samples]
         logits = self.vae.decode(z.flatten(0, 1), [size] * len(samples), histories)
         for sample, latents, own in zip(samples, z, logits.split(size * patch), strict=True):
             generator = block_generator(sample.seed, sample.blocks, 1)
             try:
-                ids = self.sampling.pick(own, sample.seen, generator).tolist()
+                ids = pick(own, self.settings, sample.seen, generator).tolist()
             except ColadaError as error:
                 sample.error = failure(f"block {sample.blocks} has no tokens", error)
                 continue
             sample.seen.update(ids)
             sample.block = Block(latents, own, ids)
             sample.blocks += 1
-
-    def spell(self, samples: Sequence[Sample], z0: Tensor) -> list[list[int]]:
-        """Return the likeliest ids of a guess (B, block, C) of every coming block; commits nothing."""
-        size, patch = self.vae.config.block_size, self.vae.config.patch_size
-        histories = [sample.decoder_history for sample in samples]
-        layout = self.vae.layout([size] * len(samples), histories)
-        hidden = self.vae.decoder(z0.flatten(0, 1), layout, histories, committing=False)
-        ids = self.vae.decoder.logits(hidden).argmax(-1)
-        return [part.tolist() for part in ids.split(size * patch)]

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Unpack
+from typing import Any, Unpack
 
 from colada.checks import is_whole, require_flag, require_function
 from colada.errors import ColadaError, failure, shown
-from colada.generate.engine.engine import Engine
-from colada.generate.engine.request import Request, Slot
 from colada.generate.reference import TransportStep
 from colada.generate.settings import Prompt, Settings
+from colada.generate.writer import Request, Slot, Writer
 from colada.text.transcript import Chunk, Transcript
 
 Open = Callable[[Prompt, int, Settings, Prompt | None], tuple[Request, Transcript]]
-"""Checks a prompt, a number of tokens, settings and a suffix, and makes of them what the engine takes."""
+"""Checks a prompt, a number of tokens, settings and a suffix, and makes of them what a writer takes."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,16 @@ class Session:
         while session.busy:
             for chunk in session.step():
                 ...                                  # submit and cancel in between, as you like
+
+    Attributes:
+        submitted: how many requests, so far.
     """
 
-    def __init__(self, engine: Engine, open_request: Open) -> None:
+    def __init__(self, engine: Writer[Any], open_request: Open) -> None:
         self.engine, self._open = engine, open_request
-        self._submitted = 0
+        self.submitted = 0
         self._entries: dict[int, _Entry] = {}  # By the request's identity: equal ones may be submitted twice.
-        self._round: Iterator[TransportStep] | None = None  # The one under way,
-        self._steps = 0  # of which so many steps are done.
+        self._round: Iterator[TransportStep] | None = None  # The one under way.
         self._pending: deque[Chunk] = deque()  # Of the last step, not yet taken from chunks().
 
     def submit(
@@ -87,7 +88,7 @@ class Session:
         if id(request) in self._entries:
             request = replace(request)
         self.engine.submit(request)
-        index, self._submitted = self._submitted, self._submitted + 1
+        index, self.submitted = self.submitted, self.submitted + 1
         self._entries[id(request)] = _Entry(index, request, transcript, guesses)
         return index
 
@@ -99,8 +100,8 @@ class Session:
         Raises:
             ColadaError: for an index that :meth:`submit` did not return.
         """
-        if not is_whole(index) or not 0 <= index < self._submitted:
-            raise ColadaError(f"request {shown(index)}, expected one of the {self._submitted} submitted")
+        if not is_whole(index) or not 0 <= index < self.submitted:
+            raise ColadaError(f"request {shown(index)}, expected one of the {self.submitted} submitted")
         self._pending = deque(chunk for chunk in self._pending if chunk.index != index)
         for entry in list(self._entries.values()):
             if entry.index == index:
@@ -123,9 +124,10 @@ class Session:
     def step(self, callback: Callable[[TransportStep], None] | None = None) -> list[Chunk]:
         """Do the next piece of work, and return the chunks that are new; most calls bring none.
 
-        A piece is one solver step of all who are under way (one pass of LLaDA, one token of an AR model), or
-        the end of a round, where blocks are decoded and tell their texts. Requests that wait join, and those
-        cancelled leave, when the next round begins. Where nobody is left, nothing is done.
+        A piece is one solver step of all who are under way, or the end of a round, where blocks are decoded
+        and tell their texts; with baselines a round is one piece: a token of AR, a block of LLaDA. When the
+        next round begins, requests that wait join, and those cancelled leave. Where nobody is left, nothing
+        is done.
 
         What fails for one request alone ends that one with an ``error`` chunk. What fails a round, as memory
         that runs out, ends all who were in it, and those who wait go on.
@@ -140,12 +142,11 @@ class Session:
             self._dismiss()
             if not self.engine.busy:
                 return []
-            self._round, self._steps = self.engine.next_block(), 0
+            self._round = self.engine.next_block()
         step = self._next_step(self._round)
         if step is None:
             self._round = None
-            return [chunk for slot in self.engine.news for chunk in self._finished(slot)]
-        self._steps += 1
+            return [chunk for slot in list(self.engine.news) for chunk in self._finished(slot)]
         if callback is not None:
             callback(step)
         return self._guesses(step)
@@ -187,36 +188,29 @@ class Session:
 
     def _guesses(self, step: TransportStep) -> list[Chunk]:
         """Return how the blocks under way would read now, of those who ask."""
-        slots = [slot for slot in self.engine.under_way if not slot.done]
-        entries = [self._entries.get(id(slot.request)) for slot in slots]
-        counts = [slot.request.steps - slot.left + self._steps for slot in slots]
-        wanted = [
-            entry is not None and entry.guesses and count <= slot.request.steps
-            for slot, entry, count in zip(slots, entries, counts, strict=True)
-        ]
-        if not any(wanted):
-            return []
+        watched = {
+            slot: entry
+            for slot in self.engine.under_way
+            if (entry := self._entries.get(id(slot.request))) is not None and entry.guesses
+        }
         chunks = []
-        spelled = self.engine.spell(step.z0, wanted)
-        for row, (slot, entry, count) in enumerate(zip(slots, entries, counts, strict=True)):
-            if entry is None or not wanted[row]:
-                continue
-            ids, confidence = spelled[row]
-            skipped = entry.transcript.skip
+        for slot, guess in (self.engine.guesses(step, watched) if watched else {}).items():
+            transcript, skipped = watched[slot].transcript, watched[slot].transcript.skip
             try:
-                text, tokens = entry.transcript.guess(ids)
+                text, tokens = transcript.guess(guess.ids)
             except Exception:  # The block will fail for the same reason, and say so.
                 continue
+            confidence = guess.confidence[skipped : skipped + len(tokens)]
             chunks.append(
                 Chunk(
-                    entry.index,
+                    watched[slot].index,
                     slot.blocks,
-                    count,
+                    guess.step,
                     text,
                     tokens,
-                    steps=slot.request.steps,
-                    confidence=confidence[skipped : skipped + len(tokens)],
-                    latents=step.latents[row],
+                    steps=guess.steps,
+                    confidence=confidence,
+                    latents=guess.latents,
                 )
             )
         return chunks
@@ -229,21 +223,22 @@ class Session:
         transcript, error, block = entry.transcript, slot.error, slot.blocks - (slot.error is None)
         text, tokens, confidence = "", tuple[int, ...](), None
         if error is None:
-            assert slot.block is not None
             skipped = transcript.skip
             try:
-                text, tokens = transcript.add(slot.block.ids)
+                text, tokens = transcript.add(slot.ids)
             except Exception as cause:  # Its own: the others have their text.
                 error = slot.error = failure(f"block {block} cannot be read", cause)
-            if slot.block.confidence is not None:
-                confidence = slot.block.confidence[skipped : skipped + len(tokens)]
+            if slot.confidence is not None:
+                confidence = slot.confidence[skipped : skipped + len(tokens)]
         if error is not None:
             transcript.finish_reason = "error"
         completion = None
         if transcript.finish_reason is not None:
             self.engine.leave(slot)
             del self._entries[id(entry.request)]
-            completion = transcript.completion(entry.request.seed, None if error is None else str(error))
+            completion = transcript.completion(
+                entry.request.settings.seed, None if error is None else str(error)
+            )
         yield Chunk(
             entry.index,
             block,

@@ -7,6 +7,7 @@ checked here alike, before torch is imported. What may be asked for is bounded, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypedDict
 
 from colada.checks import MOST_COUNT, MOST_SEED, SMALLEST, between, is_number, is_whole, plain
@@ -67,38 +68,37 @@ class Settings(TypedDict, total=False):
 
 
 class TextRequest(NamedTuple):
-    """A text to be continued, with settings of its own; its seed is one number.
-
-    Attributes:
-        prompt: a text, or ids.
-        max_new_tokens: how many tokens follow it, unless an end token or stop string is first.
-        settings: over the model's own.
-    """
+    """A prompt among others with settings of its own, over those that all have; its seed is one number."""
 
     prompt: Prompt
     max_new_tokens: int
     settings: Settings
 
 
-RELEASED_SETTINGS: dict[str, Any] = {
-    "steps": 16,
-    "guidance": 7.0,
-    "guidance_interval": (0.0, 1.0),
-    "solver": "euler",
-    "schedule": "uniform",
-    "temperature": 0.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "seed": 0,
-    "stop": (),
-    "end_ids": None,
-    "noise": "per-sample",
-}
-"""What a model without a ``generation_config.json`` of its own uses."""
+@dataclass(frozen=True)
+class RequestSettings:
+    """All settings of one request, for the names of :class:`Settings`; by default the released ones.
 
-SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")
-"""Those that :class:`~colada.generate.sampling.Sampling` takes."""
+    Made of what :func:`check_settings` has checked, and handed on as it is.
+    """
+
+    steps: int = 16
+    guidance: float = 7.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    solver: str = "euler"
+    schedule: str = "uniform"
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: str | Sequence[str] = ()
+    end_ids: Sequence[int] | None = None
+    noise: str = "per-sample"
+
+
+RELEASED_SETTINGS: dict[str, Any] = {own.name: own.default for own in fields(RequestSettings)}
+"""What a model without a ``generation_config.json`` of its own uses."""
 
 
 # --- one setting after the other ----------------------------------------------------------------
@@ -226,16 +226,16 @@ def _check_list(name: str, value: Any, where: str) -> None:
 # --- prompts -------------------------------------------------------------------------------------
 
 
-def several(prompts: Any) -> list[Prompt]:
+def several(prompts: Any) -> list[Any]:
     """Return a list of prompts, of one or of several; their ids are not looked at yet.
 
     Args:
-        prompts: a text or ids, or a list (tuple, array) of these.
+        prompts: a text, ids or a request, or a list (tuple, array) of these.
 
     Raises:
         ColadaError: for anything else.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | TextRequest):
         return [prompts]
     prompts = plain(prompts)
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
@@ -251,18 +251,6 @@ def _is_prompt(part: Any) -> bool:
         or (isinstance(part, Sequence) and not isinstance(part, bytes))
         or (getattr(part, "ndim", 0) > 0)
     )
-
-
-def listed(requests: Any) -> list[TextRequest]:
-    """Return requests as a list. Raises ColadaError for what is none."""
-    try:
-        wanted = list(requests)
-    except TypeError:
-        raise ColadaError(f"requests={shown(requests)}, expected a list of TextRequest") from None
-    for number, request in enumerate(wanted):
-        if not isinstance(request, TextRequest):
-            raise ColadaError(f"request {number} is {shown(request)}, expected a TextRequest")
-    return wanted
 
 
 def one_each(name: str, value: Any, count: int, stride: int) -> list[Any]:

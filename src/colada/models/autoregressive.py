@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from colada.device import require_memory, undisturbed
-from colada.errors import ColadaError
-from colada.generate.reference import block_generator
-from colada.generate.sampling import Sampling
-from colada.models.decoder import DEFAULTS, DecoderLM, Writing
+from colada.generate.noise import block_generator
+from colada.generate.reference import TransportStep
+from colada.generate.sampling import confidence, pick
+from colada.generate.writer import Slot
+from colada.models.decoder import DEFAULTS, DecoderLM, DecoderWriter
 from colada.networks.decoder import Decoder
 from colada.networks.layers import attend
 from colada.networks.packing import Layout
-from colada.text.transcript import Chunk
 
 
 class KeyValueCache:
@@ -80,6 +81,91 @@ class KeyValueCache:
         index = torch.tensor(rows, device=self.keys.device)
         self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
 
+    def join(self, other: KeyValueCache) -> None:
+        """Go on with the samples of another one behind these."""
+        positions = max(self.keys.shape[2], other.keys.shape[2])
+
+        def joined(ours: Tensor, theirs: Tensor) -> Tensor:
+            padded = (F.pad(own, (0, 0, 0, 0, 0, positions - own.shape[2])) for own in (ours, theirs))
+            return torch.cat(list(padded), 1)
+
+        self.keys, self.values = joined(self.keys, other.keys), joined(self.values, other.values)
+
+
+class TokenWriter(DecoderWriter[Slot]):
+    """Writes a token of every request a round; prompts of those who join are read before.
+
+    Args: as :class:`DecoderWriter`.
+    """
+
+    def __init__(self, decoder: Decoder, *args: Any) -> None:
+        super().__init__(decoder, *args)
+        size = KeyValueCache.size(decoder, 1, self.capacity)
+        require_memory(size, self.device, f"a history of {self.capacity} tokens")
+        self._rows: list[Slot] = []  # Of the cache.
+        self._cache = KeyValueCache(decoder, 0, 0)
+
+    @undisturbed
+    def next_block(self) -> Iterator[TransportStep]:
+        """Write a token of everyone; there are no solver steps."""
+        hidden = [self._go_on(), *self._join()]
+        logits = self.decoder.logits(torch.cat(hidden)) if self._rows else torch.empty(0)
+        greedy = logits.argmax(-1).tolist() if bool(logits.isfinite().all()) else None
+        for row, slot in enumerate(self._rows):
+            settings = slot.request.settings
+            token = None
+            if settings.temperature == 0 and settings.repetition_penalty == 1 and greedy is not None:
+                token = torch.tensor([greedy[row]])
+            try:
+                if token is None:
+                    generator = block_generator(settings.seed, slot.blocks, 1)
+                    token = pick(logits[row : row + 1], settings, slot.seen, generator)
+            except Exception as error:  # Its own: the others have their tokens.
+                self.fail(slot, error)
+                continue
+            sure = confidence(logits[row : row + 1], token) if slot.request.confidence else None
+            slot.take(token.tolist(), sure)
+        yield from ()
+
+    def _go_on(self) -> Tensor:
+        """Read the last token of everyone under way; return the hidden states (B, dim) after it."""
+        rows = [row for row, slot in enumerate(self._rows) if slot in self.under_way]
+        if not rows:
+            self._rows, self._cache = [], KeyValueCache(self.decoder, 0, 0)
+            return torch.empty(0, self.decoder.config.dim, device=self.device)
+        if len(rows) < len(self._rows):
+            self._cache.keep(rows)
+            self._rows = [self._rows[row] for row in rows]
+        tokens = torch.tensor([slot.ids[0] for slot in self._rows], device=self.device)
+        positions = [len(slot.request.ids) + slot.blocks for slot in self._rows]
+        return self.decoder.run(tokens, self._cache.token(positions))
+
+    def _join(self) -> list[Tensor]:
+        """Read the prompts of those who join; return the hidden states (B, dim) at their ends, or nothing."""
+        new = [Slot(request) for request in self.admitted()]
+        if not new:
+            return []
+        self.under_way += new
+        try:
+            return [self._read(new)]
+        except Exception as error:  # Nothing of those under way is touched.
+            for slot in new:
+                self.fail(slot, error)
+            return []
+
+    def _read(self, new: Sequence[Slot]) -> Tensor:
+        """Read prompts into the cache; return the hidden states (B, dim) at their ends."""
+        texts = [[self.decoder.config.bos_token_id, *slot.request.ids] for slot in new]
+        lengths, positions = [len(ids) for ids in texts], max(self.room(slot.request) for slot in new)
+        size = KeyValueCache.size(self.decoder, len(new), positions)
+        require_memory(size, self.device, f"a cache of {len(new)} x {positions} tokens")
+        cache = KeyValueCache(self.decoder, len(new), positions)
+        packed = torch.tensor([token for ids in texts for token in ids], device=self.device)
+        hidden = self.decoder.run(packed, cache.prompts(lengths))
+        self._cache.join(cache)
+        self._rows += new
+        return hidden[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
+
 
 class AutoregressiveLM(DecoderLM):
     """A decoder that writes token by token; every text follows ``bos_token_id``."""
@@ -87,58 +173,5 @@ class AutoregressiveLM(DecoderLM):
     arch = "ar"
     defaults = DEFAULTS
 
-    @undisturbed
-    def _run(self, writing: Writing) -> Iterator[Chunk]:
-        transcripts, seeds, sampling = writing.transcripts, writing.seeds, writing.sampling
-        given = [[self.decoder.config.bos_token_id, *ids] for ids in writing.prompts]
-        lengths = [len(ids) for ids in given]
-        positions = max(lengths) + transcripts[0].limit
-        size = KeyValueCache.size(self.decoder, len(given), positions)
-        require_memory(size, self.device, f"a cache of {len(given)} x {positions} tokens")
-        cache = KeyValueCache(self.decoder, len(given), positions)
-        packed = torch.tensor([token for ids in given for token in ids], device=self.device)
-        hidden = self.decoder.run(packed, cache.prompts(lengths))
-        hidden = hidden[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
-        active, seen = list(range(len(given))), [set[int]() for _ in given]
-        step = 0
-        while True:
-            picked = self._pick(self.decoder.logits(hidden), active, seen, sampling, seeds, step)
-            ids = [token if isinstance(token, int) else 0 for token in picked]
-            for index, token in zip(active, picked, strict=True):
-                if isinstance(token, int):
-                    seen[index].add(token)
-                    yield writing.chunk(index, step, [token])
-                else:
-                    yield writing.chunk(index, step, [], token)
-            rows = [row for row, own in enumerate(active) if transcripts[own].finish_reason is None]
-            if not rows:
-                return
-            if len(rows) < len(active):
-                active, ids = [active[row] for row in rows], [ids[row] for row in rows]
-                cache.keep(rows)
-            new = torch.tensor(ids, device=self.device)
-            hidden = self.decoder.run(new, cache.token([lengths[own] + step for own in active]))
-            step += 1
-
-    def _pick(
-        self,
-        logits: Tensor,
-        active: Sequence[int],
-        seen: Sequence[set[int]],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        step: int,
-    ) -> list[int | ColadaError]:
-        """Return one token for each row of logits (B, V), or why there is none."""
-        greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
-        if greedy and bool(logits.isfinite().all()):
-            ids: list[int | ColadaError] = logits.argmax(-1).tolist()
-            return ids
-        picked: list[int | ColadaError] = []
-        for index, own in zip(active, logits, strict=True):
-            try:
-                generator = block_generator(seeds[index], step, 1)
-                picked.append(int(sampling.pick(own[None], seen[index], generator)))
-            except Exception as error:  # Its own: the others have their tokens.
-                picked.append(self._fault(error))
-        return picked
+    def _writer(self, capacity: int, slots: int | None) -> TokenWriter:
+        return TokenWriter(self.decoder, capacity, slots, self._room, self.origin)

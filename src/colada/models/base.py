@@ -5,20 +5,34 @@ from __future__ import annotations
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
 import torch
 
-from colada.checks import check_ids, check_text, require_function
+from colada.checks import check_ids, check_text, require_count, require_flag, require_function
 from colada.errors import ColadaError, ColadaWarning, failure, nearest, shown
-from colada.generate.settings import Prompt, Settings, TextRequest, check_settings, listed
+from colada.generate.reference import TransportStep
+from colada.generate.session import Session
+from colada.generate.settings import (
+    SEED_STRIDE,
+    Prompt,
+    RequestSettings,
+    Settings,
+    TextRequest,
+    check_settings,
+    one_each,
+    several,
+)
+from colada.generate.writer import Request, Writer
 from colada.locate import CHAT_TEMPLATE_FILE, is_hub_id
 from colada.text.chat import check_messages, render
 from colada.text.tokenizer import Tokenizer
-from colada.text.transcript import Chunk, Completion, completed
+from colada.text.transcript import Chunk, Completion, Transcript, completed
 
+BATCH = 64
+"""How many prompts of a call are under way together."""
 ARCHITECTURES = {"cola": "Cola DLM", "ar": "AR", "llada": "LLaDA"}
 """By name, what readers call it."""
 
@@ -114,52 +128,159 @@ class LanguageModel(ABC):
     def save(self, directory: str | Path) -> None:
         """Write a directory that :func:`colada.load` reads. Raises ColadaError if it cannot be written."""
 
-    @abstractmethod
-    def stream(
+    # --- writing ---------------------------------------------------------------------------
+
+    def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt | TextRequest],
         max_new_tokens: int = 64,
         *,
-        guesses: bool = False,
+        batch: int = BATCH,
+        callback: Callable[[TransportStep], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
         **settings: Unpack[Settings],
-    ) -> Iterator[Chunk]:
-        """Yield what each prompt's continuation grows by; arguments as :meth:`generate`.
-
-        With ``guesses``, also how what is under way would read now, for models that have such a thing.
-        Arguments are checked here, before the first chunk is asked for.
-        """
-
-    @abstractmethod
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **settings: Unpack[Settings]
     ) -> list[Completion]:
         """Continue every prompt.
 
+        This is also how many texts are written: ``batch`` at a time, and as some leave, others join. A text
+        depends on its own prompt, settings and seed, not on who shares the batch.
+
         Args:
-            prompts: texts, or lists of ids; one or several.
-            max_new_tokens: how many tokens each gets, unless an end token or stop string is first.
+            prompts: texts, or lists of ids; one or several. An empty prompt generates from nothing. Those
+                with a length and settings of their own are given as :class:`TextRequest`.
+            max_new_tokens: how many tokens each gets, exactly, unless an end token or stop string is first.
+            batch: how many are under way together.
+            callback: sees the latents of all who are under way after every solver step, of models that have
+                such a thing.
+            progress: called after every prompt with how many are finished, and of how many.
             settings: see :class:`Settings`.
 
         Returns: one completion a prompt, in order.
 
         Raises:
+            ColadaError: naming the argument at fault, before anything is written.
+            GenerationError: if some failed; it carries the completions of the others.
+        """
+        require_function("progress", progress)
+        session = self._session_of(prompts, max_new_tokens, batch, settings)
+        finished, total = dict[int, Completion](), session.submitted
+        for chunk in self._chunks(session, callback):
+            if chunk.completion is not None:
+                finished[chunk.index] = chunk.completion
+                if progress is not None:
+                    progress(len(finished), total)
+        return completed([finished[index] for index in range(total)])
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt | TextRequest],
+        max_new_tokens: int = 64,
+        *,
+        batch: int = BATCH,
+        guesses: bool = False,
+        callback: Callable[[TransportStep], None] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Chunk]:
+        """Yield a chunk after every block (AR: token) of every prompt; arguments as :meth:`generate`.
+
+        The texts of a prompt's finished chunks add up to what :meth:`generate` returns, which its last chunk
+        has as ``completion``. With ``guesses``, yield after every solver step too, of models that have such a
+        thing: how the block would read if it ended there. Arguments are checked here, before the first chunk
+        is asked for. A prompt that fails ends with a chunk that says why, and the others go on.
+        """
+        guesses = require_flag("guesses", guesses)
+        return self._chunks(self._session_of(prompts, max_new_tokens, batch, settings, guesses), callback)
+
+    def session(self, *, history: int = 8192, slots: int | None = None) -> Session:
+        """Return a session, to which requests with settings of their own may be submitted at any time.
+
+        Args:
+            history: positions of history that it holds (latents, or a baseline's tokens), of all requests
+                under way together; a request takes those of its prompt and of what is to come, and waits
+                until there is room.
+            slots: requests under way at most; None is no limit.
+        """
+        history = require_count("history", history)
+        slots = None if slots is None else require_count("slots", slots)
+        return Session(self._writer(history, slots), self._open)
+
+    @abstractmethod
+    def _writer(self, capacity: int, slots: int | None) -> Writer[Any]:
+        """Return what writes the requests of a session."""
+
+    def _writer_for(self, requests: Sequence[Request], slots: int) -> Writer[Any]:
+        """Return what writes these requests alone, with just the history that ``slots`` of them need."""
+        rooms = sorted(map(self._room, requests), reverse=True)
+        return self._writer(sum(rooms[:slots]), slots)
+
+    @abstractmethod
+    def _room(self, request: Request) -> int:
+        """Return how many positions of history a request takes."""
+
+    @abstractmethod
+    def _request(
+        self, prompt: Prompt, max_new_tokens: int, settings: RequestSettings, suffix: Prompt | None = None
+    ) -> tuple[Request, Transcript]:
+        """Return what the writer and the transcript take, of a prompt and settings that are checked.
+
+        Raises:
             ColadaError: naming the argument at fault.
         """
 
-    @abstractmethod
-    def complete(self, requests: Iterable[TextRequest], batch: int = 16) -> Iterator[tuple[int, Completion]]:
-        """Yield the number and the completion of each request as it is finished.
+    def _open(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        settings: Mapping[str, Any],
+        suffix: Prompt | None = None,
+    ) -> tuple[Request, Transcript]:
+        """Return a request of its own, and the transcript that follows it; raises as :meth:`_request`."""
+        if suffix is not None and settings.get("stop"):
+            raise ColadaError(f"stop={shown(settings['stop'])} with a suffix, expected none")
+        (own,) = self._settings_of_each(self.chosen(settings), 1)
+        return self._request(prompt, max_new_tokens, own, suffix)
 
-        This is how many texts are written: ``batch`` at a time, and as some leave, others join. A text
-        does not depend on who shares the batch. One that fails has an ``error``, and the others go on.
+    def _session_of(
+        self,
+        prompts: Any,
+        max_new_tokens: int,
+        batch: int,
+        settings: Mapping[str, Any],
+        guesses: bool = False,
+    ) -> Session:
+        """Return a session of these prompts alone, in whose slots they take turns."""
+        batch, prompts = require_count("batch", batch), several(prompts)
+        chosen = self.chosen(settings)
+        opened = []
+        for prompt, own in zip(prompts, self._settings_of_each(chosen, len(prompts)), strict=True):
+            if isinstance(prompt, TextRequest):
+                each: dict[str, Any] = {
+                    name: getattr(own, name) for name in ("seed", "guidance") if name in chosen
+                }
+                text, length, over = prompt
+                opened.append(self._open(text, length, {**settings, **each, **self.check(over)}))
+            else:
+                opened.append(self._request(prompt, max_new_tokens, own))
+        session = Session(self._writer_for([request for request, _ in opened], batch), self._open)
+        for request, transcript in opened:
+            session.add(request, transcript, guesses)
+        return session
 
-        Args:
-            requests: each with settings of its own.
-            batch: how many are under way together.
+    def _chunks(self, session: Session, callback: Callable[[TransportStep], None] | None) -> Iterator[Chunk]:
+        """Return the chunks of a session that nobody else has."""
+        return session.chunks(callback)
 
-        Raises:
-            ColadaError: naming the argument at fault, before anything is written.
-        """
+    def _settings_of_each(self, chosen: Mapping[str, Any], count: int) -> list[RequestSettings]:
+        """Return the settings of each of so many prompts; see :class:`Settings` for their seeds."""
+        stride = SEED_STRIDE[chosen.get("noise", "per-sample")]
+        seeds = one_each("seed", chosen["seed"], count, stride)
+        if "guidance" not in chosen:
+            return [RequestSettings(**{**chosen, "seed": seed}) for seed in seeds]
+        scales = one_each("guidance", chosen["guidance"], count, 0)
+        return [
+            RequestSettings(**{**chosen, "seed": seed, "guidance": scale})
+            for seed, scale in zip(seeds, scales, strict=True)
+        ]
 
     def push_to_hub(
         self,
@@ -206,29 +327,6 @@ class LanguageModel(ABC):
             except Exception as error:  # The hub's HTTP library has errors of its own.
                 raise failure(f"{repo_id} cannot be written to the hub", error) from error
         return str(commit.commit_url)
-
-    def complete_all(
-        self,
-        requests: Sequence[TextRequest],
-        batch: int = 16,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[Completion]:
-        """Return the completions of requests in their order; see :meth:`complete`.
-
-        Args:
-            requests, batch: as there.
-            progress: called after every one with how many are finished, and of how many.
-
-        Raises:
-            GenerationError: if some failed; it carries the others.
-        """
-        require_function("progress", progress)
-        requests, finished = listed(requests), dict[int, Completion]()
-        for number, completion in self.complete(requests, batch):
-            finished[number] = completion
-            if progress is not None:
-                progress(len(finished), len(requests))
-        return completed([finished[number] for number in range(len(requests))])
 
     def chosen(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return all settings of a generation: those given, else the model's own, else the defaults.
@@ -278,19 +376,20 @@ class LanguageModel(ABC):
             warnings.warn(text, ColadaWarning, stacklevel=4)
         return ids
 
-    def endings(self, chosen: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-        """Return the stop strings and end tokens of chosen settings.
+    def endings(
+        self, stop: str | Sequence[str], end_ids: Sequence[int] | None
+    ) -> tuple[list[str], list[int]]:
+        """Return stop strings, and end tokens: the tokenizer's if None.
 
         Raises:
             ColadaError: for stop strings without a tokenizer, or an end token outside the vocabulary.
         """
-        stop = [chosen["stop"]] if isinstance(chosen["stop"], str) else list(chosen["stop"])
-        if stop and self.tokenizer is None:
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if stops and self.tokenizer is None:
             raise ColadaError("stop strings need a tokenizer, and this model has none")
-        end_ids = chosen["end_ids"]
         if end_ids is None:
             end_ids = self.tokenizer.end_ids if self.tokenizer is not None else ()
-        return stop, check_ids(end_ids, self.vocab_size, "end_ids:")
+        return stops, check_ids(end_ids, self.vocab_size, "end_ids:")
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], max_new_tokens: int = 256, **settings: Unpack[Settings]

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 
-from colada.checks import MOST_TOKENS, require_count, require_flag
+from colada.checks import MOST_TOKENS, require_count
 from colada.device import check_dtype, find_device, plain_torch, require_memory, undisturbed
-from colada.errors import ColadaError, shown
+from colada.errors import ColadaError
 from colada.files import as_path
 from colada.generate.engine.engine import GPU_BUCKET, Engine, capacity_for
 from colada.generate.engine.memory import round_up
-from colada.generate.engine.request import Request
-from colada.generate.reference import NOISE_RULES, TransportStep, encode
-from colada.generate.sampling import Sampling
+from colada.generate.engine.slots import room_of
+from colada.generate.reference import TransportStep, encode
 from colada.generate.session import Session
-from colada.generate.settings import (
-    RELEASED_SETTINGS,
-    SAMPLING_SETTINGS,
-    SEED_STRIDE,
-    Prompt,
-    Settings,
-    TextRequest,
-    listed,
-    one_each,
-    several,
-)
+from colada.generate.settings import RELEASED_SETTINGS, Prompt, RequestSettings, Settings
+from colada.generate.writer import Request
 from colada.locate import (
     BUNDLED,
     DECODER_DIR,
@@ -225,72 +215,17 @@ class ColaDLM(LanguageModel):
 
     # --- generation ------------------------------------------------------------------------
 
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 64,
-        *,
-        callback: Callable[[TransportStep], None] | None = None,
-        **settings: Unpack[Settings],
-    ) -> list[Completion]:
-        """Continue every prompt, in one batch.
+    def _room(self, request: Request) -> int:
+        return room_of(request, self.vae.config.patch_size, self.vae.config.block_size)
 
-        Args:
-            prompts: texts, or lists of ids; one or several. An empty prompt generates from nothing.
-            max_new_tokens: how many tokens each gets, exactly, unless an end token or stop string is first.
-            callback: sees the latents after every solver step.
-            settings: see :class:`Settings`.
+    def _writer(self, capacity: int, slots: int | None) -> Engine:
+        return self._engine(capacity, slots, self.pad_id)
 
-        Returns: one completion a prompt, in order.
-
-        Raises:
-            ColadaError: naming the argument at fault.
-            GenerationError: if samples failed; it carries the completions of the others.
-        """
-        chunks = self._taken(self._open(prompts, max_new_tokens, settings), callback)
-        done = {chunk.index: chunk.completion for chunk in chunks if chunk.completion is not None}
-        return completed([done[index] for index in sorted(done)])
-
-    def stream(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 64,
-        *,
-        guesses: bool = False,
-        callback: Callable[[TransportStep], None] | None = None,
-        **settings: Unpack[Settings],
-    ) -> Iterator[Chunk]:
-        """Yield a chunk after every block of every prompt; arguments as :meth:`generate`.
-
-        With ``guesses``, yield after every solver step too: how the block would read if it
-        ended there. The texts of a prompt's finished chunks add up to what :meth:`generate`
-        returns. Arguments are checked here, before the first chunk is asked for. A sample that
-        fails ends with a chunk that says why, and the others go on.
-        """
-        guesses = require_flag("guesses", guesses)
-        return self._taken(self._open(prompts, max_new_tokens, settings, guesses), callback)
-
-    def complete(self, requests: Iterable[TextRequest], batch: int = 16) -> Iterator[tuple[int, Completion]]:
-        """See :meth:`LanguageModel.complete`: one session, in whose slots the requests take turns."""
-        batch = require_count("batch", batch)
-        checked = [self._request(own.prompt, own.max_new_tokens, own.settings) for own in listed(requests)]
-        chunks = self._taken(self._session_of(checked, batch))
-        return ((chunk.index, chunk.completion) for chunk in chunks if chunk.completion is not None)
-
-    def session(self, *, history: int = 8192, slots: int | None = None) -> Session:
-        """Return a session, to which requests with settings of their own may be submitted at any time.
-
-        Args:
-            history: latents of history that it holds, of all requests under way together; a request takes
-                those of its prompt and of the blocks to come, and waits until there is room.
-            slots: requests under way at most; None is no limit.
-        """
-        history = require_count("history", history)
-        slots = None if slots is None else require_count("slots", slots)
-        return Session(self._engine(history, slots, self.pad_id), self._request)
-
-    def _free_engine(self, capacity: int, slots: int | None, pad_id: int) -> Engine:
+    def _writer_for(self, requests: Sequence[Request], slots: int) -> Engine:
         """Return the engine that is kept if it fits, else a new one; nobody else gets it, in no thread."""
+        capacity = capacity_for(requests, self.vae.config, slots)
+        # Without a token to pad, no padding id is needed.
+        pad_id = self.pad_id if any(own.ids for own in requests) else 0
         if self.device.type == "cuda":  # A next call that is a little longer then finds it large enough.
             capacity = round_up(capacity, 8 * GPU_BUCKET)
         try:
@@ -305,67 +240,28 @@ class ColaDLM(LanguageModel):
         with plain_torch(inference=False):
             return Engine(self.vae, self.dit, capacity=capacity, slots=slots, pad_id=pad_id)
 
-    def _taken(
-        self, session: Session, callback: Callable[[TransportStep], None] | None = None
-    ) -> Iterator[Chunk]:
+    def _chunks(self, session: Session, callback: Callable[[TransportStep], None] | None) -> Iterator[Chunk]:
         """Return the chunks of a session that nobody else has; its engine may then serve the next call."""
 
         def take() -> Iterator[Chunk]:
             yield from chunks
             # What a GPU replays is worth keeping from one call to the next.
-            if session.engine.graphs is not None:
-                self._kept[:] = [session.engine]
+            if engine.graphs is not None:
+                self._kept[:] = [engine]
 
+        engine = cast("Engine", session.engine)
         chunks = session.chunks(callback)  # Checked now, before the first chunk is asked for.
         return take()
 
-    def _open(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        max_new_tokens: int,
-        settings: Settings,
-        guesses: bool = False,
-    ) -> Session:
-        """Return a session of these prompts alone, all under way together."""
-        prompts = several(prompts)
-        chosen = self.chosen(settings)
-        stride = SEED_STRIDE[chosen["noise"]]
-        seeds = one_each("seed", chosen["seed"], len(prompts), stride)
-        guidance = one_each("guidance", chosen["guidance"], len(prompts), 0)
-        requests = [
-            self._request(prompt, max_new_tokens, {**settings, "seed": seed, "guidance": scale})
-            for prompt, seed, scale in zip(prompts, seeds, guidance, strict=True)
-        ]
-        return self._session_of(requests, guesses=guesses)
-
-    def _session_of(
-        self, requests: Sequence[tuple[Request, Transcript]], slots: int | None = None, guesses: bool = False
-    ) -> Session:
-        """Return a session of these requests alone, with just the history that ``slots`` of them need."""
-        capacity = capacity_for((own for own, _ in requests), self.vae.config, slots)
-        # Without a token to pad, no padding id is needed.
-        pad_id = self.pad_id if any(own.ids for own, _ in requests) else 0
-        session = Session(self._free_engine(capacity, slots, pad_id), self._request)
-        for request, transcript in requests:
-            session.add(request, transcript, guesses)
-        return session
-
     def _request(
-        self, prompt: Prompt, max_new_tokens: int, settings: Mapping[str, Any], suffix: Prompt | None = None
+        self, prompt: Prompt, max_new_tokens: int, settings: RequestSettings, suffix: Prompt | None = None
     ) -> tuple[Request, Transcript]:
-        """Check what is asked for a prompt, and return it as the engine and the transcript take it.
-
-        Raises:
-            ColadaError: naming the argument at fault.
-        """
         max_new_tokens = require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
-        chosen = self.chosen(settings)
         patch, size = self.vae.config.patch_size, self.vae.config.block_size
-        (seed,), (guidance,) = (one_each(name, chosen[name], 1, 0) for name in ("seed", "guidance"))
         hole, stop, end_ids = None, list[str](), list[int]()
         if suffix is None:
             before = ids = self.prompt_ids(prompt)
-            stop, end_ids = self.endings(chosen)
+            stop, end_ids = self.endings(settings.stop, settings.end_ids)
             first = -(-len(ids) // patch)
         else:
             before, after = self.ids(prompt), self.ids(suffix)
@@ -374,26 +270,11 @@ class ColaDLM(LanguageModel):
                     f"a hole of {max_new_tokens} tokens after {len(before)}, "
                     f"expected multiples of patch_size={patch}"
                 )
-            if settings.get("stop"):
-                raise ColadaError(f"stop={shown(settings['stop'])} with a suffix, expected none")
             ids = [*before, *[self.vae.config.mask_id] * max_new_tokens, *after]
             first = len(before) // patch
             hole = first, first + max_new_tokens // patch
         self._check_length(ids)
-        low, high = chosen["guidance_interval"]
-        request = Request(
-            tuple(ids),
-            max_new_tokens,
-            NOISE_RULES[chosen["noise"]](seed, (size, self.vae.config.latent_dim), self.device),
-            seed,
-            guidance,
-            (low, high),
-            chosen["steps"],
-            chosen["solver"],
-            chosen["schedule"],
-            Sampling(**{name: chosen[name] for name in SAMPLING_SETTINGS}),
-            hole,
-        )
+        request = Request(tuple(ids), max_new_tokens, settings, hole)
         # Of the first block, those tokens are told that are not the prompt's pinned latents.
         skip = first % size * patch
         return request, Transcript(self.tokenizer, skip, max_new_tokens, stop, end_ids, before)
@@ -403,16 +284,17 @@ class ColaDLM(LanguageModel):
 
         The hole's latents are generated with their neighbours in the same blocks pinned; the
         surroundings are encoded with the hole's tokens masked. Blocks being causal, what comes
-        after the hole's last block is not seen. Sampling settings as :meth:`generate`; end tokens and
-        the model's own stop strings do not apply.
+        after the hole's last block is not seen. Sampling settings as :meth:`generate`; ``stop``
+        and ``end_ids`` do not apply.
 
         Raises:
-            ColadaError: as :meth:`generate`; for ``stop``; or if the hole does not fall on whole latents
-                (patch_size > 1).
+            ColadaError: as :meth:`generate`; or if the hole does not fall on whole latents (patch_size > 1).
         """
         tokens = require_count("tokens", tokens, MOST_TOKENS)
-        session = self._session_of([self._request(before, tokens, settings, self.ids(after))])
-        done = [chunk.completion for chunk in self._taken(session) if chunk.completion is not None]
+        request, transcript = self._open(before, tokens, settings, self.ids(after))
+        session = Session(self._writer_for([request], 1), self._open)
+        session.add(request, transcript)
+        done = [chunk.completion for chunk in self._chunks(session, None) if chunk.completion is not None]
         return completed(done)[0]
 
     def _check_length(self, ids: Sequence[int]) -> None:

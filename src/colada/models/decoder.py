@@ -2,73 +2,29 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, Self
 
 import torch
 
-from colada.checks import MOST_TOKENS, require_count, require_flag
+from colada.checks import MOST_TOKENS, require_count
 from colada.device import check_dtype, find_device
-from colada.errors import ColadaError, failure
+from colada.errors import ColadaError, failure, shown
 from colada.files import as_path
-from colada.generate.sampling import Sampling
-from colada.generate.settings import (
-    RELEASED_SETTINGS,
-    SAMPLING_SETTINGS,
-    Prompt,
-    Settings,
-    TextRequest,
-    listed,
-    one_each,
-    several,
-)
+from colada.generate.settings import RELEASED_SETTINGS, Prompt, RequestSettings
+from colada.generate.writer import Request, S, Slot, Writer
 from colada.locate import DECODER_DIR
-from colada.models.base import LanguageModel, require_kind
+from colada.models.base import ARCHITECTURES, LanguageModel, require_kind
 from colada.networks.checkpoint import write_model
 from colada.networks.decoder import Decoder
 from colada.text.tokenizer import Tokenizer
-from colada.text.transcript import Chunk, Completion, Transcript, completed
+from colada.text.transcript import Transcript
 
-DEFAULTS = {name: RELEASED_SETTINGS[name] for name in (*SAMPLING_SETTINGS, "seed", "stop", "end_ids")}
+_NAMES = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "end_ids")
+DEFAULTS = {name: RELEASED_SETTINGS[name] for name in _NAMES}
 """Settings that both baselines have."""
-
-
-@dataclass(frozen=True)
-class Writing:
-    """What is asked for, of all prompts together.
-
-    Attributes:
-        prompts: ids.
-        transcripts: one each, which follow what is written and say when it is done.
-        seeds: one each, of the token draws.
-        sampling: how tokens are picked.
-        steps: passes a block, where there are blocks; None for as many as tokens.
-    """
-
-    prompts: Sequence[Sequence[int]]
-    transcripts: Sequence[Transcript]
-    seeds: Sequence[int]
-    sampling: Sampling
-    steps: int | None = None
-
-    def chunk(self, number: int, block: int, ids: Sequence[int], error: ColadaError | None = None) -> Chunk:
-        """Return the chunk of a prompt's new ids, which its transcript takes; or with an error, the last."""
-        own, text, tokens = self.transcripts[number], "", tuple[int, ...]()
-        if error is None:
-            try:
-                text, tokens = own.add(ids)
-            except Exception as cause:  # Its own: the others have their text.
-                error = failure(f"block {block} cannot be read", cause)
-        if error is not None:
-            own.finish_reason = "error"
-        done = None
-        if own.finish_reason is not None:
-            done = own.completion(self.seeds[number], None if error is None else str(error))
-        why = None if done is None else done.error
-        return Chunk(number, block, None, text, tokens, own.finish_reason, why, done)
 
 
 class DecoderLM(LanguageModel):
@@ -128,83 +84,61 @@ class DecoderLM(LanguageModel):
         networks = {DECODER_DIR: self.decoder}
         write_model(as_path(directory), networks, self.tokenizer, self.generation, self.chat_template)
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **settings: Unpack[Settings]
-    ) -> list[Completion]:
-        """Continue every prompt, in one batch; see :meth:`LanguageModel.generate`."""
-        writing = self._writing(prompts, max_new_tokens, settings)
-        done = {
-            chunk.index: chunk.completion for chunk in self._chunks(writing) if chunk.completion is not None
-        }
-        return completed([done[index] for index in sorted(done)])
+    def _room(self, request: Request) -> int:
+        """Return how many tokens a request takes, with the one that every text of AR follows."""
+        return len(request.ids) + request.new_tokens + (self.arch == "ar")
 
-    def stream(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 64,
-        *,
-        guesses: bool = False,
-        **settings: Unpack[Settings],
-    ) -> Iterator[Chunk]:
-        """Yield a chunk after every token or block of every prompt; there are no guesses."""
-        require_flag("guesses", guesses)
-        return self._chunks(self._writing(prompts, max_new_tokens, settings))
-
-    def complete(self, requests: Iterable[TextRequest], batch: int = 16) -> Iterator[tuple[int, Completion]]:
-        """See :meth:`LanguageModel.complete`: requests of equal length and settings share a batch."""
-        batch = require_count("batch", batch)
-        alike: dict[str, list[tuple[int, Writing]]] = {}
-        for number, own in enumerate(listed(requests)):
-            writing = self._writing([own.prompt], own.max_new_tokens, own.settings)
-            rest = {name: value for name, value in own.settings.items() if name != "seed"}
-            key = repr((own.max_new_tokens, sorted(rest.items())))
-            alike.setdefault(key, []).append((number, writing))
-        return self._completions(list(alike.values()), batch)
-
-    def _completions(
-        self, alike: Sequence[Sequence[tuple[int, Writing]]], batch: int
-    ) -> Iterator[tuple[int, Completion]]:
-        for group in alike:
-            for start in range(0, len(group), batch):
-                numbers = [number for number, _ in group[start : start + batch]]
-                parts = [writing for _, writing in group[start : start + batch]]
-                writing = replace(
-                    parts[0],
-                    prompts=[part.prompts[0] for part in parts],
-                    transcripts=[part.transcripts[0] for part in parts],
-                    seeds=[part.seeds[0] for part in parts],
-                )
-                for chunk in self._chunks(writing):
-                    if chunk.completion is not None:
-                        yield numbers[chunk.index], chunk.completion
-
-    def _writing(
-        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, settings: Settings
-    ) -> Writing:
-        prompts = several(prompts)
+    def _request(
+        self, prompt: Prompt, max_new_tokens: int, settings: RequestSettings, suffix: Prompt | None = None
+    ) -> tuple[Request, Transcript]:
+        if suffix is not None:
+            raise ColadaError(f"suffix={shown(suffix)}, but {ARCHITECTURES[self.arch]} fills no holes")
         max_new_tokens = require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
-        chosen = self.chosen(settings)
-        stop, end_ids = self.endings(chosen)
-        steps = chosen.get("steps")
-        size = self.decoder.config.block_size
-        if steps is not None and steps > size:
-            raise ColadaError(f"steps={steps}, expected at most the {size} tokens of a block")
-        ids = [self.prompt_ids(prompt) for prompt in prompts]
-        return Writing(
-            ids,
-            [Transcript(self.tokenizer, 0, max_new_tokens, stop, end_ids, own) for own in ids],
-            one_each("seed", chosen["seed"], len(prompts), 1),
-            Sampling(**{name: chosen[name] for name in SAMPLING_SETTINGS}),
-            steps,
-        )
+        stop, end_ids = self.endings(settings.stop, settings.end_ids)
+        ids = self.prompt_ids(prompt)
+        request = Request(tuple(ids), max_new_tokens, settings)
+        return request, Transcript(self.tokenizer, 0, max_new_tokens, stop, end_ids, ids)
 
-    def _fault(self, error: Exception) -> ColadaError:
-        """Return why one prompt of many gets no more tokens."""
-        return failure(self.origin or "the model", error)
 
-    def _chunks(self, writing: Writing) -> Iterator[Chunk]:
-        return self._run(writing) if writing.prompts else iter(())
+class DecoderWriter(Writer[S]):
+    """Writes for requests that share a decoder, as far as ``capacity`` tokens and ``slots`` go.
 
-    @abstractmethod
-    def _run(self, writing: Writing) -> Iterator[Chunk]:
-        """Write until every transcript has a finish reason; there is at least one prompt."""
+    Args:
+        room: how many tokens a request takes.
+        origin: what the model is called, for messages.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        capacity: int,
+        slots: int | None,
+        room: Callable[[Request], int],
+        origin: str,
+    ) -> None:
+        super().__init__(capacity, slots)
+        self.decoder, self.origin, self._room = decoder, origin or "the model", room
+
+    def room(self, request: Request) -> int:
+        """Return how many tokens a request takes."""
+        return self._room(request)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder is."""
+        return self.decoder.wte.weight.device
+
+    def admitted(self) -> list[Request]:
+        """Take those out of the queue, in order, for whom there is room now."""
+        requests: list[Request] = []
+        free = self.capacity - sum(self.room(slot.request) for slot in self.under_way)
+        while self.waiting and (self.slots is None or len(self.under_way) + len(requests) < self.slots):
+            free -= self.room(self.waiting[0])
+            if free < 0:
+                break
+            requests.append(self.waiting.popleft())
+        return requests
+
+    def fail(self, slot: Slot, error: Exception) -> None:
+        """Note why one request of many gets no more tokens."""
+        slot.error = slot.error or failure(self.origin, error)

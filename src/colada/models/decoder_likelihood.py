@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colada.device import undisturbed
-from colada.generate.reference import block_generator
+from colada.generate.noise import block_generator
 from colada.models.decoder import DecoderLM
 from colada.networks.layers import Pass
 

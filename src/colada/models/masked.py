@@ -7,6 +7,7 @@ from left to right (semi-autoregressive), by default in as many steps as tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,14 +15,85 @@ from torch import Tensor
 
 from colada.device import require_memory, undisturbed
 from colada.errors import ColadaError
-from colada.generate.reference import block_generator
-from colada.generate.sampling import Sampling
-from colada.models.decoder import DEFAULTS, DecoderLM, Writing
-from colada.text.transcript import Chunk
+from colada.generate.noise import block_generator
+from colada.generate.reference import TransportStep
+from colada.generate.sampling import pick
+from colada.generate.settings import Prompt, RequestSettings
+from colada.generate.writer import Request, Slot
+from colada.models.decoder import DEFAULTS, DecoderLM, DecoderWriter
+from colada.networks.decoder import Decoder
+from colada.text.transcript import Transcript
 
 ACTIVATIONS = 6
 """Vectors of either width that a pass holds at once for a token."""
 _TIE = 1e-5  # of probability: what a place further right counts less
+
+
+@dataclass(eq=False, kw_only=True)
+class MaskSlot(Slot):
+    """A request under way: its ids (L,), the prompt's and those to come, which are masks."""
+
+    row: Tensor
+
+
+class MaskWriter(DecoderWriter[MaskSlot]):
+    """Writes a block of every request a round.
+
+    Args: as :class:`DecoderWriter`.
+    """
+
+    def __init__(self, decoder: Decoder, *args: Any) -> None:
+        super().__init__(decoder, *args)
+        config = decoder.config
+        widths = ACTIVATIONS * (config.dim + config.ffn_dim) * decoder.wte.weight.element_size()
+        require_memory(self.capacity * widths, self.device, f"passes over {self.capacity} tokens")
+
+    @undisturbed
+    def next_block(self) -> Iterator[TransportStep]:
+        """Write a block of everyone, filling some of its masks a pass; there are no solver steps."""
+        mask, size = self.decoder.config.mask_id, self.decoder.config.block_size
+        for request in self.admitted():
+            row = torch.tensor([*request.ids, *[mask] * request.new_tokens], device=self.device)
+            self.under_way.append(MaskSlot(request, row=row))
+        blocks = {
+            slot: slot.row[len(slot.request.ids) + slot.blocks * size :][:size] for slot in self.under_way
+        }
+        schedules = {
+            slot: transfers(len(block), min(slot.request.settings.steps, len(block)))
+            for slot, block in blocks.items()
+        }
+        sure: dict[MaskSlot, Tensor] = {}
+        for step in range(max(map(len, schedules.values()), default=0)):
+            going = [slot for slot in self.under_way if step < len(schedules[slot])]
+            logits = self._logits(going, [len(blocks[slot]) for slot in going])
+            for slot, own in zip(going, logits, strict=True):
+                settings, block = slot.request.settings, blocks[slot]
+                generator = block_generator(settings.seed, slot.blocks * size + step, 1)
+                try:
+                    where, shares = fill(
+                        block, own, mask, schedules[slot][step], settings, slot.seen, generator
+                    )
+                except Exception as error:  # Its own: the others have their tokens.
+                    self.fail(slot, error)
+                    continue
+                sure.setdefault(slot, torch.zeros(len(block), device=self.device))[where] = shares
+        for slot, block in blocks.items():
+            if slot.error is None:
+                slot.take(block.tolist(), tuple(sure[slot].tolist()) if slot.request.confidence else None)
+        yield from ()
+
+    def _logits(self, slots: Sequence[MaskSlot], lengths: Sequence[int]) -> tuple[Tensor, ...]:
+        """Return the logits (length, V) of each one's coming block."""
+        size, rows = self.decoder.config.block_size, [slot.row for slot in slots]
+        where, first = list[int](), 0
+        for slot, length in zip(slots, lengths, strict=True):
+            begin = first + len(slot.request.ids) + slot.blocks * size
+            where += range(begin, begin + length)
+            first += len(slot.row)
+        layout = self.decoder.layout([len(row) for row in rows])
+        return self.decoder(torch.cat(rows), layout, torch.tensor(where, device=self.device)).split(
+            list(lengths)
+        )
 
 
 class MaskedLM(DecoderLM):
@@ -33,44 +105,17 @@ class MaskedLM(DecoderLM):
     arch = "llada"
     defaults: ClassVar[Mapping[str, Any]] = {**DEFAULTS, "steps": None}
 
-    @undisturbed
-    def _run(self, writing: Writing) -> Iterator[Chunk]:
-        mask, size = self.decoder.config.mask_id, self.decoder.config.block_size
-        limit = writing.transcripts[0].limit
-        config, total = self.decoder.config, sum(len(ids) + limit for ids in writing.prompts)
-        widths = ACTIVATIONS * (config.dim + config.ffn_dim) * self.decoder.wte.weight.element_size()
-        require_memory(total * widths, self.device, f"passes over {total} tokens")
-        rows = [torch.tensor([*ids, *[mask] * limit], device=self.device) for ids in writing.prompts]
-        seen = [set[int]() for _ in rows]
-        active, errors = list(range(len(rows))), dict[int, ColadaError]()
-        for number, begin in enumerate(range(0, limit, size)):
-            length = min(size, limit - begin)
-            starts = [len(writing.prompts[index]) + begin for index in active]
-            schedule = transfers(length, min(writing.steps or length, length))
-            for step, count in enumerate(schedule):
-                logits = self._logits([rows[index] for index in active], starts, length)
-                for index, start, own in zip(active, starts, logits, strict=True):
-                    block = rows[index][start : start + length]
-                    generator = block_generator(writing.seeds[index], number * size + step, 1)
-                    try:
-                        fill(block, own, mask, count, writing.sampling, seen[index], generator)
-                    except Exception as error:  # Its own: the others have their tokens.
-                        errors.setdefault(index, self._fault(error))
-            for index, start in zip(active, starts, strict=True):
-                ids = rows[index][start : start + length].tolist()
-                seen[index].update(ids)
-                yield writing.chunk(index, number, ids, errors.get(index))
-            active = [index for index in active if writing.transcripts[index].finish_reason is None]
-            if not active:
-                return
+    def _writer(self, capacity: int, slots: int | None) -> MaskWriter:
+        return MaskWriter(self.decoder, capacity, slots, self._room, self.origin)
 
-    def _logits(self, rows: Sequence[Tensor], starts: Sequence[int], length: int) -> tuple[Tensor, ...]:
-        """Return the logits (length, V) of each row's block, which begins at its start."""
-        lengths = [len(row) for row in rows]
-        first = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths) + torch.tensor(starts)
-        where = (first[:, None] + torch.arange(length)).flatten().to(self.device)
-        logits = self.decoder(torch.cat(list(rows)), self.decoder.layout(lengths), where)
-        return logits.split(length)
+    def _request(
+        self, prompt: Prompt, max_new_tokens: int, settings: RequestSettings, suffix: Prompt | None = None
+    ) -> tuple[Request, Transcript]:
+        size = self.decoder.config.block_size
+        steps = size if settings.steps is None else settings.steps
+        if steps > size:
+            raise ColadaError(f"steps={steps}, expected at most the {size} tokens of a block")
+        return super()._request(prompt, max_new_tokens, replace(settings, steps=steps), suffix)
 
 
 def transfers(tokens: int, steps: int) -> list[int]:
@@ -84,21 +129,24 @@ def fill(
     logits: Tensor,
     mask: int,
     count: int,
-    sampling: Sampling,
+    settings: RequestSettings,
     seen: set[int],
     generator: torch.Generator,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """Fill the ``count`` masked tokens of a block that the model is surest of, in place.
 
     Args:
         block: (L,) ids, some of them masked; at least ``count``.
         logits: (L, V).
-        sampling: how each token is picked; how sure the model is of it is its probability untempered.
+        settings: how each token is picked; how sure the model is of it is its probability untempered.
         seen: ids of earlier blocks, to be penalised.
+
+    Returns: where it filled (count,), and how likely the model holds what is there now.
     """
-    picked = sampling.pick(logits, seen, generator).to(logits.device)
-    confidence = logits.softmax(-1).gather(1, picked[:, None]).squeeze(1)
+    picked = pick(logits, settings, seen, generator).to(logits.device)
+    shares = logits.float().softmax(-1).gather(1, picked[:, None]).squeeze(1)
     # Where nothing but masks is seen all are equally sure, to rounding: then from left to right.
-    confidence = confidence - _TIE * torch.arange(len(block), device=block.device)
-    chosen = confidence.masked_fill(block != mask, -1.0).topk(count).indices
+    ranks = shares - _TIE * torch.arange(len(block), device=block.device)
+    chosen = ranks.masked_fill(block != mask, -1.0).topk(count).indices
     block[chosen] = picked[chosen]
+    return chosen, shares[chosen]

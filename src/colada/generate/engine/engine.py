@@ -9,8 +9,7 @@ first decoding.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,17 +30,16 @@ from colada.generate.engine.memory import (
     pieces,
     round_up,
 )
-from colada.generate.engine.request import Request, Slot
+from colada.generate.engine.slots import LatentSlot, room_of
 from colada.generate.engine.transport import COMMITTED_ROWS, Transport
-from colada.generate.reference import Block, TransportStep, block_generator
-from colada.generate.sampling import confidence
+from colada.generate.noise import NOISE_RULES, block_generator
+from colada.generate.reference import Block, TransportStep
+from colada.generate.sampling import confidence, pick
+from colada.generate.writer import Guess, Request, Writer
 from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.layers import kept_frequencies, rotary_table
 from colada.networks.vae import TextVAE
-
-Spelling = tuple[list[int], tuple[float, ...]]
-"""The likeliest ids of a guess, and how likely they are."""
 
 GPU_BUCKET = 128
 """Latents of history to which a GPU's passes are padded, or to twice as many, and so on."""
@@ -49,7 +47,7 @@ GPU_BUCKET = 128
 
 def capacity_for(requests: Iterable[Request], config: TextVAEConfig, slots: int | None = None) -> int:
     """Return the latents of history that the ``slots`` largest of some requests take together, or all."""
-    rooms = sorted((own.room(config.patch_size, config.block_size) for own in requests), reverse=True)
+    rooms = sorted((room_of(own, config.patch_size, config.block_size) for own in requests), reverse=True)
     return sum(rooms[:slots])
 
 
@@ -63,7 +61,7 @@ def history_bytes(vae: TextVAE, dit: DiT, latents: int) -> int:
     )
 
 
-class Engine:
+class Engine(Writer[LatentSlot]):
     """Generates blocks for requests that come and go.
 
     Args:
@@ -81,6 +79,8 @@ class Engine:
         ColadaError: if the bucket is no multiple of the block.
     """
 
+    unit = "latents"
+
     def __init__(
         self,
         vae: TextVAE,
@@ -92,8 +92,9 @@ class Engine:
         bucket: int | None = None,
         keep_logits: bool = False,
     ) -> None:
+        super().__init__(capacity // vae.config.block_size * vae.config.block_size, slots)
         self._keep_logits = keep_logits
-        self.vae, self.dit, self.slots, self.pad_id = vae, dit, slots, pad_id
+        self.vae, self.dit, self.pad_id = vae, dit, pad_id
         self._size, self._patch = vae.config.block_size, vae.config.patch_size
         device = dit.txt_in.proj.weight.device
         if bucket is None and device.type == "cuda":
@@ -101,9 +102,8 @@ class Engine:
         if bucket is not None and bucket % self._size:
             raise ColadaError(f"bucket={bucket}, expected a multiple of the block of {self._size} latents")
         self._padded = bucket is not None
-        capacity = capacity // self._size * self._size
-        size = history_bytes(vae, dit, capacity)
-        require_memory(size, device, f"a history of {capacity} latents")
+        capacity = self.capacity
+        require_memory(history_bytes(vae, dit, capacity), device, f"a history of {capacity} latents")
         self.regions = Regions(capacity)
         prior, decoder = dit.config, vae.config
         self._prior_memory = Memory(
@@ -126,9 +126,7 @@ class Engine:
         )
         bucket = None if bucket is None else bucket // prior.patch_size
         self._transport = Transport(dit, self._prior_memory, self._size, bucket)
-        self._waiting: deque[Request] = deque()
         self.joining: list[Arrival] = []
-        self.under_way: list[Slot] = []
 
     @property
     def graphs(self) -> Graphs | None:
@@ -138,11 +136,11 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether anyone waits, joins or is under way."""
-        return bool(self._waiting or self.joining or self.under_way)
+        return super().busy or bool(self.joining)
 
     @property
-    def news(self) -> list[Slot]:
-        """Those to whom the last call of :meth:`next_block` brought a block or an error."""
+    def news(self) -> list[LatentSlot]:
+        """Those to whom the last round brought a block or an error."""
         return [slot for slot in self.under_way if slot.error is not None or slot.begun is None]
 
     @property
@@ -152,34 +150,24 @@ class Engine:
 
     # --- who is under way ------------------------------------------------------------------
 
-    def _room(self, request: Request) -> int:
-        return request.room(self._patch, self._size)
+    def room(self, request: Request) -> int:
+        """Return how many latents of history a request takes."""
+        return room_of(request, self._patch, self._size)
 
-    def submit(self, request: Request) -> None:
-        """Let a request wait for its admission, first come first served.
-
-        Raises:
-            ColadaError: if it could never be admitted; nothing else is affected.
-        """
-        room, capacity = self._room(request), self.regions.capacity
-        if room > capacity:
-            raise ColadaError(f"a request of {room} latents, expected at most {capacity}: the history's room")
-        self._waiting.append(request)
-
-    def leave(self, slot: Slot) -> None:
-        """Take a slot out between blocks; its region is free again."""
-        self.under_way.remove(slot)
+    def leave(self, slot: LatentSlot) -> None:
+        """Take a slot out between rounds; its region is free again."""
+        super().leave(slot)
         self.regions.give_back(slot.start, slot.length)
 
     def withdraw(self, request: Request) -> None:
         """Take back a request that waits or joins; one that does neither is no error."""
+        super().withdraw(request)
         for own in [own for own in self.joining if own.request is request]:
             self.joining.remove(own)
             self.regions.give_back(own.start, own.length)
-        self._waiting = deque(one for one in self._waiting if one is not request)
 
     @undisturbed
-    def admit(self) -> list[Slot]:
+    def admit(self) -> list[LatentSlot]:
         """Give those who wait, in order, the room there is, and read their prompts.
 
         Returns those who are now under way.
@@ -187,14 +175,14 @@ class Engine:
         read has a slot with an ``error``. Where nobody is, the weights are taken as they are now: they may
         have changed.
         """
-        if self._waiting and not self.under_way and not self.joining:
+        if self.waiting and not self.under_way and not self.joining:
             self._transport.refresh()
-        while self._waiting and (self.slots is None or len(self.under_way) + len(self.joining) < self.slots):
-            room = self._room(self._waiting[0])
+        while self.waiting and (self.slots is None or len(self.under_way) + len(self.joining) < self.slots):
+            room = self.room(self.waiting[0])
             start = self.regions.take(room)
             if start is None:
                 break
-            self.joining.append(arrival(self._waiting.popleft(), start, room, self.vae, self.device))
+            self.joining.append(arrival(self.waiting.popleft(), start, room, self.vae, self.device))
         new = self._join(self._latents_to_join())
         self.under_way += new
         return new
@@ -206,10 +194,12 @@ class Engine:
         block then takes about twice as long, or as :data:`JOINING_LATENTS` take.
         """
         going = [slot for slot in self.under_way if not slot.done]
-        rows = sum(slot.left * (1 if slot.request.guidance == 1 else 2) for slot in going) * self._size
+        rows = (
+            sum(slot.left * (1 if slot.request.settings.guidance == 1 else 2) for slot in going) * self._size
+        )
         return max(JOINING_LATENTS, self._size, rows // 4) if going else None
 
-    def _join(self, most: int | None) -> list[Slot]:
+    def _join(self, most: int | None) -> list[LatentSlot]:
         """Read at most so many latents of those who join; return slots for those who are then read."""
         lefts = [own.left for own in self.joining]
         parts = [
@@ -273,30 +263,35 @@ class Engine:
         original = torch.tensor([order.index(slot) for slot in self.under_way if not slot.done])
         original = original.to(self.device)
         z = torch.stack([noises[slot] for slot in order])
-        steps, before = order[0].request.steps, order[0].request.steps - order[0].left
-        for step, (latents, z0) in enumerate(self._transport.run(order, z), start=before + 1):
+        steps = order[0].request.settings.steps
+        before = steps - order[0].left
+        for number, (latents, z0) in enumerate(self._transport.run(order, z), start=1):
             z = latents
-            yield TransportStep(step, steps, latents[original], z0[original])
+            for slot in order:
+                slot.step = slot.request.settings.steps - slot.left + number
+            yield TransportStep(before + number, steps, latents[original], z0[original])
         finite = z.isfinite().flatten(1).all(1).tolist()
         for slot, fine in zip(order, finite, strict=True):
             if not fine and slot.error is None:
-                request = slot.request
+                settings = slot.request.settings
                 slot.error = ColadaError(
                     f"block {slot.blocks} of a request has latents that are not finite, with guidance="
-                    f"{request.guidance}, steps={request.steps}, solver={request.solver!r}: expected smaller"
-                    " settings, or finite weights"
+                    f"{settings.guidance}, steps={settings.steps}, solver={settings.solver!r}: expected "
+                    "smaller settings, or finite weights"
                 )
         finished = [slot.error is None and slot.begun is None for slot in order]
         ended = [slot for slot, done in zip(order, finished, strict=True) if done]
         self._finish(ended, z[torch.tensor(finished)])
 
-    def _noise(self, slot: Slot) -> Tensor:
+    def _noise(self, slot: LatentSlot) -> Tensor:
         """Return the noise (block, C) of a slot's coming block; one that has none fails by itself."""
+        settings, shape = slot.request.settings, (self._size, self.vae.config.latent_dim)
         try:
-            return slot.request.noise(slot.blocks)
+            noise = slot.request.noise or NOISE_RULES[settings.noise](settings.seed, shape, self.device)
+            return noise(slot.blocks)
         except Exception as error:
             slot.error = failure(f"block {slot.blocks} has no noise", error)
-            return torch.zeros(self._size, self.vae.config.latent_dim, device=self.device)
+            return torch.zeros(shape, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -304,12 +299,12 @@ class Engine:
         return self.dit.txt_in.proj.weight.device
 
     @staticmethod
-    def _rank(slot: Slot) -> tuple[tuple[int, str, str, int], int, int]:
+    def _rank(slot: LatentSlot) -> tuple[tuple[int, str, str, int], int, int]:
         return slot.pace, slot.history + len(slot.uncommitted), slot.start
 
     # --- latents to tokens -----------------------------------------------------------------
 
-    def _hidden(self, slots: Sequence[Slot], latents: Tensor) -> Tensor:
+    def _hidden(self, slots: Sequence[LatentSlot], latents: Tensor) -> Tensor:
         """Return the decoder's hidden states (B * block * patch, dim) of the coming blocks (B, block, C).
 
         A prefix that the decoder has not seen yet goes along, without being spelled.
@@ -350,7 +345,7 @@ class Engine:
         frequencies = kept_frequencies(config.dim // config.num_heads, config.rope_theta, self.device)
         return _DecoderPass(plan, rotary_table(plan.positions, frequencies))
 
-    def _finish(self, slots: Sequence[Slot], z: Tensor) -> None:
+    def _finish(self, slots: Sequence[LatentSlot], z: Tensor) -> None:
         """Decode the finished latents (B, block, C) of these slots and pick their tokens."""
         if not slots:
             return
@@ -359,40 +354,41 @@ class Engine:
         greedy = logits.argmax(-1).cpu().split(self._size * self._patch)
         finite = logits.isfinite().all(-1).view(len(slots), -1).all(1).tolist()  # One wait for all.
         for slot, latents, mine, likeliest, fine in zip(slots, z, own, greedy, finite, strict=True):
-            sampling, seed = slot.request.sampling, slot.request.seed
+            settings = slot.request.settings
             try:
-                if sampling.temperature == 0 and sampling.repetition_penalty == 1 and fine:
+                if settings.temperature == 0 and settings.repetition_penalty == 1 and fine:
                     ids = likeliest.tolist()
                 else:
-                    ids = sampling.pick(mine, slot.seen, block_generator(seed, slot.blocks, 1)).tolist()
+                    generator = block_generator(settings.seed, slot.blocks, 1)
+                    ids = pick(mine, settings, slot.seen, generator).tolist()
             except Exception as error:  # Its own: the others have their tokens.
                 slot.error = failure(f"block {slot.blocks} has no tokens", error)
                 continue
-            slot.seen.update(ids)
-            sure = confidence(mine, torch.tensor(ids)) if slot.request.confidence else None
-            slot.block = Block(latents, mine if self._keep_logits else None, ids, sure)
+            slot.take(ids, confidence(mine, torch.tensor(ids)) if slot.request.confidence else None)
+            slot.block = Block(latents, mine if self._keep_logits else None, ids)
             slot.decoded += self._size
-            slot.blocks += 1
 
     @undisturbed
-    def spell(self, z0: Tensor, wanted: Sequence[bool] | None = None) -> list[Spelling]:
-        """Return how a guess (B, block, C) of the coming block of those under way reads.
+    def guesses(self, step: TransportStep, wanted: Collection[LatentSlot]) -> dict[LatentSlot, Guess]:
+        """Return how the blocks of slots would read after this step; one that is not finite does not.
 
         Nothing is committed: the block's own positions of the decoder's memory are written again.
-
-        Args:
-            wanted: whose guess, one each; None is everyone's. One that is not finite has no ids.
         """
-        slots = [slot for slot in self.under_way if not slot.done]
-        fine = z0.isfinite().flatten(1).all(1).tolist()
-        rows = [row for row, asks in enumerate(wanted or fine) if asks and fine[row]]
-        spelled: list[Spelling] = [([], ())] * len(slots)
-        if rows:
-            logits = self.vae.decoder.logits(self._hidden([slots[row] for row in rows], z0[rows]))
-            for row, own in zip(rows, logits.split(self._size * self._patch), strict=True):
-                ids = own.argmax(-1)
-                spelled[row] = ids.tolist(), confidence(own, ids)
-        return spelled
+        fine = step.z0.isfinite().flatten(1).all(1).tolist()
+        going = [slot for slot in self.under_way if not slot.done]
+        rows = {
+            slot: row
+            for row, slot in enumerate(going)
+            if slot in wanted and fine[row] and slot.step <= slot.request.settings.steps
+        }
+        if not rows:
+            return {}
+        logits = self.vae.decoder.logits(self._hidden(list(rows), step.z0[list(rows.values())]))
+        guesses = {}
+        for (slot, row), own in zip(rows.items(), logits.split(self._size * self._patch), strict=True):
+            ids, steps = own.argmax(-1), slot.request.settings.steps
+            guesses[slot] = Guess(slot.step, steps, ids.tolist(), confidence(own, ids), step.latents[row])
+        return guesses
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from colada.errors import ColadaError, failure
 from colada.generate.engine.memory import round_up
-from colada.generate.engine.request import Request, Slot
+from colada.generate.engine.slots import LatentSlot, latents_of
 from colada.generate.reference import encode
+from colada.generate.writer import Request
 from colada.networks.layers import History
 from colada.networks.vae import TextVAE
 
@@ -26,7 +27,7 @@ class Arrival:
     Attributes:
         request: what was asked for.
         start, length: its region of the memory, in latents.
-        prefix, given, blocks: see :meth:`Request.latents`.
+        prefix, given, blocks: see :func:`~colada.generate.engine.slots.latents_of`.
         wanted: latents that its prompt takes, whole blocks.
         latents: (L, C), those there are.
         history: how many of them are in the DiT's and the decoder's history.
@@ -56,29 +57,29 @@ class Arrival:
         """The latents (L, C) of its prefix, as far as there are any, that the histories lack."""
         return self.latents[self.history : self.prefix]
 
-    def slot(self) -> Slot:
+    def slot(self) -> LatentSlot:
         """Return it as a request under way."""
         where = torch.ones(self.given, dtype=torch.bool, device=self.latents.device)
         if self.request.hole is not None:
             where[self.request.hole[0] - self.prefix : self.request.hole[1] - self.prefix] = False
-        return Slot(
+        return LatentSlot(
             self.request,
-            self.start,
-            self.length,
-            self.blocks,
-            self.latents[: self.prefix],
-            where,
-            self.latents[self.prefix : self.prefix + self.given],
+            error=self.error,
+            start=self.start,
+            length=self.length,
+            wanted=self.blocks,
+            prefix=self.latents[: self.prefix],
+            where=where,
+            pinned=self.latents[self.prefix : self.prefix + self.given],
             history=self.history,
             decoded=self.history,
-            error=self.error,
         )
 
 
 def arrival(request: Request, start: int, length: int, vae: TextVAE, device: torch.device) -> Arrival:
     """Return a request that has a region of the memory, before any of its prompt is read."""
     size = vae.config.block_size
-    prefix, given, blocks = request.latents(vae.config.patch_size, size)
+    prefix, given, blocks = latents_of(request, vae.config.patch_size, size)
     none = torch.zeros(0, vae.config.latent_dim, device=device)
     return Arrival(request, start, length, prefix, given, blocks, round_up(prefix + given, size), none)
 

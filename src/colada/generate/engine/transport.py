@@ -23,7 +23,7 @@ from colada.generate.engine.memory import (
     round_up,
 )
 from colada.generate.engine.passes import PriorPass
-from colada.generate.engine.request import Begun, Slot
+from colada.generate.engine.slots import Begun, LatentSlot
 from colada.networks.dit import DiT
 
 COMMITTED_ROWS = 512
@@ -36,7 +36,7 @@ LONGEST_ROUND = 63
 """The most solver steps of a round, as what is prepared for it takes memory."""
 
 
-def round_steps(slots: Sequence[Slot]) -> int:
+def round_steps(slots: Sequence[LatentSlot]) -> int:
     """Return how many solver steps some slots take together before those whose blocks end have their tokens.
 
     One whose block ends before waits for the others: the sum of all waiting, each by its own length, is
@@ -47,7 +47,7 @@ def round_steps(slots: Sequence[Slot]) -> int:
         return max(SHORTEST_ROUND, -(-left // -(-left // LONGEST_ROUND)))
 
     def waiting(steps: int) -> float:
-        return sum(round_up(slot.left, steps) / slot.request.steps for slot in slots)
+        return sum(round_up(slot.left, steps) / slot.request.settings.steps for slot in slots)
 
     return min({length(slot.left) for slot in slots}, key=lambda steps: (waiting(steps), -steps))
 
@@ -130,7 +130,7 @@ class Transport:
         if self.graphs is not None:
             self.graphs.refresh()
 
-    def run(self, slots: Sequence[Slot], z: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def run(self, slots: Sequence[LatentSlot], z: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Integrate dz/da = v for a round from z (B, block, C); yields z and the z0 pointed at.
 
         See :func:`colada.generate.reference.transport`, and :func:`round_steps`. The first pass also commits
@@ -189,20 +189,18 @@ class Transport:
             members = slots[cohort.rows]
             solvers = cohort.solver.split(len(members))
             for slot, latents, solver in zip(members, z[cohort.rows], solvers, strict=True):
-                done = slot.request.steps - slot.left + len(steps)
+                done = slot.request.settings.steps - slot.left + len(steps)
                 slot.begun = None if len(steps) >= slot.left else Begun(done, latents, solver)
 
-    def _cohorts(self, slots: Sequence[Slot]) -> list[_Cohort]:
+    def _cohorts(self, slots: Sequence[LatentSlot]) -> list[_Cohort]:
         cohorts: list[_Cohort] = []
         begin = 0
         for number, slot in enumerate(slots, start=1):
-            request = slot.request
             if number == len(slots) or slot.pace != slots[number].pace:
                 own = slots[begin:number]
-                kind = SOLVERS[request.solver]
+                kind = SOLVERS[slot.request.settings.solver]
                 solver = kind.joined([kind() if one.begun is None else one.begun.solver for one in own])
-                grid = request.grid[request.steps - slot.left :]
-                cohorts.append(_Cohort(slice(begin, number), solver, grid))
+                cohorts.append(_Cohort(slice(begin, number), solver, slot.grid))
                 begin = number
         return cohorts
 
@@ -213,7 +211,7 @@ class Transport:
         assert isinstance(row, Tensor)
         return self.graphs(latents, row, shape.plan, shape.rotations)
 
-    def _commit(self, slots: Sequence[Slot]) -> list[Piece]:
+    def _commit(self, slots: Sequence[LatentSlot]) -> list[Piece]:
         """Write what is finished into the DiT's history, but for what may join the coming pass: return that.
 
         A long prefix goes ahead in parts, so that no pass needs memory for all of it. To a padded pass, a
@@ -256,7 +254,7 @@ class Transport:
 
     def _steps(
         self,
-        slots: Sequence[Slot],
+        slots: Sequence[LatentSlot],
         cohorts: Sequence[_Cohort],
         clean: list[Span],
         where: Tensor,
@@ -276,9 +274,10 @@ class Transport:
             guided = [
                 row
                 for row, (slot, a) in enumerate(zip(slots, values, strict=False))
-                if slot.request.guidance != 1
+                if slot.request.settings.guidance != 1
                 and slot.history + len(slot.uncommitted)
-                and slot.request.interval[0] <= a <= slot.request.interval[1]
+                and slot.request.settings.guidance_interval[0] <= a
+                and a <= slot.request.settings.guidance_interval[1]
             ]
             commits = clean if number == 0 else []
             key = (len(commits), active, tuple(guided))
@@ -304,7 +303,9 @@ class Transport:
         alone = rows if guided and self._bucket is not None else len(guided)
         return [*range(active), *[0] * (rows - active), *guided, *[0] * (alone - len(guided))]
 
-    def _shape(self, slots: Sequence[Slot], active: int, guided: list[int], commits: list[Span]) -> _Shape:
+    def _shape(
+        self, slots: Sequence[LatentSlot], active: int, guided: list[int], commits: list[Span]
+    ) -> _Shape:
         """Prepare a pass of the first ``active`` slots, with what is committed on the way."""
         patch, device = self.dit.config.patch_size, self._device
         noisy = [
@@ -323,7 +324,7 @@ class Transport:
             length = doubled_to(max(span.end - span.start for span in noisy), self._bucket)
             clean_spans = doubled_to(len(slots)) if commits else 0
             plan = PaddedPlan(self._memory, commits, noisy, alone, size, clean_spans, rows, length)
-        scale = on_device([slots[row].request.guidance for row in guided], device, torch.float32)
+        scale = on_device([slots[row].request.settings.guidance for row in guided], device, torch.float32)
         return _Shape(
             plan,
             self._prior.rotations(plan.positions),

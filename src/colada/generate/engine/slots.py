@@ -1,0 +1,111 @@
+"""How far a request is, and where in the memory of the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colada.flow import SCHEDULES, Solver
+from colada.generate.reference import Block
+from colada.generate.writer import Request, Slot
+
+
+def latents_of(request: Request, patch: int, size: int) -> tuple[int, int, int]:
+    """Return how many latents are the prefix, how many after it may be pinned, and the blocks to come.
+
+    Args:
+        patch, size: tokens in a latent, and latents in a block.
+    """
+    length = -(-len(request.ids) // patch)
+    if request.hole is None:
+        prefix = length // size * size
+        # A padded latent at the prompt's end counts as the prompt's.
+        end = length + -(-request.new_tokens // patch)
+        return prefix, length - prefix, -(-(end - prefix) // size)
+    start, end = request.hole
+    prefix, last = start // size * size, -(-end // size) * size
+    return prefix, min(last, length) - prefix, (last - prefix) // size
+
+
+def room_of(request: Request, patch: int, size: int) -> int:
+    """Return how many latents of history a request takes; arguments as :func:`latents_of`."""
+    prefix, _, blocks = latents_of(request, patch, size)
+    return prefix + blocks * size
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A block of which some solver steps are done: how many, its latents (block, C), and what goes on."""
+
+    steps: int
+    latents: Tensor
+    solver: Solver
+
+
+@dataclass(eq=False, kw_only=True)
+class LatentSlot(Slot):
+    """A request under way in the engine.
+
+    Attributes:
+        start, length: its region of the memory, in latents.
+        wanted: blocks to be generated.
+        prefix: latents (P, C) of the prompt's whole blocks.
+        where, pinned: bool (M,) and (M, C): which of the latents still to come are pinned, and to what.
+        history, decoded: how many latents are in the DiT's and in the decoder's history.
+        block: the last that was generated.
+        begun: the coming block, where a round has ended in the middle of it.
+        step: how many of its steps are done, in the middle of a round; those beyond its own change nothing.
+    """
+
+    start: int
+    length: int
+    wanted: int
+    prefix: Tensor
+    where: Tensor
+    pinned: Tensor
+    history: int = 0
+    decoded: int = 0
+    block: Block | None = None
+    begun: Begun | None = None
+    step: int = 0
+
+    @property
+    def grid(self) -> list[float]:
+        """What is left of the descending values of a from 1 to 0."""
+        settings = self.request.settings
+        values: list[float] = SCHEDULES[settings.schedule](settings.steps).tolist()
+        return values[settings.steps - self.left :]
+
+    @property
+    def pace(self) -> tuple[int, str, str, int]:
+        """What slots share that take equal solver steps, those with most left first."""
+        settings = self.request.settings
+        return -self.left, settings.solver, settings.schedule, settings.steps
+
+    @property
+    def left(self) -> int:
+        """How many solver steps the coming block still takes."""
+        return self.request.settings.steps - (0 if self.begun is None else self.begun.steps)
+
+    @property
+    def uncommitted(self) -> Tensor:
+        """The finished latents (L, C) that the DiT's history lacks."""
+        if self.block is None:
+            return self.prefix[self.history :]
+        written = len(self.prefix) + (self.blocks - 1) * len(self.block.latents)
+        return self.block.latents[self.history - written :]
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more comes."""
+        return self.error is not None or self.blocks == self.wanted
+
+    def pinned_block(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return which latents of the coming block are pinned (size,), and to what (size, C)."""
+        begin = self.blocks * size
+        missing = max(0, begin + size - len(self.where))
+        where = torch.cat([self.where, self.where.new_zeros(missing)])
+        pinned = torch.cat([self.pinned, self.pinned.new_zeros(missing, self.pinned.shape[-1])])
+        return where[begin : begin + size], pinned[begin : begin + size]
