@@ -34,6 +34,7 @@ from colada.text.transcript import GenerationError
 from colada.train import checkpoints
 from colada.train.checkpoints import Place, find, places
 from colada.train.display import Display
+from colada.train.export import export
 from colada.train.inputs import train_tokenizer
 from colada.train.kinds import MOST_STEPS, JointSection, StageSection
 from colada.train.logs import Samples
@@ -545,7 +546,11 @@ def test_the_first_lines_say_what_is_trained_on_what_and_for_how_long(tmp_path: 
         ["train", str(DEBUG), "--set", "generation={steps: a}"],
         ["train", str(DEBUG), "--data", "nowhere"],
         ["train", str(DEBUG), "--json"],
+        ["train", str(DEBUG), "--out", str(ROOT / "README.md")],
+        ["train", str(DEBUG), "--set", "model.decoder={dims: 3}"],
         ["train", "nothing.yaml"],
+        ["recipe", str(DEBUG), "--set", "model.vae.dim=wide"],
+        ["report", "nowhere"],
         ["recipe", str(DEBUG), "--set", "steps=10"],
         ["export", "nowhere", "model"],
     ],
@@ -558,6 +563,25 @@ def test_a_command_is_refused_without_waiting_for_torch(tmp_path: Path, command:
     assert done.stdout == "2 False\n"
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_said(tmp_path: Path) -> None:
+    file = io.StringIO()
+    with pytest.raises(ColadaError, match="no checkpoint 'nowhere'"):
+        Trainer(recipe(), tmp_path / "run", Display(Console(file=file)), resume="nowhere")
+    assert file.getvalue() == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_is_exported_as_it_was_trained_whatever_its_recipe_says(
+    tmp_path: Path, finished: Path
+) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "vae-00000006"
+    shutil.copytree(finished / "checkpoints" / "vae-00000006", checkpoint)
+    text = (checkpoint / "recipe.yaml").read_text()
+    (checkpoint / "recipe.yaml").write_text(text.replace("ffn_dim: 16", "ffn_dim: 16000000000"))
+    export(checkpoint, tmp_path / "model")
+    assert json.loads((tmp_path / "model/cola_vae/config.json").read_text())["ffn_dim"] == 16
 
 
 @pytest.mark.parametrize("stage", ["vae", "prior", "decoder"])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from colada.errors import ColadaError
+from colada.train.logs import require_metrics
 
 if TYPE_CHECKING:
     from colada.train.recipe import Recipe
@@ -129,6 +130,7 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, finished or not.")],
 ) -> None:
     """Draw a run's metrics: RUN/report/report.html, with its plots beside it."""
+    require_metrics(run)
     with training_extra():
         from colada.report.training import write_report
 

@@ -150,7 +150,7 @@ class PriorStage(ColaStage):
     def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
         """Return what the steps do, all the same."""
         section = recipe.stages[name]
-        assert isinstance(section, PriorSection)
+        assert isinstance(section, FlowTerms)
         return [(name, section.steps, _prior_work(recipe, section, section, vae, "dit", masked=False))]
 
 

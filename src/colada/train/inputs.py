@@ -12,6 +12,7 @@ from colada.data.shards import prepare
 from colada.data.sources import Source, hold_out, read_texts
 from colada.data.stream import TokenStream
 from colada.errors import ColadaError
+from colada.models.base import LanguageModel
 from colada.text.chat import DEFAULT_TEMPLATE, read_template
 from colada.text.tokenizer import IM_END, Tokenizer
 from colada.train.kinds import StageSection
@@ -95,6 +96,26 @@ def held_out(recipe: Recipe, source: Source) -> Holdout:
     """
     rows = max((section.length for section in recipe.trained.values()), default=1)
     return hold_out(source, recipe.data.validation_share, 8 * rows)  # A token has fewer characters than that.
+
+
+def make_tokenizer(recipe: Recipe, start: LanguageModel | None, say: Callable[[str], None]) -> Tokenizer:
+    """Return the recipe's tokenizer, that of the model to continue from, or a new one.
+
+    Raises:
+        ColadaError: for a file that is none, a model without one, or too little text.
+    """
+    if recipe.tokenizer.file is not None:
+        return Tokenizer.from_file(Path(recipe.tokenizer.file))
+    if start is not None:
+        if start.tokenizer is None:
+            raise ColadaError(f"model.init={recipe.model.init} has no tokenizer: give tokenizer.file")
+        return start.tokenizer
+    wanted = recipe.tokenizer.vocab_size
+    say(f"training a tokenizer of {wanted} entries")
+    tokenizer = train_tokenizer(recipe)
+    if tokenizer.vocab_size < wanted:
+        say(f"the text is too little for {wanted} entries: {tokenizer.vocab_size}")
+    return tokenizer
 
 
 def train_tokenizer(recipe: Recipe) -> Tokenizer:

@@ -132,6 +132,13 @@ class Sample(NamedTuple):
     text: str
 
 
+def require_metrics(out: Path) -> Path:
+    """Return the metrics file of a run; raises ColadaError for a directory that is none's."""
+    if not (out / METRICS_FILE).is_file():
+        raise ColadaError(f"{out} holds no {METRICS_FILE}: not the directory of a training run")
+    return out / METRICS_FILE
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the records of a metrics file, in its order.
 

@@ -26,6 +26,8 @@ def preflight(recipe: Recipe, out: Path | None = None) -> list[str]:
         ColadaError: for what is missing or does not fit.
     """
     world_size()
+    if out is not None and out.exists() and not out.is_dir():
+        raise ColadaError(f"{out} is a file, expected the run's directory, or where there is nothing yet")
     check_names(recipe.run.monitors)
     lines = check_sources(recipe.data.sources, out)
     _check_packages(recipe)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from colada.data.rows import Batch, Rows, batch
-from colada.device import keep_freed_memory, unallocated
+from colada.device import keep_freed_memory
 from colada.errors import ColadaError
 from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.models.base import LanguageModel
@@ -49,7 +49,7 @@ from colada.train.checkpoints import (
 )
 from colada.train.display import Display
 from colada.train.export import DTYPES, system_of, write_model
-from colada.train.inputs import chat_template, prepare_inputs, train_tokenizer
+from colada.train.inputs import chat_template, make_tokenizer, prepare_inputs
 from colada.train.logs import Monitors, Point, make_monitors
 from colada.train.losses import readable
 from colada.train.meter import Meter
@@ -115,9 +115,9 @@ class Trainer:
         plan = plan_run(recipe, self.ranks.size)
         check_memory(plan, self.device)
         check_replaceable(out / MODEL)
+        self._resumable(resume)  # Refused before there is a directory, and looked up again once it is ours.
         for line in (*planned(self.recipe, plan, self.ranks, out), *notes):
             self.display.say(line)
-        self._resumable(resume)  # Refused before there is a directory, and looked up again once it is ours.
         self._lock = self._locked()
         try:
             self._prepare(plan, resume)
@@ -193,33 +193,15 @@ class Trainer:
                 )
 
     def _tokenizer(self, start: LanguageModel | None) -> Tokenizer:
-        file = self.recipe.tokenizer.file
-        own = (self.resumed or self.out) / TOKENIZER_FILE
-        if self.resumed is not None:
-            return Tokenizer.from_file(own)
-        if file is not None:
-            tokenizer = Tokenizer.from_file(Path(file))
-        elif start is not None:
-            if start.tokenizer is None:
-                raise ColadaError(
-                    f"model.init={self.recipe.model.init} has no tokenizer: give tokenizer.file"
-                )
-            tokenizer = start.tokenizer
-        else:
+        """Return the tokenizer of the checkpoint or, made by the first rank for all, of a new run."""
+        file = (self.resumed or self.out) / TOKENIZER_FILE
+        if self.resumed is None:
             if self.ranks.first:
-                wanted = self.recipe.tokenizer.vocab_size
-                self.display.say(f"training a tokenizer of {wanted} entries")
-                trained = train_tokenizer(self.recipe)
-                if trained.vocab_size < wanted:
-                    self.display.say(f"the text is too little for {wanted} entries: {trained.vocab_size}")
+                tokenizer = make_tokenizer(self.recipe, start, self.display.say)
                 with disk_errors(self.out):
-                    trained.save(own)
+                    tokenizer.save(file)
             self.ranks.wait()
-            return Tokenizer.from_file(own)
-        if self.ranks.first:
-            with disk_errors(self.out):
-                tokenizer.save(own)
-        return tokenizer
+        return Tokenizer.from_file(file)
 
     def _lay_out(self, networks: dict[str, nn.Module]) -> nn.ModuleDict:
         made = nn.ModuleDict(networks)
@@ -250,13 +232,8 @@ class Trainer:
         if saved is not None:
             place = names.index(saved["stage"])
             resume_at, names = Point(tuple(names[: place + 1]), saved["step"]), names[place:]
-        monitors = make_monitors(
-            self.recipe.run.monitors,
-            self.out,
-            self.recipe.model_dump(mode="json"),
-            resume_at,
-            self.ranks.first,
-        )
+        run, settings = self.recipe.run, self.recipe.model_dump(mode="json")
+        monitors = make_monitors(run.monitors, self.out, settings, resume_at, self.ranks.first)
         try:
             with graceful_stop(self._ask_to_stop):
                 for name in names:
@@ -297,25 +274,15 @@ class Trainer:
         validation = None
         if run.validate_every:
             validation = self.inputs.validation_rows(section, self.recipe.seed, block, self.display.say)
-        average = None
-        if section.ema:
-            with nullcontext() if self.ranks.mesh is None else unallocated():
-                fresh = {name: type(network)(network.config) for name, network in stage.networks.items()}
-            average = average_weights(nn.ModuleDict(fresh), section.ema)
-            self._lay_out(dict(average.module.items()))  # type: ignore[operator]
-            average.requires_grad_(False)
-            average.module.load_state_dict(stage.networks.state_dict())
+        average = self._average(stage) if section.ema else None
         progress = Progress()
         if saved is not None:
             self._restore(stage, average)
             progress = Progress(saved["step"], saved["tokens"], saved["skipped"])
             self.display.say(f"resuming {stage.name} at step {progress.step}")
 
-        def best() -> nn.ModuleDict:
-            module = average.module if average is not None else stage.networks
-            assert isinstance(module, nn.ModuleDict)
-            return module
-
+        best = average.module if average is not None else stage.networks
+        assert isinstance(best, nn.ModuleDict)
         meter = Meter(self.ranks, DTYPES[run.precision])
         with self.display.task(stage.name, section.steps, progress.step):
             for step, (own, draws) in self._ahead(stage, rows, progress.step):
@@ -331,16 +298,17 @@ class Trainer:
                 meter.count(section.batch * section.length, stage.flops(step))
                 done, last = step + 1, step + 1 == section.steps
                 if done % run.log_every == 0 or last:
-                    values = self._readable(terms) | {"grad_norm": norm, "lr": self._rate(stage, step)}
+                    values = self._readable(terms) | {"grad_norm": norm}
+                    values |= {"lr": section.lr * learning_rate(step, section)}
                     values |= {"skipped": progress.skipped, "tokens": progress.tokens, **meter.read()}
                     self._log(monitors, stage, done, "train", values)
                     self.display.update(done, values)
                 if validation is not None and (done % run.validate_every == 0 or last):
-                    losses = self._validate(stage, best(), validation, step)
+                    losses = self._validate(stage, best, validation, step)
                     self._log(monitors, stage, done, "validation", {"tokens": progress.tokens, **losses})
                     meter.restart()
                 if stage.writes and run.sample_every and (done % run.sample_every == 0 or last):
-                    self._sample(monitors, stage, done, best())
+                    self._sample(monitors, stage, done, best)
                     meter.restart()
                 (stop, due), spent = self._agreed(), progress.skipped > run.max_skipped
                 if stop or due or spent or last or done % run.save_every == 0:
@@ -354,14 +322,27 @@ class Trainer:
                 if stop:
                     raise Interrupted(f"stopped at step {done} of {stage.name}; run again to resume")
         if average is not None:
-            stage.networks.load_state_dict(best().state_dict())
+            stage.networks.load_state_dict(best.state_dict())
+
+    def _average(self, stage: Stage) -> AveragedModel:
+        """Return averaged weights, which begin as those of the stage."""
+        fresh = {
+            name: self.system.made(partial(type(network), network.config))
+            for name, network in stage.networks.items()
+        }
+        average = average_weights(nn.ModuleDict(fresh), stage.section.ema)
+        self._lay_out(dict(average.module.items()))  # type: ignore[operator]
+        average.requires_grad_(False)
+        average.module.load_state_dict(stage.networks.state_dict())
+        return average
 
     def _ahead(self, stage: Stage, rows: Rows, start: int) -> Iterator[tuple[int, tuple[Batch, Draws]]]:
         """Yield each step with this rank's rows and draws, made while the step before computes."""
         size = stage.section.batch
 
         def make(step: int) -> tuple[Batch, Draws]:
-            return self._rows_and_draws(stage, rows, [step * size + i for i in self.ranks.share(size)], 0)
+            numbers = [step * size + i for i in self.ranks.share(size)]
+            return batch(rows, numbers), stage.draw(numbers)
 
         with ThreadPoolExecutor(1) as worker:
             coming = worker.submit(make, start)
@@ -370,12 +351,6 @@ class Trainer:
                 if step + 1 < stage.section.steps:
                     coming = worker.submit(make, step + 1)
                 yield step, ready
-
-    def _rows_and_draws(
-        self, stage: Stage, rows: Rows, numbers: Sequence[int], offset: int
-    ) -> tuple[Batch, Draws]:
-        """Return rows by number, and what their loss draws."""
-        return batch(rows, numbers), stage.draw([offset + number for number in numbers])
 
     def _passes(self, stage: Stage, own: Batch, draws: Draws) -> Iterator[tuple[Batch, Draws]]:
         """Yield the micro-batches of a step on the device."""
@@ -429,7 +404,8 @@ class Trainer:
     def _validate(self, stage: Stage, networks: nn.ModuleDict, rows: Rows, step: int) -> dict[str, Any]:
         """Return the mean of each loss term over the same validation rows, noise and timesteps every time."""
         number = max(1, self.recipe.run.validation_rows // self.ranks.size) * self.ranks.size
-        own, draws = self._rows_and_draws(stage, rows, self.ranks.share(number), VALIDATION_ROW)
+        numbers = self.ranks.share(number)
+        own, draws = batch(rows, numbers), stage.draw([VALIDATION_ROW + row for row in numbers])
         counts, terms = self._counts(stage, own, draws), dict[str, Tensor]()
         for part, drawn in self._passes(stage, own, draws):
             with self._autocast():
@@ -441,9 +417,6 @@ class Trainer:
 
     def _readable(self, terms: dict[str, Tensor]) -> dict[str, Any]:
         return readable({name: self.ranks.sum(term.double()) for name, term in sorted(terms.items())})
-
-    def _rate(self, stage: Stage, step: int) -> float:
-        return stage.section.lr * learning_rate(step, stage.section)
 
     def save_model(self, directory: Path) -> None:
         """Write the networks as a model directory; all ranks must call it."""
