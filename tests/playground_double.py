@@ -23,104 +23,12 @@ CSP = (
 )
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 BLOCK = 4
-STORY = [
-    ",",
-    "there",
-    "was",
-    "a",
-    "little",
-    "girl",
-    "named",
-    "Mia",
-    ".",
-    "She",
-    "had",
-    "a",
-    "small",
-    "red",
-    "boat",
-    ".",
-    "One",
-    "day",
-    ",",
-    "she",
-    "went",
-    "to",
-    "the",
-    "big",
-    "lake",
-    "with",
-    "her",
-    "dad",
-    ".",
-    "The",
-    "boat",
-    "was",
-    "so",
-    "fast",
-    "!",
-    "It",
-    "went",
-    "far",
-    "away",
-    ",",
-    "and",
-    "Mia",
-    "was",
-    "sad",
-    ".",
-    "Then",
-    "a",
-    "kind",
-    "duck",
-    "came",
-    "and",
-    "pushed",
-    "the",
-    "boat",
-    "back",
-    "to",
-    "her",
-    ".",
-    "Mia",
-    "smiled",
-    "and",
-    "thanked",
-    "the",
-    "duck",
-    ".",
-    "The",
-    "sun",
-    "was",
-    "warm",
-    ",",
-    "and",
-    "they",
-    "played",
-    "until",
-    "the",
-    "day",
-    "was",
-    "over",
-    ".",
-    "At",
-    "home",
-    ",",
-    "Mia",
-    "told",
-    "her",
-    "mom",
-    "about",
-    "the",
-    "duck",
-    ".",
-    "They",
-    "had",
-    "soup",
-    "and",
-    "bread",
-    ".",
-]
+STORY = (
+    ", there was a little girl named Mia . She had a small red boat . One day , she went to the big lake "
+    "with her dad . The boat was so fast ! It went far away , and Mia was sad . Then a kind duck came and "
+    "pushed the boat back to her . Mia smiled and thanked the duck . The sun was warm , and they played "
+    "until the day was over . At home , Mia told her mom about the duck . They had soup and bread . "
+)
 OTHERS = ["boy", "dog", "old", "green", "house", "was", "ran", "tree", "bird", "over", "blue", "sang"]
 
 
@@ -136,7 +44,8 @@ def story(body: dict[str, Any]) -> list[str]:
     )
     steps = body.get("colada", {}).get("steps", 16)
     words = [
-        word if shuffled.random() > 0.04 + 0.3 / steps else shuffled.choice(OTHERS) for word in STORY * 9
+        word if shuffled.random() > 0.04 + 0.3 / steps else shuffled.choice(OTHERS)
+        for word in (STORY * 9).split()
     ]
     start = 0 if body["prompt"] else 1
     return spelled(words[start : start + body.get("max_tokens", 16)])
@@ -291,6 +200,7 @@ class Handler(BaseHTTPRequestHandler):
         self.event({**head, "choices": [{"index": 0, "text": "", "finish_reason": None}]})
         for block in range(-(-len(words) // size)):
             if block == self.server.breaks_after:
+                time.sleep(0.3)  # What was sent has been read.
                 self.close_connection = True
                 return
             tokens = words[block * size : (block + 1) * size]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+import colada
 from playground_double import STATIC, Double, story
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -44,7 +47,9 @@ def visit(browser: Any, server: Double) -> Iterator[Callable[..., Any]]:
     """Opens the page; whatever it asks for is its own server's, and nothing in it fails."""
     contexts, faults = [], []
 
-    def open_page(hash: str = "", width: int = 1280, height: int = 900, **options: Any) -> Any:
+    def open_page(
+        hash: str = "", width: int = 1280, height: int = 900, address: str = server.url, **options: Any
+    ) -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
@@ -54,11 +59,11 @@ def visit(browser: Any, server: Double) -> Iterator[Callable[..., Any]]:
         page.on(
             "request",
             lambda request: (
-                None if request.url.startswith((server.url, "data:")) else faults.append(request.url)
+                None if request.url.startswith((address, "data:")) else faults.append(request.url)
             ),
         )
-        page.goto(server.url + hash)
-        page.wait_for_selector("#health[data-state=ready]")
+        page.goto(address + hash)
+        page.wait_for_selector("#health[data-state=ready]", timeout=90_000)
         return page
 
     yield open_page
@@ -717,3 +722,51 @@ def test_the_files_are_small_and_refer_to_nothing_elsewhere() -> None:
         r"innerHTML|insertAdjacentHTML|document\.write|eval\(",
         (STATIC / "playground.js").read_text(encoding="utf-8"),
     )
+
+
+# --- and the server itself ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real_address() -> Iterator[str]:
+    """Of ``colada serve`` with the bundled model."""
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+    command = [sys.executable, "-m", "colada", "serve", "--port", "0", "--log", "off"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        address = re.search(r"http://\S+:\d+", process.stderr.readline())
+        assert address is not None
+        yield f"{address[0]}/"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_bundled_model_comes_into_focus_and_fills_a_hole(
+    visit: Callable[..., Any], real_address: str
+) -> None:
+    page = visit("#max_tokens=12&seed=3", address=real_address)
+    text = write(page)
+    answer = colada.load().generate(START, 12, seed=3)[0].text
+    assert text == START + answer
+    expect(page.locator("#status")).to_contain_text("12 tokens · 48 solver steps")
+    page.focus("#scrubber")
+    for key in ["Home"] + ["ArrowRight"] * 15:
+        page.keyboard.press(key)
+    expect(page.locator("#moment")).to_have_text("block 1 · step 16 of 16")
+    assert text.startswith(seen(page))
+    page.keyboard.press("End")
+    page.click("#code")
+    command = page.inner_text("#code-text")
+    curl = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(curl.stdout)["choices"][0]["text"] == answer
+    page.keyboard.press("Escape")
+    words = text.split(" ")[5]
+    select(page, words)
+    page.wait_for_timeout(500)
+    page.click("#rewrite")
+    page.wait_for_selector("#keep:visible")
+    before, after = text.split(f" {words}", 1)
+    assert page.input_value("#text").startswith(before)
+    assert page.input_value("#text").endswith(after)
