@@ -40,16 +40,16 @@ def gather_text(recipe: Path, corpora: Path, kit: Path, shards: bool) -> None:
     Raises:
         ColadaError: for corpora that lack a source's files, or a recipe that does not read files.
     """
-    made = load_recipe(recipe)
+    original = load_recipe(recipe)
     (kit / "corpora").mkdir()
-    for source in made.data.sources:
+    for source in original.data.sources:
         if source.path is None:
             raise ColadaError(f"{recipe}: {source.name} is not read from files")
         for path in find_files(corpora, source.include):
             target = kit / "corpora" / path.name
             shutil.copyfile(path, target)
             os.utime(target, (KIT_TIME, KIT_TIME))
-    moved = load_recipe(recipe, kit_overrides(made.data.sources, kit))
+    moved = load_recipe(recipe, kit_overrides(original.data.sources, kit))
     tokenizer = train_tokenizer(moved)
     tokenizer.save(kit / "tokenizer.json")
     if shards:
@@ -125,8 +125,8 @@ def main(
         shutil.rmtree(kit)
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    made = {"made_with": made_with(torch.device("cpu")), "python": python, "machine": machine}
-    write_text(kit / "kit.json", json.dumps(made, indent=2) + "\n")
+    facts = {"made_with": made_with(torch.device("cpu")), "python": python, "machine": machine}
+    write_text(kit / "kit.json", json.dumps(facts, indent=2) + "\n")
     total = 0.0
     for path in sorted(kit.iterdir()):
         size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file()) / 2**20

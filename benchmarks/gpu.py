@@ -285,8 +285,8 @@ def training(part: Part) -> None:
 
 def kit_overrides(sources: Sequence[Any], kit: Path) -> list[str]:
     """Return the settings with which a recipe takes its text, tokenizer and shards from a kit."""
-    kept = [source.model_dump(mode="json", exclude_defaults=True) for source in sources]
-    moved = [{**source, "path": str(kit / "corpora")} for source in kept]
+    settings = [source.model_dump(mode="json", exclude_defaults=True) for source in sources]
+    moved = [{**source, "path": str(kit / "corpora")} for source in settings]
     files = {"data.sources": moved, "data.cache": str(kit / "shards")}
     files["tokenizer.file"] = str(kit / "tokenizer.json")
     return [f"{name}={json.dumps(value)}" for name, value in files.items()]

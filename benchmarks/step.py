@@ -146,7 +146,7 @@ class Step:
         return {name: parameter.grad.cpu() for name, parameter in named if parameter.grad is not None}
 
 
-class Elsewhere:
+class StepProcess:
     """A step in a process of its own, which waits while others take their turns.
 
     Args:

@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.measure import Row, Spread, ratios, seconds_of, show, take_turns, write_record
 from benchmarks.models import open_gates
 from benchmarks.options import JsonOption
-from benchmarks.step import CLIP, LR, Case, Elsewhere
+from benchmarks.step import CLIP, LR, Case, StepProcess
 from colada.cli.main import run
 from colada.device import find_device
 from colada.errors import ColadaError
@@ -238,7 +238,7 @@ def steps(
         useful[name] = sum(training_flops(*case.configs(), case.work()).values())
     types = {kind: choose("precision", kind, PRECISIONS) for kind in precisions}
     peaks = {kind: peak_flops(find_device(device), dtype)[0] for kind, dtype in types.items()}
-    processes = {name: Elsewhere(case, where[name]) for name, case in cases.items()}
+    processes = {name: StepProcess(case, where[name]) for name, case in cases.items()}
     errors = _gradient_errors(cases, processes)
     seconds = take_turns({name: process.seconds for name, process in processes.items()}, repeats, warmup)
     memory = {name: float(process.ask("peak")) for name, process in processes.items()}
@@ -268,7 +268,7 @@ def steps(
         raise typer.Exit(1)
 
 
-def _gradient_errors(cases: dict[str, Case], processes: dict[str, Elsewhere]) -> dict[str, float]:
+def _gradient_errors(cases: dict[str, Case], processes: dict[str, StepProcess]) -> dict[str, float]:
     """Return how far each variant's gradients are from those of the first that computes the same."""
     errors, firsts = {}, dict[tuple[Any, ...], str]()
     with tempfile.TemporaryDirectory() as directory:

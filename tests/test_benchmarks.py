@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.step import Case, Elsewhere, Step
+from benchmarks.step import Case, Step, StepProcess
 from benchmarks.training import app, largest_difference
 from colada.cli.main import run
 
@@ -25,7 +25,7 @@ def test_a_step_elsewhere_is_that_of_the_other_checkout(tmp_path: Path) -> None:
     text, old = losses.read_text(), "    return Loss(flow, _detached("
     assert text.count(old) == 1
     losses.write_text(text.replace(old, "    return Loss(3 * flow, _detached("))
-    other = Elsewhere(CASE, tmp_path)
+    other = StepProcess(CASE, tmp_path)
     try:
         assert other.made_with["colada"] == str(tmp_path)
         theirs = torch.load(other.ask(f"gradients {tmp_path / 'gradients'}"))
@@ -40,7 +40,7 @@ def test_a_step_elsewhere_is_that_of_the_other_checkout(tmp_path: Path) -> None:
 
 def test_a_process_that_fails_is_no_measurement(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ended with status 1"):
-        Elsewhere(Case(size="no such size"), ROOT)
+        StepProcess(Case(size="no such size"), ROOT)
 
 
 @pytest.mark.parametrize(

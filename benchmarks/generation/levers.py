@@ -41,7 +41,8 @@ def levers(quantised: bool) -> list[Lever]:
     """Return the levers that are measured; int8 only where torchao is there."""
     uniform = {"solver": "euler", "schedule": "uniform"}
     front = {"solver": "ab2", "schedule": "front-loaded"}
-    made = [
+    int8 = Lever("int8 weights", {**front, "steps": 16}, lambda model: model.quantise("int8"))
+    return [
         *(Lever(f"Euler, uniform, {n}", {**uniform, "steps": n}) for n in (16, 8, 32)),
         Lever("AB2, uniform, 16", {"solver": "ab2", "schedule": "uniform", "steps": 16}),
         Lever("Euler, front-loaded, 16", {"solver": "euler", "schedule": "front-loaded", "steps": 16}),
@@ -53,15 +54,14 @@ def levers(quantised: bool) -> list[Lever]:
             for low, high in ((0.25, 1.0), (0.5, 1.0), (0.75, 1.0), (0.0, 0.75), (0.0, 0.5))
         ),
         Lever("bfloat16", {**front, "steps": 16}, lambda model: model.to(dtype=torch.bfloat16)),
+        *([int8] if quantised else []),
     ]
-    if quantised:
-        made.append(Lever("int8 weights", {**front, "steps": 16}, lambda model: model.quantise("int8")))
-    return made
 
 
 def own_prompts(model: ColaDLM, count: int, tokens: int, seed: int) -> list[tuple[int, ...]]:
     """Return beginnings of texts that the model itself writes from nothing: in its domain, and seeded."""
-    return [own.tokens for own in model.generate([[]] * count, tokens, seed=seed, end_ids=())]
+    completions = model.generate([[]] * count, tokens, seed=seed, end_ids=())
+    return [completion.tokens for completion in completions]
 
 
 def next_blocks(

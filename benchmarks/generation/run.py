@@ -196,8 +196,8 @@ def mixed_requests(count: int, job: Job, vocab_size: int, seed: int) -> list[Tex
     def ids(length: int) -> list[int]:
         return torch.randint(vocab_size, (length,), generator=generator).tolist()
 
-    drawn = zip(lengths(job.context, 0), lengths(job.new_tokens, 1), strict=True)
-    return [TextRequest(ids(length), new, {}) for length, new in drawn]
+    pairs = zip(lengths(job.context, 0), lengths(job.new_tokens, 1), strict=True)
+    return [TextRequest(ids(length), new, {}) for length, new in pairs]
 
 
 def full_batch(requests: Sequence[TextRequest], slots: int, vocab_size: int, seed: int) -> list[TextRequest]:
@@ -250,10 +250,10 @@ def engine_serve(model: ColaDLM, steps: int, guidance: float, seed: int) -> Serv
     """Return continuous batching by the model, in so many slots at once."""
 
     def serve(requests: Sequence[TextRequest], slots: int) -> int:
-        asked = [
+        seeded = [
             request._replace(settings=fixed_settings(steps, guidance, seed + number))
             for number, request in enumerate(requests)
         ]
-        return sum(len(done.tokens) for done in model.generate(asked, batch=slots))
+        return sum(len(completion.tokens) for completion in model.generate(seeded, batch=slots))
 
     return serve

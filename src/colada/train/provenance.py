@@ -40,7 +40,7 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        if source not in {(Path(git("rev-parse", "--show-toplevel")) / "src/colada/training").resolve()}:
+        if source not in {(Path(git("rev-parse", "--show-toplevel")) / "src/colada/train").resolve()}:
             return None
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "src") else "")
     except (OSError, subprocess.CalledProcessError):
