@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+import colada
+from benchmarks.measure import made_with
 from benchmarks.step import Case, Step, StepProcess
 from benchmarks.training import app, largest_difference
 from colada.cli.main import run
@@ -72,3 +75,10 @@ def test_variants_of_a_step_take_turns_and_compute_the_same(capsys: pytest.Captu
     (now,) = (line for line in lines if line[:1] == ["now"])
     assert float(now[-2]) == 0  # "gradients"
     assert largest_difference({"w": torch.tensor([1.0, 4.5])}, {"w": torch.tensor([1.0, 4.0])}) == 0.125
+
+
+def test_a_record_names_the_commit_that_was_measured() -> None:
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if head.returncode or Path(colada.__file__).parents[2] != ROOT:
+        pytest.skip("colada is not run from a git checkout")
+    assert made_with(torch.device("cpu"))["commit"].removesuffix("+") == head.stdout.strip()

@@ -33,15 +33,15 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 def _commit() -> str | None:
     """Return the commit of the package's own checkout, with "+" if files differ from it."""
-    source = Path(__file__).resolve().parent
+    source = Path(colada.__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=source, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
-        if source not in {(Path(git("rev-parse", "--show-toplevel")) / "src/colada/train").resolve()}:
+        if source != (Path(git("rev-parse", "--show-toplevel")) / "src").resolve():
             return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "src") else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
