@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -73,22 +72,11 @@ def plain_torch(inference: bool = True) -> Iterator[None]:
         yield
 
 
-def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function, or each turn of a generator, run in :func:`plain_torch`.
-
-    Whoever takes a generator's items does not.
-    """
-    if not inspect.isgeneratorfunction(function):
-
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            with plain_torch():
-                return function(*args, **kwargs)
-
-        return call
+def undisturbed(function: Callable[P, Iterator[R]]) -> Callable[P, Iterator[R]]:
+    """Let each turn of a generator run in :func:`plain_torch`; whoever takes its items does not."""
 
     @functools.wraps(function)
-    def turns(*args: P.args, **kwargs: P.kwargs) -> Iterator[Any]:
+    def turns(*args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
         items = cast(Any, function(*args, **kwargs))
         try:
             while True:
@@ -100,7 +88,7 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
         finally:
             items.close()
 
-    return cast(Callable[P, R], turns)
+    return turns
 
 
 # --- networks and memory -------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, Unpack, cast
 import torch
 
 from colada.checks import MOST_TOKENS, require_count
-from colada.device import check_dtype, find_device, plain_torch, require_memory, undisturbed
+from colada.device import check_dtype, find_device, plain_torch, require_memory
 from colada.errors import ColadaError
 from colada.files import as_path
 from colada.generate.engine.engine import GPU_BUCKET, Engine, capacity_for
@@ -156,7 +156,7 @@ class ColaDLM(LanguageModel):
             )
         return self.vae.config.pad_token_id
 
-    @undisturbed
+    @plain_torch()
     def encode(self, text: Prompt) -> torch.Tensor:
         """Return the normalised posterior means of a text, float32 (ceil(tokens / patch_size), C)."""
         ids = self.ids(text)
@@ -165,7 +165,7 @@ class ColaDLM(LanguageModel):
         latents = encode(self.vae, [ids], self.pad_id)[0]
         return latents[: -(-len(ids) // self.vae.config.patch_size)]
 
-    @undisturbed
+    @plain_torch()
     def decode(self, latents: torch.Tensor) -> list[int]:
         """Return the likeliest ids of normalised latents (L, C): L * patch_size of them.
 

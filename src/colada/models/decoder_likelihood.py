@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colada.device import undisturbed
+from colada.device import plain_torch
 from colada.generate.noise import block_generator
 from colada.models.decoder import DecoderLM
 from colada.networks.layers import Pass
@@ -25,7 +25,7 @@ LOGITS_ROWS = 1024
 """Tokens whose logits are computed together."""
 
 
-@undisturbed
+@plain_torch()
 def decoder_likelihoods(
     model: DecoderLM,
     contexts: Sequence[Sequence[int]],

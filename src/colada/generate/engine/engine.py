@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colada.device import require_memory, undisturbed
+from colada.device import plain_torch, require_memory, undisturbed
 from colada.errors import ColadaError, failure
 from colada.generate.engine.graphs import Graphs
 from colada.generate.engine.joining import JOINING_LATENTS, Arrival, arrival, read, shares
@@ -166,7 +166,7 @@ class Engine(Writer[LatentSlot]):
             self.joining.remove(own)
             self.regions.give_back(own.start, own.length)
 
-    @undisturbed
+    @plain_torch()
     def admit(self) -> list[LatentSlot]:
         """Give those who wait, in order, the room there is, and read their prompts.
 
@@ -368,7 +368,7 @@ class Engine(Writer[LatentSlot]):
             slot.block = Block(latents, mine if self._keep_logits else None, ids)
             slot.decoded += self._size
 
-    @undisturbed
+    @plain_torch()
     def guesses(self, step: TransportStep, wanted: Collection[LatentSlot]) -> dict[LatentSlot, Guess]:
         """Return how the blocks of slots would read after this step; one that is not finite does not.
 
