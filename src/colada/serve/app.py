@@ -308,7 +308,6 @@ def create_app(
     _add_routes(app, service)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse)
-    app.add_exception_handler(Exception, _refuse)
     closed = lambda: None if service.status == "ready" else service.status  # noqa: E731
     app.add_middleware(Edge, policy=policy, closed=closed, count=metrics.request)
     if policy.origins:
@@ -364,15 +363,15 @@ class _Pages(StaticFiles):
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    """Answer with an error, whatever it is; the server logs what nobody has thought of."""
+    """Answer with an error: ours, of a field, or the router's."""
+    refusal = error
     if isinstance(error, RequestValidationError):
         refusal = protocol.field_refused(error.errors())
-    elif isinstance(error, HTTPException) and not isinstance(error, Refusal):  # The router's.
+    elif isinstance(error, HTTPException) and not isinstance(error, Refusal):
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_value")
         text = f"{request.method} {request.url.path[:100]}: {error.detail}"
         refusal = Refusal(error.status_code, code, ascii(text)[1:-1], None, **(error.headers or {}))
-    else:
-        refusal = as_refusal(error)
+    assert isinstance(refusal, Refusal)
     request.state.log["error"] = refusal.code
     return refused(refusal)
 

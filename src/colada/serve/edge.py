@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from colada.serve.admission import Policy, Refusal
+from colada.serve.admission import Policy, Refusal, as_refusal
 from colada.serve.protocol import read_json
 
 MOST_BODY, MOST_HEADERS, MOST_HEADER_BYTES = 2**20, 64, 2**14
@@ -46,7 +46,7 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers, begin, status = Headers(scope=scope), time.monotonic(), 499
+        headers, begin, status = Headers(scope=scope), time.monotonic(), 0
         wanted = headers.get("x-request-id", "")
         request_id = wanted if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", wanted) else uuid.uuid4().hex
         log: dict[str, Any] = {"id": request_id}
@@ -63,13 +63,14 @@ class Edge:
                 scope.setdefault("state", {}).update(on_end=stack, log=log)
                 try:
                     self._check(scope, headers, log)
-                except Refusal as refusal:
-                    log["error"] = refusal.code
-                    await refused(refusal)(scope, receive, answer)
-                else:
                     await self.app(scope, receive, answer)
+                except Exception as error:
+                    refusal = as_refusal(error)
+                    log["error"] = refusal.code
+                    if not status:
+                        await refused(refusal)(scope, receive, answer)
         finally:
-            seconds = round(time.monotonic() - begin, 3)
+            status, seconds = status or 499, round(time.monotonic() - begin, 3)
             self.count(getattr(scope.get("route"), "path", "other"), status, seconds, log)
             line = {
                 "status": status,
