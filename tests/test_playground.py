@@ -640,6 +640,7 @@ def test_a_narrow_screen_shows_all_of_it(visit: Callable[..., Any], width: int) 
 
     check()
     write(page)
+    page.click("#table-box summary")
     select(page, "red boat")
     check()
     page.click("#code")
@@ -762,7 +763,7 @@ def test_the_bundled_model_comes_into_focus_and_fills_a_hole(
     curl = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=60)
     assert json.loads(curl.stdout)["choices"][0]["text"] == answer
     page.keyboard.press("Escape")
-    words = text.split(" ")[5]
+    words = text.split(" ")[5]  # The sixth word.
     select(page, words)
     page.wait_for_timeout(500)
     page.click("#rewrite")

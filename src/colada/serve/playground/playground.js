@@ -54,7 +54,7 @@ const FIELDS = [
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, bounds: [0, 100], value: 0 },
   { name: "seed", label: "Seed", kind: "seed", bounds: [0, Number.MAX_SAFE_INTEGER], value: 0, shared: true },
   { name: "guidance_interval", label: "Guidance from, to", kind: "pair", bounds: [0, 1], colada: true, more: true },
-  { name: "top_p", label: "Top-p", min: 0.05, max: 1, step: 0.05, bounds: [0.001, 1], value: 1, more: true },
+  { name: "top_p", label: "Top-p", min: 0.05, max: 1, step: 0.05, bounds: [0.05, 1], value: 1, more: true },
   { name: "solver", label: "Solver", kind: "choice", choices: "solvers", colada: true, more: true },
   { name: "schedule", label: "Schedule", kind: "choice", choices: "schedules", colada: true, more: true },
   { name: "stop", label: "Stop at", kind: "text", value: "", shared: true, more: true },
@@ -76,7 +76,8 @@ const facts = (which) => modelOf(which)?.colada ?? {};
 const ordinary = (which, field) => facts(which).defaults?.[field.name] ?? field.value ?? null;
 const valueOf = (which, field) => chosen[field.shared ? "a" : which][field.name] ?? ordinary(which, field);
 const known = (which, field) => !field.colada || facts(which).defaults?.[field.name] != null;
-const differs = (field) => !field.shared && !same(valueOf("a", field), valueOf("b", field));
+const both = (field) => !field.shared && SIDES.every((which) => known(which, field));
+const differs = (field) => both(field) && !same(valueOf("a", field), valueOf("b", field));
 const boundsOf = (field) => field.bounds.map((bound) => (typeof bound === "string" ? facts(side)[bound] ?? field.max : bound));
 
 function choose(field, value, which = side) {
@@ -142,7 +143,7 @@ function drawFields() {
 /** What distinguishes one side: its model where there are several, and the settings that differ. */
 function summary(which) {
   const several = models.length > 1;
-  const telling = FIELDS.filter((field) => known(which, field) && differs(field));
+  const telling = FIELDS.filter(differs);
   if (!telling.length && !several) telling.push(FIELDS[1]);
   const parts = telling.map((field) => `${field.label.toLowerCase()} ${[valueOf(which, field)].flat().join("–")}`);
   return [...(several ? [modelOf(which)?.id] : []), ...parts].join(" · ");
@@ -174,7 +175,7 @@ function fieldRow(field) {
     if (field.name === "model") select.addEventListener("change", () => (drawFields(), selected(), $("#set-model").focus()));
   } else {
     const [min, max] = boundsOf(field);
-    const numbers = [value].flat().map((one, place) => element("input", { type: "number", id: place ? `${id}-to` : id, min, max, step: field.step ?? (field.kind === "pair" ? 0.05 : 1), value: one }));
+    const numbers = [value].flat().map((one, place) => element("input", { type: "number", id: place ? `${id}-to` : id, min, max, step: field.step || field.kind === "pair" ? 0.01 : 1, value: one }));
     const read = () => parsed(field, numbers.map((number) => number.value).join(","));
     numbers[1]?.setAttribute("aria-label", `${field.label}: to`);
     if (field.kind === "seed") row.append(dieFor(numbers[0]));
@@ -407,7 +408,8 @@ class Ink {
 
   /** Wait for a run's first block, in place of what it is to replace. */
   wait(lost = "") {
-    this.focus.replaceChildren(element("span", { className: lost ? "lost" : "dots" }, lost || " ···"));
+    const mark = element("span", { className: lost ? "lost" : "dots" }, lost.trimStart() || "···");
+    this.focus.replaceChildren(lost ? lost.match(/^\s*/)[0] : " ", mark);
   }
 
   append(text) {
@@ -430,7 +432,10 @@ class Ink {
 
   /** Draw the block in focus: its tokens, sharp as noise and doubt leave them, a line as long as they are sure. */
   draw(frame, previous) {
-    if (!frame.tokens) return this.focus.replaceChildren(element("span", { className: "token plain" }, frame.text));
+    if (!frame.tokens) {
+      const space = frame.text.match(/^\s*/)[0];
+      return this.focus.replaceChildren(space, element("span", { className: "token plain" }, frame.text.slice(space.length)));
+    }
     const fits = frame.tokens.length === this.focus.querySelectorAll(".token").length;
     const tokens = frame.tokens.map(() => element("span", { className: "token" }, "", element("b", {}, element("span"))));
     if (!fits) this.focus.replaceChildren(...tokens);
@@ -832,6 +837,9 @@ async function selected() {
   const words = able ? hole() : null;
   const text = words ? field.value.slice(...words) : "";
   $("#hole").hidden = !words;
+  const { before, run } = last?.after != null && field.value === last.result ? last : {};
+  const filled = run && [before.length, before.length + run.text.length];
+  $("#rewrite").hidden = Boolean(filled) && same(words, filled); // "Again" is for that.
   if ($("#selected").dataset.text === text) return;
   $("#selected").dataset.text = text;
   $("#selected").textContent = text.trim();
@@ -954,6 +962,7 @@ async function stream(view, run, watch, signal) {
     cancelAnimationFrame(drawing);
     run.end = performance.now() - run.start;
     view.ink.finish();
+    if (view === one) drawBlock(run);
     tell(view, run);
   }
 }
