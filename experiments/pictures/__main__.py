@@ -1,0 +1,97 @@
+"""Pictures, measured: ``python -m experiments.pictures reader``, ``codec``, ``twemoji`` and ``captions``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from colada.cli.main import Commands, run
+from colada.report.table import Table
+
+pictures_app = typer.Typer(
+    cls=Commands,
+    pretty_exceptions_enable=False,
+    help="What is lost before anything is learnt: by the reader, the codecs, the Text VAE over captions.",
+)
+
+Count = Annotated[int, typer.Option(min=10, help="Scenes that are measured; no training draws them.")]
+FittedOn = Annotated[int, typer.Option(min=1000, help="Scenes that the linear codecs are fitted to.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
+
+
+def show(table: Table, markdown: bool) -> None:
+    """Print a table."""
+    if markdown:
+        print(table.markdown())
+    else:
+        table.print(Console())
+
+
+@pictures_app.command()
+def reader(count: Count = 1500, markdown: Markdown = False) -> None:
+    """Count how often true pictures are read right, and how often a shuffled caption is (chance)."""
+    from experiments.pictures.measures import reader_table
+
+    show(reader_table(count), markdown)
+
+
+@pictures_app.command()
+def codec(
+    count: Count = 300,
+    fitted_on: FittedOn = 20_000,
+    whitening: Annotated[float, typer.Option(min=0, max=1, help="Of the principal components.")] = 0.5,
+    vae_steps: Annotated[
+        int, typer.Option(min=0, help="Also train a convolutional VAE, for so many steps of 64 scenes.")
+    ] = 0,
+    vae_width: Annotated[int, typer.Option(min=8, max=256, help="Its features at full size.")] = 32,
+    markdown: Markdown = False,
+) -> None:
+    """Measure what codecs keep: variance, PSNR, and whether the scene can still be read, also under noise."""
+    from colada.pictures.codec import CodecConfig
+    from experiments.pictures.measures import codec_table, trained_vae
+
+    config = CodecConfig(kind="conv_vae", width=vae_width)
+    trained = [trained_vae(config, vae_steps)] if vae_steps else []
+    show(codec_table(fitted_on, count, whitening, trained), markdown)
+
+
+@pictures_app.command()
+def twemoji(
+    package: Annotated[Path, typer.Argument(help="npm's emoji-datasource-twitter, packed or unpacked.")],
+    fitted_on: FittedOn = 5_000,
+    markdown: Markdown = False,
+) -> None:
+    """Measure what linear codecs keep of the Twemoji, and how often a moved one is the nearest to itself."""
+    from colada.pictures.sources import TWEMOJI, Files, open_source
+    from experiments.pictures.measures import twemoji_table
+
+    source = open_source(f"{TWEMOJI}{package}")
+    assert isinstance(source, Files)
+    show(twemoji_table(source, fitted_on), markdown)
+
+
+@pictures_app.command()
+def captions(
+    model: Annotated[str | None, typer.Argument(help="A model; the bundled one if left out.")] = None,
+    count: Count = 2000,
+    markdown: Markdown = False,
+) -> None:
+    """Measure how well a model's Text VAE spells captions back, before it is made to draw them."""
+    from colada.models.cola import load_cola
+    from experiments.pictures.measures import captions_table
+
+    show(captions_table(load_cola(model), count), markdown)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    return run(pictures_app, args, "python -m experiments.pictures")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
