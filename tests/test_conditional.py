@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from colada.errors import ColadaError
-from colada.flow import Euler, T
+from colada.flow import T, euler
 from colada.generate.reference import BlockGenerator
 from colada.models import cola_likelihood as room
 from colada.models.cola import ColaDLM
@@ -87,7 +87,7 @@ def test_finishing_from_noise_is_unguided_generation(model: ColaDLM, length: int
     pins = Pins(where, values)
     flow = BlockFlow(Passes(model.dit), 1, prefix + 8)
     flow.commit(latents[None, :prefix])
-    found = flow.finish(pins.put(noise.view(1, 8, 8)), [1.0, 2 / 3, 1 / 3, 0.0], Euler, prefix, pins)
+    found = flow.finish(pins.put(noise.view(1, 8, 8)), [1.0, 2 / 3, 1 / 3, 0.0], euler, prefix, pins)
     torch.testing.assert_close(found[0], torch.cat(expected), atol=1e-4, rtol=1e-4)
 
 

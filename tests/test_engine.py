@@ -68,7 +68,7 @@ def mixed_requests(model: ColaDLM, seed: int, count: int = 9) -> list[Request]:
             guidance=rng.choice([1.0, 0.0, 3.0]),
             guidance_interval=rng.choice([(0.0, 1.0), (0.3, 0.8)]),
             steps=rng.choice([1, 2, 3, 5]),
-            solver=rng.choice(["euler", "ab2"]),
+            solver=rng.choice(["euler", "ab2", "heun"]),
             schedule=rng.choice(["uniform", "front-loaded"]),
             **rng.choice([{}, {"temperature": 1.3, "top_k": 7}, {"repetition_penalty": 1.7}]),
         )

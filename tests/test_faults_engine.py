@@ -20,6 +20,7 @@ from colada.generate.engine.kernels import packed_weight
 from colada.generate.engine.memory import Memory, PaddedPlan, Plan, Span
 from colada.generate.engine.slots import LatentSlot
 from colada.generate.engine.transport import round_steps
+from colada.generate.settings import TextRequest
 from colada.generate.writer import Request
 from colada.models.cola import ColaDLM
 from colada.networks.vae import TextVAE
@@ -588,15 +589,33 @@ def test_a_request_in_the_middle_of_a_block_can_be_taken_back(model: ColaDLM) ->
     assert {chunk.index for chunk in found} == {fast, late}
 
 
-def test_a_very_long_grid_takes_no_more_memory_than_a_short_one(model: ColaDLM) -> None:
-    own = request(model, PROMPT, 3, 1, steps=150, solver="ab2", guidance=3.0)
+@pytest.mark.parametrize(
+    ("solver", "steps", "evaluations", "round_length"), [("ab2", 150, 150, 50), ("heun", 40, 79, 40)]
+)
+def test_a_very_long_grid_takes_no_more_memory_than_a_short_one(
+    model: ColaDLM, solver: str, steps: int, evaluations: int, round_length: int
+) -> None:
+    """And is the same where a round ends, for Heun in the middle of a step."""
+    own = request(model, PROMPT, 3, 1, steps=steps, solver=solver, guidance=3.0)
     engine = Engine(model.vae, model.dit, capacity=16)
     engine.submit(own)
-    steps: list[tuple[int, int]] = []
+    seen: list[tuple[int, int]] = []
+    lengths: list[int] = []
     while not engine.under_way or not engine.under_way[0].done:
-        steps += [(step.step, step.steps) for step in engine.next_block()]
-    assert steps == [(number, 150) for number in range(1, 151)]
+        seen += [(step.step, step.steps) for step in engine.next_block()]
+        lengths.append(len(seen) - sum(lengths))
+    assert seen == [(number, evaluations) for number in range(1, evaluations + 1)]
+    assert lengths[0] == round_length
     assert len(engine._transport._prior.modulation._output) == 64
     block = engine.under_way[0].block
     assert block is not None
     torch.testing.assert_close(block.latents, reference(model, own)[0][0], rtol=1e-5, atol=2e-5)
+
+
+def test_solvers_of_every_kind_share_rounds_and_write_as_alone(model: ColaDLM) -> None:
+    solvers = [("euler", 4), ("heun", 3), ("ab2", 6), ("heun", 9)]
+    alone = [model.generate([PROMPT], 9, steps=n, solver=own, seed=3)[0] for own, n in solvers]
+    asked = [TextRequest(PROMPT, 9, {"steps": n, "solver": own, "seed": 3}) for own, n in solvers]
+    assert model.generate(asked) == alone
+    steps = {chunk.steps for chunk in model.stream(asked, guesses=True) if chunk.step is not None}
+    assert steps == {4, 5, 6, 17}

@@ -295,17 +295,19 @@ def test_more_tokens_extend_what_fewer_gave(model: ColaDLM) -> None:
 
 
 @pytest.mark.parametrize(
-    ("solver", "prediction"), [("euler", "velocity"), ("ab2", "velocity"), ("euler", "z0")]
+    ("solver", "prediction"),
+    [("euler", "velocity"), ("ab2", "velocity"), ("euler", "z0"), ("heun", "velocity"), ("heun", "z0")],
 )
 def test_the_prompts_tail_stays_pinned_at_every_step(solver: str, prediction: str) -> None:
+    evaluations = 9 if solver == "heun" else 5
     model = tiny_model(dit={"prediction": prediction})
     for prompt in PROMPTS:
         tail = model.encode(prompt)[len(prompt) // 4 * 4 :]
         steps: list[TransportStep] = []
         model.generate([prompt], 4 - len(tail), steps=5, solver=solver, callback=steps.append)
-        assert [step.step for step in steps] == [1, 2, 3, 4, 5]
+        assert [step.step for step in steps] == list(range(1, evaluations + 1))
         for step in steps:
-            assert step.steps == 5
+            assert step.steps == evaluations
             for z in (step.latents, step.z0):
                 assert z.shape == (1, 4, 8)
                 torch.testing.assert_close(z[0, : len(tail)], tail, rtol=0, atol=1e-6)
@@ -392,7 +394,7 @@ def test_one_seed_stands_for_one_each(model: ColaDLM, rule: str, stride: int) ->
 # --- solvers, schedules, settings ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["euler", "ab2"])
+@pytest.mark.parametrize("solver", ["euler", "ab2", "heun"])
 @pytest.mark.parametrize("schedule", ["uniform", "front-loaded", "logit-normal"])
 def test_all_solvers_and_schedules_approach_the_same_latents(
     model: ColaDLM, solver: str, schedule: str

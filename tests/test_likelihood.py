@@ -7,7 +7,7 @@ from torch import Tensor
 
 from colada.errors import ColadaError
 from colada.evaluate.texts import summarise
-from colada.flow import Euler, T
+from colada.flow import T, euler
 from colada.models import cola_likelihood as room
 from colada.models.cola import ColaDLM
 from colada.models.likelihood import kind, measure
@@ -142,7 +142,7 @@ def test_finishing_is_generation_from_where_the_latents_are(model: ColaDLM) -> N
     """Blocks follow each other under finished ones, here without any history kept."""
     z = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        found = BlockFlow(Passes(model.dit), 1, 12).finish(z, [0.5, 0.375, 0.25, 0.125, 0.0], Euler)
+        found = BlockFlow(Passes(model.dit), 1, 12).finish(z, [0.5, 0.375, 0.25, 0.125, 0.0], euler)
         done = z[0, :0]
         for block in z[0].split(4):
             layout = model.dit.layout([len(done) + 4])

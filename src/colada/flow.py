@@ -7,9 +7,10 @@ its velocity is dz/da = z1 - z0. Generation integrates from a = 1 to 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -169,73 +170,66 @@ SCHEDULES: dict[str, Schedule] = {
 # --- solvers -----------------------------------------------------------------------------------
 
 
-class Solver(Protocol):
-    """Integrates dz/da = v along a descending grid; made anew for every block."""
+class Evaluation(NamedTuple):
+    """One velocity that a solver asks for, and what it then does.
 
-    def step(self, z: Tensor, velocity: Tensor, a: float, a_next: float) -> Tensor:
-        """Return z at ``a_next`` from z and its velocity at ``a``."""
-        ...
+    Attributes:
+        a: at which it asks for the velocity of z.
+        weights: z moves by the sum of ``weights[k]`` times the velocity k evaluations ago, this one's first.
+    """
 
-    def split(self, rows: int) -> Sequence[Solver]:
-        """Return what goes on with each of so many rows by itself."""
-        ...
-
-    @classmethod
-    def joined(cls, solvers: Sequence[Self]) -> Self:
-        """Return what goes on with the rows of several, which took their last steps together or none."""
-        ...
+    a: float
+    weights: tuple[float, ...]
 
 
-class Euler:
-    """First order: z + (a_next - a) v (the released solver)."""
+Solver = Callable[[Sequence[float]], list[Evaluation]]
+"""Descending values of a from 1 to 0 -> all evaluations that integrate dz/da = v along them.
 
-    def step(self, z: Tensor, velocity: Tensor, a: float, a_next: float) -> Tensor:
-        """Return z at ``a_next``; see :class:`Solver`."""
-        return z + (a_next - a) * velocity
-
-    def split(self, rows: int) -> list[Euler]:
-        """Return a solver for each row; see :class:`Solver`."""
-        return [Euler() for _ in range(rows)]
-
-    @classmethod
-    def joined(cls, solvers: Sequence[Euler]) -> Euler:
-        """Return a solver for all rows; see :class:`Solver`."""
-        return cls()
+What an evaluation costs is a pass of the network (two rows a sample where it is guided).
+"""
 
 
-class AdamsBashforth2:
-    """Second-order multistep with one velocity a step: extrapolates the last two, on any grid."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Tensor, float] | None = None
-
-    def step(self, z: Tensor, velocity: Tensor, a: float, a_next: float) -> Tensor:
-        """Return z at ``a_next``; the first step is Euler's. See :class:`Solver`."""
-        slope = velocity
-        if self._last is not None:
-            last_velocity, last_a = self._last
-            slope = velocity + 0.5 * (a_next - a) / (a - last_a) * (velocity - last_velocity)
-        self._last = velocity, a
-        return z + (a_next - a) * slope
-
-    def split(self, rows: int) -> list[AdamsBashforth2]:
-        """Return a solver for each row; see :class:`Solver`."""
-        parts = [AdamsBashforth2() for _ in range(rows)]
-        if self._last is not None:
-            for number, part in enumerate(parts):
-                part._last = self._last[0][number : number + 1], self._last[1]
-        return parts
-
-    @classmethod
-    def joined(cls, solvers: Sequence[AdamsBashforth2]) -> AdamsBashforth2:
-        """Return a solver for all rows; see :class:`Solver`."""
-        whole, lasts = cls(), [solver._last for solver in solvers if solver._last is not None]
-        if lasts:
-            whole._last = torch.cat([velocity for velocity, _ in lasts]), lasts[0][1]
-        return whole
+def euler(grid: Sequence[float]) -> list[Evaluation]:
+    """First order, one evaluation a step: z + h v with h = a_next - a (the released solver)."""
+    return [Evaluation(a, (a_next - a,)) for a, a_next in pairwise(grid)]
 
 
-SOLVERS: dict[str, type[Solver]] = {"euler": Euler, "ab2": AdamsBashforth2}
+def adams_bashforth2(grid: Sequence[float]) -> list[Evaluation]:
+    """Second order, one evaluation a step: h times the line through the last two velocities, on any grid."""
+    evaluations = euler(grid[:2])
+    for last, a, a_next in zip(grid, grid[1:], grid[2:], strict=False):
+        share = 0.5 * (a_next - a) / (a - last)
+        evaluations.append(Evaluation(a, ((a_next - a) * (1 + share), -(a_next - a) * share)))
+    return evaluations
+
+
+def heun(grid: Sequence[float]) -> list[Evaluation]:
+    """Second order, two evaluations a step: to the end with v, then back by half of h (v - v_end).
+
+    The last step, which ends in data, is Euler's, as no network is asked there: 2 S - 1 evaluations.
+    """
+    evaluations = []
+    for a, a_next in pairwise(grid):
+        h = a_next - a
+        evaluations.append(Evaluation(a, (h,)))
+        if a_next > 0:
+            evaluations.append(Evaluation(a_next, (h / 2, -h / 2)))
+    return evaluations
+
+
+def memory(evaluations: Iterable[Evaluation]) -> int:
+    """Return how many velocities have to be at hand in an evaluation, its own among them."""
+    return max(len(weights) for _, weights in evaluations)
+
+
+def advance(z: Tensor, velocities: Iterable[Tensor], weights: Iterable[Tensor | float]) -> Tensor:
+    """Return where an evaluation moves z; velocities as far as they are weighted, the newest first."""
+    for velocity, weight in zip(velocities, weights, strict=False):
+        z = z + weight * velocity
+    return z
+
+
+SOLVERS: dict[str, Solver] = {"euler": euler, "ab2": adams_bashforth2, "heun": heun}
 
 
 def choose(kind: str, name: str, choices: dict[str, Choice]) -> Choice:

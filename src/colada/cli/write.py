@@ -64,7 +64,7 @@ PenaltyOption = Annotated[
 StopOption = Annotated[
     list[str] | None, typer.Option(help=f"End the text before this string; may be repeated. {_OWN}")
 ]
-SolverOption = Annotated[str | None, typer.Option(metavar="NAME", help=f"euler or ab2. {_OWN}")]
+SolverOption = Annotated[str | None, typer.Option(metavar="NAME", help=f"euler, ab2 or heun. {_OWN}")]
 ScheduleOption = Annotated[
     str | None, typer.Option(metavar="NAME", help=f"uniform, front-loaded or logit-normal. {_OWN}")
 ]

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from colada.errors import ColadaError, failure
-from colada.flow import SCHEDULES, SOLVERS, Solver, T, z0_from_velocity
+from colada.flow import SCHEDULES, SOLVERS, Evaluation, T, advance, memory
+from colada.generate.guidance import estimate
 from colada.generate.noise import Noise, block_generator
 from colada.generate.sampling import pick
 from colada.generate.settings import RequestSettings, Settings, check_settings
@@ -78,11 +78,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class TransportStep:
-    """The latents of the samples under way, after a solver step.
+    """The latents of the samples under way, after an evaluation of the network.
 
     Attributes:
-        step, steps: steps done, and of how many.
-        latents: (B, block, C), z_t after the step.
+        step, steps: evaluations done, and of how many (solver steps, but for solvers that ask for more).
+        latents: (B, block, C), z_t after it.
         z0: (B, block, C), the finished latents that the last velocity points at.
     """
 
@@ -122,47 +122,41 @@ def transport(
     where: Tensor,
     pinned: Tensor,
     guidance: Sequence[float],
-    grid: Sequence[float],
-    solver: Solver,
+    evaluations: Sequence[Evaluation],
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Integrate dz/da = v from noise to the latents of one block of every sample.
 
-    Conditional rows and unconditional ones (no history; only samples that are
-    guided and have one) share each pass: v = u + s (c - u), for a in the interval. Pinned
-    latents are put back before and after every step, at timestep 0.
+    Conditional rows and unconditional ones (no history; only samples that are guided and have one) share
+    each pass. Pinned latents are put back before and after every evaluation, at timestep 0.
 
     Args:
         noise: (B, block, C).
         where, pinned: (B, block) bool and (B, block, C).
         guidance: scale per sample; 1 is off.
-        grid: descending values of a from 1 to 0.
+        evaluations: of the solver.
         interval: the values of a between which guidance acts.
 
-    Yields: after every step z and the z0 that the last velocity points at, each (B, block, C).
+    Yields: after every evaluation z and the z0 that its velocity points at, each (B, block, C).
     """
-    rows, size, _ = noise.shape
-    all_guided = [row for row in range(rows) if guidance[row] != 1 and len(histories[row]) > 0]
-    low, high = interval
-    free = ~where
-    where = where[..., None]
-    z = noise
-    for a, a_next in pairwise(grid):
-        guided = all_guided if low <= a <= high else []
-        seen = [*histories, *[None] * len(guided)]
+    size = noise.shape[1]
+    guidable = [row for row, scale in enumerate(guidance) if scale != 1 and len(histories[row]) > 0]
+    scales = torch.tensor(guidance, device=noise.device)[:, None, None]
+    free, mask = ~where, where[..., None]
+    z, velocities = noise, list[Tensor]()
+    for a, weights in evaluations:
+        rows = torch.tensor(guidable if interval[0] <= a <= interval[1] else [], dtype=torch.int64)
+        rows = rows.to(noise.device)
+        z = torch.where(mask, pinned, z)
+        both, noisy = torch.cat([z, z[rows]]), torch.cat([free, free[rows]])
+        seen = [*histories, *[None] * len(rows)]
         layout = dit.layout([size] * len(seen), seen)
-        noisy = torch.cat([free, free[guided]]).float()
-        z = torch.where(where, pinned, z)
-        both = torch.cat([z, z[guided]])
-        velocity = dit.velocity(both.flatten(0, 1), (T * a * noisy).flatten(), layout, seen)
-        velocity, unconditional = velocity.view_as(both).split([rows, len(guided)])
-        if guided:
-            scale = torch.tensor([guidance[row] for row in guided], device=noise.device)[:, None, None]
-            velocity = velocity.clone()
-            velocity[guided] = unconditional + scale * (velocity[guided] - unconditional)
-        z0 = z0_from_velocity(z.flatten(0, 1), velocity.flatten(0, 1), torch.tensor(a, device=z.device))
-        z = torch.where(where, pinned, solver.step(z, velocity, a, a_next))
-        yield z, torch.where(where, pinned, z0.view_as(z))
+        output = dit.velocity(both.flatten(0, 1), (T * a * noisy.float()).flatten(), layout, seen)
+        conditional, unconditional = output.view_as(both).split([len(z), len(rows)])
+        velocity, z0 = estimate(z, a, conditional, unconditional, rows, scales[rows])
+        velocities = [velocity, *velocities][: memory(evaluations)]
+        z = torch.where(mask, pinned, advance(z, velocities, weights))
+        yield z, torch.where(mask, pinned, z0)
 
 
 # --- the loop ----------------------------------------------------------------------------------
@@ -182,7 +176,8 @@ class BlockGenerator:
     def __init__(self, vae: TextVAE, dit: DiT, **settings: Unpack[Settings]) -> None:
         self.vae, self.dit = vae, dit
         self.settings = RequestSettings(**check_settings(settings))
-        self.grid = SCHEDULES[self.settings.schedule](self.settings.steps).tolist()
+        grid = SCHEDULES[self.settings.schedule](self.settings.steps).tolist()
+        self.evaluations = SOLVERS[self.settings.solver](grid)
 
     @property
     def device(self) -> torch.device:
@@ -255,12 +250,11 @@ class BlockGenerator:
             torch.stack([where for where, _ in pins]),
             torch.stack([values for _, values in pins]),
             [sample.guidance for sample in samples],
-            self.grid,
-            SOLVERS[self.settings.solver](),
+            self.evaluations,
             self.settings.guidance_interval,
         )
         for number, (z, z0) in enumerate(steps, start=1):
-            yield TransportStep(number, self.settings.steps, z, z0)
+            yield TransportStep(number, len(self.evaluations), z, z0)
         histories = [sample.decoder_history for sample in samples]
         logits = self.vae.decode(z.flatten(0, 1), [size] * len(samples), histories)
         for sample, latents, own in zip(samples, z, logits.split(size * patch), strict=True):

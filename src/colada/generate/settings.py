@@ -24,7 +24,7 @@ MOST_END_IDS = 1024
 PENALTIES = (0.01, 100.0)
 """Repetition penalties: a logit times one is still a number."""
 
-SOLVER_NAMES = ("euler", "ab2")
+SOLVER_NAMES = ("euler", "ab2", "heun")
 SCHEDULE_NAMES = ("uniform", "front-loaded", "logit-normal")
 NOISE_NAMES = ("per-sample", "released")
 SEED_STRIDE = {"per-sample": 1, "released": 1000}
@@ -38,12 +38,15 @@ class Settings(TypedDict, total=False):
     """Generation settings; those left out, or None, are the model's own, or else the released ones.
 
     Attributes:
-        steps: solver steps per block (released: 16).
+        steps: solver steps per block (released: 16). Each is an evaluation of the network, with "heun" two
+            but for the last: 2 steps - 1.
         guidance: scale s of v = u + s (c - u); 1 is off (released: 7). One for all, or one each.
         guidance_interval: the values (low, high) of a = t / T between which guidance acts; elsewhere there
             is no unconditional pass (released: everywhere, (0, 1)).
         solver, schedule: names in ``colada.flow.SOLVERS`` and ``SCHEDULES`` (released: "euler", "uniform").
-        temperature, top_k, top_p, repetition_penalty: as in :class:`colada.generate.sampling.Sampling`.
+        temperature, top_k, top_p, repetition_penalty: of each token: 0 picks
+            the likeliest; only the k likeliest, 0 is all; only the likeliest that reach p; above 1, tokens of
+            earlier blocks are less likely.
         seed: one for all (sample i then has seed + i), or one each; below 2**63. A sample's result depends
             on its own prompt, settings and seed, not on the batch it is in.
         stop: strings that end the text; they may straddle blocks.

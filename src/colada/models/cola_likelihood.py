@@ -36,7 +36,7 @@ from torch import Tensor
 
 from colada.device import memory_of, plain_torch
 from colada.errors import ColadaError
-from colada.flow import AdamsBashforth2
+from colada.flow import adams_bashforth2
 from colada.generate.engine.memory import round_up
 from colada.generate.reference import encode
 from colada.models.cola import ColaDLM
@@ -238,7 +238,7 @@ class _Measurement:
             count = -(-self.steps // 2)
             grid = [at * (1 - step / count) for step in range(count + 1)]
             share = FINISHING * config.block_size / length
-            finished = flow.finish(z, grid, AdamsBashforth2, prefix, pins, lambda number: advance(share))
+            finished = flow.finish(z, grid, adams_bashforth2, prefix, pins, lambda number: advance(share))
             begin = [(prefix + own.tail) * patch for own in shapes]
             end = [len(ids) for ids in whole]
             latents = torch.cat([clean, finished], 1)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colada.flow import Solver, T, velocity_from_z0
+from colada.flow import Solver, T, advance, memory, velocity_from_z0
 from colada.generate.engine.memory import Memory, Plan, Span
 from colada.generate.engine.passes import PriorPass
 from colada.generate.engine.transport import COMMITTED_ROWS
@@ -115,7 +115,7 @@ class BlockFlow:
         self,
         z: Tensor,
         grid: Sequence[float],
-        solver: Callable[[], Solver],
+        solver: Solver,
         start: int = 0,
         pins: Pins | None = None,
         done: Callable[[int], None] | None = None,
@@ -127,28 +127,28 @@ class BlockFlow:
         Args:
             z: at the first value of the grid; they follow the ``start`` latents that are committed.
             grid: descending values of a, to 0.
-            solver: made anew for every block.
             pins: latents that do not move; none by default.
             done: called after every block with its number among those of z, from 1.
         """
         size, pins = self._config.block_size, pins or Pins.none(z)
-        forward = self._passes.fast
+        forward, evaluations = self._passes.fast, solver(grid)
         finished: list[Tensor] = []
         for number, block in enumerate(z.split(size, 1)):
             own = pins.part(number * size, (number + 1) * size)
-            table = forward.modulation.rows({0.0, *(T * a for a in grid[:-1])})
+            table = forward.modulation.rows({0.0, *(T * evaluation.a for evaluation in evaluations)})
             spans = self._spans(start // size + number)
             plan = Plan(self._memory, [], spans, 0, self._size)
             turns = forward.rotations(plan.positions)
             pinned = bool(own.where.any())
-            steps = solver()
+            velocities: list[Tensor] = []
             if finished:
                 self.commit(finished[-1], start + (number - 1) * size)
-            for a, a_next in pairwise(grid):
+            for a, weights in evaluations:
                 block = own.put(block) if pinned else block
                 row = self._row(table, a, own.where if pinned else None)
                 output = forward(block.flatten(0, 1), row, plan, turns)
-                block = steps.step(block, self._velocity_of(block, output, a), a, a_next)
+                velocities = [self._velocity_of(block, output, a), *velocities][: memory(evaluations)]
+                block = advance(block, velocities, weights)
             finished.append(own.put(block) if pinned else block)
             if done is not None:
                 done(number + 1)

@@ -257,19 +257,19 @@ class Engine(Writer[LatentSlot]):
         order = [slot for slot in noises if not slot.done]
         if not order:
             return
-        # Rows of one solver and grid are neighbours, those with most steps left first, so that rows under
-        # way are the first ones; among them equal shapes are neighbours, which attend in one call.
-        order.sort(key=self._rank)
+        # Those with most left first, so that rows under way are the first ones; among equals, equal shapes
+        # are neighbours, which attend in one call.
+        order.sort(key=lambda slot: (-slot.left, slot.history + len(slot.uncommitted), slot.start))
         original = torch.tensor([order.index(slot) for slot in self.under_way if not slot.done])
         original = original.to(self.device)
         z = torch.stack([noises[slot] for slot in order])
-        steps = order[0].request.settings.steps
-        before = steps - order[0].left
+        evaluations = len(order[0].evaluations)
+        before = evaluations - order[0].left
         for number, (latents, z0) in enumerate(self._transport.run(order, z), start=1):
             z = latents
             for slot in order:
-                slot.step = slot.request.settings.steps - slot.left + number
-            yield TransportStep(before + number, steps, latents[original], z0[original])
+                slot.step = len(slot.evaluations) - slot.left + number
+            yield TransportStep(before + number, evaluations, latents[original], z0[original])
         finite = z.isfinite().flatten(1).all(1).tolist()
         for slot, fine in zip(order, finite, strict=True):
             if not fine and slot.error is None:
@@ -297,10 +297,6 @@ class Engine(Writer[LatentSlot]):
     def device(self) -> torch.device:
         """Where the latents are."""
         return self.dit.txt_in.proj.weight.device
-
-    @staticmethod
-    def _rank(slot: LatentSlot) -> tuple[tuple[int, str, str, int], int, int]:
-        return slot.pace, slot.history + len(slot.uncommitted), slot.start
 
     # --- latents to tokens -----------------------------------------------------------------
 
@@ -379,14 +375,14 @@ class Engine(Writer[LatentSlot]):
         rows = {
             slot: row
             for row, slot in enumerate(going)
-            if slot in wanted and fine[row] and slot.step <= slot.request.settings.steps
+            if slot in wanted and fine[row] and slot.step <= len(slot.evaluations)
         }
         if not rows:
             return {}
         logits = self.vae.decoder.logits(self._hidden(list(rows), step.z0[list(rows.values())]))
         guesses = {}
         for (slot, row), own in zip(rows.items(), logits.split(self._size * self._patch), strict=True):
-            ids, steps = own.argmax(-1), slot.request.settings.steps
+            ids, steps = own.argmax(-1), len(slot.evaluations)
             guesses[slot] = Guess(slot.step, steps, ids.tolist(), confidence(own, ids), step.latents[row])
         return guesses
 

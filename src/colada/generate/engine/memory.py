@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,11 +149,11 @@ def doubled_to(count: int, unit: int = 1) -> int:
 
 
 def on_device(
-    values: Sequence[float] | Sequence[Sequence[int]],
+    values: Sequence[Any],
     device: torch.device,
     dtype: torch.dtype = torch.int64,
 ) -> Tensor:
-    """Return numbers as a tensor on a device, without waiting for it."""
+    """Return numbers, or nested lists of such, as a tensor on a device, without waiting for it."""
     made = torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
         return made.to(device)

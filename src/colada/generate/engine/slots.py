@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from colada.flow import SCHEDULES, Solver
+from colada.flow import SCHEDULES, SOLVERS, Evaluation
 from colada.generate.reference import Block
 from colada.generate.writer import Request, Slot
 
@@ -37,11 +39,17 @@ def room_of(request: Request, patch: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class Begun:
-    """A block of which some solver steps are done: how many, its latents (block, C), and what goes on."""
+    """A block in the middle of its transport.
 
-    steps: int
+    Attributes:
+        done: how many evaluations are.
+        latents: (block, C), where it is.
+        velocities: (block, C) each, the last ones, the newest first.
+    """
+
+    done: int
     latents: Tensor
-    solver: Solver
+    velocities: Sequence[Tensor]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -56,7 +64,7 @@ class LatentSlot(Slot):
         history, decoded: how many latents are in the DiT's and in the decoder's history.
         block: the last that was generated.
         begun: the coming block, where a round has ended in the middle of it.
-        step: how many of its steps are done, in the middle of a round; those beyond its own change nothing.
+        step: how many of its evaluations are done, in a round; those beyond its own change nothing.
     """
 
     start: int
@@ -71,23 +79,16 @@ class LatentSlot(Slot):
     begun: Begun | None = None
     step: int = 0
 
-    @property
-    def grid(self) -> list[float]:
-        """What is left of the descending values of a from 1 to 0."""
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """All that a block takes."""
         settings = self.request.settings
-        values: list[float] = SCHEDULES[settings.schedule](settings.steps).tolist()
-        return values[settings.steps - self.left :]
-
-    @property
-    def pace(self) -> tuple[int, str, str, int]:
-        """What slots share that take equal solver steps, those with most left first."""
-        settings = self.request.settings
-        return -self.left, settings.solver, settings.schedule, settings.steps
+        return SOLVERS[settings.solver](SCHEDULES[settings.schedule](settings.steps).tolist())
 
     @property
     def left(self) -> int:
-        """How many solver steps the coming block still takes."""
-        return self.request.settings.steps - (0 if self.begun is None else self.begun.steps)
+        """How many evaluations the coming block still takes."""
+        return len(self.evaluations) - (0 if self.begun is None else self.begun.done)
 
     @property
     def uncommitted(self) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from colada.flow import SOLVERS, Solver, T, velocity_from_z0
+from colada.flow import T, advance, memory, velocity_from_z0
 from colada.generate.engine.graphs import Graphs
 from colada.generate.engine.memory import (
     Memory,
@@ -24,6 +25,7 @@ from colada.generate.engine.memory import (
 )
 from colada.generate.engine.passes import PriorPass
 from colada.generate.engine.slots import Begun, LatentSlot
+from colada.generate.guidance import estimate
 from colada.networks.dit import DiT
 
 COMMITTED_ROWS = 512
@@ -47,25 +49,9 @@ def round_steps(slots: Sequence[LatentSlot]) -> int:
         return max(SHORTEST_ROUND, -(-left // -(-left // LONGEST_ROUND)))
 
     def waiting(steps: int) -> float:
-        return sum(round_up(slot.left, steps) / slot.request.settings.steps for slot in slots)
+        return sum(round_up(slot.left, steps) / len(slot.evaluations) for slot in slots)
 
     return min({length(slot.left) for slot in slots}, key=lambda steps: (waiting(steps), -steps))
-
-
-@dataclass(frozen=True)
-class _Cohort:
-    """Rows that share solver and grid, and how far they are on it: neighbours in the batch.
-
-    ``grid`` is what is left of it.
-    """
-
-    rows: slice
-    solver: Solver
-    grid: list[float]
-
-    @property
-    def steps(self) -> int:
-        return len(self.grid) - 1
 
 
 @dataclass(frozen=True)
@@ -91,20 +77,37 @@ class _Shape:
     scale: Tensor
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What a solver step needs to know, prepared so that running it asks the host for nothing.
+class _Pass(NamedTuple):
+    """What an evaluation needs to know, prepared so that running it asks the host for nothing.
 
     Attributes:
         shape: of the pass.
+        numbers: (1 + velocities, active, 1, 1), of each row its a, and the weights of the velocities.
         row: of the modulation table, one for all positions or one each.
         a: (rows of the pass, size), of each latent that is not clean, 0 where pinned; where the DiT
             predicts z0, else None.
     """
 
     shape: _Shape
+    numbers: Tensor
     row: int | Tensor
     a: Tensor | None
+
+
+def _is_guided(slot: LatentSlot, a: float) -> bool:
+    """Return whether a slot's velocity at a has an unconditional one beside it: not without a history."""
+    settings = slot.request.settings
+    low, high = settings.guidance_interval
+    return settings.guidance != 1 and low <= a <= high and bool(slot.history + len(slot.uncommitted))
+
+
+def _last_velocities(slots: Sequence[LatentSlot], none: Tensor) -> list[Tensor]:
+    """Return the velocities (B, block, C) that were before a round, newest first, or ``none`` (block, C)."""
+    begun = [() if slot.begun is None else slot.begun.velocities for slot in slots]
+    return [
+        torch.stack([own[age] if age < len(own) else none for own in begun])
+        for age in range(max(map(len, begun)))
+    ]
 
 
 class Transport:
@@ -137,72 +140,50 @@ class Transport:
         what is not yet committed. At the end, slots whose blocks are not finished have them as ``begun``.
 
         Args:
-            slots: those with most steps left come first, and those of one cohort are neighbours.
+            slots: those with most evaluations left come first.
             z: their noise, or where they are.
         """
-        cohorts = self._cohorts(slots)
         riding = self._commit(slots)
         committed = [latents for _, latents in riding]
         pins = [slot.pinned_block(self._size) for slot in slots]
         where = torch.stack([own for own, _ in pins])
         pinned = torch.stack([own for _, own in pins])
         any_pinned = any(bool(len(slot.where) > slot.blocks * self._size) for slot in slots)
-        steps = self._steps(slots, cohorts, [span for span, _ in riding], where, any_pinned)
+        passes = self._passes(slots, [span for span, _ in riding], where, any_pinned)
         mask = where[..., None]
         if riding:
-            padding = steps[0].shape.plan.clean_rows * self.dit.config.patch_size - sum(map(len, committed))
+            padding = passes[0].shape.plan.clean_rows * self.dit.config.patch_size - sum(map(len, committed))
             committed.append(z.new_zeros(padding, z.shape[-1]))
-        for number, (shape, row, of_latents) in enumerate((own.shape, own.row, own.a) for own in steps):
+        velocities = _last_velocities(slots, torch.zeros_like(z[0]))
+        for number, (shape, numbers, row, of_latents) in enumerate(passes):
             if any_pinned:
                 z = torch.where(mask, pinned, z)
-            now = z[: shape.active]
+            now, finished = z[: shape.active], z[shape.active :]
             noisy = now if shape.everyone is None else now[shape.everyone]
             noisy = noisy.flatten(0, 1)
             rows = torch.cat([*committed, noisy]) if number == 0 else noisy
-            velocity = self._forward(rows, row, shape)
+            output = self._forward(rows, row, shape)
             if number == 0:
                 for slot in slots:
                     slot.history += len(slot.uncommitted)
             if of_latents is not None:
-                velocity = velocity_from_z0(noisy, velocity, of_latents)
-            velocity = velocity.unflatten(0, (-1, self._size))
-            velocity, unconditional = velocity[: shape.active], velocity[shape.rows :]
+                output = velocity_from_z0(noisy, output, of_latents)
+            output = output.unflatten(0, (-1, self._size))
+            conditional, unconditional = output[: shape.active], output[shape.rows :]
             if shape.guided is not None:
                 unconditional = unconditional[: len(shape.guided)]
-                moved_away = unconditional + shape.scale * (velocity[shape.guided] - unconditional)
-                velocity = velocity.index_copy(0, shape.guided, moved_away)
-            moved, guesses = [], []
-            for cohort in cohorts:
-                if cohort.steps <= number:
-                    continue
-                a, a_next = cohort.grid[number : number + 2]
-                own = now[cohort.rows]
-                moved.append(cohort.solver.step(own, velocity[cohort.rows], a, a_next))
-                guesses.append(own - a * velocity[cohort.rows])
-            finished = z[shape.active :]
-            z = torch.cat([*moved, finished])
-            z0 = torch.cat([*guesses, finished])
+            a, *weights = numbers
+            velocity, z0 = estimate(now, a, conditional, unconditional, shape.guided, shape.scale)
+            past = [own[: shape.active] for own in velocities]
+            velocities = [velocity, *past][: len(weights)]
+            z, z0 = torch.cat([advance(now, velocities, weights), finished]), torch.cat([z0, finished])
             if any_pinned:
                 z, z0 = torch.where(mask, pinned, z), torch.where(mask, pinned, z0)
             yield z, z0
-        for cohort in cohorts:
-            members = slots[cohort.rows]
-            solvers = cohort.solver.split(len(members))
-            for slot, latents, solver in zip(members, z[cohort.rows], solvers, strict=True):
-                done = slot.request.settings.steps - slot.left + len(steps)
-                slot.begun = None if len(steps) >= slot.left else Begun(done, latents, solver)
-
-    def _cohorts(self, slots: Sequence[LatentSlot]) -> list[_Cohort]:
-        cohorts: list[_Cohort] = []
-        begin = 0
-        for number, slot in enumerate(slots, start=1):
-            if number == len(slots) or slot.pace != slots[number].pace:
-                own = slots[begin:number]
-                kind = SOLVERS[slot.request.settings.solver]
-                solver = kind.joined([kind() if one.begun is None else one.begun.solver for one in own])
-                cohorts.append(_Cohort(slice(begin, number), solver, slot.grid))
-                begin = number
-        return cohorts
+        for row, slot in enumerate(slots):
+            done = len(slot.evaluations) - slot.left + len(passes)
+            last = [own[row] for own in velocities] if slot.left > len(passes) else []
+            slot.begun = None if slot.left <= len(passes) else Begun(done, z[row], last)
 
     def _forward(self, latents: Tensor, row: int | Tensor, shape: _Shape) -> Tensor:
         if isinstance(shape.plan, Plan):
@@ -252,33 +233,30 @@ class Transport:
             torch.cat([latents for _, latents in part]), clean, plan, self._prior.rotations(plan.positions)
         )
 
-    def _steps(
-        self,
-        slots: Sequence[LatentSlot],
-        cohorts: Sequence[_Cohort],
-        clean: list[Span],
-        where: Tensor,
-        any_pinned: bool,
-    ) -> list[_Step]:
-        """Prepare all solver steps of a round."""
+    def _passes(
+        self, slots: Sequence[LatentSlot], clean: list[Span], where: Tensor, any_pinned: bool
+    ) -> list[_Pass]:
+        """Prepare all evaluations of a round."""
         patch, device = self.dit.config.patch_size, self._device
-        steps = min(round_steps(slots), cohorts[0].steps)
-        times = {T * a for cohort in cohorts for a in cohort.grid[:-1][:steps]}
-        table = self._prior.modulation.rows({0.0, *times})
+        count = min(round_steps(slots), slots[0].left)
+        coming = [slot.evaluations[len(slot.evaluations) - slot.left :][:count] for slot in slots]
+        table = self._prior.modulation.rows({0.0, *(T * a for own in coming for a, _ in own)})
+        width = max(map(memory, coming))
+        # Of every evaluation and row: a, and as many weights; nothing for those who have ended.
+        padded = [[[a, *weights, *[0.0] * (width - len(weights))] for a, weights in own] for own in coming]
+        none = [0.0] * (1 + width)
+        numbers = on_device(
+            [[own[number] if number < len(own) else none for own in padded] for number in range(count)],
+            device,
+            torch.float32,
+        )
+        numbers = numbers.movedim(2, 1)[..., None, None]
         shapes: dict[tuple[int, int, tuple[int, ...]], _Shape] = {}
-        prepared = []
-        for number in range(steps):
-            going = [cohort for cohort in cohorts if cohort.steps > number]
-            active = going[-1].rows.stop
-            values = [cohort.grid[number] for cohort in going for _ in range(*cohort.rows.indices(active))]
-            guided = [
-                row
-                for row, (slot, a) in enumerate(zip(slots, values, strict=False))
-                if slot.request.settings.guidance != 1
-                and slot.history + len(slot.uncommitted)
-                and slot.request.settings.guidance_interval[0] <= a
-                and a <= slot.request.settings.guidance_interval[1]
-            ]
+        passes = []
+        for number in range(count):
+            values = [own[number].a for own in coming if number < len(own)]
+            active = len(values)
+            guided = [row for row, a in enumerate(values) if _is_guided(slots[row], a)]
             commits = clean if number == 0 else []
             key = (len(commits), active, tuple(guided))
             if key not in shapes:
@@ -289,14 +267,14 @@ class Transport:
             where_now = where[:active] if shape.everyone is None else where[shape.everyone]
             row: int | Tensor = table[T * values[0]]
             if len(set(values)) > 1 or commits or any_pinned or self._bucket is not None:
-                own = on_device([table[T * a] for a in each], device)[:, None]
-                own = torch.where(where_now[:, patch - 1 :: patch], table[0.0], own)
-                row = torch.cat([own.new_full((shape.plan.clean_rows,), table[0.0]), own.flatten()])
-            a = None
+                own_rows = on_device([table[T * a] for a in each], device)[:, None]
+                own_rows = torch.where(where_now[:, patch - 1 :: patch], table[0.0], own_rows)
+                row = torch.cat([own_rows.new_full((shape.plan.clean_rows,), table[0.0]), own_rows.flatten()])
+            of_latents = None
             if self.dit.config.prediction == "z0":
-                a = (on_device(each, device, torch.float32)[:, None] * ~where_now).flatten()
-            prepared.append(_Step(shape, row, a))
-        return prepared
+                of_latents = (on_device(each, device, torch.float32)[:, None] * ~where_now).flatten()
+            passes.append(_Pass(shape, numbers[number][:, :active], row, of_latents))
+        return passes
 
     def _members(self, rows: int, active: int, guided: list[int]) -> list[int]:
         """Return of each noisy row of a pass which row of z it is; see :class:`_Shape`."""
