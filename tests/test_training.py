@@ -45,6 +45,11 @@ VARIANTS = {
         "stages.prior.copies=2",
         "stages.prior.schedule=wsd",
     ],
+    "levers": [
+        "stages.prior.self_conditioning=0.5",
+        "stages.prior.history_dropout=0.3",
+        "stages.prior.space=half",
+    ],
     "muon": [*JOINT, "stages.vae.optimiser=muon", "stages.prior.optimiser=muon"],
 }
 
@@ -212,6 +217,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("joint", "prior", 6),
         ("interval", "prior", 1),
         ("interval", "prior", 4),
+        ("levers", "prior", 3),
         ("muon", "vae", 1),
         ("muon", "prior", 3),
     ],
@@ -628,6 +634,28 @@ def test_a_model_is_the_start_of_another_run(tmp_path: Path, uninterrupted: dict
     assert after.tokenizer is not None
     assert before.tokenizer is not None
     assert after.tokenizer.encode("One morning") == before.tokenizer.encode("One morning")
+
+
+def test_a_model_is_given_a_second_input_that_changes_nothing_at_first(
+    tmp_path: Path, uninterrupted: dict[str, Path]
+) -> None:
+    start = uninterrupted["frozen"] / "model"
+    yaml = tmp_path / "own.yaml"
+    yaml.write_text(f"model: {{init: {start}}}\nstages: {{prior: {{self_conditioning: 1}}}}\n")
+    common = [o for o in TINY if not o.startswith(("model.", "tokenizer.", "generation."))]
+    made = load_recipe(yaml, [*common, "stages.vae.steps=0", "stages.prior.steps=1", "stages.prior.warmup=0"])
+    Trainer(made, tmp_path / "tuned").run()
+    before, after = colada.load(start), colada.load(tmp_path / "tuned" / "model")
+    assert (before.dit.config.self_conditioning, after.dit.config.self_conditioning) == (False, True)
+    second = after.dit.sc_in.proj.weight
+    # A step of AdamW from nothing: as far as the learning rate, or nowhere.
+    assert 0 < float(second.detach().abs().max()) < 1.1 * made.stages["prior"].lr
+    with torch.no_grad():
+        second.zero_()
+        latents = torch.randn(8, after.dit.config.txt_in_channels)
+        dits = before.dit, after.dit
+        outputs = [dit(latents, torch.tensor(500.0), dit.layout([8])) for dit in dits]
+    torch.testing.assert_close(*outputs, rtol=0, atol=0.05)
 
 
 def test_a_model_that_contradicts_the_recipe_is_no_start(

@@ -48,7 +48,7 @@ class ColaSystem(System):
             vae_config, dit_config = recipe.configs(tokenizer.vocab_size, tokenizer.pad_id)
         elif isinstance(start, ColaDLM):
             vae_config, dit_config = start.vae.config, start.dit.config
-            recipe.check_configs(vae_config, dit_config, tokenizer.vocab_size)
+            dit_config = recipe.check_configs(vae_config, dit_config, tokenizer.vocab_size)
         else:
             raise ColadaError(f"model.init={recipe.model.init} is {start.arch}, model.arch is 'cola'")
         vae, dit = self.made(lambda: TextVAE(vae_config)), self.made(lambda: DiT(dit_config))

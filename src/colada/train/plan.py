@@ -279,7 +279,7 @@ def configs_of(recipe: Recipe) -> dict[str, NetworkConfig]:
         else:
             vae, dit = read_configs(locate(init))
             own = recipe.tokenizer.file is None
-            recipe.check_configs(vae, dit, vae.vocab_size if own else vocab_size(recipe))
+            dit = recipe.check_configs(vae, dit, vae.vocab_size if own else vocab_size(recipe))
         return {"vae": vae, "dit": dit}
     if init is None:
         return {"decoder": recipe.decoder_config(vocab_size(recipe), bos_id=0)}  # Which id changes no size.

@@ -6,6 +6,7 @@ with a run are written. A key that does not exist is refused with the nearest na
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import textwrap
@@ -130,8 +131,7 @@ class Recipe(Section):
         dit = DiTConfig.from_dict(
             {**channels, "block_size": vae.block_size, **self.model.dit}, "recipe: model.dit"
         )
-        self.check_configs(vae, dit, vocab_size)
-        return vae, dit
+        return vae, self.check_configs(vae, dit, vocab_size)
 
     def decoder_config(self, vocab_size: int, bos_id: int) -> DecoderConfig:
         """Return the configuration of a baseline, completed with what the tokenizer decides.
@@ -147,8 +147,11 @@ class Recipe(Section):
                 raise ColadaError(f"recipe: model.decoder.{name}={found!r}, expected {value!r}")
         return config
 
-    def check_configs(self, vae: TextVAEConfig, dit: DiTConfig, vocab_size: int) -> None:
+    def check_configs(self, vae: TextVAEConfig, dit: DiTConfig, vocab_size: int) -> DiTConfig:
         """Check that networks, tokenizer and row lengths fit each other.
+
+        Returns: the DiT's configuration, with the second input that self-conditioning needs; a model to
+            continue from may be without it.
 
         Raises:
             ColadaError: naming the key at fault.
@@ -164,11 +167,9 @@ class Recipe(Section):
                     f"recipe: stages.{name}.length={section.length}, expected a multiple of "
                     f"patch_size * block_size = {vae.block_tokens}"
                 )
-            share = getattr(section, "self_conditioning", 0)
-            if share and not dit.self_conditioning:
-                raise ColadaError(
-                    f"recipe: stages.{name}.self_conditioning={share} without model.dit.self_conditioning"
-                )
+            if getattr(section, "self_conditioning", 0):
+                dit = dataclasses.replace(dit, self_conditioning=True)
+        return dit
 
     def check_networks(self) -> None:
         """Check the keys of the networks' configurations, of an architecture that is not trained too.

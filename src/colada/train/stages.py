@@ -55,9 +55,16 @@ def drawn(network: TextVAE | DiT | Decoder, generator: torch.Generator) -> First
 
 
 def copied(network: nn.Module) -> FirstWeights:
-    """Return first weights that are those of another network, as float32."""
+    """Return first weights that are those of another network, as float32; 0 for those that it lacks.
+
+    What it may lack is a second input (self-conditioning), which begins at 0: the copy computes the same.
+    """
     parameters = dict(network.named_parameters())
-    return lambda name, tensor: tensor.copy_(parameters[name].detach())
+
+    def value(name: str, tensor: Tensor) -> Tensor:
+        return tensor.copy_(parameters[name].detach()) if name in parameters else tensor.zero_()
+
+    return value
 
 
 @contextmanager
