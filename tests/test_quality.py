@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 
 from colada.data.rows import Batch, StreamRows
 from colada.flow import T, z0_from_velocity
+from colada.train.recipe import load_recipe
 from experiments import model_card
+from experiments.ablations import VARIANTS
+from experiments.ablations import app as ablations
 from experiments.quality import Trigrams, figures, guesses_by_noise, named_child, pronouns
 from helpers import tiny_model
 
@@ -102,3 +105,21 @@ def test_the_model_card_of_the_bundled_model(tmp_path: Path) -> None:
     assert record["real_continuations"]["known"] > 0.9
     assert record["pronouns"]["real"]["first"] == 1.0
     assert len(record["samples"]) == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_ablation_is_a_recipe(variant: str) -> None:
+    recipe = Path(__file__).parents[1] / "recipes/study.yaml"
+    base, changed = load_recipe(recipe), load_recipe(recipe, VARIANTS[variant])
+    assert (changed == base) == (not VARIANTS[variant])
+
+
+def test_the_ablations_table_has_means_and_errors_over_seeds(tmp_path: Path) -> None:
+    rows = [
+        {"variant": "base", "seed": seed, "guidance": 3.0, "known": known, "distinct2": 0.5, "trigram": 6.0}
+        for seed, known in enumerate((0.97, 0.99))
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = CliRunner().invoke(ablations, ["table", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "| base | 3.0 | 2 | 98.0 ± 1.0 | 0.500 ± 0.000 | 6.000 ± 0.000 |" in result.stdout
