@@ -88,8 +88,8 @@ PRONOUNS = {
 
 def named_child(opening: str) -> str | None:
     """Return whether an opening names a girl or a boy; None for neither, or both."""
-    found = set(re.findall(r"\b(girl|boy)\b", opening.lower()))
-    return found.pop() if len(found) == 1 else None
+    children = set(re.findall(r"\b(girl|boy)\b", opening.lower()))
+    return children.pop() if len(children) == 1 else None
 
 
 def pronouns(openings: Sequence[str], texts: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -107,7 +107,7 @@ def pronouns(openings: Sequence[str], texts: Sequence[Sequence[str]]) -> dict[st
             right = [word in PRONOUNS[child] for word in spoken]
             firsts.append(right[0])
             every += right
-    shares = {name: sum(own) / max(1, len(own)) for name, own in (("first", firsts), ("all", every))}
+    shares = {name: sum(flags) / max(1, len(flags)) for name, flags in (("first", firsts), ("all", every))}
     return {"texts": len(firsts), **shares}
 
 

@@ -315,7 +315,7 @@ def test_a_rank_outside_the_world() -> None:
 
 
 def test_any_grouping_of_the_bundled_models_items_gives_the_same_outputs(tmp_path: Path) -> None:
-    """Batch 1, batch 8, and two processes, one of them in a batch of 3."""
+    """Batch 1, batch 8, and two processes in batches of 3."""
     tasks = [
         load_benchmark(TASKS["obqa"], write_records(tmp_path / "obqa.jsonl", 5), shots=0),
         load_benchmark(TASKS["lambada"], write_records(tmp_path / "lambada.jsonl", 3, choices=None)),
@@ -324,16 +324,14 @@ def test_any_grouping_of_the_bundled_models_items_gives_the_same_outputs(tmp_pat
     settings = {"steps": 2, "max_new_tokens": 12}
     for name, batch in (("one", 1), ("eight", 8)):
         assert evaluate(model, tasks, tmp_path / name, batch=batch, **settings) is not None
-    command = [
-        *("run", "--data", str(tmp_path), "--shots", "0", "--tasks", "obqa,lambada", "--world", "2"),
-        *("--steps", "2", "-n", "12", "--batch", "3", "--quiet", "--out", str(tmp_path / "ranks"), "--rank"),
-    ]
     program = "import sys; from colada.cli.evaluate import eval_app; eval_app(sys.argv[1:])"
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", program, *command, str(rank)], stdout=subprocess.DEVNULL)
-        for rank in (0, 1)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    arguments = ["run", "--data", str(tmp_path), "--shots", "0", "--tasks", "obqa,lambada", "--world", "2"]
+    arguments += ["--steps", "2", "-n", "12", "--batch", "3", "--quiet", "--out", str(tmp_path / "ranks")]
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments, "--rank", "1"], stdout=subprocess.DEVNULL
+    )
+    command(*arguments, "--rank", "0")
+    assert other.wait(timeout=120) == 0
     for task in ("obqa", "lambada"):
         written = {(tmp_path / name / f"{task}.jsonl").read_bytes() for name in ("one", "eight", "ranks")}
         assert len(written) == 1

@@ -106,19 +106,19 @@ def write_documents(
         records = read_records(source, task)
         scored = read_records(find_file(benchmarks, [f"{task.data}.{task.split}"]), task)
         asked = {_question(record) for record in scored}
-        kept = [record for record in records if _question(record) not in asked]
-        if not kept:
+        allowed = [record for record in records if _question(record) not in asked]
+        if not allowed:
             raise ColadaError(f"{source}: every record is among those that {task.name} is scored on")
         documents = [
-            document(item, letters and task.rule == "option") for item in build_items(task, kept, ())
+            document(item, letters and task.rule == "option") for item in build_items(task, allowed, ())
         ]
         one = Written(
             task.name,
             str(source),
             f"{task.data}.{SPLIT}.jsonl",
             fingerprint(asdict(record) for record in records),
-            len(kept),
-            len(records) - len(kept),
+            len(allowed),
+            len(records) - len(allowed),
             sum(map(len, documents)),
             LICENCES[task.name],
         )

@@ -95,11 +95,11 @@ def _draw_panel(
     axes.set_xscale("log")
     label_log_axis(axes.xaxis, _flops)
     for arch in dict.fromkeys(point.arch for point in points):
-        own = [(p.cost.total_flops, m) for p, m in zip(points, means, strict=True) if p.arch == arch]
+        line = [(p.cost.total_flops, m) for p, m in zip(points, means, strict=True) if p.arch == arch]
         axes.errorbar(
-            [flops for flops, _ in own],
-            [mean.value for _, mean in own],
-            yerr=[mean.error or 0.0 for _, mean in own],
+            [flops for flops, _ in line],
+            [mean.value for _, mean in line],
+            yerr=[mean.error or 0.0 for _, mean in line],
             label=ARCHITECTURES[arch],
             color=COLOURS[arch],
             marker=MARKERS[arch],

@@ -167,7 +167,7 @@ def points_of(results: Sequence[Result]) -> list[Point]:
                 arch,
                 group[0].cost,
                 tuple(sorted(result.seed for result in group)),
-                {task: Mean.of(own) for task, own in shares.items()},
+                {task: Mean.of(values) for task, values in shares.items()},
                 Mean.of(averages),
                 pooled,
             )

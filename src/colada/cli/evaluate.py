@@ -167,14 +167,14 @@ def score(
     if html is not None:
         require_matplotlib("a page")
     chosen = find_outputs(existing_paths(files), task)
-    outputs = {own.name: read_outputs(path, own) for own, path in chosen}
-    scores = [score_outputs(own, outputs[own.name]) for own, _ in chosen]
+    outputs = {scored.name: read_outputs(path, scored) for scored, path in chosen}
+    scores = [score_outputs(scored, outputs[scored.name]) for scored, _ in chosen]
     if as_json:
         print(json.dumps(summary(scores), indent=2))
     else:
         print_tables(scores, Console(highlight=False))
     if html is not None:
-        facts = {own.title: str(path) for own, path in chosen}
+        facts = {scored.title: str(path) for scored, path in chosen}
         write_page(html, ", ".join(files), scores, outputs, facts)
         if not as_json:
             print(f"wrote {html}")

@@ -164,8 +164,8 @@ def generative(
     from colada.report.style import require_matplotlib
     from colada.train.display import Display
 
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "steps": steps}
-    named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "steps": steps}
+    named: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     scales = _scales(guidance)
     places: list[str | None] = [*models] if models else [None]
     check_counts(limit=limit, batch=batch, samples=samples)

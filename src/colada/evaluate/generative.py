@@ -81,9 +81,9 @@ class ModelJudge:
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, **settings: Any) -> None:
-        own = require_tokenizer(model, "it judges text")
+        reader = require_tokenizer(model, "it judges text")
         self.model, self.origin, self.kind, self.settings = model, model.origin, kind(model), settings
-        self._same = own.to_json() == tokenizer.to_json()
+        self._same = reader.to_json() == tokenizer.to_json()
 
     def score(self, passages: Sequence[Passage], progress: Progress | None = None) -> list[TextScore]:
         """See :class:`Judge`."""
@@ -203,8 +203,8 @@ def continue_passages(
     """
     require_count("batch", batch)
     require_count("samples", samples)
-    own = require_tokenizer(model, "judges read text")
-    same = own.to_json() == tokenizer.to_json()
+    writer = require_tokenizer(model, "judges read text")
+    same = writer.to_json() == tokenizer.to_json()
     prompts: list[Prompt] = [passage.prompt_ids if same else passage.prompt for passage in passages]
     seeds = range(seed, seed + samples * len(passages))
     requests = [
@@ -329,13 +329,13 @@ def frontier(
             batch=batch,
             progress=progress,
         )
-        for own, passages in zip(settings, written, strict=True):
+        for choice, passages in zip(settings, written, strict=True):
             lengths = [len(passage.ids) for row in passages for passage in row]
             cut = [passage.ids[:size] for passage, size in zip([*real] * samples, lengths, strict=True)]
             points.append(
                 {
                     "model": model.origin,
-                    "settings": model.chosen(own),
+                    "settings": model.chosen(choice),
                     **read(passages),
                     "empty": lengths.count(0),
                     "ended": sum(size < new_tokens for size in lengths),

@@ -276,8 +276,8 @@ class HarnessLM(LM):  # type: ignore[misc]
 
 def split_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Return the tokens of a context and of what follows it, see the module."""
-    kept = context.rstrip()
-    continuation, context = context[len(kept) :] + continuation, kept
+    stripped = context.rstrip()
+    continuation, context = context[len(stripped) :] + continuation, stripped
     before, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)
     if whole[: len(before)] == before:
         return before, whole[len(before) :]
@@ -292,13 +292,13 @@ def run_harness(arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: as the harness's command does.
     """
-    named = {own.partition("=")[0] for own in arguments}
+    named = {argument.partition("=")[0] for argument in arguments}
     ours = []
     if not named & {"--config", "-C"}:
         ours += [] if named & {"--model", "-M"} else ["--model", "colada"]
         ours += [] if "--device" in named else ["--device", "cpu"]  # The harness's own is a GPU.
-    given, sys.argv = sys.argv, ["lm-eval", "run", *ours, *arguments]
+    arguments_before, sys.argv = sys.argv, ["lm-eval", "run", *ours, *arguments]
     try:
         cli_evaluate()
     finally:
-        sys.argv = given
+        sys.argv = arguments_before

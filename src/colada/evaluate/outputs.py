@@ -47,11 +47,11 @@ class Output:
     @classmethod
     def of_completion(cls, item: Item, completion: Completion) -> Output:
         """Return the output that a completion of an item's prompt gives."""
-        kept, rest = cut(completion.text)
+        answer, rest = cut(completion.text)
         return cls(
             item.id,
             item.prompt,
-            kept,
+            answer,
             item.answer,
             item.choices,
             item.prefix,
@@ -148,23 +148,23 @@ def find_outputs(paths: Sequence[Path], name: str | None) -> list[tuple[Task, Pa
     Raises:
         ColadaError: for a directory without any, a file whose task is not known, two of one task.
     """
-    found: list[tuple[Task, Path]] = []
+    files: list[tuple[Task, Path]] = []
     for path in paths:
         if not path.is_dir():
-            found.append((_task_of(path, name), path))
+            files.append((_task_of(path, name), path))
             continue
         names = [path / f"{task}{suffix}" for task in TASKS for suffix in (".jsonl", ".jsonl.gz")]
         there = [(_task_of(file, None), file) for file in names if file.is_file()]
         if not there:
             raise ColadaError(f"{path}: no <task>.jsonl or <task>.jsonl.gz in this directory")
-        found += there
-    if name is not None and len(found) > 1:
-        raise ColadaError(f"--task {name} with {len(found)} files, expected one")
-    for task, _ in found:
-        twice = [str(path) for other, path in found if other is task]
+        files += there
+    if name is not None and len(files) > 1:
+        raise ColadaError(f"--task {name} with {len(files)} files, expected one")
+    for task, _ in files:
+        twice = [str(path) for other, path in files if other is task]
         if len(twice) > 1:
             raise ColadaError(f"{' and '.join(twice)}: both are outputs of {task.name}, expected one of them")
-    return found
+    return files
 
 
 def _task_of(path: Path, name: str | None) -> Task:

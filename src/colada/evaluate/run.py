@@ -130,8 +130,8 @@ def evaluate(
     require_seed(seed)
     check_settings(settings)
     tokenizer = require_tokenizer(model, "the benchmarks are text")
-    given = {name: value for name, value in settings.items() if value is not None}
-    chosen = {**model.generation, "temperature": 0.0, **given}
+    changed = {name: value for name, value in settings.items() if value is not None}
+    chosen = {**model.generation, "temperature": 0.0, **changed}
     made_with = {
         "weights": fingerprint(model),
         "seed": seed,
@@ -171,19 +171,19 @@ def evaluate(
                     _write_outputs(finished, task, items, part.file(out, task), display)
             _join(out, benchmark)
         outputs = {benchmark.task.name: _outputs(out, benchmark) for benchmark in benchmarks}
-    if any(len(outputs[benchmark.task.name]) < len(benchmark.items) for benchmark in benchmarks):
-        display.say(f"rank {part.rank} of {part.world} is done; the last of them writes {RESULTS_FILE}")
-        return None
-    scores = [score(benchmark.task, outputs[benchmark.task.name]) for benchmark in benchmarks]
-    record = {
-        **summary(scores),
-        "model": model.origin,
-        "settings": {**made_with, "batch": batch, "ranks": part.world},
-        "data": {benchmark.task.name: benchmark.to_dict() for benchmark in benchmarks},
-        "made_with": provenance(model.device),
-    }
-    write_text(out / RESULTS_FILE, json.dumps(record, indent=2) + "\n")
-    return Results(scores, outputs, record)
+        if any(len(outputs[benchmark.task.name]) < len(benchmark.items) for benchmark in benchmarks):
+            display.say(f"rank {part.rank} of {part.world} is done; the last of them writes {RESULTS_FILE}")
+            return None
+        scores = [score(benchmark.task, outputs[benchmark.task.name]) for benchmark in benchmarks]
+        record = {
+            **summary(scores),
+            "model": model.origin,
+            "settings": {**made_with, "batch": batch, "ranks": part.world},
+            "data": {benchmark.task.name: benchmark.to_dict() for benchmark in benchmarks},
+            "made_with": provenance(model.device),
+        }
+        write_text(out / RESULTS_FILE, json.dumps(record, indent=2) + "\n")
+        return Results(scores, outputs, record)
 
 
 # --- the model -----------------------------------------------------------------------------------
@@ -217,9 +217,9 @@ def fingerprint(model: LanguageModel) -> str:
     networks = {name: part for name, part in vars(model).items() if isinstance(part, nn.Module)}
     for attribute, network in networks.items():
         for name, tensor in network.state_dict().items():
-            for inner, own in _stored(name, tensor):
-                digest.update(f"{attribute}.{inner} {tuple(own.shape)} {own.dtype}".encode())
-                flat = own.detach().reshape(-1)
+            for inner, part in _stored(name, tensor):
+                digest.update(f"{attribute}.{inner} {tuple(part.shape)} {part.dtype}".encode())
+                flat = part.detach().reshape(-1)
                 some = flat[:: max(1, len(flat) // _SAMPLED_WEIGHTS)]
                 digest.update(some.cpu().double().numpy().tobytes())
     return digest.hexdigest()
@@ -295,7 +295,7 @@ def _locked(out: Path, part: Part) -> Iterator[None]:
             raise ColadaError(f"{lock.lock_file}: cannot be written ({reason(error)})") from None
         return lock
 
-    own = hold(str(part.rank), str(part.world))
+    lock = hold(str(part.rank), str(part.world))
     try:
         for other in sorted(out.glob(".rank*of*.lock")):
             rank, world = other.name.removeprefix(".rank").removesuffix(".lock").split("of")
@@ -303,26 +303,26 @@ def _locked(out: Path, part: Part) -> Iterator[None]:
                 hold(rank, world).release()
         yield
     finally:
-        Path(own.lock_file).unlink(missing_ok=True)
-        own.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _begin(out: Path, benchmark: Benchmark, made_with: Mapping[str, Any]) -> None:
     """Write down what a task's outputs are made with, or see that it is what they were begun with."""
     path = out / f"{benchmark.task.name}.settings.json"
     asked = {"data": benchmark.fingerprint, "order": benchmark.order, "shots": benchmark.shots}
-    own = json.loads(json.dumps({**made_with, **asked}))  # as it will be read: tuples are lists
+    settings = json.loads(json.dumps({**made_with, **asked}))  # as it will be read: tuples are lists
     if not os.path.lexists(path):
-        write_text(path, json.dumps(own, indent=2) + "\n")
+        write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     try:
         begun = read_json_object(path)
     except ColadaError as error:
         raise ColadaError(f"{path}: not the settings of a run ({error})") from None
     changed = [
-        f"{name}={own.get(name)!r}, begun with {begun.get(name)!r}"
-        for name in {**begun, **own}
-        if own.get(name) != begun.get(name)
+        f"{name}={settings.get(name)!r}, begun with {begun.get(name)!r}"
+        for name in {**begun, **settings}
+        if settings.get(name) != begun.get(name)
     ]
     if changed:
         raise ColadaError(f"{path}: {'; '.join(changed)}: keep the settings, or choose another directory")
@@ -331,11 +331,11 @@ def _begin(out: Path, benchmark: Benchmark, made_with: Mapping[str, Any]) -> Non
 def _waiting(out: Path, benchmark: Benchmark, seed: int, part: Part, display: Display) -> list[Item]:
     """Return the items of this process that no file has; a half-written line of its own file is dropped."""
     task = benchmark.task
-    own = part.file(out, task)
-    if os.path.lexists(own):
-        require_file(own, "a file of outputs, or none")  # To append to a named pipe waits for ever.
-    if own.is_file() and _drop_half_line(own):
-        display.say(f"{own}: the last line was half-written; its item is generated again")
+    file = part.file(out, task)
+    if os.path.lexists(file):
+        require_file(file, "a file of outputs, or none")  # To append to a named pipe waits for ever.
+    if file.is_file() and _drop_half_line(file):
+        display.say(f"{file}: the last line was half-written; its item is generated again")
     expected = {item.id: item for item in benchmark.items}
     done = set()
     for path in _files(out, task):
@@ -372,7 +372,7 @@ def _files(out: Path, task: Task) -> list[Path]:
 
 def _outputs(out: Path, benchmark: Benchmark) -> list[Output]:
     """Return the outputs there are of a benchmark's items, in their order."""
-    found: dict[str, Output] = {}
+    by_item: dict[str, Output] = {}
     for path in _files(out, benchmark.task):
         try:
             outputs = read_outputs(path, benchmark.task, unfinished=True)
@@ -380,8 +380,8 @@ def _outputs(out: Path, benchmark: Benchmark) -> list[Output]:
             if path.is_file():
                 raise
             continue  # Another rank has just joined the files.
-        found = {output.id: output for output in outputs} | found
-    return [found[item.id] for item in benchmark.items if item.id in found]
+        by_item = {output.id: output for output in outputs} | by_item
+    return [by_item[item.id] for item in benchmark.items if item.id in by_item]
 
 
 def _join(out: Path, benchmark: Benchmark) -> None:

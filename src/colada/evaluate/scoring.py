@@ -38,8 +38,8 @@ def cut(text: str) -> tuple[str, str | None]:
 
     Without such a newline the text is whole, and None follows.
     """
-    found = _CUT.search(text)
-    return (text[: found.start(1)], text[found.end(1) :]) if found else (text, None)
+    line_break = _CUT.search(text)
+    return (text[: line_break.start(1)], text[line_break.end(1) :]) if line_break else (text, None)
 
 
 def normalise(text: str) -> str:
@@ -69,24 +69,24 @@ def named_option(output: str, choices: Sequence[str]) -> int | None:
     Its answer segment is tried before the whole of it, and in each the letter before the text.
     """
     for text in (answer_segment(output), output):
-        found = answer_option(text, choices)
-        if found is not None:
-            return found
+        option = answer_option(text, choices)
+        if option is not None:
+            return option
     return None
 
 
 def answer_option(text: str, choices: Sequence[str]) -> int | None:
     """Return which option a text is, by its letter or else by its text; None if it is none."""
-    found = option_by_letter(text, len(choices))
-    return option_by_text(text, choices) if found is None else found
+    option = option_by_letter(text, len(choices))
+    return option_by_text(text, choices) if option is None else option
 
 
 def answer_segment(output: str) -> str:
     """Return what follows "answer" or "final answer" in the last line that has it, else the whole output."""
     for line in reversed(output.splitlines()):
-        found = _SEGMENT.search(line)
-        if found:
-            return found[1]
+        segment = _SEGMENT.search(line)
+        if segment:
+            return segment[1]
     return output
 
 
@@ -100,8 +100,8 @@ def option_by_letter(text: str, count: int) -> int | None:
     whole = _WHOLE_LETTER.fullmatch(text)
     named = list(_NAMED_LETTER.finditer(text))[-1:]
     bracketed = list(_BRACKETED_LETTER.finditer(text))[-1:] if len(text) <= _SHORT else []
-    for found in ([whole] if whole else []) + named + bracketed:
-        letter = next(group for group in found.groups() if group)
+    for match in ([whole] if whole else []) + named + bracketed:
+        letter = next(group for group in match.groups() if group)
         index = ord(letter.lower()) - ord("a")
         if index < count:
             return index

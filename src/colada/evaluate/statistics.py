@@ -187,5 +187,5 @@ def ratio_error(values: Sequence[float], sizes: Sequence[float]) -> float | None
     if count < 2:
         return None
     rate = sum(values) / size
-    residuals = sum((value - rate * own) ** 2 for value, own in zip(values, sizes, strict=True))
+    residuals = sum((value - rate * part) ** 2 for value, part in zip(values, sizes, strict=True))
     return math.sqrt(residuals * count / (count - 1)) / size

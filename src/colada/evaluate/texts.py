@@ -52,7 +52,7 @@ def read_texts(
     """
     parts = (part for where in files for path in find_files(where) for part in split_file(path))
     records = (record for part in parts for record in read_records(part, [field], 0.0))
-    found: list[Text] = []
+    texts: list[Text] = []
     blank = 0
     for record in records:
         text = text_of(record.values[0], field, record.origin)
@@ -63,14 +63,14 @@ def read_texts(
             raise ColadaError(
                 f"{record.origin}: a text of {len(text)} characters, expected at most {MOST_CHARACTERS}"
             )
-        found.append(Text(text, record.origin))
-        if len(found) == limit:
+        texts.append(Text(text, record.origin))
+        if len(texts) == limit:
             break
     if blank:
         say(f"left out: {blank} {'text' if blank == 1 else 'texts'} of nothing but white space")
-    if not found:
+    if not texts:
         raise ColadaError(f"{', '.join(map(str, files)) or 'no file'}: no text")
-    return found
+    return texts
 
 
 def check_lengths(prompt_tokens: Any, new_tokens: Any) -> None:

@@ -54,7 +54,7 @@ def overlap(samples: Iterable[Sequence[Sequence[Hashable]]], n: int = 2) -> floa
     Returns: the mean over all pairs of all prompts; None if no prompt has two samples.
     """
     shares = []
-    for own in samples:
-        for one, other in combinations([set(ngrams(sample, n)) for sample in own], 2):
+    for texts in samples:
+        for one, other in combinations([set(ngrams(sample, n)) for sample in texts], 2):
             shares.append(len(one & other) / max(1, len(one | other)))
     return sum(shares) / len(shares) if shares else None

@@ -109,12 +109,12 @@ def cola_bounds(
             if progress is not None:
                 progress(round(done), tokens)
 
-        found = measurement.terms(
+        rows_terms = measurement.terms(
             [(contexts[number], texts[number]) for number, _ in rows],
             [(*streams[number], sample) for number, sample in rows],
             advance,
         )
-        terms |= dict(zip(rows, found, strict=True))
+        terms |= dict(zip(rows, rows_terms, strict=True))
     bounds, parts = [], []
     for number in range(len(texts)):
         own = torch.stack([terms[number, sample] for sample in range(samples)])

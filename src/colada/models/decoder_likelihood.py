@@ -43,17 +43,17 @@ def decoder_likelihoods(
         contexts, texts: ids; contexts may be empty.
         streams: seed and number of each text, or a seed of its own, for a bound's masks.
     """
-    found: list[float] = []
+    values: list[float] = []
     for begin in range(0, len(texts), batch):
         some = slice(begin, begin + batch)
         if model.arch == "ar":
-            found += _exact(model, contexts[some], texts[some])
+            values += _exact(model, contexts[some], texts[some])
         else:
             drawn = [_masked(model, contexts[some], texts[some], streams[some], k) for k in range(samples)]
-            found += torch.stack(drawn).mean(0).tolist()
+            values += torch.stack(drawn).mean(0).tolist()
         if progress is not None:
-            progress(sum(map(len, texts[: len(found)])), sum(map(len, texts)))
-    return found
+            progress(sum(map(len, texts[: len(values)])), sum(map(len, texts)))
+    return values
 
 
 def _exact(

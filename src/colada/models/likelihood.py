@@ -97,10 +97,10 @@ def measure(
             raise ColadaError(f"text {number} has no tokens")
     sizes = [len(text.encode(errors="surrogatepass")) if isinstance(text, str) else 0 for text in texts]
     if isinstance(model, DecoderLM):
-        found = decoder_likelihoods(model, contexts, ids, streams, samples, batch, progress)
-        parts: list[dict[str, float]] = [{} for _ in found]
+        bounds = decoder_likelihoods(model, contexts, ids, streams, samples, batch, progress)
+        parts: list[dict[str, float]] = [{} for _ in bounds]
     elif isinstance(model, ColaDLM):
-        found, parts = cola_bounds(model, contexts, ids, streams, samples, at, steps, batch, progress)
+        bounds, parts = cola_bounds(model, contexts, ids, streams, samples, at, steps, batch, progress)
     else:
         raise ColadaError(f"{model.origin or 'the model'} ({model.arch}) has no likelihood")
-    return list(map(TextScore, map(len, ids), sizes, found, parts))
+    return list(map(TextScore, map(len, ids), sizes, bounds, parts))

@@ -25,7 +25,7 @@ def frontier_table(result: Mapping[str, Any], full: bool = False) -> Table:
     """
 
     def plain(name: str, factor: float = 1.0, form: str = ".3f") -> Callable[[Mapping[str, Any]], str]:
-        return lambda own: "–" if own.get(name) is None else format(factor * own[name], form)
+        return lambda point: "–" if point.get(name) is None else format(factor * point[name], form)
 
     columns = {
         "at most" if result["kind"] == "bound" else "perplexity": _perplexity,
@@ -45,16 +45,16 @@ def frontier_table(result: Mapping[str, Any], full: bool = False) -> Table:
             "tokens": plain("tokens", 1, ",d"),
         }
     table = Table(("", "s", *columns))
-    for own in (result["real"], *result["points"]):
-        guidance = own.get("settings", {}).get("guidance")
+    for point in (result["real"], *result["points"]):
+        guidance = point.get("settings", {}).get("guidance")
         shown = "–" if guidance is None else f"{guidance:g}"
-        table.row(own.get("model", "real text"), shown, *(column(own) for column in columns.values()))
+        table.row(point.get("model", "real text"), shown, *(column(point) for column in columns.values()))
     return table
 
 
-def _perplexity(own: Mapping[str, Any]) -> str:
-    error = own["standard_error"]
-    return f"{own['perplexity']:.2f}" + ("" if error is None else f" ± {error:.2f}")
+def _perplexity(point: Mapping[str, Any]) -> str:
+    error = point["standard_error"]
+    return f"{point['perplexity']:.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
 def draw_frontier(result: Mapping[str, Any]) -> Figure:
@@ -104,9 +104,9 @@ def write_frontier_page(path: Path, result: Mapping[str, Any], judge: str, facts
             draw_frontier(result), "frontier", "Numbers are guidance scales; bars are standard errors."
         )
     page.section("Texts", "The first of each.")
-    for own in (result["real"], *result["points"]):
-        guidance = own.get("settings", {}).get("guidance")
-        title = own.get("model", "real text") + ("" if guidance is None else f", guidance {guidance:g}")
-        texts = [(record["origin"], f"{record['prompt']}|{record['text']}") for record in own["records"]]
+    for point in (result["real"], *result["points"]):
+        guidance = point.get("settings", {}).get("guidance")
+        title = point.get("model", "real text") + ("" if guidance is None else f", guidance {guidance:g}")
+        texts = [(record["origin"], f"{record['prompt']}|{record['text']}") for record in point["records"]]
         page.texts(texts[:_EXAMPLES], fold=title)
     page.provenance(facts).write(path)

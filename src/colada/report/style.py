@@ -169,10 +169,10 @@ def draw_intervals(
         mark: what that is.
     """
     tops = [number * (len(series) + 1) for number in range(len(places))]
-    for row, own in enumerate(series):
+    for row, one in enumerate(series):
         points = [
             (value, low, high, top + row)
-            for top, interval in zip(tops, own.values, strict=True)
+            for top, interval in zip(tops, one.values, strict=True)
             if interval is not None
             for value, low, high in [interval]
         ]
@@ -183,9 +183,9 @@ def draw_intervals(
                 [max(0.0, value - low) for value, low, *_ in points],
                 [max(0.0, high - value) for value, _, high, _ in points],
             ],
-            label=own.name,
-            color=own.colour,
-            fmt=own.marker,
+            label=one.name,
+            color=one.colour,
+            fmt=one.marker,
             markersize=4,
             linewidth=1.6,
         )

@@ -96,9 +96,9 @@ class Curve(NamedTuple):
     @classmethod
     def of(cls, records: Sequence[Record], name: str, factor: float) -> Curve:
         """Return the curve of the records that have the number."""
-        own = [record for record in records if name in record]
-        values = [math.nan if record[name] is None else record[name] * factor for record in own]
-        return cls(np.array([record["step"] for record in own]), np.array(values, dtype=float))
+        points = [record for record in records if name in record]
+        values = [math.nan if record[name] is None else record[name] * factor for record in points]
+        return cls(np.array([record["step"] for record in points]), np.array(values, dtype=float))
 
     @property
     def finite(self) -> np.ndarray:
