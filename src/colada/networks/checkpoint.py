@@ -183,22 +183,19 @@ def _weight_files(folder: Path) -> dict[str, Path]:
 
 def check_one_save(directory: Path) -> None:
     """Raise ColadaError for networks that say that they were not saved together; other software's do not."""
-    saves = {part: _save_of(directory / part) for part in (DIT_DIR, VAE_DIR)}
-    if None not in saves.values() and len(set(saves.values())) > 1:
+    saves = {}
+    for part in (DIT_DIR, VAE_DIR):
+        index = directory / part / INDEX_FILE
+        if os.path.lexists(index):
+            metadata = read_json_object(index).get("metadata")
+        else:
+            with open_weights(directory / part / WEIGHTS_FILE) as handle:
+                metadata = handle.metadata()
+        if isinstance(metadata, dict) and metadata.get(_SAVE) is not None:
+            saves[part] = str(metadata[_SAVE])
+    if len(set(saves.values())) > 1:
         said = " and ".join(f"{part}/ is of save {save}" for part, save in saves.items())
         raise ColadaError(f"{directory} mixes two models: {said}; save or export it again")
-
-
-def _save_of(folder: Path) -> str | None:
-    """Return what a folder's weights say of the save they are of, None if nothing."""
-    index = folder / INDEX_FILE
-    if os.path.lexists(index):
-        metadata = read_json_object(index).get("metadata")
-    else:
-        with open_weights(folder / WEIGHTS_FILE) as handle:
-            metadata = handle.metadata()
-    save = metadata.get(_SAVE) if isinstance(metadata, dict) else None
-    return None if save is None else str(save)
 
 
 def _check_names(folder: Path, files: Mapping[str, Path], wanted: Mapping[str, Tensor]) -> None:
