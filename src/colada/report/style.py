@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colada.errors import ColadaError
+from colada.errors import ColadaError, reason
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +99,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path, metadata=metadata)
     except OSError as error:
-        raise ColadaError(f"cannot write to {path.parent}: {error.strerror or error}") from None
+        raise ColadaError(f"cannot write to {path.parent}: {reason(error)}") from None
 
 
 def inline_svg(figure: Figure, name: str) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from colada.errors import ColadaError
+from colada.errors import ColadaError, reason
 from colada.files import read_text
 from colada.flow import T
 from colada.report.page import Page
@@ -33,13 +34,7 @@ from colada.report.style import (
 from colada.report.table import Table
 from colada.strict_yaml import read_yaml
 from colada.train.checkpoints import RECIPE, find, read_state
-from colada.train.logs import (
-    METRICS_FILE,
-    NOT_MEASURED,
-    SAMPLES_FILE,
-    read_records,
-    read_samples,
-)
+from colada.train.logs import METRICS_FILE, NOT_MEASURED, SAMPLES_FILE, read_records, read_samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -206,15 +201,15 @@ def draw_plots(records: Sequence[Record]) -> dict[str, Figure]:
 
     A number that is in no record, or finite in none, has no plot.
     """
-    figures: dict[str, Figure] = {}
-    for name, quantity in _measured(records).items():
-        train, validation = _curves(records, name, quantity)
-        if len(train.finite) or len(validation.finite):
-            figures[name] = plot_curves(quantity, train, validation)
+    figures = {
+        name: plot_curves(quantity, train, validation)
+        for name, (quantity, train, validation) in _curves(records).items()
+        if len(train.finite) or len(validation.finite)
+    }
     binned = [record for record in records if any(value is not None for value in record.get(BY_T) or ())]
-    train_bins, validation_bins = _splits(binned)
-    if train_bins:
-        figures[BY_T] = plot_flow_by_t(train_bins, validation_bins)
+    train, validation = _splits(binned)
+    if train:
+        figures[BY_T] = plot_flow_by_t(train, validation)
     return figures
 
 
@@ -223,17 +218,17 @@ def _splits(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     return train, [record for record in records if record["split"] == "validation"]
 
 
-def _curves(records: Sequence[Record], name: str, quantity: Quantity) -> tuple[Curve, Curve]:
-    train, validation = (Curve.of(split, name, quantity.factor) for split in _splits(records))
-    return train, validation
-
-
-def _measured(records: Sequence[Record]) -> dict[str, Quantity]:
-    """Return the numbers of some records by name: the known ones in their order, then the others."""
+def _curves(records: Sequence[Record]) -> dict[str, tuple[Quantity, Curve, Curve]]:
+    """Return the curves of some records, by name: the known ones in their order, then the others."""
     items = (item for record in records for item in record.items())
     names = dict.fromkeys(name for name, value in items if name not in STATED and not isinstance(value, list))
-    known = {name: quantity for name, quantity in QUANTITIES.items() if name in names}
-    return known | {name: Quantity(name, name) for name in names if name not in QUANTITIES}
+    quantities = {name: quantity for name, quantity in QUANTITIES.items() if name in names}
+    quantities |= {name: Quantity(name, name) for name in names if name not in QUANTITIES}
+    train, validation = _splits(records)
+    return {
+        name: (quantity, Curve.of(train, name, quantity.factor), Curve.of(validation, name, quantity.factor))
+        for name, quantity in quantities.items()
+    }
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -259,7 +254,7 @@ def write_report(out: Path) -> Path:
     try:
         directory.mkdir(exist_ok=True)
     except OSError as error:
-        raise ColadaError(f"cannot write to {directory}: {error.strerror or error}") from None
+        raise ColadaError(f"cannot write to {directory}: {reason(error)}") from None
     with styled():
         for stage in dict.fromkeys(record["stage"] for record in records):
             _add_stage(page, stage, [record for record in records if record["stage"] == stage], directory)
@@ -269,6 +264,9 @@ def write_report(out: Path) -> Path:
         page.texts([(one.title, one.text) for one in samples if (one.stage, one.step) == (stage, step)])
     if (out / RECIPE).is_file():
         page.texts([("", read_text(out / RECIPE))], fold="Recipe")
+    checkpoint = find(out, "auto")
+    if checkpoint is not None:
+        page.provenance(read_state(checkpoint).get("made_with", {}))
     page.write(directory / REPORT_FILE)
     return directory / REPORT_FILE
 
@@ -276,33 +274,16 @@ def write_report(out: Path) -> Path:
 def _facts(records: Sequence[Record], out: Path) -> dict[str, str]:
     """Return what is true of the whole run: terms and values."""
     times = [record["time"] for record in records]
-    facts = {"Wall clock, first to last record": _duration(max(times) - min(times))}
+    clock = timedelta(seconds=round(max(times) - min(times)))
+    facts = {"Wall clock, first to last record": f"{clock} hours"}
     tokens = {record["stage"]: record["tokens"] for record in records if record.get("tokens") is not None}
     if tokens:
         facts["Tokens"] = f"{sum(tokens.values()):,.0f}"
     recipe = read_yaml(out / RECIPE) if (out / RECIPE).is_file() else {}
     if not isinstance(recipe, dict):
-        raise ColadaError(
-            f"{out / RECIPE} holds a {type(recipe).__name__}, expected sections such as 'data:'"
-        )
-    if "seed" in recipe:
-        facts["Seed"] = str(recipe["seed"])
-    checkpoint = find(out, "auto")
-    made_with = dict(read_state(checkpoint).get("made_with", {})) if checkpoint is not None else {}
-    for term in ("parameters", "device", "commit"):
-        if term in made_with:
-            facts[term.capitalize()] = str(made_with.pop(term))
-    if made_with:
-        facts["Versions"] = ", ".join(f"{package} {version}" for package, version in made_with.items())
-    return facts
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+        what = type(recipe).__name__
+        raise ColadaError(f"{out / RECIPE} holds a {what}, expected sections such as 'data:'")
+    return facts | ({"Seed": str(recipe["seed"])} if "seed" in recipe else {})
 
 
 def _add_stage(page: Page, stage: str, records: Sequence[Record], directory: Path) -> None:
@@ -312,8 +293,7 @@ def _add_stage(page: Page, stage: str, records: Sequence[Record], directory: Pat
     if skipped:
         said += f", {skipped[-1] or 'none'} of them skipped"
     table = Table(("", "unit", "train, first", "train, last tenth", "validation, last"), texts=2)
-    for name, quantity in _measured(records).items():
-        train, validation = _curves(records, name, quantity)
+    for quantity, train, validation in _curves(records).values():
         first = next(iter(train.finite), math.nan)
         values = map(_number, (first, train.last(0.1), validation.last()))
         table.row(quantity.title, quantity.unit, *values)
