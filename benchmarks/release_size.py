@@ -19,7 +19,7 @@ import typer
 
 from benchmarks.measure import peak_bytes
 from benchmarks.models import random_model, size_configs
-from colada.models.cola import load_cola
+from colada.models.load import load_cola
 
 CPU = torch.device("cpu")
 PROMPT = list(range(1000, 1020))

@@ -26,7 +26,7 @@ from colada.data.jsonl import read_lines
 from colada.data.listing import find_files
 from colada.data.sources import read_texts
 from colada.evaluate.variety import words
-from colada.models.cola import load_cola
+from colada.models.load import load_cola
 from colada.report.table import Table
 from colada.train.display import Display
 from colada.train.recipe import Recipe, load_recipe

@@ -20,7 +20,7 @@ from colada.data.rows import StreamRows
 from colada.data.shards import prepare
 from colada.data.sources import Source
 from colada.evaluate.variety import words
-from colada.models.cola import load_cola
+from colada.models.load import load_cola
 from colada.strict_yaml import parse_yaml
 from experiments.quality import (
     Trigrams,

@@ -12,8 +12,8 @@ from torch import Tensor
 from colada.errors import ColadaError
 from colada.generate.settings import Settings
 from colada.models.autoregressive import AutoregressiveLM
+from colada.networks.config import DecoderConfig, matched_config
 from colada.networks.decoder import Decoder
-from colada.networks.decoder_config import DecoderConfig, matched_config
 from colada.networks.packing import Layout
 
 PROMPTS = [[3, 1, 4, 1, 5], [], [9, 2], [6, 5, 3, 5, 8, 9, 7]]

@@ -51,9 +51,8 @@ from colada.generate.settings import TextRequest
 from colada.models import cola as model_module
 from colada.models.autoregressive import AutoregressiveLM
 from colada.models.cola import ColaDLM
-from colada.networks.config import DiTConfig, TextVAEConfig
+from colada.networks.config import DecoderConfig, DiTConfig, TextVAEConfig
 from colada.networks.decoder import Decoder
-from colada.networks.decoder_config import DecoderConfig
 from colada.networks.dit import DiT
 from colada.networks.packing import block_causal
 from colada.networks.vae import TextVAE

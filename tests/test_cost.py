@@ -14,9 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from colada.data.rows import Batch
 from colada.errors import ColadaError
 from colada.networks import layers
-from colada.networks.config import DiTConfig, TextVAEConfig
+from colada.networks.config import DecoderConfig, DiTConfig, TextVAEConfig
 from colada.networks.decoder import Decoder
-from colada.networks.decoder_config import DecoderConfig
 from colada.networks.dit import DiT
 from colada.networks.packing import block_causal, two_copy
 from colada.networks.vae import TextVAE

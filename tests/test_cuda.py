@@ -11,7 +11,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from colada.cli.parity import run_case
 from colada.data.rows import FILLING, Batch
-from colada.models.cola import load
+from colada.models.load import load
 from colada.networks import layers
 from colada.train.flow_matching import flow_errors
 from colada.train.losses import JointWeights, stage1_loss, stage2_joint_loss

@@ -22,7 +22,8 @@ from colada.generate.engine.passes import Modulation
 from colada.generate.engine.slots import room_of
 from colada.generate.noise import sample_noise
 from colada.generate.writer import Request
-from colada.models.cola import ColaDLM, load
+from colada.models.cola import ColaDLM
+from colada.models.load import load
 from colada.text.transcript import Chunk, GenerationError
 from helpers import Blocks, reference, request, tiny_model
 

@@ -31,10 +31,10 @@ from colada.locate import BUNDLED
 from colada.models import cola_likelihood as likelihood_room
 from colada.models.base import LanguageModel
 from colada.models.likelihood import measure
-from colada.models.load_decoder import MODELS
+from colada.models.load import MODELS
 from colada.networks import layers
+from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
-from colada.networks.decoder_config import DecoderConfig
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import Chunk, Completion
 from commands import main

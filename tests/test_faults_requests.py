@@ -38,8 +38,8 @@ from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
 from colada.models.likelihood import measure
 from colada.models.masked import MaskedLM
+from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
-from colada.networks.decoder_config import DecoderConfig
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import Chunk, Completion, GenerationError, Transcript
 from colada.train.recipe import load_recipe

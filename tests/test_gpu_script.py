@@ -17,7 +17,7 @@ from benchmarks import (
     gather,
     gpu,
 )
-from colada.models.cola import load
+from colada.models.load import load
 from colada.text.tokenizer import Tokenizer
 from colada.train.inputs import prepare_inputs
 from colada.train.recipe import load_recipe

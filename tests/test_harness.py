@@ -14,9 +14,9 @@ from colada.cli.main import app
 from colada.errors import ColadaError
 from colada.models.cola import ColaDLM
 from colada.models.likelihood import measure
-from colada.models.load_decoder import MODELS
+from colada.models.load import MODELS
+from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
-from colada.networks.decoder_config import DecoderConfig
 from helpers import tiny_model
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra eval)")

@@ -17,8 +17,8 @@ from colada.models.autoregressive import AutoregressiveLM
 from colada.models.base import LanguageModel
 from colada.models.likelihood import kind, measure
 from colada.models.masked import MaskedLM, transfers
+from colada.networks.config import DecoderConfig, matched_config
 from colada.networks.decoder import Decoder
-from colada.networks.decoder_config import DecoderConfig, matched_config
 from colada.networks.packing import Layout
 from colada.train.decoder_losses import MaskDraws, decoder_loss, draw_masks, first_tokens
 

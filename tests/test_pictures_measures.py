@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from colada.models.cola import load_cola
+from colada.models.load import load_cola
 from colada.pictures.codec import CodecConfig
 from experiments.pictures import measures
 from experiments.pictures.__main__ import main

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from colada.errors import ColadaError
-from colada.models.cola import load
+from colada.models.load import load
 from helpers import tiny_model
 
 needs_torchao = pytest.mark.skipif(

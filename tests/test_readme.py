@@ -16,8 +16,7 @@ import pytest
 import typer.main
 
 from colada.cli import main as cli
-from colada.networks.config import DiTConfig, TextVAEConfig
-from colada.networks.decoder_config import DecoderConfig
+from colada.networks.config import DecoderConfig, DiTConfig, TextVAEConfig
 from test_house import SHELVES
 
 ROOT = Path(__file__).parents[1]

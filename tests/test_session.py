@@ -16,9 +16,9 @@ from colada.generate.settings import Settings, TextRequest
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
 from colada.models.likelihood import measure
-from colada.models.load_decoder import MODELS
+from colada.models.load import MODELS
+from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
-from colada.networks.decoder_config import DecoderConfig
 from colada.text.transcript import Chunk
 from helpers import tiny_model
 

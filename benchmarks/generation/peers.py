@@ -18,8 +18,8 @@ from colada.generate.reference import BlockGenerator
 from colada.generate.settings import Settings
 from colada.models.autoregressive import AutoregressiveLM
 from colada.models.cola import ColaDLM
+from colada.networks.config import matched_config
 from colada.networks.decoder import Decoder
-from colada.networks.decoder_config import matched_config
 
 Prompts = Sequence[Sequence[int]]
 Write = Callable[[int, Sequence[int]], None]

@@ -82,7 +82,7 @@ def captions(
     markdown: Markdown = False,
 ) -> None:
     """Measure how well a model's Text VAE spells captions back, before it is made to draw them."""
-    from colada.models.cola import load_cola
+    from colada.models.load import load_cola
     from experiments.pictures.measures import captions_table
 
     show(captions_table(load_cola(model), count), markdown)

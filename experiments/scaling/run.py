@@ -22,7 +22,7 @@ from colada.evaluate.run import MAX_NEW_TOKENS, evaluate
 from colada.evaluate.statistics import judge
 from colada.evaluate.tasks import find_task
 from colada.files import write_text
-from colada.models.cola import KINDS, load
+from colada.models.load import KINDS, load
 from colada.train.checkpoints import RECIPE, disk_errors
 from colada.train.display import Display
 from colada.train.plan import Cost, plan_run, resolve

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from colada.errors import ColadaError
-    from colada.models.cola import ColaDLM, load
+    from colada.models.cola import ColaDLM
+    from colada.models.load import load
     from colada.networks.config import DiTConfig, TextVAEConfig
     from colada.networks.dit import DiT
     from colada.networks.vae import TextVAE
@@ -26,7 +27,7 @@ _HOMES = {
     "DiTConfig": "colada.networks.config",
     "TextVAE": "colada.networks.vae",
     "TextVAEConfig": "colada.networks.config",
-    "load": "colada.models.cola",
+    "load": "colada.models.load",
 }
 
 

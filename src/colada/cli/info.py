@@ -17,10 +17,9 @@ from colada.device import unallocated
 from colada.files import read_json_object
 from colada.generate.settings import RELEASED_SETTINGS
 from colada.locate import BUNDLED, DECODER_DIR, DIT_DIR, GENERATION_FILE, VAE_DIR, find_tokenizer, locate
-from colada.models.load_decoder import MODELS, read_decoder_config
+from colada.models.load import MODELS, read_decoder_config
 from colada.networks.checkpoint import open_weights, read_configs
-from colada.networks.config import DiTConfig, NetworkConfig, TextVAEConfig
-from colada.networks.decoder_config import DecoderConfig
+from colada.networks.config import DecoderConfig, DiTConfig, NetworkConfig, TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.text.tokenizer import Tokenizer

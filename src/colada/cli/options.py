@@ -119,7 +119,8 @@ def load_model(
         import torch
 
         from colada.device import find_device
-        from colada.models.cola import ColaDLM, load
+        from colada.models.cola import ColaDLM
+        from colada.models.load import load
 
         kind = getattr(torch, dtype) if dtype is not None else None
         network = load(model, revision=revision, device=find_device(device), dtype=kind)

@@ -24,8 +24,8 @@ from colada.errors import ColadaError
 from colada.evaluate.texts import require_tokenizer
 from colada.generate.settings import Settings, TextRequest, check_settings
 from colada.models.base import LanguageModel
-from colada.models.cola import load
 from colada.models.likelihood import bound_settings, kind, measure
+from colada.models.load import load
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import Completion
 from colada.train.provenance import provenance

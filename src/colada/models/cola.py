@@ -1,4 +1,4 @@
-"""``ColaDLM``: the two networks and their tokenizer as one model, and :func:`load`."""
+"""``ColaDLM``: the two networks and their tokenizer as one model."""
 
 from __future__ import annotations
 
@@ -21,16 +21,9 @@ from colada.generate.reference import TransportStep, encode
 from colada.generate.session import Session
 from colada.generate.settings import RELEASED_SETTINGS, Prompt, RequestSettings, Settings
 from colada.generate.writer import Request
-from colada.locate import (
-    BUNDLED,
-    DECODER_DIR,
-    DIT_DIR,
-    VAE_DIR,
-    locate,
-)
+from colada.locate import DIT_DIR, VAE_DIR
 from colada.models.base import LanguageModel, require_kind
-from colada.models.load_decoder import MODELS, load_decoder
-from colada.networks.checkpoint import check_one_save, read_dit, read_parts, read_vae, write_model
+from colada.networks.checkpoint import write_model
 from colada.networks.config import check_pair
 from colada.networks.dit import DiT
 from colada.networks.quantise import quantise
@@ -304,70 +297,3 @@ class ColaDLM(LanguageModel):
             widths = ENCODER_ACTIVATIONS * (config.dim + config.ffn_dim)
             size = len(ids) * widths * self.vae.encoder.wte.weight.element_size()
             require_memory(size, self.device, f"a prompt of {len(ids)} tokens")
-
-
-KINDS: dict[str, type[LanguageModel]] = {"cola": ColaDLM, **MODELS}
-"""By architecture."""
-
-
-def load(
-    where: str | Path | None = None,
-    *,
-    revision: str | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-) -> LanguageModel:
-    """Load a model of any architecture; see :func:`load_cola` for the arguments.
-
-    Returns: a :class:`ColaDLM`, or what is in the directory of a baseline.
-
-    Raises:
-        ColadaError: if the model cannot be found, read or is inconsistent.
-    """
-    check_dtype(dtype)
-    place = find_device(device)
-    if where is not None:
-        directory = locate(where, revision)
-        if (directory / DECODER_DIR).is_dir():
-            with plain_torch(inference=False):
-                return load_decoder(directory, str(where), device=place, dtype=dtype)
-    return load_cola(where, revision=revision, device=place, dtype=dtype)
-
-
-def load_cola(
-    where: str | Path | None = None,
-    *,
-    revision: str | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-) -> ColaDLM:
-    """Load a Cola DLM.
-
-    Args:
-        where: nothing for the bundled model, a directory in the released format, or a hub
-            repository id (downloaded on first use).
-        revision: branch, tag or commit of a hub repository.
-        device: where to put the networks.
-        dtype: convert the weights; by default they keep the file's type, except the bundled
-            model's, which are stored in bfloat16 to be small and computed in float32.
-            Weights of the wanted type are mapped from the file, not copied.
-
-    Raises:
-        ColadaError: if the model cannot be found, read or is inconsistent.
-    """
-    if where is None and not BUNDLED.is_dir():
-        raise ColadaError("this installation has no bundled model: give a directory or a hub id")
-    check_dtype(dtype)
-    place = find_device(device)
-    if where is None and dtype is None:
-        dtype = torch.float32
-    directory = locate(BUNDLED if where is None else where, revision)
-    with plain_torch(inference=False):
-        vae, dit = read_vae(directory, dtype, place), read_dit(directory, dtype, place)
-    check_one_save(directory)
-    return ColaDLM(
-        vae,
-        dit,
-        origin="bundled" if where is None else str(where),
-        **read_parts(directory),
-    )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colada.networks.decoder_config import DecoderConfig
+from colada.networks.config import DecoderConfig
 from colada.networks.layers import Pass, Shared, kept_frequencies, rotary_table, rotate_half_split
 from colada.networks.packing import Layout
 

@@ -131,7 +131,7 @@ def open_served(
     import torch
 
     from colada.locate import BUNDLED, locate
-    from colada.models.cola import load
+    from colada.models.load import load
 
     wanted = None if dtype is None else getattr(torch, dtype)
     model: Any = load(where, revision=revision, device=device, dtype=wanted)

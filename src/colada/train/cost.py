@@ -33,9 +33,8 @@ from torch import nn
 
 from colada.device import unallocated
 from colada.errors import ColadaError
-from colada.networks.config import DiTConfig, TextVAEConfig
+from colada.networks.config import DecoderConfig, DiTConfig, TextVAEConfig
 from colada.networks.decoder import Decoder
-from colada.networks.decoder_config import DecoderConfig
 from colada.networks.dit import AdaLN, DiT
 from colada.networks.vae import TextVAE
 from colada.train.kinds import StageSection

@@ -11,7 +11,7 @@ from colada.data.rows import Batch
 from colada.errors import ColadaError
 from colada.models.base import LanguageModel
 from colada.models.decoder import DecoderLM
-from colada.models.load_decoder import MODELS
+from colada.models.load import MODELS
 from colada.networks.decoder import Decoder
 from colada.text.tokenizer import Tokenizer
 from colada.train.cost import Phase, Placement, decoder_phase

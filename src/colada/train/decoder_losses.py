@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colada.data.rows import FILLING, Batch
+from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
-from colada.networks.decoder_config import DecoderConfig
 from colada.train.losses import Loss
 from colada.train.noise import Counts
 

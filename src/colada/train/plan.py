@@ -13,11 +13,9 @@ from colada.device import memory_of
 from colada.errors import ColadaError
 from colada.locate import DECODER_DIR, locate
 from colada.models.base import ARCHITECTURES
-from colada.models.cola import KINDS
-from colada.models.load_decoder import read_decoder_config
+from colada.models.load import KINDS, read_decoder_config
 from colada.networks.checkpoint import read_configs
-from colada.networks.config import DiTConfig, NetworkConfig, TextVAEConfig
-from colada.networks.decoder_config import DecoderConfig, matched_config
+from colada.networks.config import DecoderConfig, DiTConfig, NetworkConfig, TextVAEConfig, matched_config
 from colada.train.cost import Phase, Placement, parameter_counts, scaled
 from colada.train.environment import ranks_here
 from colada.train.kinds import DecoderSection, StageSection

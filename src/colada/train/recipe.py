@@ -20,8 +20,7 @@ from colada.data.sources import Section, Source
 from colada.errors import ColadaError, nearest
 from colada.files import write_text
 from colada.generate.settings import check_settings
-from colada.networks.config import DiTConfig, TextVAEConfig, check_pair
-from colada.networks.decoder_config import DecoderConfig
+from colada.networks.config import DecoderConfig, DiTConfig, TextVAEConfig, check_pair
 from colada.strict_yaml import dump_yaml, parse_yaml, read_yaml
 from colada.train.kinds import KINDS, AnyStage, DecoderSection, PriorSection, StageSection, TextVAESection
 from colada.train.sections import DataSection, ModelSection, RunSection, TokenizerSection

@@ -16,7 +16,7 @@ from colada.data.rows import Batch
 from colada.device import unallocated
 from colada.errors import ColadaError
 from colada.models.base import LanguageModel
-from colada.models.cola import load
+from colada.models.load import load
 from colada.networks.config import NetworkConfig
 from colada.networks.decoder import Decoder
 from colada.networks.dit import DiT

@@ -35,7 +35,7 @@ from colada.device import keep_freed_memory
 from colada.errors import ColadaError
 from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.models.base import LanguageModel
-from colada.models.cola import load
+from colada.models.load import load
 from colada.networks.checkpoint import check_replaceable
 from colada.text.tokenizer import Tokenizer
 from colada.train.checkpoints import (
