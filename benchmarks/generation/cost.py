@@ -18,12 +18,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from benchmarks.machine import Rates
-from colada.device import unallocated
 from colada.errors import ColadaError
 from colada.networks.config import DiTConfig, TextVAEConfig
-from colada.networks.dit import AdaLN, DiT
-from colada.networks.vae import TextVAE
-from colada.train.cost import block_causal_pairs, matrix_entries
+from colada.train.cost import adaln_entries, block_causal_pairs, matrix_entries, networks
 
 
 @dataclass(frozen=True)
@@ -110,11 +107,9 @@ def stacks(vae: TextVAEConfig, dit: DiTConfig) -> tuple[Stack, Stack, Stack, int
 
     These two are in no stack, and neither is AdaLN, which is a table.
     """
-    with unallocated():
-        text, prior = TextVAE(vae), DiT(dit)
+    text, prior = networks(vae, dit)
     head, output = matrix_entries(text.decoder.final_layer), matrix_entries(prior.txt_out)
-    tables = [prior.txt_out_ada, prior.emb_in, *(m for m in prior.modules() if isinstance(m, AdaLN))]
-    layers = matrix_entries(prior) - output - sum(map(matrix_entries, tables))
+    layers = matrix_entries(prior) - output - adaln_entries(prior)
     return (
         Stack(matrix_entries(text.encoder), vae.encoder_num_blocks, vae.dim),
         Stack(matrix_entries(text.decoder) - head, vae.decoder_num_blocks, vae.dim),

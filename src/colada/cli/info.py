@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from colada.device import unallocated
 from colada.files import read_json_object
 from colada.generate.settings import RELEASED_SETTINGS
 from colada.locate import BUNDLED, DECODER_DIR, DIT_DIR, GENERATION_FILE, VAE_DIR, find_tokenizer, locate
@@ -23,6 +22,7 @@ from colada.networks.config import DecoderConfig, DiTConfig, NetworkConfig, Text
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.text.tokenizer import Tokenizer
+from colada.train.cost import networks
 
 PARTS = {
     "Text VAE encoder": r"vae\.encoder\.",
@@ -133,8 +133,7 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> Mo
     else:
         vae, dit = read_configs(directory)
         configs, defaults, history = {VAE_DIR: vae, DIT_DIR: dit}, RELEASED_SETTINGS, history_values(vae, dit)
-        with unallocated():
-            parameters = count_parameters(TextVAE(vae), DiT(dit))
+        parameters = count_parameters(*networks(vae, dit))
     settings, tokenizer = directory / GENERATION_FILE, find_tokenizer(directory)
     inside = (file for folder in configs for file in (directory / folder).iterdir())
     files = sorted([*directory.glob("*.json"), *directory.glob("*.jinja"), *inside])

@@ -208,9 +208,9 @@ def cost(
             print(f"{path}: {error} (counted from the recipe alone)", file=sys.stderr)
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from colada.models.base import ARCHITECTURES, find_archs
+    from colada.report.table import Table
     from colada.train.cost import scaled
     from colada.train.plan import plan_run
 
@@ -223,18 +223,14 @@ def cost(
     if as_json:
         print(json.dumps([{"recipe": str(path), **own.to_dict()} for path, own in costs], indent=2))
         return
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("Recipe, model", no_wrap=True)
-    for column in ("Parameters", "Tokens", "FLOPs", "6 N D"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = Table(("Recipe, model", "Parameters", "Tokens", "FLOPs", "6 N D"))
     for path, own in costs:
         flops, narrow = scaled(own.total_flops, "FLOP"), scaled(own.narrow_flops, "FLOP")
         model = f"{escape(path.stem)}, {ARCHITECTURES[own.arch]}"
-        table.add_row(model, f"{own.total_parameters:,}", f"{own.tokens:,}", flops, narrow)
+        table.row(model, f"{own.total_parameters:,}", f"{own.tokens:,}", flops, narrow)
         for part, value in own.flops.items():
-            share = 100 * value / own.total_flops
-            table.add_row(f"[dim]  {part}[/dim]", "", "", f"[dim]{share:.1f}%[/dim]", "")
-    Console(highlight=False).print(table)
+            table.row(f"[dim]  {part}[/dim]", "", "", f"[dim]{100 * value / own.total_flops:.1f}%[/dim]", "")
+    table.print(Console(highlight=False))
 
 
 @contextmanager

@@ -175,16 +175,12 @@ class Checkpoints:
             self._finished.set()
 
     def _prune(self) -> None:
-        for place in self.places()[: -self.keep_last]:
+        for place in places(self.directory)[: -self.keep_last]:
             if not self.keep_every or place.step % self.keep_every:
                 # Under another name first: what is listed is whole.
                 os.rename(self.directory / place.name, self.directory / f".{place.name}.pruned")
         for gone in self.directory.glob(".*.pruned"):
             shutil.rmtree(gone)
-
-    def places(self) -> list[Place]:
-        """Return where there are complete checkpoints, see :func:`places`."""
-        return places(self.directory)
 
 
 def places(directory: Path) -> list[Place]:

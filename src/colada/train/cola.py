@@ -79,7 +79,6 @@ class ColaStage(Stage):
         return vae
 
     def count(self, rows: Batch, draws: Draws) -> Counts:
-        """Return a batch's share in the counts of its step."""
         return count(rows, draws, self.vae.config)
 
     @classmethod
@@ -91,7 +90,6 @@ class ColaStage(Stage):
     def phases(
         cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
     ) -> list[Phase]:
-        """Return what the steps of a stage of this kind compute and need."""
         vae, dit = configs["vae"], configs["dit"]
         works = cls.works(recipe, name, vae)
         return [cola_phase(title, steps, vae, dit, work, placement) for title, steps, work in works]
@@ -105,19 +103,16 @@ class TextVAEStage(ColaStage):
     section: TextVAESection
 
     def draw(self, rows: Sequence[int]) -> Draws:
-        """Return what the loss of rows with these numbers draws; B is their number."""
         weights = _vae_weights(self.section, self.vae.config)
         return draw_randomness(self.generators(rows), self.vae.config, self.section.length, weights)
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
-        """Return the loss of rows in a step, with the networks that learn or their average."""
         vae = networks["vae"]
         assert isinstance(vae, TextVAE)
         return stage1_loss(vae, rows, draws, _vae_weights(self.section, vae.config), counts)
 
     @classmethod
     def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
-        """Return what the steps do, all the same."""
         section = recipe.stages[name]
         assert isinstance(section, TextVAESection)
         work = Work("vae", section.batch, section.length, masked=section.mask > 0)
@@ -131,13 +126,11 @@ class PriorStage(ColaStage):
     section: PriorSection
 
     def draw(self, rows: Sequence[int]) -> Draws:
-        """Return what the loss of rows with these numbers draws; B is their number."""
         config, flow = self.vae.config, flow_settings(self.section, self.vae.config.latent_dim)
         generators = self.generators(rows)
         return draw_randomness(generators, config, self.section.length, VAEWeights(), flow, masked=False)
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
-        """Return the loss of rows in a step, with the networks that learn or their average."""
         dit = networks["dit"]
         assert isinstance(dit, DiT)
         weights = VAEWeights(log_snr=self.vae.config.log_snr)
@@ -148,7 +141,6 @@ class PriorStage(ColaStage):
 
     @classmethod
     def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
-        """Return what the steps do, all the same."""
         section = recipe.stages[name]
         assert isinstance(section, FlowTerms)
         return [(name, section.steps, _prior_work(recipe, section, section, vae, "dit", masked=False))]
@@ -162,17 +154,14 @@ class JointStage(ColaStage):
     section: JointSection
 
     def rate(self, network: str) -> float:
-        """Return the highest learning rate of a network."""
         return self.section.lr * (self.section.vae_lr if network == "vae" else 1.0)
 
     def draw(self, rows: Sequence[int]) -> Draws:
-        """Return what the loss of rows with these numbers draws; B is their number."""
         config, flow = self.vae.config, flow_settings(self.section, self.vae.config.latent_dim)
         weights = _vae_weights(self.section, config)
         return draw_randomness(self.generators(rows), config, self.section.length, weights, flow)
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
-        """Return the loss of rows in a step, with the networks that learn or their average."""
         vae, dit, reference = networks["vae"], networks["dit"], self.frozen["reference"]
         assert isinstance(vae, TextVAE)
         assert isinstance(dit, DiT)

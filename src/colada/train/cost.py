@@ -14,7 +14,7 @@ Rows count as full and as one sample each; with several samples a row, which do 
 the attention terms are upper bounds. MFU = useful FLOPs per second / (ranks * peak FLOPs per second).
 
 Counted by :func:`training_flops`, :func:`memory_per_rank` (Cola DLM), :func:`decoder_flops` and
-:func:`decoder_memory` (a baseline), from :func:`parameter_counts`, :func:`matrix_entries`,
+:func:`decoder_memory` (a baseline), from :func:`networks`, :func:`matrix_entries`, :func:`adaln_entries`,
 :func:`block_causal_pairs` and :func:`two_copy_pairs`; measured against :func:`peak_flops` by :func:`mfu`, and
 shown by :func:`scaled`. What a whole run costs is in :mod:`colada.train.plan`.
 """
@@ -26,7 +26,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -37,7 +37,9 @@ from colada.networks.config import DecoderConfig, DiTConfig, TextVAEConfig
 from colada.networks.decoder import Decoder
 from colada.networks.dit import AdaLN, DiT
 from colada.networks.vae import TextVAE
-from colada.train.kinds import StageSection
+
+if TYPE_CHECKING:  # It needs what only training does.
+    from colada.train.kinds import StageSection
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,6 @@ class Work:
         prefixes: share of the rows encoded once more, for clean prefixes inside blocks.
         per_block: a timestep for each block of each noisy copy, else one for each copy.
         guesses: share of steps in which the DiT first guesses z0 for itself.
-
-    Raises:
-        ColadaError: for values that no step can have.
     """
 
     learns: Literal["vae", "dit", "both"]
@@ -66,16 +65,6 @@ class Work:
     prefixes: float = 0.0
     per_block: bool = True
     guesses: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "length", "copies"):
-            if getattr(self, name) < 1:
-                raise ColadaError(f"work: {name}={getattr(self, name)!r}, expected a positive number")
-        if self.learns not in ("vae", "dit", "both"):
-            raise ColadaError(f"work: learns={self.learns!r}, expected 'vae', 'dit' or 'both'")
-        for name in ("prefixes", "guesses"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ColadaError(f"work: {name}={getattr(self, name)!r}, expected a share between 0 and 1")
 
     @property
     def vae_learns(self) -> bool:
@@ -103,8 +92,8 @@ class Work:
 
 
 @lru_cache(maxsize=4)
-def _networks(vae: TextVAEConfig, dit: DiTConfig) -> tuple[TextVAE, DiT]:
-    """Both networks without memory."""
+def networks(vae: TextVAEConfig, dit: DiTConfig) -> tuple[TextVAE, DiT]:
+    """Return both networks, without memory."""
     with unallocated():
         return TextVAE(vae), DiT(dit)
 
@@ -122,7 +111,7 @@ def _count(module: nn.Module) -> int:
 
 def parameter_counts(vae: TextVAEConfig, dit: DiTConfig) -> dict[str, int]:
     """Return the parameters of each network, which are not allocated."""
-    text, prior = _networks(vae, dit)
+    text, prior = networks(vae, dit)
     return {"Text VAE": _count(text), "DiT": _count(prior)}
 
 
@@ -169,7 +158,7 @@ def training_flops(vae: TextVAEConfig, dit: DiTConfig, work: Work) -> dict[str, 
     Raises:
         ColadaError: if a row is not a whole number of blocks.
     """
-    text, prior = _networks(vae, dit)
+    text, prior = networks(vae, dit)
     blocks = work.blocks(vae)
     latents = blocks * vae.block_size
     attention = 4 * vae.dim * block_causal_pairs(blocks, vae.block_size)
@@ -191,11 +180,11 @@ def training_flops(vae: TextVAEConfig, dit: DiTConfig, work: Work) -> dict[str, 
         parts["prefixes"] = work.prefixes * encoder
     size = dit.block_size // dit.patch_size
     pairs = two_copy_pairs(blocks, size, work.copies)
-    adaln_entries = _adaln_matrices(prior)
-    products = 2 * _dit_positions(dit, work, blocks) * (matrix_entries(prior) - adaln_entries)
+    timestep_entries = adaln_entries(prior)
+    products = 2 * _dit_positions(dit, work, blocks) * (matrix_entries(prior) - timestep_entries)
     parts["DiT"] = 3 * work.rows * (products + 4 * dit.num_layers * dit.heads * dit.head_dim * pairs)
     timesteps = work.rows * work.copies * (blocks if work.per_block else 1) + (blocks > 1)
-    parts["AdaLN"] = 3 * 2 * timesteps * adaln_entries
+    parts["AdaLN"] = 3 * 2 * timesteps * timestep_entries
     if work.guesses:
         parts["first guesses"] = work.guesses * (parts["DiT"] + parts["AdaLN"]) / 3
     return parts
@@ -206,7 +195,8 @@ def _dit_positions(dit: DiTConfig, work: Work, blocks: int) -> int:
     return (blocks - 1 + work.copies * blocks) * (dit.block_size // dit.patch_size)
 
 
-def _adaln_matrices(prior: DiT) -> int:
+def adaln_entries(prior: DiT) -> int:
+    """Return the entries of the matrices that only a timestep is multiplied by."""
     blocks = sum(matrix_entries(module) for module in prior.modules() if isinstance(module, AdaLN))
     return blocks + matrix_entries(prior.txt_out_ada) + matrix_entries(prior.emb_in)
 
@@ -261,7 +251,7 @@ def memory_per_rank(vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: P
     Raises:
         ColadaError: if a row is not a whole number of blocks.
     """
-    text, prior = _networks(vae, dit)
+    text, prior = networks(vae, dit)
     trained: list[nn.Module] = [text] * work.vae_learns + [prior] * work.dit_learns
     parts = state_bytes(trained, placement)
     if work.dit_learns:

@@ -72,11 +72,9 @@ class DecoderStage(Stage):
         return draw_masks(self.generators(rows), self.section.length, self.section.random_length)
 
     def count(self, rows: Batch, draws: MaskDraws) -> Counts:
-        """Return a batch's share in the counts of its step."""
         return count(rows, draws)
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, draws: MaskDraws, counts: Counts, step: int) -> Loss:
-        """Return the loss of rows in a step, with the network that learns or its average."""
         decoder = networks["decoder"]
         assert isinstance(decoder, Decoder)
         return decoder_loss(decoder, rows, draws, counts)
@@ -85,5 +83,4 @@ class DecoderStage(Stage):
     def phases(
         cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
     ) -> list[Phase]:
-        """Return what the steps of the stage compute and need."""
         return [decoder_phase(configs["decoder"], name, recipe.stages[name], placement)]

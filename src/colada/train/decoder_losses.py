@@ -12,8 +12,8 @@ the whole step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,11 @@ from colada.data.rows import FILLING, Batch
 from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
 from colada.train.losses import Loss
-from colada.train.noise import Counts
+from colada.train.noise import Counts, Drawn
 
 
 @dataclass(frozen=True)
-class MaskDraws:
+class MaskDraws(Drawn):
     """Everything random in the loss of a LLaDA batch; an AR one has nothing random.
 
     Attributes:
@@ -39,19 +39,6 @@ class MaskDraws:
     share: Tensor | None = None
     order: Tensor | None = None
     length: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> MaskDraws:
-        """Return the draws with a function applied to each."""
-        there = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
-        return MaskDraws(**{name: function(x) for name, x in there.items()})
-
-    def to(self, device: torch.device) -> MaskDraws:
-        """Return the draws on a device."""
-        return self.map(lambda x: x.to(device, non_blocking=True))
-
-    def rows(self, begin: int, end: int) -> MaskDraws:
-        """Return the draws of some rows, for a micro-batch."""
-        return self.map(lambda x: x[begin:end])
 
 
 def draw_masks(generators: Sequence[torch.Generator], length: int, random_length: float) -> MaskDraws:

@@ -8,7 +8,8 @@ it is in nor on the device. B rows of L tokens are (B, M, C) latents, M = L / pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class VAEWeights:
     """Weights of the Text VAE's terms.
 
     Attributes:
-        beta: weight of KL(q || N(0, I)) in stage 1, of E log q in stage 2.
+        beta: weight of KL(q || N(0, I)) where the Text VAE learns alone, of E log q in joint training.
         mask: lambda_mask.
         mask_ratio: share of encoder input tokens replaced by the mask id.
         log_snr: fix log(E mu^2 / E sigma^2) of each latent to this; None learns it.
@@ -62,14 +63,32 @@ class FlowSettings:
 
 
 @dataclass(frozen=True)
-class Draws:
+class Drawn:
+    """Tensors (B, ...), or None, that belong to the rows of a batch."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return them with a function applied to each."""
+        there = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        return replace(self, **{name: function(x) for name, x in there.items()})
+
+    def to(self, device: torch.device) -> Self:
+        """Return them on a device."""
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+    def rows(self, begin: int, end: int) -> Self:
+        """Return those of some rows, for a micro-batch."""
+        return self.map(lambda x: x[begin:end])
+
+
+@dataclass(frozen=True)
+class Draws(Drawn):
     """Everything random in the loss of a batch; K is the number of noisy copies.
 
     Attributes:
         posterior: (B, M, C), standard normal noise of z0 ~ q.
         masked: bool (B, L), encoder input tokens that L_mask hides; None without that term.
         masked_posterior: (B, M, C), noise of that stream.
-        timestep: (B, K, M) in 0..1000, constant within a block; None in stage 1.
+        timestep: (B, K, M) in 0..1000, constant within a block; None where no DiT learns.
         noise: (B, K, M, C), z1.
         prefix: bool (B, M), latents that stay clean at the beginning of a block.
         alone: bool (B, K, M / block_size), noisy blocks that lose sight of all clean cells; None without
@@ -83,19 +102,6 @@ class Draws:
     noise: Tensor | None = None
     prefix: Tensor | None = None
     alone: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Draws:
-        """Return the draws with a function applied to each."""
-        there = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
-        return Draws(**{name: function(x) for name, x in there.items()})
-
-    def to(self, device: torch.device) -> Draws:
-        """Return the draws on a device."""
-        return self.map(lambda x: x.to(device, non_blocking=True))
-
-    def rows(self, begin: int, end: int) -> Draws:
-        """Return the draws of some rows, for a micro-batch."""
-        return self.map(lambda x: x[begin:end])
 
 
 def draw_randomness(
@@ -113,7 +119,7 @@ def draw_randomness(
     Args:
         generators: one a row.
         length: tokens a row.
-        flow: for stage 2; None draws for stage 1.
+        flow: for a DiT that learns; None draws for the Text VAE alone.
         masked: draw for L_mask too, if it has a weight.
     """
     latents, block = length // config.patch_size, config.block_size

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from colada.networks.vae import TextVAE
 from colada.train.cost import Phase, Placement
 from colada.train.kinds import StageSection
 from colada.train.losses import Loss
-from colada.train.noise import Counts
+from colada.train.noise import Counts, Drawn
 from colada.train.optimisation import make_optimisers
 from colada.train.parallel import compile_blocks, fill, recompute
 from colada.train.recipe import Recipe
@@ -162,16 +162,6 @@ class System(ABC):
         }
 
 
-class Draws(Protocol):
-    """Everything random in the loss of a batch."""
-
-    def to(self, device: torch.device) -> Draws:
-        """Return the draws on a device."""
-
-    def rows(self, begin: int, end: int) -> Draws:
-        """Return the draws of some rows, for a micro-batch."""
-
-
 class Stage(ABC):
     """A stage of a run; a kind of training is a subclass, named by its section of :mod:`colada.train.kinds`.
 
@@ -221,7 +211,7 @@ class Stage(ABC):
         return [row_generator(self.recipe.seed, self.number, row) for row in rows]
 
     @abstractmethod
-    def draw(self, rows: Sequence[int]) -> Draws:
+    def draw(self, rows: Sequence[int]) -> Drawn:
         """Return what the loss of rows with these numbers draws; B is their number."""
 
     @abstractmethod

@@ -53,7 +53,7 @@ from colada.train.inputs import chat_template, make_tokenizer, prepare_inputs
 from colada.train.logs import Monitors, Point, make_monitors
 from colada.train.losses import readable
 from colada.train.meter import Meter
-from colada.train.noise import Counts
+from colada.train.noise import Counts, Drawn
 from colada.train.optimisation import average_weights, learning_rate, set_learning_rate
 from colada.train.parallel import Ranks, allocate, lay_out, run_device
 from colada.train.plan import Plan, check_memory, plan_run, planned, resolve
@@ -62,7 +62,7 @@ from colada.train.provenance import provenance
 from colada.train.recipe import Recipe, commented, difference, load_recipe, save_recipe
 from colada.train.samples import samples
 from colada.train.signals import graceful_stop
-from colada.train.stages import Draws, Stage, make_stage, modes_kept
+from colada.train.stages import Stage, make_stage, modes_kept
 
 MODEL = "model"
 VALIDATION_ROW = 2**40  # Noise for validation: rows that no training run reaches.
@@ -336,11 +336,11 @@ class Trainer:
         average.module.load_state_dict(stage.networks.state_dict())
         return average
 
-    def _ahead(self, stage: Stage, rows: Rows, start: int) -> Iterator[tuple[int, tuple[Batch, Draws]]]:
+    def _ahead(self, stage: Stage, rows: Rows, start: int) -> Iterator[tuple[int, tuple[Batch, Drawn]]]:
         """Yield each step with this rank's rows and draws, made while the step before computes."""
         size = stage.section.batch
 
-        def make(step: int) -> tuple[Batch, Draws]:
+        def make(step: int) -> tuple[Batch, Drawn]:
             numbers = [step * size + i for i in self.ranks.share(size)]
             return batch(rows, numbers), stage.draw(numbers)
 
@@ -352,14 +352,14 @@ class Trainer:
                     coming = worker.submit(make, step + 1)
                 yield step, ready
 
-    def _passes(self, stage: Stage, own: Batch, draws: Draws) -> Iterator[tuple[Batch, Draws]]:
+    def _passes(self, stage: Stage, own: Batch, draws: Drawn) -> Iterator[tuple[Batch, Drawn]]:
         """Yield the micro-batches of a step on the device."""
         size = stage.section.micro_batch or len(own)
         for begin in range(0, len(own), size):
             end = min(begin + size, len(own))
             yield own.rows(begin, end).to(self.device), draws.rows(begin, end).to(self.device)
 
-    def _counts(self, stage: Stage, own: Batch, draws: Draws) -> Counts:
+    def _counts(self, stage: Stage, own: Batch, draws: Drawn) -> Counts:
         """Return the counts of the whole step, over all ranks."""
         counts = stage.count(own, draws)
         values = self.ranks.sum(
@@ -368,7 +368,7 @@ class Trainer:
         return Counts(*(max(1.0, value) for value in values.tolist()))
 
     def _step(
-        self, stage: Stage, step: int, own: Batch, draws: Draws
+        self, stage: Stage, step: int, own: Batch, draws: Drawn
     ) -> tuple[dict[str, Tensor], float | None]:
         """Take one optimiser step.
 
