@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table as Grid
+from rich.text import Text
 
 
 @dataclass
@@ -26,9 +27,9 @@ class Table:
         """Print the table, without rules or borders."""
         grid = Grid(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
         for number, title in enumerate(self.titles):
-            grid.add_column(title, justify="left" if number < self.texts else "right", no_wrap=True)
+            grid.add_column(Text(title), justify="left" if number < self.texts else "right", no_wrap=True)
         for row in self.rows:
-            grid.add_row(*row)
+            grid.add_row(*map(Text, row))  # As it is: what stands in square brackets is no style.
         console.print(grid)
 
     def markdown(self) -> str:
