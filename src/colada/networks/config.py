@@ -130,6 +130,12 @@ class NetworkConfig:
         return values
 
 
+IMG_GRID = extension(
+    None,
+    "rows and columns of a picture's latents",
+    lambda grid: grid is None or (len(grid) == 2 and all(type(n) is int and 0 < n <= 64 for n in grid)),
+    "two numbers from 1 to 64, such as [4, 4]",
+)
 TRAINING_LENGTH = extension(
     None,
     "tokens of the rows it was trained on, where that is known",
@@ -158,6 +164,17 @@ class DiTConfig(NetworkConfig):
         ("rope_dim", lambda c: c.rope_dim % 2 == 0, "an even number"),
         ("rope_dim", lambda c: c.rope_dim <= c.head_dim, "at most head_dim={c.head_dim}"),
         ("block_size", lambda c: c.block_size % c.patch_size == 0, "a multiple of patch_size={c.patch_size}"),
+        (
+            "img_channels",
+            lambda c: c.img_channels in (0, c.txt_in_channels),
+            "0, or txt_in_channels={c.txt_in_channels}: all latents are packed in one tensor",
+        ),
+        (
+            "img_grid",
+            lambda c: (c.img_grid is None) == (c.img_channels == 0),
+            "null without img_channels, else two numbers",
+        ),
+        ("patch_size", lambda c: c.patch_size == 1 or c.img_channels == 0, "1 with img_channels"),
     )
 
     txt_in_channels: int = 16
@@ -180,6 +197,8 @@ class DiTConfig(NetworkConfig):
         "'velocity' or 'z0'",
     )
     self_conditioning: bool = extension(False, "whether it takes its last guess of z0 as a second input")
+    img_channels: int = extension(0, "width of a picture's latents; 0: it has text only")
+    img_grid: list | None = IMG_GRID  # type: ignore[type-arg]  # Its type is checked as it stands here.
     training_length: int | None = TRAINING_LENGTH
 
 

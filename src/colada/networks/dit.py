@@ -197,6 +197,10 @@ class DiT(nn.Module):
         self.txt_in = Patch(config.txt_in_channels * patch, config.txt_dim)
         if config.self_conditioning:
             self.sc_in = Patch(config.txt_in_channels * patch, config.txt_dim, bias=False)
+        if config.img_grid is not None:
+            self.img_in = Patch(config.img_channels, config.txt_dim)
+            self.img_pos = nn.Parameter(torch.zeros(math.prod(config.img_grid), config.txt_dim))
+            self.img_out = Patch(config.txt_dim, config.img_channels)
         self.emb_in = TimestepEmbedding(config)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.num_layers))
         self.txt_out_norm = nn.LayerNorm(config.txt_dim, eps=config.norm_eps)
@@ -212,9 +216,9 @@ class DiT(nn.Module):
         """Initialise one: Xavier-uniform matrices, AdaLN, output and second input at zero (adaLN-zero)."""
         if "norm" in name:
             nn.init.constant_(parameter, float(name.endswith("weight")))
-        elif parameter.ndim == 1 or "ada." in name or name.startswith(("txt_out.", "sc_in.")):
+        elif parameter.ndim == 1 or "ada." in name or name.startswith(("txt_out.", "sc_in.", "img_out.")):
             nn.init.zeros_(parameter)
-        elif name.startswith("emb_in."):
+        elif name.startswith(("emb_in.", "img_pos")):
             nn.init.normal_(parameter, std=0.02, generator=generator)
         else:
             nn.init.xavier_uniform_(parameter, generator=generator)
@@ -274,6 +278,17 @@ class DiT(nn.Module):
             x = x + self.sc_in(guess.reshape(-1, width).to(dtype))
         return x
 
+    def embed_pictures(self, latents: Tensor) -> Tensor:
+        """Return the first layer's input of whole pictures' latents (P, C): where in its picture each lies.
+
+        Raises:
+            ColadaError: for a network that has text only.
+        """
+        if self.config.img_grid is None:
+            raise ColadaError(f"this model has no pictures: img_channels={self.config.img_channels}")
+        x = self.img_in(latents.to(self.img_in.proj.weight.dtype))
+        return (x.unflatten(0, (-1, len(self.img_pos))) + self.img_pos.to(x.dtype)).flatten(0, 1)
+
     def forward(
         self,
         latents: Tensor,
@@ -307,6 +322,9 @@ class DiT(nn.Module):
             timestep = Timesteps(*timestep.expand(latents.shape[0]).unique(return_inverse=True))
         row = timestep.row[patch - 1 :: patch]
         x = self.embed(latents, guess)
+        pictures = None if layout.pictures is None else layout.pictures.nonzero().flatten()
+        if pictures is not None:
+            x = x.index_copy(0, pictures, self.embed_pictures(latents.index_select(0, pictures)))
         emb = self.emb_in(timestep.values)
         table = rotations(layout.positions, config.rope_dim, config.head_dim, ROPE_THETA)
         shared = Pass(layout, table, histories, committing)
@@ -315,7 +333,12 @@ class DiT(nn.Module):
             x = block(x, emb, row, shared, layer, noisy if layer + 1 == len(self.blocks) else None)
         if noisy is not None:
             row = row.index_select(0, noisy)
-        x = self.txt_out(modulate(self.txt_out_norm(x), self.txt_out_ada["out_in"](emb), row))
+            if layout.pictures is not None:
+                pictures = layout.pictures[noisy].nonzero().flatten()
+        h = modulate(self.txt_out_norm(x), self.txt_out_ada["out_in"](emb), row)
+        x = self.txt_out(h)
+        if pictures is not None:
+            x = x.index_copy(0, pictures, self.img_out(h.index_select(0, pictures)))
         return x.reshape(-1, config.txt_out_channels).float()
 
     def velocity(

@@ -11,7 +11,7 @@ shape form a group that shares small masks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -213,7 +213,10 @@ class Layout:
         noisy_groups: the same with queries of noisy cells only, for the last layer of a pass whose
             clean outputs nobody reads; ``groups`` where there are no noisy cells.
         clean: clean cells at the beginning of each row, if there are noisy ones after them.
+        pictures: bool (N,), the positions that hold latents of pictures; None where all are text.
     """
+
+    pictures: Tensor | None = None
 
     def __init__(
         self,
@@ -297,6 +300,64 @@ class Layout:
         layout.noisy_groups = layout.groups
         if layout.clean:
             layout.noisy_groups = (group(asking=copies * length, tiles=make(layout.clean)),)
+        return layout
+
+    @classmethod
+    def of_cells(
+        cls, cells: Cells, block_size: int, clean: int, hidden: Tensor, alone: Tensor | None = None
+    ) -> Layout:
+        """Return the layout of short rows of text and pictures, each row with cells of its own.
+
+        Their mask is over all cells of a row, so a row is to be no longer than some tiles.
+
+        Args:
+            cells: (rows, cells).
+            block_size: positions in a block of text.
+            clean: how many of each row, its first ones, are clean.
+            hidden: bool (rows, cells), padding, which nobody sees but itself.
+            alone: bool (rows,), rows whose drawn picture sees no text.
+        """
+        rows, length = cells.kind.shape
+        query, key = cells.at((slice(None), slice(None), None)), cells.at((slice(None), None))
+        seen = sees(query, key)
+        if alone is not None:
+            seen = seen & ~(alone[:, None, None] & (query.kind == Kind.DRAWN) & (key.kind == Kind.CLEAN))
+        itself = torch.eye(length, dtype=torch.bool, device=hidden.device)
+        seen = ((seen & ~hidden[:, None] & ~hidden[:, :, None]) | itself)[:, None]
+        layout = cls.__new__(cls)
+        layout.lengths, layout.history = (length,) * rows, (0,) * rows
+        layout.block_size, layout.device, layout.clean = block_size, hidden.device, clean
+        layout.positions = cells.position.flatten()
+        layout.pictures = ((cells.kind == Kind.SHOWN) | (cells.kind == Kind.DRAWN)).flatten()
+
+        def groups(first: int) -> tuple[Group, ...]:
+            asking, keys = ((0, length - first),), ((0, length),)
+            tile = Tile(asking, keys, seen[:, :, first:])
+            return (Group(tuple(range(rows)), length, length - first, (tile,), None),)
+
+        layout.groups, layout.noisy_groups = groups(0), groups(clean)
+        return layout
+
+    @classmethod
+    def one_block(
+        cls, positions: Sequence[Tensor], block_size: int, history: Sequence[int], pictures: Sequence[Tensor]
+    ) -> Layout:
+        """Return the layout of samples whose new positions all see each other and their history.
+
+        Args:
+            positions: of each sample, int64 (L,).
+            block_size: positions in a block of text.
+            history: committed positions of each sample.
+            pictures: of each sample, bool (L,), which of its positions hold latents of pictures.
+        """
+        lengths = [len(one) for one in positions]
+        layout = cls(lengths, block_size, history, positions[0].device)
+        layout.positions, layout.pictures = torch.cat(list(positions)), torch.cat(list(pictures))
+        layout.groups = layout.noisy_groups = tuple(
+            replace(group, tiles=(Tile(((0, n),), ((0, layout.history[group.samples[0]] + n),), None),))
+            for group in layout.groups
+            for n in (group.length,)
+        )
         return layout
 
     def noisy_cells(self) -> Tensor | None:

@@ -1,0 +1,114 @@
+"""Rows that hold text and a picture: their cells, their positions, and who sees whom in them.
+
+A caption is drawn from rows ``[C | I | N]``: clean text, the noisy picture, which sees all of the text, and
+noisy text, which does not see the picture. A picture is described by rows ``[P | I | C | N]``: prompt and
+picture, which see each other, then the clean and the noisy answer, which see both.
+
+Text keeps its positions; a picture takes one, the first after the text before it, for all its latents, and the
+text after it begins with the next block: a KV cache needs no second kind of position, and where in a picture a
+latent lies is told by ``img_pos``. B rows, L text latents, M latents of a picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from colada.errors import ColadaError
+from colada.networks.dit import DiT
+from colada.networks.packing import Cells, Kind, Layout
+
+
+def drawing_layout(lengths: Tensor, length: int, latents: int, block_size: int, alone: Tensor) -> Layout:
+    """Return the layout of rows ``[C length | I latents | N length]``.
+
+    Args:
+        lengths: int64 (B,), latents of each caption, in whole blocks; the rest is padding, which nobody sees.
+        length: latents of a caption with its padding.
+        latents: of a picture.
+        block_size: of text.
+        alone: bool (B,), pictures that do not see their caption.
+
+    Raises:
+        ColadaError: for lengths that are no whole blocks, or beyond ``length``.
+    """
+    _check_lengths(lengths, length, block_size)
+    rows = len(lengths)
+    text = _text(rows, length, lengths.new_zeros(rows), block_size)
+    picture = _picture(rows, latents, lengths, length // block_size, Kind.DRAWN)
+    padding = _padding(lengths, length)
+    cells = _joined(_as(text, Kind.CLEAN, 0), picture, _as(text, Kind.NOISY, 1))
+    hidden = torch.cat([padding, padding.new_zeros(rows, latents), padding], 1)
+    return Layout.of_cells(cells, block_size, length, hidden, alone)
+
+
+def describing_layout(
+    prompts: Tensor, prompt: int, lengths: Tensor, length: int, latents: int, block_size: int
+) -> Layout:
+    """Return the layout of rows ``[P prompt | I latents | C length - block | N length]``.
+
+    Args:
+        prompts: int64 (B,), latents of each prompt, in whole blocks; the rest is padding, which nobody sees.
+        prompt: latents of a prompt with its padding.
+        lengths, length: the same of the answers.
+        latents: of a picture.
+        block_size: of text.
+
+    Raises:
+        ColadaError: for lengths that are no whole blocks, or beyond what there is.
+    """
+    _check_lengths(prompts, prompt, block_size)
+    _check_lengths(lengths, length, block_size)
+    rows, clean = len(lengths), length - block_size
+    before = _text(rows, prompt, prompts.new_zeros(rows), block_size)
+    picture = _picture(rows, latents, prompts, 0, Kind.SHOWN)
+    answer = _text(rows, length, prompts + block_size, block_size)
+    history = answer.at((slice(None), slice(clean)))
+    cells = _joined(
+        _as(before, Kind.PROMPT, 0), picture, _as(history, Kind.CLEAN, 0), _as(answer, Kind.NOISY, 1)
+    )
+    padding = _padding(lengths, length)
+    shown = padding.new_zeros(rows, latents)
+    hidden = torch.cat([_padding(prompts, prompt), shown, padding[:, :clean], padding], 1)
+    return Layout.of_cells(cells, block_size, prompt + latents + clean, hidden)
+
+
+def text_part(dit: DiT) -> DiT:
+    """Return the network of a model's text alone, which shares its weights."""
+    with torch.device("meta"):
+        text = DiT(replace(dit.config, img_channels=0, img_grid=None))
+    state = dit.state_dict()
+    text.load_state_dict({name: state[name] for name in text.state_dict()}, assign=True)
+    return text.train(dit.training)
+
+
+def _check_lengths(lengths: Tensor, length: int, block_size: int) -> None:
+    if length % block_size or bool((lengths % block_size).any()) or bool((lengths > length).any()):
+        values = f"lengths={lengths.tolist()} of at most {length} latents"
+        raise ColadaError(f"{values}, expected multiples of block_size={block_size}")
+
+
+def _text(rows: int, length: int, first: Tensor, block_size: int) -> Cells:
+    """Return cells of text from a position on that each row has for itself; their blocks count from 0."""
+    number = torch.arange(length, device=first.device).expand(rows, -1)
+    zeros = torch.zeros_like(number)
+    return Cells(first[:, None] + number, number // block_size, zeros, zeros)
+
+
+def _picture(rows: int, latents: int, position: Tensor, block: int, kind: int) -> Cells:
+    zeros = torch.zeros(rows, latents, dtype=torch.long, device=position.device)
+    return Cells(position[:, None].expand(-1, latents), zeros + block, zeros + kind, zeros)
+
+
+def _as(cells: Cells, kind: int, copy: int) -> Cells:
+    return cells._replace(kind=torch.full_like(cells.kind, kind), copy=torch.full_like(cells.copy, copy))
+
+
+def _joined(*parts: Cells) -> Cells:
+    return Cells(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True)))
+
+
+def _padding(lengths: Tensor, length: int) -> Tensor:
+    return torch.arange(length, device=lengths.device) >= lengths[:, None]
