@@ -4,9 +4,9 @@ A caption is drawn from rows ``[C | I | N]``: clean text, the noisy picture, whi
 noisy text, which does not see the picture. A picture is described by rows ``[P | I | C | N]``: prompt and
 picture, which see each other, then the clean and the noisy answer, which see both.
 
-Text keeps its positions; a picture takes one, the first after the text before it, for all its latents, and the
-text after it begins with the next block: a KV cache needs no second kind of position, and where in a picture a
-latent lies is told by ``img_pos``. B rows, L text latents, M latents of a picture.
+Text keeps its positions; a picture takes one, the first after the text before it, for all its latents, and
+the text after it begins with the next block: a KV cache needs no second kind of position, and where in a
+picture a latent lies is told by ``img_pos``. B rows, L text latents, M latents of a picture.
 """
 
 from __future__ import annotations
