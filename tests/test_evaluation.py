@@ -520,7 +520,7 @@ def test_the_page_says_and_draws_what_the_result_says(page: tuple[Page, Results]
     (found,) = results.scores
     naming = found.naming
     assert naming is not None
-    for said in (f"{100 * found.share:.2f}", f"{100 * naming.accuracy:.1f}", f"{naming.named}"):
+    for said in (f"{100 * found.share:.2f}", f"{100 * naming.accuracy:.1f}", f"{10 * naming.named:.1f}"):
         assert said in own.text
     (scores,) = draw_scores(results.scores).axes
     drawn = {line.get_label(): line.lines[0].get_xdata().tolist() for line in scores.containers}

@@ -40,14 +40,12 @@ def score_table(scores: Sequence[Score]) -> Table:
 
 def naming_table(scores: Sequence[Score]) -> Table:
     """Return how the outputs of tasks with options choose among these, in per cent."""
-    table = Table(("Options", "Named", "of", "Right", "of", "95%", "Chance", "Picks A B …", "Truth A B …"))
+    table = Table(("Options", "Named", "Right", "95%", "Chance", "Picks A B …", "Truth A B …"))
     for score, naming in _with_options(scores):
         table.row(
             score.task.title,
             _percent(naming.named / score.items, 1),
-            f"{score.items:,}",
             _percent(naming.accuracy, 1) if naming.named else "–",
-            f"{naming.named:,}",
             _interval(naming.interval) if naming.named else "–",
             _percent(naming.chance, 1),
             _positions(naming.picked),
