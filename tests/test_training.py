@@ -239,6 +239,29 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not(
     assert len({sample.read_text() for sample in samples}) == 1
 
 
+def test_a_third_stage_reads_its_own_sources_and_resumes_exactly(tmp_path: Path) -> None:
+    for name, words in (("rain", "rain falls softly "), ("sun", "the sun is warm ")):
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps({'text': words * 40})}\n" * 30)
+    sources = ", ".join(f"{{path: {tmp_path / name}.jsonl}}" for name in ("rain", "sun"))
+    made = recipe(
+        f"data.sources=[{sources}]",
+        "data.validation_share=0",
+        "stages.decay={kind: prior, steps: 6, batch: 4, length: 16, weights: {sun: 2}, ema: 0.9}",
+        "run.sample_every=0",
+    )
+    Trainer(made, tmp_path / "whole").run()
+    with pytest.raises(Interrupted, match="step 3 of decay"):
+        Trainer(made, tmp_path / "run", At("decay", 3)).run()
+    resumed = Trainer(made, tmp_path / "run")
+    rows = resumed.inputs.rows("train", made.stages["decay"], 0, 4)
+    assert all("sun.jsonl" in rows.describe(number) for number in range(20))
+    mixed = resumed.inputs.rows("train", made.stages["prior"], 0, 4)
+    assert len({mixed.describe(number).split(":")[0] for number in range(20)}) == 2
+    resumed.run()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("variant", "stage", "step"), [("frozen", "vae", 5), ("joint", "prior", 1), ("joint", "prior", 5)]
 )

@@ -52,7 +52,6 @@ from colada.train.export import DTYPES, system_of, write_model
 from colada.train.inputs import chat_template, make_tokenizer, prepare_inputs
 from colada.train.logs import Monitors, Point, make_monitors
 from colada.train.losses import readable
-from colada.train.meter import Meter
 from colada.train.noise import Counts, Drawn
 from colada.train.optimisation import average_weights, learning_rate, set_learning_rate
 from colada.train.parallel import Ranks, allocate, lay_out, run_device
@@ -60,9 +59,8 @@ from colada.train.plan import Plan, check_memory, plan_run, planned, resolve
 from colada.train.preflight import preflight
 from colada.train.provenance import provenance
 from colada.train.recipe import Recipe, commented, difference, load_recipe, save_recipe
-from colada.train.samples import samples
-from colada.train.signals import graceful_stop
 from colada.train.stages import Stage, make_stage, modes_kept
+from colada.train.watch import Meter, graceful_stop, samples
 
 MODEL = "model"
 VALIDATION_ROW = 2**40  # Noise for validation: rows that no training run reaches.
