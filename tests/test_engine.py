@@ -71,6 +71,9 @@ def mixed_requests(model: ColaDLM, seed: int, count: int = 9) -> list[Request]:
             steps=rng.choice([1, 2, 3, 5]),
             solver=rng.choice(["euler", "ab2", "heun"]),
             schedule=rng.choice(["uniform", "front-loaded"]),
+            guidance_cap=rng.choice([0.0, 0.7]),
+            guidance_rescale=rng.choice([0.0, 0.6]),
+            early_end=rng.choice([0.0, 0.5]),
             **rng.choice([{}, {"temperature": 1.3, "top_k": 7}, {"repetition_penalty": 1.7}]),
         )
         for _ in range(count)
@@ -86,11 +89,22 @@ def mixed_requests(model: ColaDLM, seed: int, count: int = 9) -> list[Request]:
         ({}, {}),
         ({"patch_size": 2, "scaling_factor": 0.7, "shifting_factor": -0.3}, {}),
         ({}, {"prediction": "z0"}),
+        ({}, {"self_conditioning": True}),
+        ({"patch_size": 2}, {"self_conditioning": True, "prediction": "z0", "patch_size": 2}),
         ({"patch_size": 2}, {"patch_size": 2}),
         ({"block_size": 3, "post_norm": False, "qk_norm": False}, {"block_size": 3, "qk_bias": True}),
         ({"clip_qkv": 0.1}, {"rope_dim": 2}),
     ],
-    ids=["released", "vae-patches", "z0", "both-patches", "pre-norm", "clipped"],
+    ids=[
+        "released",
+        "vae-patches",
+        "z0",
+        "guesses",
+        "z0-guesses-patches",
+        "both-patches",
+        "pre-norm",
+        "clipped",
+    ],
 )
 @pytest.mark.parametrize("slots", [None, 3, 1])
 def test_any_mix_of_requests_gives_what_each_gives_alone_in_the_readable_loop(
@@ -179,9 +193,10 @@ def test_a_block_begun_and_left_is_begun_again(model: ColaDLM) -> None:
     [
         ({}, {}),
         ({}, {"prediction": "z0", "patch_size": 2}),
+        ({}, {"self_conditioning": True}),
         ({"block_size": 3, "patch_size": 2}, {"block_size": 3}),
     ],
-    ids=["released", "z0-patches", "blocks-of-3"],
+    ids=["released", "z0-patches", "guesses", "blocks-of-3"],
 )
 def test_padded_passes_change_nothing(vae: dict[str, Any], dit: dict[str, Any], slots: int | None) -> None:
     model = tiny_model(vae=vae, dit=dit)

@@ -1,4 +1,5 @@
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -53,6 +54,9 @@ def plain_generation(
     steps: int,
     guidance: float,
     penalty: float = 1.0,
+    cap: float = math.inf,
+    rescale: float = 0.0,
+    end: float = 0.0,
 ) -> tuple[list[Tensor], list[list[int]], int]:
     """Section 4 of the specification for one prompt, with whole passes and nothing kept between them.
 
@@ -73,25 +77,34 @@ def plain_generation(
         done, tail = latents[:whole], latents[whole : len(kept)]
     skip = len(tail) * patch
 
-    def velocity(history: Tensor, z: Tensor, a: float, pins: int) -> Tensor:
+    def velocity(history: Tensor, z: Tensor, a: float, pins: int, guess: Tensor) -> Tensor:
         clean, noisy = [0.0] * (len(history) + pins), [1000 * a] * (size - pins)
         times = torch.tensor(clean + noisy)
-        out = dit(torch.cat([history, z]), times, dit.layout([len(times)]))[len(history) :]
+        guesses = torch.cat([0 * history, guess]) if dit.config.self_conditioning else None
+        out = dit(torch.cat([history, z]), times, dit.layout([len(times)]), guess=guesses)[len(history) :]
         if dit.config.prediction == "z0":
             return (z - out) / a * (times[len(history) :, None] > 0)
         return out
 
     all_latents, all_ids, seen = [], [], set[int]()
     for b in range(blocks):
-        z = noise(b)
-        for i in range(steps):
-            a = 1 - i / steps
-            z = torch.cat([tail, z[len(tail) :]])
-            v = velocity(done, z, a, len(tail))
+        z, pins = noise(b), len(tail)
+        guess = torch.zeros_like(z)
+        grid = [1 - i / steps for i in range(steps) if 1 - i / steps >= end] + [0.0]
+        for a, a_next in itertools.pairwise(grid):
+            z = torch.cat([tail, z[pins:]])
+            v = c = velocity(done, z, a, pins, guess)
             if len(done):
-                u = velocity(done[:0], z, a, len(tail))
+                u = velocity(done[:0], z, a, pins, guess)
                 v = u + guidance * (v - u)
-            z = z - v / steps
+                z0 = z - a * v
+                if rescale:
+                    sizes = [float(x[pins:].square().mean().sqrt()) for x in (z - a * c, z0)]
+                    z0 = z0 * (rescale * sizes[0] / sizes[1] + 1 - rescale)
+                lengths = z0.square().mean(-1, keepdim=True).sqrt()
+                v = (z - torch.where(lengths > cap, z0 * cap / lengths, z0)) / a
+            guess = torch.cat([tail, (z - a * c)[pins:]])
+            z = z + (a_next - a) * v
             z = torch.cat([tail, z[len(tail) :]])
         everything = torch.cat([done, z])
         logits = vae.decode(everything, [len(everything)])[len(done) * patch :]
@@ -104,6 +117,35 @@ def plain_generation(
         all_ids.append(ids)
         done, tail = everything, tail[:0]
     return all_latents, all_ids, skip
+
+
+BOUNDED = {"guidance_cap": 0.8, "guidance_rescale": 0.4, "early_end": 0.3}
+
+
+@pytest.mark.parametrize("settings", [{}, BOUNDED], ids=["plain", "bounded"])
+@pytest.mark.parametrize(
+    "dit", [{"self_conditioning": True}, {"prediction": "z0", "self_conditioning": True, "patch_size": 2}, {}]
+)
+def test_guesses_that_are_fed_back_and_bounded_equal_the_plain_loop(
+    dit: dict[str, object], settings: dict[str, float]
+) -> None:
+    model = tiny_model(dit=dit)
+    bounds = {"cap": 0.8, "rescale": 0.4, "end": 0.3} if settings else {}
+    for number, prompt in enumerate(PROMPTS[2:6]):
+        latents, _, _ = plain_generation(model, prompt, lambda b: released(66, b), 3, 5, 6.0, **bounds)
+        common = {"steps": 5, "guidance": 6.0, "noise": "released", "seed": 66, **settings}
+        made = last_steps(model, prompt, 9, **common)
+        for ours, plain in zip(made, latents, strict=False):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4, msg=f"prompt {number}")
+    other = last_steps(model, PROMPTS[4], 9, steps=5, guidance=6.0, noise="released", seed=66)
+    same = last_steps(model, PROMPTS[4], 9, steps=5, guidance=6.0, noise="released", seed=66, **settings)
+    assert torch.allclose(other[-1], same[-1]) == (not settings)
+
+
+def test_an_early_end_saves_evaluations(model: ColaDLM) -> None:
+    steps = []
+    model.generate([PROMPTS[4]], 1, steps=10, early_end=0.55, callback=lambda step: steps.append(step.steps))
+    assert steps == [5] * 5
 
 
 def released(seed: int, block: int, shape: tuple[int, int] = (4, 8)) -> Tensor:

@@ -170,6 +170,14 @@ def test_hutchinson_is_used_for_wide_blocks_and_agrees(
     assert two == measure(model, [TEXTS[1]], samples=2, steps=3)
 
 
+def test_a_second_input_takes_no_part_in_a_likelihood() -> None:
+    guessing = tiny_model(dit={"self_conditioning": True})
+    first = measure(guessing, TEXTS[:2], steps=3)
+    with torch.no_grad():
+        guessing.dit.sc_in.proj.weight.add_(1)
+    assert measure(guessing, TEXTS[:2], steps=3) == first
+
+
 def test_bits_per_byte_of_the_bundled_model() -> None:
     import colada
 

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
@@ -159,3 +159,15 @@ def require_memory(wanted: int, device: torch.device, what: str) -> None:
     if wanted > there:
         size, bound = f"{wanted / 2**30:.1f} GiB of memory", f"the {there / 2**30:.1f} that {device} has"
         raise ColadaError(f"{what} takes {size}, expected at most {bound}")
+
+
+def on_device(
+    values: Sequence[Any],
+    device: torch.device,
+    dtype: torch.dtype = torch.int64,
+) -> torch.Tensor:
+    """Return numbers, or nested lists of such, as a tensor on a device, without waiting for it."""
+    made = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return made.to(device)
+    return made.pin_memory().to(device, non_blocking=True)

@@ -232,6 +232,22 @@ def advance(z: Tensor, velocities: Iterable[Tensor], weights: Iterable[Tensor | 
 SOLVERS: dict[str, Solver] = {"euler": euler, "ab2": adams_bashforth2, "heun": heun}
 
 
+def evaluations_of(solver: str, schedule: str, steps: int, early_end: float = 0.0) -> list[Evaluation]:
+    """Return the evaluations that take a block from noise to data.
+
+    Args:
+        solver, schedule: names in :data:`SOLVERS` and :data:`SCHEDULES`.
+        steps: of the schedule.
+        early_end: no evaluation is at a below this; the last then goes straight to the z0 that it points at.
+    """
+    *grid, end = SCHEDULES[schedule](steps).tolist()
+    kept = [a for a in grid if a >= early_end] or grid[:1]
+    evaluations = SOLVERS[solver]([*kept, end])
+    if len(kept) < len(grid):
+        evaluations[-1] = Evaluation(evaluations[-1].a, (end - evaluations[-1].a,))
+    return evaluations
+
+
 def choose(kind: str, name: str, choices: dict[str, Choice]) -> Choice:
     """Return ``choices[name]``, or raise ColadaError naming the value and what there is."""
     if not isinstance(name, str) or name not in choices:

@@ -48,6 +48,17 @@ IntervalOption = Annotated[
     tuple[float, float] | None,
     number_option(metavar="LOW HIGH", help=f"Guide only while a = t / T is between these. {_OWN}"),
 ]
+CapOption = Annotated[
+    float | None,
+    number_option(help=f"Most size (root mean square) of a latent of a guided guess; 0 is off. {_OWN}"),
+]
+RescaleOption = Annotated[
+    float | None,
+    number_option(help=f"Share, 0 to 1, to which a guided guess is scaled to the plain one. {_OWN}"),
+]
+EndOption = Annotated[
+    float | None, number_option(help=f"Below this a the last step goes straight to the end. {_OWN}")
+]
 TemperatureOption = Annotated[
     float | None, number_option(help=f"Of token sampling; 0 picks the likeliest. {_OWN}")
 ]
@@ -81,6 +92,9 @@ def generate(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     guidance_interval: IntervalOption = None,
+    guidance_cap: CapOption = None,
+    guidance_rescale: RescaleOption = None,
+    early_end: EndOption = None,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
@@ -115,6 +129,9 @@ def generate(
         "steps": steps,
         "guidance": guidance,
         "guidance_interval": guidance_interval,
+        "guidance_cap": guidance_cap,
+        "guidance_rescale": guidance_rescale,
+        "early_end": early_end,
         "solver": solver,
         "schedule": schedule,
         "temperature": temperature,
@@ -251,6 +268,9 @@ def chat(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     guidance_interval: IntervalOption = None,
+    guidance_cap: CapOption = None,
+    guidance_rescale: RescaleOption = None,
+    early_end: EndOption = None,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
@@ -272,6 +292,9 @@ def chat(
         "steps": steps,
         "guidance": guidance,
         "guidance_interval": guidance_interval,
+        "guidance_cap": guidance_cap,
+        "guidance_rescale": guidance_rescale,
+        "early_end": early_end,
         "solver": solver,
         "schedule": schedule,
         "temperature": temperature,

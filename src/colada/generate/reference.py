@@ -8,15 +8,15 @@ carries its own noise, so results do not depend on who shares the batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from colada.errors import ColadaError, failure
-from colada.flow import SCHEDULES, SOLVERS, Evaluation, T, advance, memory
-from colada.generate.guidance import estimate
+from colada.flow import Evaluation, T, advance, evaluations_of, memory
+from colada.generate.guidance import Guidance, estimate, is_bounded
 from colada.generate.noise import Noise, block_generator
 from colada.generate.sampling import pick
 from colada.generate.settings import RequestSettings, Settings, check_settings
@@ -123,37 +123,44 @@ def transport(
     pinned: Tensor,
     guidance: Sequence[float],
     evaluations: Sequence[Evaluation],
-    interval: tuple[float, float] = (0.0, 1.0),
+    settings: RequestSettings,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Integrate dz/da = v from noise to the latents of one block of every sample.
 
     Conditional rows and unconditional ones (no history; only samples that are guided and have one) share
-    each pass. Pinned latents are put back before and after every evaluation, at timestep 0.
+    each pass. Pinned latents are put back before and after every evaluation, at timestep 0. A network with
+    self-conditioning is given the conditional guess of z0 of the evaluation before.
 
     Args:
         noise: (B, block, C).
         where, pinned: (B, block) bool and (B, block, C).
         guidance: scale per sample; 1 is off.
         evaluations: of the solver.
-        interval: the values of a between which guidance acts.
+        settings: of all samples; how guidance is bounded is in them.
 
     Yields: after every evaluation z and the z0 that its velocity points at, each (B, block, C).
     """
     size = noise.shape[1]
     guidable = [row for row, scale in enumerate(guidance) if scale != 1 and len(histories[row]) > 0]
-    scales = torch.tensor(guidance, device=noise.device)[:, None, None]
+    each = [replace(settings, guidance=scale) for scale in guidance]
     free, mask = ~where, where[..., None]
-    z, velocities = noise, list[Tensor]()
+    low, high = settings.guidance_interval
+    z, velocities, guess = noise, list[Tensor](), torch.zeros_like(noise)
     for a, weights in evaluations:
-        rows = torch.tensor(guidable if interval[0] <= a <= interval[1] else [], dtype=torch.int64)
-        rows = rows.to(noise.device)
+        numbers = guidable if low <= a <= high else []
+        rows = torch.tensor(numbers, dtype=torch.int64, device=noise.device)
         z = torch.where(mask, pinned, z)
         both, noisy = torch.cat([z, z[rows]]), torch.cat([free, free[rows]])
         seen = [*histories, *[None] * len(rows)]
         layout = dit.layout([size] * len(seen), seen)
-        output = dit.velocity(both.flatten(0, 1), (T * a * noisy.float()).flatten(), layout, seen)
+        times = (T * a * noisy.float()).flatten()
+        guesses = torch.cat([guess, guess[rows]]).flatten(0, 1)
+        output = dit.velocity(both.flatten(0, 1), times, layout, seen, guesses)
         conditional, unconditional = output.view_as(both).split([len(z), len(rows)])
-        velocity, z0 = estimate(z, a, conditional, unconditional, rows, scales[rows])
+        scales = Guidance.of([each[row] for row in numbers], noise.device)
+        bounds = free if is_bounded(settings) else None
+        velocity, z0 = estimate(z, a, conditional, unconditional, rows, scales, bounds)
+        guess = torch.where(mask, pinned, z - a * conditional)
         velocities = [velocity, *velocities][: memory(evaluations)]
         z = torch.where(mask, pinned, advance(z, velocities, weights))
         yield z, torch.where(mask, pinned, z0)
@@ -176,8 +183,8 @@ class BlockGenerator:
     def __init__(self, vae: TextVAE, dit: DiT, **settings: Unpack[Settings]) -> None:
         self.vae, self.dit = vae, dit
         self.settings = RequestSettings(**check_settings(settings))
-        grid = SCHEDULES[self.settings.schedule](self.settings.steps).tolist()
-        self.evaluations = SOLVERS[self.settings.solver](grid)
+        own = self.settings
+        self.evaluations = evaluations_of(own.solver, own.schedule, own.steps, own.early_end)
 
     @property
     def device(self) -> torch.device:
@@ -251,7 +258,7 @@ class BlockGenerator:
             torch.stack([values for _, values in pins]),
             [sample.guidance for sample in samples],
             self.evaluations,
-            self.settings.guidance_interval,
+            self.settings,
         )
         for number, (z, z0) in enumerate(steps, start=1):
             yield TransportStep(number, len(self.evaluations), z, z0)

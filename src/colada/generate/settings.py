@@ -43,6 +43,12 @@ class Settings(TypedDict, total=False):
         guidance: scale s of v = u + s (c - u); 1 is off (released: 7). One for all, or one each.
         guidance_interval: the values (low, high) of a = t / T between which guidance acts; elsewhere there
             is no unconditional pass (released: everywhere, (0, 1)).
+        guidance_cap: no latent of a guided guess of z0 has a root mean square above this, which keeps large
+            scales within the data (that of the data itself, say); 0 is off (released).
+        guidance_rescale: share, 0 to 1, to which a guided guess of a block is brought back to the size of the
+            conditional one; 0 is off (released).
+        early_end: below this value of a there is no evaluation: the last one goes straight to its guess of
+            z0, which saves steps that change no token; 0 is off (released).
         solver, schedule: names in ``colada.flow.SOLVERS`` and ``SCHEDULES`` (released: "euler", "uniform").
         temperature, top_k, top_p, repetition_penalty: of each token: 0 picks
             the likeliest; only the k likeliest, 0 is all; only the likeliest that reach p; above 1, tokens of
@@ -58,6 +64,9 @@ class Settings(TypedDict, total=False):
     steps: int | None
     guidance: float | Sequence[float] | None
     guidance_interval: Sequence[float] | None
+    guidance_cap: float | None
+    guidance_rescale: float | None
+    early_end: float | None
     solver: str | None
     schedule: str | None
     temperature: float | None
@@ -88,6 +97,9 @@ class RequestSettings:
     steps: int = 16
     guidance: float = 7.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_cap: float = 0.0
+    guidance_rescale: float = 0.0
+    early_end: float = 0.0
     solver: str = "euler"
     schedule: str = "uniform"
     temperature: float = 0.0
@@ -146,6 +158,12 @@ _RULES: dict[str, _Rule] = {
     "steps": _whole(1, MOST_STEPS),
     "guidance": _Rule(is_number, "a finite number within float32's range", several=True),
     "guidance_interval": _Rule(_is_interval, "[low, high] between 0 and 1"),
+    "guidance_cap": _Rule(
+        lambda value: is_number(value) and (value == 0 or value >= SMALLEST),
+        "0 (off), or a positive number within float32's range",
+    ),
+    "guidance_rescale": _Rule(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "early_end": _Rule(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
     "solver": _names(SOLVER_NAMES),
     "schedule": _names(SCHEDULE_NAMES),
     "temperature": _Rule(

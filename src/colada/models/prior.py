@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colada.flow import Solver, T, advance, memory, velocity_from_z0
+from colada.flow import PREDICTIONS, Solver, T, advance, memory
 from colada.generate.engine.memory import Memory, Plan, Span
 from colada.generate.engine.passes import PriorPass
 from colada.generate.engine.transport import COMMITTED_ROWS
@@ -163,9 +163,8 @@ class BlockFlow:
 
     def _velocity_of(self, z: Tensor, output: Tensor, a: float) -> Tensor:
         """Return what the network's output (N, C) at z (B, L, C) says of the velocity."""
-        if self._config.prediction == "z0":
-            output = velocity_from_z0(z.flatten(0, 1), output, torch.tensor(a, device=z.device))
-        return output.view_as(z)
+        at = torch.tensor(a, device=z.device)
+        return PREDICTIONS[self._config.prediction].velocity(z.flatten(0, 1), output, at).view_as(z)
 
     def velocity(self, start: int, length: int, where: Tensor | None = None) -> Velocity:
         """Return v of the blocks of ``length`` latents from ``start`` on, all at once, differentiable.

@@ -347,7 +347,8 @@ class DiT(nn.Module):
         timestep: Tensor,
         layout: Layout,
         histories: Sequence[History | None] | None = None,
+        guess: Tensor | None = None,
     ) -> Tensor:
         """Return the velocity float32 (N, C), whatever the network predicts; arguments as :meth:`forward`."""
-        output = self(latents, timestep, layout, histories)
+        output = self(latents, timestep, layout, histories, guess=guess)
         return PREDICTIONS[self.config.prediction].velocity(latents, output, timestep / T)

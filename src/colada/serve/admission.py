@@ -20,7 +20,10 @@ logger = logging.getLogger("colada.serve")
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 OPEN_PATHS = ("/health", "/ready", "/live", "/openapi.json", "/")
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "stop")
-EXTENSION = ("steps", "guidance", "guidance_interval", "solver", "schedule", "noise", "end_ids")
+EXTENSION = (
+    *("steps", "guidance", "guidance_interval", "guidance_cap", "guidance_rescale", "early_end"),
+    *("solver", "schedule", "noise", "end_ids"),
+)
 """Settings of a generation, as fields of OpenAI's and of ours."""
 KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
 

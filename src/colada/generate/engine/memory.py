@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from colada.device import on_device
 from colada.networks.packing import block_causal
 
 
@@ -146,18 +146,6 @@ def round_up(length: int, multiple: int) -> int:
 def doubled_to(count: int, unit: int = 1) -> int:
     """Return the least of unit, 2 unit, 4 unit, ... that is no less than a count."""
     return unit << max(0, (-(-count // unit) - 1).bit_length())
-
-
-def on_device(
-    values: Sequence[Any],
-    device: torch.device,
-    dtype: torch.dtype = torch.int64,
-) -> Tensor:
-    """Return numbers, or nested lists of such, as a tensor on a device, without waiting for it."""
-    made = torch.tensor(values, dtype=dtype)
-    if device.type != "cuda":
-        return made.to(device)
-    return made.pin_memory().to(device, non_blocking=True)
 
 
 def _grouped(spans: Sequence[Span], offset: int) -> list[_Group]:

@@ -155,7 +155,8 @@ class PriorPass:
         """Run the network.
 
         Args:
-            latents: (N * patch_size, C).
+            latents: (N * patch_size, C); with self-conditioning (N * patch_size, 2 C), guesses of z0
+                beside them, or C alone where there are none.
             row: of the modulation table: one for all, or int64 (N,).
             plan: of the N rows.
             rotations: of their positions.
@@ -163,13 +164,14 @@ class PriorPass:
         Returns: float32, the network's output (n, C) for the latents of all rows but the clean ones.
         """
         config = self.dit.config
-        x = latents.reshape(-1, config.patch_size * config.txt_in_channels)
-        x = self.dit.txt_in(x.to(self.dit.txt_in.proj.weight.dtype))
+        width = config.txt_in_channels
+        guess = latents[:, width:] if latents.shape[1] > width else None
+        x = self.dit.embed(latents[:, :width], guess)
         last = config.num_layers - 1
         for layer in range(config.num_layers):
             x = self._block(x, row, plan, rotations, layer, plan.clean_rows if layer == last else 0)
         if not len(x):
-            return latents[:0].float()
+            return latents[:0, :width].float()
         weight, bias = self.modulation.output(row[plan.clean_rows :] if isinstance(row, Tensor) else row)
         x = self.dit.txt_out(modulated_norm(x, weight, bias, config.norm_eps))
         return x.reshape(-1, config.txt_out_channels).float()

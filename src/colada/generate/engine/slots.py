@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from colada.flow import SCHEDULES, SOLVERS, Evaluation
+from colada.flow import Evaluation, evaluations_of
 from colada.generate.reference import Block
 from colada.generate.writer import Request, Slot
 
@@ -45,11 +45,13 @@ class Begun:
         done: how many evaluations are.
         latents: (block, C), where it is.
         velocities: (block, C) each, the last ones, the newest first.
+        guess: (block, C), the conditional guess of z0 before, where the DiT takes one.
     """
 
     done: int
     latents: Tensor
     velocities: Sequence[Tensor]
+    guess: Tensor | None = None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -82,8 +84,8 @@ class LatentSlot(Slot):
     @cached_property
     def evaluations(self) -> list[Evaluation]:
         """All that a block takes."""
-        settings = self.request.settings
-        return SOLVERS[settings.solver](SCHEDULES[settings.schedule](settings.steps).tolist())
+        own = self.request.settings
+        return evaluations_of(own.solver, own.schedule, own.steps, own.early_end)
 
     @property
     def left(self) -> int:

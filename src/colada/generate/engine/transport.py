@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from colada.flow import T, advance, memory, velocity_from_z0
+from colada.device import on_device
+from colada.flow import PREDICTIONS, T, advance, memory
 from colada.generate.engine.graphs import Graphs
 from colada.generate.engine.memory import (
     Memory,
@@ -19,13 +20,12 @@ from colada.generate.engine.memory import (
     Span,
     doubled_to,
     in_parts,
-    on_device,
     pieces,
     round_up,
 )
 from colada.generate.engine.passes import PriorPass
 from colada.generate.engine.slots import Begun, LatentSlot
-from colada.generate.guidance import estimate
+from colada.generate.guidance import Guidance, estimate, is_bounded
 from colada.networks.dit import DiT
 
 COMMITTED_ROWS = 512
@@ -65,7 +65,8 @@ class _Shape:
         everyone: of each noisy row of the pass, the row of z that it is: those under way, and again the
             guided ones; None where it is just those under way.
         guided: those with an unconditional row, or None.
-        scale: (guided, 1, 1).
+        guidance: of the guided rows.
+        bounded: whether any of their guesses is.
     """
 
     plan: Plan | PaddedPlan
@@ -74,7 +75,8 @@ class _Shape:
     rows: int
     everyone: Tensor | None
     guided: Tensor | None
-    scale: Tensor
+    guidance: Guidance
+    bounded: bool
 
 
 class _Pass(NamedTuple):
@@ -85,7 +87,7 @@ class _Pass(NamedTuple):
         numbers: (1 + velocities, active, 1, 1), of each row its a, and the weights of the velocities.
         row: of the modulation table, one for all positions or one each.
         a: (rows of the pass, size), of each latent that is not clean, 0 where pinned; where the DiT
-            predicts z0, else None.
+            predicts anything but the velocity, else None.
     """
 
     shape: _Shape
@@ -108,6 +110,13 @@ def _last_velocities(slots: Sequence[LatentSlot], none: Tensor) -> list[Tensor]:
         torch.stack([own[age] if age < len(own) else none for own in begun])
         for age in range(max(map(len, begun)))
     ]
+
+
+def _last_guesses(slots: Sequence[LatentSlot], z: Tensor) -> Tensor:
+    """Return the guesses of z0 (B, block, C) that were before a round, 0 where there were none."""
+    none = torch.zeros_like(z[0])
+    begun = [None if slot.begun is None else slot.begun.guess for slot in slots]
+    return torch.stack([none if own is None else own for own in begun])
 
 
 class Transport:
@@ -155,6 +164,7 @@ class Transport:
             padding = passes[0].shape.plan.clean_rows * self.dit.config.patch_size - sum(map(len, committed))
             committed.append(z.new_zeros(padding, z.shape[-1]))
         velocities = _last_velocities(slots, torch.zeros_like(z[0]))
+        guess = _last_guesses(slots, z) if self.dit.config.self_conditioning else None
         for number, (shape, numbers, row, of_latents) in enumerate(passes):
             if any_pinned:
                 z = torch.where(mask, pinned, z)
@@ -162,18 +172,23 @@ class Transport:
             noisy = now if shape.everyone is None else now[shape.everyone]
             noisy = noisy.flatten(0, 1)
             rows = torch.cat([*committed, noisy]) if number == 0 else noisy
+            if guess is not None:
+                rows = self._with_guesses(rows, guess[: shape.active], shape)
             output = self._forward(rows, row, shape)
             if number == 0:
                 for slot in slots:
                     slot.history += len(slot.uncommitted)
             if of_latents is not None:
-                output = velocity_from_z0(noisy, output, of_latents)
+                output = PREDICTIONS[self.dit.config.prediction].velocity(noisy, output, of_latents)
             output = output.unflatten(0, (-1, self._size))
             conditional, unconditional = output[: shape.active], output[shape.rows :]
             if shape.guided is not None:
                 unconditional = unconditional[: len(shape.guided)]
             a, *weights = numbers
-            velocity, z0 = estimate(now, a, conditional, unconditional, shape.guided, shape.scale)
+            free = ~where[: shape.active] if shape.bounded else None
+            velocity, z0 = estimate(now, a, conditional, unconditional, shape.guided, shape.guidance, free)
+            if guess is not None:
+                guess = torch.where(mask[: shape.active], pinned[: shape.active], now - a * conditional)
             past = [own[: shape.active] for own in velocities]
             velocities = [velocity, *past][: len(weights)]
             z, z0 = torch.cat([advance(now, velocities, weights), finished]), torch.cat([z0, finished])
@@ -182,8 +197,17 @@ class Transport:
             yield z, z0
         for row, slot in enumerate(slots):
             done = len(slot.evaluations) - slot.left + len(passes)
-            last = [own[row] for own in velocities] if slot.left > len(passes) else []
-            slot.begun = None if slot.left <= len(passes) else Begun(done, z[row], last)
+            if slot.left <= len(passes):
+                slot.begun = None
+            else:
+                last = [own[row] for own in velocities]
+                slot.begun = Begun(done, z[row], last, None if guess is None else guess[row])
+
+    def _with_guesses(self, latents: Tensor, guess: Tensor, shape: _Shape) -> Tensor:
+        """Return rows (N, 2 C) of latents beside guesses of z0; what is committed has none."""
+        noisy = guess if shape.everyone is None else guess[shape.everyone]
+        clean = latents.new_zeros(len(latents) - noisy.shape[0] * self._size, latents.shape[-1])
+        return torch.cat([latents, torch.cat([clean, noisy.flatten(0, 1)])], -1)
 
     def _forward(self, latents: Tensor, row: int | Tensor, shape: _Shape) -> Tensor:
         if isinstance(shape.plan, Plan):
@@ -271,7 +295,7 @@ class Transport:
                 own_rows = torch.where(where_now[:, patch - 1 :: patch], table[0.0], own_rows)
                 row = torch.cat([own_rows.new_full((shape.plan.clean_rows,), table[0.0]), own_rows.flatten()])
             of_latents = None
-            if self.dit.config.prediction == "z0":
+            if self.dit.config.prediction != "velocity":
                 of_latents = (on_device(each, device, torch.float32)[:, None] * ~where_now).flatten()
             passes.append(_Pass(shape, numbers[number][:, :active], row, of_latents))
         return passes
@@ -302,7 +326,7 @@ class Transport:
             length = doubled_to(max(span.end - span.start for span in noisy), self._bucket)
             clean_spans = doubled_to(len(slots)) if commits else 0
             plan = PaddedPlan(self._memory, commits, noisy, alone, size, clean_spans, rows, length)
-        scale = on_device([slots[row].request.settings.guidance for row in guided], device, torch.float32)
+        settings = [slots[row].request.settings for row in guided]
         return _Shape(
             plan,
             self._prior.rotations(plan.positions),
@@ -310,5 +334,6 @@ class Transport:
             rows,
             on_device(members, device) if len(members) > active else None,
             on_device(guided, device) if guided else None,
-            scale[:, None, None],
+            Guidance.of(settings, device),
+            any(map(is_bounded, settings)),
         )
