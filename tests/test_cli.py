@@ -399,6 +399,7 @@ def test_tokenizer_there_and_back(run: Run, saved: Path, tmp_path: Path) -> None
         assert [int(line.split()[0]) for line in lines] == ids
 
 
+@pytest.mark.slow
 def test_train_says_how_to_try_the_model(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("pydantic")
     corpus, recipe, out = tmp_path / "corpus.jsonl", tmp_path / "small.yaml", tmp_path / "out"

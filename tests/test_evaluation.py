@@ -314,6 +314,7 @@ def test_a_rank_outside_the_world() -> None:
         Part(2, 2)
 
 
+@pytest.mark.slow
 def test_any_grouping_of_the_bundled_models_items_gives_the_same_outputs(tmp_path: Path) -> None:
     """Batch 1, batch 8, and two processes in batches of 3."""
     tasks = [

@@ -282,6 +282,7 @@ def test_draws_depend_on_the_row_alone_and_have_the_stated_shares() -> None:
     assert float((several.length < 64).float().mean()) == pytest.approx(0.25, abs=0.07)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["ar", "llada"])
 def test_training_learns_what_can_be_predicted(objective: str) -> None:
     decoder = tiny(objective, vocab_size=12, init_std=0.15, dim=32, num_heads=4, ffn_dim=64)

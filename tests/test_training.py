@@ -616,6 +616,7 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path: Path, variant: str)
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["run.checkpoint_activations=true", "run.compile=true"])
 def test_recomputing_and_compiling_change_nothing_but_rounding(tmp_path: Path, setting: str) -> None:
     if setting.startswith("run.compile") and shutil.which("c++") is None:

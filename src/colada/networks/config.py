@@ -76,7 +76,7 @@ class NetworkConfig:
     def _check_type(self, name: str, kind: Any) -> None:
         value = getattr(self, name)
         if kind in (float, float | None) and type(value) is int:
-            value = float(value) if abs(value) < 2**1023 else math.copysign(math.inf, value)
+            value = float(value) if abs(value) < 2**1023 else math.inf  # Which is refused.
             object.__setattr__(self, name, value)
         elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             self._require(False, name, getattr(kind, "__name__", str(kind)))
@@ -381,23 +381,18 @@ def matched_config(parameters: int, vocab_size: int, **others: Any) -> DecoderCo
     Raises:
         ColadaError: if none is within 3%.
     """
-    best: tuple[float, DecoderConfig] | None = None
+    best: tuple[float, dict[str, int]] | None = None
+    embeddings = vocab_size + (others.get("objective") == "llada")
     for dim in range(HEAD, 8193, HEAD):
         for layers in range(max(1, dim // (4 * _ASPECT)), 4 * dim // _ASPECT + 1):
             rest = parameters - 2 * vocab_size * dim - dim - layers * (4 * dim**2 + 2 * dim)
             ffn_dim = max(8, round(rest / (3 * dim * layers) / 8) * 8)
             strange = abs(math.log(ffn_dim / (8 * dim / 3))) + 0.5 * abs(math.log(dim / (_ASPECT * layers)))
-            if best is None or strange < best[0]:
-                config = DecoderConfig(
-                    **others,
-                    vocab_size=vocab_size,
-                    dim=dim,
-                    num_layers=layers,
-                    num_heads=dim // HEAD,
-                    ffn_dim=ffn_dim,
-                )
-                if abs(config.parameters - parameters) <= 0.03 * parameters:
-                    best = strange, config
+            layer = 4 * dim**2 + 3 * dim * ffn_dim + 2 * dim
+            count = (embeddings + vocab_size) * dim + layers * layer + dim
+            if (best is None or strange < best[0]) and abs(count - parameters) <= 0.03 * parameters:
+                shape = {"dim": dim, "num_layers": layers, "num_heads": dim // HEAD, "ffn_dim": ffn_dim}
+                best = strange, shape
     if best is None:
         raise ColadaError(f"no decoder with vocab_size={vocab_size} has {parameters:,} parameters")
-    return best[1]
+    return DecoderConfig(**others, vocab_size=vocab_size, **best[1])
