@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import typer
 
-import colada.cli.parity
-from colada.cli.parity import main, relative_error, report, run_case
+from colada.cli.parity import relative_error, report, run_case
 from colada.errors import ColadaError
 from helpers import read_safetensors, write_safetensors
 
-PACKAGE = Path(colada.cli.parity.__file__).parents[2]
 SINGLE_PASSES = ("encode_mean", "encode_logvar", "decode", "velocity")
 
 
@@ -101,38 +95,12 @@ def test_the_tolerance_decides(case: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads(capsys.readouterr().out)["tolerance"] == 1e-12
 
 
-def test_the_module_prints_one_json_line_and_exits_0(case: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "colada.cli.parity", str(case)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])},
-    )
-    assert done.returncode == 0, done.stderr
-    (text,) = done.stdout.splitlines()
+def test_a_fixture_that_holds_is_one_json_line(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(case, 1e-5) == 0
+    (text,) = capsys.readouterr().out.splitlines()
     line = json.loads(text)
     assert line["ok"] is True
     assert set(line) >= {*SINGLE_PASSES, "latents", "logits", "tokens_equal", "case", "tolerance"}
-
-
-def test_beyond_its_tolerance_the_program_exits_1(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as caught:
-        main(case, 1e-12)
-    assert caught.value.exit_code == 1
-    assert len(capsys.readouterr().out.splitlines()) == 1
-
-
-def test_for_a_directory_that_is_no_fixture_the_program_exits_2_with_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(typer.Exit) as caught:
-        main(tmp_path)
-    assert caught.value.exit_code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
-    assert "case.json: no such file" in line
 
 
 def test_an_incomplete_fixture_is_refused_by_name(case: Path) -> None:

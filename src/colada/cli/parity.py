@@ -1,22 +1,15 @@
-"""Run a parity fixture: a checkpoint with the outputs that a reference implementation gave in float32.
-
-``python -m colada.cli.parity CASE_DIR [--tolerance 1e-5]`` prints one JSON line with
-the largest relative error, max |a - b| / max |b|, of every part.
-"""
+"""Run a parity fixture: a checkpoint with the outputs that a reference implementation gave in float32."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 
 from colada.device import find_device
@@ -24,12 +17,10 @@ from colada.errors import ColadaError, failure
 from colada.files import read_json_object
 from colada.generate.engine.engine import Engine, capacity_for
 from colada.generate.reference import Block, BlockGenerator
-from colada.generate.settings import RequestSettings, check_settings
+from colada.generate.settings import Settings
 from colada.generate.writer import Request
 from colada.networks.checkpoint import open_weights, read_dit, read_vae
-from colada.networks.dit import DiT
 from colada.networks.packing import pad_to_multiple
-from colada.networks.vae import TextVAE
 
 
 def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
@@ -100,32 +91,30 @@ def _compare(
     blocks_of = range(case["n_blocks"])
     noise = [expected[f"generate.noise.{b}"].split(size) for b in blocks_of]
 
-    def given_noise(sample: int, block: int) -> Tensor:
-        return noise[block][sample]
-
-    made_with = RequestSettings(
-        **check_settings(
-            {
-                "guidance": settings["guidance_scale"],
-                "steps": settings["timestep_num"],
-                "temperature": settings["temperature"],
-                "repetition_penalty": settings["repetition_penalty"],
-            }
-        )
-    )
-    requests = [
-        Request(
-            tuple(ids),
-            case["n_blocks"] * vae.config.block_tokens,
-            made_with,
-            noise=partial(given_noise, number),
-        )
-        for number, ids in enumerate(prompts)
-    ]
-    made = {
-        "": _by_reference(vae, dit, requests, case["n_blocks"], pad_id),
-        "engine_": _by_engine(vae, dit, requests, case["n_blocks"], pad_id),
+    chosen: Settings = {
+        "guidance": settings["guidance_scale"],
+        "steps": settings["timestep_num"],
+        "temperature": settings["temperature"],
+        "repetition_penalty": settings["repetition_penalty"],
     }
+    noises = [partial(_noise, noise, number) for number in range(len(prompts))]
+    loop = BlockGenerator(vae, dit, **chosen)
+    requests = [
+        Request(tuple(ids), len(noise) * vae.config.block_tokens, loop.settings, noise=own)
+        for ids, own in zip(prompts, noises, strict=True)
+    ]
+    guidance = [loop.settings.guidance] * len(prompts)
+    samples = loop.start(prompts, noises, [0] * len(prompts), guidance, pad_id)
+    engine = Engine(vae, dit, capacity=capacity_for(requests, vae.config), pad_id=pad_id, keep_logits=True)
+    for request in requests:
+        engine.submit(request)
+    made: dict[str, list[list[Block]]] = {"": [], "engine_": []}
+    for _ in blocks_of:
+        for _ in loop.next_block(samples):
+            pass
+        made[""].append([sample.block for sample in samples if sample.block is not None])
+        _next_blocks(engine)
+        made["engine_"].append([slot.block for slot in engine.news if slot.block is not None])
     equal = []
     for kind, generated in made.items():
         for part in ("latents", "logits"):
@@ -140,38 +129,17 @@ def _compare(
     return errors
 
 
-def _by_reference(
-    vae: TextVAE, dit: DiT, requests: Sequence[Request], blocks: int, pad_id: int
-) -> list[list[Block]]:
-    """Return the blocks of every request, number by number, as the readable loop makes them."""
-    settings = requests[0].settings
-    loop = BlockGenerator(vae, dit, **asdict(settings))
-    noises = [own.noise for own in requests if own.noise is not None]
-    seeds, guidance = [settings.seed] * len(requests), [settings.guidance] * len(requests)
-    samples = loop.start([own.ids for own in requests], noises, seeds, guidance, pad_id)
-    made = []
-    for _ in range(blocks):
-        for _ in loop.next_block(samples):
-            pass
-        made.append([sample.block for sample in samples if sample.block is not None])
-    return made
+def _noise(noise: Sequence[Sequence[Tensor]], sample: int, block: int) -> Tensor:
+    return noise[block][sample]
 
 
-def _by_engine(
-    vae: TextVAE, dit: DiT, requests: Sequence[Request], blocks: int, pad_id: int
-) -> list[list[Block]]:
-    """Return the same as :func:`_by_reference`, as the engine makes them."""
-    capacity = capacity_for(requests, vae.config)
-    engine = Engine(vae, dit, capacity=capacity, pad_id=pad_id, keep_logits=True)
-    for own in requests:
-        engine.submit(own)
-    made: list[list[Block]] = []
-    while len(made) < blocks:
+def _next_blocks(engine: Engine) -> None:
+    """Let everyone have the next block; a long grid takes several rounds."""
+    while True:
         for _ in engine.next_block():
             pass
-        if engine.news:  # A long grid takes several rounds.
-            made.append([slot.block for slot in engine.news if slot.block is not None])
-    return made
+        if engine.news:
+            return
 
 
 def report(directory: Path, tolerance: float, device: str = "cpu") -> int:
@@ -185,21 +153,3 @@ def report(directory: Path, tolerance: float, device: str = "cpu") -> int:
     line = {"case": str(directory), "tolerance": tolerance, **shown, "ok": bool(holds)}
     print(json.dumps(line))
     return 0 if holds else 1
-
-
-def main(
-    case_dir: Annotated[Path, typer.Argument(help="Directory of a parity fixture.")],
-    tolerance: Annotated[float, typer.Option(min=0, help="Largest relative error that holds.")] = 1e-5,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
-) -> None:
-    """Compare this implementation with a fixture's expected outputs."""
-    try:
-        code = report(case_dir, tolerance, device)
-    except ColadaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    raise typer.Exit(code)
-
-
-if __name__ == "__main__":
-    typer.run(main)
