@@ -208,14 +208,9 @@ class LanguageModel(ABC):
     def _writer(self, capacity: int, slots: int | None) -> Writer[Any]:
         """Return what writes the requests of a session."""
 
+    @abstractmethod
     def _writer_for(self, requests: Sequence[Request], slots: int) -> Writer[Any]:
         """Return what writes these requests alone, with just the history that ``slots`` of them need."""
-        rooms = sorted(map(self._room, requests), reverse=True)
-        return self._writer(sum(rooms[:slots]), slots)
-
-    @abstractmethod
-    def _room(self, request: Request) -> int:
-        """Return how many positions of history a request takes."""
 
     @abstractmethod
     def _request(

@@ -16,7 +16,6 @@ from colada.errors import ColadaError
 from colada.files import as_path
 from colada.generate.engine.engine import GPU_BUCKET, Engine, capacity_for
 from colada.generate.engine.memory import round_up
-from colada.generate.engine.slots import room_of
 from colada.generate.reference import TransportStep, encode
 from colada.generate.session import Session
 from colada.generate.settings import RELEASED_SETTINGS, Prompt, RequestSettings, Settings
@@ -207,9 +206,6 @@ class ColaDLM(LanguageModel):
         return Reconstruction(text, tuple(out), correct / len(ids))
 
     # --- generation ------------------------------------------------------------------------
-
-    def _room(self, request: Request) -> int:
-        return room_of(request, self.vae.config.patch_size, self.vae.config.block_size)
 
     def _writer(self, capacity: int, slots: int | None) -> Engine:
         return self._engine(capacity, slots, self.pad_id)

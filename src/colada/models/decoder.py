@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -83,6 +83,10 @@ class DecoderLM(LanguageModel):
         """Write ``decoder/``, tokenizer and settings; see :func:`colada.networks.checkpoint.write_model`."""
         networks = {DECODER_DIR: self.decoder}
         write_model(as_path(directory), networks, self.tokenizer, self.generation, self.chat_template)
+
+    def _writer_for(self, requests: Sequence[Request], slots: int) -> Writer[Any]:
+        rooms = sorted(map(self._room, requests), reverse=True)
+        return self._writer(sum(rooms[:slots]), slots)
 
     def _room(self, request: Request) -> int:
         """Return how many tokens a request takes, with the one that every text of AR follows."""
