@@ -30,6 +30,9 @@ from colada.evaluate.variety import distinct, entropy, known, overlap, repeated,
 from colada.models.bound import TextScore
 from colada.models.cola import ColaDLM
 from colada.models.likelihood import measure
+from colada.models.load import MODELS
+from colada.networks.config import DecoderConfig
+from colada.networks.decoder import Decoder
 from colada.report.frontier import draw_frontier
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import Completion
@@ -334,3 +337,23 @@ def test_bad_options(tmp_path: Path, arguments: list[str], words: str) -> None:
             ["eval", "generative", str(tmp_path / "real.jsonl"), "--judge", judge, *arguments],
             standalone_mode=False,
         )
+
+
+def test_a_model_without_guidance_is_one_point_beside_the_lines(tmp_path: Path, model: ColaDLM) -> None:
+    tokenizer = tokenizer_of(model)
+    shape = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24}
+    decoder = Decoder(DecoderConfig(objective="ar", vocab_size=tokenizer.vocab_size, **shape))
+    decoder.init_weights()
+    MODELS["ar"](decoder, tokenizer).save(tmp_path / "ar")
+    (tmp_path / "real.jsonl").write_text(json.dumps({"text": TEXTS[0].text}) + "\n")
+    bundled = str(Path(colada.__file__).parent / "bundled")
+    lengths = ["--prompt-tokens", "4", "--new-tokens", "4", "-q", "--out", str(tmp_path / "out.json")]
+    where = [str(tmp_path / "real.jsonl"), "--judge", str(tmp_path / "ar"), "--guidance", "1,2"]
+    models = ["--model", bundled, "--model", str(tmp_path / "ar")]
+    result = CliRunner().invoke(app, ["eval", "generative", *where, *models, *lengths])
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["kind"] == "exact"
+    assert [point["settings"].get("guidance") for point in record["points"]] == [1.0, 2.0, None]
+    alone = CliRunner().invoke(app, ["eval", "generative", *where, "--model", str(tmp_path / "ar"), *lengths])
+    assert "AR has no guidance" in str(alone.exception)
