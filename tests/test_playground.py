@@ -8,7 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -738,6 +741,10 @@ def real_address() -> Iterator[str]:
     try:
         address = re.search(r"http://\S+:\d+", process.stderr.readline())
         assert address is not None
+        for _ in range(900):
+            with suppress(OSError), urllib.request.urlopen(f"{address[0]}/ready", timeout=5):
+                break
+            time.sleep(0.1)
         yield f"{address[0]}/"
     finally:
         process.kill()

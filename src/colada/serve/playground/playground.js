@@ -514,24 +514,29 @@ class Weave {
     this.host.hidden = this.cursor.hidden = true;
   }
 
-  /** Lay the columns out: as many in a band as fit with 9 pixels each; a block is not torn apart. */
+  /** Lay the columns out: as many in a band as fit with 9 pixels each; no block is torn apart. */
   plan() {
     const width = this.host.clientWidth;
-    const last = this.run.columns.at(-1);
-    const total = Math.max(Math.ceil(this.run.count / (facts(this.run.which).patch || 1)), last.from + last.count);
-    const size = this.run.columns[0].count;
-    const most = Math.max(1, Math.floor(width / 9 / size));
-    const bands = Math.ceil(total / size / most);
-    const across = Math.min(total, Math.ceil(total / size / bands) * size);
+    const { patch = 1, block = 1 } = facts(this.run.which);
+    const [first, last] = [this.run.columns[0], this.run.columns.at(-1)];
+    const total = Math.max(Math.ceil(this.run.count / patch), last.from + last.count);
+    const size = Math.max(block, first.count);
+    const shift = size - first.count; // The first block may begin with what was there before.
+    const blocks = Math.ceil((total + shift) / size);
+    const bands = Math.ceil(blocks / Math.max(1, Math.floor(width / 9 / size)));
+    const across = Math.ceil(blocks / bands) * size;
     const rows = this.run.steps + 1;
     const row = clamp(Math.round(150 / rows), 3, 12);
-    return { width, total, size, bands, across, rows, row, cell: Math.min(width / across, 30), band: rows * row + 14 };
+    const cell = Math.min(width / (bands === 1 ? total : across), 30);
+    return { width, total, size, shift, bands, across, rows, row, cell, band: rows * row + 14 };
   }
 
   place(column, row) {
-    const { across, cell, band, row: height, size } = this.layout;
-    const seam = (column + 1) % size ? 1 : Math.min(4, cell / 3); // Wider between blocks.
-    return [(column % across) * cell, Math.floor(column / across) * band + row * height, cell - seam];
+    const { across, shift, cell, band, row: height, size } = this.layout;
+    const at = column + shift;
+    const number = Math.floor(at / across);
+    const seam = (at + 1) % size ? 1 : Math.min(4, cell / 3); // Wider between blocks.
+    return [((at % across) - (number ? 0 : shift)) * cell, number * band + row * height, cell - seam];
   }
 
   redraw() {
@@ -592,11 +597,12 @@ class Weave {
 
   point(event, choose) {
     if (!this.layout) return;
-    const { across, cell, row, rows, band } = this.layout;
+    const { across, shift, cell, row, rows, band } = this.layout;
     const { left, top } = this.canvas.getBoundingClientRect();
     const number = Math.floor((event.clientY - top) / band);
     const step = Math.floor((event.clientY - top - number * band) / row);
-    const column = number * across + clamp(Math.floor((event.clientX - left) / cell), 0, across - 1);
+    const beside = clamp(Math.floor((event.clientX - left) / cell), 0, across - 1);
+    const column = number ? number * across - shift + beside : beside;
     this.look(column, step >= rows - 1 ? "end" : Math.max(1, step), choose);
   }
 
@@ -1053,7 +1059,10 @@ function markDifferences() {
   const pieces = { a: [], b: [] };
   const put = (which, word, alone) => {
     const space = word.match(/^\s*/)[0];
-    pieces[which].push(space, alone ? element("mark", {}, word.slice(space.length)) : word.slice(space.length));
+    const mark = pieces[which].at(-1);
+    if (!alone) pieces[which].push(word);
+    else if (mark instanceof Element) mark.append(word);
+    else pieces[which].push(space, element("mark", {}, word.slice(space.length)));
   };
   let [i, j] = [0, 0];
   while (i < left.length || j < right.length) {
