@@ -381,7 +381,7 @@ def matched_config(parameters: int, vocab_size: int, **others: Any) -> DecoderCo
     Raises:
         ColadaError: if none is within 3%.
     """
-    best: tuple[float, dict[str, int]] | None = None
+    best: tuple[float, dict[str, Any]] | None = None
     embeddings = vocab_size + (others.get("objective") == "llada")
     for dim in range(HEAD, 8193, HEAD):
         for layers in range(max(1, dim // (4 * _ASPECT)), 4 * dim // _ASPECT + 1):
