@@ -160,7 +160,7 @@ def test_arguments_are_checked_before_the_first_chunk_is_asked_for(model: ColaDL
         ([[1]], 0, {}, "max_new_tokens=0"),
         ([[1]], -3, {}, "max_new_tokens=-3"),
         ([[1]], 4, {"steps": 0}, "steps=0"),
-        ([[1]], 4, {"solver": "heun"}, "solver='heun'"),
+        ([[1]], 4, {"solver": "rk4"}, "solver='rk4'"),
         ([[1]], 4, {"schedule": "cosine"}, "schedule='cosine'"),
         ([[1]], 4, {"noise": "release"}, "noise='release'.*did you mean 'released'"),
         ([[1]], 4, {"seed": -1}, "seed=-1"),
