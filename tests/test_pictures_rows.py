@@ -15,7 +15,7 @@ from colada.networks.config import DiTConfig
 from colada.networks.dit import DiT
 from colada.networks.layers import History
 from colada.networks.packing import Layout
-from colada.networks.pictures import describing_layout, drawing_layout, text_part
+from colada.networks.pictures import describing_layout, drawing_layout, text_part, with_pictures
 from colada.train.picture_flow import describing_errors, drawing_errors
 from helpers import tiny_dit
 
@@ -182,9 +182,9 @@ def one_block(positions: Tensor, history: History, picture: Tensor | None = None
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prediction", ["velocity", "z0"])
-def test_errors_of_drawing_are_those_of_one_picture_after_its_caption(prediction: str) -> None:
-    dit = unified(prediction=prediction)
+@pytest.mark.parametrize(("prediction", "dual"), [("velocity", 0), ("z0", 0), ("z0", 1), ("z0", 2)])
+def test_errors_of_drawing_are_those_of_one_picture_after_its_caption(prediction: str, dual: int) -> None:
+    dit = unified(prediction=prediction, dual_layers=dual)
     lengths, alone = [12, 4, 8], [False, False, True]
     captions, pictures = normal(3, 12, WIDTH), normal(3, PICTURE, WIDTH)
     noise, picture_noise = normal(3, 12, WIDTH), normal(3, PICTURE, WIDTH)
@@ -218,9 +218,11 @@ def test_errors_of_drawing_are_those_of_one_picture_after_its_caption(prediction
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prediction", ["velocity", "z0"])
-def test_errors_of_describing_are_those_of_one_block_after_prompt_and_picture(prediction: str) -> None:
-    dit = unified(prediction=prediction)
+@pytest.mark.parametrize(("prediction", "dual"), [("velocity", 0), ("z0", 0), ("z0", 1), ("z0", 2)])
+def test_errors_of_describing_are_those_of_one_block_after_prompt_and_picture(
+    prediction: str, dual: int
+) -> None:
+    dit = unified(prediction=prediction, dual_layers=dual)
     prompt_lengths, lengths = [4, 8, 0], [12, 4, 8]
     prompts, pictures, answers = normal(3, 8, WIDTH), normal(3, PICTURE, WIDTH), normal(3, 12, WIDTH)
     noise, times = normal(3, 12, WIDTH), timesteps(3, 12)
@@ -271,11 +273,12 @@ def test_losses_reach_pictures_and_clean_cells_carry_no_gradient() -> None:
 # --- one network for both ----------------------------------------------------------------------
 
 
-def test_text_alone_is_bit_for_bit_what_a_text_network_makes_of_it() -> None:
-    dit = unified()
+@pytest.mark.parametrize("dual", [0, 1])
+def test_text_alone_is_bit_for_bit_what_a_text_network_makes_of_it(dual: int) -> None:
+    dit = unified(dual_layers=dual)
     plain = text_part(dit)
     assert plain.config == DiTConfig.from_dict(
-        {key: value for key, value in dit.config.to_dict().items() if not key.startswith("img_")}
+        {key: value for key, value in dit.config.to_dict().items() if not key.startswith(("img_", "dual_"))}
     )
     assert not [name for name in plain.state_dict() if name.startswith("img_")]
     latents, times = normal(20, WIDTH), torch.full((20,), 400.0)
@@ -283,6 +286,34 @@ def test_text_alone_is_bit_for_bit_what_a_text_network_makes_of_it() -> None:
         count = len(network_layout)
         both = [network(latents[:count], times[:count], network_layout) for network in (dit, plain)]
         assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("dual", [0, 2])
+def test_a_text_network_is_given_pictures_and_its_text_stays(dual: int) -> None:
+    plain = tiny_dit()
+    dit = with_pictures(plain, [2, 2], dual, torch.Generator().manual_seed(0))
+    latents, layout = normal(12, WIDTH), plain.layout([12])
+    assert torch.equal(dit(latents, torch.tensor(300.0), layout), plain(latents, torch.tensor(300.0), layout))
+    back = text_part(dit).state_dict()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in plain.state_dict().items())
+    drawing = Layout.one_block([torch.zeros(PICTURE).long()], BLOCK, [0], [torch.ones(PICTURE).bool()])
+    assert float(dit(normal(PICTURE, WIDTH), torch.tensor(500.0), drawing).detach().abs().max()) == 0
+
+
+def test_dual_layers_of_equal_weights_are_single_layers_and_others_are_not() -> None:
+    single = unified(1)
+    dual = with_pictures(text_part(single), [2, 2], 2)
+    dual.load_state_dict(single.state_dict(), strict=False)
+    layout = drawing_layout(torch.tensor([8, 4]), 8, PICTURE, BLOCK, torch.tensor([False, True]))
+    latents, times = normal(len(layout), WIDTH), torch.full((len(layout),), 250.0)
+    for noisy_only in (False, True):
+        outputs = [network(latents, times, layout, noisy_only=noisy_only) for network in (single, dual)]
+        torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        dual.blocks[0].image.mlp.proj_in.weight.mul_(2)
+    output = dual(latents, times, layout).view(2, -1, WIDTH)
+    changed = (output - single(latents, times, layout).view(2, -1, WIDTH)).abs().amax((0, 2)) > 1e-6
+    assert changed.tolist() == [False] * 8 + [True] * PICTURE + [False] * 8  # Text does not see the picture.
 
 
 def test_a_text_only_configuration_has_no_new_keys_and_no_new_weights() -> None:
@@ -310,6 +341,8 @@ def test_a_fresh_network_draws_nothing_yet() -> None:
         ({"img_channels": 8, "img_grid": [2, 0]}, r"img_grid=\[2, 0\], expected two numbers from 1 to 64"),
         ({"img_channels": 8, "img_grid": [2, True]}, "img_grid"),
         ({"img_channels": 8, "img_grid": 4}, "img_grid=4"),
+        ({"dual_layers": 1}, "dual_layers=1, expected 0 without img_channels"),
+        ({"img_channels": 8, "img_grid": [2, 2], "dual_layers": 3}, "at most num_layers=2"),
         (
             {"img_channels": 8, "img_grid": [2, 2], "patch_size": 2},
             "patch_size=2, expected 1 with img_channels",

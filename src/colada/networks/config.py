@@ -175,6 +175,11 @@ class DiTConfig(NetworkConfig):
             "null without img_channels, else two numbers",
         ),
         ("patch_size", lambda c: c.patch_size == 1 or c.img_channels == 0, "1 with img_channels"),
+        (
+            "dual_layers",
+            lambda c: 0 <= c.dual_layers <= (c.num_layers if c.img_channels else 0),
+            "0 without img_channels, else at most num_layers={c.num_layers}",
+        ),
     )
 
     txt_in_channels: int = 16
@@ -199,6 +204,7 @@ class DiTConfig(NetworkConfig):
     self_conditioning: bool = extension(False, "whether it takes its last guess of z0 as a second input")
     img_channels: int = extension(0, "width of a picture's latents; 0: it has text only")
     img_grid: list | None = IMG_GRID  # type: ignore[type-arg]  # Its type is checked as it stands here.
+    dual_layers: int = extension(0, "its first layers that have weights of their own for pictures")
     training_length: int | None = TRAINING_LENGTH
 
 

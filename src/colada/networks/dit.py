@@ -123,14 +123,18 @@ class SelfAttention(nn.Module):
         self.rope = StoredFrequencies(config.rope_dim)
         self.proj_out = nn.Linear(width, config.txt_dim, bias=config.qk_bias)
 
-    def forward(self, x: Tensor, shared: Pass[Tensor], layer: int, noisy: Tensor | None = None) -> Tensor:
+    def project(self, x: Tensor, turn: Tensor, noisy: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (of ``noisy`` only), keys and values (N, K, D), with positions by ``turn``."""
         q, k, v = self.proj_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        turn = shared.table
         if noisy is not None:
             q = q.index_select(0, noisy)
         # Under autocast a norm may come out wider than its input; keys must match values.
         q = rotate_interleaved(self.norm_q(q), turn if noisy is None else turn[noisy]).to(v.dtype)
         k = rotate_interleaved(self.norm_k(k), turn).to(v.dtype)
+        return q, k, v
+
+    def forward(self, x: Tensor, shared: Pass[Tensor], layer: int, noisy: Tensor | None = None) -> Tensor:
+        q, k, v = self.project(x, shared.table, noisy)
         return self.proj_out(shared.attend(q, k, v, layer).flatten(-2))
 
 
@@ -177,13 +181,64 @@ class DiTBlock(nn.Module):
         noisy: Tensor | None = None,
     ) -> Tensor:
         """Run the layer; with ``noisy``, int64 rows of x, the others leave their keys and values only."""
-        h = modulate(F.layer_norm(x, (self.dim,), eps=self.eps), self.ada.msa_in(emb), row)
-        attended = self.msa(h, shared, layer, noisy)
+        attended = self.msa(self.before(x, emb, row), shared, layer, noisy)
         if noisy is not None:
             x, row = x.index_select(0, noisy), row.index_select(0, noisy)
+        return self.after(x, attended, emb, row)
+
+    def before(self, x: Tensor, emb: Tensor, row: Tensor) -> Tensor:
+        """Return what attention takes."""
+        return modulate(F.layer_norm(x, (self.dim,), eps=self.eps), self.ada.msa_in(emb), row)
+
+    def after(self, x: Tensor, attended: Tensor, emb: Tensor, row: Tensor) -> Tensor:
+        """Return what follows from x and what attention made of it."""
         x = torch.addcmul(x, self.ada.msa_out(emb).index_select(0, row), attended)
         h = modulate(F.layer_norm(x, (self.dim,), eps=self.eps), self.ada.mlp_in(emb), row)
         return torch.addcmul(x, self.ada.mlp_out(emb).index_select(0, row), self.mlp(h))
+
+
+class DualBlock(DiTBlock):
+    """A layer with weights of its own for pictures, beside those for text; all attend together."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        self.image = DiTBlock(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        row: Tensor,
+        shared: Pass[Tensor],
+        layer: int,
+        noisy: Tensor | None = None,
+    ) -> Tensor:
+        """Run the layer, as :meth:`DiTBlock.forward`."""
+        mask = shared.layout.pictures
+        if mask is None:
+            return super().forward(x, emb, row, shared, layer, noisy)
+        halves = (self, self.image)
+        where, back = _apart(mask)
+        parts = [
+            half.msa.project(half.before(x[index], emb, row[index]), shared.table[index])
+            for half, index in zip(halves, where, strict=True)
+        ]
+        q, k, v = (torch.cat(both).index_select(0, back) for both in zip(*parts, strict=True))
+        if noisy is not None:
+            q, x, row = (one.index_select(0, noisy) for one in (q, x, row))
+            where, back = _apart(mask[noisy])
+        attended = shared.attend(q, k, v, layer).flatten(-2)
+        outputs = [
+            half.after(x[index], half.msa.proj_out(attended[index]), emb, row[index])
+            for half, index in zip(halves, where, strict=True)
+        ]
+        return torch.cat(outputs).index_select(0, back)
+
+
+def _apart(pictures: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return where text is and where pictures are, int64, and the order that puts both in their places."""
+    where = (~pictures).nonzero().flatten(), pictures.nonzero().flatten()
+    return where, torch.cat(where).argsort()
 
 
 class DiT(nn.Module):
@@ -202,7 +257,8 @@ class DiT(nn.Module):
             self.img_pos = nn.Parameter(torch.zeros(math.prod(config.img_grid), config.txt_dim))
             self.img_out = Patch(config.txt_dim, config.img_channels)
         self.emb_in = TimestepEmbedding(config)
-        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.num_layers))
+        kinds = [DualBlock] * config.dual_layers + [DiTBlock] * (config.num_layers - config.dual_layers)
+        self.blocks = nn.ModuleList(kind(config) for kind in kinds)
         self.txt_out_norm = nn.LayerNorm(config.txt_dim, eps=config.norm_eps)
         self.txt_out_ada = nn.ModuleDict({"out_in": _ada(config.emb_dim, 2 * config.txt_dim)})
         self.txt_out = Patch(config.txt_dim, config.txt_out_channels * patch)

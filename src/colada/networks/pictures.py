@@ -11,13 +11,14 @@ picture a latent lies is told by ``img_pos``. B rows, L text latents, M latents 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from colada.errors import ColadaError
-from colada.networks.dit import DiT
+from colada.networks.dit import DiT, DualBlock
 from colada.networks.packing import Cells, Kind, Layout
 
 
@@ -75,10 +76,32 @@ def describing_layout(
     return Layout.of_cells(cells, block_size, prompt + latents + clean, hidden)
 
 
+def with_pictures(
+    text: DiT, grid: Sequence[int], dual_layers: int = 0, generator: torch.Generator | None = None
+) -> DiT:
+    """Return a copy of a text network that has pictures too, and draws nothing of use as yet.
+
+    Args:
+        text: whose weights it begins with, those of pictures in dual layers too.
+        grid: rows and columns of a picture's latents.
+        dual_layers: see :class:`colada.networks.config.DiTConfig`.
+        generator: of the new weights.
+    """
+    channels = text.config.txt_in_channels
+    dit = DiT(replace(text.config, img_channels=channels, img_grid=list(grid), dual_layers=dual_layers))
+    dit.init_weights(generator)
+    dit.load_state_dict(text.state_dict(), strict=False)
+    for block in dit.blocks[:dual_layers]:
+        assert isinstance(block, DualBlock)
+        state = {name: value for name, value in block.state_dict().items() if not name.startswith("image.")}
+        block.image.load_state_dict(state)
+    return dit.to(text.txt_in.proj.weight)
+
+
 def text_part(dit: DiT) -> DiT:
     """Return the network of a model's text alone, which shares its weights."""
     with torch.device("meta"):
-        text = DiT(replace(dit.config, img_channels=0, img_grid=None))
+        text = DiT(replace(dit.config, img_channels=0, img_grid=None, dual_layers=0))
     state = dit.state_dict()
     text.load_state_dict({name: state[name] for name in text.state_dict()}, assign=True)
     return text.train(dit.training)
