@@ -133,8 +133,8 @@ def validation(out: Path, stage: str, term: str) -> list[float]:
 
 @pytest.mark.slow
 def test_the_debug_recipe_learns_to_reconstruct(debug_run: Path) -> None:
-    assert validation(debug_run, 1, "accuracy")[-1] > 0.9
-    losses = validation(debug_run, 1, "nll")
+    assert validation(debug_run, "vae", "accuracy")[-1] > 0.9
+    losses = validation(debug_run, "vae", "nll")
     assert losses[-1] < 0.2
     trained = [record["nll"] for record in metrics(debug_run) if record["stage"] == "vae" and "nll" in record]
     assert trained[-1] < 0.1 * trained[0]
@@ -146,7 +146,7 @@ def test_the_debug_recipe_learns_to_reconstruct(debug_run: Path) -> None:
 
 @pytest.mark.slow
 def test_the_debug_recipe_learns_the_prior(debug_run: Path) -> None:
-    losses = validation(debug_run, 2, "flow")
+    losses = validation(debug_run, "prior", "flow")
     assert losses[-1] < losses[0]
     model = colada.load(debug_run / "model")
     stories = make_stories.STORIES.read_text().split(make_stories.SEPARATOR)[:40]
@@ -237,6 +237,19 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not(
     assert logged(tmp_path) == logged(uninterrupted[variant])
     samples = (path / "samples.txt" for path in (tmp_path, uninterrupted[variant]))
     assert len({sample.read_text() for sample in samples}) == 1
+
+
+def test_what_an_earlier_stage_has_trained_is_in_later_checkpoints(tmp_path: Path) -> None:
+    made = recipe("stages.vae.steps=0", "stages.last={kind: vae, steps: 6, batch: 4, length: 16, warmup: 2}")
+    Trainer(made, tmp_path / "whole").run()
+    with pytest.raises(Interrupted, match="step 3 of last"):
+        Trainer(made, tmp_path / "run", At("last", 3)).run()
+    words = export(tmp_path / "run/checkpoints/last-00000003", tmp_path / "exported")
+    assert words == "stage last, step 3"
+    Trainer(made, tmp_path / "run").run()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    trained, exported = (colada.load(tmp_path / where).dit for where in ("whole/model", "exported"))
+    assert same(trained.state_dict(), exported.state_dict())
 
 
 def test_a_third_stage_reads_its_own_sources_and_resumes_exactly(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from colada.errors import ColadaError
 from colada.files import read_text
@@ -20,7 +19,7 @@ from colada.train.cola import ColaSystem
 from colada.train.decoder import DecoderSystem
 from colada.train.recipe import Recipe, load_recipe
 from colada.train.sections import ModelSection
-from colada.train.stages import System, make_stage, stage_class
+from colada.train.stages import System, frozen_in, stage_class
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -67,29 +66,28 @@ def export(checkpoint: Path, directory: Path) -> str:
     if state["stage"] not in recipe.trained:
         raise ColadaError(f"{checkpoint} is damaged: its recipe has no stage {state['stage']!r}")
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER_FILE)
-    start, kind = None, stage_class(recipe.trained[state["stage"]])
+    start, section = None, recipe.trained[state["stage"]]
+    learnt, frozen = stage_class(section).learns, frozen_in(recipe, state["stage"])
     configs = {name: state[name] for name in ("vae", "dit", "decoder") if isinstance(state.get(name), dict)}
-    if recipe.model.init is not None and configs.keys() - {*kind.learns, *kind.uses}:
-        start = load(recipe.model.init)  # A network as it began is not in the checkpoint.
+    begun = sorted(configs.keys() - {*learnt, *frozen})  # They are not in the checkpoint.
+    if recipe.model.init is not None and begun:
+        start = load(recipe.model.init)
     else:  # What was trained, whatever the recipe says now.
         model = ModelSection(arch=recipe.model.arch, **configs)
         recipe = recipe.model_copy(update={"model": model})
     system = system_of(recipe, tokenizer, start)
-    stage = make_stage(system, state["stage"], nn.ModuleDict)
-    tensors: dict[str, Any] = {}
-    for name, network in stage.networks.items():
-        if stage.section.ema:
-            averaged = {f"module.{name}.{key}": value for key, value in network.state_dict().items()}
-            tensors["average"] = tensors.get("average", {}) | averaged
-        else:
-            tensors[name] = network.state_dict()
-    for name in stage.frozen.keys() & system.networks.keys():
-        tensors[name] = stage.frozen[name].state_dict()
+    states = {name: network.state_dict() for name, network in system.networks.items()}
+    tensors: dict[str, Any] = {name: states[name] for name in frozen}
+    if section.ema:
+        tensors["average"] = {
+            f"module.{name}.{key}": value for name in learnt for key, value in states[name].items()
+        }
+    else:
+        tensors |= {name: states[name] for name in learnt}
     read_tensors(checkpoint, tensors)  # In place.
     template = checkpoint / CHAT_TEMPLATE_FILE
     text = read_text(template) if template.is_file() else None
     parts = {"tokenizer": tokenizer, "generation": state["generation"], "chat_template": text}
     write_model(system.model(system.networks, **parts), recipe, directory)
-    begun = system.networks.keys() - stage.networks.keys() - stage.frozen.keys()
-    rest = "".join(f", the {'DiT' if name == 'dit' else name} as it began" for name in sorted(begun))
+    rest = "".join(f", the {'DiT' if name == 'dit' else name} as it began" for name in begun)
     return f"stage {state['stage']}, step {state['step']}{rest}"

@@ -190,7 +190,9 @@ class Stage(ABC):
         self.section, self.number = self.recipe.stages[name], self.recipe.number(name)
         self.networks = nn.ModuleDict({own: system.ready(own, lay_out) for own in self.learns})
         self.networks.requires_grad_(True)
-        self.frozen = {own: system.ready(own, lay_out).requires_grad_(False) for own in self.uses}
+        self.frozen = {
+            own: system.ready(own, lay_out).requires_grad_(False) for own in frozen_in(self.recipe, name)
+        }
         where = getattr(self.section, "teacher", None)
         for own, of in self.teachers.items():
             self.frozen[own] = system.teacher(of, lay_out, where)
@@ -251,6 +253,18 @@ def stage_class(section: StageSection) -> type[Stage]:
     module, _, name = section.stage.partition(":")
     found: type[Stage] = getattr(import_module(module), name)
     return found
+
+
+def frozen_in(recipe: Recipe, name: str) -> list[str]:
+    """Return the networks that a stage uses frozen, and those that stages before it have trained."""
+    kind = stage_class(recipe.stages[name])
+    names = dict.fromkeys(kind.uses)
+    for other, section in recipe.trained.items():
+        if other == name:
+            break
+        if section.steps:
+            names |= dict.fromkeys(stage_class(section).learns)
+    return [own for own in names if own not in kind.learns]
 
 
 def make_stage(system: System, name: str, lay_out: LayOut) -> Stage:
