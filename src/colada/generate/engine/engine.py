@@ -201,38 +201,38 @@ class Engine(Writer[LatentSlot]):
 
     def _join(self, most: int | None) -> list[LatentSlot]:
         """Read at most so many latents of those who join; return slots for those who are then read."""
-        lefts = [own.left for own in self.joining]
+        counts = [arriving.left for arriving in self.joining]
+        if most is not None:
+            counts = shares(counts, most, self._size)
         parts = [
-            (own, count)
-            for own, count in zip(
-                self.joining, lefts if most is None else shares(lefts, most, self._size), strict=True
-            )
-            if count or not own.left
+            (arriving, count)
+            for arriving, count in zip(self.joining, counts, strict=True)
+            if count or not arriving.left
         ]
         if parts:
             read(self.vae, parts, self.pad_id)
-        self._commit([own for own, _ in parts if own.error is None and own.left])
-        new = [own for own in self.joining if own.error is not None or not own.left]
-        self.joining = [own for own in self.joining if own not in new]
-        return [own.slot() for own in new]
+        self._commit([arriving for arriving, _ in parts if arriving.error is None and arriving.left])
+        new = [arriving for arriving in self.joining if arriving.error is not None or not arriving.left]
+        self.joining = [arriving for arriving in self.joining if arriving not in new]
+        return [arriving.slot() for arriving in new]
 
     def _commit(self, joining: Sequence[Arrival]) -> None:
         """Write into both histories what is read of prompts that are not read to their ends."""
         if not joining:
             return
-        parts = [(own.start, own.history, own.uncommitted) for own in joining]
+        parts = [(arriving.start, arriving.history, arriving.uncommitted) for arriving in joining]
         try:
             self._transport.commit(parts)
             self._decode_alone(self._prefixes(parts))
         except Exception as error:  # As with those who cannot be encoded.
             if len(joining) > 1:
-                for own in joining:
-                    self._commit([own])
+                for arriving in joining:
+                    self._commit([arriving])
             else:
                 joining[0].error = failure("its prompt cannot be read", error)
             return
-        for own in joining:
-            own.history += len(own.uncommitted)
+        for arriving in joining:
+            arriving.history += len(arriving.uncommitted)
 
     # --- one block -------------------------------------------------------------------------
 
@@ -271,8 +271,8 @@ class Engine(Writer[LatentSlot]):
                 slot.step = len(slot.evaluations) - slot.left + number
             yield TransportStep(before + number, evaluations, latents[original], z0[original])
         finite = z.isfinite().flatten(1).all(1).tolist()
-        for slot, fine in zip(order, finite, strict=True):
-            if not fine and slot.error is None:
+        for slot, is_finite in zip(order, finite, strict=True):
+            if not is_finite and slot.error is None:
                 settings = slot.request.settings
                 slot.error = ColadaError(
                     f"block {slot.blocks} of a request has latents that are not finite, with guidance="
@@ -346,22 +346,22 @@ class Engine(Writer[LatentSlot]):
         if not slots:
             return
         logits = self.vae.decoder.logits(self._hidden(slots, z))
-        own = logits.split(self._size * self._patch)
-        greedy = logits.argmax(-1).cpu().split(self._size * self._patch)
+        blocks = logits.split(self._size * self._patch)
+        likeliest = logits.argmax(-1).cpu().split(self._size * self._patch)
         finite = logits.isfinite().all(-1).view(len(slots), -1).all(1).tolist()  # One wait for all.
-        for slot, latents, mine, likeliest, fine in zip(slots, z, own, greedy, finite, strict=True):
+        for row, (slot, latents, block) in enumerate(zip(slots, z, blocks, strict=True)):
             settings = slot.request.settings
             try:
-                if settings.temperature == 0 and settings.repetition_penalty == 1 and fine:
-                    ids = likeliest.tolist()
+                if settings.temperature == 0 and settings.repetition_penalty == 1 and finite[row]:
+                    ids = likeliest[row].tolist()
                 else:
                     generator = block_generator(settings.seed, slot.blocks, 1)
-                    ids = pick(mine, settings, slot.seen, generator).tolist()
+                    ids = pick(block, settings, slot.seen, generator).tolist()
             except Exception as error:  # Its own: the others have their tokens.
                 slot.error = failure(f"block {slot.blocks} has no tokens", error)
                 continue
-            slot.take(ids, confidence(mine, torch.tensor(ids)) if slot.request.confidence else None)
-            slot.block = Block(latents, mine if self._keep_logits else None, ids)
+            slot.take(ids, confidence(block, torch.tensor(ids)) if slot.request.confidence else None)
+            slot.block = Block(latents, block if self._keep_logits else None, ids)
             slot.decoded += self._size
 
     @plain_torch()
@@ -370,12 +370,12 @@ class Engine(Writer[LatentSlot]):
 
         Nothing is committed: the block's own positions of the decoder's memory are written again.
         """
-        fine = step.z0.isfinite().flatten(1).all(1).tolist()
+        finite = step.z0.isfinite().flatten(1).all(1).tolist()
         going = [slot for slot in self.under_way if not slot.done]
         rows = {
             slot: row
             for row, slot in enumerate(going)
-            if slot in wanted and fine[row] and slot.step <= len(slot.evaluations)
+            if slot in wanted and finite[row] and slot.step <= len(slot.evaluations)
         }
         if not rows:
             return {}

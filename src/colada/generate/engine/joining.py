@@ -27,8 +27,8 @@ class Arrival:
     Attributes:
         request: what was asked for.
         start, length: its region of the memory, in latents.
-        prefix, given, blocks: see :func:`~colada.generate.engine.slots.latents_of`.
-        wanted: latents that its prompt takes, whole blocks.
+        prefix, tail, blocks: see :func:`~colada.generate.engine.slots.latents_of`.
+        total: latents that its prompt takes, whole blocks.
         latents: (L, C), those there are.
         history: how many of them are in the DiT's and the decoder's history.
         read: what the encoder has seen.
@@ -39,9 +39,9 @@ class Arrival:
     start: int
     length: int
     prefix: int
-    given: int
+    tail: int
     blocks: int
-    wanted: int
+    total: int
     latents: Tensor
     history: int = 0
     read: History | None = None
@@ -50,7 +50,7 @@ class Arrival:
     @property
     def left(self) -> int:
         """How many latents are still to be encoded."""
-        return self.wanted - len(self.latents)
+        return self.total - len(self.latents)
 
     @property
     def uncommitted(self) -> Tensor:
@@ -59,7 +59,7 @@ class Arrival:
 
     def slot(self) -> LatentSlot:
         """Return it as a request under way."""
-        where = torch.ones(self.given, dtype=torch.bool, device=self.latents.device)
+        where = torch.ones(self.tail, dtype=torch.bool, device=self.latents.device)
         if self.request.hole is not None:
             where[self.request.hole[0] - self.prefix : self.request.hole[1] - self.prefix] = False
         return LatentSlot(
@@ -70,7 +70,7 @@ class Arrival:
             wanted=self.blocks,
             prefix=self.latents[: self.prefix],
             where=where,
-            pinned=self.latents[self.prefix : self.prefix + self.given],
+            pinned=self.latents[self.prefix : self.prefix + self.tail],
             history=self.history,
             decoded=self.history,
         )
@@ -79,9 +79,9 @@ class Arrival:
 def arrival(request: Request, start: int, length: int, vae: TextVAE, device: torch.device) -> Arrival:
     """Return a request that has a region of the memory, before any of its prompt is read."""
     size = vae.config.block_size
-    prefix, given, blocks = latents_of(request, vae.config.patch_size, size)
+    prefix, tail, blocks = latents_of(request, vae.config.patch_size, size)
     none = torch.zeros(0, vae.config.latent_dim, device=device)
-    return Arrival(request, start, length, prefix, given, blocks, round_up(prefix + given, size), none)
+    return Arrival(request, start, length, prefix, tail, blocks, round_up(prefix + tail, size), none)
 
 
 def shares(lefts: Sequence[int], most: int, size: int) -> list[int]:
@@ -110,7 +110,7 @@ def read(vae: TextVAE, parts: Sequence[tuple[Arrival, int]], pad_id: int) -> Non
         begin = len(own.latents) * patch
         prompts.append(own.request.ids[begin : begin + count * patch])
         # What is read at once leaves nothing for later.
-        whole = count == own.wanted
+        whole = count == own.total
         histories.append(None if whole else own.read.copy() if own.read is not None else History())
     try:
         encoded = encode(vae, prompts, pad_id, histories)
