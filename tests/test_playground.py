@@ -27,6 +27,7 @@ if CHROMIUM is None:
 START = "Once upon a time"
 QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
 expect = sync_api.expect
+expect.set_options(timeout=20_000)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def visit(browser: Any, server: Double) -> Iterator[Callable[..., Any]]:
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10000)
+        page.set_default_timeout(30_000)  # Two cores may be busy with other tests.
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda line: faults.append(line.text) if "Security" in line.text else None)
         page.on(
@@ -107,7 +108,7 @@ def select(page: Any, words: str) -> None:
 
 def until(page: Any, expression: str) -> None:
     """Wait until an expression holds; the page's own policy forbids what ``wait_for_function`` does."""
-    for _ in range(500):
+    for _ in range(1500):
         if page.evaluate(expression):
             return
         page.wait_for_timeout(20)
