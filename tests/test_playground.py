@@ -578,6 +578,7 @@ def test_settings_out_of_their_bounds_are_not_taken(visit: Callable[..., Any], s
     )
     write(page)
     assert server.asked[0]["colada"] == {"guesses": True, "latents": "pca"}
+    assert "none" not in page.url
     page.fill("#set-steps", "65")
     assert page.evaluate("document.querySelector('#set-steps').validationMessage") == "from 1 to 64"
     page.keyboard.press("Tab")

@@ -43,7 +43,7 @@ const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 const seconds = (ms) => `${(ms / 1000).toFixed(ms < 995 ? 2 : ms < 9950 ? 1 : 0)} s`;
 
-// --- settings: what may be asked for, what is, and the address that keeps it ------------------------------------
+// --- settings: what may be asked for, what is, and the address that keeps it -------------------------------
 
 // A slider has min, max and step, and beside it a number within bounds. `shared` is the same for both sides of a
 // comparison; `colada` is a field of that extension, which models know or not.
@@ -60,7 +60,8 @@ const FIELDS = [
   { name: "stop", label: "Stop at", kind: "text", value: "", shared: true, more: true },
   { name: "watch", label: "Watch every step", kind: "check", value: true, shared: true, more: true },
 ];
-const [LENGTH, SEED, WATCH] = ["max_tokens", "seed", "watch"].map((name) => FIELDS.find((field) => field.name === name));
+const named = (name) => FIELDS.find((field) => field.name === name);
+const [LENGTH, SEED, WATCH] = ["max_tokens", "seed", "watch"].map(named);
 const SIDES = ["a", "b"];
 const THEMES = ["auto", "light", "dark"];
 
@@ -78,7 +79,8 @@ const valueOf = (which, field) => chosen[field.shared ? "a" : which][field.name]
 const known = (which, field) => !field.colada || facts(which).defaults?.[field.name] != null;
 const both = (field) => !field.shared && SIDES.every((which) => known(which, field));
 const differs = (field) => both(field) && !same(valueOf("a", field), valueOf("b", field));
-const boundsOf = (field) => field.bounds.map((bound) => (typeof bound === "string" ? facts(side)[bound] ?? field.max : bound));
+const boundOf = (field, bound) => (typeof bound === "string" ? (facts(side)[bound] ?? field.max) : bound);
+const boundsOf = (field) => field.bounds.map((bound) => boundOf(field, bound));
 
 function choose(field, value, which = side) {
   const where = chosen[field.shared ? "a" : which];
@@ -93,7 +95,8 @@ function remember() {
   if (comparing) parts.set("compare", "1");
   if (theme !== "auto") parts.set("theme", theme);
   for (const which of SIDES) {
-    for (const [name, value] of Object.entries(chosen[which])) parts.set(which === "a" ? name : `b.${name}`, String(value));
+    const prefix = which === "a" ? "" : "b.";
+    for (const [name, value] of Object.entries(chosen[which])) parts.set(prefix + name, String(value));
   }
   history.replaceState(null, "", parts.size ? `#${parts}` : location.pathname + location.search);
   for (const which of SIDES) $(`[data-side="${which}"] .summary`).textContent = summary(which);
@@ -165,9 +168,11 @@ function fieldRow(field) {
   };
   if (comparing && field.name !== "model") row.toggleAttribute("data-differs", differs(field));
   if (field.kind === "check") {
-    const box = put(element("input", { type: "checkbox", id, checked: value }), "change", () => box.checked);
+    const box = element("input", { type: "checkbox", id, checked: value });
+    put(box, "change", () => box.checked);
   } else if (field.kind === "text") {
-    const line = put(element("input", { type: "text", id, value, maxLength: 256, autocomplete: "off" }), "input", () => line.value);
+    const input = element("input", { type: "text", id, value, maxLength: 256, autocomplete: "off" });
+    put(input, "input", () => input.value);
   } else if (field.kind === "choice") {
     const options = (field.options ?? facts(side)[field.choices] ?? [value]).map((one) => element("option", { value: one }, one));
     const select = put(element("select", { id }, ...options), "change", () => select.value);
@@ -175,7 +180,9 @@ function fieldRow(field) {
     if (field.name === "model") select.addEventListener("change", () => (drawFields(), selected(), $("#set-model").focus()));
   } else {
     const [min, max] = boundsOf(field);
-    const numbers = [value].flat().map((one, place) => element("input", { type: "number", id: place ? `${id}-to` : id, min, max, step: field.step || field.kind === "pair" ? 0.01 : 1, value: one }));
+    const common = { type: "number", min, max, step: field.step || field.kind === "pair" ? 0.01 : 1 };
+    const ids = [id, `${id}-to`];
+    const numbers = [value].flat().map((one, place) => element("input", { ...common, id: ids[place], value: one }));
     const read = () => parsed(field, numbers.map((number) => number.value).join(","));
     numbers[1]?.setAttribute("aria-label", `${field.label}: to`);
     if (field.kind === "seed") row.append(dieFor(numbers[0]));
@@ -218,7 +225,7 @@ function fill(range) {
   range.style.setProperty("--done", `${(100 * (range.value - range.min)) / (range.max - range.min || 1)}%`);
 }
 
-// --- the server --------------------------------------------------------------------------------------------------
+// --- the server --------------------------------------------------------------------------------------------
 
 /** What went wrong, in the server's own words. */
 class Refusal extends Error {
@@ -377,7 +384,7 @@ function describe(run, frame, latent) {
   return `latent ${run.columns[frame.block].from + latent + 1}${reading} · ${moment(run, frame)}`;
 }
 
-// --- how a run is shown: its text -------------------------------------------------------------------------------------
+// --- how a run is shown: its text --------------------------------------------------------------------------
 
 /** The text of a run: what is finished stays untouched, the block in focus is drawn anew. */
 class Ink {
@@ -447,16 +454,19 @@ class Ink {
         $("span", token).textContent = text.slice(space.length);
       }
       const changed = fits && token.dataset.id !== String(id);
-      if (changed || (previous?.block === frame.block && previous.tokens?.[place]?.[0] !== id)) token.dataset.changed = performance.now();
-      else if (previous || performance.now() - token.dataset.changed > 300) delete token.dataset.changed;
+      const before = previous?.block === frame.block ? previous.tokens?.[place]?.[0] : id;
+      const now = performance.now();
+      if (changed || before !== id) token.dataset.changed = now;
+      else if (previous || now - token.dataset.changed > 300) delete token.dataset.changed;
       token.dataset.id = id;
       token.dataset.level = clamp(Math.ceil(5 * (p ?? 1)), 1, 5);
-      token.style.setProperty("--blur", `${(2.75 * Math.max(0.85 * (frame.noise ?? 0), frame.step === null ? 0 : 1 - (p ?? 1))).toFixed(2)}px`);
+      const doubt = frame.step === null ? 0 : Math.max(0.85 * (frame.noise ?? 0), 1 - (p ?? 1));
+      token.style.setProperty("--blur", `${(2.75 * doubt).toFixed(2)}px`);
     });
   }
 }
 
-// --- its latents ---------------------------------------------------------------------------------------------------
+// --- its latents -------------------------------------------------------------------------------------------
 
 const isDark = () => theme === "dark" || (theme === "auto" && matchMedia("(prefers-color-scheme: dark)").matches);
 
@@ -501,7 +511,8 @@ class Weave {
     this.host = host;
     host.append(this.canvas, this.cursor);
     const range = { "aria-valuemin": 0, "aria-valuemax": 0, "aria-valuenow": 0 };
-    for (const [name, value] of Object.entries({ role: "slider", tabindex: 0, "aria-label": label, ...range })) host.setAttribute(name, value);
+    const attributes = { role: "slider", tabindex: 0, "aria-label": label, ...range };
+    for (const [name, value] of Object.entries(attributes)) host.setAttribute(name, value);
     new ResizeObserver(() => this.redraw()).observe(host);
     host.addEventListener("pointermove", (event) => this.point(event, event.buttons & 1));
     host.addEventListener("pointerdown", (event) => this.point(event, true));
@@ -641,7 +652,9 @@ function drawPaths(run, frame) {
   for (let latent = 0; latent < run.columns[frame.block].count; latent++) {
     const points = way.map((one) => at(one, latent));
     line(points, muted, 1, 0.4);
-    for (let step = 1; step <= shown; step++) line([points[step - 1], points[step]], colour(way[step].latents, latent), 2.5, 1);
+    for (let step = 1; step <= shown; step++) {
+      line([points[step - 1], points[step]], colour(way[step].latents, latent), 2.5, 1);
+    }
     context.fillStyle = colour(frame.latents, latent);
     context.beginPath();
     context.arc(...points[shown], 5, 0, 2 * Math.PI);
@@ -649,8 +662,9 @@ function drawPaths(run, frame) {
     const token = run.tokenOf(frame, latent);
     if (token) labels.push([...points[shown], visible(token[1]).slice(0, 14)]);
   }
-  Object.assign(context, { font: `12px ${getComputedStyle(canvas).fontFamily}`, textBaseline: "middle", lineWidth: 3, lineJoin: "round" });
-  Object.assign(context, { fillStyle: muted, strokeStyle: paper });
+  const font = `12px ${getComputedStyle(canvas).fontFamily}`;
+  Object.assign(context, { font, textBaseline: "middle", lineJoin: "round" });
+  Object.assign(context, { fillStyle: muted, strokeStyle: paper, lineWidth: 3 });
   const placed = [];
   for (const [left, top, text] of labels.sort((one, other) => one[1] - other[1])) {
     const width = context.measureText(text).width;
@@ -680,7 +694,7 @@ function drawTable(run, frame) {
   table.tBodies[0].replaceChildren(...rows);
 }
 
-// --- replay: every step, from memory ---------------------------------------------------------------------------------
+// --- replay: every step, from memory -----------------------------------------------------------------------
 
 function view(ink, weave, label) {
   return { ink, weave: new Weave($(weave), `${label}. Left and right: another latent; up and down: another step`) };
@@ -799,7 +813,7 @@ function drawBlock(run, frame) {
   drawTable(run, pictured);
 }
 
-// --- the sheet: a text field that is worked, and its mirror that is seen --------------------------------------------------
+// --- the sheet: a text field that is worked, and its mirror that is seen -----------------------------------
 
 const field = $("#text");
 let busy = null; // The AbortController of what is under way.
@@ -870,7 +884,7 @@ function toggle() {
   $("#write").textContent = comparing ? "Write both" : "Write";
 }
 
-// --- doing ------------------------------------------------------------------------------------------------------------------
+// --- doing -------------------------------------------------------------------------------------------------
 
 /** Say what went wrong, and offer what can be done. */
 function complain(error, again = null) {
@@ -898,7 +912,8 @@ function complain(error, again = null) {
 
 function keyForm(again) {
   const input = element("input", { type: "password", id: "key", autocomplete: "off", required: true });
-  const form = element("form", {}, element("label", { htmlFor: "key" }, "Key"), input, element("button", { type: "submit" }, "Use it"));
+  const label = element("label", { htmlFor: "key" }, "Key");
+  const form = element("form", {}, label, input, element("button", { type: "submit" }, "Use it"));
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     key = input.value;
@@ -958,8 +973,7 @@ async function stream(view, run, watch, signal) {
       if (run.frames.length > count) {
         replay.add(view);
         if (run.frames.at(-1).step === null) view.ink.append(text);
-        // The text field grows with it; what is selected there stays selected.
-        if (view === one && run.after === null) field.setRangeText(text, field.value.length, field.value.length, "preserve");
+        if (view === one && run.after === null) extend(text);
         drawing ||= requestAnimationFrame(draw);
       }
       sentence = speak(sentence + text, run.finish);
@@ -973,6 +987,11 @@ async function stream(view, run, watch, signal) {
   }
 }
 
+/** Append to the text field; what is selected in it stays selected. */
+function extend(text) {
+  field.setRangeText(text, field.value.length, field.value.length, "preserve");
+}
+
 /** Say whole sentences, politely, and return the rest; at the end say that too. */
 function speak(text, finished) {
   const whole = finished ? text : (text.match(/^[^]*[.!?…。！？]["'”’)]*(?=\s)/)?.[0] ?? "");
@@ -983,6 +1002,7 @@ function speak(text, finished) {
 function tell(view, run) {
   const figures = run.figures();
   if (view === one) {
+    $("#status").setAttribute("aria-live", run.end === null ? "off" : "polite"); // Said once, at the end.
     const parts = figures.map(([name, value]) => (name === "first text" ? `first text after ${value}` : `${value} ${name}`));
     $("#status").textContent = parts.join(" · ") || (run.end === null ? "waiting for a place…" : "");
   } else {
@@ -992,7 +1012,9 @@ function tell(view, run) {
 }
 
 /** Go on where the text ends, or fill a hole in it; `instead` of the last answer or beside it. */
-function write({ before = field.value, after = null, lost = "", count = valueOf("a", LENGTH), watch = valueOf("a", WATCH), instead = false } = {}) {
+function write({ before = field.value, after = null, lost = "", count, watch, instead = false } = {}) {
+  count ??= valueOf("a", LENGTH);
+  watch ??= valueOf("a", WATCH);
   const action = { before, after, lost, count };
   return act(async (signal) => {
     const shown = { text: field.value, last };
@@ -1024,7 +1046,8 @@ function rewrite() {
   if (!words || busy || $("#hole").hidden) return;
   const [from, to] = words;
   const text = field.value;
-  write({ before: text.slice(0, from), lost: text.slice(from, to), after: text.slice(to), count: Number($("#hole-size").value) || 1 });
+  const count = Number($("#hole-size").value) || 1;
+  write({ before: text.slice(0, from), lost: text.slice(from, to), after: text.slice(to), count });
 }
 
 /** Both sides, one after the other, so that neither slows the other. */
@@ -1076,7 +1099,7 @@ function markDifferences() {
   }
 }
 
-// --- the same from elsewhere -------------------------------------------------------------------------------------------------
+// --- the same from elsewhere -------------------------------------------------------------------------------
 
 /** A JSON value as Python spells it. */
 function python(value) {
@@ -1112,8 +1135,10 @@ const LANGUAGES = {
   },
   json(run) {
     const { body: request, text, finish, usage, first, end, frames } = run;
-    const blocks = frames.filter((frame) => frame.step === null).map(({ time, text, tokens }) => ({ ms: Math.round(time), text, tokens }));
-    return JSON.stringify({ request, text, finish, usage, ms: { first: Math.round(first), all: Math.round(end) }, blocks }, null, 1);
+    const finished = frames.filter((frame) => frame.step === null);
+    const blocks = finished.map(({ time, text, tokens }) => ({ ms: Math.round(time), text, tokens }));
+    const ms = { first: Math.round(first), all: Math.round(end) };
+    return JSON.stringify({ request, text, finish, usage, ms, blocks }, null, 1);
   },
 };
 
@@ -1136,7 +1161,7 @@ async function copyCode() {
   }
 }
 
-// --- models, health, colours ---------------------------------------------------------------------------------------------------
+// --- models, health, colours -------------------------------------------------------------------------------
 
 let wantsKey = false;
 let polling = 0;
@@ -1145,6 +1170,12 @@ async function loadModels() {
   try {
     models = (await (await ask("v1/models")).json()).data;
     $("#alert").replaceChildren();
+    for (const which of SIDES) {
+      const { model } = chosen[which];
+      if (!model || models.some((served) => served.id === model)) continue;
+      complain(new Refusal(`No model “${model}” is served here, but ${models.map((served) => served.id).join(", ")}.`, ""));
+      delete chosen[which].model;
+    }
     drawFields();
     return true;
   } catch (error) {
@@ -1180,7 +1211,7 @@ function applyTheme() {
   if (one.ink.run && replay.moments.length) drawBlock(one.ink.run, replay.frameOf(one.ink.run));
 }
 
-// --- hands -------------------------------------------------------------------------------------------------------------------------
+// --- hands -------------------------------------------------------------------------------------------------
 
 function changeMode(two) {
   if (busy) return;
@@ -1224,9 +1255,10 @@ on("#keep", "click", () => {
 });
 on("#again", "click", () => {
   const { before, after, lost, count } = last;
+  const size = Number($("#hole-size").value) || count;
   choose(SEED, valueOf("a", SEED) + 1);
   drawFields();
-  write({ before, after, lost, count: after === null ? count : Number($("#hole-size").value) || count, instead: true });
+  write({ before, after, lost, count: after === null ? count : size, instead: true });
 });
 on("#undo", "click", () => {
   const { text, last: earlier } = past.pop();
