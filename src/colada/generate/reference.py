@@ -7,7 +7,7 @@ carries its own noise, so results do not depend on who shares the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Unpack
 
@@ -22,7 +22,7 @@ from colada.generate.sampling import pick
 from colada.generate.settings import RequestSettings, Settings, check_settings
 from colada.networks.dit import DiT
 from colada.networks.layers import History
-from colada.networks.packing import pad_to_multiple
+from colada.networks.packing import Layout, pad_to_multiple
 from colada.networks.vae import TextVAE
 
 # --- state -------------------------------------------------------------------------------------
@@ -124,6 +124,7 @@ def transport(
     guidance: Sequence[float],
     evaluations: Sequence[Evaluation],
     settings: RequestSettings,
+    lay_out: Callable[[Sequence[History | None]], Layout] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Integrate dz/da = v from noise to the latents of one block of every sample.
 
@@ -137,6 +138,7 @@ def transport(
         guidance: scale per sample; 1 is off.
         evaluations: of the solver.
         settings: of all samples; how guidance is bounded is in them.
+        lay_out: packs the blocks of rows with these histories, if they are not of text.
 
     Yields: after every evaluation z and the z0 that its velocity points at, each (B, block, C).
     """
@@ -152,7 +154,7 @@ def transport(
         z = torch.where(mask, pinned, z)
         both, noisy = torch.cat([z, z[rows]]), torch.cat([free, free[rows]])
         seen = [*histories, *[None] * len(rows)]
-        layout = dit.layout([size] * len(seen), seen)
+        layout = dit.layout([size] * len(seen), seen) if lay_out is None else lay_out(seen)
         times = (T * a * noisy.float()).flatten()
         guesses = torch.cat([guess, guess[rows]]).flatten(0, 1)
         output = dit.velocity(both.flatten(0, 1), times, layout, seen, guesses)
