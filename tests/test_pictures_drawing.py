@@ -1,4 +1,4 @@
-"""Drawing in the readable loop: against plain Euler steps of one picture, batched as alone."""
+"""Drawing and describing in the readable loop: against plain Euler steps of one sample, batched as alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from colada.errors import ColadaError
 from colada.flow import T
-from colada.generate.pictures import draw_latents
+from colada.generate.pictures import append_block, describe_block, draw_latents, show
 from colada.generate.settings import RequestSettings
 from colada.networks.dit import DiT
 from colada.networks.layers import History
@@ -33,23 +33,25 @@ def network(dual: int = 0) -> DiT:
     return tiny_dit(img_channels=WIDTH, img_grid=[2, 2], dual_layers=dual, prediction="z0")
 
 
-def by_hand(dit: DiT, caption: Tensor, noise: Tensor, scale: float) -> Tensor:
-    """Euler steps of v = u + s (c - u), with v = (z - z0) / a: one picture, two passes a step."""
-    history = History()
-    if len(caption):
-        dit(caption, torch.tensor(0.0), dit.layout([len(caption)], [history]), [history], committing=True)
-    picture = torch.ones(PICTURE).bool()
-    z = noise
+def euler(dit: DiT, noise: Tensor, history: History, places: Tensor, picture: bool, scale: float) -> Tensor:
+    """Euler steps of v = u + s (c - u), with v = (z - z0) / a: one block, two passes a step."""
+    kind, z = torch.full((len(noise),), picture), noise
     for step in range(STEPS):
         a, a_next = 1 - step / STEPS, 1 - (step + 1) / STEPS
         velocities = []
         for seen in (history, History()):
-            place = torch.full((PICTURE,), len(seen))
-            layout = Layout.one_block([place], 4, [len(seen)], [picture])
+            layout = Layout.one_block([places], 4, [len(seen)], [kind])
             velocities.append((z - dit(z, torch.tensor(T * a), layout, [seen])) / a)
         conditional, unconditional = velocities
         z = z + (a_next - a) * (unconditional + scale * (conditional - unconditional))
     return z
+
+
+def drawn_by_hand(dit: DiT, caption: Tensor, noise: Tensor, scale: float) -> Tensor:
+    history = History()
+    if len(caption):
+        dit(caption, torch.tensor(0.0), dit.layout([len(caption)], [history]), [history], committing=True)
+    return euler(dit, noise, history, torch.full((PICTURE,), len(caption)), True, scale)
 
 
 @torch.no_grad()
@@ -60,9 +62,35 @@ def test_drawing_is_plain_euler_steps_after_the_caption(scale: float, dual: int)
     steps = list(draw_latents(dit, CAPTIONS, NOISE, [scale] * 3, SETTINGS))
     assert len(steps) == STEPS
     for number in range(3):
-        expected = by_hand(dit, CAPTIONS[number], NOISE[number], scale)
+        expected = drawn_by_hand(dit, CAPTIONS[number], NOISE[number], scale)
         torch.testing.assert_close(steps[-1][0][number], expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(*steps[-1])  # At the end, z is the z0 that it points at.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dual", [0, 1])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_describing_is_plain_euler_steps_after_prompt_picture_and_finished_blocks(
+    scale: float, dual: int
+) -> None:
+    dit, pictures, noises = network(dual), normal(3, PICTURE, WIDTH), normal(2, 3, 4, WIDTH)
+    contexts = show(dit, CAPTIONS, pictures)
+    blocks = []
+    for noise in noises:
+        blocks.append(list(describe_block(dit, contexts, noise, [scale] * 3, SETTINGS))[-1][0])
+        append_block(dit, contexts, blocks[-1])
+    for number, prompt in enumerate(CAPTIONS):
+        before, history, clean = len(prompt), History(), torch.tensor(0.0)
+        places = torch.tensor([*range(before), *[before] * PICTURE])
+        kind = torch.tensor([False] * before + [True] * PICTURE)
+        layout = Layout.one_block([places], 4, [0], [kind])
+        dit(torch.cat([prompt, pictures[number]]), clean, layout, [history], committing=True)
+        for block, noise in enumerate(noises):
+            places = before + 4 + 4 * block + torch.arange(4)
+            expected = euler(dit, noise[number], history, places, False, scale)
+            torch.testing.assert_close(blocks[block][number], expected, rtol=1e-4, atol=1e-3)
+            layout = Layout.one_block([places], 4, [len(history)], [torch.zeros(4).bool()])
+            dit(blocks[block][number], clean, layout, [history], committing=True)
 
 
 @torch.no_grad()
@@ -109,5 +137,7 @@ def test_a_network_that_has_learnt_two_pictures_draws_the_one_that_is_named() ->
 def test_what_cannot_be_drawn_is_refused() -> None:
     with pytest.raises(ColadaError, match="this model has no pictures: img_channels=0"):
         next(draw_latents(tiny_dit(), CAPTIONS, NOISE, [1.0] * 3, SETTINGS))
-    with pytest.raises(ColadaError, match="a caption of 3 latents, expected a multiple of block_size=4"):
+    with pytest.raises(ColadaError, match="a text of 3 latents, expected a multiple of block_size=4"):
         next(draw_latents(network(), [normal(3, WIDTH)], NOISE[:1], [1.0], SETTINGS))
+    with pytest.raises(ColadaError, match="this model has no pictures: img_channels=0"):
+        show(tiny_dit(), CAPTIONS, NOISE)

@@ -1,8 +1,13 @@
-"""Drawing in the readable loop: from a caption's latents to a picture's, which are one block."""
+"""Drawing and describing in the readable loop: latents of captions to those of pictures, and back.
+
+A picture is one block, whose latents all see each other. It has the first position after the text before it,
+and text after it begins with the next block.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,12 +21,19 @@ from colada.networks.layers import History
 from colada.networks.packing import Layout
 
 
+@dataclass
+class Context:
+    """What a block follows: a KV cache, and the position after it, which is a block's first."""
+
+    history: History = field(default_factory=History)
+    position: int = 0
+
+
 def draw_latents(
     dit: DiT, captions: Sequence[Tensor], noise: Tensor, guidance: Sequence[float], settings: RequestSettings
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Integrate noise to the latents of a picture for each caption.
 
-    The caption is appended to a KV cache of its own at t = 0; the picture has the first position after it.
     Guidance is against a picture without a caption.
 
     Args:
@@ -36,32 +48,104 @@ def draw_latents(
     Raises:
         ColadaError: for a network without pictures, or captions that are no whole blocks.
     """
-    size, lengths = dit.config.block_size, [len(caption) for caption in captions]
+    lengths = _check(dit, captions)
+    contexts = [Context(position=length) for length in lengths]
+    histories = [context.history for context in contexts]
+    if any(lengths):
+        _append(dit, captions, dit.layout(lengths, histories), contexts)
+    yield from _transport(dit, contexts, noise, guidance, settings, picture=True)
+
+
+def show(dit: DiT, prompts: Sequence[Tensor], pictures: Tensor) -> list[Context]:
+    """Return what an answer follows: each prompt and its picture, which see each other, in one pass at t = 0.
+
+    Args:
+        dit: a network that has pictures.
+        prompts: of each sample, normalised text latents (L, C) in whole blocks, or none.
+        pictures: (B, M, C).
+
+    Raises:
+        ColadaError: for a network without pictures, or prompts that are no whole blocks.
+    """
+    lengths = _check(dit, prompts)
+    latents, device = pictures.shape[1], pictures.device
+    contexts = [Context(position=length + dit.config.block_size) for length in lengths]
+    places = [
+        torch.cat([torch.arange(length, device=device), torch.full((latents,), length, device=device)])
+        for length in lengths
+    ]
+    kinds = [torch.arange(length + latents, device=device) >= length for length in lengths]
+    layout = Layout.one_block(places, dit.config.block_size, [0] * len(lengths), kinds)
+    joined = [torch.cat([prompt, picture]) for prompt, picture in zip(prompts, pictures, strict=True)]
+    _append(dit, joined, layout, contexts)
+    return contexts
+
+
+def describe_block(
+    dit: DiT, contexts: Sequence[Context], noise: Tensor, guidance: Sequence[float], settings: RequestSettings
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Integrate noise to the next block of each answer; guidance is against a block that follows nothing.
+
+    Args:
+        dit, contexts: of :func:`show`; finished blocks are appended by :func:`append_block`.
+        noise: (B, block, C).
+        guidance, settings: as in :func:`draw_latents`.
+
+    Yields: after every evaluation z and the z0 that its velocity points at, each (B, block, C).
+    """
+    yield from _transport(dit, contexts, noise, guidance, settings, picture=False)
+
+
+def append_block(dit: DiT, contexts: Sequence[Context], latents: Tensor) -> None:
+    """Append finished blocks of text (B, block, C) to what the next ones follow."""
+    _append(dit, list(latents), _blocks(dit, contexts, latents.shape[1], False), contexts)
+    for context in contexts:
+        context.position += latents.shape[1]
+
+
+def _check(dit: DiT, texts: Sequence[Tensor]) -> list[int]:
+    """Return how long texts are."""
+    size = dit.config.block_size
     if dit.config.img_grid is None:
         raise ColadaError(f"this model has no pictures: img_channels={dit.config.img_channels}")
-    for length in lengths:
-        if length % size:
-            raise ColadaError(f"a caption of {length} latents, expected a multiple of block_size={size}")
-    histories = [History() for _ in captions]
-    if any(lengths):
-        layout = dit.layout(lengths, histories)
-        dit(
-            torch.cat(list(captions)),
-            torch.zeros((), device=noise.device),
-            layout,
-            histories,
-            committing=True,
-        )
-    latents = noise.shape[1]
-    picture = torch.ones(latents, dtype=torch.bool, device=noise.device)
+    for text in texts:
+        if len(text) % size:
+            raise ColadaError(f"a text of {len(text)} latents, expected a multiple of block_size={size}")
+    return [len(text) for text in texts]
 
+
+def _append(dit: DiT, latents: Sequence[Tensor], layout: Layout, contexts: Sequence[Context]) -> None:
+    clean = torch.zeros((), device=layout.device)
+    histories = [context.history for context in contexts]
+    dit(torch.cat(list(latents)), clean, layout, histories, committing=True)
+
+
+def _blocks(dit: DiT, contexts: Sequence[Context], latents: int, picture: bool) -> Layout:
+    """Return the layout of one block a sample, of a picture or of text."""
+    device = dit.txt_in.proj.weight.device
+    count = torch.arange(latents, device=device) * (not picture)
+    places = [context.position + count for context in contexts]
+    kinds = [torch.full((latents,), picture, device=device)] * len(contexts)
+    histories = [len(context.history) for context in contexts]
+    return Layout.one_block(places, dit.config.block_size, histories, kinds)
+
+
+def _transport(
+    dit: DiT,
+    contexts: Sequence[Context],
+    noise: Tensor,
+    guidance: Sequence[float],
+    settings: RequestSettings,
+    picture: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
     def lay_out(seen: Sequence[History | None]) -> Layout:
-        before = [len(history or ()) for history in seen]
-        places = [torch.full((latents,), position, device=noise.device) for position in before]
-        return Layout.one_block(places, size, before, [picture] * len(seen))
+        # Those that are guided against come last; where a block that sees only itself stands is all one.
+        rows = [*contexts, *[Context() for _ in seen[len(contexts) :]]]
+        return _blocks(dit, rows, noise.shape[1], picture)
 
     nothing = torch.zeros(noise.shape[:2], dtype=torch.bool, device=noise.device)
     evaluations = evaluations_of(settings.solver, settings.schedule, settings.steps, settings.early_end)
+    histories = [context.history for context in contexts]
     yield from transport(
         dit, noise, histories, nothing, torch.zeros_like(noise), guidance, evaluations, settings, lay_out
     )
