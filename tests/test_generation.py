@@ -142,6 +142,13 @@ def test_guesses_that_are_fed_back_and_bounded_equal_the_plain_loop(
     assert torch.allclose(other[-1], same[-1]) == (not settings)
 
 
+def test_a_schedule_may_be_its_values(model: ColaDLM) -> None:
+    named = last_steps(model, PROMPTS[4], 9, steps=4, seed=1)
+    given = last_steps(model, PROMPTS[4], 9, steps=9, schedule=[1, 0.75, 0.5, 0.25, 0], seed=1)
+    for one, other in zip(named, given, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_an_early_end_saves_evaluations(model: ColaDLM) -> None:
     steps = []
     model.generate([PROMPTS[4]], 1, steps=10, early_end=0.55, callback=lambda step: steps.append(step.steps))

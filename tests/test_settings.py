@@ -31,6 +31,7 @@ HUGE = 10**400
 REFUSED = [
     ("steps", [0, -1, True, 2.5, "2", [3], MOST_STEPS + 1, 10**23, HUGE, 10**5000, float("nan")]),
     ("guidance", ["x", True, float("nan"), float("inf"), 1e308, HUGE, -HUGE, [7.0, "x"], [HUGE], {}]),
+    ("schedule", ["log", [], [1], [1, 1, 0], [0, 1], [1, 0.5], [1, "0.5", 0], [1, float("nan"), 0]]),
     ("guidance_cap", ["1", -0.5, HUGE, float("nan"), True, [1.0]]),
     ("guidance_rescale", ["1", -0.1, 1.1, float("nan"), True]),
     ("early_end", ["1", -0.1, 1, float("nan"), True]),

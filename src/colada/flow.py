@@ -232,15 +232,18 @@ def advance(z: Tensor, velocities: Iterable[Tensor], weights: Iterable[Tensor | 
 SOLVERS: dict[str, Solver] = {"euler": euler, "ab2": adams_bashforth2, "heun": heun}
 
 
-def evaluations_of(solver: str, schedule: str, steps: int, early_end: float = 0.0) -> list[Evaluation]:
+def evaluations_of(
+    solver: str, schedule: str | Sequence[float], steps: int, early_end: float = 0.0
+) -> list[Evaluation]:
     """Return the evaluations that take a block from noise to data.
 
     Args:
-        solver, schedule: names in :data:`SOLVERS` and :data:`SCHEDULES`.
-        steps: of the schedule.
+        solver: a name in :data:`SOLVERS`.
+        schedule: a name in :data:`SCHEDULES`, or the values of a themselves, from 1 to 0.
+        steps: of a schedule by name.
         early_end: no evaluation is at a below this; the last then goes straight to the z0 that it points at.
     """
-    *grid, end = SCHEDULES[schedule](steps).tolist()
+    *grid, end = SCHEDULES[schedule](steps).tolist() if isinstance(schedule, str) else schedule
     kept = [a for a in grid if a >= early_end] or grid[:1]
     evaluations = SOLVERS[solver]([*kept, end])
     if len(kept) < len(grid):

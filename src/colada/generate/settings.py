@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, NamedTuple, TypedDict
 
 from colada.checks import MOST_COUNT, MOST_SEED, SMALLEST, between, is_number, is_whole, plain
@@ -50,6 +51,7 @@ class Settings(TypedDict, total=False):
         early_end: below this value of a there is no evaluation: the last one goes straight to its guess of
             z0, which saves steps that change no token; 0 is off (released).
         solver, schedule: names in ``colada.flow.SOLVERS`` and ``SCHEDULES`` (released: "euler", "uniform").
+            A schedule may be the values of a themselves, falling from 1 to 0; ``steps`` then says nothing.
         temperature, top_k, top_p, repetition_penalty: of each token: 0 picks
             the likeliest; only the k likeliest, 0 is all; only the likeliest that reach p; above 1, tokens of
             earlier blocks are less likely.
@@ -68,7 +70,7 @@ class Settings(TypedDict, total=False):
     guidance_rescale: float | None
     early_end: float | None
     solver: str | None
-    schedule: str | None
+    schedule: str | Sequence[float] | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -101,7 +103,7 @@ class RequestSettings:
     guidance_rescale: float = 0.0
     early_end: float = 0.0
     solver: str = "euler"
-    schedule: str = "uniform"
+    schedule: str | Sequence[float] = "uniform"
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -144,6 +146,14 @@ def _is_interval(value: Any) -> bool:
     return bool(0 <= value[0] <= value[1] <= 1)
 
 
+def _is_grid(value: Any) -> bool:
+    """Return whether values of a fall from 1 to 0."""
+    if not isinstance(value, list | tuple) or not 2 <= len(value) <= MOST_STEPS:
+        return False
+    falls = all(map(is_number, value)) and all(a > b for a, b in pairwise(value))
+    return falls and value[0] == 1 and value[-1] == 0
+
+
 def _is_stop(value: Any) -> bool:
     if not isinstance(value, str) or not 1 <= len(value) <= LONGEST_STOP:
         return False
@@ -165,7 +175,10 @@ _RULES: dict[str, _Rule] = {
     "guidance_rescale": _Rule(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "early_end": _Rule(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
     "solver": _names(SOLVER_NAMES),
-    "schedule": _names(SCHEDULE_NAMES),
+    "schedule": _Rule(
+        lambda value: _is_grid(value) or (isinstance(value, str) and value in SCHEDULE_NAMES),
+        f"{', '.join(map(repr, SCHEDULE_NAMES))}, or numbers that fall from 1 to 0",
+    ),
     "temperature": _Rule(
         lambda value: is_number(value) and (value == 0 or value >= SMALLEST),
         "0, or a positive number within float32's range",

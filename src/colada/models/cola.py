@@ -12,7 +12,7 @@ import torch
 
 from colada.checks import MOST_TOKENS, require_count
 from colada.device import check_dtype, find_device, plain_torch, require_memory
-from colada.errors import ColadaError
+from colada.errors import ColadaError, shown
 from colada.files import as_path
 from colada.generate.engine.engine import GPU_BUCKET, Engine, capacity_for
 from colada.generate.engine.memory import round_up
@@ -204,6 +204,28 @@ class ColaDLM(LanguageModel):
         correct = sum(a == b for a, b in zip(ids, out, strict=True))
         text = self.tokenizer.decode(out, skip_special=False) if self.tokenizer is not None else ""
         return Reconstruction(text, tuple(out), correct / len(ids))
+
+    def chosen(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all settings of a generation, of a distilled prior with what it has built in.
+
+        Raises:
+            ColadaError: as in :meth:`LanguageModel.chosen`; for guidance or steps besides those built in.
+        """
+        chosen, inside = super().chosen(settings), self.dit.config.distilled
+        if inside is None:
+            return chosen
+        given, built = {**self.generation, **settings}, f"{inside['guidance']:g}"
+        scales = given.get("guidance") or 1.0
+        if any(scale != 1 for scale in (scales if isinstance(scales, list | tuple) else [scales])):
+            raise ColadaError(f"guidance={shown(scales)}: this model has {built} built in, expected 1")
+        chosen["guidance"] = 1.0
+        if (grid := inside.get("grid")) is not None:
+            schedule, steps = given.get("schedule") or grid, given.get("steps") or len(grid) - 1
+            if steps != len(grid) - 1 or isinstance(schedule, str) or list(schedule) != grid:
+                asked = f"steps={shown(steps)}, schedule={shown(schedule)}"
+                raise ColadaError(f"{asked}: this model makes {len(grid) - 1} steps along a = {grid}")
+            chosen |= {"schedule": tuple(grid), "steps": len(grid) - 1, "solver": "euler"}
+        return chosen
 
     # --- generation ------------------------------------------------------------------------
 

@@ -91,6 +91,8 @@ def measure(
     )
     if len(streams) != len(texts):
         raise ColadaError(f"{len(streams)} values of seed for {len(texts)} texts, expected one, or one each")
+    if isinstance(model, ColaDLM) and model.dit.config.distilled is not None:
+        raise ColadaError("this model is distilled: its prior is no flow, and has no likelihood")
     ids, contexts = [model.ids(text) for text in texts], [model.ids(context) for context in given]
     for number, own in enumerate(ids):
         if not own:

@@ -136,6 +136,12 @@ IMG_GRID = extension(
     lambda grid: grid is None or (len(grid) == 2 and all(type(n) is int and 0 < n <= 64 for n in grid)),
     "two numbers from 1 to 64, such as [4, 4]",
 )
+DISTILLED = extension(
+    None,
+    "what a distilled prior has inside: guidance, its bounds, and the grid of a few evaluations",
+    lambda inside: inside is None or isinstance(inside.get("guidance"), int | float),
+    "null, or guidance and what else is built in",
+)
 TRAINING_LENGTH = extension(
     None,
     "tokens of the rows it was trained on, where that is known",
@@ -202,6 +208,7 @@ class DiTConfig(NetworkConfig):
         "'velocity' or 'z0'",
     )
     self_conditioning: bool = extension(False, "whether it takes its last guess of z0 as a second input")
+    distilled: dict | None = DISTILLED  # type: ignore[type-arg]  # As it stands here, its type is checked.
     img_channels: int = extension(0, "width of a picture's latents; 0: it has text only")
     img_grid: list | None = IMG_GRID  # type: ignore[type-arg]  # Its type is checked as it stands here.
     dual_layers: int = extension(0, "its first layers that have weights of their own for pictures")

@@ -164,10 +164,17 @@ def flow_matching(
     pinned = pin(vae, batch, draws, layout, pad_id)
     sample = sample_of_latents(batch, vae.config.patch_size)
     errors = flow_errors(dit, z0, draws.noise, draws.timestep, pinned, sample, draws.alone, self_conditioned)
-    weight = (draws.timestep / T).clamp_min(MIN_A) ** LOSS_SPACES[space]
+    return weighed(errors, draws.timestep, pinned, counts, space)
+
+
+def weighed(
+    errors: Tensor, timestep: Tensor, pinned: Pinned | None, counts: Counts, space: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss that errors of the velocity (B, K, M) come to, and its terms, not weighed."""
+    weight = (timestep / T).clamp_min(MIN_A) ** LOSS_SPACES[space]
     total, flow = (errors * weight).sum() / counts.noisy, errors.detach().sum() / counts.noisy
     free = torch.ones_like(errors) if pinned is None else (~pinned.where[:, None]).expand_as(errors).float()
-    bins = (draws.timestep * (TIME_BINS / T)).long().clamp_max(TIME_BINS - 1).flatten()
+    bins = (timestep * (TIME_BINS / T)).long().clamp_max(TIME_BINS - 1).flatten()
     zeros = errors.new_zeros(TIME_BINS)
     sums = zeros.index_add(0, bins, errors.detach().flatten())
     return total, {"flow": flow, "flow_sums": sums, "flow_counts": zeros.index_add(0, bins, free.flatten())}

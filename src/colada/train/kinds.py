@@ -7,9 +7,10 @@ for torch.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from colada.data.sources import Section
 
@@ -157,6 +158,38 @@ class JointSection(TextVAETerms, FlowTerms, StageSection):
         return self.interval is None or step % sum(self.interval) < self.interval[0]
 
 
+class DistilSection(FlowTerms, StageSection):
+    """The DiT learns what a guided teacher, its own first weights, comes to; it then needs no guidance."""
+
+    archs = ("cola",)
+    stage = "colada.train.distil:DistilStage"
+    first = 2
+    kind: Literal["distil"] = "distil"
+    teacher: str | None = Field(None, description="A model; unset: the weights as the stage begins.")
+    guidance: float = Field(5.0, ge=-LARGEST, le=LARGEST, description="The teacher's guidance scale.")
+    guidance_cap: float = Field(0.0, ge=0, le=LARGEST, description="Its cap, the data's size, say; 0: none.")
+    guidance_rescale: float = Field(0.0, ge=0, le=1, description="Its rescaling.")
+    grid: tuple[float, ...] | None = Field(
+        None,
+        min_length=2,
+        max_length=64,
+        description="Values of a from 1 to 0: the student makes a step of each interval. Unset: it learns"
+        " the guided velocity at any a, and any solver goes on with it.",
+    )
+    substeps: int = Field(1, ge=1, le=64, description="The teacher's steps in an interval of the grid.")
+    trajectory: float = Field(
+        0.5, ge=0, le=1, description="Share of steps whose states are the teacher's own; else noisy data."
+    )
+    rollout: int = Field(4, ge=1, le=64, description="The teacher's steps from noise to such a state.")
+
+    @field_validator("grid")
+    @classmethod
+    def _descends(cls, grid: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if grid and not (grid[0] == 1 and grid[-1] == 0 and all(a > b for a, b in pairwise(grid))):
+            raise ValueError("expected values that fall from 1 to 0")
+        return grid
+
+
 class DecoderSection(StageSection):
     """A baseline (model.arch ar or llada). Keys left out are as in the last of Cola DLM's stages."""
 
@@ -182,7 +215,7 @@ class DecoderSection(StageSection):
 
 
 AnyStage = Annotated[
-    TextVAESection | PriorSection | JointSection | DecoderSection, Field(discriminator="kind")
+    TextVAESection | PriorSection | JointSection | DistilSection | DecoderSection, Field(discriminator="kind")
 ]
 KINDS: dict[str, type[StageSection]] = {
     section.model_fields["kind"].default: section for section in get_args(get_args(AnyStage)[0])
