@@ -47,6 +47,7 @@ VARIANTS = {
         "stages.prior.schedule=wsd",
     ],
     "levers": [
+        "stages.vae.ema=0.8",
         "stages.prior.self_conditioning=0.5",
         "stages.prior.history_dropout=0.3",
         "stages.prior.space=half",
