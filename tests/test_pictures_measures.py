@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from colada.models.load import load_cola
 from colada.pictures.codec import CodecConfig
+from colada.pictures.load import load_picture
+from colada.pictures.shapes import example
 from experiments.pictures import measures
 from experiments.pictures.__main__ import main
 
@@ -48,3 +52,13 @@ def test_the_bundled_model_spells_captions() -> None:
     assert count == "20"
     assert tokens.startswith("1.000")
     assert captions.startswith("1.000")
+
+
+def test_a_sheet_of_scenes_is_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("PIL", reason="pictures are read by Pillow: colada-lm[pictures]")
+    out = tmp_path / "sheet.png"
+    assert main(["sheet", str(out), "--count", "3", "--columns", "2", "--show"]) == 0
+    kinds = [change.kind for change in load_picture(out, 66).changes]
+    assert kinds == ["scaled"]  # From 4 × (2 × 32 + 2).
+    assert example(0, 0).caption in capsys.readouterr().out
+    assert main(["sheet", str(out), "--source", "shapes:onne"]) == 2

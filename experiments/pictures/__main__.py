@@ -1,4 +1,4 @@
-"""Pictures, measured: ``python -m experiments.pictures reader``, ``codec``, ``twemoji`` and ``captions``."""
+"""Pictures, measured: ``python -m experiments.pictures reader``, ``codec``, ``twemoji`` and others."""
 
 from __future__ import annotations
 
@@ -86,6 +86,28 @@ def captions(
     from experiments.pictures.measures import captions_table
 
     show(captions_table(load_cola(model), count), markdown)
+
+
+@pictures_app.command("sheet")
+def sheet_of_scenes(
+    out: Annotated[Path, typer.Argument(help="PNG to write.")],
+    count: Annotated[int, typer.Option(min=1, max=1024, help="Scenes, in the order of their numbers.")] = 32,
+    columns: Annotated[int, typer.Option(min=1, max=64, help="In a row.")] = 8,
+    source: Annotated[str, typer.Option(help="What colada.pictures.sources opens.")] = "shapes:",
+    terminal: Annotated[bool, typer.Option("--show", help="Show the first one in the terminal too.")] = False,
+) -> None:
+    """Draw pictures of a source on one sheet, to be looked at."""
+    from colada.files import atomic_writer
+    from colada.pictures.show import half_blocks, png, sheet
+    from colada.pictures.sources import open_source
+
+    opened = open_source(source)
+    count = count if opened.count is None else min(count, opened.count)
+    pairs = [opened.pair(number) for number in range(count)]
+    with atomic_writer(out) as file:
+        file.write(png(sheet([pair.picture for pair in pairs], columns), 4))
+    if terminal:
+        Console().print(half_blocks(pairs[0].picture), pairs[0].caption, sep="\n")
 
 
 def main(args: Sequence[str] | None = None) -> int:
