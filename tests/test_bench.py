@@ -21,17 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import machine, measure, table
 from benchmarks.generation import levers, libraries, peers, run
 from benchmarks.generation.__main__ import bench_app
-from benchmarks.generation.cost import (
-    Cost,
-    Job,
-    blocks_of,
-    generation_cost,
-    history_bytes,
-    limit,
-    prompt_latents,
-)
+from benchmarks.generation.cost import Cost, blocks_of, generation_cost, history_bytes, limit, prompt_latents
+from benchmarks.generation.job import Job, Write
 from benchmarks.generation.levers import EXACT, Lever, measure_levers, next_blocks, own_prompts
-from benchmarks.generation.peers import LIBRARIES, Write, make_peers, matched_parameters
+from benchmarks.generation.peers import LIBRARIES, make_peers, matched_parameters
 from benchmarks.generation.run import (
     engine_serve,
     full_batch,

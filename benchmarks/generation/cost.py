@@ -17,42 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from benchmarks.generation.job import Job
 from benchmarks.machine import Rates
-from colada.errors import ColadaError
 from colada.networks.config import DiTConfig, TextVAEConfig
 from colada.train.cost import adaln_entries, block_causal_pairs, matrix_entries, networks
-
-
-@dataclass(frozen=True)
-class Job:
-    """One generation of a whole batch.
-
-    Attributes:
-        batch: samples, all alike.
-        context: tokens of the prompt.
-        new_tokens: that each sample gets.
-        steps: solver steps per block.
-        guided: whether the guidance scale is other than 1.
-
-    Raises:
-        ColadaError: for numbers no generation can have.
-    """
-
-    batch: int
-    context: int
-    new_tokens: int
-    steps: int = 16
-    guided: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("context", 0), ("new_tokens", 1), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise ColadaError(f"{name}={getattr(self, name)}, expected at least {least}")
-
-    @property
-    def tokens(self) -> int:
-        """New tokens of the batch."""
-        return self.batch * self.new_tokens
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.generation.cost import Job
-from benchmarks.generation.peers import Peer, Prompts, Write
+from benchmarks.generation.job import Job, Peer, Prompts, Write
 from colada.files import write_text
 from colada.networks.decoder import Decoder, DecoderBlock
 

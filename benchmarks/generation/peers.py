@@ -7,11 +7,12 @@ random weights: this package's own, and in the libraries of :mod:`benchmarks.gen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from benchmarks.generation.cost import Job, blocks_of, prompt_latents
+from benchmarks.generation.cost import blocks_of, prompt_latents
+from benchmarks.generation.job import Job, Peer, Prompts, Write
 from colada.errors import ColadaError, nearest
 from colada.generate.noise import sample_noise
 from colada.generate.reference import BlockGenerator
@@ -20,12 +21,6 @@ from colada.models.autoregressive import AutoregressiveLM
 from colada.models.cola import ColaDLM
 from colada.networks.config import matched_config
 from colada.networks.decoder import Decoder
-
-Prompts = Sequence[Sequence[int]]
-Write = Callable[[int, Sequence[int]], None]
-"""Takes the next ids of the sample with this number, as soon as they are there."""
-Peer = Callable[[Prompts, Job, Write], None]
-"""Continues every prompt by exactly ``job.new_tokens`` tokens."""
 
 ENGINE = "engine"
 COLA = (ENGINE, "readable")

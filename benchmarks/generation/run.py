@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.generation.cost import Cost, Job, generation_cost, limit, prompt_latents
-from benchmarks.generation.peers import COLA, ENGINE, Peer, Prompts, fixed_settings
+from benchmarks.generation.cost import Cost, generation_cost, limit, prompt_latents
+from benchmarks.generation.job import Job, Peer, Prompts
+from benchmarks.generation.peers import COLA, ENGINE, fixed_settings
 from benchmarks.machine import Rates, synchronise
 from benchmarks.measure import Spread, ratios, seconds_of, take_turns
 from colada.errors import ColadaError
