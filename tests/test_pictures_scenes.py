@@ -29,7 +29,7 @@ from colada.pictures.shapes import (
 )
 
 MANY = 300
-"""Scenes of the quick tests; the slow one has the 1,500 that the documentation speaks of."""
+"""Scenes of a test; the documentation has 1,500 of each kind."""
 
 
 def scene_of(*placed: tuple[str, float, float, float]) -> Scene:
@@ -206,18 +206,11 @@ def test_unseen_scenes_hold_one_each_and_every_one_comes() -> None:
 # --- reading -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on_grid", [False, True])
-@pytest.mark.parametrize("things", [None, 3])
-def test_true_pictures_are_read_right(things: int | None, on_grid: bool) -> None:
-    check_true_pictures(MANY // 3, things, on_grid)
-
-
-@pytest.mark.slow
-def test_fifteen_hundred_true_pictures_are_read_right() -> None:
-    check_true_pictures(1500, None, False)
-
-
-def check_true_pictures(count: int, things: int | None, on_grid: bool) -> None:
+@pytest.mark.parametrize(
+    ("things", "on_grid", "count"),
+    [(None, False, 1500), (None, True, MANY), (3, False, MANY), (3, True, MANY)],
+)
+def test_true_pictures_are_read_right(things: int | None, on_grid: bool, count: int) -> None:
     for number in range(count):
         item = example(2, number, things, unseen=None, on_grid=on_grid)
         found = read(item.picture)
