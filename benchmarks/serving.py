@@ -29,7 +29,7 @@ from benchmarks.measure import Row, Spread, ratios, show, take_turns, write_reco
 from benchmarks.options import JsonOption
 from colada.cli.main import run
 from colada.errors import ColadaError
-from colada.models.cola import load_cola
+from colada.models.load import load_cola
 
 PROMPT = "Once upon a time"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)

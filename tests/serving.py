@@ -62,7 +62,9 @@ class Running:
         driver = self.service.driver
 
         def left() -> list[object]:
-            engines = [getattr(one, "engine", None) for one in driver._sessions.values()]
+            engines = [
+                one.engine if hasattr(one.engine, "regions") else None for one in driver._sessions.values()
+            ]
             held = [
                 engine
                 for engine in engines

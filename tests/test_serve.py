@@ -11,8 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from colada.models.autoregressive import AutoregressiveLM
 from colada.models.cola import ColaDLM
+from colada.models.masked import MaskedLM
+from colada.networks.decoder import Decoder, DecoderConfig
 from colada.serve.admission import Limits
 from serving import Json, Running, alone, ask, byte_model, check_answer, running
 
@@ -424,3 +428,30 @@ def test_files_of_the_page_come_with_a_strict_policy(server: Running) -> None:
     assert answer.body == page.read_bytes()
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert server.get("/playground/../app.py").status == 404
+
+
+@pytest.mark.parametrize("arch", ["ar", "llada"])
+def test_a_baseline_is_served_too(arch: str) -> None:
+    config = DecoderConfig(objective=arch, vocab_size=260, dim=32, num_layers=2, num_heads=4, ffn_dim=64)
+    decoder = Decoder(config)
+    decoder.init_weights(torch.Generator().manual_seed(0))
+    kind = {"ar": AutoregressiveLM, "llada": MaskedLM}[arch]
+    model: Any = kind(decoder.eval(), byte_model().tokenizer)
+    bodies: list[Json] = [
+        {"prompt": "abc", "max_tokens": 13, "temperature": 1.0, "seed": 3, "stream": True},
+        {"prompt": ["", "b" * 40], "max_tokens": 7, "n": 2, "ignore_eos": True},
+        {"prompt": [1, 2], "max_tokens": 30, "stop": ["a", "e"], "stream": True},
+    ]
+    with running({arch: model}, LIMITS) as server:
+
+        async def all_of_them() -> list[Any]:
+            return await asyncio.gather(*[ask(server.port, "/v1/completions", body) for body in bodies])
+
+        for body, answer in zip(bodies, asyncio.run(all_of_them()), strict=True):
+            check_answer(answer, body, alone(model, body))
+        refused = server.post("/v1/completions", {"prompt": "a", "colada": {"guidance": 2}})
+        assert (refused.status, refused.error["param"]) == (400, "colada.guidance")
+        assert server.post("/v1/completions", {"prompt": "a", "suffix": "b"}).error["param"] == "suffix"
+        assert server.post("/colada/encode", {"input": "a"}).error["param"] == "model"
+        assert server.get("/v1/models").json["data"][0]["colada"]["arch"] == arch
+        server.empty()

@@ -287,16 +287,16 @@ async def beside(server: Running, body: Json) -> tuple[Answer, Answer]:
 def test_what_fails_for_one_request_ends_that_one_alone(
     server: Running, model: ColaDLM, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    from colada.generate.sampling import Sampling
+    from colada.generate.engine import engine
 
-    pick = Sampling.pick
+    pick = engine.pick
 
-    def failing(self: Sampling, *arguments: Any) -> Any:
-        if self.top_k == 17:
-            raise RuntimeError("a stranger's message")
-        return pick(self, *arguments)
+    def failing(logits: Any, settings: Any, *arguments: Any) -> Any:
+        if settings.top_k == 17:
+            raise RuntimeError("broken")
+        return pick(logits, settings, *arguments)
 
-    monkeypatch.setattr(Sampling, "pick", failing)
+    monkeypatch.setattr(engine, "pick", failing)
     body = {"prompt": "a", "max_tokens": 20, "top_k": 17, "temperature": 1.0, "stream": stream}
     good, bad = asyncio.run(beside(server, body))
     check_answer(good, GOOD, alone(model, GOOD))
@@ -317,7 +317,7 @@ def test_latents_that_are_not_finite_are_said(server: Running, monkeypatch: pyte
 
     def spoilt(self: Engine, slot: Any) -> Any:
         own = plain(self, slot)
-        return own * float("nan") if slot.request.seed == 99 else own
+        return own * float("nan") if slot.request.settings.seed == 99 else own
 
     monkeypatch.setattr(Engine, "_noise", spoilt)
     bad = server.post("/v1/completions", {"prompt": "a", "max_tokens": 8, "seed": 99})

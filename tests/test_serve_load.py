@@ -138,7 +138,7 @@ def test_who_leaves_the_queue_is_never_written() -> None:
 
         def admitted() -> Any:
             new = admit()
-            submitted.extend(slot.request.seed for slot in new)
+            submitted.extend(slot.request.settings.seed for slot in new)
             return new
 
         session.engine.admit = admitted
