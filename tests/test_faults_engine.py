@@ -178,6 +178,7 @@ def test_packed_weights_are_made_once_a_model_and_go_with_it(reorders: list[int]
 def test_packed_weights_of_many_models_are_bounded_in_bytes(
     reorders: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kernels._PACKED.clear()  # Models of other tests may be alive.
     models = [tiny_model(seed=seed) for seed in range(4)]
     models[0].generate(PROMPT, 5, steps=1)
     bound = int(2.5 * sum(reorders))
