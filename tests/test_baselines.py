@@ -111,6 +111,18 @@ def test_a_sample_does_not_depend_on_its_batch(sampling: Settings) -> None:
     assert [own.tokens for own in greedy] != [own.tokens for own in together]
 
 
+def test_in_bfloat16_prompts_of_all_lengths_are_continued() -> None:
+    """And by the likeliest token of a whole pass in bfloat16, up to its rounding."""
+    decoder = tiny_decoder().bfloat16()
+    prompts = [[], [3], [5, 6, 7, 8, 9]]
+    made = AutoregressiveLM(decoder).generate(prompts, 6)
+    for prompt, completion in zip(prompts, made, strict=True):
+        assert len(completion.tokens) == 6
+        ids = [decoder.config.bos_token_id, *prompt]
+        logits = decoder(torch.tensor(ids), decoder.layout([len(ids)]))[-1]
+        assert float(logits.max() - logits[completion.tokens[0]]) < 0.05
+
+
 def test_who_ends_leaves_and_the_others_go_on() -> None:
     model = AutoregressiveLM(tiny_decoder())
     free = model.generate(PROMPTS, 12)

@@ -158,6 +158,8 @@ def autoregressive(decoder: Decoder) -> Peer:
 
     def run(prompts: Prompts, job: Job, write: Write) -> None:
         for chunk in model.stream(prompts, job.new_tokens, batch=job.batch, end_ids=()):
+            if chunk.error is not None:
+                raise ColadaError(chunk.error)
             write(chunk.index, chunk.tokens)
 
     return run

@@ -132,7 +132,7 @@ class TokenWriter(DecoderWriter[Slot]):
         rows = [row for row, slot in enumerate(self._rows) if slot in self.under_way]
         if not rows:
             self._rows, self._cache = [], KeyValueCache(self.decoder, 0, 0)
-            return torch.empty(0, self.decoder.config.dim, device=self.device)
+            return self.decoder.wte.weight.new_empty(0, self.decoder.config.dim)
         if len(rows) < len(self._rows):
             self._cache.keep(rows)
             self._rows = [self._rows[row] for row in rows]
