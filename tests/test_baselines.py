@@ -111,6 +111,7 @@ def test_a_sample_does_not_depend_on_its_batch(sampling: Settings) -> None:
     assert [own.tokens for own in greedy] != [own.tokens for own in together]
 
 
+@torch.no_grad()
 def test_in_bfloat16_prompts_of_all_lengths_are_continued() -> None:
     """And by the likeliest token of a whole pass in bfloat16, up to its rounding."""
     decoder = tiny_decoder().bfloat16()
