@@ -705,7 +705,6 @@ def test_a_prior_is_distilled_under_its_own_guidance_and_resumes(
     yaml = tmp_path / "own.yaml"
     yaml.write_text(
         f"model: {{init: {start}}}\nstages:\n  distil: {{guidance: 3, guidance_cap: 1.2, grid: {grid}}}\n"
-        "generation: {guidance: 1}\n"
     )
     common = [o for o in TINY if o.startswith(("data.", "run."))]
     distil = ["steps=4", "batch=4", "length=16", "warmup=0", "ema=0.5", "substeps=2", "rollout=2", "copies=2"]
@@ -720,8 +719,12 @@ def test_a_prior_is_distilled_under_its_own_guidance_and_resumes(
     assert not same(before.dit.state_dict(), after.dit.state_dict())
     inside = after.dit.config.distilled
     assert inside is not None
+    assert after.generation["guidance"] == 2  # the teacher's, which the student does not take
     assert (inside["guidance"], inside["grid"]) == (3, None if grid == "null" else [1, 0.6, 0])
     assert len(after.generate(["One"], 4)[0].tokens) == 4
+    for scale in (2.0, 0.0):
+        with pytest.raises(ColadaError, match=rf"guidance={scale}: this model has 3 built in, expected 1"):
+            after.generate(["One"], 4, guidance=scale)
     with pytest.raises(ColadaError, match=r"guidance=2.0: this model has 3 built in, expected 1"):
         after.generate(["One"], 4, guidance=2.0)
     with pytest.raises(ColadaError, match="this model is distilled"):

@@ -208,19 +208,21 @@ class ColaDLM(LanguageModel):
     def chosen(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return all settings of a generation, of a distilled prior with what it has built in.
 
+        What is built in goes before what the model has stored, which may be its teacher's.
+
         Raises:
-            ColadaError: as in :meth:`LanguageModel.chosen`; for guidance or steps besides those built in.
+            ColadaError: as in :meth:`LanguageModel.chosen`; if other guidance or steps are asked for.
         """
         chosen, inside = super().chosen(settings), self.dit.config.distilled
         if inside is None:
             return chosen
-        given, built = {**self.generation, **settings}, f"{inside['guidance']:g}"
-        scales = given.get("guidance") or 1.0
+        built, scales = f"{inside['guidance']:g}", settings.get("guidance", 1.0)
+        scales = 1.0 if scales is None else scales
         if any(scale != 1 for scale in (scales if isinstance(scales, list | tuple) else [scales])):
             raise ColadaError(f"guidance={shown(scales)}: this model has {built} built in, expected 1")
         chosen["guidance"] = 1.0
         if (grid := inside.get("grid")) is not None:
-            schedule, steps = given.get("schedule") or grid, given.get("steps") or len(grid) - 1
+            schedule, steps = settings.get("schedule") or grid, settings.get("steps") or len(grid) - 1
             if steps != len(grid) - 1 or isinstance(schedule, str) or list(schedule) != grid:
                 asked = f"steps={shown(steps)}, schedule={shown(schedule)}"
                 raise ColadaError(f"{asked}: this model makes {len(grid) - 1} steps along a = {grid}")

@@ -8,6 +8,7 @@ training pictures have mean 0 and mean square 1, on which the timestep law relie
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def _check(pictures: Tensor, size: int) -> None:
         )
 
 
-class Codec(nn.Module):
+class Codec(nn.Module, ABC):
     """What every picture codec has: a configuration, and both ways.
 
     Attributes:
@@ -131,13 +132,13 @@ class Codec(nn.Module):
         """Where the codec is."""
         return next(iter(self.state_dict().values())).device
 
+    @abstractmethod
     def latents_of(self, pixels: Tensor) -> Tensor:
         """Return the latents of pixels (B, S, S, 3) in 0..1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pixels_of(self, latents: Tensor) -> Tensor:
         """Return pixels (B, S, S, 3), about in 0..1."""
-        raise NotImplementedError
 
 
 class PatchPCA(Codec):
