@@ -150,6 +150,27 @@ def test_echo_comes_first(server: Running) -> None:
         assert echoed[number]["text"] == prompt + plain[number]["text"] == stream.texts()[number]
 
 
+@pytest.mark.parametrize(
+    ("settings", "times"),
+    [
+        ({"steps": 2, "solver": "heun"}, [0.5, 0.5, 0.0]),
+        ({"steps": 4, "early_end": 0.6}, [0.75, 0.0]),
+        ({"schedule": [1, 0.9, 0.3, 0]}, [0.9, 0.3, 0.0]),
+    ],
+    ids=["two evaluations a step", "an early end", "a schedule of its own"],
+)
+def test_a_guess_says_where_its_evaluation_has_led(
+    server: Running, settings: dict[str, Any], times: list[float]
+) -> None:
+    colada = {"guesses": True, "solver": "euler", "schedule": "uniform", **settings}
+    body = {"prompt": "abcde", "max_tokens": 3, "stream": True, "colada": colada}
+    told = [
+        event["colada"] for event in server.post("/v1/completions", body).events[:-1] if "colada" in event
+    ]
+    guesses = [one for one in told if one["type"] == "guess" and one["block"] == 0]
+    assert [one["a"] for one in guesses] == times
+
+
 def test_guesses_show_a_block_come_into_focus(server: Running) -> None:
     colada = {
         "guesses": True,

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from colada.errors import ColadaError
@@ -265,11 +266,16 @@ class Writer:
         return self.job.echoes[number // (self.job.body.n or 1)]
 
     def _time(self, guess: Chunk) -> float:
-        from colada.flow import SCHEDULES
-
+        """Return the a = t / T that a guess's evaluation has moved the block to."""
         assert guess.step is not None
-        grid = SCHEDULES[self.job.settings["schedule"]](guess.steps or 1)
-        return round(float(grid[guess.step]), 4)
+        return round(self._times[guess.step], 4)
+
+    @cached_property
+    def _times(self) -> list[float]:
+        from colada.flow import evaluations_of
+
+        own = {name: self.job.settings[name] for name in ("solver", "schedule", "steps", "early_end")}
+        return [*(evaluation.a for evaluation in evaluations_of(**own)), 0.0]
 
     def _spelled(self, chunk: Chunk) -> list[tuple[int, str, float]]:
         """Return each token with what it adds to the chunk's text, and the decoder's probability of it."""

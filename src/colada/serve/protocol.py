@@ -58,7 +58,7 @@ class Extension(Strict):
     guidance_rescale: float | None = Field(None, ge=0, le=1)
     early_end: float | None = Field(None, ge=0, lt=1)
     solver: str | None = None
-    schedule: str | None = None
+    schedule: str | list[float] | None = Field(None, description="A name, or a = t / T from 1 to 0.")
     noise: str | None = None
     end_ids: list[int] | None = Field(None, max_length=1024)
     confidence: bool | None = Field(None, description="Answer p(token given latent) of each token.")
