@@ -717,6 +717,9 @@ def test_a_prior_is_distilled_under_its_own_guidance_and_resumes(
     before, after = colada.load(start), colada.load(tmp_path / "whole" / "model")
     assert same(before.vae.state_dict(), after.vae.state_dict())
     assert not same(before.dit.state_dict(), after.dit.state_dict())
+    assert main(["info", str(tmp_path / "whole" / "model")]) == 0
+    more = [f"model.init={tmp_path / 'whole' / 'model'}", "stages.distil.steps=2"]
+    assert main(["train", str(yaml), "--dry-run", *(f"--set={own}" for own in [*common, *more])]) == 0
     inside = after.dit.config.distilled
     assert inside is not None
     assert after.generation["guidance"] == 2  # the teacher's, which the student does not take

@@ -38,7 +38,8 @@ def extension(
         expected: which may be, in words.
     """
     metadata = {"meaning": meaning, "holds": holds, "expected": expected}
-    return dataclasses.field(default=default, metadata=metadata)
+    # Some are lists or tables, which have no hash; equal configurations have equal ones without them too.
+    return dataclasses.field(default=default, metadata=metadata, hash=False)
 
 
 class NetworkConfig:
