@@ -25,6 +25,7 @@ from colada.generate.noise import NOISE_RULES, Noise, sample_noise
 from colada.models.cola import ColaDLM
 from colada.networks.layers import History
 from colada.text.tokenizer import Tokenizer
+from colada.text.transcript import sentence_end
 from commands import command_line, main
 from helpers import tiny_dit, tiny_vae
 
@@ -291,6 +292,7 @@ def test_a_terminal_sees_the_text_form_and_keeps_all_of_it(
     arguments: list[object] = ["generate", prompt, "-m", saved, "-n", 150, "--temperature", 1]
     screen, output = run_in_terminal(arguments, width, height)
     whole = prompt + model.generate(prompt, 150, temperature=1.0)[0].text
+    whole += "stopped at 150 tokens"
     # A row may also end within a word that is longer than it.
     assert "".join(screen.text.split()) == "".join(whole.replace("\x1b", "␛").split())
     assert len(screen.rows) > 5, "in a terminal of 5 rows, some have scrolled away"
@@ -553,6 +555,18 @@ def test_truncated_weights_are_named(run: Run, saved: Path, tmp_path: Path) -> N
         assert "truncated" in result.err
 
 
+def test_a_text_may_end_with_its_last_whole_sentence(run: Run, saved: Path) -> None:
+    texts = {}
+    for form in ([], ["--whole-sentences"], ["--exact-length"]):
+        result = run("generate", "abc", "-m", saved, "-n", 150, "--temperature", 1, "--json", *form)
+        texts[tuple(form)] = json.loads(result.out)
+    exact, whole = texts[()], texts[("--whole-sentences",)]
+    assert texts[("--exact-length",)]["text"] == exact["text"]
+    assert whole["text"] == exact["text"][: sentence_end(exact["text"], complete=True) or None]
+    assert whole["finish_reason"] == exact["finish_reason"] == "length"
+    assert whole["settings"]["whole_sentences"]
+
+
 @pytest.mark.parametrize("form", [["--json"], ["--no-stream"]])
 def test_a_prompt_that_fails_loses_nothing_of_the_others(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: list[str]
@@ -565,7 +579,7 @@ def test_a_prompt_that_fails_loses_nothing_of_the_others(
 
     def noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noise:
         draw = sample_noise(seed, shape, device)
-        return lambda block: draw(block) * (torch.nan if (seed, block) == (1, 1) else 1)
+        return lambda block, k: draw(block, k) * (torch.nan if (seed, block) == (1, 1) else 1)
 
     monkeypatch.setitem(NOISE_RULES, "per-sample", noise)
     result = run(*arguments)
@@ -581,7 +595,7 @@ def test_a_prompt_that_fails_loses_nothing_of_the_others(
 
 
 def test_one_streamed_prompt_that_fails_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NOISE_RULES, "per-sample", lambda *_: lambda block: torch.full((4, 64), torch.nan))
+    monkeypatch.setitem(NOISE_RULES, "per-sample", lambda *_: lambda *_: torch.full((4, 64), torch.nan))
     result = run("generate", "Once upon a time", "-n", "8", "--steps", "2")
     assert result.code == 2
     assert result.out.startswith("Once upon a time")

@@ -73,7 +73,7 @@ def test_finishing_from_noise_is_unguided_generation(model: ColaDLM, length: int
     ids = list(range(1, length + 1))
     noise = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(2))
     loop = BlockGenerator(model.vae, model.dit, steps=3)
-    (sample,) = loop.start([ids], [lambda block: noise[block]], [0], [1.0], model.pad_id)
+    (sample,) = loop.start([ids], [lambda block, k: noise[block]], [0], [1.0], model.pad_id)
     expected = []
     for _ in range(2):
         list(loop.next_block([sample]))

@@ -74,6 +74,7 @@ def mixed_requests(model: ColaDLM, seed: int, count: int = 9) -> list[Request]:
             guidance_cap=rng.choice([0.0, 0.7]),
             guidance_rescale=rng.choice([0.0, 0.6]),
             early_end=rng.choice([0.0, 0.5]),
+            candidates=rng.choice([1, 1, 3]),
             **rng.choice([{}, {"temperature": 1.3, "top_k": 7}, {"repetition_penalty": 1.7}]),
         )
         for _ in range(count)
@@ -220,7 +221,9 @@ def test_passes_of_equal_shape_are_replayed(model: ColaDLM) -> None:
 def test_what_a_failed_sample_leaves_does_not_reach_the_next(
     model: ColaDLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad = replace(request(model, range(6), 20, 1, steps=2), noise=lambda block: torch.full((4, 8), torch.nan))
+    bad = replace(
+        request(model, range(6), 20, 1, steps=2), noise=lambda block, k: torch.full((4, 8), torch.nan)
+    )
     good = request(model, range(3), 9, 2, steps=2)
     engine = Engine(model.vae, model.dit, capacity=32, bucket=32)
     none, found = serve(engine, [bad, good])
@@ -441,7 +444,7 @@ def test_admission_waits_for_room_and_never_takes_more(model: ColaDLM) -> None:
     while engine.busy:
         for _ in engine.next_block():
             pass
-        order += [slot.request for slot in engine.under_way if slot.blocks == 1]
+        order += [own.request for own in engine.under_way if own.request not in order]
         assert sum(slot.length for slot in engine.under_way) == engine.regions.capacity - engine.regions.free
         waited += len(engine.under_way) < len(requests)
         for slot in list(engine.under_way):
@@ -486,7 +489,7 @@ def poisoned(model: ColaDLM, monkeypatch: pytest.MonkeyPatch, seed: int, block: 
 
     def noise(own: int, shape: tuple[int, int], device: torch.device) -> Any:
         draw = real(own, shape, device)
-        return lambda b: draw(b) * torch.nan if (own, b) == (seed, block) else draw(b)
+        return lambda b, k: draw(b, k) * torch.nan if (own, b) == (seed, block) else draw(b, k)
 
     monkeypatch.setitem(noise_rules.NOISE_RULES, "per-sample", noise)
 

@@ -451,7 +451,7 @@ def overflowing(model: ColaDLM, monkeypatch: pytest.MonkeyPatch, seed: int) -> N
 
     def noise(own: int, shape: tuple[int, int], device: torch.device) -> Any:
         draw = real(own, shape, device)
-        return lambda block: draw(block) * (1e8 if (own, block) == (seed, 1) else 1)
+        return lambda block, k: draw(block, k) * (1e8 if (own, block) == (seed, 1) else 1)
 
     monkeypatch.setitem(noise_rules.NOISE_RULES, "per-sample", noise)
 
@@ -522,7 +522,7 @@ def in_the_transcript(monkeypatch: pytest.MonkeyPatch) -> None:
 @fault
 def in_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def noise(seed: int, shape: tuple[int, int], device: torch.device) -> Any:
-        return failing(sample_noise(seed, shape, device), lambda block: (seed, block) == (13, 1))
+        return failing(sample_noise(seed, shape, device), lambda block, k: (seed, block) == (13, 1))
 
     monkeypatch.setitem(noise_rules.NOISE_RULES, "per-sample", noise)
 

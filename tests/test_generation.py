@@ -3,13 +3,15 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from colada.errors import ColadaError
 from colada.generate.noise import released_noise, sample_noise
-from colada.generate.reference import BlockGenerator, TransportStep
+from colada.generate.reference import BlockGenerator, TransportStep, encode
+from colada.generate.settings import Settings
 from colada.models.cola import ColaDLM
 from helpers import tiny_dit, tiny_model, tiny_vae
 
@@ -153,6 +155,67 @@ def test_an_early_end_saves_evaluations(model: ColaDLM) -> None:
     steps = []
     model.generate([PROMPTS[4]], 1, steps=10, early_end=0.55, callback=lambda step: steps.append(step.steps))
     assert steps == [5] * 5
+
+
+@pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[4]], ids=["none", "with a tail"])
+def test_of_several_candidates_the_one_with_the_surest_tokens_is_kept(
+    model: ColaDLM, prompt: list[int]
+) -> None:
+    vae, chosen = model.vae, list[int]()
+    for block in range(3):
+        sureness = []
+        for k in range(4):
+            picks = [*chosen, k]
+            noises = [block_noise(9, b, picks[b]) for b in range(block + 1)]
+            latents, _, skip = plain_generation(model, prompt, noises.__getitem__, block + 1, 3, 4.0)
+            before = list(prompt[: len(prompt) // 4 * 4])
+            clean = encode(vae, [before], 0)[0]
+            with torch.no_grad():
+                logits = vae.decode(torch.cat([clean, *latents]), [len(before) + 4 * (block + 1)])
+            likeliest = logits[-4:].double().softmax(-1).amax(-1)[skip if block == 0 else 0 :]
+            sureness.append(float(likeliest.log().mean()))
+        chosen.append(sureness.index(max(sureness)))
+        expected = plain_generation(model, prompt, lambda b: block_noise(9, b, chosen[b]), block + 1, 3, 4.0)
+    assert len(set(chosen)) > 1
+    settings: Settings = {"steps": 3, "guidance": 4.0, "candidates": 4, "seed": 9}
+    tokens = [token for ids in expected[1] for token in ids][expected[2] :]
+    (made,) = model.generate([prompt], len(tokens), end_ids=(), **settings)
+    assert list(made.tokens) == tokens
+    # One candidate is what there is without any; the guess after the last step reads as the block does.
+    assert model.generate([prompt], 9, seed=9, candidates=1) == model.generate([prompt], 9, seed=9)
+    chunks = list(model.stream([prompt], len(tokens), guesses=True, end_ids=(), **settings))
+    last = [chunk.tokens for chunk in chunks if chunk.step == 3]
+    assert last == [chunk.tokens for chunk in chunks if chunk.step is None]
+
+
+def test_candidates_of_a_hole_are_judged_by_its_own_tokens(model: ColaDLM) -> None:
+    # Two tokens in the middle of a block.
+    def log_confidence(seed: int, candidates: int) -> float:
+        session = model.session(history=32)
+        session.submit(
+            [1, 2, 3, 4, 5], 2, suffix=[6, 7], confidence=True, steps=2, candidates=candidates, seed=seed
+        )
+        (last,) = [chunk for chunk in session.chunks() if chunk.completion is not None]
+        assert last.confidence is not None
+        return sum(map(math.log, last.confidence))
+
+    gains = [log_confidence(seed, 6) - log_confidence(seed, 1) for seed in range(6)]
+    assert min(gains) > -1e-4  # Rounding.
+    assert max(gains) > 1e-3
+
+
+def block_noise(seed: int, block: int, candidate: int) -> Tensor:
+    state = np.random.SeedSequence([seed, block, 1 + candidate if candidate else 0]).generate_state(
+        1, np.uint64
+    )
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(int(state[0])))
+
+
+def test_released_candidates_are_what_the_generator_draws_next() -> None:
+    generator = torch.Generator().manual_seed(7 + 10_000_000 * 2)
+    for k in range(3):
+        expected = torch.randn(4, 8, generator=generator)
+        assert torch.equal(released_noise(7, (4, 8), CPU)(2, k), expected)
 
 
 def released(seed: int, block: int, shape: tuple[int, int] = (4, 8)) -> Tensor:
@@ -413,13 +476,15 @@ def test_released_noise_is_seeded_by_sample_and_block(still: ColaDLM) -> None:
         for i in range(3):
             generator = torch.Generator().manual_seed(66 + 1000 * i + 10_000_000 * b)
             assert torch.equal(noise[i], torch.randn(4, 8, generator=generator))
-    assert torch.equal(released_noise(7, (4, 8), CPU)(2), released(7, 2))
+    assert torch.equal(released_noise(7, (4, 8), CPU)(2, 0), released(7, 2))
 
 
 def test_per_sample_noise_is_independent_standard_normal(still: ColaDLM) -> None:
     blocks = starting_noise(still, seed=5)
     assert all(not torch.allclose(a, b) for a, b in itertools.combinations(torch.cat(blocks), 2))
-    many = torch.cat([sample_noise(seed, (4, 8), CPU)(b) for seed in range(60) for b in range(10)]).flatten()
+    many = torch.cat(
+        [sample_noise(seed, (4, 8), CPU)(b, 0) for seed in range(60) for b in range(10)]
+    ).flatten()
     # 19,200 numbers: a standard error of 0.007 of the mean and 0.005 of the deviation.
     assert float(many.mean()) == pytest.approx(0, abs=0.03)
     assert float(many.std()) == pytest.approx(1, abs=0.02)

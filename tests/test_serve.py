@@ -150,6 +150,18 @@ def test_echo_comes_first(server: Running) -> None:
         assert echoed[number]["text"] == prompt + plain[number]["text"] == stream.texts()[number]
 
 
+def test_candidates_and_whole_sentences_are_as_in_python(server: Running) -> None:
+    model = server.models["bytes"]
+    settings = {"candidates": 3, "whole_sentences": True, "steps": 2}
+    sent = server.post("/v1/completions", {"prompt": "abc", "max_tokens": 9, "seed": 5, "colada": settings})
+    (choice,) = sent.json["choices"]
+    (wanted,) = model.generate("abc", 9, seed=5, **settings)
+    assert (choice["text"], choice["finish_reason"]) == (wanted.text, "length")
+    assert choice["colada"]["settings"]["candidates"] == 3
+    too_many = server.post("/v1/completions", {"prompt": "abc", "colada": {"candidates": 17}})
+    assert too_many.error["param"] == "colada.candidates"
+
+
 @pytest.mark.parametrize(
     ("settings", "times"),
     [

@@ -164,10 +164,10 @@ def test_a_noise_rule_that_raises_while_guesses_are_told_fails_its_own_request_a
     def noise(seed: int, shape: tuple[int, int], device: torch.device) -> Any:
         draw = real(seed, shape, device)
 
-        def drawn(block: int) -> torch.Tensor:
+        def drawn(block: int, candidate: int) -> torch.Tensor:
             if (seed, block) == (2, 1):
                 raise RuntimeError("no noise left")
-            return draw(block)
+            return draw(block, candidate)
 
         return drawn
 

@@ -34,6 +34,8 @@ REFUSED = [
     ("schedule", ["log", [], [1], [1, 1, 0], [0, 1], [1, 0.5], [1, "0.5", 0], [1, float("nan"), 0]]),
     ("guidance_cap", ["1", -0.5, HUGE, float("nan"), True, [1.0]]),
     ("guidance_rescale", ["1", -0.1, 1.1, float("nan"), True]),
+    ("candidates", [0, 65, 1.0, "2", True]),
+    ("whole_sentences", [1, "yes", [True]]),
     ("early_end", ["1", -0.1, 1, float("nan"), True]),
     ("guidance_interval", [5, "01", [0.5], [0.9, 0.1], [-0.1, 1], [0, 1.1], [0, HUGE], [0, "1"], [0, True]]),
     ("solver", ["eular", 5, ["euler"], ""]),

@@ -3,7 +3,7 @@ import random
 import pytest
 
 from colada.text.tokenizer import END_OF_TEXT, IM_END, PAD, Tokenizer
-from colada.text.transcript import Transcript
+from colada.text.transcript import Transcript, sentence_end
 
 TEXTS = [
     "the hen ran to the mill and the hen sat on the hill, then the hen ran home",
@@ -26,11 +26,12 @@ def follow(
     limit: int = 1000,
     stop: tuple[str, ...] = (),
     end_ids: tuple[int, ...] | None = None,
+    whole_sentences: bool = False,
 ) -> tuple[Transcript, list[str], list[tuple[int, ...]]]:
     """Feed blocks until the transcript is done; return it, and the chunks of text and tokens."""
     if end_ids is None:
         end_ids = tok.end_ids if tok is not None else ()
-    transcript = Transcript(tok, skip, limit, stop, end_ids)
+    transcript = Transcript(tok, skip, limit, stop, end_ids, (), whole_sentences)
     texts, tokens = [], []
     for block in blocks:
         text, new = transcript.add(block)
@@ -204,9 +205,72 @@ def test_a_guess_ends_at_an_end_token_and_at_the_limit(tok: Tokenizer) -> None:
     assert transcript.guess([ids[0], tok.eos_id, ids[1]])[1] == (ids[0],)
 
 
+# --- whole sentences ----------------------------------------------------------------------------
+
+TALK = 'Mr. Fox ran 2.5 miles. "Stop!" said the hen. The fox sat down... He was tired. "Oh no!" He sl'
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("", ""),
+        ("The hen ran", ""),
+        ("The hen ran. The", "The hen ran."),
+        ("The hen ran.", "The hen ran."),
+        ('He said "No!" and', ""),
+        ('"No!" He said "', '"No!"'),
+        ("Dr. Dog ate 3.5 pies", ""),
+        ("It is so... He", "It is so..."),
+        ("One (and two.) Three", "One (and two.)"),
+        ("Why?\n\nBecause", "Why?"),
+        ("猫が鳴いた。犬も", "猫が鳴いた。"),
+    ],
+)
+def test_where_a_last_sentence_ends(text: str, end: str) -> None:
+    assert text[: sentence_end(text, complete=True)] == end
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 200])
+def test_a_text_cut_by_its_length_ends_with_its_last_whole_sentence(tok: Tokenizer, size: int) -> None:
+    ids = tok.encode(TALK)
+    for limit in range(1, len(ids) + 1):
+        transcript, texts, _ = follow(tok, in_blocks(ids, size), limit=limit, whole_sentences=True)
+        exact = tok.decode(ids[:limit])
+        expected = exact[: sentence_end(exact, complete=True)] or exact
+        assert transcript.text == "".join(texts) == expected
+        assert transcript.finish_reason == "length"
+        assert expected.startswith(tok.decode(transcript.tokens))
+        assert transcript.tokens == ids[: len(transcript.tokens)]
+
+
+def test_a_text_that_ends_by_itself_or_at_a_stop_string_is_not_cut(tok: Tokenizer) -> None:
+    ids = tok.encode("The hen ran. The fox sat")
+    for more, settings in (([tok.eos_id], {}), ([], {"stop": ("sat",)})):
+        plain, _, _ = follow(tok, in_blocks([*ids, *more], 4), **settings)  # type: ignore[arg-type]
+        whole, texts, _ = follow(tok, in_blocks([*ids, *more], 4), whole_sentences=True, **settings)  # type: ignore[arg-type]
+        assert whole.text == plain.text == "".join(texts)
+        assert whole.finish_reason == plain.finish_reason
+
+
 # --- all of it, at random -----------------------------------------------------------------------
 
-PIECES = ["the", " hen", " ran", "é", "東京", "🙂", " ", ".", "st", "op", "stop", "\n", "naïve"]
+PIECES = [
+    "the",
+    " hen",
+    " ran",
+    "é",
+    "東京",
+    "🙂",
+    " ",
+    ".",
+    "st",
+    "op",
+    "stop",
+    "\n",
+    "naïve",
+    ". He",
+    '!" ',
+]
 STOPS = ["stop", "hen r", "é", "e 🙂", "東", " .", "\n\n", "op st", "🙂🙂"]
 
 
@@ -236,14 +300,18 @@ def random_blocks(rng: random.Random, ids: list[int]) -> list[list[int]]:
 
 
 def expected_text(
-    tok: Tokenizer, ids: list[int], limit: int, stop: tuple[str, ...]
+    tok: Tokenizer, ids: list[int], limit: int, stop: tuple[str, ...], whole_sentences: bool
 ) -> tuple[str, str | None]:
     """The text and finish reason of all ids seen at once."""
     end = next((n for n, token in enumerate(ids) if token in tok.end_ids), len(ids))
     reason = "length" if end >= limit else "end" if end < len(ids) else None
     text = tok.decode(ids[: min(end, limit)])
     found = [text.index(s) for s in stop if s in text]
-    return (text[: min(found)], "stop") if found else (text, reason)
+    if found:
+        return text[: min(found)], "stop"
+    if whole_sentences and reason == "length":
+        text = text[: sentence_end(text, complete=True) or len(text)]
+    return text, reason
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -255,11 +323,13 @@ def test_random_text_in_random_blocks_reads_as_it_does_at_once(tok: Tokenizer, s
         skip = rng.choice([0, 0, 2])
         limit = rng.choice([5, 20, 1000])
         stop = (rng.choice(STOPS),) if rng.random() < 0.7 else ()
-        blocks = random_blocks(rng, ids)
-        transcript, texts, tokens = follow(tok, blocks, skip=skip, limit=limit, stop=stop)
-        text, reason = expected_text(tok, ids[skip:], limit, stop)
+        blocks, whole = random_blocks(rng, ids), rng.random() < 0.3
+        transcript, texts, tokens = follow(
+            tok, blocks, skip=skip, limit=limit, stop=stop, whole_sentences=whole
+        )
+        text, reason = expected_text(tok, ids[skip:], limit, stop, whole)
         reasons.add(reason)
-        case = (ids, blocks, skip, limit, stop)
+        case = (ids, blocks, skip, limit, stop, whole)
         assert transcript.finish_reason == reason, case
         assert transcript.text == text, case
         if reason is not None:
@@ -267,7 +337,7 @@ def test_random_text_in_random_blocks_reads_as_it_does_at_once(tok: Tokenizer, s
         else:
             # Not finished: what is shown is settled, and what is held may still become something else.
             assert text.startswith("".join(texts)), case
-        if reason != "stop":
+        if reason != "stop" and not whole:
             assert [token for chunk in tokens for token in chunk] == transcript.tokens, case
         assert ids[skip : skip + len(transcript.tokens)] == transcript.tokens, case
     assert reasons == {None, "end", "length", "stop"}

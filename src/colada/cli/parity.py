@@ -129,7 +129,7 @@ def _compare(
     return errors
 
 
-def _noise(noise: Sequence[Sequence[Tensor]], sample: int, block: int) -> Tensor:
+def _noise(noise: Sequence[Sequence[Tensor]], sample: int, block: int, candidate: int) -> Tensor:
     return noise[block][sample]
 
 

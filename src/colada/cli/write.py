@@ -59,6 +59,10 @@ RescaleOption = Annotated[
 EndOption = Annotated[
     float | None, number_option(help=f"Below this a the last step goes straight to the end. {_OWN}")
 ]
+CandidatesOption = Annotated[
+    int | None,
+    typer.Option(help=f"Draw every block so many times, and keep the one the decoder is surest of. {_OWN}"),
+]
 TemperatureOption = Annotated[
     float | None, number_option(help=f"Of token sampling; 0 picks the likeliest. {_OWN}")
 ]
@@ -74,6 +78,13 @@ PenaltyOption = Annotated[
 ]
 StopOption = Annotated[
     list[str] | None, typer.Option(help=f"End the text before this string; may be repeated. {_OWN}")
+]
+SentencesOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--whole-sentences/--exact-length",
+        help=f"A text that comes to its length: cut after its last whole sentence, or exactly there. {_OWN}",
+    ),
 ]
 SolverOption = Annotated[str | None, typer.Option(metavar="NAME", help=f"euler, ab2 or heun. {_OWN}")]
 ScheduleOption = Annotated[
@@ -95,6 +106,7 @@ def generate(
     guidance_cap: CapOption = None,
     guidance_rescale: RescaleOption = None,
     early_end: EndOption = None,
+    candidates: CandidatesOption = None,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
@@ -103,6 +115,7 @@ def generate(
         int, typer.Option(help="Prompt i, from 0, has seed + i (seed + 1000 i with released noise).")
     ] = 0,
     stop: StopOption = None,
+    whole_sentences: SentencesOption = None,
     solver: SolverOption = None,
     schedule: ScheduleOption = None,
     noise: NoiseOption = None,
@@ -132,6 +145,7 @@ def generate(
         "guidance_cap": guidance_cap,
         "guidance_rescale": guidance_rescale,
         "early_end": early_end,
+        "candidates": candidates,
         "solver": solver,
         "schedule": schedule,
         "temperature": temperature,
@@ -139,6 +153,7 @@ def generate(
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
         "stop": stop or None,
+        "whole_sentences": whole_sentences,
         "noise": noise,
         "seed": seed,
     }
@@ -162,10 +177,12 @@ def generate(
         _stream(network, prompts[0], shown, max_new_tokens, given)
         return
     errors: dict[int, str] = {}  # by prompt; the others are finished and printed first
+    cut = 0
     chunks = network.stream(prompts, max_new_tokens, batch=batch, **given)
     for number, done in enumerate(_in_order(chunks)):
         if done.error is not None:
             errors[number] = done.error
+        cut += done.finish_reason == "length"
         if as_json:
             fields: dict[str, Any] = {"text": done.text, "tokens": done.tokens}
             if done.error is not None:
@@ -176,9 +193,17 @@ def generate(
         else:
             shown = "" if chat else prompts[number]
             print("\n" * (number > 0) + shown + done.text, flush=True)
+    _say_cut(cut, max_new_tokens)
     if errors:
         which, why = min(errors.items())
         raise ColadaError(f"{len(errors)} of {len(prompts)} prompts failed, first number {which}: {why}")
+
+
+def _say_cut(texts: int, length: int) -> None:
+    """Say on a terminal's standard error how many texts have come to their length: they might go on."""
+    if texts and sys.stderr is not None and sys.stderr.isatty():
+        which = "" if texts == 1 else f"{texts} texts "
+        print(f"{which}stopped at {length} tokens", file=sys.stderr)
 
 
 def _in_order(chunks: Iterator[Chunk]) -> Iterator[Completion]:
@@ -217,15 +242,17 @@ def _stream(
     live = sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
     chunks = network.stream(prompt, max_new_tokens, guesses=live, **settings)
     error: str | None = None
+    reason: str | None = None
     if not live:
         print(shown, end="", flush=True)
         for chunk in chunks:
             print(chunk.text, end="", flush=True)
             written.append(chunk.text)
-            error = chunk.error
+            error, reason = chunk.error, chunk.finish_reason
         print(flush=True)
         if error is not None:
             raise ColadaError(error)
+        _say_cut(reason == "length", max_new_tokens)
         return
     tokens, begin = 0, time.perf_counter()
     with LiveText(console) as view:
@@ -235,13 +262,14 @@ def _stream(
                 tokens += len(chunk.tokens)
                 view.write(chunk.text)
                 written.append(chunk.text)
-                error = chunk.error
+                error, reason = chunk.error, chunk.finish_reason
             else:
                 rate = tokens / (time.perf_counter() - begin)
                 place = f"block {chunk.block + 1} · step {chunk.step}/{chunk.steps}"
                 view.guess(chunk.text, f"{place} · {tokens} tokens ({rate:.0f}/s)")
     if error is not None:
         raise ColadaError(error)
+    _say_cut(reason == "length", max_new_tokens)
 
 
 # --- chat --------------------------------------------------------------------------------------
@@ -271,12 +299,14 @@ def chat(
     guidance_cap: CapOption = None,
     guidance_rescale: RescaleOption = None,
     early_end: EndOption = None,
+    candidates: CandidatesOption = None,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
     repetition_penalty: PenaltyOption = None,
     seed: Annotated[int, typer.Option(help="Answer i, from 0, has seed + i.")] = 0,
     stop: StopOption = None,
+    whole_sentences: SentencesOption = None,
     solver: SolverOption = None,
     schedule: ScheduleOption = None,
     noise: NoiseOption = None,
@@ -295,6 +325,7 @@ def chat(
         "guidance_cap": guidance_cap,
         "guidance_rescale": guidance_rescale,
         "early_end": early_end,
+        "candidates": candidates,
         "solver": solver,
         "schedule": schedule,
         "temperature": temperature,
@@ -302,6 +333,7 @@ def chat(
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
         "stop": stop or None,
+        "whole_sentences": whole_sentences,
         "noise": noise,
     }
     check_settings({**settings, "seed": seed})

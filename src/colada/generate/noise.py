@@ -8,21 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Noise = Callable[[int], Tensor]
-"""Block number -> noise (block, C) of one sample."""
+Noise = Callable[[int, int], Tensor]
+"""Block number, number of the candidate -> noise (block, C) of one sample."""
 
 
 def block_generator(seed: int, block: int, purpose: int) -> torch.Generator:
-    """Return the CPU generator of one sample's block; purpose 0 draws noise, 1 draws tokens."""
+    """Return the CPU generator of one sample's block.
+
+    Purpose 0 draws its noise, 1 its tokens, 1 + k the noise of its candidate k, from 1.
+    """
     state = np.random.SeedSequence([seed, block, purpose]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
 
 def sample_noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noise:
-    """Return this project's rule: independent streams per (seed, block), the same on every device."""
+    """Return this project's rule: independent streams per (seed, block, k), the same on every device."""
 
-    def draw(block: int) -> Tensor:
-        generator = block_generator(seed, block, 0)
+    def draw(block: int, candidate: int) -> Tensor:
+        generator = block_generator(seed, block, 1 + candidate if candidate else 0)
         noise = torch.randn(shape, generator=generator, pin_memory=device.type == "cuda")
         return noise.to(device, non_blocking=True)
 
@@ -30,10 +33,15 @@ def sample_noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noi
 
 
 def released_noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noise:
-    """Return the released code's rule: a generator on the device, seeded with seed + 10,000,000 * block."""
+    """Return the released code's rule: a generator on the device, seeded with seed + 10,000,000 * block.
 
-    def draw(block: int) -> Tensor:
+    That code has no candidates; here they are what the generator draws next.
+    """
+
+    def draw(block: int, candidate: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(seed + 10_000_000 * block)
+        for _ in range(candidate):
+            torch.randn(shape, generator=generator, device=device)
         return torch.randn(shape, generator=generator, device=device)
 
     return draw

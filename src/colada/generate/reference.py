@@ -18,7 +18,7 @@ from colada.errors import ColadaError, failure
 from colada.flow import Evaluation, T, advance, evaluations_of, memory
 from colada.generate.guidance import Guidance, estimate, is_bounded
 from colada.generate.noise import Noise, block_generator
-from colada.generate.sampling import pick
+from colada.generate.sampling import pick, surest
 from colada.generate.settings import RequestSettings, Settings, check_settings
 from colada.networks.dit import DiT
 from colada.networks.layers import History
@@ -79,6 +79,8 @@ class Sample:
 @dataclass(frozen=True)
 class TransportStep:
     """The latents of the samples under way, after an evaluation of the network.
+
+    Where a block has several candidates, they count as so many samples, one after the other.
 
     Attributes:
         step, steps: evaluations done, and of how many (solver steps, but for solvers that ask for more).
@@ -242,31 +244,37 @@ class BlockGenerator:
 
         When the iterator ends, each sample's ``block`` is its new block, or it has an ``error``: its
         logits are not finite. Those that have one already get nothing. A block enters the
-        DiT's history only when its sample goes on, so the last one never does.
+        DiT's history only when its sample goes on, so the last one never does. Of several candidates, only
+        the chosen one enters any history.
         """
         samples = [sample for sample in samples if sample.error is None]
         if not samples:
             return
         waiting = [(sample, sample.block) for sample in samples if sample.block is not None]
         self._commit([sample.prior_history for sample, _ in waiting], [block.latents for _, block in waiting])
-        size, patch = self.vae.config.block_size, self.vae.config.patch_size
-        pins = [sample.pinned_block(size) for sample in samples]
-        z = torch.stack([sample.noise(sample.blocks) for sample in samples])
+        size, patch, count = self.vae.config.block_size, self.vae.config.patch_size, self.settings.candidates
+        pins = [sample.pinned_block(size) for sample in samples for _ in range(count)]
+        z = torch.stack([sample.noise(sample.blocks, k) for sample in samples for k in range(count)])
         steps = transport(
             self.dit,
             z,
-            [sample.prior_history for sample in samples],
+            [sample.prior_history for sample in samples for _ in range(count)],
             torch.stack([where for where, _ in pins]),
             torch.stack([values for _, values in pins]),
-            [sample.guidance for sample in samples],
+            [sample.guidance for sample in samples for _ in range(count)],
             self.evaluations,
             self.settings,
         )
         for number, (z, z0) in enumerate(steps, start=1):
             yield TransportStep(number, len(self.evaluations), z, z0)
-        histories = [sample.decoder_history for sample in samples]
-        logits = self.vae.decode(z.flatten(0, 1), [size] * len(samples), histories)
-        for sample, latents, own in zip(samples, z, logits.split(size * patch), strict=True):
+        histories = [sample.decoder_history.copy() for sample in samples for _ in range(count)]
+        logits = self.vae.decode(z.flatten(0, 1), [size] * len(z), histories)
+        candidates = logits.unflatten(0, (len(samples), count, size * patch))
+        for number, (sample, logits_of) in enumerate(zip(samples, candidates, strict=True)):
+            free = ~pins[number * count][0].repeat_interleave(patch)
+            chosen = surest(logits_of, free)
+            latents, own = z[number * count + chosen], logits_of[chosen]
+            sample.decoder_history = histories[number * count + chosen]
             generator = block_generator(sample.seed, sample.blocks, 1)
             try:
                 ids = pick(own, self.settings, sample.seen, generator).tolist()

@@ -56,6 +56,22 @@ def probabilities(logits: Tensor, settings: RequestSettings) -> Tensor:
     return shares
 
 
+def surest(logits: Tensor, free: Tensor) -> int:
+    """Return which of a block's candidates the decoder is surest of, by its likeliest tokens.
+
+    That is the one with the highest mean of max log p(token | latents) over tokens that are not pinned; of
+    equal ones the first. One that is not finite is the least.
+
+    Args:
+        logits: (K, n, V).
+        free: bool (n,), tokens that are not pinned.
+    """
+    if len(logits) == 1:
+        return 0
+    mean = logits.float().log_softmax(-1).amax(-1)[:, free].mean(-1)
+    return int(mean.nan_to_num(-math.inf).argmax())
+
+
 def confidence(logits: Tensor, ids: Tensor) -> tuple[float, ...]:
     """Return the probability of each id (n,) under its row of untempered logits (n, V)."""
     probabilities = logits.float().softmax(-1).gather(1, ids.to(logits.device)[:, None])

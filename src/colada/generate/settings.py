@@ -22,6 +22,8 @@ LONGEST_STOP = 4096
 """Characters of a stop string."""
 MOST_END_IDS = 1024
 """End tokens of a request."""
+MOST_CANDIDATES = 64
+"""Candidates of a block."""
 PENALTIES = (0.01, 100.0)
 """Repetition penalties: a logit times one is still a number."""
 
@@ -50,6 +52,9 @@ class Settings(TypedDict, total=False):
             conditional one; 0 is off (released).
         early_end: below this value of a there is no evaluation: the last one goes straight to its guess of
             z0, which saves steps that change no token; 0 is off (released).
+        candidates: every block is drawn so many times, from noise of its own each, and the one of whose
+            tokens the decoder is surest is kept; all that comes before a token costs as much more
+            (released: 1).
         solver, schedule: names in ``colada.flow.SOLVERS`` and ``SCHEDULES`` (released: "euler", "uniform").
             A schedule may be the values of a themselves, falling from 1 to 0; ``steps`` then says nothing.
         temperature, top_k, top_p, repetition_penalty: of each token: 0 picks
@@ -58,6 +63,8 @@ class Settings(TypedDict, total=False):
         seed: one for all (sample i then has seed + i), or one each; below 2**63. A sample's result depends
             on its own prompt, settings and seed, not on the batch it is in.
         stop: strings that end the text; they may straddle blocks.
+        whole_sentences: a text that comes to its length is cut back to the end of its last sentence, if it
+            has one; it still ends by "length" (default: exact lengths).
         end_ids: tokens that end the text; the tokenizer's end tokens if None, ``()`` for none.
         noise: "per-sample", or "released" for the released code's rule, where sample i of a single
             seed has seed + 1000 i (the published scores have seed 66).
@@ -69,6 +76,7 @@ class Settings(TypedDict, total=False):
     guidance_cap: float | None
     guidance_rescale: float | None
     early_end: float | None
+    candidates: int | None
     solver: str | None
     schedule: str | Sequence[float] | None
     temperature: float | None
@@ -77,6 +85,7 @@ class Settings(TypedDict, total=False):
     repetition_penalty: float | None
     seed: int | Sequence[int] | None
     stop: str | Sequence[str] | None
+    whole_sentences: bool | None
     end_ids: Sequence[int] | None
     noise: str | None
 
@@ -102,6 +111,7 @@ class RequestSettings:
     guidance_cap: float = 0.0
     guidance_rescale: float = 0.0
     early_end: float = 0.0
+    candidates: int = 1
     solver: str = "euler"
     schedule: str | Sequence[float] = "uniform"
     temperature: float = 0.0
@@ -110,6 +120,7 @@ class RequestSettings:
     repetition_penalty: float = 1.0
     seed: int = 0
     stop: str | Sequence[str] = ()
+    whole_sentences: bool = False
     end_ids: Sequence[int] | None = None
     noise: str = "per-sample"
 
@@ -174,6 +185,7 @@ _RULES: dict[str, _Rule] = {
     ),
     "guidance_rescale": _Rule(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "early_end": _Rule(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
+    "candidates": _whole(1, MOST_CANDIDATES),
     "solver": _names(SOLVER_NAMES),
     "schedule": _Rule(
         lambda value: _is_grid(value) or (isinstance(value, str) and value in SCHEDULE_NAMES),
@@ -193,6 +205,7 @@ _RULES: dict[str, _Rule] = {
         "a positive number from {} to {}".format(*PENALTIES),
     ),
     "seed": _whole(0, MOST_SEED)._replace(several=True),
+    "whole_sentences": _Rule(lambda value: isinstance(value, bool), "true or false"),
     "noise": _names(NOISE_NAMES),
 }
 _LISTS: dict[str, tuple[int, _Rule]] = {

@@ -371,17 +371,18 @@ class LanguageModel(ABC):
             warnings.warn(text, ColadaWarning, stacklevel=4)
         return ids
 
-    def endings(
-        self, stop: str | Sequence[str], end_ids: Sequence[int] | None
-    ) -> tuple[list[str], list[int]]:
+    def endings(self, settings: RequestSettings) -> tuple[list[str], list[int]]:
         """Return stop strings, and end tokens: the tokenizer's if None.
 
         Raises:
-            ColadaError: for stop strings without a tokenizer, or an end token outside the vocabulary.
+            ColadaError: for stop strings or whole sentences without a tokenizer, or an end token outside the
+                vocabulary.
         """
+        stop, end_ids = settings.stop, settings.end_ids
         stops = [stop] if isinstance(stop, str) else list(stop)
-        if stops and self.tokenizer is None:
-            raise ColadaError("stop strings need a tokenizer, and this model has none")
+        if self.tokenizer is None and (stops or settings.whole_sentences):
+            what = "stop strings need" if stops else "whole_sentences=True needs"
+            raise ColadaError(f"{what} a tokenizer, and this model has none")
         if end_ids is None:
             end_ids = self.tokenizer.end_ids if self.tokenizer is not None else ()
         return stops, check_ids(end_ids, self.vocab_size, "end_ids:")

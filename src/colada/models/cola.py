@@ -271,10 +271,11 @@ class ColaDLM(LanguageModel):
     ) -> tuple[Request, Transcript]:
         max_new_tokens = require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
         patch, size = self.vae.config.patch_size, self.vae.config.block_size
-        hole, stop, end_ids = None, list[str](), list[int]()
+        hole, stop, end_ids, sentences = None, list[str](), list[int](), False
         if suffix is None:
             before = ids = self.prompt_ids(prompt)
-            stop, end_ids = self.endings(settings.stop, settings.end_ids)
+            stop, end_ids = self.endings(settings)
+            sentences = settings.whole_sentences
             first = -(-len(ids) // patch)
         else:
             before, after = self.ids(prompt), self.ids(suffix)
@@ -290,15 +291,16 @@ class ColaDLM(LanguageModel):
         request = Request(tuple(ids), max_new_tokens, settings, hole)
         # Of the first block, those tokens are told that are not the prompt's pinned latents.
         skip = first % size * patch
-        return request, Transcript(self.tokenizer, skip, max_new_tokens, stop, end_ids, before)
+        transcript = Transcript(self.tokenizer, skip, max_new_tokens, stop, end_ids, before, sentences)
+        return request, transcript
 
     def infill(self, before: Prompt, after: Prompt, tokens: int, **settings: Unpack[Settings]) -> Completion:
         """Fill a hole of exactly ``tokens`` tokens between two texts.
 
         The hole's latents are generated with their neighbours in the same blocks pinned; the
         surroundings are encoded with the hole's tokens masked. Blocks being causal, what comes
-        after the hole's last block is not seen. Sampling settings as :meth:`generate`; ``stop``
-        and ``end_ids`` do not apply.
+        after the hole's last block is not seen. Sampling settings as :meth:`generate`; ``stop``,
+        ``end_ids`` and ``whole_sentences`` do not apply.
 
         Raises:
             ColadaError: as :meth:`generate`; or if the hole does not fall on whole latents (patch_size > 1).

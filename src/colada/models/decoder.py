@@ -22,7 +22,7 @@ from colada.networks.decoder import Decoder
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import Transcript
 
-_NAMES = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "end_ids")
+_NAMES = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "whole_sentences", "end_ids")
 DEFAULTS = {name: RELEASED_SETTINGS[name] for name in _NAMES}
 """Settings that both baselines have."""
 
@@ -98,10 +98,11 @@ class DecoderLM(LanguageModel):
         if suffix is not None:
             raise ColadaError(f"suffix={shown(suffix)}, but {ARCHITECTURES[self.arch]} fills no holes")
         max_new_tokens = require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
-        stop, end_ids = self.endings(settings.stop, settings.end_ids)
+        stop, end_ids = self.endings(settings)
         ids = self.prompt_ids(prompt)
         request = Request(tuple(ids), max_new_tokens, settings)
-        return request, Transcript(self.tokenizer, 0, max_new_tokens, stop, end_ids, ids)
+        whole = settings.whole_sentences
+        return request, Transcript(self.tokenizer, 0, max_new_tokens, stop, end_ids, ids, whole)
 
 
 class DecoderWriter(Writer[S]):

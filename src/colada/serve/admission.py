@@ -22,7 +22,7 @@ OPEN_PATHS = ("/health", "/ready", "/live", "/openapi.json", "/")
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "stop")
 EXTENSION = (
     *("steps", "guidance", "guidance_interval", "guidance_cap", "guidance_rescale", "early_end"),
-    *("solver", "schedule", "noise", "end_ids"),
+    *("candidates", "solver", "schedule", "whole_sentences", "noise", "end_ids"),
 )
 """Settings of a generation, as fields of OpenAI's and of ours."""
 KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}

@@ -75,17 +75,18 @@ def open_job(body: Common, served: Served, limits: Limits, lenient: bool) -> Job
         seed = 0 if chosen["temperature"] == 0 else secrets.randbelow(EXACT_SEED)
     watching = bool(extension.guesses) and model.arch == "cola"
     asked = {"suffix": after, "guesses": watching, "confidence": watching or bool(extension.confidence)}
+    candidates = int(chosen.get("candidates", 1))
     choices, latents = [], []
     for ids in prompts:
         size = len(ids) + len(after or ())
-        most = served.most_new(size, limits)
+        most = served.most_new(size, limits, candidates)
         new = body.max_tokens or body.max_completion_tokens or max(1, min(body.default_tokens, most))
         if new > most:
-            context = served.context(limits)
+            context = served.context(limits, candidates)
             text = f"a prompt of {size} tokens and {new} new ones, expected at most {context} together"
             param = "prompt" if size >= context else "max_tokens"
             raise Refusal(400, "context_length_exceeded", text, param)
-        latents += [served.latents(size, new)] * count
+        latents += [served.latents(size, new, candidates)] * count
         for number in range(count):
             choices.append({**asked, **settings, "prompt": ids, "max_new_tokens": new, "seed": seed + number})
     ticket = Ticket(served.name, choices, extension.latents)

@@ -50,20 +50,20 @@ class Served:
         config = self.model.vae.config if self._cola else None
         return (1, 1) if config is None else (config.patch_size, config.block_size)
 
-    def latents(self, prompt: int, new: int) -> int:
+    def latents(self, prompt: int, new: int, candidates: int = 1) -> int:
         """Return the latents that a request takes of so many tokens: of its prompt, and to be written."""
         patch, size = self.sizes
-        return -(-(-(-prompt // patch) - (-new // patch)) // size) * size
+        return (-(-(-(-prompt // patch) - (-new // patch)) // size) + candidates - 1) * size
 
-    def context(self, limits: Limits) -> int:
+    def context(self, limits: Limits, candidates: int = 1) -> int:
         """Return how many tokens the longest request has, with its prompt."""
         patch, size = self.sizes
-        return limits.history // size * size * patch
+        return (limits.history // size - candidates + 1) * size * patch
 
-    def most_new(self, prompt: int, limits: Limits) -> int:
+    def most_new(self, prompt: int, limits: Limits, candidates: int = 1) -> int:
         """Return how many tokens at most may follow a prompt of so many; 0 or less: none may."""
         patch, _ = self.sizes
-        return min(limits.max_tokens, self.context(limits) - -(-prompt // patch) * patch)
+        return min(limits.max_tokens, self.context(limits, candidates) - -(-prompt // patch) * patch)
 
     def card(self, limits: Limits) -> dict[str, Any]:
         """Return what ``/v1/models`` tells."""

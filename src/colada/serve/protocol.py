@@ -57,6 +57,12 @@ class Extension(Strict):
     guidance_cap: float | None = Field(None, ge=0, description="Most size of a guided guess; 0 is off.")
     guidance_rescale: float | None = Field(None, ge=0, le=1)
     early_end: float | None = Field(None, ge=0, lt=1)
+    candidates: int | None = Field(
+        None, ge=1, le=16, description="Draws of every block; the decoder's surest is kept."
+    )
+    whole_sentences: bool | None = Field(
+        None, description="Cut a text that comes to its length after its last whole sentence."
+    )
     solver: str | None = None
     schedule: str | list[float] | None = Field(None, description="A name, or a = t / T from 1 to 0.")
     noise: str | None = None

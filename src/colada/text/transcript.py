@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\ufffd"
 _CONTEXT, _LONGEST_CONTEXT = 8, 64  # Tokens; a character has at most four.
+_STOPPED = re.compile(
+    r"""(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)[.!?…]+["'”’»)\]]*|[。！？]+[」』”’）]*"""
+)
+_WIDE = "。！？"  # After these there is no space.
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,11 @@ class Chunk:
         index: which prompt.
         block: number of the block within this sample's generation, from 0.
         step: solver steps done when this is a guess of the block under way; None when the block is finished.
-        text: finished: new text that will not change any more (empty while a stop string or a
-            character may still be under way); guess: the block's text as it would read now.
-        tokens: the new tokens, or the guess's. A stop string that straddles blocks takes tokens back
-            that an earlier chunk had; texts always add up.
+        text: finished: new text that will not change any more (empty while a stop string, a
+            character or a sentence that may be left out is still under way); guess: the block's text as it
+            would read now.
+        tokens: the new tokens, or the guess's. A stop string that straddles blocks, or a sentence that is
+            left out, takes tokens back that an earlier chunk had; texts always add up.
         finish_reason: "length", "end", "stop" or "error" in a sample's last chunk, else None.
         error: why the sample failed.
         completion: in a sample's last chunk, all of it.
@@ -56,7 +62,8 @@ class Completion:
     """A finished generation of one prompt.
 
     Attributes:
-        text: what follows the prompt, without end tokens, cut before the stop string.
+        text: what follows the prompt, without end tokens, cut before the stop string, or where its last
+            sentence ends if so asked.
         tokens: its tokens, at most ``max_new_tokens``; the end token and what
             spells the stop string are left out.
         finish_reason: "length", "end" (an end token), "stop" (a stop string) or "error".
@@ -92,6 +99,24 @@ def completed(completions: Sequence[Completion]) -> list[Completion]:
     if errors:
         raise GenerationError([None if done.error else done for done in completions], errors)
     return list(completions)
+
+
+def sentence_end(text: str, complete: bool) -> int:
+    """Return where the last sentence of a text ends, 0 where none does.
+
+    A sentence ends with its stop and the quotation marks that close after it, if what follows is a space and
+    no small letter; titles have no such stop.
+
+    Args:
+        complete: nothing follows the text; else a stop at its very end may turn out to be none.
+    """
+    for stop in reversed(list(_STOPPED.finditer(text))):
+        behind = text[stop.end() :]
+        following = behind.lstrip()
+        apart = stop[0][0] in _WIDE or (following != behind and not following[:1].islower())
+        if (apart and following) or (complete and not following):
+            return stop.end()
+    return 0
 
 
 class _Stop:
@@ -137,6 +162,8 @@ class Transcript:
         stop: stop strings.
         end_ids: tokens that end the text.
         before: ids that the text follows.
+        whole_sentences: cut a text that comes to its limit back to the end of its last sentence, if it has
+            one.
     """
 
     def __init__(
@@ -147,8 +174,10 @@ class Transcript:
         stop: Sequence[str],
         end_ids: Sequence[int],
         before: Sequence[int] = (),
+        whole_sentences: bool = False,
     ) -> None:
         self._tokenizer, self.skip, self.limit = tokenizer, skip, limit
+        self._whole_sentences = whole_sentences
         self._stops, self._end_ids = [_Stop(text) for text in stop], frozenset(end_ids)
         self._released = 0
         self._settled, self._before = "", self._context(before)
@@ -174,7 +203,11 @@ class Transcript:
         self.text = self._settled + tail
         firm = self._firm(tail)
         held = self._follow_stops(tail, firm)
+        if self._whole_sentences and self.finish_reason == "length":
+            self._cut(sentence_end(self.text, complete=True) or len(self.text), "length")
         final = len(self.text) - (0 if self.finish_reason else held)
+        if self._whole_sentences and self.finish_reason is None:
+            final = self._released + sentence_end(self.text[self._released : final], complete=False)
         text, self._released = self.text[self._released : final], max(self._released, final)
         if len(firm) == len(tail) and self.finish_reason is None:
             self._settle(tail)
@@ -254,11 +287,11 @@ class Transcript:
                 size = max(size, stop.read(firm)[0])
             held = max(held, size)
         if starts:
-            self._cut(min(starts))
+            self._cut(min(starts), "stop")
         return len(tail) - len(firm) + held
 
-    def _cut(self, at: int) -> None:
-        self.text, self.finish_reason = self.text[:at], "stop"
+    def _cut(self, at: int, reason: str) -> None:
+        self.text, self.finish_reason = self.text[:at], reason
         # The tokens kept are the longest run that spells nothing beyond the cut.
         count, characters, before = next(
             settled for settled in reversed(self._settlements) if settled[1] <= at

@@ -34,7 +34,7 @@ from colada.generate.engine.slots import LatentSlot, room_of
 from colada.generate.engine.transport import COMMITTED_ROWS, Transport
 from colada.generate.noise import NOISE_RULES, block_generator
 from colada.generate.reference import Block, TransportStep
-from colada.generate.sampling import confidence, pick
+from colada.generate.sampling import confidence, pick, surest
 from colada.generate.writer import Guess, Request, Writer
 from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
@@ -195,7 +195,11 @@ class Engine(Writer[LatentSlot]):
         """
         going = [slot for slot in self.under_way if not slot.done]
         rows = (
-            sum(slot.left * (1 if slot.request.settings.guidance == 1 else 2) for slot in going) * self._size
+            sum(
+                slot.left * slot.candidates * (1 if slot.request.settings.guidance == 1 else 2)
+                for slot in going
+            )
+            * self._size
         )
         return max(JOINING_LATENTS, self._size, rows // 4) if going else None
 
@@ -243,7 +247,8 @@ class Engine(Writer[LatentSlot]):
         Where all take as many steps, that is the next block of every slot. Else nobody waits for the longest:
         the iterator ends as ``transport.round_steps`` says, and who is in the middle of a
         block then has it as ``begun`` and goes on with the next call. The steps count those of the block that
-        has most steps left; rows that are finished before stay as they are.
+        has most steps left; rows that are finished before stay as they are. Each candidate of a block is a
+        row.
 
         When the iterator ends, each of :attr:`news` has its new ``block``, or an ``error``: its latents were
         not finite. Who is done stays until it is told to :meth:`leave`; a slot that is ``done`` gets nothing.
@@ -260,9 +265,10 @@ class Engine(Writer[LatentSlot]):
         # Those with most left first, so that rows under way are the first ones; among equals, equal shapes
         # are neighbours, which attend in one call.
         order.sort(key=lambda slot: (-slot.left, slot.history + len(slot.uncommitted), slot.start))
-        original = torch.tensor([order.index(slot) for slot in self.under_way if not slot.done])
-        original = original.to(self.device)
-        z = torch.stack([noises[slot] for slot in order])
+        z = torch.cat([noises[slot] for slot in order])
+        rows = _rows_of(order)
+        going = [slot for slot in self.under_way if not slot.done]
+        original = torch.tensor([row for slot in going for row in rows[slot]], device=self.device)
         evaluations = len(order[0].evaluations)
         before = evaluations - order[0].left
         for number, (latents, z0) in enumerate(self._transport.run(order, z), start=1):
@@ -271,27 +277,26 @@ class Engine(Writer[LatentSlot]):
                 slot.step = len(slot.evaluations) - slot.left + number
             yield TransportStep(before + number, evaluations, latents[original], z0[original])
         finite = z.isfinite().flatten(1).all(1).tolist()
-        for slot, is_finite in zip(order, finite, strict=True):
-            if not is_finite and slot.error is None:
+        for slot in order:
+            if not any(finite[row] for row in rows[slot]) and slot.error is None:
                 settings = slot.request.settings
                 slot.error = ColadaError(
                     f"block {slot.blocks} of a request has latents that are not finite, with guidance="
                     f"{settings.guidance}, steps={settings.steps}, solver={settings.solver!r}: expected "
                     "smaller settings, or finite weights"
                 )
-        finished = [slot.error is None and slot.begun is None for slot in order]
-        ended = [slot for slot, done in zip(order, finished, strict=True) if done]
-        self._finish(ended, z[torch.tensor(finished)])
+        ended = [slot for slot in order if slot.error is None and slot.begun is None]
+        self._finish(ended, z[[row for slot in ended for row in rows[slot]]])
 
     def _noise(self, slot: LatentSlot) -> Tensor:
-        """Return the noise (block, C) of a slot's coming block; one that has none fails by itself."""
+        """Return the noises (K, block, C) of a slot's coming block; one that has none fails by itself."""
         settings, shape = slot.request.settings, (self._size, self.vae.config.latent_dim)
         try:
             noise = slot.request.noise or NOISE_RULES[settings.noise](settings.seed, shape, self.device)
-            return noise(slot.blocks)
+            return torch.stack([noise(slot.blocks, k) for k in range(slot.candidates)])
         except Exception as error:
             slot.error = failure(f"block {slot.blocks} has no noise", error)
-            return torch.zeros(shape, device=self.device)
+            return torch.zeros(slot.candidates, *shape, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -301,7 +306,7 @@ class Engine(Writer[LatentSlot]):
     # --- latents to tokens -----------------------------------------------------------------
 
     def _hidden(self, slots: Sequence[LatentSlot], latents: Tensor) -> Tensor:
-        """Return the decoder's hidden states (B * block * patch, dim) of the coming blocks (B, block, C).
+        """Return the decoder's hidden states (R * block * patch, dim) of the coming blocks (R, block, C).
 
         A prefix that the decoder has not seen yet goes along, without being spelled.
         """
@@ -310,13 +315,14 @@ class Engine(Writer[LatentSlot]):
         riding = prefixes.pop() if prefixes and not self._padded else []
         self._decode_alone(prefixes)
         clean = [span for span, _ in riding]
-        noisy = [
-            Span(slot.start, slot.start + max(slot.decoded, len(slot.prefix)) + self._size) for slot in slots
-        ]
+        noisy = []
+        for slot in slots:
+            end = slot.start + max(slot.decoded, len(slot.prefix)) + slot.candidates * self._size
+            noisy.append(Span(slot.start, end, slot.candidates, apart=slot.candidates > 1))
         plan: Plan | PaddedPlan
         if self._padded:
-            length = max(span.end - span.start for span in noisy)
-            plan = PaddedPlan(self._decoder_memory, [], noisy, 0, self._size, 0, len(noisy), length)
+            length = max(span.seen(self._size) for span in noisy)
+            plan = PaddedPlan(self._decoder_memory, [], noisy, 0, self._size, 0, len(latents), length)
         else:
             plan = Plan(self._decoder_memory, clean, noisy, 0, self._size)
         rows = torch.cat([*(latents for _, latents in riding), latents.flatten(0, 1)])
@@ -342,15 +348,19 @@ class Engine(Writer[LatentSlot]):
         return _DecoderPass(plan, rotary_table(plan.positions, frequencies))
 
     def _finish(self, slots: Sequence[LatentSlot], z: Tensor) -> None:
-        """Decode the finished latents (B, block, C) of these slots and pick their tokens."""
+        """Decode the finished latents (R, block, C) of these slots and pick their tokens."""
         if not slots:
             return
-        logits = self.vae.decoder.logits(self._hidden(slots, z))
-        blocks = logits.split(self._size * self._patch)
-        likeliest = logits.argmax(-1).cpu().split(self._size * self._patch)
-        finite = logits.isfinite().all(-1).view(len(slots), -1).all(1).tolist()  # One wait for all.
-        for row, (slot, latents, block) in enumerate(zip(slots, z, blocks, strict=True)):
-            settings = slot.request.settings
+        logits = self.vae.decoder.logits(self._hidden(slots, z)).unflatten(0, (len(z), -1))
+        likeliest = logits.argmax(-1).cpu()
+        finite = logits.isfinite().flatten(1).all(1).tolist()  # One wait for all.
+        for slot, rows in _rows_of(slots).items():
+            chosen = self._surest(slot, logits[rows.start : rows.stop])
+            row = rows[chosen]
+            latents, block, settings = z[row], logits[row], slot.request.settings
+            if chosen:
+                first = slot.start + slot.decoded
+                self._decoder_memory.move(first + chosen * self._size, first, self._size)
             try:
                 if settings.temperature == 0 and settings.repetition_penalty == 1 and finite[row]:
                     ids = likeliest[row].tolist()
@@ -364,6 +374,13 @@ class Engine(Writer[LatentSlot]):
             slot.block = Block(latents, block if self._keep_logits else None, ids)
             slot.decoded += self._size
 
+    def _surest(self, slot: LatentSlot, logits: Tensor) -> int:
+        """Return which of the candidates of a slot's coming block is kept, by their logits (K, n, V)."""
+        if len(logits) == 1:
+            return 0
+        where, _ = slot.pinned_block(self._size)
+        return surest(logits, ~where.repeat_interleave(self._patch))
+
     @plain_torch()
     def guesses(self, step: TransportStep, wanted: Collection[LatentSlot]) -> dict[LatentSlot, Guess]:
         """Return how the blocks of slots would read after this step; one that is not finite does not.
@@ -371,20 +388,31 @@ class Engine(Writer[LatentSlot]):
         Nothing is committed: the block's own positions of the decoder's memory are written again.
         """
         finite = step.z0.isfinite().flatten(1).all(1).tolist()
-        going = [slot for slot in self.under_way if not slot.done]
-        rows = {
-            slot: row
-            for row, slot in enumerate(going)
-            if slot in wanted and finite[row] and slot.step <= len(slot.evaluations)
+        there = {
+            slot: rows
+            for slot, rows in _rows_of([slot for slot in self.under_way if not slot.done]).items()
+            if slot in wanted and any(finite[row] for row in rows) and slot.step <= len(slot.evaluations)
         }
-        if not rows:
+        if not there:
             return {}
-        logits = self.vae.decoder.logits(self._hidden(list(rows), step.z0[list(rows.values())]))
+        z0 = step.z0[[row for rows in there.values() for row in rows]]
+        logits = self.vae.decoder.logits(self._hidden(list(there), z0)).unflatten(0, (len(z0), -1))
         guesses = {}
-        for (slot, row), own in zip(rows.items(), logits.split(self._size * self._patch), strict=True):
-            ids, steps = own.argmax(-1), len(slot.evaluations)
-            guesses[slot] = Guess(slot.step, steps, ids.tolist(), confidence(own, ids), step.latents[row])
+        for slot, spelled in _rows_of(list(there)).items():
+            chosen = self._surest(slot, logits[spelled.start : spelled.stop])
+            own, steps = logits[spelled[chosen]], len(slot.evaluations)
+            ids, latents = own.argmax(-1), step.latents[there[slot][chosen]]
+            guesses[slot] = Guess(slot.step, steps, ids.tolist(), confidence(own, ids), latents)
         return guesses
+
+
+def _rows_of(slots: Sequence[LatentSlot]) -> dict[LatentSlot, range]:
+    """Return the rows that the candidates of slots have, one slot after the other."""
+    rows, begin = dict[LatentSlot, range](), 0
+    for slot in slots:
+        rows[slot] = range(begin, begin + slot.candidates)
+        begin += slot.candidates
+    return rows
 
 
 @dataclass(frozen=True)

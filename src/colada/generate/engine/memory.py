@@ -76,6 +76,11 @@ class Memory:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
+    def move(self, source: int, target: int, count: int) -> None:
+        """Copy the keys and values of so many positions to others, in all layers."""
+        for own in (self.keys, self.values):
+            own[:, target : target + count] = own[:, source : source + count].clone()
+
     @property
     def bytes(self) -> int:
         """Size of both."""
@@ -86,12 +91,22 @@ class Memory:
 class Span:
     """Neighbouring blocks of one sample in a pass: what they see is ``start..end`` of the memory.
 
-    Their own positions, ``blocks`` blocks, are the last of it; those before are the sample's history.
+    Their own positions, ``blocks`` blocks, are the last of it; those before are the sample's history. Blocks
+    ``apart`` are candidates for one place in it: each sees the history and itself.
     """
 
     start: int
     end: int
     blocks: int = 1
+    apart: bool = False
+
+    def history(self, size: int) -> int:
+        """Return how many positions come before its blocks of so many."""
+        return self.end - self.start - self.blocks * size
+
+    def seen(self, size: int) -> int:
+        """Return the positions that one of its blocks sees at most."""
+        return self.history(size) + (1 if self.apart else self.blocks) * size
 
 
 Piece = tuple[Span, Tensor]
@@ -128,7 +143,7 @@ def in_parts(some: Sequence[Piece], most: int) -> list[list[Piece]]:
 
 @dataclass(frozen=True)
 class _Group:
-    """``count`` spans of one length and number of blocks, evenly spaced in memory: one attention call."""
+    """``count`` spans of one length and kind of blocks, evenly spaced in memory: one attention call."""
 
     first: int  # span of the pass
     count: int
@@ -136,6 +151,7 @@ class _Group:
     spacing: int
     length: int
     blocks: int
+    apart: bool
 
 
 def round_up(length: int, multiple: int) -> int:
@@ -153,13 +169,13 @@ def _grouped(spans: Sequence[Span], offset: int) -> list[_Group]:
     groups: list[_Group] = []
     for number, span in enumerate(spans, start=offset):
         length = span.end - span.start
-        if groups and (groups[-1].length, groups[-1].blocks) == (length, span.blocks):
-            last = groups[-1]
+        last = groups[-1] if groups else None
+        if last and (last.length, last.blocks, last.apart) == (length, span.blocks, span.apart):
             spacing = span.start - (last.start + (last.count - 1) * last.spacing)
             if spacing >= 0 and (last.count == 1 or spacing == last.spacing):
                 groups[-1] = replace(last, count=last.count + 1, spacing=spacing)
                 continue
-        groups.append(_Group(number, 1, span.start, 0, length, span.blocks))
+        groups.append(_Group(number, 1, span.start, 0, length, span.blocks, span.apart))
     return groups
 
 
@@ -191,8 +207,12 @@ class Rows:
         slots: list[int] = []
         positions: list[int] = []
         for span in [*clean, *noisy]:
-            slots += range(span.end - span.blocks * size, span.end)
-            positions += range(span.end - span.start - span.blocks * size, span.end - span.start)
+            before = span.history(size)
+            slots += range(span.start + before, span.end)
+            if span.apart:
+                positions += [*range(before, before + size)] * span.blocks
+            else:
+                positions += range(before, span.end - span.start)
         self.slots = on_device(slots, device)
         self.positions = on_device(positions + [*range(size)] * alone, device)
 
@@ -235,7 +255,8 @@ class Plan(Rows):
         if group.blocks == 1:
             return None
         own = group.blocks * self.size
-        hidden = ~block_causal(own, own, self.size).to(self.memory.keys.device)
+        seen = block_causal(own, own, self.size)
+        hidden = ~(seen & seen.T if group.apart else seen).to(self.memory.keys.device)
         mask = self.memory.keys.new_zeros(own, group.length)
         mask[:, group.length - own :].masked_fill_(hidden, -torch.inf)
         return mask
@@ -283,15 +304,15 @@ class Plan(Rows):
 class PaddedPlan(Rows):
     """Rows that all attend in one call a layer, in a pass whose shape hardly ever changes.
 
-    Spans, of one block each, are padded to a number of rows and a length; where they are in the memory is
-    a table of indices, whose entries may change while its shape does not. What pads it writes to the spare
-    positions of the memory and reads those that nobody writes to.
+    Spans, of one block each or of blocks apart, are padded to a number of blocks and a length; where these
+    are in the memory is a table of indices, whose entries may change while its shape does not. What pads it
+    writes to the spare positions of the memory and reads those that nobody writes to.
 
     Args:
         memory: with ``size + 1`` spare positions.
         clean, noisy, alone, size: as :class:`Rows`.
-        clean_spans, noisy_spans: how many to pad to.
-        length: of the longest span at least, what all are padded to.
+        clean_blocks, noisy_blocks: how many to pad to.
+        length: that a block sees at most, what all are padded to.
     """
 
     def __init__(
@@ -301,19 +322,25 @@ class PaddedPlan(Rows):
         noisy: Sequence[Span],
         alone: int,
         size: int,
-        clean_spans: int,
-        noisy_spans: int,
+        clean_blocks: int,
+        noisy_blocks: int,
         length: int,
     ) -> None:
         spare = memory.positions
         nobody = Span(spare, spare + size)
-        clean = [*clean, *[nobody] * (clean_spans - len(clean))]
-        noisy = [*noisy, *[nobody] * (noisy_spans - len(noisy))]
+        clean = [*clean, *[nobody] * (clean_blocks - len(clean))]
+        noisy = [*noisy, *[nobody] * (noisy_blocks - sum(span.blocks for span in noisy))]
         super().__init__(memory, clean, noisy, alone, size)
         device = memory.keys.device
-        starts, ends = ([getattr(span, end) for span in [*clean, *noisy]] for end in ("start", "end"))
-        first, last = on_device([starts, ends], device)[:, :, None]
+        # Of each block: where its history begins, where it ends, and how far after it the block is.
+        places = [
+            (span.start, span.start + span.history(size), k * size)
+            for span in [*clean, *noisy]
+            for k in range(span.blocks)
+        ]
+        first, begin, gap = on_device([[*own] for own in places], device).T[:, :, None]
         index = first + torch.arange(length, device=device)
+        index, last = index + gap * (index >= begin), begin + gap + size
         self.mask = (index < last)[:, None, None]
         self.index = index.masked_fill(index >= last, spare + size)
 

@@ -34,7 +34,7 @@ def latents_of(request: Request, patch: int, size: int) -> tuple[int, int, int]:
 def room_of(request: Request, patch: int, size: int) -> int:
     """Return how many latents of history a request takes; arguments as :func:`latents_of`."""
     prefix, _, blocks = latents_of(request, patch, size)
-    return prefix + blocks * size
+    return prefix + (blocks + request.settings.candidates - 1) * size
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Begun:
 
     Attributes:
         done: how many evaluations are.
-        latents: (block, C), where it is.
-        velocities: (block, C) each, the last ones, the newest first.
-        guess: (block, C), the conditional guess of z0 before, where the DiT takes one.
+        latents: (K, block, C), where its candidates are.
+        velocities: (K, block, C) each, the last ones, the newest first.
+        guess: (K, block, C), the conditional guess of z0 before, where the DiT takes one.
     """
 
     done: int
@@ -86,6 +86,11 @@ class LatentSlot(Slot):
         """All that a block takes."""
         own = self.request.settings
         return evaluations_of(own.solver, own.schedule, own.steps, own.early_end)
+
+    @property
+    def candidates(self) -> int:
+        """How many times each block is drawn: K."""
+        return self.request.settings.candidates
 
     @property
     def left(self) -> int:

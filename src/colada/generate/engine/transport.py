@@ -104,19 +104,26 @@ def _is_guided(slot: LatentSlot, a: float) -> bool:
 
 
 def _last_velocities(slots: Sequence[LatentSlot], none: Tensor) -> list[Tensor]:
-    """Return the velocities (B, block, C) that were before a round, newest first, or ``none`` (block, C)."""
+    """Return the velocities (R, block, C) that were before a round, newest first, or ``none`` (block, C)."""
     begun = [() if slot.begun is None else slot.begun.velocities for slot in slots]
     return [
-        torch.stack([own[age] if age < len(own) else none for own in begun])
+        torch.cat(
+            [
+                own[age] if age < len(own) else none.expand(slot.candidates, -1, -1)
+                for slot, own in zip(slots, begun, strict=True)
+            ]
+        )
         for age in range(max(map(len, begun)))
     ]
 
 
 def _last_guesses(slots: Sequence[LatentSlot], z: Tensor) -> Tensor:
-    """Return the guesses of z0 (B, block, C) that were before a round, 0 where there were none."""
-    none = torch.zeros_like(z[0])
-    begun = [None if slot.begun is None else slot.begun.guess for slot in slots]
-    return torch.stack([none if own is None else own for own in begun])
+    """Return the guesses of z0 (R, block, C) that were before a round, 0 where there were none."""
+    guesses = []
+    for slot in slots:
+        last = None if slot.begun is None else slot.begun.guess
+        guesses.append(z.new_zeros(slot.candidates, *z.shape[1:]) if last is None else last)
+    return torch.cat(guesses)
 
 
 class Transport:
@@ -143,22 +150,23 @@ class Transport:
             self.graphs.refresh()
 
     def run(self, slots: Sequence[LatentSlot], z: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Integrate dz/da = v for a round from z (B, block, C); yields z and the z0 pointed at.
+        """Integrate dz/da = v for a round from z (R, block, C); yields z and the z0 pointed at.
 
         See :func:`colada.generate.reference.transport`, and :func:`round_steps`. The first pass also commits
         what is not yet committed. At the end, slots whose blocks are not finished have them as ``begun``.
 
         Args:
             slots: those with most evaluations left come first.
-            z: their noise, or where they are.
+            z: their noise, or where they are; a row for each candidate of each slot.
         """
+        members = [slot for slot in slots for _ in range(slot.candidates)]
         riding = self._commit(slots)
         committed = [latents for _, latents in riding]
-        pins = [slot.pinned_block(self._size) for slot in slots]
+        pins = [slot.pinned_block(self._size) for slot in members]
         where = torch.stack([own for own, _ in pins])
         pinned = torch.stack([own for _, own in pins])
         any_pinned = any(bool(len(slot.where) > slot.blocks * self._size) for slot in slots)
-        passes = self._passes(slots, [span for span, _ in riding], where, any_pinned)
+        passes = self._passes(members, [span for span, _ in riding], where, any_pinned)
         mask = where[..., None]
         if riding:
             padding = passes[0].shape.plan.clean_rows * self.dit.config.patch_size - sum(map(len, committed))
@@ -195,13 +203,15 @@ class Transport:
             if any_pinned:
                 z, z0 = torch.where(mask, pinned, z), torch.where(mask, pinned, z0)
             yield z, z0
-        for row, slot in enumerate(slots):
+        begin = 0
+        for slot in slots:
+            rows_of, begin = slice(begin, begin + slot.candidates), begin + slot.candidates
             done = len(slot.evaluations) - slot.left + len(passes)
             if slot.left <= len(passes):
                 slot.begun = None
             else:
-                last = [own[row] for own in velocities]
-                slot.begun = Begun(done, z[row], last, None if guess is None else guess[row])
+                last = [own[rows_of] for own in velocities]
+                slot.begun = Begun(done, z[rows_of], last, None if guess is None else guess[rows_of])
 
     def _with_guesses(self, latents: Tensor, guess: Tensor, shape: _Shape) -> Tensor:
         """Return rows (N, 2 C) of latents beside guesses of z0; what is committed has none."""
@@ -260,7 +270,7 @@ class Transport:
     def _passes(
         self, slots: Sequence[LatentSlot], clean: list[Span], where: Tensor, any_pinned: bool
     ) -> list[_Pass]:
-        """Prepare all evaluations of a round."""
+        """Prepare all evaluations of a round; ``slots`` has one for each row of z."""
         patch, device = self.dit.config.patch_size, self._device
         count = min(round_steps(slots), slots[0].left)
         coming = [slot.evaluations[len(slot.evaluations) - slot.left :][:count] for slot in slots]
@@ -308,14 +318,13 @@ class Transport:
     def _shape(
         self, slots: Sequence[LatentSlot], active: int, guided: list[int], commits: list[Span]
     ) -> _Shape:
-        """Prepare a pass of the first ``active`` slots, with what is committed on the way."""
+        """Prepare a pass of the first ``active`` rows of z, with what is committed on the way."""
         patch, device = self.dit.config.patch_size, self._device
-        noisy = [
-            Span(
-                slot.start // patch, (slot.start + slot.history + len(slot.uncommitted) + self._size) // patch
-            )
-            for slot in slots[:active]
-        ]
+        noisy = []
+        for slot in dict.fromkeys(slots[:active]):
+            past, count = slot.history + len(slot.uncommitted), slot.candidates
+            end = slot.start + past + count * self._size
+            noisy.append(Span(slot.start // patch, end // patch, count, apart=count > 1))
         rows = active if self._bucket is None else doubled_to(active)
         members = self._members(rows, active, guided)
         alone, size = len(members) - rows, self._size // patch
@@ -323,9 +332,9 @@ class Transport:
         if self._bucket is None:
             plan = Plan(self._memory, commits, noisy, alone, size)
         else:
-            length = doubled_to(max(span.end - span.start for span in noisy), self._bucket)
-            clean_spans = doubled_to(len(slots)) if commits else 0
-            plan = PaddedPlan(self._memory, commits, noisy, alone, size, clean_spans, rows, length)
+            length = doubled_to(max(span.seen(size) for span in noisy), self._bucket)
+            clean_blocks = doubled_to(len(set(slots))) if commits else 0
+            plan = PaddedPlan(self._memory, commits, noisy, alone, size, clean_blocks, rows, length)
         settings = [slots[row].request.settings for row in guided]
         return _Shape(
             plan,
