@@ -164,7 +164,7 @@ def _integrate(
     velocity: Callable[[torch.Tensor, float], torch.Tensor],
 ) -> torch.Tensor:
     z, velocities = start, list[torch.Tensor]()
-    for a, weights in SOLVERS[solver_name](grid.tolist()):
+    for a, weights, _ in SOLVERS[solver_name](grid.tolist()):
         velocities.insert(0, velocity(z, a))
         z = advance(z, velocities, weights)
     return z
@@ -283,7 +283,7 @@ def test_heuns_step_is_the_mean_of_the_velocities_at_both_ends_and_its_last_is_e
 def test_what_steps_cost_is_said_by_the_solver_and_data_are_never_asked(solver: str, count: int) -> None:
     evaluations = SOLVERS[solver](uniform(8).tolist())
     assert len(evaluations) == count
-    assert all(a > 0 for a, _ in evaluations)
+    assert all(own.a > 0 for own in evaluations)
 
 
 def test_an_unknown_choice_is_refused_with_what_there_is_and_the_nearest() -> None:

@@ -23,7 +23,6 @@ import colada
 import make_stories
 from colada.cli.main import main
 from colada.errors import ColadaError
-from colada.models.likelihood import measure
 from colada.text.tokenizer import Tokenizer
 from colada.train.checkpoints import Place, find, places
 from colada.train.export import export
@@ -695,44 +694,6 @@ def test_a_model_is_given_a_second_input_that_changes_nothing_at_first(
         dits = before.dit, after.dit
         outputs = [dit(latents, torch.tensor(500.0), dit.layout([8])) for dit in dits]
     torch.testing.assert_close(*outputs, rtol=0, atol=0.05)
-
-
-@pytest.mark.parametrize("grid", ["null", "[1, 0.6, 0]"])
-def test_a_prior_is_distilled_under_its_own_guidance_and_resumes(
-    tmp_path: Path, uninterrupted: dict[str, Path], grid: str
-) -> None:
-    start = uninterrupted["frozen"] / "model"
-    yaml = tmp_path / "own.yaml"
-    yaml.write_text(
-        f"model: {{init: {start}}}\nstages:\n  distil: {{guidance: 3, guidance_cap: 1.2, grid: {grid}}}\n"
-    )
-    common = [o for o in TINY if o.startswith(("data.", "run."))]
-    distil = ["steps=4", "batch=4", "length=16", "warmup=0", "ema=0.5", "substeps=2", "rollout=2", "copies=2"]
-    made = load_recipe(yaml, [*common, "run.save_every=1", *(f"stages.distil.{own}" for own in distil)])
-    Trainer(made, tmp_path / "whole").run()
-    with pytest.raises(Interrupted):
-        Trainer(made, tmp_path / "resumed", At("distil", 2)).run()
-    Trainer(made, tmp_path / "resumed").run()
-    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
-    before, after = colada.load(start), colada.load(tmp_path / "whole" / "model")
-    assert same(before.vae.state_dict(), after.vae.state_dict())
-    assert not same(before.dit.state_dict(), after.dit.state_dict())
-    assert main(["info", str(tmp_path / "whole" / "model")]) == 0
-    more = [f"model.init={tmp_path / 'whole' / 'model'}", "stages.distil.steps=2"]
-    assert main(["train", str(yaml), "--dry-run", *(f"--set={own}" for own in [*common, *more])]) == 0
-    inside = after.dit.config.distilled
-    assert inside is not None
-    assert after.generation["guidance"] == 2  # the teacher's, which the student does not take
-    assert (inside["guidance"], inside["grid"]) == (3, None if grid == "null" else [1, 0.6, 0])
-    assert len(after.generate(["One"], 4)[0].tokens) == 4
-    for scale in (2.0, 0.0):
-        with pytest.raises(ColadaError, match=rf"guidance={scale}: this model has 3 built in, expected 1"):
-            after.generate(["One"], 4, guidance=scale)
-    with pytest.raises(ColadaError, match="this model is distilled"):
-        measure(after, ["One"])
-    if grid != "null":
-        with pytest.raises(ColadaError, match=r"steps=3, .*this model makes 2 steps along a"):
-            after.generate(["One"], 4, steps=3)
 
 
 def test_a_model_that_contradicts_the_recipe_is_no_start(

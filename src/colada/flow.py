@@ -176,10 +176,17 @@ class Evaluation(NamedTuple):
     Attributes:
         a: at which it asks for the velocity of z.
         weights: z moves by the sum of ``weights[k]`` times the velocity k evaluations ago, this one's first.
+        kept: None; or what z is multiplied by, and the weights are of the z0 that velocities point at.
     """
 
     a: float
     weights: tuple[float, ...]
+    kept: float | None = None
+
+    @property
+    def end(self) -> float:
+        """Where on the path a solver of one velocity a step goes with it."""
+        return self.a + sum(self.weights)
 
 
 Solver = Callable[[Sequence[float]], list[Evaluation]]
@@ -219,7 +226,7 @@ def heun(grid: Sequence[float]) -> list[Evaluation]:
 
 def memory(evaluations: Iterable[Evaluation]) -> int:
     """Return how many velocities have to be at hand in an evaluation, its own among them."""
-    return max(len(weights) for _, weights in evaluations)
+    return max(len(evaluation.weights) for evaluation in evaluations)
 
 
 def advance(z: Tensor, velocities: Iterable[Tensor], weights: Iterable[Tensor | float]) -> Tensor:

@@ -30,7 +30,7 @@ PARTS = {
     "DiT attention": r"dit\.blocks\.\d+\.msa\.",
     "DiT MLP": r"dit\.blocks\.\d+\.mlp\.",
     "DiT AdaLN": r"dit\.(blocks\.\d+\.ada|txt_out_ada)\.",
-    "DiT timestep embedding": r"dit\.emb_in\.",
+    "DiT timestep embedding": r"dit\.emb_in2?\.",
     "DiT input and output": r"dit\.txt_(in|out|out_norm)\.",
 }
 """Name of a part -> which parameters it has. Every parameter is in exactly one."""

@@ -75,6 +75,7 @@ eval_app.command("generative")(generative)
 app.add_typer(eval_app, name="eval")
 for command in (generate, chat, serve, train.train, train.recipe, train.report, train.export, train.cost):
     app.command()(command)
+app.command()(train.distil)
 
 # typer exports no other name for click's usage errors, and only newer versions carry their own click.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]

@@ -14,45 +14,76 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from colada.cli.options import ModelOption
 from colada.errors import ColadaError
+from colada.locate import BUNDLED
 from colada.train.logs import require_metrics
 
 if TYPE_CHECKING:
     from colada.train.recipe import Recipe
 
 
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Directory of the run. Default: runs/ and the recipe's name.")
+]
+DataOption = Annotated[
+    Path | None, typer.Option(help="File or folder of text, in place of the recipe's data.sources.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."),
+]
+ResumeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="WHICH", help="Go on from: auto (the last checkpoint of --out), a step, or a directory."
+    ),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print parameters, memory, tokens and FLOPs, and do not train.")
+]
+RanksOption = Annotated[
+    int | None, typer.Option(min=1, help="With --dry-run: plan for so many. Default: torchrun's, or 1.")
+]
+PlanJsonOption = Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+
+def distil(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    out: OutOption = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    resume: ResumeOption = "auto",
+    dry_run: DryRunOption = False,
+    ranks: RanksOption = None,
+    as_json: PlanJsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Distil a model: a few evaluations a block and no guidance; 'colada train' with model.init.
+
+    Ctrl-C and SIGTERM save the state; running again resumes it.
+    """
+    changes = [f"model.init={model or BUNDLED}", *(overrides or [])]
+    train(recipe, out, None, data, changes, resume, dry_run, ranks, as_json, quiet)
+
+
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Directory of the run. Default: runs/ and the recipe's name.")
-    ] = None,
+    recipe: RecipeArgument,
+    out: OutOption = None,
     arch: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="cola, ar or llada, in place of the recipe's model.arch."),
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="File or folder of text, in place of the recipe's data.sources.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."
-        ),
-    ] = None,
-    resume: Annotated[
-        str,
-        typer.Option(
-            metavar="WHICH", help="Go on from: auto (the last checkpoint of --out), a step, or a directory."
-        ),
-    ] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print parameters, memory, tokens and FLOPs, and do not train.")
-    ] = False,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="With --dry-run: plan for so many. Default: torchrun's, or 1.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    resume: ResumeOption = "auto",
+    dry_run: DryRunOption = False,
+    ranks: RanksOption = None,
+    as_json: PlanJsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Train a model from text, stage by stage, or a baseline of equal size; under torchrun on several ranks.
 
@@ -164,12 +195,7 @@ def _require_checkpoint(path: Path) -> None:
 
 def recipe(
     start: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="Default: no key is set.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated."
-        ),
-    ] = None,
+    overrides: SetOption = None,
 ) -> None:
     """Print a recipe with every key there is, each with its meaning and its value."""
     with training_extra():

@@ -43,10 +43,14 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _tuples(cls, values: Any) -> Any:
-        """YAML has lists where the recipe has tuples."""
+        """YAML has lists where the recipe has tuples, also one in another."""
         if not isinstance(values, dict):
             return values
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return {key: _as_tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _as_tuple(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(_as_tuple(value) if isinstance(value, list) else value for value in values)
 
 
 class Source(Section):

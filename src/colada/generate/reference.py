@@ -150,23 +150,24 @@ def transport(
     free, mask = ~where, where[..., None]
     low, high = settings.guidance_interval
     z, velocities, guess = noise, list[Tensor](), torch.zeros_like(noise)
-    for a, weights in evaluations:
+    for evaluation in evaluations:
+        a = evaluation.a
         numbers = guidable if low <= a <= high else []
         rows = torch.tensor(numbers, dtype=torch.int64, device=noise.device)
         z = torch.where(mask, pinned, z)
         both, noisy = torch.cat([z, z[rows]]), torch.cat([free, free[rows]])
         seen = [*histories, *[None] * len(rows)]
         layout = dit.layout([size] * len(seen), seen) if lay_out is None else lay_out(seen)
-        times = (T * a * noisy.float()).flatten()
+        times, ends = ((T * at * noisy.float()).flatten() for at in (a, evaluation.end))
         guesses = torch.cat([guess, guess[rows]]).flatten(0, 1)
-        output = dit.velocity(both.flatten(0, 1), times, layout, seen, guesses)
+        output = dit.velocity(both.flatten(0, 1), times, layout, seen, guesses, ends)
         conditional, unconditional = output.view_as(both).split([len(z), len(rows)])
         scales = Guidance.of([each[row] for row in numbers], noise.device)
         bounds = free if is_bounded(settings) else None
         velocity, z0 = estimate(z, a, conditional, unconditional, rows, scales, bounds)
         guess = torch.where(mask, pinned, z - a * conditional)
         velocities = [velocity, *velocities][: memory(evaluations)]
-        z = torch.where(mask, pinned, advance(z, velocities, weights))
+        z = torch.where(mask, pinned, advance(z, velocities, evaluation.weights))
         yield z, torch.where(mask, pinned, z0)
 
 

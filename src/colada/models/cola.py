@@ -47,6 +47,38 @@ class Reconstruction:
     accuracy: float
 
 
+def as_distilled(
+    inside: Mapping[str, Any], chosen: Mapping[str, Any], asked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return settings with what a distilled prior has built in, which goes before what is stored with it.
+
+    Raises:
+        ColadaError: if other guidance, steps, grid or solver are asked for.
+    """
+    scales = asked.get("guidance")
+    scales = 1.0 if scales is None else scales
+    if any(scale != 1 for scale in (scales if isinstance(scales, list | tuple) else [scales])):
+        built = f"{inside['guidance']:g}"
+        raise ColadaError(f"guidance={shown(scales)}: this model has {built} built in, expected 1")
+    unguided = {"guidance": 1.0, "guidance_cap": 0.0, "guidance_rescale": 0.0}
+    if inside.get("grids") is None:
+        return {**chosen, **unguided}
+    grids = {len(grid) - 1: tuple(grid) for grid in inside["grids"]}
+    stored = chosen["steps"] if chosen["steps"] in grids else next(iter(grids))
+    steps = asked.get("steps") or stored
+    grid = grids.get(steps)
+    schedule = asked.get("schedule") or grid
+    if grid is None or schedule is None or isinstance(schedule, str) or tuple(schedule) != grid:
+        known = " or ".join(f"{count} steps along a = {list(own)}" for count, own in grids.items())
+        words = f"steps={shown(steps)}" + (f", schedule={shown(schedule)}" if schedule else "")
+        raise ColadaError(f"{words}: this model makes {known}")
+    if asked.get("solver") not in (None, "euler") or asked.get("early_end"):
+        words = f"solver={shown(asked.get('solver'))}, early_end={shown(asked.get('early_end'))}"
+        raise ColadaError(f"{words}: this model makes Euler steps of its own, expected 'euler' and 0")
+    fixed = {"schedule": grid, "steps": steps, "solver": "euler", "early_end": 0.0}
+    return {**chosen, **unguided, **fixed}
+
+
 class ColaDLM(LanguageModel):
     """A continuous latent diffusion language model, ready to use.
 
@@ -214,20 +246,7 @@ class ColaDLM(LanguageModel):
             ColadaError: as in :meth:`LanguageModel.chosen`; if other guidance or steps are asked for.
         """
         chosen, inside = super().chosen(settings), self.dit.config.distilled
-        if inside is None:
-            return chosen
-        built, scales = f"{inside['guidance']:g}", settings.get("guidance", 1.0)
-        scales = 1.0 if scales is None else scales
-        if any(scale != 1 for scale in (scales if isinstance(scales, list | tuple) else [scales])):
-            raise ColadaError(f"guidance={shown(scales)}: this model has {built} built in, expected 1")
-        chosen["guidance"] = 1.0
-        if (grid := inside.get("grid")) is not None:
-            schedule, steps = settings.get("schedule") or grid, settings.get("steps") or len(grid) - 1
-            if steps != len(grid) - 1 or isinstance(schedule, str) or list(schedule) != grid:
-                asked = f"steps={shown(steps)}, schedule={shown(schedule)}"
-                raise ColadaError(f"{asked}: this model makes {len(grid) - 1} steps along a = {grid}")
-            chosen |= {"schedule": tuple(grid), "steps": len(grid) - 1, "solver": "euler"}
-        return chosen
+        return chosen if inside is None else as_distilled(inside, chosen, settings)
 
     # --- generation ------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ text is worked on a few blocks at a time, in memory that its length adds to only
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from colada.flow import PREDICTIONS, Solver, T, advance, memory
 from colada.generate.engine.memory import Memory, Plan, Span
-from colada.generate.engine.passes import PriorPass
+from colada.generate.engine.passes import Moment, PriorPass
 from colada.generate.engine.transport import COMMITTED_ROWS
 from colada.networks.dit import DiT
 
@@ -143,7 +143,7 @@ class BlockFlow:
             velocities: list[Tensor] = []
             if finished:
                 self.commit(finished[-1], start + (number - 1) * size)
-            for a, weights in evaluations:
+            for a, weights, _ in evaluations:
                 block = own.put(block) if pinned else block
                 row = self._row(table, a, own.where if pinned else None)
                 output = forward(block.flatten(0, 1), row, plan, turns)
@@ -154,7 +154,7 @@ class BlockFlow:
                 done(number + 1)
         return torch.cat(finished, 1)
 
-    def _row(self, table: dict[float, int], a: float, where: Tensor | None) -> int | Tensor:
+    def _row(self, table: Mapping[Moment, int], a: float, where: Tensor | None) -> int | Tensor:
         """Return the modulation rows of a pass over latents at a, or at 0 where they are pinned."""
         if where is None:
             return table[T * a]

@@ -131,6 +131,15 @@ class NetworkConfig:
         return values
 
 
+def _are_grids(grids: Any) -> bool:
+    if grids is None:
+        return True
+    return isinstance(grids, list) and all(
+        isinstance(grid, list) and len(grid) > 1 and all(isinstance(a, int | float) for a in grid)
+        for grid in grids
+    )
+
+
 IMG_GRID = extension(
     None,
     "rows and columns of a picture's latents",
@@ -139,9 +148,12 @@ IMG_GRID = extension(
 )
 DISTILLED = extension(
     None,
-    "what a distilled prior has inside: guidance, its bounds, and the grid of a few evaluations",
-    lambda inside: inside is None or isinstance(inside.get("guidance"), int | float),
-    "null, or guidance and what else is built in",
+    "what a distilled prior has inside: guidance, its bounds, and the grids of a few evaluations",
+    lambda inside: (
+        inside is None
+        or (isinstance(inside.get("guidance"), int | float) and _are_grids(inside.get("grids")))
+    ),
+    "null, or guidance and what else is built in, grids as lists of numbers",
 )
 TRAINING_LENGTH = extension(
     None,
@@ -209,6 +221,7 @@ class DiTConfig(NetworkConfig):
         "'velocity' or 'z0'",
     )
     self_conditioning: bool = extension(False, "whether it takes its last guess of z0 as a second input")
+    landing_time: bool = extension(False, "whether it is told where a step ends, beside the timestep")
     distilled: dict | None = DISTILLED  # type: ignore[type-arg]  # As it stands here, its type is checked.
     img_channels: int = extension(0, "width of a picture's latents; 0: it has text only")
     img_grid: list | None = IMG_GRID  # type: ignore[type-arg]  # Its type is checked as it stands here.

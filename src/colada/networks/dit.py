@@ -63,10 +63,12 @@ class Timesteps:
     Attributes:
         values: (R,) in 0..1000.
         row: int64 (N,).
+        landing: (R,) in 0..1000, with ``config.landing_time`` where each one's step ends; None is at itself.
     """
 
     values: Tensor
     row: Tensor
+    landing: Tensor | None = None
 
 
 class TimestepEmbedding(nn.Module):
@@ -257,6 +259,8 @@ class DiT(nn.Module):
             self.img_pos = nn.Parameter(torch.zeros(math.prod(config.img_grid), config.txt_dim))
             self.img_out = Patch(config.txt_dim, config.img_channels)
         self.emb_in = TimestepEmbedding(config)
+        if config.landing_time:
+            self.emb_in2 = TimestepEmbedding(config)
         kinds = [DualBlock] * config.dual_layers + [DiTBlock] * (config.num_layers - config.dual_layers)
         self.blocks = nn.ModuleList(kind(config) for kind in kinds)
         self.txt_out_norm = nn.LayerNorm(config.txt_dim, eps=config.norm_eps)
@@ -269,12 +273,13 @@ class DiT(nn.Module):
             self.init_parameter(name, parameter, generator)
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator | None) -> None:
-        """Initialise one: Xavier-uniform matrices, AdaLN, output and second input at zero (adaLN-zero)."""
+        """Initialise one: Xavier-uniform matrices, AdaLN, outputs and second inputs at zero (adaLN-zero)."""
+        at_zero = ("txt_out.", "sc_in.", "img_out.", "emb_in2.proj_out.")
         if "norm" in name:
             nn.init.constant_(parameter, float(name.endswith("weight")))
-        elif parameter.ndim == 1 or "ada." in name or name.startswith(("txt_out.", "sc_in.", "img_out.")):
+        elif parameter.ndim == 1 or "ada." in name or name.startswith(at_zero):
             nn.init.zeros_(parameter)
-        elif name.startswith(("emb_in.", "img_pos")):
+        elif name.startswith(("emb_in.", "emb_in2.", "img_pos")):
             nn.init.normal_(parameter, std=0.02, generator=generator)
         else:
             nn.init.xavier_uniform_(parameter, generator=generator)
@@ -334,6 +339,13 @@ class DiT(nn.Module):
             x = x + self.sc_in(guess.reshape(-1, width).to(dtype))
         return x
 
+    def embed_times(self, values: Tensor, landing: Tensor | None = None) -> Tensor:
+        """Return the embedding (R, emb_dim) of timesteps (R,) and, where it is told, of their steps' ends."""
+        emb: Tensor = self.emb_in(values)
+        if self.config.landing_time:
+            emb = emb + self.emb_in2(values if landing is None else landing)
+        return emb
+
     def embed_pictures(self, latents: Tensor) -> Tensor:
         """Return the first layer's input of whole pictures' latents (P, C): where in its picture each lies.
 
@@ -381,7 +393,7 @@ class DiT(nn.Module):
         pictures = None if layout.pictures is None else layout.pictures.nonzero().flatten()
         if pictures is not None:
             x = x.index_copy(0, pictures, self.embed_pictures(latents.index_select(0, pictures)))
-        emb = self.emb_in(timestep.values)
+        emb = self.embed_times(timestep.values, timestep.landing)
         table = rotations(layout.positions, config.rope_dim, config.head_dim, ROPE_THETA)
         shared = Pass(layout, table, histories, committing)
         noisy = layout.noisy_cells() if noisy_only else None
@@ -404,7 +416,17 @@ class DiT(nn.Module):
         layout: Layout,
         histories: Sequence[History | None] | None = None,
         guess: Tensor | None = None,
+        landing: Tensor | None = None,
     ) -> Tensor:
-        """Return the velocity float32 (N, C), whatever the network predicts; arguments as :meth:`forward`."""
-        output = self(latents, timestep, layout, histories, guess=guess)
+        """Return the velocity float32 (N, C), whatever the network predicts; arguments as :meth:`forward`.
+
+        Args:
+            landing: (N,) in 0..1000, where each position's step ends, see :class:`Timesteps`.
+        """
+        times: Tensor | Timesteps = timestep
+        if self.config.landing_time and landing is not None:
+            pairs = torch.stack([timestep, landing], 1)
+            values, row = pairs.unique(dim=0, return_inverse=True)
+            times = Timesteps(values[:, 0], row, values[:, 1])
+        output = self(latents, times, layout, histories, guess=guess)
         return PREDICTIONS[self.config.prediction].velocity(latents, output, timestep / T)

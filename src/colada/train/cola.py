@@ -13,7 +13,7 @@ from colada.data.rows import Batch
 from colada.errors import ColadaError
 from colada.flow import TimestepLaw, calibrated_loc
 from colada.models.base import LanguageModel
-from colada.models.cola import ColaDLM
+from colada.models.cola import ColaDLM, as_distilled
 from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
@@ -56,8 +56,10 @@ class ColaSystem(System):
             generators = [row_generator(recipe.seed, 0, number) for number in (0, 1)]
             first = {"vae": drawn(vae, generators[0]), "dit": drawn(dit, generators[1])}
         else:
-            first = {"vae": copied(start.vae), "dit": copied(start.dit)}
+            more = drawn(dit, row_generator(recipe.seed, 0, 1))
+            first = {"vae": copied(start.vae), "dit": copied(start.dit, more)}
         self._begin({"vae": vae, "dit": dit}, first)
+        self.distilled = dit_config.distilled
         self.block_tokens = vae_config.block_tokens
 
     def model(self, networks: Mapping[str, nn.Module], **parts: Any) -> ColaDLM:
@@ -65,7 +67,17 @@ class ColaSystem(System):
         vae, dit = networks["vae"], networks["dit"]
         assert isinstance(vae, TextVAE)
         assert isinstance(dit, DiT)
+        if dit.config.distilled is not None:
+            parts["generation"] = _stored(dit.config.distilled, parts.get("generation") or {})
         return ColaDLM(vae, dit, **parts)
+
+
+def _stored(inside: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings stored with a distilled model: its teacher's, as far as they are still true."""
+    defaults = ColaDLM.defaults
+    chosen = as_distilled(inside, {**defaults, **settings}, {})
+    told = {"steps", "guidance", "solver", "schedule"}
+    return {name: value for name, value in chosen.items() if name in told or value != defaults[name]}
 
 
 class ColaStage(Stage):

@@ -198,7 +198,8 @@ def _dit_positions(dit: DiTConfig, work: Work, blocks: int) -> int:
 def adaln_entries(prior: DiT) -> int:
     """Return the entries of the matrices that only a timestep is multiplied by."""
     blocks = sum(matrix_entries(module) for module in prior.modules() if isinstance(module, AdaLN))
-    return blocks + matrix_entries(prior.txt_out_ada) + matrix_entries(prior.emb_in)
+    times = [prior.emb_in, prior.emb_in2] if prior.config.landing_time else [prior.emb_in]
+    return blocks + matrix_entries(prior.txt_out_ada) + sum(map(matrix_entries, times))
 
 
 # --- memory ------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class Guided:
         clean: Tensor,
         pinned: Pinned | None = None,
         sample: Tensor | None = None,
+        end: Tensor | None = None,
     ) -> Tensor:
         """Return the guided guess of z0 (B, K, M, C); arguments as of :func:`predict`.
 
@@ -51,12 +52,13 @@ class Guided:
         """
         copies, size = z.shape[1], self.dit.config.block_size
         if self.guidance == 1:
-            output = predict(self.dit, z, timestep, clean, pinned, sample)
+            output = predict(self.dit, z, timestep, clean, pinned, sample, end=end)
             return guess_of_z0(self.dit, z, output, timestep, pinned)
         both, times = torch.cat([z, z], 1), torch.cat([timestep, timestep], 1)
+        ends = None if end is None else torch.cat([end, end], 1)
         alone = torch.zeros(len(z), 2 * copies, z.shape[2] // size, dtype=torch.bool, device=z.device)
         alone[:, copies:] = True
-        output = predict(self.dit, both, times, clean, pinned, sample, alone)
+        output = predict(self.dit, both, times, clean, pinned, sample, alone, end=ends)
         guesses = guess_of_z0(self.dit, both, output, times, pinned)
         conditional, unconditional = guesses.unflatten(2, (-1, size)).chunk(2, 1)
         free = torch.ones(conditional.shape[:-1], dtype=torch.bool, device=z.device)
@@ -86,20 +88,22 @@ def landing(
     clean: Tensor,
     pinned: Pinned | None = None,
     sample: Tensor | None = None,
-    substeps: int = 1,
+    substeps: int | Tensor = 1,
 ) -> Tensor:
     """Return where a teacher's Euler steps of equal length take z (B, K, M, C) from ``timestep`` to ``end``.
 
     Args:
         timestep, end: (B, K, M) in 0..1000, constant within a block, the end before the beginning.
-        substeps: how many steps.
+        substeps: how many steps; one number for all, or (B, K, M).
     """
-    begin, length = timestep, (timestep - end) / substeps
-    for step in range(substeps):
-        now = begin - step * length
-        z0 = teacher.guess(z, now, clean, pinned, sample)
+    counts = torch.as_tensor(substeps, device=z.device)
+    length = (timestep - end) / counts
+    for step in range(int(counts.max())):
+        now = timestep - step * length
+        z0 = teacher.guess(z, now, clean, pinned, sample, now - length)
         velocity = (z - z0) / (now / T).clamp_min(1e-6)[..., None]
-        z = place(z - (length / T)[..., None] * velocity, pinned)
+        moved = place(z - (length / T)[..., None] * velocity, pinned)
+        z = torch.where((step < counts)[..., None], moved, z)
     return z
 
 
@@ -117,6 +121,7 @@ def distillation_errors(
     clean: Tensor,
     pinned: Pinned | None = None,
     sample: Tensor | None = None,
+    end: Tensor | None = None,
 ) -> Tensor:
     """Return the student's squared error as one of the velocity, per latent number (B, K, M).
 
@@ -125,8 +130,9 @@ def distillation_errors(
         target: (B, K, M, C), the guess of z0 that is taught.
         timestep: (B, K, M); at pinned positions there is no error.
         clean: (B, M, C), from which the student makes a history of its own.
+        end: (B, K, M), where a step ends, which a student with landing times is told.
     """
-    output = predict(student, z, timestep, clean, pinned, sample)
+    output = predict(student, z, timestep, clean, pinned, sample, end=end)
     a = timestep / T
     # The noise that lies at the other end of the line from the target through z.
     noise = target + (z - target) / a.clamp_min(MIN_A * 1e-2)[..., None]

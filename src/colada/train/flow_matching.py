@@ -42,6 +42,7 @@ def predict(
     sample: Tensor | None = None,
     alone: Tensor | None = None,
     guess: Tensor | None = None,
+    end: Tensor | None = None,
 ) -> Tensor:
     """Return the network's output (B, K, M, C) for noisy copies of rows, all blocks at once.
 
@@ -55,11 +56,14 @@ def predict(
         sample: (B, M), the sample of its row that a latent belongs to; samples do not see each other.
         alone: bool (B, K, M / block_size), noisy blocks that see no clean cell; none by default.
         guess: (B, K, M, C), the second input of a network with self-conditioning.
+        end: (B, K, M), constant within a block: where its step ends, which a network with landing times sees.
     """
     rows, copies, length, _ = z.shape
     size = dit.config.block_size
     # One table row for t = 0, then one per block of each copy.
-    times = torch.cat([timestep.new_zeros(1), timestep[..., ::size].flatten()])
+    at = [None if own is None else own[..., ::size].flatten() for own in (timestep, end)]
+    times, ends = (None if own is None else torch.cat([own.new_zeros(1), own]) for own in at)
+    assert times is not None
     row = torch.arange(1, len(times), device=times.device).view(rows, copies, -1).repeat_interleave(size, 2)
     if pinned is not None:
         row = row.masked_fill(pinned.where[:, None], 0)
@@ -68,7 +72,7 @@ def predict(
     def packed(of_clean: Tensor, of_noisy: Tensor) -> Tensor:
         return torch.cat([of_clean, of_noisy.flatten(1, 2)], 1).flatten(0, 1)
 
-    steps = Timesteps(times, packed(row.new_zeros(history.shape[:2]), row))
+    steps = Timesteps(times, packed(row.new_zeros(history.shape[:2]), row), ends)
     layout = dit.two_copy_layout(rows, length, copies, sample, alone=alone)
     seen = None if guess is None else packed(torch.zeros_like(history), guess)
     output: Tensor = dit(packed(history, z), steps, layout, noisy_only=True, guess=seen)

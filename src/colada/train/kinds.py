@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from colada.data.sources import Section
 
@@ -158,6 +158,31 @@ class JointSection(TextVAETerms, FlowTerms, StageSection):
         return self.interval is None or step % sum(self.interval) < self.interval[0]
 
 
+def _falls(grid: tuple[float, ...]) -> tuple[float, ...]:
+    if not (
+        2 <= len(grid) <= 65 and grid[0] == 1 and grid[-1] == 0 and all(a > b for a, b in pairwise(grid))
+    ):
+        raise ValueError(f"{list(grid)}, expected values that fall from 1 to 0")
+    return grid
+
+
+Grid = Annotated[tuple[float, ...], AfterValidator(_falls)]
+"""Values of a = t / T between which a student makes a step each."""
+
+
+class TrajectorySection(Section):
+    """The teacher's trajectories over fixed rows of the data, written once and read by all stages."""
+
+    path: str = Field(description="A directory; made, or gone on with where it was stopped.")
+    rows: int = Field(2000, ge=1, le=MOST_ROWS, description="Rows of the data.")
+    grid: Grid = Field(
+        (1.0, 0.95, 0.9, 0.825, 0.75, 0.65, 0.55, 0.3, 0.0),
+        description="Where on its way each block is kept: what stages have as grids is among these.",
+    )
+    substeps: int = Field(2, ge=1, le=64, description="The teacher's solver steps from one to the next.")
+    solver: Literal["euler", "ab2", "heun"] = Field("ab2", description="Its solver.")
+
+
 class DistilSection(FlowTerms, StageSection):
     """The DiT learns what a guided teacher, its own first weights, comes to; it then needs no guidance."""
 
@@ -165,29 +190,56 @@ class DistilSection(FlowTerms, StageSection):
     stage = "colada.train.distil:DistilStage"
     first = 2
     kind: Literal["distil"] = "distil"
-    teacher: str | None = Field(None, description="A model; unset: the weights as the stage begins.")
+    teacher: str | None = Field(
+        None,
+        description="A model; same: that of the distillation before it; unset: the weights as the stage"
+        " begins.",
+    )
     guidance: float = Field(5.0, ge=-LARGEST, le=LARGEST, description="The teacher's guidance scale.")
     guidance_cap: float = Field(0.0, ge=0, le=LARGEST, description="Its cap, the data's size, say; 0: none.")
     guidance_rescale: float = Field(0.0, ge=0, le=1, description="Its rescaling.")
-    grid: tuple[float, ...] | None = Field(
+    grids: tuple[Grid, ...] | None = Field(
         None,
-        min_length=2,
-        max_length=64,
-        description="Values of a from 1 to 0: the student makes a step of each interval. Unset: it learns"
-        " the guided velocity at any a, and any solver goes on with it.",
+        min_length=1,
+        max_length=16,
+        description="Values of a from 1 to 0: the student makes a step of each interval. Several, for a"
+        " student of several numbers of steps, need landing_time. Unset: it learns the guided velocity at any"
+        " a, and any solver goes on with it.",
     )
-    substeps: int = Field(1, ge=1, le=64, description="The teacher's steps in an interval of the grid.")
+    shares: tuple[Weight, ...] | None = Field(None, description="Of the grids in the blocks; unset: equal.")
+    landing_time: bool = Field(False, description="The student is told where a step ends.")
+    teacher_steps: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="The teacher's steps from noise to data, over a grid's intervals alike.",
+    )
     trajectory: float = Field(
         0.5, ge=0, le=1, description="Share of steps whose states are the teacher's own; else noisy data."
     )
     rollout: int = Field(4, ge=1, le=64, description="The teacher's steps from noise to such a state.")
+    trajectories: TrajectorySection | None = Field(
+        None, description="Take such states, and where they lead, from trajectories that are kept."
+    )
 
-    @field_validator("grid")
-    @classmethod
-    def _descends(cls, grid: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if grid and not (grid[0] == 1 and grid[-1] == 0 and all(a > b for a, b in pairwise(grid))):
-            raise ValueError("expected values that fall from 1 to 0")
-        return grid
+    @model_validator(mode="after")
+    def _fits(self) -> DistilSection:
+        count = len(self.grids or ())
+        if count > 1 and not self.landing_time:
+            raise ValueError(f"{count} grids without landing_time, expected one grid or landing_time: true")
+        if self.landing_time and not count:
+            raise ValueError("landing_time without grids, expected where steps end")
+        if self.shares is not None and (len(self.shares) != count or not any(self.shares)):
+            raise ValueError(f"shares {list(self.shares)}, expected one a grid, some above 0")
+        if self.trajectories is not None:
+            missing = [
+                a for grid in self.grids or ((-1.0,),) for a in grid if a not in self.trajectories.grid
+            ]
+            if missing:
+                reason = "no grids" if self.grids is None else f"{missing[0]} in a grid"
+                known = f"values of trajectories.grid {list(self.trajectories.grid)}"
+                raise ValueError(f"{reason}, expected {known}")
+        return self
 
 
 class DecoderSection(StageSection):

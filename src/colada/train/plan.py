@@ -17,11 +17,15 @@ from colada.models.load import KINDS, read_decoder_config
 from colada.networks.checkpoint import read_configs
 from colada.networks.config import DecoderConfig, DiTConfig, NetworkConfig, TextVAEConfig, matched_config
 from colada.train.cost import Phase, Placement, parameter_counts, scaled
+from colada.train.distil import check_order
 from colada.train.environment import ranks_here
 from colada.train.kinds import DecoderSection, StageSection
 from colada.train.parallel import Ranks
 from colada.train.recipe import Recipe, vocab_size
 from colada.train.stages import stage_class
+
+CARD_BYTES, CARD_FLOPS, CARD_MFU = 80e9, 989e12, 0.4
+"""Memory and bfloat16 peak of one H100, and the share of it that is assumed: a guess until it is measured."""
 
 _SHAPE = ("dim", "num_layers", "num_heads", "ffn_dim")
 """Keys of ``model.decoder`` that decide a baseline's parameters."""
@@ -118,7 +122,15 @@ class Plan:
             lines += _listed("memory per rank", phase["memory_per_rank"], "B", 1)
             lines.append(("  tokens", scaled(phase["tokens"])))
             lines.append(("  FLOPs", scaled(phase["flops"], "FLOP")))
-        return [*lines, ("tokens", scaled(values["tokens"])), ("FLOPs", scaled(values["flops"], "FLOP"))]
+        lines += [("tokens", scaled(values["tokens"])), ("FLOPs", scaled(values["flops"], "FLOP"))]
+        return [*lines, self._on_a_card()]
+
+    def _on_a_card(self) -> tuple[str, str]:
+        """Return whether one GPU of 80 GB holds it, and how long it would take there."""
+        most = max((sum(phase.memory.values()) for phase in self.phases), default=0.0)
+        hours = self.cost.total_flops / (CARD_MFU * CARD_FLOPS) / 3600
+        held = "fits" if most < CARD_BYTES else f"{most / CARD_BYTES:.1f} times its memory"
+        return f"one 80 GB H100 at {CARD_MFU:.0%} MFU", f"{held}, {hours:,.2g} h"
 
 
 def _with_total(parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,6 +163,7 @@ def plan_run(recipe: Recipe, ranks: int = 1) -> Plan:
         vae, dit = configs["vae"], configs["dit"]
         assert isinstance(vae, TextVAEConfig)
         assert isinstance(dit, DiTConfig)
+        check_order(recipe, dit.distilled)
         parameters = parameter_counts(vae, dit)
     else:
         assert isinstance(configs["decoder"], DecoderConfig)

@@ -149,8 +149,8 @@ class Recipe(Section):
     def check_configs(self, vae: TextVAEConfig, dit: DiTConfig, vocab_size: int) -> DiTConfig:
         """Check that networks, tokenizer and row lengths fit each other.
 
-        Returns: the DiT's configuration, with the second input that self-conditioning needs; a model to
-            continue from may be without it.
+        Returns: the DiT's configuration, with the second inputs that self-conditioning and landing times
+            need; a model to continue from may be without them.
 
         Raises:
             ColadaError: naming the key at fault.
@@ -168,6 +168,8 @@ class Recipe(Section):
                 )
             if getattr(section, "self_conditioning", 0):
                 dit = dataclasses.replace(dit, self_conditioning=True)
+            if getattr(section, "landing_time", False):
+                dit = dataclasses.replace(dit, landing_time=True)
         return dit
 
     def check_networks(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
@@ -12,21 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from colada.data.rows import Batch
+from colada.data.rows import Batch, Rows
 from colada.device import unallocated
 from colada.errors import ColadaError
 from colada.models.base import LanguageModel
 from colada.models.load import load
-from colada.networks.config import NetworkConfig
+from colada.networks.config import DiTConfig, NetworkConfig
 from colada.networks.decoder import Decoder
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.train.cost import Phase, Placement
+from colada.train.display import Display
 from colada.train.kinds import StageSection
 from colada.train.losses import Loss
 from colada.train.noise import Counts, Drawn
 from colada.train.optimisation import make_optimisers
-from colada.train.parallel import compile_blocks, fill, recompute
+from colada.train.parallel import Ranks, compile_blocks, fill, recompute
 from colada.train.recipe import Recipe
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -54,15 +56,18 @@ def drawn(network: TextVAE | DiT | Decoder, generator: torch.Generator) -> First
     return value
 
 
-def copied(network: nn.Module) -> FirstWeights:
-    """Return first weights that are those of another network, as float32; 0 for those that it lacks.
+def copied(network: nn.Module, more: FirstWeights | None = None) -> FirstWeights:
+    """Return first weights that are those of another network, as float32, and ``more`` for those it lacks.
 
-    What it may lack is a second input (self-conditioning), which begins at 0: the copy computes the same.
+    What it may lack is a second input (self-conditioning, landing times), whose first output is 0: the copy
+    computes the same.
     """
     parameters = dict(network.named_parameters())
 
     def value(name: str, tensor: Tensor) -> Tensor:
-        return tensor.copy_(parameters[name].detach()) if name in parameters else tensor.zero_()
+        if name in parameters or more is None:
+            return tensor.copy_(parameters[name].detach())
+        return more(name, tensor)
 
     return value
 
@@ -84,6 +89,7 @@ class System(ABC):
     Attributes:
         recipe: what it depends on.
         networks: all that are saved, by name.
+        distilled: what the DiT had built in as the run began.
         block_tokens: rows are whole numbers of so many tokens.
         pad_id: fills up what is encoded apart.
 
@@ -93,9 +99,11 @@ class System(ABC):
     """
 
     networks: dict[str, nn.Module]
+    distilled: dict[str, Any] | None = None
     block_tokens: int = 1
 
     def __init__(self, recipe: Recipe, pad_id: int, whole: bool = True) -> None:
+        self._teachers: dict[str, nn.Module] = {}
         self.recipe, self.pad_id, self._whole = recipe, pad_id, whole
         self._first: dict[str, FirstWeights] = {}
         self._laid_out: set[str] = set()
@@ -134,20 +142,27 @@ class System(ABC):
     def teacher(self, name: str, lay_out: LayOut, where: str | None = None) -> nn.Module:
         """Return a frozen copy of a network, as it is now or of a model that lies elsewhere.
 
+        Args:
+            where: a model; or "same", the copy that was made last; where a run is resumed after it was made,
+                one that is still to be filled from the checkpoint.
+
         Raises:
             ColadaError: if that model has no such network.
         """
+        if where == "same" and name in self._teachers:
+            return self._teachers[name]
         network = self.networks[name]
         copy = self.made(lambda: type(network)(network.config))
         lay_out({name: copy})
         copy.requires_grad_(False)
-        if where is None:
+        if where is None or where == "same":
             copy.load_state_dict(network.state_dict())
         else:
             other = getattr(load(where), name, None)
-            if not isinstance(other, nn.Module) or other.config != network.config:
+            if not isinstance(other, nn.Module) or _shape(other.config) != _shape(network.config):
                 raise ColadaError(f"teacher={where}: its {name} is not of the configuration that is trained")
-            fill(copy, copied(other))
+            fill(copy, copied(other, _zero))
+        self._teachers[name] = copy
         return copy
 
     @abstractmethod
@@ -160,6 +175,37 @@ class System(ABC):
         return {
             name: config.to_dict() for name, config in configs.items() if isinstance(config, NetworkConfig)
         }
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a stage may need before its first step, beside its networks.
+
+    Attributes:
+        rows: the rows of its training text, from a seed.
+        text: what tells this text from other, a digest a source.
+        whole: gathers networks on the first rank; None on the others. All must call it.
+        ranks, display: of the run.
+        stopped: whether the run is asked to stop: what takes long then ends early, and is gone on with later.
+    """
+
+    rows: Callable[[int], Rows]
+    text: Sequence[str]
+    whole: Callable[[Mapping[str, nn.Module]], dict[str, nn.Module] | None]
+    ranks: Ranks
+    display: Display
+    stopped: Callable[[], bool]
+
+
+def _zero(name: str, tensor: Tensor) -> Tensor:
+    return tensor.zero_()
+
+
+def _shape(config: Any) -> Any:
+    """Return a configuration without what changes no weight that two networks have in common."""
+    if not isinstance(config, DiTConfig):
+        return config
+    return replace(config, distilled=None, landing_time=False, training_length=None)
 
 
 class Stage(ABC):
@@ -211,6 +257,9 @@ class Stage(ABC):
     def generators(self, rows: Sequence[int]) -> list[torch.Generator]:
         """Return the generators of rows by number."""
         return [row_generator(self.recipe.seed, self.number, row) for row in rows]
+
+    def begin(self, beginning: Beginning) -> None:  # noqa: B027 - most need nothing
+        """Make what the steps need, once weights and memory are those of the first or the resumed step."""
 
     @abstractmethod
     def draw(self, rows: Sequence[int]) -> Drawn:

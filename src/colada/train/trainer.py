@@ -59,7 +59,7 @@ from colada.train.plan import Plan, check_memory, plan_run, planned, resolve
 from colada.train.preflight import preflight
 from colada.train.provenance import provenance
 from colada.train.recipe import Recipe, commented, difference, load_recipe, save_recipe
-from colada.train.stages import Stage, make_stage, modes_kept
+from colada.train.stages import Beginning, Stage, make_stage, modes_kept
 from colada.train.watch import Meter, graceful_stop, samples
 
 MODEL = "model"
@@ -266,9 +266,9 @@ class Trainer:
         set_optimizer_state_dict(stage.networks, stage.optimisers, optim_state_dict=state["optimisers"])
 
     def _run_stage(self, stage: Stage, saved: dict[str, Any] | None, monitors: Monitors) -> None:
-        section, run = stage.section, self.recipe.run
-        block = self.system.block_tokens
-        rows = self.inputs.rows("train", section, self.recipe.seed + stage.number, block)
+        section, run, block = stage.section, self.recipe.run, self.system.block_tokens
+        rows_from = partial(self.inputs.rows, "train", section, block=block)
+        rows = rows_from(self.recipe.seed + stage.number)
         validation = None
         if run.validate_every:
             validation = self.inputs.validation_rows(section, self.recipe.seed, block, self.display.say)
@@ -278,7 +278,10 @@ class Trainer:
             self._restore(stage, average)
             progress = Progress(saved["step"], saved["tokens"], saved["skipped"])
             self.display.say(f"resuming {stage.name} at step {progress.step}")
-
+        text, stopped = self.inputs.digests(), lambda: self._stop
+        stage.begin(Beginning(rows_from, text, self._whole, self.ranks, self.display, stopped))
+        if self._agreed()[0]:
+            raise Interrupted(f"stopped before step {progress.step + 1} of {stage.name}; run again to resume")
         best = average.module if average is not None else stage.networks
         assert isinstance(best, nn.ModuleDict)
         meter = Meter(self.ranks, DTYPES[run.precision])

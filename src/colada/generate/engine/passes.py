@@ -13,11 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from colada.flow import Evaluation, T
 from colada.generate.engine.kernels import Product, fits_packed, plain_product, product
 from colada.networks.dit import ROPE_THETA, DiT, DiTBlock
 from colada.networks.layers import rotate_interleaved, rotations
 
 _KEPT_TIMESTEPS = 64
+
+Moment = float | tuple[float, float]
+"""A timestep in 0..1000; or, for a DiT with ``landing_time``, that and where its step ends."""
+
+
+def _pair(moment: Moment) -> tuple[float, float]:
+    """Return the timestep, and where its step ends: at itself where that is not told."""
+    return moment if isinstance(moment, tuple) else (moment, moment)
 
 
 class Modulation:
@@ -31,7 +40,7 @@ class Modulation:
     def __init__(self, dit: DiT) -> None:
         self._dit = dit
         self.version = 0  # of the tables' place: they move where more timesteps are wanted than they hold
-        self._row: dict[float, int] = {}
+        self._row: dict[Moment, int] = {}
         self._layers: list[Tensor] = []  # each (rows, 6, dim)
         self._output = torch.empty(0, 2, 0)
         self._views: dict[int, list[tuple[Tensor, ...]]] = {}
@@ -40,35 +49,44 @@ class Modulation:
         """Have every timestep computed anew when it is next wanted: the weights may have changed."""
         self._row = {}
 
-    def rows(self, timesteps: Iterable[float]) -> dict[float, int]:
-        """Return the table row of each timestep in 0..1000, computing those that are not there."""
-        wanted = set(timesteps)
-        missing = sorted(wanted - self._row.keys())
+    def moment(self, evaluation: Evaluation) -> Moment:
+        """Return what decides the modulation of a solver's evaluation."""
+        if not self._dit.config.landing_time:
+            return T * evaluation.a
+        return T * evaluation.a, T * evaluation.end
+
+    def rows(self, moments: Iterable[Moment]) -> dict[Moment, int]:
+        """Return the table row of each moment, computing those that are not there."""
+        wanted = set(moments)
+        missing = sorted(wanted - self._row.keys(), key=_pair)
         if missing and len(self._row) + len(missing) > max(_KEPT_TIMESTEPS, len(self._output)):
             self._row = {}
-            missing = sorted(wanted)
+            missing = sorted(wanted, key=_pair)
         if missing:
             self._add(missing)
         return self._row
 
     @torch.no_grad()
-    def _add(self, timesteps: list[float]) -> None:
+    def _add(self, moments: list[Moment]) -> None:
         dit, first = self._dit, len(self._row)
-        emb = dit.emb_in(torch.tensor(timesteps, device=dit.txt_in.proj.weight.device))
+        timestep, landing = torch.tensor(
+            [_pair(own) for own in moments], device=dit.txt_in.proj.weight.device
+        ).unbind(1)
+        emb = dit.embed_times(timestep, landing)
         layers = [self._layer(cast(DiTBlock, block), emb) for block in dit.blocks]
         shift, scale = dit.txt_out_ada["out_in"](emb).chunk(2, -1)
         norm = dit.txt_out_norm
         output = torch.stack([norm.weight * (1 + scale), norm.bias * (1 + scale) + shift], 1)
-        if len(self._output) < first + len(timesteps):  # Then nothing is in it, see rows().
-            count = max(_KEPT_TIMESTEPS, len(timesteps))
+        if len(self._output) < first + len(moments):  # Then nothing is in it, see rows().
+            count = max(_KEPT_TIMESTEPS, len(moments))
             with torch.inference_mode(False):  # Whoever adds to them later may be outside it.
                 self._layers = [table.new_empty(count, *table.shape[1:]) for table in layers]
                 self._output = output.new_empty(count, *output.shape[1:])
             self._views = {}
             self.version += 1
         for table, values in zip([*self._layers, self._output], [*layers, output], strict=True):
-            table[first : first + len(timesteps)] = values
-        self._row |= {timestep: first + number for number, timestep in enumerate(timesteps)}
+            table[first : first + len(moments)] = values
+        self._row |= {moment: first + number for number, moment in enumerate(moments)}
 
     @staticmethod
     def _layer(block: DiTBlock, emb: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from colada.device import on_device
-from colada.flow import PREDICTIONS, T, advance, memory
+from colada.flow import PREDICTIONS, advance, memory
 from colada.generate.engine.graphs import Graphs
 from colada.generate.engine.memory import (
     Memory,
@@ -274,10 +274,13 @@ class Transport:
         patch, device = self.dit.config.patch_size, self._device
         count = min(round_steps(slots), slots[0].left)
         coming = [slot.evaluations[len(slot.evaluations) - slot.left :][:count] for slot in slots]
-        table = self._prior.modulation.rows({0.0, *(T * a for own in coming for a, _ in own)})
+        moment = self._prior.modulation.moment
+        table = self._prior.modulation.rows([0.0, *(moment(each) for own in coming for each in own)])
         width = max(map(memory, coming))
         # Of every evaluation and row: a, and as many weights; nothing for those who have ended.
-        padded = [[[a, *weights, *[0.0] * (width - len(weights))] for a, weights in own] for own in coming]
+        padded = [
+            [[own.a, *own.weights, *[0.0] * (width - len(own.weights))] for own in every] for every in coming
+        ]
         none = [0.0] * (1 + width)
         numbers = on_device(
             [[own[number] if number < len(own) else none for own in padded] for number in range(count)],
@@ -288,25 +291,26 @@ class Transport:
         shapes: dict[tuple[int, int, tuple[int, ...]], _Shape] = {}
         passes = []
         for number in range(count):
-            values = [own[number].a for own in coming if number < len(own)]
-            active = len(values)
-            guided = [row for row, a in enumerate(values) if _is_guided(slots[row], a)]
+            now = [own[number] for own in coming if number < len(own)]
+            active = len(now)
+            guided = [row for row, own in enumerate(now) if _is_guided(slots[row], own.a)]
             commits = clean if number == 0 else []
             key = (len(commits), active, tuple(guided))
             if key not in shapes:
                 shapes[key] = self._shape(slots, active, guided, commits)
             shape = shapes[key]
             # Each noisy row's a and pins; what pads it counts as the first.
-            each = [values[row] for row in self._members(shape.rows, active, guided)]
+            each = [now[row] for row in self._members(shape.rows, active, guided)]
             where_now = where[:active] if shape.everyone is None else where[shape.everyone]
-            row: int | Tensor = table[T * values[0]]
-            if len(set(values)) > 1 or commits or any_pinned or self._bucket is not None:
-                own_rows = on_device([table[T * a] for a in each], device)[:, None]
+            row: int | Tensor = table[moment(now[0])]
+            if len(set(map(moment, now))) > 1 or commits or any_pinned or self._bucket is not None:
+                own_rows = on_device([table[moment(own)] for own in each], device)[:, None]
                 own_rows = torch.where(where_now[:, patch - 1 :: patch], table[0.0], own_rows)
                 row = torch.cat([own_rows.new_full((shape.plan.clean_rows,), table[0.0]), own_rows.flatten()])
             of_latents = None
             if self.dit.config.prediction != "velocity":
-                of_latents = (on_device(each, device, torch.float32)[:, None] * ~where_now).flatten()
+                times = on_device([own.a for own in each], device, torch.float32)
+                of_latents = (times[:, None] * ~where_now).flatten()
             passes.append(_Pass(shape, numbers[number][:, :active], row, of_latents))
         return passes
 

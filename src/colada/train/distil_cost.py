@@ -1,0 +1,69 @@
+"""What a teacher costs: beside the steps of its student, and to make its trajectories before them.
+
+Counted as in :mod:`colada.train.cost`. A pass of a frozen teacher over a step's rows costs the DiT's forward
+pass, guided with an unconditional copy beside each conditional one, whose blocks see themselves only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from colada.flow import evaluations_of
+from colada.networks.config import DiTConfig, TextVAEConfig
+from colada.train.cost import (
+    Phase,
+    Placement,
+    adaln_entries,
+    block_causal_pairs,
+    matrix_entries,
+    networks,
+    parameter_counts,
+    two_copy_pairs,
+)
+from colada.train.kinds import DistilSection
+from colada.train.trajectories import fine_grid
+
+
+def with_teacher(
+    phase: Phase, vae: TextVAEConfig, dit: DiTConfig, section: DistilSection, passes: float
+) -> Phase:
+    """Return steps with so many passes of a frozen teacher in each, and the memory that it takes."""
+    _, prior = networks(vae, dit)
+    guided = section.guidance != 1
+    blocks, size = section.length // vae.block_tokens, dit.block_size // dit.patch_size
+    copies, entries = section.copies * (1 + guided), adaln_entries(prior)
+    pairs = two_copy_pairs(blocks, size, section.copies) + guided * section.copies * blocks * size**2
+    row = 2 * (blocks - 1 + copies * blocks) * size * (matrix_entries(prior) - entries)
+    row += 4 * dit.num_layers * dit.heads * dit.head_dim * pairs
+    timesteps = section.batch * copies * (blocks if section.timestep_per == "block" else 1) + (blocks > 1)
+    flops = passes * (section.batch * row + 2 * timesteps * entries)
+    memory = 4 * parameter_counts(vae, dit)["DiT"] / phase.placement.shards
+    parts = {"teacher": flops} if passes else {}
+    return replace(phase, flops={**phase.flops, **parts}, memory={**phase.memory, "teacher": memory})
+
+
+def trajectories_phase(
+    name: str, vae: TextVAEConfig, dit: DiTConfig, section: DistilSection, placement: Placement
+) -> Phase:
+    """Return what the engine computes to make trajectories, each block after its row's clean ones.
+
+    A block takes a row of positions for each evaluation, two where it is guided, and one for the history;
+    the modulation is a table. A step is a row; none of its tokens is trained on.
+    """
+    kept, guided = section.trajectories, section.guidance != 1
+    assert kept is not None
+    text, prior = networks(vae, dit)
+    grid = fine_grid(kept)
+    evaluations = len(evaluations_of(kept.solver, grid, len(grid) - 1))
+    blocks, size = section.length // vae.block_tokens, dit.block_size // dit.patch_size
+    passes = evaluations * (1 + guided) + 1
+    pairs = (evaluations + 1) * block_causal_pairs(blocks, size) + evaluations * guided * blocks * size**2
+    encoder = 2 * blocks * vae.block_size * matrix_entries(text.encoder)
+    encoder += vae.encoder_num_blocks * 4 * vae.dim * block_causal_pairs(blocks, vae.block_size)
+    products = 2 * blocks * size * passes * (matrix_entries(prior) - adaln_entries(prior))
+    attention = 4 * dit.num_layers * dit.heads * dit.head_dim * pairs
+    counts = parameter_counts(vae, dit)
+    memory = {"frozen networks": 4.0 * counts["Text VAE"], "teacher": 4.0 * counts["DiT"]}
+    work = {"evaluations": evaluations, "guided": guided, "length": section.length}
+    flops = {"encoder": float(encoder), "DiT": float(products + attention)}
+    return Phase(name, kept.rows, 0, flops, memory, placement, work, 0.0)

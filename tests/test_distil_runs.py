@@ -1,0 +1,346 @@
+"""Distillation as stages of a run: rounds, trajectories that are kept, what is refused, what is exported."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import colada
+from colada.cli.main import main
+from colada.data.rows import Batch
+from colada.errors import ColadaError
+from colada.flow import evaluations_of
+from colada.generate.reference import transport
+from colada.models.likelihood import measure
+from colada.networks.layers import History
+from colada.train import trajectories as kept_files
+from colada.train.cost import Placement, training_flops
+from colada.train.distil_cost import with_teacher
+from colada.train.distillation import Guided
+from colada.train.flow_matching import pin
+from colada.train.losses import draw, encode, rows_layout
+from colada.train.noise import FlowSettings, VAEWeights, draw_randomness
+from colada.train.plan import plan_run
+from colada.train.recipe import Recipe, load_recipe
+from colada.train.trainer import Interrupted, Trainer
+from colada.train.trajectories import fine_grid, roll_out, sampler
+from helpers import tiny_model
+from runs import DEBUG, TINY, At, assert_same_run, final_state, recipe, same
+
+pytest.importorskip("pydantic")
+
+ROUND = (
+    "{kind: distil, teacher: same, guidance: 3, guidance_cap: 1.2, trajectory: 1, steps: 4, batch: 4,"
+    " length: 16, warmup: 0, prefix_share: 0.3, ema: 0.5, grids: GRIDS, MORE trajectories:"
+    " {path: PATH, rows: 40, grid: [1, 0.8, 0.6, 0], substeps: 2}}"
+)
+FOLD = (
+    "{kind: distil, guidance: 3, guidance_cap: 1.2, steps: 3, batch: 4, length: 16, warmup: 0, copies: 2,"
+    " prefix_share: 0.3, ema: 0.5, rollout: 2, teacher_steps: 4, grids: GRIDS}"
+)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of a few steps of both stages."""
+    out = tmp_path_factory.mktemp("teacher")
+    Trainer(recipe("run.validate_every=0", "run.sample_every=0"), out).run()
+    return out / "model"
+
+
+def made(start: Path, path: Path, stages: dict[str, str], *overrides: str) -> Recipe:
+    """A recipe of these stages over a model."""
+    yaml = path / "own.yaml"
+    path.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"  {name}: {words}\n" for name, words in stages.items())
+    yaml.write_text(f"model: {{init: {start}}}\nstages:\n{lines}")
+    common = [own for own in TINY if own.startswith(("data.", "run."))]
+    return load_recipe(yaml, [*common, "run.save_every=1", *overrides])
+
+
+def rounds(path: Path, grids: str = "[[1, 0.6, 0]]", more: str = "") -> dict[str, str]:
+    """The fold, and a round from the same teacher's trajectories."""
+    second = ROUND.replace("GRIDS", grids).replace("PATH", str(path / "kept")).replace("MORE", more)
+    return {"fold": FOLD.replace("GRIDS", "null"), "few": second}
+
+
+@pytest.mark.parametrize("grids", ["null", "[[1, 0.6, 0]]"])
+def test_a_prior_is_distilled_under_its_own_guidance_and_resumes(
+    tmp_path: Path, teacher: Path, grids: str
+) -> None:
+    own = made(teacher, tmp_path, {"distil": FOLD.replace("GRIDS", grids)})
+    Trainer(own, tmp_path / "whole").run()
+    with pytest.raises(Interrupted):
+        Trainer(own, tmp_path / "resumed", At("distil", 2)).run()
+    Trainer(own, tmp_path / "resumed").run()
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    before, after = colada.load(teacher), colada.load(tmp_path / "whole" / "model")
+    assert same(before.vae.state_dict(), after.vae.state_dict())
+    assert not same(before.dit.state_dict(), after.dit.state_dict())
+    assert main(["info", str(tmp_path / "whole" / "model")]) == 0
+    inside = after.dit.config.distilled
+    assert inside is not None
+    assert (inside["guidance"], inside["guidance_cap"]) == (3, 1.2)
+    assert (inside["steps"], inside["grids"]) == ((None, None) if grids == "null" else ([2], [[1, 0.6, 0]]))
+    # The teacher had guidance 2 stored; what goes with the student is what it is used with.
+    assert (before.generation["guidance"], after.generation["guidance"]) == (2, 1)
+    assert after.generation.get("schedule", "uniform") == ("uniform" if grids == "null" else [1, 0.6, 0])
+    assert len(after.generate(["One"], 4)[0].tokens) == 4
+    for scale in (2.0, 0.0):
+        with pytest.raises(ColadaError, match=rf"guidance={scale}: this model has 3 built in, expected 1"):
+            after.generate(["One"], 4, guidance=scale)
+    with pytest.raises(ColadaError, match="this model is distilled"):
+        measure(after, ["One"])
+    if grids != "null":
+        with pytest.raises(ColadaError, match=r"steps=3: this model makes 2 steps along a"):
+            after.generate(["One"], 4, steps=3)
+        with pytest.raises(ColadaError, match=r"solver='ab2', .*this model makes Euler steps"):
+            after.generate(["One"], 4, solver="ab2")
+
+
+class StopsAfter(At):
+    """Asks a run to stop once so many parts of trajectories are made."""
+
+    def advance(self, done: int, total: int) -> None:
+        if "trajectories" in self.title and done == self.where[1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_rounds_learn_from_one_teacher_and_resume_anywhere(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_files, "PART", 16)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    Trainer(made(teacher, whole, rounds(whole)), whole / "run").run()
+    own = made(teacher, stopped, rounds(stopped))
+    with pytest.raises(Interrupted, match="stopped before step 1 of few"):
+        Trainer(own, stopped / "run", StopsAfter("few", 1)).run()
+    assert len(list((stopped / "kept").glob("part-*"))) == 1
+    with pytest.raises(Interrupted):
+        Trainer(own, stopped / "run", At("few", 2)).run()
+    Trainer(own, stopped / "run").run()
+    assert_same_run(whole / "run", stopped / "run")
+    parts = [sorted((path / "kept").glob("part-*")) for path in (whole, stopped)]
+    assert [file.read_bytes() for file in parts[0]] == [file.read_bytes() for file in parts[1]]
+    assert len(parts[0]) == 3
+    # The round's teacher is the fold's, the model itself, not the weights that the fold has made.
+    state, start = final_state(whole / "run"), colada.load(teacher).dit.state_dict()
+    assert all(torch.equal(state["teacher"][name], value) for name, value in start.items())
+    assert not all(torch.equal(state["dit"][name], value) for name, value in start.items())
+    inside = colada.load(whole / "run" / "model").dit.config.distilled
+    assert inside is not None
+    assert (inside["guidance"], inside["steps"], inside["teacher_steps"]) == (3, [2], 6)
+
+
+def test_trajectories_of_another_teacher_are_refused_by_name(tmp_path: Path, teacher: Path) -> None:
+    stages = {"few": rounds(tmp_path)["few"].replace("teacher: same, ", "").replace("steps: 4", "steps: 1")}
+    quick = ["run.validate_every=0", "run.sample_every=0"]
+    Trainer(made(teacher, tmp_path, stages, *quick), tmp_path / "run").run()
+    for words, override in {
+        "guidance 3.0, this stage's are of 4.0": ["few.guidance=4"],
+        "substeps 2, this stage's are of 3": ["few.trajectories.substeps=3"],
+        "prefix_share 0.3, this stage's are of 0.1": ["few.prefix_share=0.1"],
+    }.items():
+        other = made(teacher, tmp_path, stages, *quick, *(f"stages.{own}" for own in override))
+        with pytest.raises(ColadaError, match=f"kept holds trajectories of {words}: give another path"):
+            Trainer(other, tmp_path / f"run-{override[0]}").run()
+    other = made(
+        tmp_path / "run" / "model", tmp_path, {"few": stages["few"].replace("guidance: 3", "guidance: 1")}
+    )
+    with pytest.raises(ColadaError, match=r"kept holds trajectories of teacher '\w+', this stage's are of"):
+        Trainer(other, tmp_path / "other").run()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "own.txt").write_text("mine")
+    own = made(teacher, tmp_path, stages, f"stages.few.trajectories.path={tmp_path / 'text'}")
+    with pytest.raises(ColadaError, match=r"holds no trajectories\.json, expected trajectories, or nothing"):
+        Trainer(own, tmp_path / "last").run()
+
+
+def test_what_undoes_a_distillation_is_refused(tmp_path: Path, teacher: Path) -> None:
+    fold = FOLD.replace("GRIDS", "null")
+    prior = "{kind: prior, steps: 1, length: 16}"
+    for stages, words in (
+        ({"fold": fold, "prior": prior}, "stages.prior trains the flow of data, which undoes"),
+        ({"fold": fold, "again": fold}, r"stages.again.guidance=3: its teacher has 3 built in, expected 1"),
+        ({"few": rounds(tmp_path)["few"]}, "teacher=same, but no distillation is before it"),
+    ):
+        with pytest.raises(ColadaError, match=words):
+            plan_run(made(teacher, tmp_path, stages))
+    plan_run(made(teacher, tmp_path, {"prior": prior, "fold": fold}))
+    plan_run(made(teacher, tmp_path, {"fold": fold, "again": fold.replace("guidance: 3", "guidance: 1")}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("grids=[[1, 0.6, 0.6, 0]]", "expected values that fall from 1 to 0"),
+        ("grids=[[1, 0.7, 0]]", r"0.7 in a grid, expected values of trajectories.grid"),
+        ("grids=[[1, 0], [1, 0.6, 0]]", "2 grids without landing_time"),
+        ("landing_time=true", None),
+        ("shares=[1, 2]", r"shares \[1.0, 2.0\], expected one a grid"),
+        ("grids=null", "no grids, expected values of trajectories.grid"),
+    ],
+)
+def test_sections_are_checked(tmp_path: Path, teacher: Path, change: str, words: str | None) -> None:
+    if words is None:
+        made(teacher, tmp_path, rounds(tmp_path), f"stages.few.{change}")
+        return
+    with pytest.raises(ColadaError, match=words):
+        made(teacher, tmp_path, rounds(tmp_path), f"stages.few.{change}")
+
+
+# --- trajectories ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["euler", "ab2", "heun"])
+@pytest.mark.parametrize("prediction", ["velocity", "z0"])
+def test_trajectories_are_those_of_the_readable_loop(prediction: str, solver: str) -> None:
+    """A block at a time, after the row's own latents, prefixes pinned; samples do not see each other."""
+    model = tiny_model(dit={"prediction": prediction}, vae={"scaling_factor": 1.3})
+    vae, dit, size = model.vae, model.dit, 4
+    taken = torch.randint(1, 50, (3, 16), generator=torch.Generator().manual_seed(1))
+    sample = torch.tensor([[0] * 4 + [1] * 8 + [-1] * 4, [0] * 16, [0] * 16])
+    trained = torch.ones(3, 16, dtype=torch.bool)
+    trained[0, 12:] = trained[1, :6] = False
+    rows = Batch(taken, sample, trained)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    draws = draw_randomness(generators, vae.config, 16, VAEWeights(), FlowSettings(prefix_share=0.25), False)
+    section = kept_files.TrajectorySection(path="", grid=(1.0, 0.6, 0.3, 0.0), substeps=2, solver=solver)
+    settings = sampler(section, 3.0, 1.1, 0.5)
+    states = roll_out(vae, dit, rows, draws, settings, section.grid, 0)
+    grid = fine_grid(section)
+    assert len(grid) == 7
+    assert set(section.grid) < set(grid)
+    evaluations = evaluations_of(solver, grid, 6)
+    layout = rows_layout(vae, rows)
+    clean = vae.normalise(draw(encode(vae, rows.ids, layout), draws.posterior)).view(3, 16, -1)
+    pinned = pin(vae, rows, draws, layout, 0)
+    assert draws.noise is not None
+    assert pinned is not None
+    with torch.inference_mode():
+        for row, begin, end in ((0, 0, 4), (0, 4, 12), (1, 0, 16), (2, 0, 16)):
+            history = History()
+            for start in range(begin, end, size):
+                block = slice(start, start + size)
+                arguments = (pinned.where[row : row + 1, block], pinned.latents[row : row + 1, block], [3.0])
+                noise = draws.noise[row : row + 1, 0, block]
+                steps = transport(dit, noise, [history], *arguments, evaluations, settings)
+                reached = [z for z, _ in steps]
+                # Where the path is after both steps of an interval.
+                each = len(reached) / 3 if solver != "heun" else None
+                at = [1, 3, 5] if each == 2 else [3, 7, 10]
+                for column, number in enumerate(at, start=1):
+                    torch.testing.assert_close(
+                        states[row, block, column], reached[number][0], rtol=1e-5, atol=1e-5
+                    )
+                assert torch.equal(states[row, block, 0], noise[0])
+                layout = dit.layout([size], [history])
+                dit(clean[row, block], torch.zeros(()), layout, [history], committing=True)
+    assert not states[0, 12:].any()
+
+
+def test_the_states_of_a_round_are_those_that_are_kept(tmp_path: Path, teacher: Path) -> None:
+    """In 16-bit numbers: a student step begins and lands where the teacher's trajectory did."""
+    own = made(teacher, tmp_path, rounds(tmp_path), "stages.fold.steps=1", "stages.few.steps=1")
+    trainer = Trainer(own, tmp_path / "run")
+    trainer.run()
+    files = kept_files.Trajectories(tmp_path / "kept", 40, {})
+    rows, states = files.read([3, 41])
+    again, _ = files.read([1])
+    assert torch.equal(rows.ids[1], again.ids[0])
+    from colada.train.stages import make_stage
+
+    stage: Any = make_stage(trainer.system, "few", trainer._lay_out)
+    timestep = torch.tensor([[[1000.0] * 8 + [600.0] * 8], [[600.0] * 4 + [0.0] * 12]])
+    z = stage._at(states.float(), timestep)
+    assert torch.equal(z[0, 0, :8], states[0, :8, 0].float())
+    assert torch.equal(z[0, 0, 8:], states[0, 8:, 2].float())
+    assert torch.equal(z[1, 0, 4:], states[1, 4:, 3].float())
+    uniform = torch.linspace(0.01, 0.99, 99)
+    law = stage.section.loc, stage.section.scale
+    assert law[0] is None
+    counts = stage._drawn(1000 * torch.sigmoid(1 + torch.special.ndtri(uniform)))[0].unique(
+        return_counts=True
+    )
+    assert counts[0].tolist() == [600.0, 1000.0]
+
+
+# --- cost ------------------------------------------------------------------------------------------
+
+
+def test_a_step_from_kept_trajectories_costs_a_step_of_the_prior(tmp_path: Path, teacher: Path) -> None:
+    stages = {"prior": "{kind: prior, steps: 4, batch: 4, length: 16, prefix_share: 0.3}"}
+    (prior,) = plan_run(made(teacher, tmp_path, stages)).phases
+    fold, few, kept = plan_run(made(teacher, tmp_path, rounds(tmp_path))).phases
+    assert few.flops == prior.flops
+    assert "teacher" in fold.flops
+    assert kept.steps == 40
+    assert few.memory["teacher"] == 4 * sum(p.numel() for p in colada.load(teacher).dit.parameters())
+    # A second round finds them made.
+    both = {**rounds(tmp_path), "less": rounds(tmp_path, "[[1, 0]]")["few"]}
+    assert [phase.name for phase in plan_run(made(teacher, tmp_path, both)).phases] == [
+        *("fold", "few", "few, trajectories", "less")
+    ]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_teachers_pass_is_counted(guidance: float) -> None:
+    """Against torch's counter, which counts attention as if all saw all: without it, to the last product."""
+    from colada.train.kinds import DistilSection
+
+    model = tiny_model()
+    section = DistilSection(batch=2, length=12, copies=2, guidance=guidance)
+    vae, dit = model.vae.config, model.dit.config
+    from colada.train.cost import Work, cola_phase
+
+    work = Work("dit", 2, 12, copies=2)
+    phase = with_teacher(cola_phase("", 1, vae, dit, work, Placement(2)), vae, dit, section, 1.0)
+    clean, z = torch.randn(2, 12, 8), torch.randn(2, 2, 12, 8)
+    timestep = 1000 * torch.rand(2, 2, 3).repeat_interleave(4, 2)
+    with FlopCounterMode(display=False) as counter:
+        Guided(model.dit, guidance).guess(z, timestep, clean)
+    counted = sum(
+        flops
+        for own in counter.get_flop_counts()["Global"].items()
+        for name, flops in [own]
+        if "attention" not in str(name) and "bmm" not in str(name)
+    )
+    blocks, copies = 3, 2 * (1 if guidance == 1 else 2)
+    pairs = 16 * (blocks * (blocks - 1) + 2 * blocks * (blocks + 1)) // 2
+    pairs += (copies - 2) * blocks * 16
+    attention = 2 * 4 * dit.num_layers * dit.heads * dit.head_dim * pairs
+    # The last layer of the clean copy computes keys and values only, which counting ignores.
+    assert counted <= phase.flops["teacher"] - attention <= 1.3 * counted
+    assert training_flops(vae, dit, work).keys() == phase.flops.keys() - {"teacher"}
+
+
+def test_the_command_is_training_from_a_model(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(DEBUG).parents[1] / "tests" / "data"
+    own = ["distil", str(DEBUG.parent / "distil.yaml"), "--data", str(data), "--dry-run"]
+    assert main(own) == 0
+    shown = capsys.readouterr().out
+    for words in ("fold", "four", "four, trajectories", "one 80 GB H100 at 40% MFU"):
+        assert words in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    small = made(teacher, tmp_path, rounds(tmp_path))
+    assert small.model.init == str(teacher)
+    run = [
+        "distil",
+        str(tmp_path / "own.yaml"),
+        "--model",
+        str(teacher),
+        "--out",
+        str(tmp_path / "run"),
+        "-q",
+    ]
+    common = [word for own in TINY if own.startswith(("data.", "run.")) for word in ("--set", own)]
+    assert main([*run, *common]) == 0
+    assert main(["generate", "--model", str(tmp_path / "run" / "model"), "-n", "4", "One"]) == 0
