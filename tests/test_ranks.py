@@ -41,6 +41,7 @@ VARIANTS = {
     "replicated": [*JOINT, "run.shard=false"],
     "muon": ["stages.vae.optimiser=muon", "stages.prior.optimiser=muon"],
     "bfloat16": [*JOINT, "run.precision=bfloat16"],
+    "lora": ["stages.prior.train=lora", "stages.prior.rank=2", "stages.prior.weight_decay=0.1"],
 }
 # Muon orthogonalises in bfloat16, where the order of a sum shows; sharded, weights are gathered in it.
 ROUNDING = {"muon": 1e-3, "bfloat16": 1e-2}
@@ -84,6 +85,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ("variant", "ranks", "replicas"),
     [
         ("frozen", 2, 1),
+        ("lora", 2, 1),
         ("joint", 2, 1),
         ("replicated", 2, 1),
         ("muon", 2, 1),

@@ -37,6 +37,7 @@ from colada.networks.config import DecoderConfig, DiTConfig, TextVAEConfig
 from colada.networks.decoder import Decoder
 from colada.networks.dit import AdaLN, DiT
 from colada.networks.vae import TextVAE
+from colada.train.lora import factor_entries, learning_entries
 
 if TYPE_CHECKING:  # It needs what only training does.
     from colada.train.kinds import StageSection
@@ -216,6 +217,8 @@ class Placement:
         bfloat16: matrix products are in bfloat16, weights in float32.
         muon: the matrices of transformer blocks, AdaLN aside, have Muon's one buffer, not AdamW's two.
         ema: averaged weights are kept.
+        train: what of the DiT learns, see :class:`colada.train.kinds.FlowTerms`.
+        rank: of its products of low rank.
     """
 
     micro_batch: int
@@ -224,14 +227,17 @@ class Placement:
     bfloat16: bool = True
     muon: bool = False
     ema: bool = False
+    train: str = "all"
+    rank: int = 0
 
 
 def memory_per_rank(vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: Placement) -> dict[str, float]:
     """Return the bytes a rank needs by part; the parts add up to the peak.
 
     Exact, up to the rounding of shards and a few bytes a tensor: "weights" and "gradients" (4 bytes a
-    trained parameter), "optimiser" (AdamW 8, Muon 4), "average" (4) and "frozen networks" (4; the
-    Text VAE where the DiT learns, or its reference copy), each divided by the shards.
+    trained parameter), "optimiser" (AdamW 8, Muon 4; with low rank W0's 4, and 12 a number of the factors),
+    "average" (4) and "frozen networks" (4; the Text VAE where the DiT learns, or its reference copy), each
+    divided by the shards.
 
     Estimates, of uncompiled networks:
 
@@ -263,10 +269,16 @@ def memory_per_rank(vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: P
 def state_bytes(trained: Sequence[nn.Module], placement: Placement) -> dict[str, float]:
     """Return what networks that learn need beside activations, see :func:`memory_per_rank`."""
     parameters = sum(_count(network) for network in trained)
-    moments = 2 * parameters - (sum(map(_muon_entries, trained)) if placement.muon else 0)
+    gradients = sum(learning_entries(network, placement.train) for network in trained)
+    moments = 2 * gradients - (
+        sum(map(_muon_entries, trained)) if placement.muon and placement.train == "all" else 0
+    )
+    if placement.train == "lora":  # W0 in place of moments, and three times the factors.
+        factors = [factor_entries(network, placement.rank) for network in trained if isinstance(network, DiT)]
+        moments = gradients + 3 * sum(factors)
     parts = {
         "weights": 4 * parameters / placement.shards,
-        "gradients": 4 * parameters / placement.shards,
+        "gradients": 4 * gradients / placement.shards,
         "optimiser": 4 * moments / placement.shards,
     }
     if placement.ema:

@@ -111,6 +111,18 @@ class FlowTerms(Section):
     self_conditioning: float = Field(
         0.0, ge=0, le=1, description="Share of steps in which the DiT takes its own guess of z0 as an input."
     )
+    train: Literal["all", "adaln", "lora"] = Field(
+        "all",
+        description="What of the DiT learns: all; the matrices of its modulation alone; or, beside each"
+        " matrix of its blocks, a product of low rank, which is part of the weights at every step.",
+    )
+    rank: int = Field(16, ge=1, le=4096, description="lora: of the products. Wants ten times the lr of all.")
+
+    @model_validator(mode="after")
+    def _one_optimiser(self) -> FlowTerms:
+        if self.train == "lora" and getattr(self, "optimiser", "adamw") != "adamw":
+            raise ValueError("train='lora' with optimiser='muon', expected 'adamw': factors are no updates")
+        return self
 
 
 class TextVAESection(TextVAETerms, StageSection):

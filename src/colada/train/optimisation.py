@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from colada.train.kinds import StageSection
+from colada.networks.dit import DiT
+from colada.train.kinds import FlowTerms, StageSection
+from colada.train.lora import LowRankAdamW
 
 
 def learning_rate(step: int, section: StageSection) -> float:
@@ -42,7 +44,11 @@ def set_learning_rate(optimisers: Sequence[torch.optim.Optimizer], factor: float
 
 def make_optimisers(network: nn.Module, section: StageSection, lr: float) -> list[torch.optim.Optimizer]:
     """Return a network's optimisers; weight decay is on matrices only, AdaLN and embeddings are AdamW's."""
-    named = list(network.named_parameters())
+    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    if isinstance(section, FlowTerms) and section.train == "lora" and isinstance(network, DiT):
+        matrices = [p for _, p in named]
+        factors = LowRankAdamW(matrices, section.rank, lr, section.betas, section.weight_decay)
+        return [_initial(factors, lr)]
     blocks = [p for name, p in named if p.ndim == 2 and "blocks." in name and ".ada." not in name]
     if section.optimiser == "adamw":
         blocks = []
@@ -50,6 +56,7 @@ def make_optimisers(network: nn.Module, section: StageSection, lr: float) -> lis
     matrices = [p for _, p in named if p.ndim > 1 and id(p) not in inside]
     vectors = [p for _, p in named if p.ndim <= 1]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     optimisers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=lr, betas=section.betas, weight_decay=section.weight_decay, fused=True)
     ]
@@ -58,10 +65,13 @@ def make_optimisers(network: nn.Module, section: StageSection, lr: float) -> lis
             blocks, lr=lr, weight_decay=section.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         optimisers.append(muon)
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            group["initial_lr"] = lr
-    return optimisers
+    return [_initial(optimiser, lr) for optimiser in optimisers]
+
+
+def _initial(optimiser: torch.optim.Optimizer, lr: float) -> torch.optim.Optimizer:
+    for group in optimiser.param_groups:
+        group["initial_lr"] = lr
+    return optimiser
 
 
 def average_weights(network: nn.Module, decay: float) -> AveragedModel:

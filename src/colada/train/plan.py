@@ -183,6 +183,8 @@ def _phases(
             bfloat16=recipe.run.precision == "bfloat16",
             muon=section.optimiser == "muon",
             ema=section.ema > 0,
+            train=getattr(section, "train", "all"),
+            rank=getattr(section, "rank", 0),
         )
         phases += stage_class(section).phases(recipe, name, configs, placement)
     return [phase for phase in phases if phase.steps]

@@ -24,7 +24,8 @@ from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.train.cost import Phase, Placement
 from colada.train.display import Display
-from colada.train.kinds import StageSection
+from colada.train.kinds import FlowTerms, StageSection
+from colada.train.lora import choose
 from colada.train.losses import Loss
 from colada.train.noise import Counts, Drawn
 from colada.train.optimisation import make_optimisers
@@ -235,7 +236,8 @@ class Stage(ABC):
         self.system, self.recipe, self.name = system, system.recipe, name
         self.section, self.number = self.recipe.stages[name], self.recipe.number(name)
         self.networks = nn.ModuleDict({own: system.ready(own, lay_out) for own in self.learns})
-        self.networks.requires_grad_(True)
+        for network in self.networks.values():
+            choose(network, self.section.train if isinstance(self.section, FlowTerms) else "all")
         self.frozen = {
             own: system.ready(own, lay_out).requires_grad_(False) for own in frozen_in(self.recipe, name)
         }
