@@ -37,8 +37,9 @@ from colada.networks.config import DiTConfig
 from colada.networks.dit import ROPE_THETA, DiT, DiTBlock
 from colada.networks.layers import rotate_interleaved, rotations
 from colada.networks.packing import two_copy, two_copy_cells
-from colada.train.cost import peak_flops, training_flops
+from colada.train.cost import training_flops
 from colada.train.flow_matching import flow_errors
+from colada.train.peak import peak_flops
 
 TOLERANCE = 1e-5  # Of gradients in float32, relative to the largest of a parameter's.
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -553,7 +553,14 @@ def test_a_hub_id_is_downloaded_at_its_revision_without_anything_else(
     model = load("some-owner/Some.Name_1", revision="v2")
     assert _same_bits(model, load(saved))
     assert [(call.name, call.revision) for call in calls] == [("some-owner/Some.Name_1", "v2")] * len(calls)
-    folders = ["cola_dit/*", "cola_vae/*", "decoder/*", "cola_dlm/cola_dit/*", "cola_dlm/cola_vae/*"]
+    folders = [
+        "cola_dit/*",
+        "cola_vae/*",
+        "decoder/*",
+        "cola_image/*",
+        "cola_dlm/cola_dit/*",
+        "cola_dlm/cola_vae/*",
+    ]
     wanted = [*folders, "tokenizer.json", "generation_config.json", "chat_template.jinja"]
     assert sorted(calls[0].allow_patterns) == sorted(wanted)
 

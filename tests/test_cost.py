@@ -19,7 +19,6 @@ from colada.networks.decoder import Decoder
 from colada.networks.dit import DiT
 from colada.networks.packing import block_causal, two_copy
 from colada.networks.vae import TextVAE
-from colada.train import cost
 from colada.train.cost import (
     Placement,
     Work,
@@ -28,14 +27,13 @@ from colada.train.cost import (
     decoder_flops,
     decoder_memory,
     memory_per_rank,
-    mfu,
     parameter_counts,
-    peak_flops,
     scaled,
     training_flops,
     two_copy_pairs,
 )
 from colada.train.decoder_losses import MaskDraws, decoder_loss, draw_masks
+from colada.train.peak import mfu, peak_flops
 from colada.train.plan import Plan, configs_of, plan_run, resolve
 from colada.train.recipe import Recipe, load_recipe
 from helpers import tiny_dit, tiny_dit_config, tiny_vae, tiny_vae_config
@@ -409,7 +407,7 @@ def test_peaks_of_known_devices(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, peak: float | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(cost, "_measured_rate", lambda device, dtype: 1.0)
+    monkeypatch.setattr("colada.train.peak._measured_rate", lambda device, dtype: 1.0)
     found = peak_flops.__wrapped__(torch.device("cuda"), dtype)
     assert found == ((1.0, "measured") if peak is None else (peak, "data sheet"))
 

@@ -14,7 +14,6 @@ from colada.errors import ColadaError
 from colada.networks.checkpoint import write_model
 from colada.pictures.codec import (
     Codec,
-    CodecConfig,
     ConvVAE,
     PatchPCA,
     fit,
@@ -23,6 +22,7 @@ from colada.pictures.codec import (
     read_codec,
     unpatch,
 )
+from colada.pictures.config import CodecConfig
 from colada.pictures.reader import read
 from colada.pictures.shapes import example
 
@@ -71,7 +71,7 @@ def test_the_fit_is_the_singular_value_decomposition_s(pictures: Tensor, codec: 
 def test_latents_of_the_fitted_pictures_have_mean_0_and_mean_square_1(
     pictures: Tensor, whitening: float
 ) -> None:
-    latents = fit([pictures], CodecConfig(), whitening).encode(pictures).double()
+    latents = fit([pictures], CodecConfig(whitening=whitening)).encode(pictures).double()
     assert latents.shape == (TRAINED_ON, 16, 64)
     torch.testing.assert_close(latents.square().mean().item(), 1.0, rtol=1e-4, atol=0)
     torch.testing.assert_close(latents.mean((0, 1)), torch.zeros(64).double(), rtol=0, atol=1e-3)

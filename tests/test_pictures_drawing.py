@@ -109,7 +109,8 @@ def test_a_picture_is_the_same_in_any_company() -> None:
 
 
 def test_a_network_that_has_learnt_two_pictures_draws_the_one_that_is_named() -> None:
-    dit = with_pictures(tiny_dit(prediction="z0"), [2, 2], generator=torch.Generator().manual_seed(0)).train()
+    plain = tiny_dit(prediction="z0")
+    dit = with_pictures(plain, network().config, torch.Generator().manual_seed(0)).train()
     captions, pictures = normal(2, 4, WIDTH), normal(2, PICTURE, WIDTH)
     optimiser, half = torch.optim.Adam(dit.parameters(), 5e-3), 8
     lengths, alone = torch.full((2 * half,), 4), torch.zeros(2 * half, dtype=torch.bool)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from colada.models.load import load_cola
-from colada.pictures.codec import CodecConfig
+from colada.pictures.config import CodecConfig
 from colada.pictures.load import load_picture
 from colada.pictures.shapes import example
 from experiments.pictures import measures

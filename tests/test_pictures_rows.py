@@ -291,7 +291,7 @@ def test_text_alone_is_bit_for_bit_what_a_text_network_makes_of_it(dual: int) ->
 @pytest.mark.parametrize("dual", [0, 2])
 def test_a_text_network_is_given_pictures_and_its_text_stays(dual: int) -> None:
     plain = tiny_dit()
-    dit = with_pictures(plain, [2, 2], dual, torch.Generator().manual_seed(0))
+    dit = with_pictures(plain, unified(dual_layers=dual).config, torch.Generator().manual_seed(0))
     latents, layout = normal(12, WIDTH), plain.layout([12])
     assert torch.equal(dit(latents, torch.tensor(300.0), layout), plain(latents, torch.tensor(300.0), layout))
     back = text_part(dit).state_dict()
@@ -302,7 +302,7 @@ def test_a_text_network_is_given_pictures_and_its_text_stays(dual: int) -> None:
 
 def test_dual_layers_of_equal_weights_are_single_layers_and_others_are_not() -> None:
     single = unified(1)
-    dual = with_pictures(text_part(single), [2, 2], 2)
+    dual = with_pictures(text_part(single), unified(dual_layers=2).config)
     dual.load_state_dict(single.state_dict(), strict=False)
     layout = drawing_layout(torch.tensor([8, 4]), 8, PICTURE, BLOCK, torch.tensor([False, True]))
     latents, times = normal(len(layout), WIDTH), torch.full((len(layout),), 250.0)
@@ -335,7 +335,7 @@ def test_a_fresh_network_draws_nothing_yet() -> None:
 @pytest.mark.parametrize(
     ("over", "message"),
     [
-        ({"img_channels": 4, "img_grid": [2, 2]}, "img_channels=4, expected 0, or txt_in_channels=8"),
+        ({"img_channels": 9, "img_grid": [2, 2]}, "img_channels=9, expected 0, or at most txt_in_channels=8"),
         ({"img_channels": 8}, "img_grid=None, expected null without img_channels, else two numbers"),
         ({"img_grid": [2, 2]}, r"img_grid=\[2, 2\], expected null without img_channels"),
         ({"img_channels": 8, "img_grid": [2, 0]}, r"img_grid=\[2, 0\], expected two numbers from 1 to 64"),

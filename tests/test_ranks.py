@@ -42,6 +42,13 @@ VARIANTS = {
     "muon": ["stages.vae.optimiser=muon", "stages.prior.optimiser=muon"],
     "bfloat16": [*JOINT, "run.precision=bfloat16"],
     "lora": ["stages.prior.train=lora", "stages.prior.rank=2", "stages.prior.weight_decay=0.1"],
+    "pictures": [
+        "data.pictures=[{path: 'shapes:one'}]",
+        "data.fitted_on=40",
+        "stages.vae.steps=1",
+        "stages.prior.steps=1",
+        "stages.pictures={kind: pictures, steps: 6, batch: 4, pairs: 2, length: 16, dual_layers: 1}",
+    ],
 }
 # Muon orthogonalises in bfloat16, where the order of a sum shows; sharded, weights are gathered in it.
 ROUNDING = {"muon": 1e-3, "bfloat16": 1e-2}
@@ -90,6 +97,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("replicated", 2, 1),
         ("muon", 2, 1),
         ("bfloat16", 2, 1),
+        ("pictures", 2, 1),
         ("joint", 4, 2),
     ],
 )

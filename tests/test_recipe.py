@@ -203,7 +203,8 @@ def test_an_unset_loc_follows_the_latent_width() -> None:
 
 def test_every_key_has_a_comment_and_is_written() -> None:
     stages = {name: {} for name in KINDS}
-    text = commented(Recipe.model_validate({"stages": stages}))
+    of_pictures = {"data": {"pictures": [{"path": "shapes:"}]}, "model": {"image": {"kind": "conv_vae"}}}
+    text = commented(Recipe.model_validate({"stages": stages, **of_pictures}))
 
     def check(section: type, values: dict) -> None:
         assert values.keys() == section.model_fields.keys()

@@ -52,7 +52,7 @@ def codec(
     markdown: Markdown = False,
 ) -> None:
     """Measure what codecs keep: variance, PSNR, and whether the scene can still be read, also under noise."""
-    from colada.pictures.codec import CodecConfig
+    from colada.pictures.config import CodecConfig
     from experiments.pictures.measures import codec_table, trained_vae
 
     config = CodecConfig(kind="conv_vae", width=vae_width)

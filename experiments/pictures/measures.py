@@ -12,7 +12,8 @@ from torch import Tensor
 from colada.evaluate.statistics import wilson
 from colada.models.cola import ColaDLM
 from colada.pictures import twemoji
-from colada.pictures.codec import Codec, CodecConfig, ConvVAE, fit, psnr
+from colada.pictures.codec import Codec, ConvVAE, fit, psnr
+from colada.pictures.config import CodecConfig
 from colada.pictures.reader import judge, read
 from colada.pictures.shapes import Example, example, parse
 from colada.pictures.sources import Files
@@ -124,9 +125,9 @@ def codec_table(fitted_on: int, count: int, whitening: float, codecs: Sequence[C
     noise = [f"right, noise {scale:g}" if scale else "read right" for scale in NOISE]
     table = Table(["codec", "latents", "numbers", "variance kept", "PSNR dB", *noise])
     pictures = list(training_pictures(fitted_on))
-    configs = [CodecConfig(patch=patch, channels=channels) for patch, channels in CODECS]
+    configs = [CodecConfig(patch=patch, channels=channels, whitening=whitening) for patch, channels in CODECS]
     examples = validation_scenes(count)
-    for codec in (*(fit(pictures, config, whitening) for config in configs), *codecs):
+    for codec in (*(fit(pictures, config) for config in configs), *codecs):
         config, kept = codec.config, quality(codec, examples)
         numbers = sum(tensor.numel() for tensor in codec.state_dict().values())
         name = f"{config.kind} {config.patch} × {config.patch}"

@@ -123,7 +123,9 @@ def _download(name: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    folders = [f"{part}/*" for part in (*_PARTS, f"{_RELEASED}/{DIT_DIR}", f"{_RELEASED}/{VAE_DIR}")]
+    folders = [
+        f"{part}/*" for part in (*_PARTS, IMAGE_DIR, f"{_RELEASED}/{DIT_DIR}", f"{_RELEASED}/{VAE_DIR}")
+    ]
     patterns = [*folders, TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE]
     try:
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

@@ -310,7 +310,7 @@ class MixedRows:
         """Mix (rows, weight) pairs of one length."""
         self._parts = [rows for rows, _ in parts]
         self._seed = seed
-        self._shares = tuple(apportion([weight for _, weight in parts], MIX_PERIOD))
+        self._weights = tuple(weight for _, weight in parts)
         self.length = self._parts[0].length
         self.per_epoch = sum(rows.per_epoch for rows in self._parts)
 
@@ -326,10 +326,22 @@ class MixedRows:
 
     def _of(self, number: int) -> tuple[Rows, int]:
         """Return whose turn it is, and which of its rows."""
-        period, index = divmod(number, MIX_PERIOD)
-        order, turn = _turns(self._shares, self._seed, period)
-        part = int(order[index])
-        return self._parts[part], period * self._shares[part] + int(turn[index])
+        part, turn = turn_of(self._weights, self._seed, number)
+        return self._parts[part], turn
+
+
+def turn_of(weights: tuple[float, ...], seed: int, number: int) -> tuple[int, int]:
+    """Return whose turn a number is among parts of these weights, and how many it had before."""
+    shares = _shares(weights)
+    period, index = divmod(number, MIX_PERIOD)
+    order, turn = _turns(shares, seed, period)
+    part = int(order[index])
+    return part, period * shares[part] + int(turn[index])
+
+
+@lru_cache(maxsize=16)
+def _shares(weights: tuple[float, ...]) -> tuple[int, ...]:
+    return tuple(apportion(weights, MIX_PERIOD))
 
 
 @lru_cache(maxsize=16)

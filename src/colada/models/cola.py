@@ -20,13 +20,14 @@ from colada.generate.reference import TransportStep, encode
 from colada.generate.session import Session
 from colada.generate.settings import RELEASED_SETTINGS, Prompt, RequestSettings, Settings
 from colada.generate.writer import Request
-from colada.locate import DIT_DIR, VAE_DIR
+from colada.locate import DIT_DIR, IMAGE_DIR, VAE_DIR
 from colada.models.base import LanguageModel, require_kind
 from colada.networks.checkpoint import write_model
 from colada.networks.config import check_pair
 from colada.networks.dit import DiT
 from colada.networks.quantise import quantise
 from colada.networks.vae import TextVAE
+from colada.pictures.codec import Codec, check_codec
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import Chunk, Completion, Transcript, completed
 
@@ -85,6 +86,7 @@ class ColaDLM(LanguageModel):
     Args:
         vae, dit: the networks; their widths and block sizes must agree.
         tokenizer, origin, generation, chat_template: see :class:`LanguageModel`.
+        image: the picture codec of a model that has pictures.
 
     Raises:
         ColadaError: if the parts do not fit each other.
@@ -102,10 +104,14 @@ class ColaDLM(LanguageModel):
         origin: str = "",
         generation: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
+        image: Codec | None = None,
     ) -> None:
         require_kind("vae", vae, TextVAE)
         require_kind("dit", dit, DiT)
+        require_kind("image", image, Codec, optional=True)
         check_pair(vae.config, dit.config)
+        check_codec(None if image is None else image.config, dit.config)
+        self.image = image if image is None else image.eval()
         self.vae, self.dit = vae.eval(), dit.eval()
         super().__init__(tokenizer, origin, generation, chat_template)
         self.quantised: str | None = None
@@ -137,6 +143,8 @@ class ColaDLM(LanguageModel):
         self._kept.clear()
         self.vae.to(place, dtype)
         self.dit.to(place, dtype)
+        if self.image is not None:  # In float32 always: it is no part of what generates.
+            self.image.to(place)
         return self
 
     def quantise(self, name: str) -> ColaDLM:
@@ -164,7 +172,9 @@ class ColaDLM(LanguageModel):
         """
         if self.quantised is not None:
             raise ColadaError(f"a model quantised to {self.quantised} cannot be saved: save it before")
-        networks = {DIT_DIR: self.dit, VAE_DIR: self.vae}
+        networks: dict[str, torch.nn.Module] = {DIT_DIR: self.dit, VAE_DIR: self.vae}
+        if self.image is not None:
+            networks[IMAGE_DIR] = self.image
         write_model(as_path(directory), networks, self.tokenizer, self.generation, self.chat_template)
 
     # --- tokens and latents ----------------------------------------------------------------

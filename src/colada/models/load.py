@@ -18,6 +18,7 @@ from colada.models.masked import MaskedLM
 from colada.networks.checkpoint import check_one_save, read_dit, read_parts, read_vae, read_weights
 from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
+from colada.pictures.codec import read_codec
 
 MODELS: dict[str, type[DecoderLM]] = {"ar": AutoregressiveLM, "llada": MaskedLM}
 """Baselines, by objective."""
@@ -62,7 +63,8 @@ def load(
             return MODELS[config.objective](decoder, origin=origin, **read_parts(directory))
         vae, dit = read_vae(directory, dtype, place), read_dit(directory, dtype, place)
     check_one_save(directory)
-    return ColaDLM(vae, dit, origin=origin, **read_parts(directory))
+    image = read_codec(directory).to(place) if dit.config.img_channels else None
+    return ColaDLM(vae, dit, image=image, origin=origin, **read_parts(directory))
 
 
 def load_cola(

@@ -184,8 +184,10 @@ def _weight_files(folder: Path) -> dict[str, Path]:
 def check_one_save(directory: Path) -> None:
     """Raise ColadaError for networks that say that they were not saved together; other software's do not."""
     saves = {}
-    for part in (DIT_DIR, VAE_DIR):
+    for part in (DIT_DIR, VAE_DIR, IMAGE_DIR):
         index = directory / part / INDEX_FILE
+        if part == IMAGE_DIR and not (directory / part).is_dir():
+            continue
         if os.path.lexists(index):
             metadata = read_json_object(index).get("metadata")
         else:

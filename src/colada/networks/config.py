@@ -185,8 +185,8 @@ class DiTConfig(NetworkConfig):
         ("block_size", lambda c: c.block_size % c.patch_size == 0, "a multiple of patch_size={c.patch_size}"),
         (
             "img_channels",
-            lambda c: c.img_channels in (0, c.txt_in_channels),
-            "0, or txt_in_channels={c.txt_in_channels}: all latents are packed in one tensor",
+            lambda c: 0 <= c.img_channels <= c.txt_in_channels,
+            "0, or at most txt_in_channels={c.txt_in_channels}: all latents are packed in one tensor",
         ),
         (
             "img_grid",

@@ -349,13 +349,20 @@ class DiT(nn.Module):
     def embed_pictures(self, latents: Tensor) -> Tensor:
         """Return the first layer's input of whole pictures' latents (P, C): where in its picture each lies.
 
+        Of latents, which may be wider than a picture's, the first ``img_channels`` numbers are looked at.
+
         Raises:
             ColadaError: for a network that has text only.
         """
         if self.config.img_grid is None:
             raise ColadaError(f"this model has no pictures: img_channels={self.config.img_channels}")
-        x = self.img_in(latents.to(self.img_in.proj.weight.dtype))
+        x = self.img_in(latents[:, : self.config.img_channels].to(self.img_in.proj.weight.dtype))
         return (x.unflatten(0, (-1, len(self.img_pos))) + self.img_pos.to(x.dtype)).flatten(0, 1)
+
+    def unembed_pictures(self, h: Tensor) -> Tensor:
+        """Return the output (P, C) for the last layer's (P, dim); 0 in what of it a picture does not have."""
+        output = self.img_out(h)
+        return F.pad(output, (0, self.config.txt_out_channels - output.shape[1]))
 
     def forward(
         self,
@@ -406,7 +413,7 @@ class DiT(nn.Module):
         h = modulate(self.txt_out_norm(x), self.txt_out_ada["out_in"](emb), row)
         x = self.txt_out(h)
         if pictures is not None:
-            x = x.index_copy(0, pictures, self.img_out(h.index_select(0, pictures)))
+            x = x.index_copy(0, pictures, self.unembed_pictures(h.index_select(0, pictures)))
         return x.reshape(-1, config.txt_out_channels).float()
 
     def velocity(

@@ -6,18 +6,20 @@ picture, which see each other, then the clean and the noisy answer, which see bo
 
 Text keeps its positions; a picture takes one, the first after the text before it, for all its latents, and
 the text after it begins with the next block: a KV cache needs no second kind of position, and where in a
-picture a latent lies is told by ``img_pos``. B rows, L text latents, M latents of a picture.
+picture a latent lies is told by ``img_pos``. B rows, L text latents, M latents of a picture, which may be
+narrower than the text's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from colada.errors import ColadaError
+from colada.networks.config import DiTConfig
 from colada.networks.dit import DiT, DualBlock
 from colada.networks.packing import Cells, Kind, Layout
 
@@ -36,13 +38,18 @@ def drawing_layout(lengths: Tensor, length: int, latents: int, block_size: int, 
         ColadaError: for lengths that are no whole blocks, or beyond ``length``.
     """
     _check_lengths(lengths, length, block_size)
+    padding = _padding(lengths, length)
+    cells = drawing_cells(lengths, length, latents, block_size)
+    hidden = torch.cat([padding, padding.new_zeros(len(lengths), latents), padding], 1)
+    return Layout.of_cells(cells, block_size, length, hidden, alone)
+
+
+def drawing_cells(lengths: Tensor, length: int, latents: int, block_size: int) -> Cells:
+    """Return the cells (B, n) of such rows."""
     rows = len(lengths)
     text = _text(rows, length, lengths.new_zeros(rows), block_size)
     picture = _picture(rows, latents, lengths, length // block_size, Kind.DRAWN)
-    padding = _padding(lengths, length)
-    cells = _joined(_as(text, Kind.CLEAN, 0), picture, _as(text, Kind.NOISY, 1))
-    hidden = torch.cat([padding, padding.new_zeros(rows, latents), padding], 1)
-    return Layout.of_cells(cells, block_size, length, hidden, alone)
+    return _joined(_as(text, Kind.CLEAN, 0), picture, _as(text, Kind.NOISY, 1))
 
 
 def describing_layout(
@@ -62,40 +69,48 @@ def describing_layout(
     """
     _check_lengths(prompts, prompt, block_size)
     _check_lengths(lengths, length, block_size)
-    rows, clean = len(lengths), length - block_size
-    before = _text(rows, prompt, prompts.new_zeros(rows), block_size)
-    picture = _picture(rows, latents, prompts, 0, Kind.SHOWN)
-    answer = _text(rows, length, prompts + block_size, block_size)
-    history = answer.at((slice(None), slice(clean)))
-    cells = _joined(
-        _as(before, Kind.PROMPT, 0), picture, _as(history, Kind.CLEAN, 0), _as(answer, Kind.NOISY, 1)
-    )
-    padding = _padding(lengths, length)
-    shown = padding.new_zeros(rows, latents)
+    clean, padding = length - block_size, _padding(lengths, length)
+    shown = padding.new_zeros(len(lengths), latents)
     hidden = torch.cat([_padding(prompts, prompt), shown, padding[:, :clean], padding], 1)
+    cells = describing_cells(prompts, prompt, lengths, length, latents, block_size)
     return Layout.of_cells(cells, block_size, prompt + latents + clean, hidden)
 
 
-def with_pictures(
-    text: DiT, grid: Sequence[int], dual_layers: int = 0, generator: torch.Generator | None = None
-) -> DiT:
+def describing_cells(
+    prompts: Tensor, prompt: int, lengths: Tensor, length: int, latents: int, block_size: int
+) -> Cells:
+    """Return the cells (B, n) of such rows."""
+    rows = len(lengths)
+    before = _text(rows, prompt, prompts.new_zeros(rows), block_size)
+    picture = _picture(rows, latents, prompts, 0, Kind.SHOWN)
+    answer = _text(rows, length, prompts + block_size, block_size)
+    history = answer.at((slice(None), slice(length - block_size)))
+    return _joined(
+        _as(before, Kind.PROMPT, 0), picture, _as(history, Kind.CLEAN, 0), _as(answer, Kind.NOISY, 1)
+    )
+
+
+def with_pictures(text: DiT, config: DiTConfig, generator: torch.Generator | None = None) -> DiT:
     """Return a copy of a text network that has pictures too, and draws nothing of use as yet.
 
     Args:
         text: whose weights it begins with, those of pictures in dual layers too.
-        grid: rows and columns of a picture's latents.
-        dual_layers: see :class:`colada.networks.config.DiTConfig`.
+        config: that of the text with pictures.
         generator: of the new weights.
     """
-    channels = text.config.txt_in_channels
-    dit = DiT(replace(text.config, img_channels=channels, img_grid=list(grid), dual_layers=dual_layers))
+    dit = DiT(config)
     dit.init_weights(generator)
     dit.load_state_dict(text.state_dict(), strict=False)
-    for block in dit.blocks[:dual_layers]:
+    for block in dit.blocks[: config.dual_layers]:
         assert isinstance(block, DualBlock)
         state = {name: value for name, value in block.state_dict().items() if not name.startswith("image.")}
         block.image.load_state_dict(state)
     return dit.to(text.txt_in.proj.weight)
+
+
+def widened(latents: Tensor, width: int) -> Tensor:
+    """Return latents of pictures (..., P) as wide as text latents, filled up with 0: packed together."""
+    return F.pad(latents, (0, width - latents.shape[-1]))
 
 
 def text_part(dit: DiT) -> DiT:

@@ -8,81 +8,24 @@ training pictures have mean 0 and mean square 1, on which the timestep law relie
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from colada.device import unallocated
 from colada.errors import ColadaError
 from colada.files import read_json_object
 from colada.locate import IMAGE_DIR
 from colada.networks.checkpoint import read_weights
-from colada.networks.config import NetworkConfig, Rule, extension
+from colada.networks.config import DiTConfig
+from colada.pictures.config import CodecConfig
 from colada.pictures.shapes import Picture
-from colada.pictures.vae import GROUPS, Decoder, Encoder
-
-KINDS = ("patch_pca", "conv_vae")
-MOST_SIZE = 1024
-"""Pixels of the side of the largest pictures."""
-
-
-@dataclass(frozen=True)
-class CodecConfig(NetworkConfig):
-    """A picture codec (``model_type`` "cola_image_codec").
-
-    ``size`` is of a picture's side and ``patch`` of what becomes one latent of ``channels`` numbers, both in
-    pixels.
-    """
-
-    model_type: ClassVar[str] = "cola_image_codec"
-    architecture: ClassVar[str] = "ColaImageCodec"
-    positive: ClassVar[str] = "size patch channels"
-    rules: ClassVar[Sequence[Rule]] = (
-        ("kind", lambda c: c.kind in KINDS, " or ".join(map(repr, KINDS))),
-        ("size", lambda c: c.size <= MOST_SIZE, f"at most {MOST_SIZE}"),
-        ("patch", lambda c: c.size % c.patch == 0, "a divisor of size={c.size}"),
-        (
-            "patch",
-            lambda c: c.kind == "patch_pca" or c.patch & (c.patch - 1) == 0,
-            "a power of 2 for kind='conv_vae'",
-        ),
-        (
-            "channels",
-            lambda c: c.kind == "conv_vae" or c.channels <= c.patch_numbers,
-            "at most {c.patch_numbers}, the numbers of a patch",
-        ),
-        (
-            "width",
-            lambda c: c.width % GROUPS == 0 and (c.width > 0) == (c.kind == "conv_vae"),
-            f"0 for kind='patch_pca', else a multiple of {GROUPS}",
-        ),
-    )
-
-    kind: str = "patch_pca"
-    size: int = 32
-    patch: int = 8
-    channels: int = 64
-    width: int = extension(0, "features of a convolutional codec at full size")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of a picture's latents, which are in reading order."""
-        return self.size // self.patch, self.size // self.patch
-
-    @property
-    def latents(self) -> int:
-        """Latents M of a picture."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def patch_numbers(self) -> int:
-        """Numbers of a patch of pixels."""
-        return self.patch * self.patch * 3
+from colada.pictures.vae import Decoder, Encoder
 
 
 def _check(pictures: Tensor, size: int) -> None:
@@ -126,6 +69,13 @@ class Codec(nn.Module, ABC):
                 f"latents of shape {tuple(latents.shape)}, expected (B, {expected[0]}, {expected[1]})"
             )
         return (self.pixels_of(latents).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator | None) -> None:
+        """Initialise a parameter of a new codec: convolutions uniformly by what they take in, biases at 0."""
+        if parameter.ndim == 1:
+            nn.init.constant_(parameter, float(name.endswith("weight")))  # Of a norm.
+        else:
+            nn.init.kaiming_uniform_(parameter, math.sqrt(5), generator=generator)
 
     @property
     def device(self) -> torch.device:
@@ -244,7 +194,7 @@ def unpatch(flat: Tensor, size: int, grid: Sequence[int]) -> Tensor:
     return rows.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
 
 
-def fit(pictures: Iterable[Picture | Tensor], config: CodecConfig, whitening: float = 0.5) -> PatchPCA:
+def fit(pictures: Iterable[Picture | Tensor], config: CodecConfig) -> PatchPCA:
     """Return the patch PCA of pictures.
 
     Sums of whole numbers below 2**53 are exact, whatever order they are added in, so that equal pictures give
@@ -253,7 +203,6 @@ def fit(pictures: Iterable[Picture | Tensor], config: CodecConfig, whitening: fl
     Args:
         pictures: batches, uint8 (B, S, S, 3).
         config: of the codec.
-        whitening: 0 leaves the components' standard deviations as they are, 1 makes them equal.
 
     Raises:
         ColadaError: for pictures of another size, or that differ in fewer ways than there are channels.
@@ -278,7 +227,7 @@ def fit(pictures: Iterable[Picture | Tensor], config: CodecConfig, whitening: fl
     values, vectors = values[: config.channels], vectors[:, : config.channels]
     largest = vectors[np.abs(vectors).argmax(0), np.arange(config.channels)]
     deviation = np.sqrt(values) / 255
-    scale = deviation**whitening
+    scale = deviation**config.whitening
     scale *= np.sqrt(np.mean((deviation / scale) ** 2))
     codec = PatchPCA(config)
     codec.mean.copy_(torch.from_numpy(mean / 255))
@@ -293,16 +242,43 @@ def read_codec(directory: Path) -> Codec:
     Raises:
         ColadaError: if it has none, or a file of it is wrong.
     """
-    file = directory / IMAGE_DIR / "config.json"
     if not (directory / IMAGE_DIR).is_dir():
         raise ColadaError(f"{directory} has no pictures: {IMAGE_DIR}/ is missing")
-    config = CodecConfig.from_dict(read_json_object(file), str(file))
-    network = PatchPCA if config.kind == "patch_pca" else ConvVAE
+    config = read_codec_config(directory)
+    return read_weights(lambda: new_codec(config), directory / IMAGE_DIR, torch.float32, "cpu").eval()
 
-    def build() -> Codec:
-        return network(config)
 
-    return read_weights(build, directory / IMAGE_DIR, torch.float32, "cpu").eval()
+def read_codec_config(directory: Path) -> CodecConfig:
+    """Return the configuration in a model directory's ``cola_image``; raises ColadaError naming file, key."""
+    file = directory / IMAGE_DIR / "config.json"
+    return CodecConfig.from_dict(read_json_object(file), str(file))
+
+
+def new_codec(config: CodecConfig) -> Codec:
+    """Return a codec of this kind, of which nothing is fitted or learnt."""
+    return PatchPCA(config) if config.kind == "patch_pca" else ConvVAE(config)
+
+
+def codec_parameters(config: CodecConfig) -> int:
+    """Return how many parameters a codec has that is learnt; a linear one has none."""
+    with unallocated():
+        return sum(parameter.numel() for parameter in new_codec(config).parameters())
+
+
+def check_codec(codec: CodecConfig | None, dit: DiTConfig, origin: str = "model") -> None:
+    """Raise ColadaError if a codec, or none, and a DiT cannot be parts of one model."""
+    if codec is None:
+        if dit.img_channels:
+            raise ColadaError(
+                f"{origin}: cola_dit img_channels={dit.img_channels}, but {IMAGE_DIR}/ is missing"
+            )
+        return
+    for name, own, other in (
+        ("channels", codec.channels, dit.img_channels),
+        ("grid", list(codec.grid), dit.img_grid),
+    ):
+        if own != other:
+            raise ColadaError(f"{origin}: {IMAGE_DIR} {name}={own} contradicts cola_dit img_{name}={other}")
 
 
 def psnr(pictures: Tensor, others: Tensor) -> float:

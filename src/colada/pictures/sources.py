@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha1
 from pathlib import Path
 from typing import NamedTuple
@@ -58,12 +59,19 @@ class Scenes:
     count: None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def digest(self) -> str:
+        """What tells these pairs from others."""
+        return f"{self.name} of seed {self.seed}"
+
     def pair(self, number: int) -> Pair:
         """Return a scene by its number, from 0."""
         return Pair(*example(self.seed, self.first + number, self.things, self.unseen, self.on_grid))
 
-    def split(self, share: float) -> tuple[Scenes, Scenes]:
-        """Return what is trained on, and others to validate with."""
+    def split(self, share: float) -> tuple[Scenes, Scenes | None]:
+        """Return what is trained on, and others to validate with, if a share is wanted for that."""
+        if share == 0:
+            return self, None
         return self, replace(self, first=self.first + _VALIDATION)
 
 
@@ -90,18 +98,42 @@ class Files:
         """Pairs in all."""
         return len(self.captions)
 
+    @cached_property
+    def digest(self) -> str:
+        """What tells these pairs from others."""
+        content = sha1("\0".join(self.captions).encode(), usedforsecurity=False)
+        content.update(self.pictures.tobytes())
+        return content.hexdigest()
+
     def pair(self, number: int) -> Pair:
         """Return a pair by its number, from 0; after the last comes the first."""
         number %= len(self.captions)
         return Pair(self.captions[number], self.pictures[number], self.captions[number])
 
-    def split(self, share: float) -> tuple[Files, Files]:
+    def split(self, share: float) -> tuple[Files, Files | None]:
         """Return what is trained on, and what to validate with: what the file says, or about a share.
 
-        Equal pairs land on the same side.
+        Equal pairs land on the same side. Where a share would leave a side without any, it has one that is
+        least or greatest in the order by which they are chosen; None where nothing is to be validated with.
+
+        Raises:
+            ColadaError: if there is nothing to train on.
         """
-        chosen = self.validation or tuple(self._fraction(n) < share for n in range(self.count))
-        return self._of(not one for one in chosen), self._of(chosen)
+        if self.validation is not None:
+            chosen = self.validation
+            if all(chosen):
+                raise ColadaError(f"{self.name}: every picture is for validation, expected some to train on")
+        else:
+            places = [self._fraction(number) for number in range(self.count)]
+            least, greatest = min(places), max(places)
+            if share > 0 and least == greatest:
+                raise ColadaError(
+                    f"{self.name}: one picture, expected a second one to validate with, or"
+                    " data.validation_share=0"
+                )
+            # Between two of the places, whatever the share: neither side is empty.
+            chosen = tuple(share > 0 and (place == least or place < min(share, greatest)) for place in places)
+        return self._of(not one for one in chosen), self._of(chosen) if any(chosen) else None
 
     def _fraction(self, number: int) -> float:
         content = self.captions[number].encode() + self.pictures[number].tobytes()

@@ -10,8 +10,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPS = 8
-"""Of GroupNorm; features are a multiple of it."""
+from colada.pictures.config import GROUPS
+
 MOST_FEATURES = 4
 """Features at the lowest resolution, relative to those at the highest."""
 

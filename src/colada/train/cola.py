@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +18,9 @@ from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM, as_distilled
 from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
+from colada.networks.pictures import with_pictures
 from colada.networks.vae import TextVAE
+from colada.pictures.codec import Codec, PatchPCA, fit, new_codec
 from colada.text.tokenizer import Tokenizer
 from colada.train.cost import Phase, Placement, Work, cola_phase
 from colada.train.kinds import (
@@ -29,12 +33,17 @@ from colada.train.kinds import (
 )
 from colada.train.losses import JointWeights, Loss, stage1_loss, stage2_frozen_loss, stage2_joint_loss
 from colada.train.noise import Counts, Draws, FlowSettings, VAEWeights, count, draw_randomness
+from colada.train.pairs import open_pairs
 from colada.train.recipe import Recipe
-from colada.train.stages import Stage, System, copied, drawn, row_generator
+from colada.train.stages import LayOut, Stage, System, copied, drawn, row_generator
+
+_FITTED_AT_ONCE = 1000
 
 
 class ColaSystem(System):
-    """Text VAE and DiT, new ones or those of a model to continue from.
+    """Text VAE, DiT and, with pictures, their codec: new ones or those of a model to continue from.
+
+    A linear codec is fitted when it is first needed, to the first pictures that are trained on.
 
     Raises:
         ColadaError: if they do not fit the recipe.
@@ -52,24 +61,51 @@ class ColaSystem(System):
         else:
             raise ColadaError(f"model.init={recipe.model.init} is {start.arch}, model.arch is 'cola'")
         vae, dit = self.made(lambda: TextVAE(vae_config)), self.made(lambda: DiT(dit_config))
+        networks: dict[str, nn.Module] = {"vae": vae, "dit": dit}
+        generators = [row_generator(recipe.seed, 0, number) for number in range(3)]
         if start is None:
-            generators = [row_generator(recipe.seed, 0, number) for number in (0, 1)]
             first = {"vae": drawn(vae, generators[0]), "dit": drawn(dit, generators[1])}
         else:
-            more = drawn(dit, row_generator(recipe.seed, 0, 1))
-            first = {"vae": copied(start.vae), "dit": copied(start.dit, more)}
-        self._begin({"vae": vae, "dit": dit}, first)
+            first = {"vae": copied(start.vae), "dit": copied(start.dit, drawn(dit, generators[1]))}
+            if dit_config.img_channels and not start.dit.config.img_channels:
+                first["dit"] = copied(with_pictures(start.dit, dit_config, generators[1]))
+        image = recipe.image_config(vae_config)
+        if isinstance(start, ColaDLM) and start.image is not None:
+            image = start.image.config
+        self.tokenizer, self._fits = tokenizer, False
+        if image is not None:
+            codec = self.made(lambda: new_codec(image))
+            networks["image"], first["image"] = codec, drawn(codec, generators[2])
+            if isinstance(start, ColaDLM) and start.image is not None:
+                first["image"] = copied(start.image)
+                for name, buffer in codec.named_buffers():
+                    buffer.copy_(start.image.get_buffer(name))
+            else:
+                self._fits = isinstance(codec, PatchPCA)
+        self._begin(networks, first)
         self.distilled = dit_config.distilled
         self.block_tokens = vae_config.block_tokens
 
+    def ready(self, name: str, lay_out: LayOut) -> nn.Module:
+        """Return a network, laid over the ranks with its weights; a linear codec is then fitted."""
+        network, splits = super().ready(name, lay_out), open_pairs(self.recipe)
+        if name == "image" and self._fits and splits is not None:
+            assert isinstance(network, PatchPCA)
+            pictures = (pair.picture for pair in splits.training.pairs(self.recipe.data.fitted_on))
+            batches = iter(lambda: list(islice(pictures, _FITTED_AT_ONCE)), [])
+            network.load_state_dict(fit(map(np.stack, batches), network.config).state_dict())
+            self._fits = False
+        return network
+
     def model(self, networks: Mapping[str, nn.Module], **parts: Any) -> ColaDLM:
         """Return networks, by name, as a model."""
-        vae, dit = networks["vae"], networks["dit"]
+        vae, dit, image = networks["vae"], networks["dit"], networks.get("image")
         assert isinstance(vae, TextVAE)
         assert isinstance(dit, DiT)
         if dit.config.distilled is not None:
             parts["generation"] = _stored(dit.config.distilled, parts.get("generation") or {})
-        return ColaDLM(vae, dit, **parts)
+        assert image is None or isinstance(image, Codec)
+        return ColaDLM(vae, dit, image=image if dit.config.img_channels else None, **parts)
 
 
 def _stored(inside: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +170,8 @@ class TextVAEStage(ColaStage):
 class PriorStage(ColaStage):
     """The DiT over the latents of a frozen Text VAE."""
 
-    learns, uses = ("dit",), ("vae",)
+    learns = ("dit",)
+    uses: ClassVar[tuple[str, ...]] = ("vae",)
     section: PriorSection
 
     def draw(self, rows: Sequence[int]) -> Draws:

@@ -15,27 +15,24 @@ the attention terms are upper bounds. MFU = useful FLOPs per second / (ranks * p
 
 Counted by :func:`training_flops`, :func:`memory_per_rank` (Cola DLM), :func:`decoder_flops` and
 :func:`decoder_memory` (a baseline), from :func:`networks`, :func:`matrix_entries`, :func:`adaln_entries`,
-:func:`block_causal_pairs` and :func:`two_copy_pairs`; measured against :func:`peak_flops` by :func:`mfu`, and
-shown by :func:`scaled`. What a whole run costs is in :mod:`colada.train.plan`.
+:func:`block_causal_pairs` and :func:`two_copy_pairs`; measured against what a device could do by
+:mod:`colada.train.peak`, and shown by :func:`scaled`. What a whole run costs is in :mod:`colada.train.plan`.
 """
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 
 from colada.device import unallocated
 from colada.errors import ColadaError
 from colada.networks.config import DecoderConfig, DiTConfig, TextVAEConfig
 from colada.networks.decoder import Decoder
-from colada.networks.dit import AdaLN, DiT
+from colada.networks.dit import AdaLN, DiT, DualBlock
 from colada.networks.vae import TextVAE
 from colada.train.lora import factor_entries, learning_entries
 
@@ -106,14 +103,15 @@ def _decoder(config: DecoderConfig) -> Decoder:
         return Decoder(config)
 
 
-def _count(module: nn.Module) -> int:
+def parameters_of(module: nn.Module) -> int:
+    """Return the parameters of a network."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def parameter_counts(vae: TextVAEConfig, dit: DiTConfig) -> dict[str, int]:
     """Return the parameters of each network, which are not allocated."""
     text, prior = networks(vae, dit)
-    return {"Text VAE": _count(text), "DiT": _count(prior)}
+    return {"Text VAE": parameters_of(text), "DiT": parameters_of(prior)}
 
 
 # --- FLOPs -------------------------------------------------------------------------------------
@@ -182,7 +180,7 @@ def training_flops(vae: TextVAEConfig, dit: DiTConfig, work: Work) -> dict[str, 
     size = dit.block_size // dit.patch_size
     pairs = two_copy_pairs(blocks, size, work.copies)
     timestep_entries = adaln_entries(prior)
-    products = 2 * _dit_positions(dit, work, blocks) * (matrix_entries(prior) - timestep_entries)
+    products = 2 * _dit_positions(dit, work, blocks) * position_entries(prior)
     parts["DiT"] = 3 * work.rows * (products + 4 * dit.num_layers * dit.heads * dit.head_dim * pairs)
     timesteps = work.rows * work.copies * (blocks if work.per_block else 1) + (blocks > 1)
     parts["AdaLN"] = 3 * 2 * timesteps * timestep_entries
@@ -196,11 +194,32 @@ def _dit_positions(dit: DiTConfig, work: Work, blocks: int) -> int:
     return (blocks - 1 + work.copies * blocks) * (dit.block_size // dit.patch_size)
 
 
-def adaln_entries(prior: DiT) -> int:
-    """Return the entries of the matrices that only a timestep is multiplied by."""
+def adaln_entries(prior: DiT, pictures: bool = False) -> int:
+    """Return the entries of the matrices that only a timestep is multiplied by.
+
+    Args:
+        pictures: of passes that hold pictures, where both halves of dual layers take part.
+    """
     blocks = sum(matrix_entries(module) for module in prior.modules() if isinstance(module, AdaLN))
+    halves = 0 if pictures else sum(matrix_entries(block.image.ada) for block in dual_blocks(prior))
     times = [prior.emb_in, prior.emb_in2] if prior.config.landing_time else [prior.emb_in]
-    return blocks + matrix_entries(prior.txt_out_ada) + sum(map(matrix_entries, times))
+    return blocks - halves + matrix_entries(prior.txt_out_ada) + sum(map(matrix_entries, times))
+
+
+def dual_blocks(prior: DiT) -> list[DualBlock]:
+    """Return the layers that have weights of their own for pictures."""
+    return [block for block in prior.blocks if isinstance(block, DualBlock)]
+
+
+def position_entries(prior: DiT) -> int:
+    """Return the entries of the matrices that a position is multiplied by, of text or of a picture alike."""
+    entries = matrix_entries(prior) - adaln_entries(prior, pictures=True)
+    entries -= sum(
+        matrix_entries(block.image) - matrix_entries(block.image.ada) for block in dual_blocks(prior)
+    )
+    if prior.config.img_grid is not None:  # A picture's input and output are in the place of the text's.
+        entries -= matrix_entries(prior.img_in) + matrix_entries(prior.img_out)
+    return entries
 
 
 # --- memory ------------------------------------------------------------------------------------
@@ -262,13 +281,13 @@ def memory_per_rank(vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: P
     trained: list[nn.Module] = [text] * work.vae_learns + [prior] * work.dit_learns
     parts = state_bytes(trained, placement)
     if work.dit_learns:
-        parts["frozen networks"] = 4 * _count(text) / placement.shards
+        parts["frozen networks"] = 4 * parameters_of(text) / placement.shards
     return parts | _activations(vae, dit, work, placement)
 
 
 def state_bytes(trained: Sequence[nn.Module], placement: Placement) -> dict[str, float]:
     """Return what networks that learn need beside activations, see :func:`memory_per_rank`."""
-    parameters = sum(_count(network) for network in trained)
+    parameters = sum(parameters_of(network) for network in trained)
     gradients = sum(learning_entries(network, placement.train) for network in trained)
     moments = 2 * gradients - (
         sum(map(_muon_entries, trained)) if placement.muon and placement.train == "all" else 0
@@ -303,11 +322,16 @@ def _activations(vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: Plac
         logit = (entry + 8 if placement.bfloat16 else 8) + 4 * (streams - 1)
         parts["logits"] = float(rows * work.length * vae.vocab_size * logit)
     if work.dit_learns:
-        dim, width = dit.txt_dim, dit.heads * dit.head_dim
-        layer = entry * ((12 + 2 * dit.expand_ratio) * dim + 6 * width) + (4 - entry) * 4 * (dim + width)
-        kept = dit.num_layers * entry * dim + layer if placement.checkpointing else dit.num_layers * layer
-        total += _dit_positions(dit, work, blocks) * (kept + 4 * entry * dim)
+        total += _dit_positions(dit, work, blocks) * dit_position_bytes(dit, placement)
     return {"activations": float(rows * total), **parts}
+
+
+def dit_position_bytes(dit: DiTConfig, placement: Placement) -> int:
+    """Return the bytes of activations of a position, see :func:`memory_per_rank`."""
+    dim, width, entry = dit.txt_dim, dit.heads * dit.head_dim, 2 if placement.bfloat16 else 4
+    layer = entry * ((12 + 2 * dit.expand_ratio) * dim + 6 * width) + (4 - entry) * 4 * (dim + width)
+    kept = dit.num_layers * entry * dim + layer if placement.checkpointing else dit.num_layers * layer
+    return kept + 4 * entry * dim
 
 
 def _muon_entries(network: nn.Module) -> int:
@@ -319,8 +343,8 @@ def _muon_entries(network: nn.Module) -> int:
 def _gathered_entries(network: nn.Module) -> int:
     """Parameters of the largest transformer block and of all that is outside blocks."""
     stacks = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [_count(block) for stack in stacks for block in stack]
-    return _count(network) - sum(blocks) + max(blocks)
+    blocks = [parameters_of(block) for stack in stacks for block in stack]
+    return parameters_of(network) - sum(blocks) + max(blocks)
 
 
 # --- a baseline ----------------------------------------------------------------------------------
@@ -362,70 +386,6 @@ def decoder_memory(config: DecoderConfig, length: int, placement: Placement) -> 
         "activations": float(rows * length * kept),
         "logits": float(rows * length * config.vocab_size * (entry + 8 if placement.bfloat16 else 8)),
     }
-
-
-# --- the device --------------------------------------------------------------------------------
-
-# Dense 16-bit tensor-core peaks from the makers' data sheets, FLOPs per second, by whole words of the
-# name of the device; of those that match, the first counts.
-_DATA_SHEETS = (
-    (r"GB200", 2500e12),
-    (r"B200", 2250e12),
-    (r"GH200", 989e12),
-    (r"H200 NVL", 836e12),
-    (r"H200", 989e12),
-    (r"H100 PCIe", 756e12),
-    (r"H100 NVL", 835e12),
-    (r"H100", 989e12),
-    (r"MI300X", 1307e12),
-    (r"A100", 312e12),
-    (r"L40S", 362e12),
-    (r"L40", 181e12),
-    (r"L4", 121e12),
-    (r"A10G", 70e12),
-    (r"A10", 125e12),
-    (r"RTX 4090$", 165e12),  # Not the 4090 D, nor the one for laptops.
-)
-_DATA_SHEETS_FLOAT16 = ((r"V100", 125e12), (r"T4", 65e12))  # Without bfloat16 units.
-
-
-@lru_cache(maxsize=8)
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Return what MFU takes as the peak, in FLOPs per second, and where it is from.
-
-    For 16-bit types on a known GPU "data sheet". Otherwise, as for float32, whose rate depends on
-    whether TF32 is on, "measured": the best rate of square products, taken once a process in
-    under half a second.
-    """
-    if device.type == "cuda":
-        tables = {torch.bfloat16: _DATA_SHEETS, torch.float16: _DATA_SHEETS + _DATA_SHEETS_FLOAT16}
-        name = torch.cuda.get_device_name(device)
-        for words, peak in tables.get(dtype, ()):
-            # A MIG slice is named like the whole.
-            if re.search(rf"\b{words}(\b|$)", name) and "MIG" not in name:
-                return peak, "data sheet"
-    return _measured_rate(device, dtype), "measured"
-
-
-def _measured_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
-    """Return the best rate of n x n products, n doubling from 256 while one more size fits in the time."""
-    end, best, n = time.perf_counter() + seconds, 0.0, 256
-    while True:
-        a = torch.ones(n, n, device=device, dtype=dtype)
-        durations = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            float((a @ a)[0, 0])  # Reading a number waits for the device.
-            durations.append(time.perf_counter() - begin)
-        best = max(best, 2 * n**3 / min(durations))
-        if n == 8192 or time.perf_counter() + 3 * 8 * min(durations) > end:
-            return best
-        n *= 2
-
-
-def mfu(flops: float, seconds: float, peak: float, ranks: int = 1) -> float:
-    """Return the model FLOPs utilisation: useful ``flops`` done in ``seconds`` / (ranks * peak)."""
-    return flops / (seconds * ranks * peak)
 
 
 # --- the steps of a stage -------------------------------------------------------------------------

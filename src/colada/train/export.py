@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from colada.errors import ColadaError
 from colada.files import read_text
@@ -68,7 +69,8 @@ def export(checkpoint: Path, directory: Path) -> str:
     tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER_FILE)
     start, section = None, recipe.trained[state["stage"]]
     learnt, frozen = stage_class(section).learns, frozen_in(recipe, state["stage"])
-    configs = {name: state[name] for name in ("vae", "dit", "decoder") if isinstance(state.get(name), dict)}
+    names = ("vae", "dit", "image", "decoder")
+    configs = {name: state[name] for name in names if isinstance(state.get(name), dict)}
     begun = sorted(configs.keys() - {*learnt, *frozen})  # They are not in the checkpoint.
     if recipe.model.init is not None and begun:
         start = load(recipe.model.init)
@@ -76,6 +78,8 @@ def export(checkpoint: Path, directory: Path) -> str:
         model = ModelSection(arch=recipe.model.arch, **configs)
         recipe = recipe.model_copy(update={"model": model})
     system = system_of(recipe, tokenizer, start)
+    for name in begun:
+        system.ready(name, nn.ModuleDict)
     states = {name: network.state_dict() for name, network in system.networks.items()}
     tensors: dict[str, Any] = {name: states[name] for name in frozen}
     if section.ema:

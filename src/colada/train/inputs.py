@@ -16,6 +16,7 @@ from colada.models.base import LanguageModel
 from colada.text.chat import DEFAULT_TEMPLATE, read_template
 from colada.text.tokenizer import IM_END, Tokenizer
 from colada.train.kinds import StageSection
+from colada.train.pairs import open_pairs
 from colada.train.recipe import Recipe, source_weights
 
 
@@ -27,9 +28,12 @@ class Inputs:
     pad_id: int
     streams: Sequence[tuple[Source, dict[Split, TokenStream]]]
 
-    def digests(self) -> list[str]:
-        """Return what tells this training text from other: one digest a source, in their order."""
-        return [streams["train"].digest for _, streams in self.streams]
+    def digests(self) -> dict[str, str]:
+        """Return what tells this training data from other: a digest of each source, in their order."""
+        texts = {f"text of {source.name}": streams["train"].digest for source, streams in self.streams}
+        splits = open_pairs(self.recipe)
+        pictures = {} if splits is None else splits.digests
+        return texts | {f"set of pictures {name}": digest for name, digest in pictures.items()}
 
     def validation_rows(
         self, section: StageSection, seed: int, block: int, say: Callable[[str], None]

@@ -8,7 +8,7 @@ it is in nor on the device. B rows of L tokens are (B, M, C) latents, M = L / pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Self
 
 import torch
@@ -64,12 +64,15 @@ class FlowSettings:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Tensors (B, ...), or None, that belong to the rows of a batch."""
+    """Tensors (B, ...), others of these, or None, that belong to the rows of a batch."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return them with a function applied to each."""
         there = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
-        return replace(self, **{name: function(x) for name, x in there.items()})
+        return replace(
+            self,
+            **{name: x.map(function) if isinstance(x, Drawn) else function(x) for name, x in there.items()},
+        )
 
     def to(self, device: torch.device) -> Self:
         """Return them on a device."""
@@ -160,14 +163,19 @@ class Counts:
         tokens: those of samples, not what rows are filled up with.
         latents: likewise.
         noisy: noisy latents with a loss, over all copies.
+        pictures: noisy latents of pictures; pictures, where a codec learns.
+        captions, answers: noisy latents of these.
     """
 
     tokens: float
     latents: float
     noisy: float
+    pictures: float = 0.0
+    captions: float = 0.0
+    answers: float = 0.0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.tokens + other.tokens, self.latents + other.latents, self.noisy + other.noisy)
+        return Counts(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
 
 def count(batch: Batch, draws: Draws, config: TextVAEConfig) -> Counts:

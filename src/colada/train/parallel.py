@@ -30,6 +30,7 @@ from colada.errors import ColadaError
 from colada.networks.decoder import Decoder
 from colada.networks.dit import DiT
 from colada.networks.vae import Posterior, TextVAE
+from colada.pictures.codec import Codec, ConvVAE
 from colada.train.environment import local_rank, world_size
 
 # FSDP2 gathers weights for the backward pass when the gradient of a network's output comes. In torch 2.11 it
@@ -161,6 +162,10 @@ def lay_out(networks: nn.ModuleDict, ranks: Ranks, precision: torch.dtype) -> No
     # What is outside blocks too: averaged weights would stay gathered after a validation.
     shard = partial(fully_shard, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
     for network in networks.values():
+        if isinstance(network, Codec):  # A linear one has no parameters.
+            for part in [network.encoder, network.decoder] if isinstance(network, ConvVAE) else []:
+                shard(part)
+            continue
         halves = [network.encoder, network.decoder] if isinstance(network, TextVAE) else [network]
         for half in halves:
             assert isinstance(half.blocks, nn.ModuleList)

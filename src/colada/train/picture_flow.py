@@ -12,7 +12,7 @@ from torch import Tensor
 from colada.flow import PREDICTIONS, T, interpolate
 from colada.networks.dit import DiT, Timesteps
 from colada.networks.packing import Layout
-from colada.networks.pictures import describing_layout, drawing_layout
+from colada.networks.pictures import describing_layout, drawing_layout, widened
 
 
 def drawing_errors(
@@ -31,7 +31,7 @@ def drawing_errors(
     Args:
         captions: (B, L, C).
         lengths: int64 (B,), latents of each caption, in whole blocks; the others are padding.
-        pictures: (B, M, C).
+        pictures: (B, M, P), P at most C.
         noise, picture_noise: as ``captions`` and ``pictures``.
         timestep: (B, L), constant within a block.
         picture_timestep: (B,).
@@ -42,9 +42,12 @@ def drawing_errors(
     length = captions.shape[1]
     layout = drawing_layout(lengths, length, pictures.shape[1], dit.config.block_size, alone)
     times = torch.cat([picture_timestep[:, None].expand(-1, pictures.shape[1]), timestep], 1)
-    target, noises = torch.cat([pictures, captions], 1), torch.cat([picture_noise, noise], 1)
+    width, own = captions.shape[2], pictures.shape[2]
+    target = torch.cat([widened(pictures, width), captions], 1)
+    noises = torch.cat([widened(picture_noise, width), noise], 1)
     errors = _errors(dit, captions, target, noises, times, layout)
     picture, text = errors.split([pictures.shape[1], length], 1)
+    picture = picture * (width / own)  # What it is widened by has no error.
     return picture, text.masked_fill(torch.arange(length, device=text.device) >= lengths[:, None], 0.0)
 
 
@@ -63,7 +66,7 @@ def describing_errors(
     Args:
         prompts: (B, P, C).
         prompt_lengths: int64 (B,), latents of each prompt, in whole blocks; the others are padding.
-        pictures: (B, M, C).
+        pictures: (B, M, P), P at most C.
         answers: (B, L, C).
         lengths: int64 (B,), the same of each answer.
         noise: as ``answers``.
@@ -73,7 +76,8 @@ def describing_errors(
     """
     length, size = answers.shape[1], dit.config.block_size
     layout = describing_layout(prompt_lengths, prompts.shape[1], lengths, length, pictures.shape[1], size)
-    clean = torch.cat([prompts, pictures, answers[:, : length - size]], 1)
+    shown = widened(pictures, answers.shape[2])
+    clean = torch.cat([prompts, shown, answers[:, : length - size]], 1)
     errors = _errors(dit, clean, answers, noise, timestep, layout)
     return errors.masked_fill(torch.arange(length, device=errors.device) >= lengths[:, None], 0.0)
 

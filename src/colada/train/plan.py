@@ -11,11 +11,13 @@ import torch
 
 from colada.device import memory_of
 from colada.errors import ColadaError
-from colada.locate import DECODER_DIR, locate
+from colada.locate import DECODER_DIR, IMAGE_DIR, locate
 from colada.models.base import ARCHITECTURES
 from colada.models.load import KINDS, read_decoder_config
 from colada.networks.checkpoint import read_configs
 from colada.networks.config import DecoderConfig, DiTConfig, NetworkConfig, TextVAEConfig, matched_config
+from colada.pictures.codec import codec_parameters, read_codec_config
+from colada.pictures.config import CodecConfig
 from colada.train.cost import Phase, Placement, parameter_counts, scaled
 from colada.train.distil import check_order
 from colada.train.environment import ranks_here
@@ -165,6 +167,9 @@ def plan_run(recipe: Recipe, ranks: int = 1) -> Plan:
         assert isinstance(dit, DiTConfig)
         check_order(recipe, dit.distilled)
         parameters = parameter_counts(vae, dit)
+        image = configs.get("image")
+        if isinstance(image, CodecConfig) and image.kind == "conv_vae":
+            parameters["picture codec"] = codec_parameters(image)
     else:
         assert isinstance(configs["decoder"], DecoderConfig)
         parameters = {"decoder": configs["decoder"].parameters}
@@ -293,7 +298,10 @@ def configs_of(recipe: Recipe) -> dict[str, NetworkConfig]:
             vae, dit = read_configs(locate(init))
             own = recipe.tokenizer.file is None
             dit = recipe.check_configs(vae, dit, vae.vocab_size if own else vocab_size(recipe))
-        return {"vae": vae, "dit": dit}
+        image = recipe.image_config(vae)
+        if init is not None and (locate(init) / IMAGE_DIR).is_dir():
+            image = read_codec_config(locate(init))
+        return {"vae": vae, "dit": dit} | ({} if image is None else {"image": image})
     if init is None:
         return {"decoder": recipe.decoder_config(vocab_size(recipe), bos_id=0)}  # Which id changes no size.
     directory = locate(init)

@@ -11,6 +11,7 @@ from colada.files import require_file
 from colada.locate import local
 from colada.train.environment import world_size
 from colada.train.logs import check_names
+from colada.train.pairs import open_pairs
 from colada.train.recipe import Recipe
 
 
@@ -31,6 +32,8 @@ def preflight(recipe: Recipe, out: Path | None = None) -> list[str]:
     check_names(recipe.run.monitors)
     lines = check_sources(recipe.data.sources, out)
     _check_packages(recipe)
+    splits = open_pairs(recipe)
+    lines += [] if splits is None else splits.notes
     for path in (recipe.tokenizer.file, recipe.data.chat_template):
         if path is not None:
             require_file(path)

@@ -21,8 +21,18 @@ from colada.errors import ColadaError, nearest
 from colada.files import write_text
 from colada.generate.settings import check_settings
 from colada.networks.config import DecoderConfig, DiTConfig, TextVAEConfig, check_pair
+from colada.pictures.config import CodecConfig
 from colada.strict_yaml import dump_yaml, parse_yaml, read_yaml
-from colada.train.kinds import KINDS, AnyStage, DecoderSection, PriorSection, StageSection, TextVAESection
+from colada.train.kinds import (
+    KINDS,
+    AnyStage,
+    DecoderSection,
+    PicturesSection,
+    PictureVAESection,
+    PriorSection,
+    StageSection,
+    TextVAESection,
+)
 from colada.train.sections import DataSection, ModelSection, RunSection, TokenizerSection
 
 _STAGES: dict[str, AnyStage] = {"vae": TextVAESection(), "prior": PriorSection()}
@@ -85,6 +95,12 @@ class Recipe(Section):
         for name, section in self.stages.items():
             if isinstance(section, DecoderSection):
                 check_settings(section.generation, f"stages.{name}.generation")
+            if isinstance(section, PicturesSection | PictureVAESection):
+                if not self.data.pictures:
+                    raise ColadaError(f"stages.{name} learns pictures, expected some in data.pictures")
+                if isinstance(section, PictureVAESection) and self.model.image.get("kind") != "conv_vae":
+                    kind = self.model.image.get("kind", CodecConfig.kind)
+                    raise ColadaError(f"stages.{name} with model.image.kind={kind!r}, expected 'conv_vae'")
             if not any(source_weights(section, self.data.sources, f"stages.{name}.weights")):
                 raise ColadaError(f"stages.{name}.weights={section.weights}, expected one above 0")
         return self
@@ -170,7 +186,37 @@ class Recipe(Section):
                 dit = dataclasses.replace(dit, self_conditioning=True)
             if getattr(section, "landing_time", False):
                 dit = dataclasses.replace(dit, landing_time=True)
+            if isinstance(section, PicturesSection) and not dit.img_channels:
+                image = self.image_config(vae)
+                assert image is not None
+                dit = dataclasses.replace(
+                    dit,
+                    img_channels=image.channels,
+                    img_grid=list(image.grid),
+                    dual_layers=section.dual_layers,
+                )
         return dit
+
+    def image_config(self, vae: TextVAEConfig) -> CodecConfig | None:
+        """Return the configuration of a new model's picture codec; None where no stage learns pictures.
+
+        Raises:
+            ColadaError: naming the key at fault.
+        """
+        kinds = (PicturesSection, PictureVAESection)
+        if not any(isinstance(section, kinds) for section in self.trained.values()):
+            return None
+        filled: dict[str, Any] = {"width": 32 if self.model.image.get("kind") == "conv_vae" else 0}
+        patch = self.model.image.get("patch", CodecConfig.patch)
+        numbers = patch * patch * 3 if isinstance(patch, int) else vae.latent_dim
+        filled["channels"] = vae.latent_dim if filled["width"] else min(vae.latent_dim, numbers)
+        image = CodecConfig.from_dict({**filled, **self.model.image}, "recipe: model.image")
+        if image.channels > vae.latent_dim:
+            raise ColadaError(
+                f"recipe: model.image.channels={image.channels}, expected at most {vae.latent_dim}, the width"
+                " of the text's latents"
+            )
+        return image
 
     def check_networks(self) -> None:
         """Check the keys of the networks' configurations, of an architecture that is not trained too.
@@ -315,7 +361,7 @@ def _dumped(name: str, value: Any, indent: str) -> list[str]:
 
 def difference(old: Recipe, new: Recipe) -> str | None:
     """Return the first key that makes ``new`` another run than ``old``, with both values, or None."""
-    network = {"vae", "dit"} if new.model.arch == "cola" else {"decoder"}
+    network = {"vae", "dit", "image"} if new.model.arch == "cola" else {"decoder"}
     kept: Any = {"seed": True, "data": True, "tokenizer": True, "model": {"arch", "init"} | network}
     before, after = (recipe.model_dump(mode="json", include=kept) for recipe in (old, new))
     for values, recipe in ((before, old), (after, new)):

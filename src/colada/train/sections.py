@@ -10,6 +10,16 @@ from colada.data.sources import Section, Source
 from colada.train.kinds import MOST_ROWS, MOST_STEPS, MOST_TOKENS
 
 
+class PictureSource(Section):
+    """Pictures with captions, see :func:`colada.pictures.sources.open_source`."""
+
+    path: str = Field(
+        min_length=1,
+        description="Folder with captions.tsv, .parquet file or folder of such, shapes: or twemoji:PLACE.",
+    )
+    weight: float = Field(1.0, gt=0, le=1e6, description="Its share of the pictures.")
+
+
 class DataSection(Section):
     """Where the text is and how it becomes rows."""
 
@@ -17,6 +27,10 @@ class DataSection(Section):
         (Source(path="data"),),
         min_length=1,
         description="Where the text is; several are mixed by weight.",
+    )
+    pictures: tuple[PictureSource, ...] = Field((), description="Where pictures with captions are.")
+    fitted_on: int = Field(
+        20_000, ge=1, le=2**24, description="Pictures that a linear codec of pictures is fitted to at most."
     )
     validation_share: float = Field(
         0.02,
@@ -89,6 +103,11 @@ class ModelSection(Section):
     )
     vae: dict[str, Any] = Field({}, description="Keys of cola_vae/config.json; the vocabulary is filled in.")
     dit: dict[str, Any] = Field({}, description="Keys of cola_dit/config.json; the channels are filled in.")
+    image: dict[str, Any] = Field(
+        {},
+        description="Keys of cola_image/config.json, of the codec of a model that learns pictures; also"
+        " beside an init that has none yet.",
+    )
     decoder: dict[str, Any] = Field(
         {},
         description="Baselines: keys of decoder/config.json; without dim, num_layers, num_heads and ffn_dim,"

@@ -22,6 +22,7 @@ from colada.networks.config import DiTConfig, NetworkConfig
 from colada.networks.decoder import Decoder
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
+from colada.pictures.codec import Codec
 from colada.train.cost import Phase, Placement
 from colada.train.display import Display
 from colada.train.kinds import FlowTerms, StageSection
@@ -33,6 +34,9 @@ from colada.train.parallel import Ranks, compile_blocks, fill, recompute
 from colada.train.recipe import Recipe
 
 Network = TypeVar("Network", bound=nn.Module)
+
+VALIDATION_ROW = 2**40
+"""The first row's number of a validation, in its noise: no training run comes that far."""
 
 LayOut = Callable[[dict[str, nn.Module]], nn.ModuleDict]
 """Lays networks over the ranks, and puts them on the device."""
@@ -47,7 +51,7 @@ def row_generator(seed: int, stage: int, row: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
-def drawn(network: TextVAE | DiT | Decoder, generator: torch.Generator) -> FirstWeights:
+def drawn(network: TextVAE | DiT | Decoder | Codec, generator: torch.Generator) -> FirstWeights:
     """Return the first weights of a new network, drawn one parameter after the other."""
 
     def value(name: str, tensor: Tensor) -> Tensor:
@@ -251,6 +255,7 @@ class Stage(ABC):
         configs = {own: network.config for own, network in system.networks.items()}
         phases = self.phases(self.recipe, name, configs, Placement(1))
         self._flops = [sum(phase.flops.values()) for phase in phases]
+        self._tokens = [phase.tokens for phase in phases]
 
     def rate(self, network: str) -> float:
         """Return the highest learning rate of a network."""
@@ -297,6 +302,10 @@ class Stage(ABC):
     def flops(self, step: int) -> float:
         """Return the useful FLOPs of a step."""
         return self._flops[self.phase_of(step)]
+
+    def tokens(self, step: int) -> int:
+        """Return the tokens of a step, over all ranks."""
+        return self._tokens[self.phase_of(step)]
 
 
 def stage_class(section: StageSection) -> type[Stage]:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,10 @@ from colada.train.plan import Plan, check_memory, plan_run, planned, resolve
 from colada.train.preflight import preflight
 from colada.train.provenance import provenance
 from colada.train.recipe import Recipe, commented, difference, load_recipe, save_recipe
-from colada.train.stages import Beginning, Stage, make_stage, modes_kept
+from colada.train.stages import VALIDATION_ROW, Beginning, Stage, make_stage, modes_kept
 from colada.train.watch import Meter, graceful_stop, samples
 
 MODEL = "model"
-VALIDATION_ROW = 2**40  # Noise for validation: rows that no training run reaches.
 
 
 @dataclass
@@ -180,13 +179,11 @@ class Trainer:
         """Refuse to go on with other text than the checkpoint was trained on: the rows would be others."""
         if self.resumed is None:
             return
-        pairs = zip(
-            self.recipe.data.sources, read_state(self.resumed)["data"], self.inputs.digests(), strict=True
-        )
-        for source, then, now in pairs:
+        pairs = zip(self.inputs.digests().items(), read_state(self.resumed)["data"], strict=True)
+        for (data, now), then in pairs:
             if then != now:
                 raise ColadaError(
-                    f"the training text of {source.name} is not what {self.resumed} was trained on;"
+                    f"the training {data} is not what {self.resumed} was trained on;"
                     " restore it, or start from its export: model.init"
                 )
 
@@ -278,7 +275,7 @@ class Trainer:
             self._restore(stage, average)
             progress = Progress(saved["step"], saved["tokens"], saved["skipped"])
             self.display.say(f"resuming {stage.name} at step {progress.step}")
-        text, stopped = self.inputs.digests(), lambda: self._stop
+        text, stopped = list(self.inputs.digests().values()), lambda: self._stop
         stage.begin(Beginning(rows_from, text, self._whole, self.ranks, self.display, stopped))
         if self._agreed()[0]:
             raise Interrupted(f"stopped before step {progress.step + 1} of {stage.name}; run again to resume")
@@ -294,9 +291,9 @@ class Trainer:
                     self.display.say(f"{stage.name} step {step + 1}: not finite, skipped")
                 elif average is not None:
                     average.update_parameters(stage.networks)
-                progress.step, progress.tokens = step + 1, progress.tokens + section.batch * section.length
+                progress.step, progress.tokens = step + 1, progress.tokens + stage.tokens(step)
                 self.display.move(step + 1, section.steps)
-                meter.count(section.batch * section.length, stage.flops(step))
+                meter.count(stage.tokens(step), stage.flops(step))
                 done, last = step + 1, step + 1 == section.steps
                 if done % run.log_every == 0 or last:
                     values = self._readable(terms) | {"grad_norm": norm}
@@ -363,9 +360,7 @@ class Trainer:
     def _counts(self, stage: Stage, own: Batch, draws: Drawn) -> Counts:
         """Return the counts of the whole step, over all ranks."""
         counts = stage.count(own, draws)
-        values = self.ranks.sum(
-            torch.tensor([counts.tokens, counts.latents, counts.noisy], dtype=torch.float64)
-        )
+        values = self.ranks.sum(torch.tensor(astuple(counts), dtype=torch.float64))
         return Counts(*(max(1.0, value) for value in values.tolist()))
 
     def _step(
@@ -468,7 +463,7 @@ class Trainer:
     def _save(self, stage: Stage, average: AveragedModel | None, progress: Progress, wait: bool) -> None:
         state = {"stage": stage.name, **asdict(progress), "made_with": self.made_with}
         state |= self.system.configs()
-        state |= {"data": self.inputs.digests(), "generation": self.generation}
+        state |= {"data": list(self.inputs.digests().values()), "generation": self.generation}
         files = {RECIPE: commented(self.recipe), TOKENIZER_FILE: self.tokenizer.to_json()}
         if self.template is not None:
             files[CHAT_TEMPLATE_FILE] = self.template

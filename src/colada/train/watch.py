@@ -13,8 +13,8 @@ import torch
 
 from colada.models.base import LanguageModel
 from colada.text.transcript import GenerationError
-from colada.train.cost import mfu, peak_flops
 from colada.train.parallel import Ranks
+from colada.train.peak import mfu, peak_flops
 from colada.train.recipe import Recipe
 
 

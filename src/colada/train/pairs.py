@@ -1,0 +1,90 @@
+"""A recipe's pictures with captions: several sources by weight, each pair a pure function of its number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from colada.data.rows import Permutation, turn_of
+from colada.errors import ColadaError
+from colada.pictures.shapes import SIZE
+from colada.pictures.sources import Pair, Source, open_source
+from colada.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of several sources, one split of them.
+
+    Attributes:
+        sources: with their weights.
+        seed: of the order in which they come.
+    """
+
+    sources: tuple[tuple[Source, float], ...]
+    seed: int
+
+    def pair(self, number: int) -> Pair:
+        """Return a pair by its number: of files each once before any again, of scenes never one twice."""
+        which, turn = turn_of(tuple(weight for _, weight in self.sources), self.seed, number)
+        source, _ = self.sources[which]
+        if source.count is None:
+            return source.pair(turn)
+        epoch, index = divmod(turn, source.count)
+        return source.pair(Permutation(source.count, self.seed, epoch)[index])
+
+    def pairs(self, count: int) -> Iterator[Pair]:
+        """Yield the first pairs; none twice where all are of files."""
+        counts = [source.count for source, _ in self.sources]
+        known = [one for one in counts if one is not None]
+        most = count if len(known) < len(counts) else min(count, sum(known))
+        return (self.pair(number) for number in range(most))
+
+
+@dataclass(frozen=True)
+class PairSplits:
+    """What is trained on, and what is validated with; None where nothing is.
+
+    Attributes:
+        digests: of each source by its name, what tells its pairs from others.
+        notes: what was changed in pictures, in words.
+    """
+
+    training: Pairs
+    validation: Pairs | None
+    digests: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def open_pairs(recipe: Recipe) -> PairSplits | None:
+    """Return a recipe's pictures, read once in a process; None where it has none.
+
+    Raises:
+        ColadaError: in one line that names what is wrong.
+    """
+    if not recipe.data.pictures:
+        return None
+    size = recipe.model.image.get("size", SIZE)
+    if not isinstance(size, int):
+        raise ColadaError(f"recipe: model.image.size={size!r}, expected a number of pixels")
+    named = tuple((source.path, source.weight) for source in recipe.data.pictures)
+    return _opened(named, size, recipe.seed, recipe.data.validation_share)
+
+
+@lru_cache(maxsize=2)
+def _opened(named: Sequence[tuple[str, float]], size: int, seed: int, share: float) -> PairSplits:
+    opened = [(open_source(name, size, seed), weight) for name, weight in named]
+    training: list[tuple[Source, float]] = []
+    validation: list[tuple[Source, float]] = []
+    for source, weight in opened:
+        first, second = source.split(share)
+        training.append((first, weight))
+        if second is not None:
+            validation.append((second, weight))
+    return PairSplits(
+        Pairs(tuple(training), seed),
+        Pairs(tuple(validation), seed) if validation else None,
+        {source.name: source.digest for source, _ in opened},
+        tuple(f"{source.name}: {note}" for source, _ in opened for note in source.notes),
+    )

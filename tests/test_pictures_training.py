@@ -1,0 +1,332 @@
+"""Runs that learn pictures: tasks by step, losses against pairs one by one, exact resume, codecs, ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import colada.train.pairs as pairs_of_runs
+from colada.data.rows import Batch
+from colada.errors import ColadaError
+from colada.flow import MIN_A, T
+from colada.models.load import load_cola
+from colada.networks.dit import DiT
+from colada.pictures.codec import PatchPCA, fit
+from colada.pictures.show import png
+from colada.pictures.sources import Scenes, open_source
+from colada.text.tokenizer import Tokenizer
+from colada.train.cost import adaln_entries, block_causal_pairs, matrix_entries
+from colada.train.display import Display
+from colada.train.export import export, system_of
+from colada.train.noise import Counts
+from colada.train.pairs import open_pairs
+from colada.train.picture_cost import CAPTION
+from colada.train.pictures import PicturesStage, TaskDraws
+from colada.train.plan import plan_run
+from colada.train.recipe import Recipe, load_recipe
+from colada.train.stages import VALIDATION_ROW, make_stage
+from colada.train.trainer import Interrupted, Trainer
+from runs import DEBUG, TINY, At, assert_same_run, logged, metrics, recipe
+
+PICTURES = [
+    "data.pictures=[{path: 'shapes:one,grid'}]",
+    "data.fitted_on=60",
+    "stages.vae.steps=0",
+    "stages.prior.steps=0",
+    "stages.pictures={kind: pictures, steps: 8, batch: 4, pairs: 2, length: 16, warmup: 2, ema: 0.9}",
+]
+BY_TASK = {"text": "flow", "draw": "picture_flow", "describe": "answer_flow"}
+
+
+def run(out: Path, *overrides: str, display: Display | None = None) -> Path:
+    Trainer(recipe(*PICTURES, *overrides), out, display).run()
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from beginning to end."""
+    return run(tmp_path_factory.mktemp("pictures") / "run")
+
+
+def forget_opened() -> None:
+    """As another process has read nothing yet."""
+    pairs_of_runs._opened.cache_clear()
+
+
+def stage_of(made: Recipe, out: Path) -> PicturesStage:
+    """A stage by itself, over the networks as they begin."""
+    system = system_of(made, Tokenizer.from_file(out / "tokenizer.json"))
+    stage = make_stage(system, "pictures", nn.ModuleDict)
+    assert isinstance(stage, PicturesStage)
+    return stage
+
+
+@pytest.fixture(scope="module")
+def stage(whole: Path) -> PicturesStage:
+    stage = stage_of(recipe(*PICTURES), whole)
+    with torch.no_grad():  # Open gates and outputs: a fresh network draws nothing.
+        generator = torch.Generator().manual_seed(1)
+        for parameter in stage.networks.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return stage
+
+
+def test_a_run_learns_all_tasks_and_leaves_a_model_with_pictures(whole: Path) -> None:
+    made = recipe(*PICTURES)
+    records = [record for record in metrics(whole) if record["split"] == "train"]
+    stage = stage_of(made, whole)
+    assert {stage.task(step) for step in range(8)} == {"text", "draw", "describe"}
+    for record in records:
+        task = stage.task(record["step"] - 1)
+        assert [name for name in BY_TASK.values() if name in record] == [BY_TASK[task]]
+    (first, *_) = [record for record in metrics(whole) if record["split"] == "validation"]
+    assert {*BY_TASK.values(), "caption_flow"} <= first.keys()
+    model = load_cola(whole / "model")
+    assert model.dit.config.img_grid == [4, 4]
+    assert model.image is not None
+    pictures = [open_source("shapes:one,grid").pair(number).picture for number in range(60)]
+    expected = fit([np.stack(pictures)], model.image.config)
+    assert isinstance(model.image, PatchPCA)
+    torch.testing.assert_close(model.image.state_dict(), expected.state_dict())
+
+
+def test_tasks_have_their_shares_and_are_the_same_for_all_rows_of_a_step(stage: PicturesStage) -> None:
+    tasks = [stage.task(step) for step in range(2000)]
+    for task, share in stage.section.tasks.items():
+        assert tasks.count(task) / len(tasks) == pytest.approx(share, abs=0.04)
+    for step in range(6):
+        drawn = [stage.draw([step * 4 + row]) for row in range(4)]
+        for one in drawn:
+            assert [task for task in BY_TASK if getattr(one, task) is not None] == [tasks[step]]
+    validated = stage.draw([VALIDATION_ROW, VALIDATION_ROW + 1])
+    assert all(getattr(validated, task) is not None for task in BY_TASK)
+
+
+def test_draws_of_a_row_do_not_depend_on_its_batch(stage: PicturesStage) -> None:
+    rows = range(VALIDATION_ROW, VALIDATION_ROW + 3)
+    together, alone = stage.draw(rows), [stage.draw([row]) for row in rows]
+    for task in ("draw", "describe"):
+        for number, one in enumerate(alone):
+            pairs, own = getattr(together, task), getattr(one, task)
+            for name in ("pictures", "lengths", "picture_noise", "picture_timestep", "alone"):
+                if getattr(own, name) is not None:
+                    assert torch.equal(getattr(pairs, name)[number], getattr(own, name)[0])
+            length = own.noise.shape[2]
+            assert torch.equal(pairs.noise[number, :, :length], own.noise[0])
+            assert torch.equal(pairs.text[number, :, : own.text.shape[2]], own.text[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", ["draw", "describe"])
+def test_a_loss_is_the_mean_of_pairs_one_by_one(stage: PicturesStage, task: str) -> None:
+    drawn = stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2))
+    draws = TaskDraws(**{task: getattr(drawn, task)})
+    rows = Batch(torch.zeros(2, 16, dtype=torch.int64))
+    counts = stage.count(rows, draws)
+    loss = stage.loss(stage.networks, rows, draws, counts, 0)
+    pairs = getattr(draws, task)
+    totals = []
+    for row in range(2):
+        for pair in range(2):
+            one = pairs.map(lambda x, row=row, pair=pair: x[row : row + 1, pair : pair + 1])
+            own = TaskDraws(**{task: one})
+            totals.append(
+                float(stage.loss(stage.networks, rows.rows(0, 1), own, Counts(1, 1, 1, 1, 1, 1), 0).total)
+            )
+    lengths = pairs.lengths.flatten().tolist()
+    if task == "describe":
+        assert float(loss.total) == pytest.approx(sum(totals) / sum(lengths), rel=1e-5)
+        return
+    # Captions and pictures are means of their own: weights of the sums, one solved for the other.
+    pictures, captions = loss.terms["picture_flow"], loss.terms["caption_flow"]
+    weight = (pairs.picture_timestep / T).clamp_min(MIN_A)
+    assert counts == Counts(0, 0, 0, pictures=4 * 16, captions=sum(lengths))
+    assert weight.min() > 0
+    assert float(loss.total) == pytest.approx(
+        float(pictures + captions), rel=1e-5
+    )  # In velocity: as they are.
+
+
+def test_micro_batches_change_no_gradient(stage: PicturesStage) -> None:
+    rows = Batch(torch.zeros(2, 16, dtype=torch.int64))
+    drawn = stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2))
+    draws = TaskDraws(draw=drawn.draw, describe=drawn.describe)
+    counts, gradients = stage.count(rows, draws), []
+    for parts in ([(0, 2)], [(0, 1), (1, 2)]):
+        stage.networks.zero_grad()
+        for begin, end in parts:
+            stage.loss(
+                stage.networks, rows.rows(begin, end), draws.rows(begin, end), counts, 0
+            ).total.backward()
+        gradients.append([parameter.grad.clone() for parameter in stage.networks.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_of_text_give_pictures_the_gradient_nothing(stage: PicturesStage) -> None:
+    rows = Batch(torch.randint(4, 200, (2, 16), generator=torch.Generator().manual_seed(0)))
+    draws = TaskDraws(text=stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2)).text)
+    stage.networks.zero_grad()
+    stage.loss(stage.networks, rows, draws, stage.count(rows, draws), 0).total.backward()
+    for name, parameter in stage.networks.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool((parameter.grad == 0).all()) == (".img_" in name), name
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_resumed_run_ends_in_the_same_bits(whole: Path, tmp_path: Path, step: int) -> None:
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", display=At("pictures", step))
+    run(tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+    assert logged(tmp_path / "run") == logged(whole)
+
+
+def test_other_pictures_are_no_continuation(whole: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "data", tmp_path / "run"
+    folder.mkdir()
+
+    def write(caption: str) -> None:
+        for number in range(4):
+            (folder / f"{number}.png").write_bytes(png(Scenes("").pair(number).picture))
+        (folder / "captions.tsv").write_text("".join(f"{n}.png\t{caption} {n}\n" for n in range(4)))
+
+    source = f"data.pictures=[{{path: {folder}}}]"
+    write("a thing")
+    with pytest.raises(Interrupted):
+        run(out, source, "model.image={channels: 2}", display=At("pictures", 2))
+    write("no thing")
+    forget_opened()
+    with pytest.raises(ColadaError, match=r"the training set of pictures .* is not what .* was trained on"):
+        run(out, source, "model.image={channels: 2}")
+
+
+def test_a_checkpoint_is_exported_with_its_codec(whole: Path, tmp_path: Path) -> None:
+    said = export(whole / "checkpoints" / "pictures-00000008", tmp_path / "model")
+    assert said == "stage pictures, step 8"
+    for file in sorted((whole / "model").rglob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "model" / file.relative_to(whole / "model")).read_bytes()
+
+
+def test_a_model_of_text_learns_pictures_and_one_of_pictures_goes_on(whole: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    Trainer(recipe("stages.vae.steps=1", "stages.prior.steps=1"), text).run()
+    start = ["model.vae={}", "model.dit={}", f"model.init={text / 'model'}"]
+    narrow = run(
+        tmp_path / "narrow", *start, "model.image={patch: 4, channels: 6}", "stages.pictures.steps=1"
+    )
+    model = load_cola(narrow / "model")
+    assert (model.dit.config.img_channels, model.dit.config.img_grid) == (6, [8, 8])
+    start[-1] = f"model.init={narrow / 'model'}"
+    again = run(tmp_path / "again", *start, "stages.pictures.steps=2", "stages.pictures.tasks={draw: 1}")
+    after = load_cola(again / "model")
+    assert after.image is not None
+    assert model.image is not None
+    torch.testing.assert_close(after.image.state_dict(), model.image.state_dict(), rtol=0, atol=0)
+
+
+def test_a_picture_vae_is_trained_and_its_latents_have_the_size_of_noise(tmp_path: Path) -> None:
+    size = "batch: 4, pairs: 2, length: 16"
+    first = f"picture_vae: {{steps: 8, {size}, lr: 2.0e-3, warmup: 1}}"
+    stages = f"stages={{{first}, pictures: {{steps: 2, {size}}}}}"
+    out = tmp_path / "run"
+    image = "model.image={kind: conv_vae, width: 8}"
+    other = [one for one in TINY if not one.startswith("stages.")]
+    Trainer(load_recipe(DEBUG, [stages, *other, *PICTURES[:2], image]), out).run()
+    model = load_cola(out / "model")
+    pairs = open_pairs(recipe(*PICTURES))
+    assert pairs is not None
+    assert model.image is not None
+    pictures = torch.from_numpy(np.stack([pair.picture for pair in pairs.training.pairs(1024)]))
+    latents = model.image.encode(pictures)
+    assert float(latents.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(latents.square().mean()) == pytest.approx(1, rel=1e-3)
+    losses = [r["error"] for r in metrics(out) if r["stage"] == "picture_vae" and r["split"] == "train"]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# --- what it costs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dual", [0, 1])
+def test_flops_of_drawing_are_those_that_run(whole: Path, dual: int) -> None:
+    made = recipe(*PICTURES, f"stages.pictures.dual_layers={dual}")
+    stage = stage_of(made, whole)
+    rows = Batch(torch.zeros(2, 16, dtype=torch.int64))
+    drawn = stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2)).draw
+    assert drawn is not None
+    # Captions of the nominal length, all with timesteps of their own.
+    ids = torch.full((2, 2, CAPTION), 5)
+    noise = torch.zeros(2, 2, CAPTION, stage.vae.config.latent_dim)
+    times = torch.rand(2, 2, CAPTION // 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2)
+    draws = TaskDraws(
+        draw=replace(drawn, text=ids, lengths=torch.full((2, 2), CAPTION), noise=noise, timestep=900 * times)
+    )
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        stage.loss(stage.networks, rows, draws, stage.count(rows, draws), 0).total.backward()
+    phase, dit, vae = plan_run(made).phases[1], stage.system.networks["dit"], stage.vae.config
+    assert isinstance(dit, DiT)
+    rows_of = 4
+    assert phase.work["rows"] == 2 * rows_of
+    config, cells, last = dit.config, 2 * CAPTION + 16, dit.blocks[-1]
+    width = config.heads * config.head_dim
+    # What runs beside is computed for nobody: pairs that cannot be seen,
+    attention = (config.num_layers - 1) * cells**2 + (cells - CAPTION) * cells
+    dense = 3 * 4 * rows_of * width * (attention - config.num_layers * phase.work["pairs"])
+    dense += (
+        rows_of * 4 * vae.dim * vae.encoder_num_blocks * (CAPTION**2 - block_causal_pairs(CAPTION // 4, 4))
+    )
+    # pictures through the text's input and output;
+    both = 2 * rows_of * 16 * (2 * matrix_entries(dit.img_in) + 3 * matrix_entries(dit.img_out))
+    # what does not: clean cells after the last layer's keys, and gradients of what is given.
+    after = matrix_entries(last.msa.proj_out) + matrix_entries(last.mlp) + matrix_entries(dit.txt_out)
+    skipped = 3 * 2 * rows_of * CAPTION * after + 2 * rows_of * cells * matrix_entries(dit.txt_in)
+    timesteps = rows_of * (CAPTION // 4 + 1) + 1
+    skipped += 2 * timesteps * matrix_entries(dit.emb_in.proj_in)
+    # The timestep of clean cells is counted once a step, not once a half.
+    once = 3 * adaln_entries(dit, pictures=True)
+    expected = sum(phase.flops.values()) / 2 + dense + both - skipped + once
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_plan_names_tasks_and_counts_all_parameters() -> None:
+    plan = plan_run(recipe(*PICTURES, "stages.pictures.dual_layers=1"))
+    assert [phase.name for phase in plan.phases] == ["pictures, text", "pictures, draw", "pictures, describe"]
+    assert [phase.steps for phase in plan.phases] == [2, 3, 3]
+    assert all(min(phase.flops.values()) > 0 for phase in plan.phases)
+    text = plan_run(recipe()).cost.parameters["DiT"]
+    assert plan.cost.parameters["DiT"] > text
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.pictures=[]"], "stages.pictures learns pictures, expected some in data.pictures"),
+        (["data.pictures=[{path: 'shapes:onne'}]"], "'onne' \\(did you mean 'one'"),
+        (["data.pictures=[{path: /nowhere}]"], "/nowhere"),
+        (["data.pictures=[{pth: x}]"], "data.pictures.0.path=.*: field required"),
+        (["stages.pictures.tasks={draw: 0}"], "expected a share above 0"),
+        (["stages.pictures.tasks={paint: 1}"], "tasks"),
+        (["model.image={channels: 99}"], "model.image.channels=99, expected at most 8"),
+        (["model.image={patch: 5}"], "patch=5, expected a divisor of size=32"),
+        (["model.image={size: big}"], "size='big'"),
+        (["stages.picture_vae={}"], "stages.picture_vae with model.image.kind='patch_pca'"),
+        (["stages.pictures.dual_layers=9"], "dual_layers=9"),
+    ],
+)
+def test_what_a_run_with_pictures_is_refused_for(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ColadaError, match=message) as raised:
+        Trainer(recipe(*PICTURES, *overrides), tmp_path / "run")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
