@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -17,21 +18,24 @@ from colada.data.rows import Batch
 from colada.errors import ColadaError
 from colada.flow import evaluations_of
 from colada.generate.reference import transport
+from colada.generate.settings import RequestSettings
 from colada.models.likelihood import measure
 from colada.networks.layers import History
+from colada.networks.solver import LearntSolver
 from colada.train import trajectories as kept_files
 from colada.train.cost import Placement, training_flops
 from colada.train.distil_cost import with_teacher
-from colada.train.distillation import Guided
+from colada.train.distillation import Guided, landing
 from colada.train.flow_matching import pin
 from colada.train.losses import draw, encode, rows_layout
 from colada.train.noise import FlowSettings, VAEWeights, draw_randomness
 from colada.train.plan import plan_run
 from colada.train.recipe import Recipe, load_recipe
+from colada.train.solver import integrate
 from colada.train.trainer import Interrupted, Trainer
 from colada.train.trajectories import fine_grid, roll_out, sampler
-from helpers import tiny_model
-from runs import DEBUG, TINY, At, assert_same_run, final_state, recipe, same
+from helpers import tiny_dit, tiny_model
+from runs import DEBUG, TINY, At, assert_same_run, final_state, metrics, recipe, same
 
 pytest.importorskip("pydantic")
 
@@ -168,7 +172,7 @@ def test_what_undoes_a_distillation_is_refused(tmp_path: Path, teacher: Path) ->
     for stages, words in (
         ({"fold": fold, "prior": prior}, "stages.prior trains the flow of data, which undoes"),
         ({"fold": fold, "again": fold}, r"stages.again.guidance=3: its teacher has 3 built in, expected 1"),
-        ({"few": rounds(tmp_path)["few"]}, "teacher=same, but no distillation is before it"),
+        ({"few": rounds(tmp_path)["few"]}, "teacher=same, but no stage with one is before it"),
     ):
         with pytest.raises(ColadaError, match=words):
             plan_run(made(teacher, tmp_path, stages))
@@ -344,3 +348,95 @@ def test_the_command_is_training_from_a_model(
     common = [word for own in TINY if own.startswith(("data.", "run.")) for word in ("--set", own)]
     assert main([*run, *common]) == 0
     assert main(["generate", "--model", str(tmp_path / "run" / "model"), "-n", "4", "One"]) == 0
+
+
+# --- one student of several lengths, and a learnt solver ---------------------------------------------
+
+
+def test_a_student_of_several_lengths_learns_and_resumes(tmp_path: Path, teacher: Path) -> None:
+    more = "landing_time: true, shares: [1, 2],"
+    paths = tmp_path / "whole", tmp_path / "stopped"
+    whole, stopped = (made(teacher, path, rounds(path, "[[1, 0.6, 0], [1, 0]]", more)) for path in paths)
+    Trainer(whole, paths[0] / "run").run()
+    with pytest.raises(Interrupted):
+        Trainer(stopped, paths[1] / "run", At("few", 3)).run()
+    Trainer(stopped, paths[1] / "run").run()
+    assert_same_run(paths[0] / "run", paths[1] / "run")
+    model = colada.load(paths[0] / "run" / "model")
+    assert bool(model.dit.emb_in2.proj_out.weight.any())
+    assert [model.chosen({"steps": steps})["schedule"] for steps in (1, 2)] == [(1, 0), (1, 0.6, 0)]
+    assert len(model.generate(["One"], 4, steps=1)[0].tokens) == 4
+    # What begins without landing times computes the same before its first step.
+    before = Trainer(whole, tmp_path / "new")
+    assert not before.system.networks["dit"].emb_in2.proj_out.weight.any()
+
+
+def test_what_a_solver_learns_brings_it_nearer() -> None:
+    dit, g = tiny_dit(prediction="z0"), torch.Generator().manual_seed(0)
+    with torch.no_grad():  # A path that is far from straight.
+        dit.txt_out.proj.weight.mul_(4)
+    guided, solver = Guided(dit.requires_grad_(False), 3.0, 1.2), LearntSolver(3)
+    with torch.no_grad():
+        for name, parameter in solver.named_parameters():
+            solver.first_value(name, parameter)
+    clean, noise = torch.randn(16, 8, 8, generator=g), torch.randn(16, 1, 8, 8, generator=g)
+    begin = torch.full((16, 1, 8), 1000.0)
+    goal = landing(guided, noise, begin, 0 * begin, clean, substeps=32)
+    optimiser = torch.optim.Adam(solver.parameters(), lr=0.01)
+    distances = []
+    for _ in range(40):
+        distance = (integrate(solver, guided, noise, clean) - goal).square().mean()
+        distances.append(float(distance.detach()))
+        optimiser.zero_grad()
+        distance.backward()
+        optimiser.step()
+    assert distances[-1] < 0.7 * distances[0]
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in solver.parameters())
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_solver_is_learnt_resumes_and_is_stored(tmp_path: Path, teacher: Path, folded: bool) -> None:
+    words = (
+        "{kind: solver, evaluations: 2, guidance: 3, guidance_cap: 1.2, steps: 30, batch: 4, length: 16,"
+        " prefix_share: 0.3, lr: 0.02, warmup: 1, trajectories:"
+        " {path: PATH, rows: 40, grid: [1, 0], substeps: 8}}"
+    )
+    models = []
+    for name in ("whole", "stopped"):
+        path = tmp_path / name
+        stages = {"fold": FOLD.replace("GRIDS", "null")} if folded else {}
+        own = words.replace("PATH", str(path / "kept"))
+        stages["solver"] = own.replace("guidance: 3", "teacher: same, guidance: 3") if folded else own
+        run = made(teacher, path, stages, "run.sample_every=10", "run.validate_every=10")
+        if name == "stopped":
+            with pytest.raises(Interrupted):
+                Trainer(run, path / "run", At("solver", 17)).run()
+        Trainer(run, path / "run").run()
+        models.append(colada.load(path / "run" / "model"))
+    assert_same_run(tmp_path / "whole" / "run", tmp_path / "stopped" / "run")
+    assert models[0].generation == models[1].generation
+    solver, start = models[0].generation["solver"], colada.load(teacher)
+    assert len(solver["beta"]) == 2
+    assert models[0].generation["guidance"] == (1 if folded else 3)
+    assert (models[0].dit.config.distilled is not None) == folded
+    assert same(start.dit.state_dict(), models[0].dit.state_dict()) != folded
+    distances = [own["distance"] for own in metrics(tmp_path / "whole" / "run") if "distance" in own]
+    assert len(distances) == 30 + 3
+    # Which is what the readable loop makes of the same numbers.
+    vae, dit = models[0].vae, models[0].dit
+    module = LearntSolver(2)
+    with torch.no_grad():
+        lengths = torch.tensor([1 - solver["grid"][1], solver["grid"][1]])
+        module.steps.copy_(lengths.log())
+        module.alpha.copy_(torch.tensor(solver["alpha"]))
+        module.beta.copy_(torch.tensor([own for row in solver["beta"] for own in row]))
+        scale = models[0].generation["guidance"]
+        width = vae.config.latent_dim
+        noise, clean = torch.randn(1, 1, 8, width), torch.randn(1, 8, width)
+        found = integrate(module, Guided(dit, scale, 1.2 if scale != 1 else math.inf), noise, clean)
+        history, settings = History(), RequestSettings(guidance=scale, guidance_cap=1.2 * (scale != 1))
+        dit(clean[0, :4], torch.zeros(()), dit.layout([4]), [history], committing=True)
+        nothing = torch.zeros(1, 4, dtype=torch.bool), torch.zeros(1, 4, width)
+        evaluations = evaluations_of(solver, "uniform", 2)
+        *_, (z, _) = transport(dit, noise[0, :, 4:], [history], *nothing, [scale], evaluations, settings)
+    torch.testing.assert_close(found[0, :, 4:], z, rtol=1e-4, atol=1e-5)

@@ -7,10 +7,10 @@ its velocity is dz/da = z1 - z0. Generation integrates from a = 1 to 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -224,8 +224,20 @@ def heun(grid: Sequence[float]) -> list[Evaluation]:
     return evaluations
 
 
+def learnt(solver: Mapping[str, Any]) -> list[Evaluation]:
+    """Return the evaluations of a learnt solver (bespoke non-stationary, arXiv:2403.01329).
+
+    z_k+1 = alpha_k z_k + sum over j <= k of beta_kj x_j, with x_j the z0 that is pointed at from z_j.
+
+    Args:
+        solver: ``grid``, N values of a that fall from 1; ``alpha``, N numbers; ``beta``, N rows, of 1 to N.
+    """
+    rows = zip(solver["grid"], solver["alpha"], solver["beta"], strict=True)
+    return [Evaluation(a, tuple(reversed(beta)), alpha) for a, alpha, beta in rows]
+
+
 def memory(evaluations: Iterable[Evaluation]) -> int:
-    """Return how many velocities have to be at hand in an evaluation, its own among them."""
+    """Return how many velocities, or guesses of z0, an evaluation has at hand, its own among them."""
     return max(len(evaluation.weights) for evaluation in evaluations)
 
 
@@ -240,16 +252,18 @@ SOLVERS: dict[str, Solver] = {"euler": euler, "ab2": adams_bashforth2, "heun": h
 
 
 def evaluations_of(
-    solver: str, schedule: str | Sequence[float], steps: int, early_end: float = 0.0
+    solver: str | Mapping[str, Any], schedule: str | Sequence[float], steps: int, early_end: float = 0.0
 ) -> list[Evaluation]:
     """Return the evaluations that take a block from noise to data.
 
     Args:
-        solver: a name in :data:`SOLVERS`.
+        solver: a name in :data:`SOLVERS`; or a learnt one, of which the other arguments change nothing.
         schedule: a name in :data:`SCHEDULES`, or the values of a themselves, from 1 to 0.
         steps: of a schedule by name.
         early_end: no evaluation is at a below this; the last then goes straight to the z0 that it points at.
     """
+    if not isinstance(solver, str):
+        return learnt(solver)
     *grid, end = SCHEDULES[schedule](steps).tolist() if isinstance(schedule, str) else schedule
     kept = [a for a in grid if a >= early_end] or grid[:1]
     evaluations = SOLVERS[solver]([*kept, end])

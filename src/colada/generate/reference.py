@@ -149,7 +149,7 @@ def transport(
     each = [replace(settings, guidance=scale) for scale in guidance]
     free, mask = ~where, where[..., None]
     low, high = settings.guidance_interval
-    z, velocities, guess = noise, list[Tensor](), torch.zeros_like(noise)
+    z, past, guess = noise, list[Tensor](), torch.zeros_like(noise)
     for evaluation in evaluations:
         a = evaluation.a
         numbers = guidable if low <= a <= high else []
@@ -166,8 +166,9 @@ def transport(
         bounds = free if is_bounded(settings) else None
         velocity, z0 = estimate(z, a, conditional, unconditional, rows, scales, bounds)
         guess = torch.where(mask, pinned, z - a * conditional)
-        velocities = [velocity, *velocities][: memory(evaluations)]
-        z = torch.where(mask, pinned, advance(z, velocities, evaluation.weights))
+        kept = evaluation.kept
+        past = [velocity if kept is None else z0, *past][: memory(evaluations)]
+        z = torch.where(mask, pinned, advance(z if kept is None else kept * z, past, evaluation.weights))
         yield z, torch.where(mask, pinned, z0)
 
 

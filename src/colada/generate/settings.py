@@ -16,6 +16,8 @@ from colada.errors import ColadaError, nearest, shown
 
 MOST_STEPS = 10_000
 """Solver steps of a block; a tenth of a timestep each."""
+MOST_LEARNT = 64
+"""Evaluations of a learnt solver."""
 MOST_STOPS = 256
 """Stop strings of a request."""
 LONGEST_STOP = 4096
@@ -57,6 +59,8 @@ class Settings(TypedDict, total=False):
             (released: 1).
         solver, schedule: names in ``colada.flow.SOLVERS`` and ``SCHEDULES`` (released: "euler", "uniform").
             A schedule may be the values of a themselves, falling from 1 to 0; ``steps`` then says nothing.
+            A solver may be a learnt one, with a grid of its own: ``steps``, ``schedule`` and ``early_end``
+            then say nothing, and where it is stored with a model they need another solver beside them.
         temperature, top_k, top_p, repetition_penalty: of each token: 0 picks
             the likeliest; only the k likeliest, 0 is all; only the likeliest that reach p; above 1, tokens of
             earlier blocks are less likely.
@@ -77,7 +81,7 @@ class Settings(TypedDict, total=False):
     guidance_rescale: float | None
     early_end: float | None
     candidates: int | None
-    solver: str | None
+    solver: str | Mapping[str, Any] | None
     schedule: str | Sequence[float] | None
     temperature: float | None
     top_k: int | None
@@ -112,7 +116,7 @@ class RequestSettings:
     guidance_rescale: float = 0.0
     early_end: float = 0.0
     candidates: int = 1
-    solver: str = "euler"
+    solver: str | Mapping[str, Any] = "euler"
     schedule: str | Sequence[float] = "uniform"
     temperature: float = 0.0
     top_k: int = 0
@@ -165,6 +169,22 @@ def _is_grid(value: Any) -> bool:
     return falls and value[0] == 1 and value[-1] == 0
 
 
+def _is_learnt(value: Any) -> bool:
+    """Return whether a value is a learnt solver, see :func:`colada.flow.learnt`."""
+    if not isinstance(value, Mapping) or set(value) != {"kind", "grid", "alpha", "beta"}:
+        return False
+    grid, alpha, beta = (value[name] for name in ("grid", "alpha", "beta"))
+    lists = all(isinstance(own, list | tuple) for own in (grid, alpha, beta))
+    if value["kind"] != "bns" or not lists or not 1 <= len(grid) <= MOST_LEARNT or not _is_grid([*grid, 0]):
+        return False
+    if not len(grid) == len(alpha) == len(beta) or not all(map(is_number, alpha)):
+        return False
+    return all(
+        isinstance(row, list | tuple) and len(row) == k and all(map(is_number, row))
+        for k, row in enumerate(beta, start=1)
+    )
+
+
 def _is_stop(value: Any) -> bool:
     if not isinstance(value, str) or not 1 <= len(value) <= LONGEST_STOP:
         return False
@@ -186,7 +206,10 @@ _RULES: dict[str, _Rule] = {
     "guidance_rescale": _Rule(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "early_end": _Rule(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
     "candidates": _whole(1, MOST_CANDIDATES),
-    "solver": _names(SOLVER_NAMES),
+    "solver": _Rule(
+        lambda value: _is_learnt(value) or (isinstance(value, str) and value in SOLVER_NAMES),
+        f"{', '.join(map(repr, SOLVER_NAMES))}, or a learnt solver's kind 'bns', grid, alpha and beta",
+    ),
     "schedule": _Rule(
         lambda value: _is_grid(value) or (isinstance(value, str) and value in SCHEDULE_NAMES),
         f"{', '.join(map(repr, SCHEDULE_NAMES))}, or numbers that fall from 1 to 0",

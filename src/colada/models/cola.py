@@ -256,7 +256,16 @@ class ColaDLM(LanguageModel):
             ColadaError: as in :meth:`LanguageModel.chosen`; if other guidance or steps are asked for.
         """
         chosen, inside = super().chosen(settings), self.dit.config.distilled
-        return chosen if inside is None else as_distilled(inside, chosen, settings)
+        if inside is not None:
+            chosen = as_distilled(inside, chosen, settings)
+        if not isinstance(chosen["solver"], str) and settings.get("solver") is None:
+            count = len(chosen["solver"]["grid"])
+            for name in ("steps", "schedule", "early_end"):
+                if settings.get(name) not in (None, count if name == "steps" else None):
+                    asked = f"{name}={shown(settings[name])}"
+                    known = f"this model's learnt solver makes {count} evaluations"
+                    raise ColadaError(f"{asked}: {known}; expected another solver beside it")
+        return chosen
 
     # --- generation ------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -19,6 +20,7 @@ from colada.models.cola import ColaDLM, as_distilled
 from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.pictures import with_pictures
+from colada.networks.solver import LearntSolver
 from colada.networks.vae import TextVAE
 from colada.pictures.codec import Codec, PatchPCA, fit, new_codec
 from colada.text.tokenizer import Tokenizer
@@ -27,10 +29,12 @@ from colada.train.kinds import (
     FlowTerms,
     JointSection,
     PriorSection,
+    SolverSection,
     StageSection,
     TextVAESection,
     TextVAETerms,
 )
+from colada.train.lineage import built_in
 from colada.train.losses import JointWeights, Loss, stage1_loss, stage2_frozen_loss, stage2_joint_loss
 from colada.train.noise import Counts, Draws, FlowSettings, VAEWeights, count, draw_randomness
 from colada.train.pairs import open_pairs
@@ -82,6 +86,10 @@ class ColaSystem(System):
                     buffer.copy_(start.image.get_buffer(name))
             else:
                 self._fits = isinstance(codec, PatchPCA)
+        for section in recipe.trained.values():
+            if isinstance(section, SolverSection) and section.steps:
+                networks["solver"] = solver = LearntSolver(section.evaluations)
+                first["solver"] = solver.first_value
         self._begin(networks, first)
         self.distilled = dit_config.distilled
         self.block_tokens = vae_config.block_tokens
@@ -104,6 +112,9 @@ class ColaSystem(System):
         assert isinstance(dit, DiT)
         if dit.config.distilled is not None:
             parts["generation"] = _stored(dit.config.distilled, parts.get("generation") or {})
+        solver = networks.get("solver", self.networks.get("solver"))
+        if isinstance(solver, LearntSolver) and bool(solver.fitted):
+            parts["generation"] = {**(parts.get("generation") or {}), **solver.settings()}
         assert image is None or isinstance(image, Codec)
         return ColaDLM(vae, dit, image=image if dit.config.img_channels else None, **parts)
 
@@ -118,6 +129,13 @@ def _stored(inside: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
 
 class ColaStage(Stage):
     """What the kinds of Cola DLM's stages have in common."""
+
+    def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
+        super().__init__(system, name, lay_out)
+        dit = system.networks["dit"]
+        assert isinstance(dit, DiT)
+        inside = built_in(self.recipe, name, system.distilled)
+        dit.config = dataclasses.replace(dit.config, distilled=inside)
 
     @property
     def vae(self) -> TextVAE:
@@ -170,7 +188,7 @@ class TextVAEStage(ColaStage):
 class PriorStage(ColaStage):
     """The DiT over the latents of a frozen Text VAE."""
 
-    learns = ("dit",)
+    learns: ClassVar[tuple[str, ...]] = ("dit",)
     uses: ClassVar[tuple[str, ...]] = ("vae",)
     section: PriorSection
 

@@ -6,104 +6,28 @@ the teacher.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from colada.data.rows import Batch, batch
-from colada.errors import ColadaError
+from colada.data.rows import Batch
 from colada.flow import T, interpolate
-from colada.locate import locate
-from colada.networks.checkpoint import read_configs
 from colada.networks.dit import DiT
-from colada.networks.vae import TextVAE
-from colada.train.cola import PriorStage, flow_settings
+from colada.train.cola import flow_settings
 from colada.train.cost import Phase, Placement
-from colada.train.distil_cost import trajectories_phase, with_teacher
+from colada.train.distil_cost import with_teacher, with_trajectories
 from colada.train.distillation import Guided, distillation_errors, landing, target_of
 from colada.train.flow_matching import pin, place, weighed
-from colada.train.kinds import DistilSection, JointSection, PriorSection
+from colada.train.kinds import DistilSection
 from colada.train.losses import Loss, draw, encode, log_snr_terms, rows_layout
-from colada.train.noise import Counts, Draws, VAEWeights, draw_randomness, sample_of_latents
-from colada.train.recipe import Recipe, source_weights
-from colada.train.stages import Beginning, LayOut, System, row_generator
-from colada.train.trajectories import Trajectories, digest, roll_out, sampler
-
-SAME = "same"
-_FIXED = 2**20  # In place of a stage's number, in the seeds of rows whose trajectories are kept.
-
-
-def built_in(recipe: Recipe, name: str, start: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what the DiT has inside after a stage of distillation, as its configuration says it.
-
-    Args:
-        start: what it has before the first stage, None for nothing.
-
-    Raises:
-        ColadaError: if a teacher that has guidance inside would be guided once more, or there is none.
-    """
-    inside = None if start is None else dict(start)
-    teacher: Mapping[str, Any] | None = None
-    first = True
-    for other, section in recipe.trained.items():
-        if not isinstance(section, DistilSection) or not section.steps:
-            continue
-        where = f"recipe: stages.{other}"
-        if section.teacher == SAME and first:
-            raise ColadaError(f"{where}.teacher={SAME}, but no distillation is before it: expected a model")
-        if section.teacher is None:
-            teacher = inside
-        elif section.teacher != SAME:
-            teacher = read_configs(locate(section.teacher))[1].distilled
-        if teacher is not None and section.guidance != 1:
-            built = f"{teacher['guidance']:g}"
-            raise ColadaError(
-                f"{where}.guidance={section.guidance:g}: its teacher has {built} built in, expected 1"
-            )
-        keys = ("guidance", "guidance_cap", "guidance_rescale")
-        inside = {key: getattr(section, key) if teacher is None else teacher.get(key, 0.0) for key in keys}
-        grids = None if section.grids is None else [list(grid) for grid in section.grids]
-        inside |= {"teacher_steps": None if grids is None else _teacher_steps(section)}
-        inside |= {"steps": None if grids is None else [len(grid) - 1 for grid in grids], "grids": grids}
-        first = False
-        if other == name:
-            break
-    assert inside is not None
-    return inside
-
-
-def check_order(recipe: Recipe, start: Mapping[str, Any] | None) -> None:
-    """Check that no stage undoes what one before it, or the model that a run begins with, has built in.
-
-    Args:
-        start: what that model has built in, None for nothing.
-
-    Raises:
-        ColadaError: as :func:`built_in`; or for a stage that trains the flow of data after a distillation.
-    """
-    distilled = start is not None
-    for name, section in recipe.trained.items():
-        if isinstance(section, DistilSection) and section.steps:
-            built_in(recipe, name, start)
-            distilled = True
-        elif distilled and isinstance(section, PriorSection | JointSection) and section.steps:
-            raise ColadaError(
-                f"recipe: stages.{name} trains the flow of data, which undoes what a distilled model has"
-                " built in: fine-tune first, distil after"
-            )
-
-
-def _teacher_steps(section: DistilSection) -> int:
-    if section.trajectories is None:
-        return section.teacher_steps
-    return section.trajectories.substeps * (len(section.trajectories.grid) - 1)
+from colada.train.noise import Counts, sample_of_latents
+from colada.train.recipe import Recipe
+from colada.train.stages import LayOut, System, row_generator
+from colada.train.taught import Taught, TaughtStage
 
 
 class Interval(NamedTuple):
@@ -130,111 +54,14 @@ def intervals(section: DistilSection) -> list[Interval]:
     ]
 
 
-@dataclass(frozen=True)
-class Taught(Draws):
-    """Draws of rows, and what is kept of the teacher's trajectories over them.
-
-    Attributes:
-        number: int64 (B,), of the rows.
-        states: (B, M, P, C), where each block is at each kept value of a; None in steps that do not use them.
-    """
-
-    number: Tensor | None = None
-    states: Tensor | None = None
-
-
-class DistilStage(PriorStage):
+class DistilStage(TaughtStage):
     """The DiT under a frozen, guided copy of itself or of another model's."""
 
-    teachers = {"teacher": "dit"}  # noqa: RUF012 - the base class says that it is the class's
-    section: DistilSection  # type: ignore[assignment]
+    section: DistilSection
 
     def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
         super().__init__(system, name, lay_out)
-        dit = system.networks["dit"]
-        assert isinstance(dit, DiT)
-        inside = built_in(self.recipe, name, system.distilled)
-        dit.config = dataclasses.replace(dit.config, distilled=inside)
-        self._kept: Trajectories | None = None
         self._intervals = intervals(self.section)
-
-    def draw(self, rows: Sequence[int]) -> Taught:
-        """Return what the loss draws, and the rows' numbers."""
-        draws = super().draw(rows)
-        return Taught(**vars(draws), number=torch.tensor(rows))
-
-    # --- the teacher's trajectories ----------------------------------------------------------
-
-    def begin(self, beginning: Beginning) -> None:
-        """Make what is missing of the trajectories, on the first rank, which checks those that are there."""
-        kept = self.section.trajectories
-        if kept is None:
-            return
-        whole = beginning.whole({"vae": self.vae, "teacher": self.frozen["teacher"]})
-        if whole is not None:
-            self._make(beginning, whole)
-        beginning.ranks.wait()
-        self._kept = Trajectories(Path(kept.path), kept.rows, {})
-
-    def _made_of(self, beginning: Beginning, whole: Mapping[str, nn.Module]) -> dict[str, Any]:
-        section, kept = self.section, self.section.trajectories
-        assert kept is not None
-        return {
-            "teacher": digest(whole["teacher"]),
-            "Text VAE": digest(whole["vae"]),
-            **{key: getattr(section, key) for key in ("guidance", "guidance_cap", "guidance_rescale")},
-            **{key: getattr(section, key) for key in ("length", "prefix_share")},
-            **{key: getattr(kept, key) for key in ("rows", "substeps", "solver")},
-            "grid": list(kept.grid),
-            "seed": self.recipe.seed,
-            "text": beginning.text,
-            "weights": source_weights(section, self.recipe.data.sources),
-        }
-
-    def _make(self, beginning: Beginning, whole: Mapping[str, nn.Module]) -> None:
-        section, kept, vae, teacher = self.section, self.section.trajectories, whole["vae"], whole["teacher"]
-        assert kept is not None
-        assert isinstance(vae, TextVAE)
-        assert isinstance(teacher, DiT)
-        files = Trajectories(Path(kept.path), kept.rows, self._made_of(beginning, whole))
-        missing, rows = files.missing, beginning.rows(self.recipe.seed)
-        settings = sampler(kept, section.guidance, section.guidance_cap, section.guidance_rescale)
-        device = beginning.ranks.device
-        done = files.parts - len(missing)
-        with beginning.display.task(f"{self.name}: trajectories", files.parts, done, passing=True):
-            for number, part in enumerate(missing, start=1):
-                if beginning.stopped():
-                    return
-                numbers = files.numbers(part)
-                some, draws = batch(rows, numbers), self._fixed(numbers)
-                networks = vae.to(device), teacher.to(device)
-                states = roll_out(
-                    *networks, some.to(device), draws.to(device), settings, kept.grid, self.system.pad_id
-                )
-                files.keep(part, some, states)
-                beginning.display.advance(done + number, files.parts)
-
-    def _fixed(self, numbers: Sequence[int]) -> Draws:
-        """Return what is drawn for rows whose trajectories are kept: the same whenever they are used."""
-        config, section = self.vae.config, self.section
-        flow = dataclasses.replace(flow_settings(section, config.latent_dim), copies=1, history_dropout=0.0)
-        generators = [row_generator(self.recipe.seed, _FIXED, number) for number in numbers]
-        return draw_randomness(generators, config, section.length, VAEWeights(), flow, masked=False)
-
-    def rollouts(self, step: int, rows: Batch, draws: Taught) -> tuple[Batch, Taught]:
-        """Return rows whose trajectories are kept, in place of this step's own, where it learns from them."""
-        if self._kept is None or not self._on_trajectory(step):
-            return rows, draws
-        assert draws.number is not None
-        numbers = [number % self._kept.rows for number in draws.number.tolist()]
-        fixed = self._fixed(numbers)
-        kept, states = self._kept.read(numbers)
-        own = dataclasses.replace(
-            draws, posterior=fixed.posterior, prefix=fixed.prefix, states=states.float()
-        )
-        return kept, own
-
-    # --- the loss ----------------------------------------------------------------------------
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Taught, counts: Counts, step: int) -> Loss:  # type: ignore[override]
         """Return the loss of rows in a step, with the network that learns or its average."""
@@ -287,15 +114,6 @@ class DistilStage(PriorStage):
         begin, end, substeps, _ = table[torch.bucketize(quantile, edges, right=True)].unbind(-1)
         return T * begin, T * end, substeps
 
-    def _at(self, states: Tensor, timestep: Tensor) -> Tensor:
-        """Return states (B, M, P, C) at timesteps (B, K, M) of the kept ones: (B, K, M, C)."""
-        assert self.section.trajectories is not None
-        kept = T * torch.tensor(self.section.trajectories.grid, dtype=timestep.dtype, device=timestep.device)
-        place_of = (timestep[..., None] - kept).abs().argmin(-1)
-        copies = states[:, None].expand(-1, timestep.shape[1], -1, -1, -1)
-        index = place_of[..., None, None].expand(*place_of.shape, 1, states.shape[-1])
-        return copies.gather(3, index).squeeze(3)
-
     def _on_trajectory(self, step: int) -> bool:
         """Return whether a step's states are the teacher's own; in a validation, never."""
         if not torch.is_grad_enabled():
@@ -303,8 +121,6 @@ class DistilStage(PriorStage):
         # A number that no row has, see the draws of self-conditioning.
         generator = row_generator(self.recipe.seed, self.number, 2**42 + step)
         return bool(torch.rand((), generator=generator) < self.section.trajectory)
-
-    # --- what it costs -----------------------------------------------------------------------
 
     @classmethod
     def phases(
@@ -320,12 +136,4 @@ class DistilStage(PriorStage):
             if kept is None
             else passes * (1 - section.trajectory)
         )
-        phases = [with_teacher(phase, vae, dit, section, passes)]
-        users = [
-            other
-            for other, own in recipe.trained.items()
-            if isinstance(own, DistilSection) and own.steps and own.trajectories == kept
-        ]
-        if kept is not None and name == next(iter(users), None):  # Others find them made.
-            phases.append(trajectories_phase(f"{name}, trajectories", vae, dit, section, placement))
-        return phases
+        return with_trajectories(with_teacher(phase, vae, dit, section, passes), recipe, name, vae, dit)

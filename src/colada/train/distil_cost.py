@@ -20,14 +20,13 @@ from colada.train.cost import (
     parameter_counts,
     two_copy_pairs,
 )
-from colada.train.kinds import DistilSection
+from colada.train.kinds import TaughtSection
+from colada.train.recipe import Recipe
 from colada.train.trajectories import fine_grid
 
 
-def with_teacher(
-    phase: Phase, vae: TextVAEConfig, dit: DiTConfig, section: DistilSection, passes: float
-) -> Phase:
-    """Return steps with so many passes of a frozen teacher in each, and the memory that it takes."""
+def teacher_pass(vae: TextVAEConfig, dit: DiTConfig, section: TaughtSection) -> float:
+    """Return the FLOPs of a frozen pass over a step's rows."""
     _, prior = networks(vae, dit)
     guided = section.guidance != 1
     blocks, size = section.length // vae.block_tokens, dit.block_size // dit.patch_size
@@ -36,14 +35,37 @@ def with_teacher(
     row = 2 * (blocks - 1 + copies * blocks) * size * (matrix_entries(prior) - entries)
     row += 4 * dit.num_layers * dit.heads * dit.head_dim * pairs
     timesteps = section.batch * copies * (blocks if section.timestep_per == "block" else 1) + (blocks > 1)
-    flops = passes * (section.batch * row + 2 * timesteps * entries)
+    return section.batch * row + 2 * timesteps * entries
+
+
+def with_teacher(
+    phase: Phase, vae: TextVAEConfig, dit: DiTConfig, section: TaughtSection, passes: float
+) -> Phase:
+    """Return steps with so many passes of a frozen teacher in each, and the memory that it takes."""
     memory = 4 * parameter_counts(vae, dit)["DiT"] / phase.placement.shards
-    parts = {"teacher": flops} if passes else {}
+    parts = {"teacher": passes * teacher_pass(vae, dit, section)} if passes else {}
     return replace(phase, flops={**phase.flops, **parts}, memory={**phase.memory, "teacher": memory})
 
 
+def with_trajectories(
+    phase: Phase, recipe: Recipe, name: str, vae: TextVAEConfig, dit: DiTConfig
+) -> list[Phase]:
+    """Return a stage's steps and, if it is the first to use them, what making its trajectories takes."""
+    section = recipe.stages[name]
+    assert isinstance(section, TaughtSection)
+    kept, trained = section.trajectories, recipe.trained.items()
+    users = [
+        other
+        for other, own in trained
+        if isinstance(own, TaughtSection) and own.steps and own.trajectories == kept
+    ]
+    if kept is None or name != next(iter(users), None):
+        return [phase]
+    return [phase, trajectories_phase(f"{name}, trajectories", vae, dit, section, phase.placement)]
+
+
 def trajectories_phase(
-    name: str, vae: TextVAEConfig, dit: DiTConfig, section: DistilSection, placement: Placement
+    name: str, vae: TextVAEConfig, dit: DiTConfig, section: TaughtSection, placement: Placement
 ) -> Phase:
     """Return what the engine computes to make trajectories, each block after its row's clean ones.
 

@@ -35,7 +35,6 @@ class Guided:
     cap: float = math.inf
     rescale: float = 0.0
 
-    @torch.no_grad()
     def guess(
         self,
         z: Tensor,

@@ -185,7 +185,7 @@ Grid = Annotated[tuple[float, ...], AfterValidator(_falls)]
 class TrajectorySection(Section):
     """The teacher's trajectories over fixed rows of the data, written once and read by all stages."""
 
-    path: str = Field(description="A directory; made, or gone on with where it was stopped.")
+    path: str = Field("runs/trajectories", description="A directory; made, or gone on with where it was stopped.")
     rows: int = Field(2000, ge=1, le=MOST_ROWS, description="Rows of the data.")
     grid: Grid = Field(
         (1.0, 0.95, 0.9, 0.825, 0.75, 0.65, 0.55, 0.3, 0.0),
@@ -195,21 +195,29 @@ class TrajectorySection(Section):
     solver: Literal["euler", "ab2", "heun"] = Field("ab2", description="Its solver.")
 
 
-class DistilSection(FlowTerms, StageSection):
-    """The DiT learns what a guided teacher, its own first weights, comes to; it then needs no guidance."""
+class TaughtSection(FlowTerms, StageSection):
+    """What learns from a frozen, guided teacher."""
 
     archs = ("cola",)
-    stage = "colada.train.distil:DistilStage"
     first = 2
-    kind: Literal["distil"] = "distil"
     teacher: str | None = Field(
         None,
-        description="A model; same: that of the distillation before it; unset: the weights as the stage"
-        " begins.",
+        description="A model; same: that of the stage with a teacher before it; unset: the weights as the"
+        " stage begins.",
     )
     guidance: float = Field(5.0, ge=-LARGEST, le=LARGEST, description="The teacher's guidance scale.")
     guidance_cap: float = Field(0.0, ge=0, le=LARGEST, description="Its cap, the data's size, say; 0: none.")
     guidance_rescale: float = Field(0.0, ge=0, le=1, description="Its rescaling.")
+    trajectories: TrajectorySection | None = Field(
+        None, description="Take states, and where they lead, from trajectories of the teacher that are kept."
+    )
+
+
+class DistilSection(TaughtSection):
+    """The DiT learns what a guided teacher, its own first weights, comes to; it then needs no guidance."""
+
+    stage = "colada.train.distil:DistilStage"
+    kind: Literal["distil"] = "distil"
     grids: tuple[Grid, ...] | None = Field(
         None,
         min_length=1,
@@ -230,9 +238,6 @@ class DistilSection(FlowTerms, StageSection):
         0.5, ge=0, le=1, description="Share of steps whose states are the teacher's own; else noisy data."
     )
     rollout: int = Field(4, ge=1, le=64, description="The teacher's steps from noise to such a state.")
-    trajectories: TrajectorySection | None = Field(
-        None, description="Take such states, and where they lead, from trajectories that are kept."
-    )
 
     @model_validator(mode="after")
     def _fits(self) -> DistilSection:
@@ -241,6 +246,8 @@ class DistilSection(FlowTerms, StageSection):
             raise ValueError(f"{count} grids without landing_time, expected one grid or landing_time: true")
         if self.landing_time and not count:
             raise ValueError("landing_time without grids, expected where steps end")
+        if self.landing_time and self.train == "lora":
+            raise ValueError("landing_time with train='lora', expected 'all' or 'adaln': it is no matrix of a block")
         if self.shares is not None and (len(self.shares) != count or not any(self.shares)):
             raise ValueError(f"shares {list(self.shares)}, expected one a grid, some above 0")
         if self.trajectories is not None:
@@ -252,6 +259,22 @@ class DistilSection(FlowTerms, StageSection):
                 known = f"values of trajectories.grid {list(self.trajectories.grid)}"
                 raise ValueError(f"{reason}, expected {known}")
         return self
+
+
+class SolverSection(TaughtSection):
+    """A solver of few evaluations learns to end where a teacher's many do; no network learns."""
+
+    stage = "colada.train.solver:SolverStage"
+    kind: Literal["solver"] = "solver"
+    evaluations: int = Field(6, ge=1, le=64, description="A block's: N of them are N (N + 5) / 2 numbers.")
+    steps: int = Field(300, ge=0, le=MOST_STEPS, description="Optimiser steps; 0 leaves the stage out.")
+    batch: int = Field(8, ge=1, le=MOST_ROWS, description="Rows per step, over all ranks.")
+    lr: float = Field(1e-2, ge=SMALLEST, le=LARGEST, description="Highest learning rate.")
+    warmup: int = Field(10, ge=0, le=MOST_STEPS, description="Steps over which it rises.")
+
+    trajectories: TrajectorySection = Field(  # type: ignore[mutable-override]
+        TrajectorySection(), description="Trajectories of the teacher that are kept: their ends are the goal."
+    )
 
 
 class PicturesSection(FlowTerms, StageSection):
@@ -339,6 +362,7 @@ AnyStage = Annotated[
     | PriorSection
     | JointSection
     | DistilSection
+    | SolverSection
     | PicturesSection
     | PictureVAESection
     | DecoderSection,

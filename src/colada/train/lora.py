@@ -21,8 +21,8 @@ _FIRST = 0x10A4  # Seeds the first factors, together with a matrix's place among
 
 
 def is_modulation(name: str) -> bool:
-    """Return whether a parameter of the DiT is one of AdaLN's."""
-    return "ada." in name
+    """Return whether a parameter of the DiT is one of AdaLN's, or of the landing times that it goes by."""
+    return "ada." in name or name.startswith("emb_in2.")
 
 
 def has_factors(name: str, parameter: Tensor) -> bool:

@@ -29,6 +29,7 @@ from colada.device import find_device
 from colada.errors import ColadaError
 from colada.networks.decoder import Decoder
 from colada.networks.dit import DiT
+from colada.networks.solver import LearntSolver
 from colada.networks.vae import Posterior, TextVAE
 from colada.pictures.codec import Codec, ConvVAE
 from colada.train.environment import local_rank, world_size
@@ -165,6 +166,9 @@ def lay_out(networks: nn.ModuleDict, ranks: Ranks, precision: torch.dtype) -> No
         if isinstance(network, Codec):  # A linear one has no parameters.
             for part in [network.encoder, network.decoder] if isinstance(network, ConvVAE) else []:
                 shard(part)
+            continue
+        if isinstance(network, LearntSolver):
+            fully_shard(network, mesh=ranks.mesh)
             continue
         halves = [network.encoder, network.decoder] if isinstance(network, TextVAE) else [network]
         for half in halves:

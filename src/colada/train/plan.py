@@ -19,9 +19,9 @@ from colada.networks.config import DecoderConfig, DiTConfig, NetworkConfig, Text
 from colada.pictures.codec import codec_parameters, read_codec_config
 from colada.pictures.config import CodecConfig
 from colada.train.cost import Phase, Placement, parameter_counts, scaled
-from colada.train.distil import check_order
 from colada.train.environment import ranks_here
 from colada.train.kinds import DecoderSection, StageSection
+from colada.train.lineage import check_order
 from colada.train.parallel import Ranks
 from colada.train.recipe import Recipe, vocab_size
 from colada.train.stages import stage_class

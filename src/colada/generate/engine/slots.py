@@ -44,7 +44,7 @@ class Begun:
     Attributes:
         done: how many evaluations are.
         latents: (K, block, C), where its candidates are.
-        velocities: (K, block, C) each, the last ones, the newest first.
+        velocities: (K, block, C) each, the last ones (or guesses of z0), the newest first.
         guess: (K, block, C), the conditional guess of z0 before, where the DiT takes one.
     """
 

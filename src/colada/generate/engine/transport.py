@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from colada.device import on_device
-from colada.flow import PREDICTIONS, advance, memory
+from colada.flow import PREDICTIONS, Evaluation, advance, memory
 from colada.generate.engine.graphs import Graphs
 from colada.generate.engine.memory import (
     Memory,
@@ -84,7 +84,9 @@ class _Pass(NamedTuple):
 
     Attributes:
         shape: of the pass.
-        numbers: (1 + velocities, active, 1, 1), of each row its a, and the weights of the velocities.
+        numbers: (2 + velocities, active, 1, 1), of each row its a, what of z is kept, and the weights of the
+            velocities.
+        pointed: bool (active, 1, 1), rows whose weights are of guesses of z0 instead; None without any.
         row: of the modulation table, one for all positions or one each.
         a: (rows of the pass, size), of each latent that is not clean, 0 where pinned; where the DiT
             predicts anything but the velocity, else None.
@@ -92,8 +94,15 @@ class _Pass(NamedTuple):
 
     shape: _Shape
     numbers: Tensor
+    pointed: Tensor | None
     row: int | Tensor
     a: Tensor | None
+
+
+def _numbers(evaluation: Evaluation, width: int) -> list[float]:
+    """Return an evaluation as numbers, with so many weights."""
+    kept = 1.0 if evaluation.kept is None else evaluation.kept
+    return [evaluation.a, kept, *evaluation.weights, *[0.0] * (width - len(evaluation.weights))]
 
 
 def _is_guided(slot: LatentSlot, a: float) -> bool:
@@ -173,7 +182,7 @@ class Transport:
             committed.append(z.new_zeros(padding, z.shape[-1]))
         velocities = _last_velocities(slots, torch.zeros_like(z[0]))
         guess = _last_guesses(slots, z) if self.dit.config.self_conditioning else None
-        for number, (shape, numbers, row, of_latents) in enumerate(passes):
+        for number, (shape, numbers, pointed, row, of_latents) in enumerate(passes):
             if any_pinned:
                 z = torch.where(mask, pinned, z)
             now, finished = z[: shape.active], z[shape.active :]
@@ -192,12 +201,14 @@ class Transport:
             conditional, unconditional = output[: shape.active], output[shape.rows :]
             if shape.guided is not None:
                 unconditional = unconditional[: len(shape.guided)]
-            a, *weights = numbers
+            a, kept, *weights = numbers
             free = ~where[: shape.active] if shape.bounded else None
             velocity, z0 = estimate(now, a, conditional, unconditional, shape.guided, shape.guidance, free)
             if guess is not None:
                 guess = torch.where(mask[: shape.active], pinned[: shape.active], now - a * conditional)
             past = [own[: shape.active] for own in velocities]
+            if pointed is not None:
+                velocity, now = torch.where(pointed, z0, velocity), kept * now
             velocities = [velocity, *past][: len(weights)]
             z, z0 = torch.cat([advance(now, velocities, weights), finished]), torch.cat([z0, finished])
             if any_pinned:
@@ -277,11 +288,9 @@ class Transport:
         moment = self._prior.modulation.moment
         table = self._prior.modulation.rows([0.0, *(moment(each) for own in coming for each in own)])
         width = max(map(memory, coming))
-        # Of every evaluation and row: a, and as many weights; nothing for those who have ended.
-        padded = [
-            [[own.a, *own.weights, *[0.0] * (width - len(own.weights))] for own in every] for every in coming
-        ]
-        none = [0.0] * (1 + width)
+        # Of every evaluation and row its numbers; nothing for those who have ended.
+        padded = [[_numbers(own, width) for own in every] for every in coming]
+        none = [0.0] * (2 + width)
         numbers = on_device(
             [[own[number] if number < len(own) else none for own in padded] for number in range(count)],
             device,
@@ -311,7 +320,10 @@ class Transport:
             if self.dit.config.prediction != "velocity":
                 times = on_device([own.a for own in each], device, torch.float32)
                 of_latents = (times[:, None] * ~where_now).flatten()
-            passes.append(_Pass(shape, numbers[number][:, :active], row, of_latents))
+            pointed = None
+            if any(own.kept is not None for own in now):
+                pointed = on_device([own.kept is not None for own in now], device, torch.bool)[:, None, None]
+            passes.append(_Pass(shape, numbers[number][:, :active], pointed, row, of_latents))
         return passes
 
     def _members(self, rows: int, active: int, guided: list[int]) -> list[int]:

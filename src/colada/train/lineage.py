@@ -1,0 +1,87 @@
+"""What a model has built in after each stage of a recipe, and stages that would undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from colada.errors import ColadaError
+from colada.locate import locate
+from colada.networks.checkpoint import read_configs
+from colada.train.kinds import DistilSection, JointSection, PicturesSection, PriorSection, TaughtSection
+from colada.train.recipe import Recipe
+
+SAME = "same"
+"""In place of a teacher: that of the stage with one before it."""
+
+
+def built_in(recipe: Recipe, name: str, start: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the DiT has built in after a stage, as its configuration says it; None for nothing.
+
+    Args:
+        start: what it has before the first stage, None for nothing.
+
+    Raises:
+        ColadaError: if a teacher that has guidance built in would be guided once more, or there is none.
+    """
+    inside = None if start is None else dict(start)
+    teacher: Mapping[str, Any] | None = None
+    first = True
+    for other, section in recipe.trained.items():
+        if isinstance(section, TaughtSection) and section.steps:
+            where = f"recipe: stages.{other}"
+            if section.teacher == SAME and first:
+                raise ColadaError(
+                    f"{where}.teacher={SAME}, but no stage with one is before it: expected a model"
+                )
+            if section.teacher is None:
+                teacher = inside
+            elif section.teacher != SAME:
+                teacher = read_configs(locate(section.teacher))[1].distilled
+            if teacher is not None and section.guidance != 1:
+                built = f"{teacher['guidance']:g}"
+                raise ColadaError(
+                    f"{where}.guidance={section.guidance:g}: its teacher has {built} built in, expected 1"
+                )
+            first = False
+        if isinstance(section, DistilSection) and section.steps:
+            inside = _inside(section, teacher)
+        if other == name:
+            break
+    return inside
+
+
+def _inside(section: DistilSection, teacher: Mapping[str, Any] | None) -> dict[str, Any]:
+    keys = ("guidance", "guidance_cap", "guidance_rescale")
+    inside = {key: getattr(section, key) if teacher is None else teacher.get(key, 0.0) for key in keys}
+    grids = None if section.grids is None else [list(grid) for grid in section.grids]
+    inside |= {"teacher_steps": None if grids is None else _teacher_steps(section)}
+    return inside | {"steps": None if grids is None else [len(grid) - 1 for grid in grids], "grids": grids}
+
+
+def _teacher_steps(section: DistilSection) -> int:
+    if section.trajectories is None:
+        return section.teacher_steps
+    return section.trajectories.substeps * (len(section.trajectories.grid) - 1)
+
+
+def check_order(recipe: Recipe, start: Mapping[str, Any] | None) -> None:
+    """Check that no stage undoes what one before it, or the model that a run begins with, has built in.
+
+    Args:
+        start: what that model has built in, None for nothing.
+
+    Raises:
+        ColadaError: as :func:`built_in`; or for a stage that trains the flow of data after a distillation.
+    """
+    distilled = start is not None
+    for name, section in recipe.trained.items():
+        if section.steps:
+            built_in(recipe, name, start)
+        if isinstance(section, DistilSection) and section.steps:
+            distilled = True
+        elif distilled and isinstance(section, PriorSection | JointSection | PicturesSection) and section.steps:
+            raise ColadaError(
+                f"recipe: stages.{name} trains the flow of data, which undoes what a distilled model has"
+                " built in: fine-tune first, distil after"
+            )

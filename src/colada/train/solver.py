@@ -1,0 +1,119 @@
+"""A learnt solver as a stage: where a teacher's many evaluations end, in few; no network changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colada.data.rows import Batch
+from colada.flow import T
+from colada.networks.dit import DiT
+from colada.networks.solver import LearntSolver
+from colada.train.cost import Phase, Placement
+from colada.train.distil_cost import teacher_pass, with_trajectories
+from colada.train.distillation import Guided
+from colada.train.flow_matching import Pinned, pin, place
+from colada.train.kinds import SolverSection
+from colada.train.losses import Loss, draw, encode, rows_layout
+from colada.train.noise import Counts, sample_of_latents
+from colada.train.recipe import Recipe
+from colada.train.stages import LayOut, System
+from colada.train.taught import Taught, TaughtStage
+
+_HELD = 8
+"""One of so many kept rows is for validation."""
+
+
+def integrate(
+    solver: LearntSolver,
+    guided: Guided,
+    noise: Tensor,
+    clean: Tensor,
+    pinned: Pinned | None = None,
+    sample: Tensor | None = None,
+) -> Tensor:
+    """Return where a solver takes noise (B, K, M, C); other arguments as :func:`predict`."""
+    grid, alpha, beta = solver()
+    z, guesses = place(noise, pinned), list[Tensor]()
+    for a, kept, weights in zip(grid, alpha, beta, strict=True):
+        timestep = (T * a).expand(z.shape[:-1])
+        guesses.append(guided.guess(z, timestep, clean, pinned, sample))
+        moved = kept * z
+        for weight, guess in zip(weights, guesses, strict=True):
+            moved = moved + weight * guess
+        z = place(moved, pinned)
+    return z
+
+
+class SolverStage(TaughtStage):
+    """The numbers of a solver under the ends of a teacher's trajectories."""
+
+    learns, uses = ("solver",), ("vae", "dit")
+    section: SolverSection
+
+    def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
+        super().__init__(system, name, lay_out)
+        solver, dit, section = self.networks["solver"], system.networks["dit"], self.section
+        assert isinstance(solver, LearntSolver)
+        assert isinstance(dit, DiT)
+        # A network with guidance built in is not guided; any other one as its teacher is.
+        alone = dit.config.distilled is not None
+        scale, cap = (1.0, 0.0) if alone else (section.guidance, section.guidance_cap)
+        solver.fitted.fill_(True)
+        solver.guidance.copy_(torch.tensor([scale, cap]))
+
+    def _numbers(self, number: Tensor) -> list[int]:
+        """Return kept rows: of the last ones in a validation, else of the others."""
+        assert self._kept is not None
+        held = max(1, self._kept.rows // _HELD)
+        rest = max(1, self._kept.rows - held)
+        if not torch.is_grad_enabled():
+            return [self._kept.rows - held + own % held for own in number.tolist()]
+        return [own % rest for own in number.tolist()]
+
+    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Taught, counts: Counts, step: int) -> Loss:  # type: ignore[override]
+        """Return E||z_N - z_teacher||^2 per latent number that is free."""
+        solver, dit, vae = networks["solver"], self.frozen["dit"], self.vae
+        assert isinstance(solver, LearntSolver)
+        assert isinstance(dit, DiT)
+        if draws.states is None:  # In a validation.
+            device = rows.ids.device
+            rows, draws = self.rollouts(step, rows, draws)
+            rows, draws = rows.to(device), draws.to(device)
+        assert draws.states is not None
+        scale, cap = solver.guidance.tolist()
+        with torch.no_grad():
+            layout = rows_layout(vae, rows)
+            z0 = vae.normalise(draw(encode(vae, rows.ids, layout, vae.config.log_snr), draws.posterior))
+            clean = z0.view(len(rows), -1, vae.config.latent_dim)
+            pinned = pin(vae, rows, draws, layout, self.system.pad_id)
+            sample = sample_of_latents(rows, vae.config.patch_size)
+            noise, goal = draws.states[:, None, :, 0], draws.states[:, None, :, -1]
+        guided = Guided(dit, scale, cap or math.inf, self.section.guidance_rescale)
+        errors = (integrate(solver, guided, noise, clean, pinned, sample) - goal).square().mean(-1)
+        if pinned is not None:
+            errors = errors.masked_fill(pinned.where[:, None], 0.0)
+        total = errors.sum() / counts.noisy
+        return Loss(total, {"distance": total.detach()})
+
+    @classmethod
+    def phases(
+        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+    ) -> list[Phase]:
+        """Return the steps: forward and backward through all evaluations, without gradients of weights."""
+        (phase,), section = super().phases(recipe, name, configs, placement), recipe.stages[name]
+        assert isinstance(section, SolverSection)
+        vae, dit = configs["vae"], configs["dit"]
+        flops = {part: value for part, value in phase.flops.items() if part in ("encoder", "prefixes")}
+        flops["evaluations"] = 2 * section.evaluations * teacher_pass(vae, dit, section)
+        frozen = phase.memory["frozen networks"] + 2 * phase.memory["weights"]
+        activations = section.evaluations * phase.memory["activations"]
+        memory = {"frozen networks": frozen, "activations": activations}
+        return with_trajectories(
+            replace(phase, flops=flops, memory=memory, narrow_flops=0.0), recipe, name, vae, dit
+        )

@@ -1,0 +1,141 @@
+"""Stages that learn from a frozen, guided teacher; what is kept of its trajectories is made before them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colada.data.rows import Batch, batch
+from colada.flow import T
+from colada.networks.dit import DiT
+from colada.networks.vae import TextVAE
+from colada.train.cola import PriorStage, flow_settings
+from colada.train.kinds import TaughtSection
+from colada.train.noise import Draws, VAEWeights, draw_randomness
+from colada.train.recipe import source_weights
+from colada.train.stages import Beginning, LayOut, System, row_generator
+from colada.train.trajectories import Trajectories, digest, roll_out, sampler
+
+_FIXED = 2**20  # In place of a stage's number, in the seeds of rows whose trajectories are kept.
+
+
+@dataclass(frozen=True)
+class Taught(Draws):
+    """Draws of rows, and what is kept of the teacher's trajectories over them.
+
+    Attributes:
+        number: int64 (B,), of the rows.
+        states: (B, M, P, C), where each block is at each kept value of a; None in steps that do not use them.
+    """
+
+    number: Tensor | None = None
+    states: Tensor | None = None
+
+
+class TaughtStage(PriorStage):
+    """What learns from a copy of the DiT, frozen as the stage begins, or from another model's."""
+
+    teachers = {"teacher": "dit"}  # noqa: RUF012 - the base class says that it is the class's
+    section: TaughtSection  # type: ignore[assignment]
+
+    def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
+        super().__init__(system, name, lay_out)
+        self._kept: Trajectories | None = None
+
+    def draw(self, rows: Sequence[int]) -> Taught:
+        """Return what the loss draws, and the rows' numbers."""
+        draws = super().draw(rows)
+        return Taught(**vars(draws), number=torch.tensor(rows))
+
+    def begin(self, beginning: Beginning) -> None:
+        """Make what is missing of the trajectories, on the first rank, which checks those that are there."""
+        kept = self.section.trajectories
+        if kept is None:
+            return
+        whole = beginning.whole({"vae": self.vae, "teacher": self.frozen["teacher"]})
+        if whole is not None:
+            self._make(beginning, whole)
+        beginning.ranks.wait()
+        self._kept = Trajectories(Path(kept.path), kept.rows, {})
+
+    def _made_of(self, beginning: Beginning, whole: Mapping[str, nn.Module]) -> dict[str, Any]:
+        section, kept = self.section, self.section.trajectories
+        assert kept is not None
+        return {
+            "teacher": digest(whole["teacher"]),
+            "Text VAE": digest(whole["vae"]),
+            **{key: getattr(section, key) for key in ("guidance", "guidance_cap", "guidance_rescale")},
+            **{key: getattr(section, key) for key in ("length", "prefix_share")},
+            **{key: getattr(kept, key) for key in ("rows", "substeps", "solver")},
+            "grid": list(kept.grid),
+            "seed": self.recipe.seed,
+            "text": beginning.text,
+            "weights": source_weights(section, self.recipe.data.sources),
+        }
+
+    def _make(self, beginning: Beginning, whole: Mapping[str, nn.Module]) -> None:
+        section, kept, vae, teacher = self.section, self.section.trajectories, whole["vae"], whole["teacher"]
+        assert kept is not None
+        assert isinstance(vae, TextVAE)
+        assert isinstance(teacher, DiT)
+        files = Trajectories(Path(kept.path), kept.rows, self._made_of(beginning, whole))
+        missing, rows = files.missing, beginning.rows(self.recipe.seed)
+        settings = sampler(kept, section.guidance, section.guidance_cap, section.guidance_rescale)
+        device = beginning.ranks.device
+        done = files.parts - len(missing)
+        with beginning.display.task(f"{self.name}: trajectories", files.parts, done, passing=True):
+            for number, part in enumerate(missing, start=1):
+                if beginning.stopped():
+                    return
+                numbers = files.numbers(part)
+                some, draws = batch(rows, numbers), self._fixed(numbers)
+                networks = vae.to(device), teacher.to(device)
+                states = roll_out(
+                    *networks, some.to(device), draws.to(device), settings, kept.grid, self.system.pad_id
+                )
+                files.keep(part, some, states)
+                beginning.display.advance(done + number, files.parts)
+
+    def _fixed(self, numbers: Sequence[int]) -> Draws:
+        """Return what is drawn for rows whose trajectories are kept: the same whenever they are used."""
+        config, section = self.vae.config, self.section
+        flow = dataclasses.replace(flow_settings(section, config.latent_dim), copies=1, history_dropout=0.0)
+        generators = [row_generator(self.recipe.seed, _FIXED, number) for number in numbers]
+        return draw_randomness(generators, config, section.length, VAEWeights(), flow, masked=False)
+
+    def rollouts(self, step: int, rows: Batch, draws: Taught) -> tuple[Batch, Taught]:
+        """Return rows whose trajectories are kept, in place of this step's own, where it learns from them."""
+        if self._kept is None or not self._on_trajectory(step):
+            return rows, draws
+        assert draws.number is not None
+        numbers = self._numbers(draws.number)
+        fixed = self._fixed(numbers)
+        kept, states = self._kept.read(numbers)
+        own = dataclasses.replace(
+            draws, posterior=fixed.posterior, prefix=fixed.prefix, states=states.float()
+        )
+        return kept, own
+
+    def _numbers(self, number: Tensor) -> list[int]:
+        """Return which kept rows rows of these numbers take: after the last one the first again."""
+        assert self._kept is not None
+        return [own % self._kept.rows for own in number.tolist()]
+
+    def _at(self, states: Tensor, timestep: Tensor) -> Tensor:
+        """Return states (B, M, P, C) at timesteps (B, K, M) of the kept ones: (B, K, M, C)."""
+        assert self.section.trajectories is not None
+        kept = T * torch.tensor(self.section.trajectories.grid, dtype=timestep.dtype, device=timestep.device)
+        place_of = (timestep[..., None] - kept).abs().argmin(-1)
+        copies = states[:, None].expand(-1, timestep.shape[1], -1, -1, -1)
+        index = place_of[..., None, None].expand(*place_of.shape, 1, states.shape[-1])
+        return copies.gather(3, index).squeeze(3)
+
+    def _on_trajectory(self, step: int) -> bool:
+        """Return whether a step learns from the teacher's own states."""
+        return True
