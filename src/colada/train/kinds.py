@@ -185,7 +185,9 @@ Grid = Annotated[tuple[float, ...], AfterValidator(_falls)]
 class TrajectorySection(Section):
     """The teacher's trajectories over fixed rows of the data, written once and read by all stages."""
 
-    path: str = Field("runs/trajectories", description="A directory; made, or gone on with where it was stopped.")
+    path: str = Field(
+        "runs/trajectories", description="A directory; made, or gone on with where it was stopped."
+    )
     rows: int = Field(2000, ge=1, le=MOST_ROWS, description="Rows of the data.")
     grid: Grid = Field(
         (1.0, 0.95, 0.9, 0.825, 0.75, 0.65, 0.55, 0.3, 0.0),
@@ -247,7 +249,9 @@ class DistilSection(TaughtSection):
         if self.landing_time and not count:
             raise ValueError("landing_time without grids, expected where steps end")
         if self.landing_time and self.train == "lora":
-            raise ValueError("landing_time with train='lora', expected 'all' or 'adaln': it is no matrix of a block")
+            raise ValueError(
+                "landing_time with train='lora', expected 'all' or 'adaln': it is no matrix of a block"
+            )
         if self.shares is not None and (len(self.shares) != count or not any(self.shares)):
             raise ValueError(f"shares {list(self.shares)}, expected one a grid, some above 0")
         if self.trajectories is not None:
@@ -272,7 +276,7 @@ class SolverSection(TaughtSection):
     lr: float = Field(1e-2, ge=SMALLEST, le=LARGEST, description="Highest learning rate.")
     warmup: int = Field(10, ge=0, le=MOST_STEPS, description="Steps over which it rises.")
 
-    trajectories: TrajectorySection = Field(  # type: ignore[mutable-override]
+    trajectories: TrajectorySection = Field(
         TrajectorySection(), description="Trajectories of the teacher that are kept: their ends are the goal."
     )
 

@@ -80,7 +80,9 @@ def check_order(recipe: Recipe, start: Mapping[str, Any] | None) -> None:
             built_in(recipe, name, start)
         if isinstance(section, DistilSection) and section.steps:
             distilled = True
-        elif distilled and isinstance(section, PriorSection | JointSection | PicturesSection) and section.steps:
+        elif (
+            distilled and isinstance(section, PriorSection | JointSection | PicturesSection) and section.steps
+        ):
             raise ColadaError(
                 f"recipe: stages.{name} trains the flow of data, which undoes what a distilled model has"
                 " built in: fine-tune first, distil after"
