@@ -55,18 +55,22 @@ class Trigrams:
                 self.counts[n].update(grams)
                 self.contexts[n].update(gram[:-1] for gram in grams)
 
+    def nats(self, text: Sequence[str]) -> list[float]:
+        """Return the negative log-probability of each word."""
+        found = []
+        for at in range(len(text)):
+            p = 1 / len(self.counts[0])
+            for n in range(min(at, 2) + 1):
+                gram = tuple(text[at - n : at + 1])
+                seen = self.contexts[n][gram[:-1]]
+                p = (self.counts[n][gram] + self.strength * p) / (seen + self.strength)
+            found.append(-math.log(p))
+        return found
+
     def nats_per_word(self, texts: Iterable[Sequence[str]]) -> float:
         """Return the mean negative log-probability of the words."""
-        total, count = 0.0, 0
-        for text in texts:
-            for at in range(len(text)):
-                p = 1 / len(self.counts[0])
-                for n in range(min(at, 2) + 1):
-                    gram = tuple(text[at - n : at + 1])
-                    seen = self.contexts[n][gram[:-1]]
-                    p = (self.counts[n][gram] + self.strength * p) / (seen + self.strength)
-                total, count = total - math.log(p), count + 1
-        return total / max(1, count)
+        each = [own for text in texts for own in self.nats(text)]
+        return sum(each) / max(1, len(each))
 
 
 def figures(texts: Sequence[Sequence[str]], judge: Trigrams, vocabulary: Collection[str]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -440,3 +441,43 @@ def test_a_solver_is_learnt_resumes_and_is_stored(tmp_path: Path, teacher: Path,
         evaluations = evaluations_of(solver, "uniform", 2)
         *_, (z, _) = transport(dit, noise[0, :, 4:], [history], *nothing, [scale], evaluations, settings)
     torch.testing.assert_close(found[0, :, 4:], z, rtol=1e-4, atol=1e-5)
+
+
+# --- the experiment ----------------------------------------------------------------------------------
+
+
+def test_the_experiment_measures_what_is_missing_and_draws(tmp_path: Path, teacher: Path) -> None:
+    from typer.testing import CliRunner
+
+    from experiments.few_step import app
+
+    data = tmp_path / "text.jsonl"
+    lines = [f"One day the {word} went to the sea and found a small red boat there." for word in "abcdefgh"]
+    splits = ["train"] * 5 + ["validation"] * 3
+    data.write_text(
+        "".join(
+            json.dumps({"text": f"{own} {own}", "split": split}) + "\n"
+            for own, split in zip(lines, splits, strict=True)
+        )
+    )
+    own = made(teacher, tmp_path, {"distil": FOLD.replace("GRIDS", "[[1, 0.6, 0]]")}, "run.validate_every=0")
+    Trainer(own, tmp_path / "run").run()
+    student = str(tmp_path / "run" / "model")
+    out = tmp_path / "out"
+    words = ["run", str(data), "--teacher", str(teacher), "--student", student, "--out", str(out)]
+    words += ["--documents", "3", "--prompt", "4", "--tokens", "8", "--steps", "1,2", "--guidance", "3"]
+    for _ in range(2):  # The second time, nothing is missing.
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        points = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+        assert [point["role"] for point in points] == ["teacher"] * 3 + ["student", "real"]
+    stored, one, two, few, real = points
+    assert stored["agreement"] == 1.0
+    assert (one["row_passes"], two["row_passes"], few["row_passes"]) == (3, 5, 3)
+    assert len(few["by_block"]) == 2
+    assert few["pinned"].keys() == {"1", "2", "3"}
+    assert real["perplexity"] == pytest.approx(math.exp(real["trigram"]))
+    result = CliRunner().invoke(app, ["table", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "| teacher | 3 | 1 | 3 |" in result.stdout
+    assert (out / "frontier.svg").exists()
