@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import pytest
 
 from colada.data.facts import CATEGORIES
 from colada.data.instructions import (
-    TASKS,
+    ON_STORIES,
     WORDINGS,
     ask,
+    default_tasks,
     distinct_pairs,
     facts_by_question,
     instructions,
@@ -20,7 +23,9 @@ from colada.data.instructions import (
     reward,
     reward_of,
     sentences_of,
+    story_questions,
 )
+from colada.data.rules import rewarded
 from colada.errors import ColadaError
 
 STORIES = (Path(__file__).parent / "data" / "stories.txt").read_text().split("\n\n")
@@ -30,7 +35,7 @@ STORIES += [
 ]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", default_tasks())
 @pytest.mark.parametrize("held_out", [False, True])
 def test_the_answers_that_are_taught_are_right_by_the_rule_that_judges(task: str, held_out: bool) -> None:
     samples = list(instructions(STORIES, task, 60, held_out=held_out))
@@ -44,7 +49,7 @@ def test_the_answers_that_are_taught_are_right_by_the_rule_that_judges(task: str
 
 
 def test_what_is_kept_for_tests_is_never_asked_in_training() -> None:
-    for task in TASKS:
+    for task in default_tasks():
         taught = {sample.prompt for sample in instructions(STORIES, task, 3000)}
         kept = {sample.prompt for sample in instructions(STORIES, task, 3000, held_out=True)}
         assert not taught & kept
@@ -121,3 +126,54 @@ def test_what_cannot_be_asked_is_named() -> None:
         reward_of("sums")("Hello!", "1")
     with pytest.raises(ColadaError, match="a number to twenty"):
         reward("Tell me a story in many sentences.", "He ran.")
+
+
+def test_questions_on_stories_come_after_a_passage_that_answers_them(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    context = "Ann saw a fox. It was red! She ran home. " + "They sat by the fire and told tales. " * 9
+    lines = [
+        {
+            "story": f"story {n}",
+            "context": context,
+            "question": f"Who ran {n}?",
+            "answers": ["the fox", "a fox"],
+        }
+        for n in range(40)
+    ]
+    lines.append({"story": "other", "context": context, "question": "Why?", "answers": ["it rained"]})
+    file.write_text("\n".join(map(json.dumps, lines)))
+    taught, kept = (
+        list(instructions([], ON_STORIES, 99, held_out=own, questions=file)) for own in (False, True)
+    )
+    assert len(taught) + len(kept) == 40
+    assert 0 < len(kept) < 10
+    assert taught[0].prompt.startswith("Ann saw a fox. Who ")
+    judge = reward_of(ON_STORIES, file)
+    assert judge(taught[0].prompt, "A fox.") == 1
+    assert judge(taught[0].prompt, "It was a red fox") == pytest.approx(2 * 2 / (2 + 5))
+    assert judge(taught[0].prompt, "nobody") == 0
+    with pytest.raises(ColadaError, match=r"prompt 'Why\?', expected a question of"):
+        judge("Why?", "x")
+    with pytest.raises(ColadaError, match="without questions, expected the file"):
+        reward_of(ON_STORIES)
+    file.write_text('{"story": "x", "context": "y"}')
+    story_questions.cache_clear()
+    with pytest.raises(ColadaError, match=r"questions.jsonl:1: no field 'question'"):
+        reward_of(ON_STORIES, file)
+
+
+def test_a_rule_of_ones_own_is_found_by_name_and_its_faults_are_named() -> None:
+    assert rewarded(lambda prompt, answer: len(answer) / 2, "half", "p", "abc") == 1.5
+    for broken, said in (
+        (lambda p, a: 1 / 0, "failed: division by zero"),
+        (lambda p, a: float("nan"), "nan"),
+    ):
+        with pytest.raises(ColadaError, match=rf"the reward mine of prompt 'Sing!' .*{said}"):
+            rewarded(broken, "mine", "Sing!", "la")
+    with pytest.raises(ColadaError, match="of prompt 'Sing!' is 'good', expected a number"):
+        rewarded(lambda p, a: "good", "mine", "Sing!", "la")  # type: ignore[arg-type, return-value]
+    assert reward_of("difflib:get_close_matches") is difflib.get_close_matches
+    with pytest.raises(ColadaError, match=r"has no function 'get_clos_matches'.*did you mean"):
+        reward_of("difflib:get_clos_matches")
+    with pytest.raises(ColadaError, match="cannot import 'no_such_thing'"):
+        reward_of("no_such_thing:f")

@@ -9,12 +9,17 @@ import re
 from pathlib import Path
 
 from colada.errors import ColadaError, shown
+from colada.files import read_json_object
 
 DIT_DIR, VAE_DIR, DECODER_DIR, IMAGE_DIR = "cola_dit", "cola_vae", "decoder", "cola_image"
 TOKENIZER_FILE = "tokenizer.json"
 GENERATION_FILE, CHAT_TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
 
+DIFFERENCE_FILE, DIFFERENCE_WEIGHTS = "difference.json", "difference.safetensors"
+"""Of a directory that holds what a model differs by from another: see :mod:`colada.models.difference`."""
+
 BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED_NAME = "bundled"
 
 _PARTS = (DIT_DIR, VAE_DIR, DECODER_DIR)
 _RELEASED = "cola_dlm"  # The released hub repository has its networks in here, and the tokenizer beside it.
@@ -42,6 +47,8 @@ def local(where: str | Path, revision: str | None = None) -> Path | None:
         raise ColadaError(f"revision={shown(revision)}, expected the name of a branch, tag or commit")
     name = str(where)
     path = Path(os.path.expanduser(name))
+    if name == BUNDLED_NAME and not os.path.exists(path) and BUNDLED.is_dir():
+        return BUNDLED
     if name and os.path.isdir(path):
         if revision is not None:
             raise ColadaError(
@@ -71,14 +78,35 @@ def is_hub_id(name: str) -> bool:
 
 def find_tokenizer(directory: Path) -> Path | None:
     """Return the tokenizer file beside the two networks or one level up, or None."""
+    base = base_of(directory)
+    if base is not None:
+        return find_tokenizer(base)
     for candidate in (directory / TOKENIZER_FILE, directory.parent / TOKENIZER_FILE):
         if os.path.lexists(candidate):
             return candidate
     return None
 
 
+def base_of(directory: Path) -> Path | None:
+    """Return where the model is that a directory holds a difference to; None if it holds a model itself.
+
+    Raises:
+        ColadaError: if that is not said, or there is no such model.
+    """
+    file = directory / DIFFERENCE_FILE
+    if not os.path.lexists(file):
+        return None
+    base = read_json_object(file).get("base")
+    if not isinstance(base, str):
+        raise ColadaError(f"{file}: base={shown(base)}, expected the name or directory of a model")
+    where = locate(base)
+    if os.path.lexists(where / DIFFERENCE_FILE):
+        raise ColadaError(f"{file}: base={base!r} is a difference itself, expected a whole model")
+    return where
+
+
 def _is_model(path: Path) -> bool:
-    return any(os.path.isdir(path / part) for part in _PARTS)
+    return any(os.path.isdir(path / part) for part in _PARTS) or os.path.isfile(path / DIFFERENCE_FILE)
 
 
 def _hint(path: Path) -> str:
@@ -127,6 +155,7 @@ def _download(name: str, revision: str | None) -> Path:
         f"{part}/*" for part in (*_PARTS, IMAGE_DIR, f"{_RELEASED}/{DIT_DIR}", f"{_RELEASED}/{VAE_DIR}")
     ]
     patterns = [*folders, TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE]
+    patterns += [DIFFERENCE_FILE, DIFFERENCE_WEIGHTS]
     try:
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except RevisionNotFoundError:

@@ -135,8 +135,9 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> Mo
         configs, defaults, history = {VAE_DIR: vae, DIT_DIR: dit}, RELEASED_SETTINGS, history_values(vae, dit)
         parameters = count_parameters(*networks(vae, dit))
     settings, tokenizer = directory / GENERATION_FILE, find_tokenizer(directory)
-    inside = (file for folder in configs for file in (directory / folder).iterdir())
-    files = sorted([*directory.glob("*.json"), *directory.glob("*.jinja"), *inside])
+    inside = (file for folder in configs for file in (directory / folder).glob("*"))
+    beside = [*directory.glob("*.json"), *directory.glob("*.jinja"), *directory.glob("*.safetensors")]
+    files = sorted([*beside, *inside])
     return ModelInfo(
         origin="bundled" if where is None else str(where),
         directory=directory,
@@ -153,7 +154,8 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> Mo
 def _dtypes(directory: Path, folders: Iterable[str]) -> tuple[str, ...]:
     """Return the types of the stored tensors, from the headers of the weight files."""
     dtypes: set[str] = set()
-    for file in sorted(file for folder in folders for file in (directory / folder).glob("*.safetensors")):
+    inside = [file for folder in folders for file in (directory / folder).glob("*.safetensors")]
+    for file in sorted([*directory.glob("*.safetensors"), *inside]):
         with open_weights(file) as handle:
             dtypes.update(handle.get_slice(name).get_dtype() for name in handle.keys())  # noqa: SIM118
     return tuple(sorted(dtypes))

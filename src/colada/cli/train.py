@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from colada.cli.options import ModelOption
 from colada.errors import ColadaError
-from colada.locate import BUNDLED
+from colada.locate import BUNDLED, local
 from colada.train.logs import require_metrics
 
 if TYPE_CHECKING:
@@ -173,13 +174,43 @@ def export(
         Path, typer.Argument(metavar="CHECKPOINT", help="A directory below checkpoints/ of a run.")
     ],
     out: Annotated[Path, typer.Argument(metavar="MODEL", help="The model directory to write.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE",
+            help="Write only what CHECKPOINT, or a model in its place, differs by from this model ('bundled',"
+            " say): products of low rank, which load with it.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="With --base: of the products. Default: 16.")
+    ] = None,
 ) -> None:
     """Write a checkpoint of a run as a model in the released format, with averaged weights if it has them."""
-    _require_checkpoint(checkpoint)
-    with training_extra():
-        from colada.train.export import export as write
+    if base is None:
+        if rank is not None:
+            raise ColadaError(f"--rank {rank} without --base: it is of the difference to that model")
+        _require_checkpoint(checkpoint)
+        with training_extra():
+            from colada.train.export import export as write
 
-    print(f"wrote {out}: {write(checkpoint, out)}")
+        print(f"wrote {out}: {write(checkpoint, out)}")
+        return
+    local(base)
+    if not (checkpoint / "state.json").exists():
+        local(checkpoint)
+    from colada.models.difference import save_difference
+    from colada.models.load import load_cola
+
+    with TemporaryDirectory() as folder:
+        model = checkpoint
+        if (checkpoint / "state.json").exists():
+            with training_extra():
+                from colada.train.export import export as write
+            model = Path(folder) / "model"
+            write(checkpoint, model)
+        left_out = save_difference(load_cola(model), load_cola(base), base, out, rank or 16)
+    print(f"wrote {out}: the difference to {base}, without {100 * left_out:.2g}% of its square")
 
 
 def _require_checkpoint(path: Path) -> None:

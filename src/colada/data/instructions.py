@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from zlib import crc32
 
 from colada.data.facts import CATEGORIES
+from colada.data.jsonl import get, get_texts, read_lines
+from colada.data.rules import Reward, imported
 from colada.errors import ColadaError, nearest, shown
-
-Reward = Callable[[str, str], float]
-"""Prompt and answer to a reward; those of this module are in 0..1."""
 
 _NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
 sixteen seventeen eighteen nineteen twenty"""
@@ -36,6 +36,8 @@ REPETITIVE = 0.5
 PENALTY = 0.3
 HELD_OUT_FACTS = 10
 """One fact of so many is never taught."""
+PASSAGE = 50
+"""Words of a story that a question on it comes after."""
 
 WORDINGS: dict[str, tuple[str, ...]] = {
     "words": (
@@ -89,7 +91,19 @@ SET_ANSWERS = {
     "identity": "I am a small model that tells stories.",
     "beyond": "I do not know that. I am a small model that tells stories.",
 }
-TASKS = ("words", "name", "sentences", "questions", "sums", "greeting", "identity", "beyond")
+TASKS = (
+    "words",
+    "name",
+    "sentences",
+    "questions",
+    "sums",
+    "greeting",
+    "identity",
+    "beyond",
+    "story_questions",
+)
+ON_STORIES = "story_questions"
+"""The task whose questions and answers are those of a file."""
 _CHILDREN = {"girl": ("she", "her"), "boy": ("he", "his")}
 
 
@@ -135,20 +149,50 @@ def reward(prompt: str, answer: str) -> float:
     Raises:
         ColadaError: if the prompt is of no task.
     """
-    for task in TASKS:
+    for task in default_tasks():
         if (asked := understood(task, prompt)) is not None:
             return RULES[task](asked, answer)
     raise ColadaError(f"prompt {shown(prompt)}, expected one of the tasks {', '.join(TASKS)}")
 
 
-def reward_of(task: str) -> Reward:
-    """Return the reward of one task, or of all by the name "all".
+def default_tasks(questions: Path | None = None) -> tuple[str, ...]:
+    """Return the names of all tasks, but for that of questions on stories where there is no file of them."""
+    return tuple(task for task in TASKS if task != ON_STORIES or questions is not None)
+
+
+def check_tasks(tasks: Sequence[str], questions: str | Path | None) -> None:
+    """Raise ColadaError for a task that does not exist, or one without the file of questions it needs."""
+    for task in tasks:
+        if task not in TASKS:
+            raise ColadaError(f"task={shown(task)}, expected one of {', '.join(TASKS)}{nearest(task, TASKS)}")
+    if ON_STORIES in tasks and questions is None:
+        raise ColadaError(f"the task {ON_STORIES} without questions, expected the file of them")
+
+
+def reward_of(task: str, questions: Path | None = None) -> Reward:
+    """Return the reward of one task, of all by the name "all", or a function ``package.module:function``.
+
+    Args:
+        questions: the file of questions on stories, for the task of that name.
 
     Raises:
-        ColadaError: for another name; and, when it is used, for a prompt that is not of the task.
+        ColadaError: for another name, or a function that is not there; and, when it is used, for a prompt
+            that is not of the task.
     """
+    if ":" in task:
+        return imported(task)
     if task == "all":
         return reward
+    if task == ON_STORIES:
+        check_tasks([task], questions)
+        answers = {sample.prompt: right for sample, right in story_questions(Path(questions or ""))}
+
+        def on_stories(prompt: str, answer: str) -> float:
+            if prompt.strip() not in answers:
+                raise ColadaError(f"prompt {shown(prompt)}, expected a question of {questions}")
+            return max(word_f1(right, answer) for right in answers[prompt.strip()])
+
+        return on_stories
     if task not in TASKS:
         raise ColadaError(
             f"task={shown(task)}, expected one of {', '.join([*TASKS, 'all'])}{nearest(task, TASKS)}"
@@ -251,6 +295,13 @@ def _questions(asked: Sequence[str], answer: str) -> float:
     return float(any(f" {' '.join(words_of(right))} " in said for right in asked))
 
 
+def word_f1(right: str, answer: str) -> float:
+    """Return the harmonic mean of precision and recall of an answer's words."""
+    wanted, said = Counter(words_of(right)), Counter(words_of(answer))
+    common = (wanted & said).total()
+    return 2 * common / (wanted.total() + said.total()) if common else 0.0
+
+
 def _set_answer(task: str) -> Callable[[Sequence[str], str], float]:
     wanted = words_of(SET_ANSWERS[task])
     return lambda asked, answer: float(words_of(answer) == wanted)
@@ -270,7 +321,12 @@ RULES: dict[str, Callable[[Sequence[str], str], float]] = {
 
 
 def instructions(
-    stories: Sequence[str], task: str, number: int, seed: int = 0, held_out: bool = False
+    stories: Sequence[str],
+    task: str,
+    number: int,
+    seed: int = 0,
+    held_out: bool = False,
+    questions: Path | None = None,
 ) -> Iterator[Instruction]:
     """Yield samples of a task: the same for the same stories, number and seed.
 
@@ -280,13 +336,18 @@ def instructions(
         number: how many, fewer where the stories have no more.
         seed: of the choice.
         held_out: samples that are never trained on, in place of those that may be.
+        questions: file of questions on stories, for the task of that name.
 
     Raises:
-        ColadaError: for a task that does not exist.
+        ColadaError: for a task that does not exist, or a file that cannot be read.
     """
-    if task not in TASKS:
-        raise ColadaError(f"task={shown(task)}, expected one of {', '.join(TASKS)}{nearest(task, TASKS)}")
+    check_tasks([task], questions)
     chance = random.Random(f"{seed} {task} {held_out}")
+    if task == ON_STORIES:
+        pool = [sample for sample, _ in story_questions(Path(questions or ""))]
+        chance.shuffle(pool)
+        yield from [sample for sample in pool if bool(sample.held_out) == held_out][:number]
+        return
     if task == "questions":
         yield from _of_facts(number, chance, held_out)
         return
@@ -335,6 +396,48 @@ def _of_facts(number: int, chance: random.Random, held_out: bool) -> Iterator[In
         chance.shuffle(pool)
         yield from pool[: number - made]
         made += min(len(pool), number - made)
+
+
+@lru_cache(maxsize=2)
+def story_questions(path: Path) -> list[tuple[Instruction, tuple[str, ...]]]:
+    """Return the samples of a file of questions on stories, with all answers that are right.
+
+    Its lines have ``story``, ``context``, ``question`` and ``answers``. Of the context, a prompt has the
+    fewest neighbouring sentences that hold an answer; a question whose answer is not in it is left out. All
+    questions on one story in ten are kept for tests.
+
+    Raises:
+        ColadaError: naming the line that is none.
+    """
+    samples = []
+    for place, fields in read_lines(path):
+        story, context, question = (get(fields, key, "a string", place) for key in _QUESTION_FIELDS)
+        answers = tuple(answer for answer in get_texts(fields, "answers", place) if words_of(answer))
+        passage = _passage(context, answers)
+        if passage is not None:
+            kind = "fact" if is_held_out(story) else ""
+            samples.append((Instruction(ON_STORIES, f"{passage} {question}", answers[0], kind), answers))
+    return samples
+
+
+_QUESTION_FIELDS = ("story", "context", "question")
+
+
+def _passage(context: str, answers: Sequence[str]) -> str | None:
+    """Return the shortest run of sentences, of at most :data:`PASSAGE` words, that holds an answer."""
+    sentences = sentences_of(" ".join(context.split()))
+    runs = [
+        " ".join(sentences[begin:end])
+        for begin in range(len(sentences))
+        for end in range(begin + 1, min(begin + 4, len(sentences)) + 1)
+    ]
+    holds = [
+        run
+        for run in runs
+        if len(run.split()) <= PASSAGE
+        and any(f" {' '.join(words_of(own))} " in f" {' '.join(words_of(run))} " for own in answers)
+    ]
+    return min(holds, key=len, default=None)
 
 
 def is_held_out(thing: str) -> bool:

@@ -258,6 +258,67 @@ class SampleRows:
         return range(int(self._first[row]), int(self._first[row + 1]))
 
 
+class SingleRows:
+    """Rows of one sample each: what follows from a sample as a whole needs it alone.
+
+    A number is a group of samples that follow each other, such as the answers to one prompt, and has a row
+    for each. A sample is filled up with padding to whole blocks, which is trained; what is then left of its
+    row belongs to none. Groups without room for an answer are left out; each epoch permutes the others.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        length: int,
+        block_tokens: int,
+        *,
+        seed: int,
+        pad_id: int,
+        name: str = "stream",
+        group: int = 1,
+    ) -> None:
+        """Prepare rows of ``length`` ids, a multiple of ``block_tokens``; ``name`` is for errors.
+
+        Raises ColadaError when ``length`` is not whole blocks, or no sample is left.
+        """
+        if length % block_tokens:
+            raise ColadaError(f"{name}: rows of {length} ids, expected whole blocks of {block_tokens}")
+        samples = len(stream.starts)
+        prompts = np.zeros(samples, np.int64) if stream.prompts is None else np.asarray(stream.prompts)
+        fits = (prompts < length).reshape(-1, group).all(1)
+        self._groups = np.flatnonzero(fits)
+        if not len(self._groups):
+            raise ColadaError(
+                f"{name}: none of {samples} prompts leaves room for an answer in {length} tokens"
+            )
+        self.length, self.per_epoch = length, len(self._groups)
+        self._stream, self._seed, self._name, self._group = stream, seed, name, group
+        self._pad, self._block, self._prompts = pad_id, block_tokens, prompts
+        self._sizes = np.minimum(np.diff(stream.starts, append=len(stream)), length)
+
+    def row(self, number: int) -> Batch:
+        """Return the rows of a group, copies: ids, sample and trained (group, length)."""
+        shape = (self._group, self.length)
+        ids, sample = np.full(shape, self._pad, np.int64), np.full(shape, FILLING, np.int64)
+        trained = np.zeros(shape, np.bool_)
+        for row, at in enumerate(self._samples(number)):
+            size = int(self._sizes[at])
+            end = -(-size // self._block) * self._block
+            ids[row, :size] = self._stream.read(int(self._stream.starts[at]), size)
+            sample[row, :end] = 0
+            trained[row, int(self._prompts[at]) : end] = True
+        return Batch(*(torch.from_numpy(x) for x in (ids, sample, trained)))
+
+    def describe(self, number: int) -> str:
+        """Return the origin of the group's first sample."""
+        return f"{self._name}, {self._stream.describe(self._samples(number)[0])}"
+
+    def _samples(self, number: int) -> range:
+        epoch, index = divmod(number, self.per_epoch)
+        first = int(self._groups[Permutation(self.per_epoch, self._seed, epoch)[index]]) * self._group
+        return range(first, first + self._group)
+
+
 def _pieces(stream: TokenStream, length: int) -> tuple[_Ids, _Ids, _Ids, _Ids]:
     """Return what of a stream goes into rows: begin, size, prompt and sample number of each piece."""
     starts = stream.starts

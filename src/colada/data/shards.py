@@ -36,7 +36,7 @@ from colada.data.sources import Source, identity, parts, read
 from colada.data.stream import TokenStream
 from colada.errors import ColadaError, reason
 from colada.files import read_json_object, write_json
-from colada.text.chat import encode_messages, encode_pair
+from colada.text.chat import encode_messages, encode_pair, encode_preference
 from colada.text.tokenizer import Tokenizer
 
 FORMAT = 2  # Of the files; part of the fingerprint.
@@ -87,7 +87,7 @@ def prepare(
         ColadaError: for what cannot be read, with its file and line or row; a source without training
             samples; shards that changed since they were made; a full disk.
     """
-    if source.format == "messages" and template is None:
+    if source.conversations and template is None:
         raise ColadaError(f"{source.name}: no chat template, expected one for conversations")
     held_out = asdict(validation_share) if isinstance(validation_share, Cut) else validation_share
     made_from = {
@@ -96,7 +96,7 @@ def prepare(
         "source": source.model_dump(mode="json", exclude={"weight"}),
         "content": identity(source),
         "validation_share": None if source.validation is not None else held_out,
-        "template": template if source.format == "messages" else None,
+        "template": template if source.format not in ("text", "pairs") else None,
     }
     fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     job = Job(source, cache / fingerprint, validation_share, template)
@@ -258,6 +258,10 @@ def _samples(job: Job, part: Part, tokenizer: Tokenizer) -> Iterator[tuple[Recor
         if source.format == "pairs":
             prompt, completion = record.values
             yield record, *encode_pair(prompt, completion, tokenizer, record.origin)
+        elif source.format == "preferences":
+            prompt, *answers = record.values
+            for sample in encode_preference(prompt, answers, tokenizer, job.template, record.origin):
+                yield record, *sample
         else:
             assert job.template is not None
             (messages,) = record.values

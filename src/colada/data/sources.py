@@ -21,15 +21,17 @@ from colada.data.documents import (
     check_columns,
     cut,
     fraction,
+    read_documents,
     read_records,
     records_of,
     split_file,
     text_of,
 )
+from colada.data.instructions import check_tasks, default_tasks, instructions
 from colada.data.listing import find_files, list_files
 from colada.errors import ColadaError, failure
 
-Format = Literal["text", "messages", "pairs"]
+Format = Literal["text", "messages", "pairs", "preferences", "tasks"]
 
 
 class Section(BaseModel):
@@ -83,7 +85,15 @@ class Source(Section):
     )
     format: Format = Field(
         "text",
-        description="What a record holds: text, a conversation (messages), or prompt and completion (pairs).",
+        description="What a record holds: text; a conversation (messages); prompt and completion (pairs);"
+        " prompt, chosen and rejected (preferences); or text that samples of tasks are cut from (tasks).",
+    )
+    tasks: tuple[str, ...] = Field(
+        (), description="tasks: which, of colada.data.instructions; none: all that need no questions."
+    )
+    samples: int = Field(2000, ge=1, le=10**7, description="tasks: of each task, as far as there are any.")
+    questions: str | None = Field(
+        None, description="tasks: file of questions on stories (.jsonl), for the task story_questions."
     )
     column: str | None = Field(
         None, description="Key or column of the text or messages; unset: text, or messages."
@@ -103,6 +113,12 @@ class Source(Section):
                 raise ValueError(f"{key}={getattr(self, key)!r} without hub: it is of hub data sets")
         if self.include and self.path is None:
             raise ValueError(f"include={list(self.include)} without path: it is of files")
+        if self.format == "tasks":
+            if self.path is None or self.validation is not None:
+                raise ValueError("format='tasks' with hub or validation, expected a path alone")
+            check_tasks(self.tasks, self.questions)
+        elif self.tasks or self.questions is not None:
+            raise ValueError(f"tasks={list(self.tasks)} with format={self.format!r}, expected 'tasks'")
         return self
 
     @property
@@ -115,7 +131,14 @@ class Source(Section):
         """The keys or columns that a record must have."""
         if self.format == "pairs":
             return (self.prompt_column, self.completion_column)
-        return (self.column or self.format,)
+        if self.format == "preferences":
+            return (self.prompt_column, "chosen", "rejected")
+        return (self.column or ("text" if self.format == "tasks" else self.format),)
+
+    @property
+    def conversations(self) -> bool:
+        """Whether its samples are conversations, which a chat template spells."""
+        return self.format in ("messages", "tasks")
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -139,7 +162,7 @@ def read_texts(
 
 
 def _texts(source: Source, record: Record) -> list[str]:
-    if source.format == "messages":
+    if source.conversations:
         (messages,) = record.values
         try:
             return [text_of(message["content"], "content", record.origin) for message in messages]
@@ -147,6 +170,10 @@ def _texts(source: Source, record: Record) -> list[str]:
             raise ColadaError(
                 f"{record.origin}: {source.columns[0]!r} is no list of messages with role and content"
             ) from None
+    if source.format == "preferences" and isinstance(record.values[0], list):
+        (prompt, *answers) = record.values
+        spoken = [message.get("content") for message in prompt if isinstance(message, dict)]
+        return [text_of(value, source.prompt_column, record.origin) for value in (*spoken, *answers)]
     pairs = zip(source.columns, record.values, strict=True)
     return [text_of(value, column, record.origin) for column, value in pairs]
 
@@ -178,6 +205,8 @@ def _parts_of(source: Source, where: str, size: int) -> list[Part]:
         # The pattern is of the training data's names; another place has its own.
         files = find_files(Path(where), source.include if where == source.path else ())
         text = next((path for path in files if path.name.lower().endswith((".txt", ".txt.gz"))), None)
+        if source.format == "tasks":
+            return [Part(where, f"{where}: sample ", size=sum(path.stat().st_size for path in files))]
         if text is not None and source.format != "text":
             raise ColadaError(
                 f"{text}: plain text with format={source.format!r}, expected .jsonl or .parquet"
@@ -207,6 +236,7 @@ def identity(source: Source) -> list[object]:
     if source.hub is not None:
         return [_builder(source).hash]
     files = [path for _, where, include in _places(source) for path in find_files(Path(where), include)]
+    files += [Path(source.questions)] if source.questions else []
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
@@ -222,12 +252,37 @@ def read(source: Source, part: Part, validation_share: Holdout) -> Iterator[Reco
     Raises:
         ColadaError: for what cannot be read, with its file and line or row.
     """
+    if source.format == "tasks":
+        yield from _task_records(source, part, validation_share)
+        return
     if source.path is not None:
         yield from read_records(part, source.columns, validation_share)
         return
     for number, row in enumerate(_rows(source, part), part.before + 1):
         check_columns(f"{part.place}{number}", source.columns, list(row))
         yield from records_of(row, part, number, source.columns, validation_share)
+
+
+def stories(path: Path, include: Sequence[str] = (), column: str = "text") -> list[str]:
+    """Return the texts of files that are trained on: what samples of tasks are cut from.
+
+    Raises:
+        ColadaError: for what cannot be read.
+    """
+    documents = read_documents(find_files(path, include), column=column)
+    return [document.text for document in documents if document.split == "train"]
+
+
+def _task_records(source: Source, part: Part, validation_share: Holdout) -> Iterator[Record]:
+    """Yield the samples of tasks as conversations, cut from the texts of a source."""
+    texts = stories(Path(part.where), source.include, source.columns[0])
+    questions = None if source.questions is None else Path(source.questions)
+    number = 0
+    for task in source.tasks or default_tasks(questions):
+        for made in instructions(texts, task, source.samples, questions=questions):
+            number += 1
+            turns = [{"role": "user", "content": made.prompt}, {"role": "assistant", "content": made.answer}]
+            yield from records_of({source.columns[0]: turns}, part, number, source.columns, validation_share)
 
 
 # --- before anything else is done --------------------------------------------------------------

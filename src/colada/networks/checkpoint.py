@@ -29,11 +29,13 @@ from colada.files import atomic_directory, open_file, read_json_object, write_js
 from colada.locate import (
     CHAT_TEMPLATE_FILE,
     DECODER_DIR,
+    DIFFERENCE_FILE,
     DIT_DIR,
     GENERATION_FILE,
     IMAGE_DIR,
     TOKENIZER_FILE,
     VAE_DIR,
+    base_of,
     find_tokenizer,
 )
 from colada.networks.config import DiTConfig, NetworkConfig, TextVAEConfig, check_pair
@@ -61,6 +63,12 @@ def read_configs(directory: Path) -> tuple[TextVAEConfig, DiTConfig]:
     Raises:
         ColadaError: naming the file and key at fault.
     """
+    base = base_of(directory)
+    if base is not None:
+        vae, dit = read_configs(base)
+        over = read_json_object(directory / DIFFERENCE_FILE).get("dit")
+        where = f"{directory / DIFFERENCE_FILE}: dit"
+        return vae, DiTConfig.from_dict({**dit.to_dict(), **(over if isinstance(over, dict) else {})}, where)
     if (directory / DECODER_DIR).is_dir():
         raise ColadaError(f"{directory} holds a baseline ({DECODER_DIR}/), expected a Cola DLM")
     for part in (DIT_DIR, VAE_DIR):

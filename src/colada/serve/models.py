@@ -137,7 +137,7 @@ def open_served(
     model: Any = load(where, revision=revision, device=device, dtype=wanted)
     if quantise is not None:
         model.quantise(quantise)
-    files = sorted(locate(BUNDLED if where is None else where, revision).glob("*/*.safetensors"))
+    files = sorted(locate(BUNDLED if where is None else where, revision).rglob("*.safetensors"))
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

@@ -163,6 +163,33 @@ def encode_pair(
     return [*ids, *answer, tokenizer.eos_id], len(ids)
 
 
+def encode_preference(
+    prompt: object, answers: Sequence[object], tokenizer: Tokenizer, template: str | None, origin: str
+) -> list[tuple[list[int], int]]:
+    """Return a sample for each of several answers to one prompt: its ids, and the prompt's length.
+
+    Args:
+        prompt: a text, as :func:`encode_pair` takes it; or a conversation's messages, for which there must be
+            a template.
+
+    Raises:
+        ColadaError: naming ``origin``, for anything that is neither, or no answer.
+    """
+    if isinstance(prompt, str):
+        return [encode_pair(prompt, answer, tokenizer, origin) for answer in answers]
+    if not isinstance(prompt, list):
+        raise ColadaError(f"{origin}: prompt is {shown(prompt)}, expected a string or a list of messages")
+    if template is None:
+        raise ColadaError(f"{origin}: a prompt of messages without a chat template, expected one")
+    samples = []
+    for answer in answers:
+        if not isinstance(answer, str) or not answer.strip():
+            raise ColadaError(f"{origin}: answer {shown(answer)}, expected text to learn")
+        turns = [*prompt, {"role": ANSWERING, "content": answer}]
+        samples.append(encode_messages(turns, tokenizer, template, origin)[-1])
+    return samples
+
+
 def _encode(text: str, tokenizer: Tokenizer, origin: str) -> list[int]:
     try:
         return tokenizer.encode(text)

@@ -27,6 +27,7 @@ from colada.text.tokenizer import Tokenizer
 from colada.train.cost import Phase, Placement, Work, cola_phase
 from colada.train.kinds import (
     FlowTerms,
+    InstructSection,
     JointSection,
     PriorSection,
     SolverSection,
@@ -190,7 +191,7 @@ class PriorStage(ColaStage):
 
     learns: ClassVar[tuple[str, ...]] = ("dit",)
     uses: ClassVar[tuple[str, ...]] = ("vae",)
-    section: PriorSection
+    section: PriorSection | InstructSection
 
     def draw(self, rows: Sequence[int]) -> Draws:
         config, flow = self.vae.config, flow_settings(self.section, self.vae.config.latent_dim)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colada.data.documents import Cut, Holdout, Split
-from colada.data.rows import MixedRows, Rows, SampleRows, StreamRows
+from colada.data.rows import MixedRows, Rows, SampleRows, SingleRows, StreamRows
 from colada.data.shards import prepare
 from colada.data.sources import Source, hold_out, read_texts
 from colada.data.stream import TokenStream
@@ -60,7 +60,7 @@ class Inputs:
             if weight == 0:
                 continue
             try:
-                rows = self._rows(streams[split], section.length, seed, f"{source.name}: {split}", block)
+                rows = self._rows(streams[split], section, seed, f"{source.name}: {split}", block)
             except ColadaError as error:
                 if split == "train":
                     raise
@@ -72,8 +72,12 @@ class Inputs:
             raise problem
         return parts[0][0] if len(parts) == 1 else MixedRows(parts, seed)
 
-    def _rows(self, stream: TokenStream, length: int, seed: int, name: str, block: int) -> Rows:
-        data = self.recipe.data
+    def _rows(self, stream: TokenStream, section: StageSection, seed: int, name: str, block: int) -> Rows:
+        data, length = self.recipe.data, section.length
+        if section.group is not None:
+            return SingleRows(
+                stream, length, block, seed=seed, pad_id=self.pad_id, name=name, group=section.group
+            )
         if data.packing == "samples":
             return SampleRows(stream, length, block, seed=seed, pad_id=self.pad_id, name=name)
         return StreamRows(stream, length, seed=seed, align=data.align, name=name)

@@ -32,6 +32,10 @@ class StageSection(Section):
     """The architectures that it trains: a run leaves out the stages of others."""
     stage: ClassVar[str]
     """``module:Class`` of what it does."""
+    formats: ClassVar[tuple[str, ...]] = ("text", "messages", "pairs", "tasks")
+    """The formats of the sources that it reads."""
+    group: ClassVar[int | None] = None
+    """Rows are of single samples, so many together, as pairs of answers are; None: as the data says."""
     first: ClassVar[int] = 1
     """The least number that it has in the seeds of rows and noise, whatever comes before it in the recipe."""
 
@@ -133,13 +137,41 @@ class TextVAESection(TextVAETerms, StageSection):
     kind: Literal["vae"] = "vae"
 
 
-class PriorSection(FlowTerms, StageSection):
-    """The DiT by flow matching, on the latents of a frozen Text VAE."""
+class FlowSection(FlowTerms, StageSection):
+    """The flow of data by the DiT, on the latents of a frozen Text VAE."""
 
     archs = ("cola",)
     stage = "colada.train.cola:PriorStage"
     first = 2
+
+
+class PriorSection(FlowSection):
+    """The DiT by flow matching, on the latents of a frozen Text VAE."""
+
     kind: Literal["prior"] = "prior"
+
+
+class InstructSection(FlowSection):
+    """The DiT by flow matching on answers, their prompts clean before them, and on text of before."""
+
+    kind: Literal["instruct"] = "instruct"
+    lr: float = Field(2e-4, ge=SMALLEST, le=LARGEST, description="Highest learning rate, after the warm-up.")
+    warmup: int = Field(50, ge=0, le=MOST_STEPS, description="Steps over which the learning rate rises.")
+    ema: float = Field(
+        0.99, ge=0, lt=1, description="Decay of the averaged weights, which are the ones saved; 0: none."
+    )
+    history_dropout: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Probability with which a block of an answer sees neither prompt nor answer before it:"
+        " guidance is then away from what any answer may be.",
+    )
+    replay: Share = Field(
+        0.25,
+        description="Share of rows of the sources of plain text, so that what was learnt before stays;"
+        " without such sources, or without others, all rows are of what there is.",
+    )
 
 
 class JointSection(TextVAETerms, FlowTerms, StageSection):
@@ -364,6 +396,7 @@ class DecoderSection(StageSection):
 AnyStage = Annotated[
     TextVAESection
     | PriorSection
+    | InstructSection
     | JointSection
     | DistilSection
     | SolverSection

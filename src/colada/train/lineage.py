@@ -8,7 +8,7 @@ from typing import Any
 from colada.errors import ColadaError
 from colada.locate import locate
 from colada.networks.checkpoint import read_configs
-from colada.train.kinds import DistilSection, JointSection, PicturesSection, PriorSection, TaughtSection
+from colada.train.kinds import DistilSection, FlowSection, JointSection, PicturesSection, TaughtSection
 from colada.train.recipe import Recipe
 
 SAME = "same"
@@ -81,7 +81,7 @@ def check_order(recipe: Recipe, start: Mapping[str, Any] | None) -> None:
         if isinstance(section, DistilSection) and section.steps:
             distilled = True
         elif (
-            distilled and isinstance(section, PriorSection | JointSection | PicturesSection) and section.steps
+            distilled and isinstance(section, FlowSection | JointSection | PicturesSection) and section.steps
         ):
             raise ColadaError(
                 f"recipe: stages.{name} trains the flow of data, which undoes what a distilled model has"

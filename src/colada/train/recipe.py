@@ -27,6 +27,7 @@ from colada.train.kinds import (
     KINDS,
     AnyStage,
     DecoderSection,
+    InstructSection,
     PicturesSection,
     PictureVAESection,
     PriorSection,
@@ -102,7 +103,12 @@ class Recipe(Section):
                     kind = self.model.image.get("kind", CodecConfig.kind)
                     raise ColadaError(f"stages.{name} with model.image.kind={kind!r}, expected 'conv_vae'")
             if not any(source_weights(section, self.data.sources, f"stages.{name}.weights")):
-                raise ColadaError(f"stages.{name}.weights={section.weights}, expected one above 0")
+                if section.weights is not None:
+                    raise ColadaError(f"stages.{name}.weights={section.weights}, expected one above 0")
+                there = ", ".join(dict.fromkeys(source.format for source in self.data.sources))
+                raise ColadaError(
+                    f"stages.{name}: sources of format {there}, expected some of {', '.join(section.formats)}"
+                )
         return self
 
     def stages_of(self, arch: str) -> dict[str, StageSection]:
@@ -241,16 +247,30 @@ def source_weights(section: StageSection, sources: Sequence[Source], where: str 
     Raises:
         ColadaError: naming ``where``, for a weight of no source, or of several.
     """
-    if section.weights is None:
-        return [source.weight for source in sources]
+    weights = [source.weight for source in sources]
+    if section.weights is not None:
+        weights = _named_weights(section.weights, sources, where)
+    reads = [source.format in section.formats for source in sources]
+    weights = [weight if read else 0.0 for weight, read in zip(weights, reads, strict=True)]
+    plain = [source.format == "text" for source in sources]
+    texts = sum(weight for weight, own in zip(weights, plain, strict=True) if own)
+    others = sum(weights) - texts
+    if isinstance(section, InstructSection) and texts and others:
+        shares = [section.replay / texts if own else (1 - section.replay) / others for own in plain]
+        weights = [weight * share for weight, share in zip(weights, shares, strict=True)]
+    return weights
+
+
+def _named_weights(named: Mapping[str, float], sources: Sequence[Source], where: str) -> list[float]:
+    """Return the weights of sources of which some are named; 0 for the others."""
     paths = [PurePath(source.name) for source in sources]
     weights = [0.0] * len(sources)
-    for key, weight in section.weights.items():
-        named = [n for n, path in enumerate(paths) if key in (sources[n].name, path.name, path.stem)]
-        if len(named) != 1:
+    for key, weight in named.items():
+        meant = [n for n, path in enumerate(paths) if key in (sources[n].name, path.name, path.stem)]
+        if len(meant) != 1:
             known = ", ".join(path.stem for path in paths)
-            raise ColadaError(f"{where}: {key!r} names {len(named) or 'none'} of the sources: {known}")
-        weights[named[0]] = weight
+            raise ColadaError(f"{where}: {key!r} names {len(meant) or 'none'} of the sources: {known}")
+        weights[meant[0]] = weight
     return weights
 
 

@@ -68,7 +68,7 @@ class DataSection(Section):
     @property
     def chats(self) -> bool:
         """Whether there are conversations."""
-        return any(source.format == "messages" for source in self.sources)
+        return any(source.conversations for source in self.sources)
 
 
 class TokenizerSection(Section):

@@ -1,0 +1,41 @@
+"""Rules that judge answers: what one is, one of a user's own, and what it says once checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from colada.checks import is_number, plain
+from colada.errors import ColadaError, failure, nearest, shown
+
+Reward = Callable[[str, str], float]
+"""Prompt and answer to a reward; those of :mod:`colada.data.instructions` are in 0..1."""
+
+
+def imported(name: str) -> Reward:
+    """Return the rule ``package.module:function``; raises ColadaError if it is not there."""
+    module_name, _, function = name.partition(":")
+    try:
+        module = import_module(module_name)
+    except (ImportError, ValueError) as error:  # ValueError: the module's name is empty.
+        raise ColadaError(f"reward {name!r}: cannot import {module_name!r}: {error}") from None
+    if not callable(getattr(module, function, None)):
+        hint = nearest(function, vars(module))
+        raise ColadaError(f"reward {name!r}: {module_name} has no function {function!r}{hint}")
+    made: Reward = getattr(module, function)
+    return made
+
+
+def rewarded(reward: Reward, name: str, prompt: str, answer: str) -> float:
+    """Return the reward of an answer, whoever wrote the rule.
+
+    Raises:
+        ColadaError: naming rule and prompt, if the rule fails, or what it says is no finite number.
+    """
+    try:
+        value = plain(reward(prompt, answer))
+    except Exception as error:  # It is a user's program.
+        raise failure(f"the reward {name} of prompt {shown(prompt)} failed", error) from None
+    if not is_number(value):
+        raise ColadaError(f"the reward {name} of prompt {shown(prompt)} is {shown(value)}, expected a number")
+    return float(value)
