@@ -66,7 +66,7 @@ def test_overrides_are_yaml_values(tmp_path: Path) -> None:
         ),
         ("stages:\n  decay: {steps: 3}\n", r"stages: decay has no kind, expected one of vae, prior"),
         ("stages:\n  Decay: {kind: prior}\n", r"stages: 'Decay', expected a name of small letters"),
-        ("stages:\n  decoder: {steps: 3}\n", r"stages: decoder, expected one of kind vae, prior, joint"),
+        ("stages:\n  decoder: {steps: 3}\n", r"stages: decoder, expected one of kind vae, prior, instruct"),
         (
             "stages:\n  prior: {weights: {books: 1}}\n",
             r"stages.prior.weights: 'books' names none of the sources",
