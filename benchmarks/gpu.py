@@ -252,7 +252,23 @@ def generate(part: Part) -> None:
         part.add(f"batch {batch}", partial(part.record, *command, "--batch", batch))
 
 
-# --- 3: training steps ---------------------------------------------------------------------------
+# --- 3: few evaluations --------------------------------------------------------------------------
+
+
+def few(part: Part) -> None:
+    """Measure four evaluations a block without guidance, as of a distilled model, beside an AR decoder."""
+    job = ["--size", "2.3b", "--context", "128", "--steps", "4", "--new-tokens", "64", "--repeats", "3"]
+    batches = ["1", "64"]
+    if part.debug:
+        job = ["--size", "tiny", "--layers", "1", "--context", "16", "--steps", "4", "--new-tokens", "32"]
+        job, batches = [*job, "--repeats", "1"], ["1", "2"]
+    command = ["benchmarks.generation", "speed", *job, "--guidance", "1", "--peers", "ar"]
+    for batch in batches:
+        words = [*command, "--dtype", "bfloat16", "--seed", str(SEED), "--batch", batch]
+        part.add(f"batch {batch}", partial(part.record, *words))
+
+
+# --- 4: training steps ---------------------------------------------------------------------------
 
 
 def training(part: Part) -> None:
@@ -280,7 +296,7 @@ def training(part: Part) -> None:
     part.write()
 
 
-# --- 4: the bundled model ------------------------------------------------------------------------
+# --- 5: the bundled model ------------------------------------------------------------------------
 
 
 def kit_overrides(sources: Sequence[Any], kit: Path) -> list[str]:
@@ -386,6 +402,7 @@ def pack(model: Path, out: Path, pieces: int | None) -> dict[str, Any]:
 PARTS: dict[str, Callable[[Part], None]] = {
     "tests": tests,
     "generate": generate,
+    "few": few,
     "training": training,
     "bundled": bundled,
 }

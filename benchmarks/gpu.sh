@@ -4,8 +4,9 @@
 #   benchmarks/gpu.sh                    all parts, in this order
 #   benchmarks/gpu.sh PART [OUT]         1 tests: tests/test_cuda.py, and parity on the GPU
 #                                        2 generate: 2.3B in bfloat16 beside the readable loop and AR
-#                                        3 training: tokens/s and memory of tiny, small and 2.3B
-#                                        4 bundled: trains the bundled model; start it again to go on
+#                                        3 few: 2.3B in 4 evaluations without guidance, as distilled
+#                                        4 training: tokens/s and memory of tiny, small and 2.3B
+#                                        5 bundled: trains the bundled model; start it again to go on
 #   benchmarks/gpu.sh --debug [PART]     the same at debug size on a CPU, in about two minutes
 #   benchmarks/gpu.sh --help             all options
 #

@@ -19,12 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine, measure, table
-from benchmarks.generation import levers, libraries, peers, run
+from benchmarks.generation import job as job_module
+from benchmarks.generation import levers, libraries, peers
 from benchmarks.generation.__main__ import bench_app
+from benchmarks.generation.apart import Apart
 from benchmarks.generation.cost import Cost, blocks_of, generation_cost, history_bytes, limit, prompt_latents
 from benchmarks.generation.job import Job, Write
 from benchmarks.generation.levers import EXACT, Lever, measure_levers, next_blocks, own_prompts
-from benchmarks.generation.peers import LIBRARIES, make_peers, matched_parameters
+from benchmarks.generation.peers import LIBRARIES, matched_parameters
 from benchmarks.generation.run import (
     engine_serve,
     full_batch,
@@ -199,9 +201,47 @@ def test_the_ar_peer_matches_what_generates() -> None:
 
 def test_the_ar_peer_writes_what_a_job_asks_for() -> None:
     model = random_model(*size_configs("tiny", layers=1, width=64), CPU, torch.float32, 0)
-    peer = make_peers(model, ["ar"], 7.0, 0)["ar"]
-    turn = take_turn(peer, [[1, 2, 3], [4, 5, 6]], Job(2, 3, 6), 4, CPU)
+    peer = peers.make_peers(model, ["ar"], 7.0, 0)["ar"]
+    assert isinstance(peer, Apart)
+    turn = peer.turn([[1, 2, 3], [4, 5, 6]], Job(2, 3, 6), 4)
     assert 0 < turn.first < turn.seconds
+    with pytest.raises(ColadaError, match="0 tokens were generated, expected 6"):
+        peer.turn([], Job(1, 3, 6), 4)
+    peer.close()
+
+
+def test_what_fails_in_a_peers_process_is_said_here() -> None:
+    with pytest.raises(RuntimeError, match="KeyError: 'no such library'"):
+        Apart(
+            CPU,
+            peers.decoder_peer,
+            "no such library",
+            DecoderConfig(dim=64, num_heads=1),
+            torch.float32,
+            CPU,
+            0,
+        )
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_distilled_model_is_a_row(tmp_path: Path) -> None:
+    tiny_model().save(tmp_path / "teacher")
+    inside = {"guidance": 5.0, "steps": [2], "grids": [[1, 0.5, 0]]}
+    tiny_model(dit={"distilled": inside}).save(tmp_path / "student")
+    words = [
+        "--model",
+        str(tmp_path / "teacher"),
+        "--distilled",
+        str(tmp_path / "student"),
+        "--peers",
+        "none",
+    ]
+    file = tmp_path / "speed.json"
+    sizes = ["--batch", "1", "--context", "8", "--steps", "2", "-n", "4", "--repeats", "1"]
+    assert command("speed", *words, *sizes, "--json", str(file)) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["peer"] for row in rows] == ["limit", "engine", "distilled"]
+    assert rows[2]["tokens/s"]["median"] > 0
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -335,7 +375,7 @@ def paced(clock: Clock, name: str, log: list[str], paces: Iterator[float]) -> pe
 
 
 def test_peers_take_turns_and_ratios_are_of_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, log = Clock(monkeypatch, run), list[str]()
+    clock, log = Clock(monkeypatch, job_module), list[str]()
     entrants = {
         "engine": paced(clock, "engine", log, iter([50.0, 1.0, 2.0, 4.0])),
         "readable": paced(clock, "readable", log, iter([70.0, 3.0, 8.0, 4.0])),
@@ -360,7 +400,7 @@ def test_peers_take_turns_and_ratios_are_of_one_turn(monkeypatch: pytest.MonkeyP
 
 
 def test_a_prompts_tail_shortens_the_first_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch, run)
+    clock = Clock(monkeypatch, job_module)
 
     def peer(prompts: peers.Prompts, job: Job, write: Write) -> None:
         for tokens in (1, 4, 4):
@@ -373,7 +413,7 @@ def test_a_prompts_tail_shortens_the_first_block(monkeypatch: pytest.MonkeyPatch
 
 
 def test_who_does_not_fit_leaves_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, log = Clock(monkeypatch, run), list[str]()
+    clock, log = Clock(monkeypatch, job_module), list[str]()
 
     def too_large(prompts: peers.Prompts, job: Job, write: Write) -> None:
         log.append("readable")

@@ -57,6 +57,10 @@ def test_every_part_runs_at_debug_size_on_a_cpu(tmp_path: Path, parity_cases: li
     for cell in results_of(tmp_path / "generate.json").values():
         assert cell["settings"]["dtype"] == "bfloat16"
         assert [row["peer"] for row in cell["rows"]] == ["limit", "engine", "readable", "ar"]
+    few = results_of(tmp_path / "few.json")
+    assert list(few) == ["batch 1", "batch 2"]
+    assert all(cell["settings"]["guidance"] == 1 for cell in few.values())
+    assert [row["peer"] for row in few["batch 1"]["rows"]] == ["limit", "engine", "ar"]
     steps = results_of(tmp_path / "training.json")
     assert [name.endswith("--compile yes") for name in steps] == [False, True]
     assert all(cell["rows"][0]["tokens/s"] > 0 for cell in steps.values())
@@ -71,7 +75,7 @@ def test_training_stops_by_itself_and_goes_on_when_started_again(tmp_path: Path)
     def part() -> Any:
         started(
             "--debug",
-            "4",
+            "5",
             str(tmp_path),
             *("--run", str(tmp_path / "run"), "--train-for", "40", "--pieces", "1"),
             *(

@@ -67,6 +67,10 @@ def speed(
             " ctranslate2, onnxruntime-genai: the same decoder there (benchmarks/requirements.txt); or none.",
         ),
     ] = "readable,ar",
+    distilled: Annotated[
+        str | None,
+        typer.Option(metavar="WHERE", help="A model distilled from it, as a row in its own steps."),
+    ] = None,
     mixed: Annotated[
         int | None,
         typer.Option(
@@ -99,6 +103,7 @@ def speed(
     from rich.console import Console
 
     from benchmarks import machine, measure
+    from benchmarks.generation.apart import Apart
     from benchmarks.generation.cost import history_bytes
     from benchmarks.generation.peers import check_peers, make_peers
     from benchmarks.generation.run import engine_serve, measure_cell, measure_mixed, mixed_requests, sweep
@@ -111,7 +116,7 @@ def speed(
         network = load_cola(model, revision, dtype, device)
     if quantise is not None:
         network.quantise(quantise)
-    rivals = make_peers(network, names, guidance, seed)
+    rivals = make_peers(network, names, guidance, seed, distilled)
     vae, dit, weight = network.vae.config, network.dit.config, network.dit.txt_in.proj.weight
     # Conditional and unconditional rows share a pass.
     rows = [2 * count * dit.block_size // dit.patch_size for count in batches]
@@ -145,6 +150,9 @@ def speed(
                 measure_mixed(serve, requests, job.batch, network.device, vocab_size=vocab, **turns)
             )
             measure.show(f"{mixed} mixed requests, {job.batch} at once", served[-1:], console)
+    for rival in rivals.values():
+        if isinstance(rival, Apart):
+            rival.close()
     if network.device.type == "cpu":
         peak = measure.peak_bytes(network.device)
         console.print(f"\npeak resident memory {scaled(peak, 'B')}, of the whole run")

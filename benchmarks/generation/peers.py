@@ -2,15 +2,18 @@
 
 ``engine`` is :meth:`ColaDLM.stream`, what users run, and ``readable`` the loop that it is proved against. The
 others are one autoregressive decoder with as many parameters as DiT and VAE decoder together, with the same
-random weights: this package's own, and in the libraries of :mod:`benchmarks.generation.libraries`.
+random weights, each in a process of its own: this package's, and in the libraries of
+:mod:`benchmarks.generation.libraries`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
+from benchmarks.generation.apart import Apart
 from benchmarks.generation.cost import blocks_of, prompt_latents
 from benchmarks.generation.job import Job, Peer, Prompts, Write
 from colada.errors import ColadaError, nearest
@@ -19,12 +22,14 @@ from colada.generate.reference import BlockGenerator
 from colada.generate.settings import Settings
 from colada.models.autoregressive import AutoregressiveLM
 from colada.models.cola import ColaDLM
-from colada.networks.config import matched_config
+from colada.models.load import load_cola
+from colada.networks.config import DecoderConfig, matched_config
 from colada.networks.decoder import Decoder
 
 ENGINE = "engine"
 COLA = (ENGINE, "readable")
 """Peers that run the model itself, to whose cost the limit belongs."""
+DISTILLED = "distilled"
 LIBRARIES = {
     "transformers": "transformers",
     "ctranslate2": "ctranslate2",
@@ -55,29 +60,60 @@ def check_peers(text: str) -> list[str]:
     return names
 
 
-def make_peers(model: ColaDLM, names: Sequence[str], guidance: float, seed: int) -> dict[str, Peer]:
+def make_peers(
+    model: ColaDLM, names: Sequence[str], guidance: float, seed: int, distilled: str | None = None
+) -> dict[str, Peer | Apart]:
     """Return the engine and the peers of these names, in the order of their turns.
+
+    Those that are not the model itself have processes of their own.
+
+    Args:
+        distilled: a model distilled from this one, beside which it is shown.
 
     Raises:
         ColadaError: if no decoder of usual proportions has the model's size, or a library lacks the type.
     """
-    peers = {ENGINE: engine(model, guidance, seed)}
-    decoder = matched_decoder(model, seed) if set(names) - set(COLA) else None
+    weight = model.dit.txt_in.proj.weight
+    peers: dict[str, Peer | Apart] = {ENGINE: engine(model, guidance, seed)}
+    if distilled is not None:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        peers[DISTILLED] = Apart(weight.device, student, distilled, dtype, str(weight.device), seed)
     for name in names:
-        if decoder is None or name in COLA:
+        if name in COLA:
             peers[name] = readable(model, guidance, seed)
-        elif name == "ar":
-            peers[name] = autoregressive(decoder)
-        else:
-            from benchmarks.generation.libraries import MAKERS
-
-            try:
-                peers[name] = MAKERS[name](decoder)
-            except (ValueError, RuntimeError) as error:  # As they say what they cannot compute in, or where.
-                reason = str(error).partition("\n")[0]
-                weight = decoder.wte.weight
-                raise ColadaError(f"--peers {name}: {weight.dtype} on {weight.device}: {reason}") from error
+            continue
+        config = matched_config(matched_parameters(model), model.vae.config.vocab_size)
+        try:
+            peers[name] = Apart(weight.device, decoder_peer, name, config, weight.dtype, weight.device, seed)
+        except (ValueError, RuntimeError) as error:  # As they say what they cannot compute in, or where.
+            reason = str(error).partition("\n")[0]
+            raise ColadaError(f"--peers {name}: {weight.dtype} on {weight.device}: {reason}") from error
     return peers
+
+
+def decoder_peer(
+    name: str, config: DecoderConfig, dtype: torch.dtype, device: torch.device, seed: int
+) -> Peer:
+    """Return an AR decoder of random weights, in this package or in a library."""
+    decoder = random_decoder(config, dtype, device, seed)
+    if name == "ar":
+        return autoregressive(decoder)
+    from benchmarks.generation.libraries import MAKERS
+
+    return MAKERS[name](decoder)
+
+
+def student(where: str, dtype: str, device: str, seed: int) -> Peer:
+    """Return a distilled model's own ``stream``, in the steps that it has learnt."""
+    model = load_cola(where, dtype=getattr(torch, dtype), device=device)
+
+    def run(prompts: Prompts, job: Job, write: Write) -> None:
+        fixed = fixed_settings(job.steps, 1.0, seed)
+        settings = cast(Settings, {key: fixed[key] for key in ("temperature", "stop", "end_ids", "seed")})
+        for chunk in model.stream(prompts, job.new_tokens, batch=job.batch, **settings):
+            write(chunk.index, chunk.tokens)
+
+    return run
 
 
 def fixed_settings(steps: int, guidance: float, seed: int) -> Settings:
@@ -144,11 +180,17 @@ def matched_decoder(model: ColaDLM, seed: int) -> Decoder:
     Raises:
         ColadaError: if no network of usual proportions has that size.
     """
-    with torch.device("meta"):
-        decoder = Decoder(matched_config(matched_parameters(model), model.vae.config.vocab_size))
+    config = matched_config(matched_parameters(model), model.vae.config.vocab_size)
     weight = model.dit.txt_in.proj.weight
-    decoder.to(weight.dtype).to_empty(device=weight.device)
-    decoder.init_weights(torch.Generator(weight.device).manual_seed(seed))
+    return random_decoder(config, weight.dtype, weight.device, seed)
+
+
+def random_decoder(config: DecoderConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Decoder:
+    """Return an AR decoder of random weights."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder.to(dtype).to_empty(device=device)
+    decoder.init_weights(torch.Generator(device).manual_seed(seed))
     return decoder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,29 +10,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.generation.apart import Apart
 from benchmarks.generation.cost import Cost, generation_cost, limit, prompt_latents
-from benchmarks.generation.job import Job, Peer, Prompts
+from benchmarks.generation.job import Job, Peer, Prompts, Turn, take_turn
 from benchmarks.generation.peers import COLA, ENGINE, fixed_settings
-from benchmarks.machine import Rates, synchronise
+from benchmarks.machine import Rates
 from benchmarks.measure import Spread, ratios, seconds_of, take_turns
 from colada.errors import ColadaError
 from colada.generate.settings import TextRequest
 from colada.models.cola import ColaDLM
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One generation of a batch.
-
-    Attributes:
-        seconds: of all of it, prompts included.
-        first: seconds until a sample had its first block's tokens.
-        memory: greatest bytes that torch allocated on the GPU meanwhile; None on a CPU.
-    """
-
-    seconds: float
-    first: float
-    memory: int | None
 
 
 @dataclass(frozen=True)
@@ -105,38 +90,9 @@ def random_prompts(job: Job, vocab_size: int, seed: int) -> Prompts:
     return prompts
 
 
-def take_turn(peer: Peer, prompts: Prompts, job: Job, first_tokens: int, device: torch.device) -> Turn:
-    """Let a peer generate, and time it.
-
-    Args:
-        first_tokens: of one sample, that count as its first block.
-
-    Raises:
-        ColadaError: if it did not generate what it was asked for.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    counts, first = [0] * job.batch, 0.0
-
-    def write(index: int, ids: Sequence[int]) -> None:
-        nonlocal first
-        counts[index] += len(ids)
-        if not first and counts[index] >= first_tokens:
-            first = time.perf_counter() - begin
-
-    synchronise(device)
-    begin = time.perf_counter()
-    peer(prompts, job, write)
-    synchronise(device)
-    seconds = time.perf_counter() - begin
-    if counts != [job.new_tokens] * job.batch:
-        raise ColadaError(f"{sum(counts)} tokens were generated, expected {job.tokens}")
-    return Turn(seconds, first, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
-
-
 def measure_cell(
     model: ColaDLM,
-    peers: Mapping[str, Peer],
+    peers: Mapping[str, Peer | Apart],
     job: Job,
     rates: Rates,
     *,
@@ -160,11 +116,13 @@ def measure_cell(
     prompts = random_prompts(job, vae.vocab_size, seed)
     tail = prompt_latents(vae, job.context)[1] * vae.patch_size
     first = min(job.new_tokens, vae.block_tokens - tail)
-    turns = take_turns(
-        {name: partial(take_turn, peer, prompts, job, first, model.device) for name, peer in peers.items()},
-        repeats,
-        warm_up,
-    )
+
+    def turn_of(peer: Peer | Apart) -> Turn:
+        if isinstance(peer, Apart):
+            return peer.turn(prompts, job, first)
+        return take_turn(peer, prompts, job, first, model.device)
+
+    turns = take_turns({name: partial(turn_of, peer) for name, peer in peers.items()}, repeats, warm_up)
     cost = generation_cost(vae, dit, job, model.dit.txt_in.proj.weight.element_size())
     further = (job.new_tokens - first) / vae.block_tokens
     return Cell(job, cost, rates, further, turns, [name for name in peers if name not in turns])
