@@ -19,6 +19,7 @@ from colada.generate.settings import RequestSettings
 from colada.networks.dit import DiT
 from colada.networks.layers import History
 from colada.networks.packing import Layout
+from colada.networks.pictures import widened
 
 
 @dataclass
@@ -39,11 +40,11 @@ def draw_latents(
     Args:
         dit: a network that has pictures.
         captions: of each sample, normalised text latents (L, C) in whole blocks; none draws whatever comes.
-        noise: (B, M, C).
+        noise: (B, M, P), P at most C.
         guidance: scale per sample; 1 is off.
         settings: solver, schedule and steps, and how guidance is bounded.
 
-    Yields: after every evaluation z and the z0 that its velocity points at, each (B, M, C).
+    Yields: after every evaluation z and the z0 that its velocity points at, each (B, M, P).
 
     Raises:
         ColadaError: for a network without pictures, or captions that are no whole blocks.
@@ -53,7 +54,9 @@ def draw_latents(
     histories = [context.history for context in contexts]
     if any(lengths):
         _append(dit, captions, dit.layout(lengths, histories), contexts)
-    yield from _transport(dit, contexts, noise, guidance, settings, picture=True)
+    wide = widened(noise, dit.config.txt_in_channels)
+    for z, z0 in _transport(dit, contexts, wide, guidance, settings, picture=True):
+        yield z[..., : noise.shape[2]], z0[..., : noise.shape[2]]
 
 
 def show(dit: DiT, prompts: Sequence[Tensor], pictures: Tensor) -> list[Context]:
@@ -62,12 +65,13 @@ def show(dit: DiT, prompts: Sequence[Tensor], pictures: Tensor) -> list[Context]
     Args:
         dit: a network that has pictures.
         prompts: of each sample, normalised text latents (L, C) in whole blocks, or none.
-        pictures: (B, M, C).
+        pictures: (B, M, P), P at most C.
 
     Raises:
         ColadaError: for a network without pictures, or prompts that are no whole blocks.
     """
     lengths = _check(dit, prompts)
+    pictures = widened(pictures, dit.config.txt_in_channels)
     latents, device = pictures.shape[1], pictures.device
     contexts = [Context(position=length + dit.config.block_size) for length in lengths]
     places = [

@@ -9,6 +9,7 @@ from typing import Any, Unpack
 
 from colada.checks import is_whole, require_flag, require_function
 from colada.errors import ColadaError, failure, shown
+from colada.generate.canvas import Canvas
 from colada.generate.reference import TransportStep
 from colada.generate.settings import Prompt, Settings
 from colada.generate.writer import Request, Slot, Writer
@@ -24,7 +25,7 @@ class _Entry:
 
     index: int
     request: Request
-    transcript: Transcript
+    transcript: Transcript | Canvas
     guesses: bool
 
 
@@ -83,7 +84,7 @@ class Session:
         request, transcript = self._open(prompt, max_new_tokens, settings, suffix)
         return self.add(replace(request, confidence=confidence), transcript, guesses)
 
-    def add(self, request: Request, transcript: Transcript, guesses: bool = False) -> int:
+    def add(self, request: Request, transcript: Transcript | Canvas, guesses: bool = False) -> int:
         """Submit a request that is already checked, with the transcript that follows its tokens."""
         if id(request) in self._entries:
             request = replace(request)
@@ -198,6 +199,7 @@ class Session:
             transcript, skipped = watched[slot].transcript, watched[slot].transcript.skip
             try:
                 text, tokens = transcript.guess(guess.ids)
+                picture = transcript.look(guess.z0) if isinstance(transcript, Canvas) else None
             except Exception:  # The block will fail for the same reason, and say so.
                 continue
             confidence = guess.confidence[skipped : skipped + len(tokens)]
@@ -211,6 +213,7 @@ class Session:
                     steps=guess.steps,
                     confidence=confidence,
                     latents=guess.latents,
+                    picture=picture,
                 )
             )
         return chunks
@@ -226,6 +229,8 @@ class Session:
             skipped = transcript.skip
             try:
                 text, tokens = transcript.add(slot.ids)
+                if isinstance(transcript, Canvas):
+                    transcript.finish(slot.drawn)
             except Exception as cause:  # Its own: the others have their text.
                 error = slot.error = failure(f"block {block} cannot be read", cause)
             if slot.confidence is not None:
@@ -249,4 +254,5 @@ class Session:
             None if error is None else str(error),
             completion,
             confidence=confidence,
+            picture=transcript.picture if isinstance(transcript, Canvas) else None,
         )

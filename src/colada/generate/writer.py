@@ -17,13 +17,17 @@ from colada.generate.settings import RequestSettings
 
 
 class Guess(NamedTuple):
-    """How a block under way would read: solver steps done and to do, ids, how likely each is, latents."""
+    """How a block under way would read: solver steps done and to do, ids, how likely each is, latents.
+
+    A picture has no ids, but the latents ``z0`` that it would have.
+    """
 
     step: int
     steps: int
     ids: list[int]
     confidence: tuple[float, ...]
     latents: Tensor
+    z0: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Request:
             of their blocks are pinned.
         confidence: blocks say how likely their tokens are.
         noise: of its latents, in place of what the settings say.
+        draws: latents of a picture that is drawn after the prompt, in place of text; 0: none.
+        picture: latents (M, C) of a picture that the text is about, which follows the prompt.
     """
 
     ids: tuple[int, ...]
@@ -46,6 +52,8 @@ class Request:
     hole: tuple[int, int] | None = None
     confidence: bool = False
     noise: Noise | None = None
+    draws: int = 0
+    picture: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(eq=False)
@@ -58,6 +66,7 @@ class Slot:
         ids: of the last of them.
         confidence: how likely each of these is, where that is asked for.
         seen: all ids so far.
+        drawn: latents (M, C) of a picture, once it is finished.
         error: why it failed; nothing more comes.
     """
 
@@ -66,6 +75,7 @@ class Slot:
     ids: list[int] = field(default_factory=list)
     confidence: tuple[float, ...] | None = None
     seen: set[int] = field(default_factory=set)
+    drawn: Tensor | None = None
     error: ColadaError | None = None
 
     def take(self, ids: list[int], confidence: tuple[float, ...] | None) -> None:

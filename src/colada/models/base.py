@@ -163,13 +163,7 @@ class LanguageModel(ABC):
         """
         require_function("progress", progress)
         session = self._session_of(prompts, max_new_tokens, batch, settings)
-        finished, total = dict[int, Completion](), session.submitted
-        for chunk in self._chunks(session, callback):
-            if chunk.completion is not None:
-                finished[chunk.index] = chunk.completion
-                if progress is not None:
-                    progress(len(finished), total)
-        return completed([finished[index] for index in range(total)])
+        return completed(finished(self._chunks(session, callback), session.submitted, progress))
 
     def stream(
         self,
@@ -415,3 +409,16 @@ class LanguageModel(ABC):
         )
         checked = check_messages(listed, self.tokenizer, "chat")
         return render(checked, self.tokenizer, self.chat_template, "chat", answer=True)
+
+
+def finished(
+    chunks: Iterator[Chunk], total: int, progress: Callable[[int, int], None] | None
+) -> list[Completion]:
+    """Return the completions of so many requests, in their order; ``progress`` is told after each."""
+    done = dict[int, Completion]()
+    for chunk in chunks:
+        if chunk.completion is not None:
+            done[chunk.index] = chunk.completion
+            if progress is not None:
+                progress(len(done), total)
+    return [done[index] for index in range(total)]

@@ -21,7 +21,8 @@ from colada.generate.session import Session
 from colada.generate.settings import RELEASED_SETTINGS, Prompt, RequestSettings, Settings
 from colada.generate.writer import Request
 from colada.locate import DIT_DIR, IMAGE_DIR, VAE_DIR
-from colada.models.base import LanguageModel, require_kind
+from colada.models.base import require_kind
+from colada.models.cola_pictures import PictureModel
 from colada.networks.checkpoint import write_model
 from colada.networks.config import check_pair
 from colada.networks.dit import DiT
@@ -80,7 +81,7 @@ def as_distilled(
     return {**chosen, **unguided, **fixed}
 
 
-class ColaDLM(LanguageModel):
+class ColaDLM(PictureModel):
     """A continuous latent diffusion language model, ready to use.
 
     Args:

@@ -14,6 +14,9 @@ KINDS = ("patch_pca", "conv_vae")
 MOST_SIZE = 1024
 """Pixels of the side of the largest pictures."""
 
+DRAWING = extension(None, "settings with which the model draws")
+DESCRIBING = extension(None, "settings with which it describes")
+
 
 @dataclass(frozen=True)
 class CodecConfig(NetworkConfig):
@@ -52,6 +55,8 @@ class CodecConfig(NetworkConfig):
     patch: int = 8
     channels: int = 64
     width: int = extension(0, "features of a convolutional codec at full size")
+    drawing: dict | None = DRAWING  # type: ignore[type-arg]  # Its type is checked as it stands here.
+    describing: dict | None = DESCRIBING  # type: ignore[type-arg]
     whitening: float = extension(
         0.5,
         "power of their standard deviations that principal components are divided by: 0 leaves them, 1 makes"

@@ -12,6 +12,8 @@ from colada.errors import ColadaError
 from colada.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 REPLACEMENT = "\ufffd"
@@ -35,13 +37,14 @@ class Chunk:
             would read now.
         tokens: the new tokens, or the guess's. A stop string that straddles blocks, or a sentence that is
             left out, takes tokens back that an earlier chunk had; texts always add up.
-        finish_reason: "length", "end", "stop" or "error" in a sample's last chunk, else None.
+        finish_reason: "length", "end", "stop", "drawn" or "error" in a sample's last chunk, else None.
         error: why the sample failed.
         completion: in a sample's last chunk, all of it.
         steps: of a guess: solver steps that the block takes.
         confidence: how likely the model held each of ``tokens``: of guesses, and of finished blocks where
             that is asked for.
         latents: of a guess: the block's latents (block, C) after the step.
+        picture: of a drawing, uint8 (S, S, 3): how it would look now, or looks.
     """
 
     index: int
@@ -55,6 +58,7 @@ class Chunk:
     steps: int | None = None
     confidence: tuple[float, ...] | None = None
     latents: Tensor | None = field(default=None, compare=False, repr=False)
+    picture: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,10 @@ class Completion:
             sentence ends if so asked.
         tokens: its tokens, at most ``max_new_tokens``; the end token and what
             spells the stop string are left out.
-        finish_reason: "length", "end" (an end token), "stop" (a stop string) or "error".
+        finish_reason: "length", "end" (an end token), "stop" (a stop string), "drawn" (a picture) or "error".
         seed: the sample's own seed.
         error: why the sample failed; its text is what was finished before.
+        picture: of a drawing, uint8 (S, S, 3).
     """
 
     text: str
@@ -76,6 +81,7 @@ class Completion:
     finish_reason: str
     seed: int
     error: str | None = None
+    picture: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
 
 
 class GenerationError(ColadaError):

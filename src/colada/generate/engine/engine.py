@@ -9,6 +9,7 @@ first decoding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,12 +34,14 @@ from colada.generate.engine.memory import (
 from colada.generate.engine.slots import LatentSlot, room_of
 from colada.generate.engine.transport import COMMITTED_ROWS, Transport
 from colada.generate.noise import NOISE_RULES, block_generator
+from colada.generate.pictures import show
 from colada.generate.reference import Block, TransportStep
 from colada.generate.sampling import confidence, pick, surest
 from colada.generate.writer import Guess, Request, Writer
 from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.layers import kept_frequencies, rotary_table
+from colada.networks.pictures import widened
 from colada.networks.vae import TextVAE
 
 GPU_BUCKET = 128
@@ -126,7 +129,12 @@ class Engine(Writer[LatentSlot]):
         )
         bucket = None if bucket is None else bucket // prior.patch_size
         self._transport = Transport(dit, self._prior_memory, self._size, bucket)
+        self._painting: Transport | None = None
+        if prior.img_grid is not None:
+            pictures = math.prod(prior.img_grid)
+            self._painting = Transport(dit, self._prior_memory, pictures, text=self._transport)
         self.joining: list[Arrival] = []
+        self._going: list[LatentSlot] = []  # Those of whom the last step was, in the order of its rows.
 
     @property
     def graphs(self) -> Graphs | None:
@@ -177,6 +185,8 @@ class Engine(Writer[LatentSlot]):
         """
         if self.waiting and not self.under_way and not self.joining:
             self._transport.refresh()
+            if self._painting is not None:  # Which shares what the other has made.
+                self._painting.refresh()
         while self.waiting and (self.slots is None or len(self.under_way) + len(self.joining) < self.slots):
             room = self.room(self.waiting[0])
             start = self.regions.take(room)
@@ -217,8 +227,21 @@ class Engine(Writer[LatentSlot]):
             read(self.vae, parts, self.pad_id)
         self._commit([arriving for arriving, _ in parts if arriving.error is None and arriving.left])
         new = [arriving for arriving in self.joining if arriving.error is not None or not arriving.left]
+        for arriving in new:
+            if arriving.request.picture is not None and arriving.error is None:
+                self._show(arriving, arriving.request.picture)
         self.joining = [arriving for arriving in self.joining if arriving not in new]
         return [arriving.slot() for arriving in new]
+
+    def _show(self, arriving: Arrival, picture: Tensor) -> None:
+        """Write a picture and its prompt, which see each other, into the DiT's history."""
+        try:
+            (context,) = show(self.dit, [arriving.latents], picture.to(self.device)[None])
+        except Exception as error:  # As with those who cannot be encoded.
+            arriving.error = failure("its picture cannot be read", error)
+            return
+        self._prior_memory.write(arriving.start, context.history.layers)
+        arriving.shown = len(context.history)
 
     def _commit(self, joining: Sequence[Arrival]) -> None:
         """Write into both histories what is read of prompts that are not read to their ends."""
@@ -250,15 +273,26 @@ class Engine(Writer[LatentSlot]):
         has most steps left; rows that are finished before stay as they are. Each candidate of a block is a
         row.
 
+        Pictures have rounds of their own, after those of texts.
+
         When the iterator ends, each of :attr:`news` has its new ``block``, or an ``error``: its latents were
         not finite. Who is done stays until it is told to :meth:`leave`; a slot that is ``done`` gets nothing.
         """
         self.admit()
-        noises = {
-            slot: self._noise(slot) if slot.begun is None else slot.begun.latents
-            for slot in self.under_way
-            if not slot.done
-        }
+        going = [slot for slot in self.under_way if not slot.done]
+        yield from self._round([slot for slot in going if not slot.request.draws], self._transport)
+        drawing = [slot for slot in going if slot.request.draws]
+        if drawing:
+            assert self._painting is not None
+            prefixes = [(slot.start, slot.history, slot.uncommitted) for slot in drawing]
+            self._transport.commit(prefixes)
+            for slot in drawing:
+                slot.history += len(slot.uncommitted)
+            yield from self._round(drawing, self._painting)
+
+    def _round(self, going: list[LatentSlot], transport: Transport) -> Iterator[TransportStep]:
+        """Run a round of slots that are all of texts, or all of pictures; see :meth:`next_block`."""
+        noises = {slot: self._noise(slot) if slot.begun is None else slot.begun.latents for slot in going}
         order = [slot for slot in noises if not slot.done]
         if not order:
             return
@@ -267,11 +301,11 @@ class Engine(Writer[LatentSlot]):
         order.sort(key=lambda slot: (-slot.left, slot.history + len(slot.uncommitted), slot.start))
         z = torch.cat([noises[slot] for slot in order])
         rows = _rows_of(order)
-        going = [slot for slot in self.under_way if not slot.done]
+        self._going = going = [slot for slot in going if not slot.done]
         original = torch.tensor([row for slot in going for row in rows[slot]], device=self.device)
         evaluations = len(order[0].evaluations)
         before = evaluations - order[0].left
-        for number, (latents, z0) in enumerate(self._transport.run(order, z), start=1):
+        for number, (latents, z0) in enumerate(transport.run(order, z), start=1):
             z = latents
             for slot in order:
                 slot.step = len(slot.evaluations) - slot.left + number
@@ -286,17 +320,26 @@ class Engine(Writer[LatentSlot]):
                     "smaller settings, or finite weights"
                 )
         ended = [slot for slot in order if slot.error is None and slot.begun is None]
-        self._finish(ended, z[[row for slot in ended for row in rows[slot]]])
+        if transport is self._painting:
+            for slot in ended:
+                slot.drawn = z[rows[slot].start]
+                slot.take([], None)
+        else:
+            self._finish(ended, z[[row for slot in ended for row in rows[slot]]])
 
     def _noise(self, slot: LatentSlot) -> Tensor:
         """Return the noises (K, block, C) of a slot's coming block; one that has none fails by itself."""
-        settings, shape = slot.request.settings, (self._size, self.vae.config.latent_dim)
+        settings, width = slot.request.settings, self.vae.config.latent_dim
+        shape = (
+            slot.request.draws or self._size,
+            self.dit.config.img_channels if slot.request.draws else width,
+        )
         try:
             noise = slot.request.noise or NOISE_RULES[settings.noise](settings.seed, shape, self.device)
-            return torch.stack([noise(slot.blocks, k) for k in range(slot.candidates)])
+            return widened(torch.stack([noise(slot.blocks, k) for k in range(slot.candidates)]), width)
         except Exception as error:
             slot.error = failure(f"block {slot.blocks} has no noise", error)
-            return torch.zeros(slot.candidates, *shape, device=self.device)
+            return torch.zeros(slot.candidates, shape[0], width, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -390,11 +433,18 @@ class Engine(Writer[LatentSlot]):
         finite = step.z0.isfinite().flatten(1).all(1).tolist()
         there = {
             slot: rows
-            for slot, rows in _rows_of([slot for slot in self.under_way if not slot.done]).items()
+            for slot, rows in _rows_of(self._going).items()
             if slot in wanted and any(finite[row] for row in rows) and slot.step <= len(slot.evaluations)
         }
         if not there:
             return {}
+        if next(iter(there)).request.draws:
+            return {
+                slot: Guess(
+                    slot.step, len(slot.evaluations), [], (), step.latents[own.start], step.z0[own.start]
+                )
+                for slot, own in there.items()
+            }
         z0 = step.z0[[row for rows in there.values() for row in rows]]
         logits = self.vae.decoder.logits(self._hidden(list(there), z0)).unflatten(0, (len(z0), -1))
         guesses = {}

@@ -30,8 +30,10 @@ class Arrival:
         prefix, tail, blocks: see :func:`~colada.generate.engine.slots.latents_of`.
         total: latents that its prompt takes, whole blocks.
         latents: (L, C), those there are.
+        block: latents in one of text.
         history: how many of them are in the DiT's and the decoder's history.
         read: what the encoder has seen.
+        shown: positions in the DiT's history of a picture and its prompt.
         error: why it failed.
     """
 
@@ -43,8 +45,10 @@ class Arrival:
     blocks: int
     total: int
     latents: Tensor
+    block: int
     history: int = 0
     read: History | None = None
+    shown: int = 0
     error: ColadaError | None = field(default=None)
 
     @property
@@ -71,8 +75,10 @@ class Arrival:
             prefix=self.latents[: self.prefix],
             where=where,
             pinned=self.latents[self.prefix : self.prefix + self.tail],
-            history=self.history,
+            history=self.history + self.shown,
             decoded=self.history,
+            shown=self.shown,
+            shift=0 if self.request.picture is None else self.block - len(self.request.picture),
         )
 
 
@@ -81,7 +87,10 @@ def arrival(request: Request, start: int, length: int, vae: TextVAE, device: tor
     size = vae.config.block_size
     prefix, tail, blocks = latents_of(request, vae.config.patch_size, size)
     none = torch.zeros(0, vae.config.latent_dim, device=device)
-    return Arrival(request, start, length, prefix, tail, blocks, round_up(prefix + tail, size), none)
+    total = round_up(prefix + tail, size)
+    if request.picture is not None:
+        total = round_up(-(-len(request.ids) // vae.config.patch_size), size)
+    return Arrival(request, start, length, prefix, tail, blocks, total, none, size)
 
 
 def shares(lefts: Sequence[int], most: int, size: int) -> list[int]:

@@ -76,6 +76,12 @@ class Memory:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
+    def write(self, start: int, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Write keys and values (L, K, D) of each layer from a position on."""
+        for layer, (keys, values) in enumerate(layers):
+            self.keys[layer, start : start + len(keys)] = keys
+            self.values[layer, start : start + len(values)] = values
+
     def move(self, source: int, target: int, count: int) -> None:
         """Copy the keys and values of so many positions to others, in all layers."""
         for own in (self.keys, self.values):
@@ -93,12 +99,15 @@ class Span:
 
     Their own positions, ``blocks`` blocks, are the last of it; those before are the sample's history. Blocks
     ``apart`` are candidates for one place in it: each sees the history and itself.
+
+    Rotary positions are those in the memory plus ``shift``: a picture has one of these, and many of those.
     """
 
     start: int
     end: int
     blocks: int = 1
     apart: bool = False
+    shift: int = 0
 
     def history(self, size: int) -> int:
         """Return how many positions come before its blocks of so many."""
@@ -113,7 +122,9 @@ Piece = tuple[Span, Tensor]
 """A span and its latents (L, C)."""
 
 
-def pieces(start: int, begin: int, latents: Tensor, size: int, patch: int, most: int) -> list[Piece]:
+def pieces(
+    start: int, begin: int, latents: Tensor, size: int, patch: int, most: int, shift: int = 0
+) -> list[Piece]:
     """Return the spans that write latents (L, C) of a sample, whole blocks, each with its own.
 
     Args:
@@ -122,11 +133,12 @@ def pieces(start: int, begin: int, latents: Tensor, size: int, patch: int, most:
         size: latents in a block.
         patch: latents in a position.
         most: latents in a span, if a block is no longer.
+        shift: of rotary positions.
     """
     made, done = [], begin
     for part in latents.split(max(1, most // size) * size) if len(latents) else ():
         done += len(part)
-        made.append((Span(start // patch, (start + done) // patch, len(part) // size), part))
+        made.append((Span(start // patch, (start + done) // patch, len(part) // size, shift=shift), part))
     return made
 
 
@@ -190,6 +202,7 @@ class Rows:
         clean, noisy: spans; the rows of clean ones are not needed after their keys and values are written.
         alone: blocks that see only themselves.
         size: positions in a block.
+        pictures: blocks are pictures, each of which has one rotary position.
 
     Attributes:
         slots: int64, where each written row is in the memory.
@@ -198,7 +211,13 @@ class Rows:
     """
 
     def __init__(
-        self, memory: Memory, clean: Sequence[Span], noisy: Sequence[Span], alone: int, size: int
+        self,
+        memory: Memory,
+        clean: Sequence[Span],
+        noisy: Sequence[Span],
+        alone: int,
+        size: int,
+        pictures: bool = False,
     ) -> None:
         device = memory.keys.device
         self.memory, self.size, self.alone = memory, size, alone
@@ -207,14 +226,16 @@ class Rows:
         slots: list[int] = []
         positions: list[int] = []
         for span in [*clean, *noisy]:
-            before = span.history(size)
+            before, shift = span.history(size), span.shift
             slots += range(span.start + before, span.end)
-            if span.apart:
-                positions += [*range(before, before + size)] * span.blocks
+            if pictures:
+                positions += [before + shift] * size
+            elif span.apart:
+                positions += [*range(before + shift, before + shift + size)] * span.blocks
             else:
-                positions += range(before, span.end - span.start)
+                positions += range(before + shift, span.end - span.start + shift)
         self.slots = on_device(slots, device)
-        self.positions = on_device(positions + [*range(size)] * alone, device)
+        self.positions = on_device(positions + ([0] * size if pictures else [*range(size)]) * alone, device)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -242,9 +263,15 @@ class Plan(Rows):
     """
 
     def __init__(
-        self, memory: Memory, clean: Sequence[Span], noisy: Sequence[Span], alone: int, size: int
+        self,
+        memory: Memory,
+        clean: Sequence[Span],
+        noisy: Sequence[Span],
+        alone: int,
+        size: int,
+        pictures: bool = False,
     ) -> None:
-        super().__init__(memory, clean, noisy, alone, size)
+        super().__init__(memory, clean, noisy, alone, size, pictures)
         self._clean_groups = _grouped(clean, 0)
         self._groups = _grouped(noisy, len(clean))
         self._views: dict[int, list[tuple[Tensor, Tensor]]] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from colada.flow import Evaluation, T
 from colada.generate.engine.kernels import Product, fits_packed, plain_product, product
-from colada.networks.dit import ROPE_THETA, DiT, DiTBlock
+from colada.networks.dit import ROPE_THETA, DiT, DiTBlock, DualBlock
 from colada.networks.layers import rotate_interleaved, rotations
 
 _KEPT_TIMESTEPS = 64
@@ -29,6 +29,12 @@ def _pair(moment: Moment) -> tuple[float, float]:
     return moment if isinstance(moment, tuple) else (moment, moment)
 
 
+def blocks_of(dit: DiT, pictures: bool) -> list[DiTBlock]:
+    """Return the layers that text goes through, or those that pictures do."""
+    blocks = [cast(DiTBlock, block) for block in dit.blocks]
+    return [block.image if pictures and isinstance(block, DualBlock) else block for block in blocks]
+
+
 class Modulation:
     """AdaLN by timestep: what every layer multiplies and adds, computed once for each timestep of a schedule.
 
@@ -37,8 +43,8 @@ class Modulation:
     The tables stay where they are while timesteps come and go, so that captured passes may read them.
     """
 
-    def __init__(self, dit: DiT) -> None:
-        self._dit = dit
+    def __init__(self, dit: DiT, pictures: bool = False) -> None:
+        self._dit, self._pictures = dit, pictures
         self.version = 0  # of the tables' place: they move where more timesteps are wanted than they hold
         self._row: dict[Moment, int] = {}
         self._layers: list[Tensor] = []  # each (rows, 6, dim)
@@ -73,7 +79,7 @@ class Modulation:
             [_pair(own) for own in moments], device=dit.txt_in.proj.weight.device
         ).unbind(1)
         emb = dit.embed_times(timestep, landing)
-        layers = [self._layer(cast(DiTBlock, block), emb) for block in dit.blocks]
+        layers = [self._layer(block, emb) for block in blocks_of(dit, self._pictures)]
         shift, scale = dit.txt_out_ada["out_in"](emb).chunk(2, -1)
         norm = dit.txt_out_norm
         output = torch.stack([norm.weight * (1 + scale), norm.bias * (1 + scale) + shift], 1)
@@ -145,22 +151,27 @@ class PriorPass:
     Args:
         dit: whose weights are used as they are.
         differentiable: compute by what has gradients, and no copies of the weights.
+        text: the pass of text beside which this is one of pictures alone; copies of weights are shared.
     """
 
-    def __init__(self, dit: DiT, differentiable: bool = False) -> None:
-        self.dit, self.modulation = dit, Modulation(dit)
-        self._differentiable = differentiable
+    def __init__(self, dit: DiT, differentiable: bool = False, text: PriorPass | None = None) -> None:
+        self.dit, self.modulation = dit, Modulation(dit, text is not None)
+        self._differentiable, self._text = differentiable, text
         self._products: list[tuple[Product, ...]] = []
         self.refresh()
 
     def refresh(self) -> None:
         """Take the weights as they are now: what was computed from earlier ones is made anew when wanted."""
-        self._blocks = [cast(DiTBlock, block) for block in self.dit.blocks]
+        self._blocks = blocks_of(self.dit, self._text is not None)
         matrices = [_matrices(block) for block in self._blocks]
         packed = fits_packed([layer for own in matrices for layer in own])
         make = plain_product if self._differentiable else partial(product, packed=packed)
+        shared = self._text._products if self._text is not None else []
         self._products = [
-            tuple(make(layer, gelu=number == 2) for number, layer in enumerate(own)) for own in matrices
+            shared[layer]
+            if shared and not isinstance(self.dit.blocks[layer], DualBlock)
+            else tuple(make(one, gelu=number == 2) for number, one in enumerate(own))
+            for layer, own in enumerate(matrices)
         ]
         self.modulation.forget()
 
@@ -184,14 +195,16 @@ class PriorPass:
         config = self.dit.config
         width = config.txt_in_channels
         guess = latents[:, width:] if latents.shape[1] > width else None
-        x = self.dit.embed(latents[:, :width], guess)
+        pictures = self._text is not None
+        x = self.dit.embed_pictures(latents) if pictures else self.dit.embed(latents[:, :width], guess)
         last = config.num_layers - 1
         for layer in range(config.num_layers):
             x = self._block(x, row, plan, rotations, layer, plan.clean_rows if layer == last else 0)
         if not len(x):
             return latents[:0, :width].float()
         weight, bias = self.modulation.output(row[plan.clean_rows :] if isinstance(row, Tensor) else row)
-        x = self.dit.txt_out(modulated_norm(x, weight, bias, config.norm_eps))
+        out = self.dit.unembed_pictures if pictures else self.dit.txt_out
+        x = out(modulated_norm(x, weight, bias, config.norm_eps))
         return x.reshape(-1, config.txt_out_channels).float()
 
     def _block(

@@ -21,6 +21,10 @@ def latents_of(request: Request, patch: int, size: int) -> tuple[int, int, int]:
         patch, size: tokens in a latent, and latents in a block.
     """
     length = -(-len(request.ids) // patch)
+    if request.draws:  # After all of the caption, padded to whole blocks.
+        return -(-length // size) * size, 0, 1
+    if request.picture is not None:  # What is before is the picture's and its prompt's, and not the text's.
+        return 0, 0, -(-request.new_tokens // (patch * size))
     if request.hole is None:
         prefix = length // size * size
         # A padded latent at the prompt's end counts as the prompt's.
@@ -32,9 +36,14 @@ def latents_of(request: Request, patch: int, size: int) -> tuple[int, int, int]:
 
 
 def room_of(request: Request, patch: int, size: int) -> int:
-    """Return how many latents of history a request takes; arguments as :func:`latents_of`."""
+    """Return how many latents of history a request takes, whole blocks; arguments as :func:`latents_of`."""
     prefix, _, blocks = latents_of(request, patch, size)
-    return prefix + (blocks + request.settings.candidates - 1) * size
+    if request.draws:
+        return -(-(prefix + request.draws) // size) * size
+    blocks += request.settings.candidates - 1
+    if request.picture is not None:
+        prefix = -(-len(request.ids) // (patch * size)) * size + len(request.picture)
+    return -(-prefix // size) * size + blocks * size
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class LatentSlot(Slot):
         block: the last that was generated.
         begun: the coming block, where a round has ended in the middle of it.
         step: how many of its evaluations are done, in a round; those beyond its own change nothing.
+        shown: positions of the DiT's history that are of a picture and its prompt; the decoder has none.
+        shift: by how much later ones' rotary positions are beyond those in the memory.
     """
 
     start: int
@@ -80,6 +91,8 @@ class LatentSlot(Slot):
     block: Block | None = None
     begun: Begun | None = None
     step: int = 0
+    shown: int = 0
+    shift: int = 0
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
@@ -101,8 +114,8 @@ class LatentSlot(Slot):
     def uncommitted(self) -> Tensor:
         """The finished latents (L, C) that the DiT's history lacks."""
         if self.block is None:
-            return self.prefix[self.history :]
-        written = len(self.prefix) + (self.blocks - 1) * len(self.block.latents)
+            return self.prefix[self.history - self.shown :]
+        written = self.shown + len(self.prefix) + (self.blocks - 1) * len(self.block.latents)
         return self.block.latents[self.history - written :]
 
     @property

@@ -144,12 +144,22 @@ class Transport:
         size: latents in a block.
         bucket: pad rows to powers of two, and histories to so many positions, twice as many and so on, and
             replay passes of equal shape; None reads just what is there.
+        text: the transport of text beside which this is one of pictures, each a block. What is before them is
+            to be committed already.
     """
 
-    def __init__(self, dit: DiT, memory: Memory, size: int, bucket: int | None = None) -> None:
+    def __init__(
+        self,
+        dit: DiT,
+        memory: Memory,
+        size: int,
+        bucket: int | None = None,
+        text: Transport | None = None,
+    ) -> None:
         self.dit, self._memory, self._size, self._bucket = dit, memory, size, bucket
         self._device = dit.txt_in.proj.weight.device
-        self._prior = PriorPass(dit)
+        self._pictures = text is not None
+        self._prior: PriorPass = PriorPass(dit, text=None if text is None else text._prior)
         self.graphs = Graphs(self._prior) if bucket is not None else None
 
     def refresh(self) -> None:
@@ -247,7 +257,8 @@ class Transport:
         alone: list[Piece] = []
         riding: list[Piece] = []
         for slot in slots:
-            own = pieces(slot.start, slot.history, slot.uncommitted, self._size, patch, COMMITTED_ROWS)
+            new = slot.start, slot.history, slot.uncommitted
+            own = pieces(*new, self._size, patch, COMMITTED_ROWS, slot.shift)
             fits = self._bucket is None or len(slot.uncommitted) == self._size
             (riding if fits else alone).extend(own)
         if self._bucket is None:
@@ -340,13 +351,13 @@ class Transport:
         for slot in dict.fromkeys(slots[:active]):
             past, count = slot.history + len(slot.uncommitted), slot.candidates
             end = slot.start + past + count * self._size
-            noisy.append(Span(slot.start // patch, end // patch, count, apart=count > 1))
+            noisy.append(Span(slot.start // patch, end // patch, count, apart=count > 1, shift=slot.shift))
         rows = active if self._bucket is None else doubled_to(active)
         members = self._members(rows, active, guided)
         alone, size = len(members) - rows, self._size // patch
         plan: Plan | PaddedPlan
         if self._bucket is None:
-            plan = Plan(self._memory, commits, noisy, alone, size)
+            plan = Plan(self._memory, commits, noisy, alone, size, self._pictures)
         else:
             length = doubled_to(max(span.seen(size) for span in noisy), self._bucket)
             clean_blocks = doubled_to(len(set(slots))) if commits else 0

@@ -1,0 +1,220 @@
+"""Drawing and describing pictures, of a Cola DLM that has learnt them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+
+from colada.checks import MOST_TOKENS, require_count, require_flag, require_function
+from colada.device import plain_torch
+from colada.errors import ColadaError, shown
+from colada.generate.canvas import Canvas
+from colada.generate.reference import TransportStep
+from colada.generate.session import Session
+from colada.generate.settings import Prompt, RequestSettings, Settings, several
+from colada.generate.writer import Request
+from colada.models.base import BATCH, LanguageModel, finished
+from colada.networks.dit import DiT
+from colada.networks.vae import TextVAE
+from colada.pictures.codec import Codec
+from colada.pictures.load import load_picture
+from colada.pictures.shapes import Picture
+from colada.text.transcript import Chunk, Completion, Transcript, completed
+
+DRAWING: Settings = {"guidance": 1.5, "steps": 24, "solver": "ab2", "schedule": "front-loaded"}
+"""With what pictures are drawn unless a model's codec says otherwise."""
+DESCRIBING: Settings = {"guidance": 1.5, "steps": 16, "solver": "ab2", "schedule": "front-loaded"}
+"""With what they are described."""
+
+
+class PictureModel(LanguageModel):
+    """What a model with pictures can do beside text."""
+
+    vae: TextVAE
+    dit: DiT
+    image: Codec | None
+
+    # --- drawing ---------------------------------------------------------------------------
+
+    def draw(
+        self,
+        captions: Prompt | Sequence[Prompt],
+        *,
+        batch: int = BATCH,
+        callback: Callable[[TransportStep], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **settings: Unpack[Settings],
+    ) -> list[Picture]:
+        """Draw a picture of every caption.
+
+        A picture depends on its own caption, settings and seed, not on who shares the batch.
+
+        Args:
+            captions: texts, or lists of ids; one or several. An empty one draws whatever comes.
+            batch, callback, progress: as in :meth:`generate`.
+            settings: see :class:`Settings`; those of tokens do not apply.
+
+        Returns: uint8 (S, S, 3) each, in order.
+
+        Raises:
+            ColadaError: naming the argument at fault, before anything is drawn, or for a model without
+                pictures.
+            GenerationError: if some failed; it carries the completions of the others.
+        """
+        require_function("progress", progress)
+        session = self._drawing_session(captions, batch, settings, guesses=False)
+        done = finished(self._chunks(session, callback), session.submitted, progress)
+        return [picture for one in completed(done) if (picture := one.picture) is not None]
+
+    def stream_drawing(
+        self,
+        captions: Prompt | Sequence[Prompt],
+        *,
+        batch: int = BATCH,
+        guesses: bool = True,
+        callback: Callable[[TransportStep], None] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Chunk]:
+        """Yield chunks with the picture of every caption as it forms; arguments as :meth:`draw`.
+
+        With ``guesses``, there is one after every solver step, whose ``picture`` is what the step points at.
+        A caption's last chunk has its finished picture.
+        """
+        guesses = require_flag("guesses", guesses)
+        return self._chunks(self._drawing_session(captions, batch, settings, guesses), callback)
+
+    def drawing(self, caption: Prompt, **settings: Unpack[Settings]) -> tuple[Request, Canvas]:
+        """Return what :meth:`Session.add` takes to draw a caption beside other requests of a session.
+
+        Raises:
+            ColadaError: as :meth:`draw`.
+        """
+        (own,) = self._settings_of_each(self._chosen_for_pictures("drawing", settings), 1)
+        return self._drawing(caption, own)
+
+    def _drawing(self, caption: Prompt, settings: RequestSettings) -> tuple[Request, Canvas]:
+        codec = self.codec()
+        ids = self.ids(caption)
+        return Request(tuple(ids), 0, settings, draws=codec.config.latents), Canvas(codec)
+
+    def _drawing_session(
+        self, captions: Any, batch: int, settings: Mapping[str, Any], guesses: bool
+    ) -> Session:
+        batch, captions = require_count("batch", batch), several(captions)
+        chosen = self._chosen_for_pictures("drawing", settings)
+        each = self._settings_of_each(chosen, len(captions))
+        opened = [self._drawing(caption, own) for caption, own in zip(captions, each, strict=True)]
+        session = Session(self._writer_for([request for request, _ in opened], batch), self._open)
+        for request, canvas in opened:
+            session.add(request, canvas, guesses)
+        return session
+
+    # --- describing ------------------------------------------------------------------------
+
+    def describe(
+        self,
+        pictures: Picture | str | Path | Sequence[Picture | str | Path],
+        max_new_tokens: int = 48,
+        *,
+        prompt: Prompt = "",
+        batch: int = BATCH,
+        callback: Callable[[TransportStep], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **settings: Unpack[Settings],
+    ) -> list[Completion]:
+        """Say what is in every picture.
+
+        Args:
+            pictures: uint8 (S, S, 3) each, or files, which are cut to their middle square and scaled; one
+                or several.
+            max_new_tokens: how many tokens each answer gets at most.
+            prompt: what is asked of each.
+            batch, callback, progress, settings: as in :meth:`generate`.
+
+        Returns: one completion a picture, in order.
+
+        Raises:
+            ColadaError: naming the argument at fault, before anything is written, or for a model without
+                pictures.
+            GenerationError: if some failed; it carries the completions of the others.
+        """
+        require_function("progress", progress)
+        batch = require_count("batch", batch)
+        listed = [pictures] if isinstance(pictures, str | Path | np.ndarray) else list(pictures)
+        if isinstance(pictures, np.ndarray) and pictures.ndim == 4:
+            listed = list(pictures)
+        chosen = self._chosen_for_pictures("describing", settings)
+        each = self._settings_of_each(chosen, len(listed))
+        opened = [
+            self._describing(picture, max_new_tokens, prompt, own)
+            for picture, own in zip(listed, each, strict=True)
+        ]
+        session = Session(self._writer_for([request for request, _ in opened], batch), self._open)
+        for request, transcript in opened:
+            session.add(request, transcript)
+        return completed(finished(self._chunks(session, callback), len(opened), progress))
+
+    def describing(
+        self,
+        picture: Picture | str | Path,
+        max_new_tokens: int = 48,
+        *,
+        prompt: Prompt = "",
+        **settings: Unpack[Settings],
+    ) -> tuple[Request, Transcript]:
+        """Return what :meth:`Session.add` takes to describe a picture beside other requests of a session.
+
+        Raises:
+            ColadaError: as :meth:`describe`.
+        """
+        (own,) = self._settings_of_each(self._chosen_for_pictures("describing", settings), 1)
+        return self._describing(picture, max_new_tokens, prompt, own)
+
+    def _describing(
+        self, picture: Any, max_new_tokens: int, prompt: Prompt, settings: RequestSettings
+    ) -> tuple[Request, Transcript]:
+        codec, count = self.codec(), require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
+        size = codec.config.size
+        if isinstance(picture, str | Path):
+            picture = load_picture(picture, size).picture
+        if not isinstance(picture, np.ndarray):
+            raise ColadaError(f"picture {shown(picture)}, expected a file or uint8 ({size}, {size}, 3)")
+        if picture.dtype != np.uint8 or picture.shape != (size, size, 3):
+            what = f"of shape {picture.shape} and type {picture.dtype}"
+            raise ColadaError(f"a picture {what}, expected uint8 ({size}, {size}, 3), or a file")
+        with plain_torch():
+            latents = codec.encode(torch.from_numpy(np.ascontiguousarray(picture))[None])[0]
+        stop, end_ids = self.endings(settings)
+        ids = self.ids(prompt) if len(prompt) else []
+        request = Request(tuple(ids), count, settings, picture=latents)
+        return request, Transcript(
+            self.tokenizer, 0, count, stop, end_ids, whole_sentences=settings.whole_sentences
+        )
+
+    # --- both ------------------------------------------------------------------------------
+
+    def codec(self) -> Codec:
+        """Return the picture codec; raises ColadaError for a model that has text only."""
+        if self.image is None:
+            name = self.origin or "this model"
+            raise ColadaError(f"{name} has no pictures: img_channels=0 (recipes/pictures.yaml trains one)")
+        return self.image
+
+    def _chosen_for_pictures(self, task: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all settings of drawing or describing: those given, the codec's, or the usual ones."""
+        config = self.codec().config
+        stored = config.drawing if task == "drawing" else config.describing
+        usual: Mapping[str, Any] = DRAWING if task == "drawing" else DESCRIBING
+        if self.dit.config.distilled is not None:  # It has guidance and steps built in.
+            usual = {}
+        given = self.check(settings)
+        if task == "drawing" and given.get("candidates", 1) != 1:
+            raise ColadaError(
+                f"candidates={given['candidates']} of a picture, expected 1: only text has more"
+            )
+        own = self.check(stored or {}, f"{self.origin}: cola_image: {task}")
+        return self.chosen({**usual, "candidates": 1, **own, **given})
