@@ -189,21 +189,27 @@ class Writer:
             self._completions[number] = chunk.completion
 
     @property
-    def completions(self) -> list[Completion]:
-        """Of the choices that are finished."""
-        return [done for done in self._completions if done is not None]
+    def finished(self) -> bool:
+        """Whether all choices are."""
+        return None not in self._completions
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the choices that are finished have ended."""
+        return [done.finish_reason for done in self._completions if done is not None]
 
     @property
     def usage(self) -> dict[str, int]:
         """Tokens, each prompt's once."""
         prompt = sum(map(len, self.job.prompts))
-        new = sum(len(done.tokens) for done in self.completions)
+        new = sum(len(done.tokens) for done in self._completions if done is not None)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def answer(self) -> dict[str, Any]:
         """Return the whole answer, once all choices are finished."""
         choices = []
-        for number, done in enumerate(self.completions):
+        for number, done in enumerate(self._completions):
+            assert done is not None
             text = self._echo(number) + done.text
             message = {"message": {"role": "assistant", "content": text, "refusal": None}}
             choices.append(self._last(number, message if self.chat else {"text": text}))
@@ -211,13 +217,17 @@ class Writer:
 
     # --- a stream's events -------------------------------------------------------------------
 
-    def begin(self) -> Iterator[str]:
-        """Yield what comes before the first text."""
-        for number in range(len(self._completions)):
-            if self.chat:
-                yield self._event([_choice(number, {"delta": {"role": "assistant", "content": ""}})])
-            elif echo := self._echo(number):
-                yield self._event([_choice(number, {"text": echo})])
+    def begin(self) -> list[str]:
+        """Return what comes before the first text."""
+        numbers = range(len(self._completions))
+        if self.chat:
+            first = {"delta": {"role": "assistant", "content": ""}}
+            return [self._event([_choice(number, first)]) for number in numbers]
+        return [
+            self._event([_choice(number, {"text": echo})])
+            for number in numbers
+            if (echo := self._echo(number))
+        ]
 
     def events(self, number: int, chunk: Chunk) -> Iterator[str]:
         """Yield what a choice grows by, once :meth:`add` has taken it."""
@@ -239,11 +249,10 @@ class Writer:
             nothing: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
             yield self._event([self._last(number, nothing)])
 
-    def end(self) -> Iterator[str]:
-        """Yield what follows the last choice."""
-        if self._usage_wanted:
-            yield as_json({**self._head, "choices": [], "usage": self.usage})
-        yield "[DONE]"
+    def end(self) -> list[str]:
+        """Return what follows the last choice."""
+        usage = [as_json({**self._head, "choices": [], "usage": self.usage})] if self._usage_wanted else []
+        return [*usage, "[DONE]"]
 
     def _event(self, choices: Sequence[Mapping[str, Any]], told: Mapping[str, Any] | None = None) -> str:
         usage = {"usage": None} if self._usage_wanted else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from colada.errors import ColadaError
 from colada.serve import protocol
 from colada.serve.admission import Admission, Limits, Policy, Refusal, as_refusal, invalid
 from colada.serve.answers import Job, Writer, as_json, open_job
-from colada.serve.driver import Driver, Models
+from colada.serve.driver import Driver, Models, News
 from colada.serve.edge import Body, Edge, refused
 from colada.serve.metrics import Metrics
 from colada.serve.models import Served
@@ -116,12 +116,12 @@ class Service:
         on_end.callback(self.driver.close, job.ticket)
         headers = {"x-colada-ignored": ", ".join(map(ascii, job.ignored))} if job.ignored else {}
         writer = Writer(job)
-        await _unless_gone(request, job.ticket.accepted())
         if not body.stream:
             await _unless_gone(request, self._collect(job, writer, request))
             return JSONResponse(writer.answer(), headers=headers)
+        await job.ticket.accepted()  # Within a step; who goes away meanwhile is noticed behind it.
         return EventSourceResponse(
-            self._events(job, writer, request),
+            self._parts(job, writer, request),
             headers=headers,
             media_type="text/event-stream; charset=utf-8",
             sep="\n",
@@ -131,50 +131,56 @@ class Service:
         )
 
     async def _collect(self, job: Job, writer: Writer, request: Request) -> None:
-        async for _ in self._chunks(job, writer, request):
+        await job.ticket.accepted()
+        async for _ in self._steps(job, writer, request):
             pass
 
-    async def _chunks(self, job: Job, writer: Writer, request: Request) -> AsyncIterator[Any]:
-        """Yield a job's chunks once the writer has them, and count them. Raises Refusal where it is late."""
+    async def _steps(self, job: Job, writer: Writer, request: Request) -> AsyncIterator[News]:
+        """Yield what each step adds once the writer has it, and count it. Raises Refusal where it is late."""
         last = dict.fromkeys(range(len(job.ticket.choices)), time.monotonic())
         begun = set[int]()
         try:
             async with asyncio.timeout(self.limits.timeout):
-                async for number, chunk in job.ticket.chunks():
-                    writer.add(number, chunk)
-                    if chunk.step is None:
-                        now = time.monotonic()
-                        seconds = self.metrics.between if number in begun else self.metrics.first
-                        seconds.observe(now - last[number])
-                        last[number] = now
-                        begun.add(number)
-                    yield number, chunk
+                async for news in job.ticket.steps():
+                    for number, chunk in news:
+                        writer.add(number, chunk)
+                        if chunk.step is None:
+                            now = time.monotonic()
+                            seconds = self.metrics.between if number in begun else self.metrics.first
+                            seconds.observe(now - last[number])
+                            last[number] = now
+                            begun.add(number)
+                    if writer.finished:
+                        self._count(job, writer, request)
+                    yield news
         except TimeoutError:
             text = f"not finished after {self.limits.timeout:g} s"
             raise Refusal(504, "deadline", text, x_should_retry="false") from None
-        usage, name = writer.usage, job.served.name
-        self.metrics.tokens.labels(name, "prompt").inc(usage["prompt_tokens"])
-        self.metrics.tokens.labels(name, "completion").inc(usage["completion_tokens"])
-        for done in writer.completions:
-            self.metrics.choices.labels(name, done.finish_reason).inc()
-        request.state.log.update(
-            usage, finish="+".join(sorted({one.finish_reason for one in writer.completions}))
-        )
 
-    async def _events(self, job: Job, writer: Writer, request: Request) -> AsyncIterator[str]:
-        """Yield a stream's events; an error is the last one, without ``[DONE]``."""
+    def _count(self, job: Job, writer: Writer, request: Request) -> None:
+        usage, name, reasons = writer.usage, job.served.name, writer.reasons
+        for kind in ("prompt", "completion"):
+            self.metrics.tokens.labels(name, kind).inc(usage[f"{kind}_tokens"])
+        for reason in reasons:
+            self.metrics.choices.labels(name, reason).inc()
+        request.state.log.update(usage, finish="+".join(sorted(set(reasons))))
+
+    async def _parts(self, job: Job, writer: Writer, request: Request) -> AsyncIterator[bytes]:
+        """Yield a stream's events, those of one step together; an error is the last, without ``[DONE]``."""
         try:
-            for event in writer.begin():
-                yield event
-            async for number, chunk in self._chunks(job, writer, request):
-                for event in writer.events(number, chunk):
-                    yield event
-            for event in writer.end():
-                yield event
+            events = writer.begin()
+            if events:
+                yield _framed(events)
+            async for news in self._steps(job, writer, request):
+                events = [event for number, chunk in news for event in writer.events(number, chunk)]
+                if writer.finished:
+                    events += writer.end()
+                if events:
+                    yield _framed(events)
         except Exception as error:
             refusal = as_refusal(error)
             request.state.log["error"] = refusal.code
-            yield as_json(refusal.body())
+            yield _framed([as_json(refusal.body())])
 
     # --- tokens and latents --------------------------------------------------------------------
 
@@ -374,6 +380,11 @@ async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(refusal, Refusal)
     request.state.log["error"] = refusal.code
     return refused(refusal)
+
+
+def _framed(events: Sequence[str]) -> bytes:
+    """Return events as they are sent, together: a part that is sent costs more than all that is in it."""
+    return b"".join(ServerSentEvent(event, sep="\n").encode() for event in events)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> None:

@@ -27,6 +27,8 @@ MOST_GUESSES = 64
 WARM_TOKENS = 8
 
 Models = Mapping[str, "Served"]
+News = Sequence[tuple[int, "Chunk"]]
+"""Numbers of a request's choices, and what they grow by."""
 
 
 @dataclass(eq=False)
@@ -36,27 +38,30 @@ class Ticket:
     Attributes:
         choices: arguments of :meth:`colada.generate.session.Session.submit`.
         latents: "pca" or "full": how guesses show them.
-        news: None once it is accepted, then numbers of choices with their chunks, or why it fails.
+        news: None once it is accepted, then what a step has brought: numbers of choices with their chunks;
+            or why it fails.
         indices: of the choices in the session; the engine thread's own.
     """
 
     model: str
     choices: Sequence[Mapping[str, Any]]
     latents: str | None = None
-    news: asyncio.Queue[tuple[int, Chunk] | Refusal | None] = field(default_factory=asyncio.Queue)
+    news: asyncio.Queue[News | Refusal | None] = field(default_factory=asyncio.Queue)
     indices: list[int] = field(default_factory=list)
 
-    def put(self, number: int, chunk: Chunk) -> None:
-        """Take what a choice grows by."""
-        if chunk.step is None or self.news.qsize() < MOST_GUESSES:
-            self.news.put_nowait((number, chunk))
+    def put(self, news: News) -> None:
+        """Take what choices grow by in a step."""
+        if self.news.qsize() >= MOST_GUESSES:
+            news = [(number, chunk) for number, chunk in news if chunk.step is None]
+        if news:
+            self.news.put_nowait(news)
 
     async def accepted(self) -> None:
         """Wait until the session has taken it. Raises Refusal where it does not."""
         if isinstance(news := await self.news.get(), Refusal):
             raise news
 
-    async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
+    async def steps(self) -> AsyncIterator[News]:
         """Yield what choices grow by, until all are finished. Raises Refusal once one has failed."""
         left = len(self.choices)
         while left:
@@ -64,10 +69,11 @@ class Ticket:
             if isinstance(news, Refusal):
                 raise news
             assert news is not None
-            _, chunk = news
-            if chunk.error is not None:
-                raise Refusal(500, "not_finite" if "not finite" in chunk.error else "internal", chunk.error)
-            left -= chunk.finish_reason is not None
+            for _, chunk in news:
+                if chunk.error is not None:
+                    code = "not_finite" if "not finite" in chunk.error else "internal"
+                    raise Refusal(500, code, chunk.error)
+                left -= chunk.finish_reason is not None
             yield news
 
 
@@ -220,25 +226,27 @@ class Driver:
                     session.step()  # Nobody is left: what it held is free now.
 
     def _step(self, name: str, session: Any) -> None:
-        """Do a step of a model's session, and tell what is new: its loop wakes up once, if at all."""
+        """Do a step of a model's session, and tell the loop what is new, if anything is."""
         begin = time.monotonic()
         chunks: list[Chunk] = session.step()
         self.heartbeat = time.monotonic()
-        news = []
+        news: dict[Ticket, list[tuple[int, Chunk]]] = {}
         for chunk in chunks:
             place = self._places.get((name, chunk.index))
             if chunk.finish_reason is not None:
                 self._places.pop((name, chunk.index), None)
-            if place is not None:
-                ticket, number = place
-                picture = None  # Tensors stay in this thread.
-                if ticket.latents is not None and chunk.latents is not None:
+            if place is None:
+                continue
+            ticket, number = place
+            if chunk.latents is not None:  # Tensors stay in this thread.
+                picture = None
+                if ticket.latents is not None:
                     prompt = len(ticket.choices[number]["prompt"])
                     picture = self.models[name].picture(chunk, prompt, ticket.latents)
-                told: Any = replace(chunk, latents=picture)  # type: ignore[arg-type]
-                news.append(partial(ticket.put, number, told))
+                chunk = replace(chunk, latents=picture)  # type: ignore[arg-type]
+            news.setdefault(ticket, []).append((number, chunk))
         if news:
-            self._post(lambda: [put() for put in news])
+            self._post(partial(_deliver, news))
         self._count(self.heartbeat - begin, sum(chunk.step is None for chunk in chunks))
 
     def _post(self, work: Callable[[], Any]) -> None:
@@ -247,3 +255,9 @@ class Driver:
             self._loop.call_soon_threadsafe(work)
         except RuntimeError:
             logger.debug("the loop is closed")
+
+
+def _deliver(news: Mapping[Ticket, News]) -> None:
+    """Let tickets have what a step has brought: their loop wakes up once for all."""
+    for ticket, told in news.items():
+        ticket.put(told)
