@@ -104,18 +104,28 @@ def ready(port: int) -> bool:
         return False
 
 
-async def ask(port: int, path: str, body: dict[str, Any] | None, turn: Turn | None = None) -> tuple[int, str]:
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def ask(
+    port: int,
+    path: str,
+    body: dict[str, Any] | None,
+    turn: Turn | None = None,
+    connection: Connection | None = None,
+) -> tuple[int, str]:
     """Ask, and return status and body; what is streamed is timed into a turn."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = connection or await asyncio.open_connection("127.0.0.1", port)
     data = b"" if body is None else json.dumps(body).encode()
-    head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: localhost\r\n"
+    head += "" if connection else "Connection: close\r\n"
     begin = last = time.perf_counter()
     writer.write(
         f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
     )
     status = int((await reader.readline()).split()[1])
     lines, blocks = [], 0
-    while line := await reader.readline():
+    while (line := await reader.readline()) and line != b"0\r\n":  # The last chunk's size.
         now = time.perf_counter()
         lines.append(line)
         if turn is None:
@@ -127,7 +137,8 @@ async def ask(port: int, path: str, body: dict[str, Any] | None, turn: Turn | No
             last, blocks = now, blocks + 1
         if b'"completion_tokens"' in line:
             turn.tokens += int(re.findall(rb'"completion_tokens":(\d+)', line)[0])
-    writer.close()
+    if connection is None:
+        writer.close()
     if turn is not None:
         turn.whole.append(time.perf_counter() - begin)
     text = b"".join(lines).decode()
@@ -135,17 +146,25 @@ async def ask(port: int, path: str, body: dict[str, Any] | None, turn: Turn | No
 
 
 def served_turn(served: Served, streams: int, tokens: int, steps: int) -> Turn:
-    """So many streams at once, over HTTP."""
-    turn, cpu, begin = Turn(), served.cpu(), time.perf_counter()
+    """So many streams at once, over HTTP; connections are there already, as clients keep them."""
+    turn = Turn()
     body = {"prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "colada": {"steps": steps}}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
 
     async def all_of_them() -> None:
+        connections = [await asyncio.open_connection("127.0.0.1", served.port) for _ in range(streams)]
         requests = [{**body, "seed": seed} for seed in range(streams)]
-        await asyncio.gather(*[ask(served.port, "/v1/completions", one, turn) for one in requests])
+        cpu, begin = served.cpu(), time.perf_counter()
+        asked = [
+            ask(served.port, "/v1/completions", request, turn, connection)
+            for request, connection in zip(requests, connections, strict=True)
+        ]
+        await asyncio.gather(*asked)
+        turn.seconds, turn.cpu = time.perf_counter() - begin, served.cpu() - cpu
+        for _, writer in connections:
+            writer.close()
 
     asyncio.run(all_of_them())
-    turn.seconds, turn.cpu = time.perf_counter() - begin, served.cpu() - cpu
     return turn
 
 

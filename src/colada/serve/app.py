@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from prometheus_client import generate_latest
-from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.staticfiles import StaticFiles
+from starlette.types import Message, Receive, Scope, Send
 
 from colada import __version__
 from colada.errors import ColadaError
@@ -117,18 +117,10 @@ class Service:
         headers = {"x-colada-ignored": ", ".join(map(ascii, job.ignored))} if job.ignored else {}
         writer = Writer(job)
         if not body.stream:
-            await _unless_gone(request, self._collect(job, writer, request))
+            await _unless_gone(request.receive, self._collect(job, writer, request))
             return JSONResponse(writer.answer(), headers=headers)
         await job.ticket.accepted()  # Within a step; who goes away meanwhile is noticed behind it.
-        return EventSourceResponse(
-            self._parts(job, writer, request),
-            headers=headers,
-            media_type="text/event-stream; charset=utf-8",
-            sep="\n",
-            ping=self.limits.ping,
-            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
-            send_timeout=self.limits.reader,
-        )
+        return _Stream(self._parts(job, writer, request), self.limits.reader, headers)
 
     async def _collect(self, job: Job, writer: Writer, request: Request) -> None:
         await job.ticket.accepted()
@@ -136,12 +128,16 @@ class Service:
             pass
 
     async def _steps(self, job: Job, writer: Writer, request: Request) -> AsyncIterator[News]:
-        """Yield what each step adds once the writer has it, and count it. Raises Refusal where it is late."""
+        """Yield what each step adds once the writer has it, and count it; nothing after silence.
+
+        Raises:
+            Refusal: where it is late.
+        """
         last = dict.fromkeys(range(len(job.ticket.choices)), time.monotonic())
         begun = set[int]()
         try:
             async with asyncio.timeout(self.limits.timeout):
-                async for news in job.ticket.steps():
+                async for news in job.ticket.steps(self.limits.ping or None):
                     for number, chunk in news:
                         writer.add(number, chunk)
                         if chunk.step is None:
@@ -165,18 +161,15 @@ class Service:
             self.metrics.choices.labels(name, reason).inc()
         request.state.log.update(usage, finish="+".join(sorted(set(reasons))))
 
-    async def _parts(self, job: Job, writer: Writer, request: Request) -> AsyncIterator[bytes]:
+    async def _parts(self, job: Job, writer: Writer, request: Request) -> AsyncGenerator[str, None]:
         """Yield a stream's events, those of one step together; an error is the last, without ``[DONE]``."""
         try:
-            events = writer.begin()
-            if events:
-                yield _framed(events)
+            yield _framed(writer.begin())
             async for news in self._steps(job, writer, request):
                 events = [event for number, chunk in news for event in writer.events(number, chunk)]
                 if writer.finished:
                     events += writer.end()
-                if events:
-                    yield _framed(events)
+                yield _framed(events) if news else ": ping\n\n"
         except Exception as error:
             refusal = as_refusal(error)
             request.state.log["error"] = refusal.code
@@ -382,16 +375,53 @@ async def _refuse(request: Request, error: Exception) -> Response:
     return refused(refusal)
 
 
-def _framed(events: Sequence[str]) -> bytes:
-    """Return events as they are sent, together: a part that is sent costs more than all that is in it."""
-    return b"".join(ServerSentEvent(event, sep="\n").encode() for event in events)
+def _framed(events: Sequence[str]) -> str:
+    """Return JSON texts as server-sent events."""
+    return "".join(f"data: {event}\n\n" for event in events)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> None:
+class _Stream(Response):
+    """Server-sent events, in parts of what there is at one moment: sending a part costs more than its events.
+
+    Args:
+        parts: of the body; empty ones are left out.
+        seconds: after which a client that takes nothing is given up.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, parts: AsyncGenerator[str, None], seconds: float, headers: Mapping[str, str]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
+        del self.headers["content-length"]
+        self.parts, self.seconds = parts, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all parts, unless the client goes or takes none."""
+        try:
+            await _unless_gone(receive, self._send(send))
+        except Refusal as refusal:  # The status has left already.
+            scope["state"]["log"]["error"] = refusal.code
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        body: Message = {"type": "http.response.body"}
+        async with aclosing(self.parts) as parts:
+            async for part in parts:
+                if part:
+                    try:
+                        async with asyncio.timeout(self.seconds):
+                            await send({**body, "body": part.encode(), "more_body": True})
+                    except TimeoutError:
+                        text = f"nothing was read for {self.seconds:g} s"
+                        raise Refusal(499, "client_slow", text) from None
+        await send(body)
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Wait for work, unless the client goes first. Raises Refusal, that nobody reads, if it does."""
 
     async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())

@@ -61,11 +61,20 @@ class Ticket:
         if isinstance(news := await self.news.get(), Refusal):
             raise news
 
-    async def steps(self) -> AsyncIterator[News]:
-        """Yield what choices grow by, until all are finished. Raises Refusal once one has failed."""
+    async def steps(self, patience: float | None) -> AsyncIterator[News]:
+        """Yield what choices grow by until all are finished, and nothing after some seconds of silence.
+
+        Raises:
+            Refusal: once one has failed.
+        """
         left = len(self.choices)
         while left:
-            news = await self.news.get()
+            try:
+                async with asyncio.timeout(patience):
+                    news = await self.news.get()
+            except TimeoutError:
+                yield []
+                continue
             if isinstance(news, Refusal):
                 raise news
             assert news is not None

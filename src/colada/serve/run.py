@@ -93,6 +93,7 @@ def run(
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # Nothing depends on who asks through whom.
         root_path=root_path,
         limit_concurrency=1280,
         timeout_graceful_shutdown=5,
