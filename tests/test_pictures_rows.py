@@ -24,7 +24,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 def unified(seed: int = 0, **over: Any) -> DiT:
-    return tiny_dit(seed, img_channels=WIDTH, img_grid=[2, 2], **over)
+    return tiny_dit(seed, **{"img_channels": WIDTH, "img_grid": [2, 2], **over})
 
 
 def normal(*shape: int) -> Tensor:
@@ -155,6 +155,23 @@ def test_one_block_sees_itself_and_its_history_whatever_else_is_packed() -> None
         dit.img_pos.zero_()
     output, turned = (dit(latents, time, layout, histories[:1]) for latents in (new[0], new[0].flip(0)))
     torch.testing.assert_close(output, turned.flip(0), rtol=0, atol=1e-5)
+
+
+def test_axial_positions_depend_on_rows_and_columns_apart_alone() -> None:
+    """A rotated query and key of a picture meet at an angle of their rows' and columns' distances."""
+    dit = unified(img_grid=[3, 2], img_axial=True, rope_dim=8)
+    positions, pictures = torch.tensor([0, 1, *[2] * 6, 4]), torch.arange(2, 8)
+    table = torch.view_as_complex(dit.rotations(positions, pictures))[:, 0]
+    plain = torch.view_as_complex(dit.rotations(positions))[:, 0]
+    for row in (0, 1, 8):  # Text is where it was.
+        assert torch.equal(table[row], plain[row])
+    frequencies = 10000.0 ** (-torch.arange(4) / 4)
+    for one in range(6):
+        for other in range(6):
+            (row, column), (other_row, other_column) = divmod(one, 2), divmod(other, 2)
+            apart = torch.tensor([row - other_row, column - other_column] * 2)
+            expected = torch.exp(1j * apart * frequencies)
+            torch.testing.assert_close(table[2 + one] * table[2 + other].conj(), expected)
 
 
 # --- losses ------------------------------------------------------------------------------------
@@ -342,6 +359,7 @@ def test_a_fresh_network_draws_nothing_yet() -> None:
         ({"img_channels": 8, "img_grid": [2, True]}, "img_grid"),
         ({"img_channels": 8, "img_grid": 4}, "img_grid=4"),
         ({"dual_layers": 1}, "dual_layers=1, expected 0 without img_channels"),
+        ({"img_axial": True}, "img_axial=True, expected false without img_channels"),
         ({"img_channels": 8, "img_grid": [2, 2], "dual_layers": 3}, "at most num_layers=2"),
         (
             {"img_channels": 8, "img_grid": [2, 2], "patch_size": 2},

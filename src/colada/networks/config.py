@@ -194,6 +194,7 @@ class DiTConfig(NetworkConfig):
             "null without img_channels, else two numbers",
         ),
         ("patch_size", lambda c: c.patch_size == 1 or c.img_channels == 0, "1 with img_channels"),
+        ("img_axial", lambda c: c.img_channels > 0 or not c.img_axial, "false without img_channels"),
         (
             "dual_layers",
             lambda c: 0 <= c.dual_layers <= (c.num_layers if c.img_channels else 0),
@@ -225,6 +226,9 @@ class DiTConfig(NetworkConfig):
     distilled: dict | None = DISTILLED  # type: ignore[type-arg]  # As it stands here, its type is checked.
     img_channels: int = extension(0, "width of a picture's latents; 0: it has text only")
     img_grid: list | None = IMG_GRID  # type: ignore[type-arg]  # Its type is checked as it stands here.
+    img_axial: bool = extension(
+        False, "whether rotary positions tell rows and columns of a picture's latents"
+    )
     dual_layers: int = extension(0, "its first layers that have weights of their own for pictures")
     training_length: int | None = TRAINING_LENGTH
 

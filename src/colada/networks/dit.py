@@ -359,6 +359,21 @@ class DiT(nn.Module):
         x = self.img_in(latents[:, : self.config.img_channels].to(self.img_in.proj.weight.dtype))
         return (x.unflatten(0, (-1, len(self.img_pos))) + self.img_pos.to(x.dtype)).flatten(0, 1)
 
+    def rotations(self, positions: Tensor, pictures: Tensor | None = None) -> Tensor:
+        """Return the rotary positions of rows, see :func:`colada.networks.layers.rotations`.
+
+        Args:
+            positions: int64 (N,).
+            pictures: int64 (P,), which of them hold latents of pictures, whole ones.
+        """
+        config, places = self.config, None
+        if pictures is not None and config.img_grid is not None and config.img_axial:
+            rows, columns = config.img_grid
+            number = torch.arange(len(pictures), device=positions.device) % (rows * columns)
+            own = torch.stack([number // columns, number % columns], 1)
+            places = own.new_zeros(len(positions), 2).index_copy(0, pictures, own)
+        return rotations(positions, config.rope_dim, config.head_dim, ROPE_THETA, places)
+
     def unembed_pictures(self, h: Tensor) -> Tensor:
         """Return the output (P, C) for the last layer's (P, dim); 0 in what of it a picture does not have."""
         output = self.img_out(h)
@@ -401,7 +416,7 @@ class DiT(nn.Module):
         if pictures is not None:
             x = x.index_copy(0, pictures, self.embed_pictures(latents.index_select(0, pictures)))
         emb = self.embed_times(timestep.values, timestep.landing)
-        table = rotations(layout.positions, config.rope_dim, config.head_dim, ROPE_THETA)
+        table = self.rotations(layout.positions, pictures)
         shared = Pass(layout, table, histories, committing)
         noisy = layout.noisy_cells() if noisy_only else None
         for layer, block in enumerate(self.blocks):

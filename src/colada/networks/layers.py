@@ -39,13 +39,21 @@ def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor
     return angles.cos(), angles.sin()
 
 
-def rotations(positions: Tensor, dims: int, width: int, theta: float) -> Tensor:
+def rotations(positions: Tensor, dims: int, width: int, theta: float, places: Tensor | None = None) -> Tensor:
     """Return e^(i position frequency) as pairs, float32 (N, 1, width/2, 2), for :func:`rotate_interleaved`.
 
     Channels from ``dims`` on turn with frequency zero: they pass through, in the same product.
+
+    Args:
+        places: int64 (N, 2), rows and columns in a picture, 0 of text: every second frequency turns by the
+            position plus the row, the others by the position plus the column.
     """
-    frequencies = kept_frequencies(dims, theta, positions.device)
-    angles = positions.to(torch.float32)[:, None, None] * F.pad(frequencies, (0, (width - dims + 1) // 2))
+    frequencies = F.pad(kept_frequencies(dims, theta, positions.device), (0, (width - dims + 1) // 2))
+    if places is None:
+        angles = positions.to(torch.float32)[:, None, None] * frequencies
+    else:
+        both = (positions[:, None] + places).repeat(1, (len(frequencies) + 1) // 2)[:, : len(frequencies)]
+        angles = both.to(torch.float32)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()], -1)
 
 

@@ -5,9 +5,10 @@ noisy text, which does not see the picture. A picture is described by rows ``[P 
 picture, which see each other, then the clean and the noisy answer, which see both.
 
 Text keeps its positions; a picture takes one, the first after the text before it, for all its latents, and
-the text after it begins with the next block: a KV cache needs no second kind of position, and where in a
-picture a latent lies is told by ``img_pos``. B rows, L text latents, M latents of a picture, which may be
-narrower than the text's.
+the text after it begins with the next block: a KV cache needs no second kind of position. Where in a picture
+a latent lies is told by ``img_pos`` and, with ``img_axial``, by rotary positions: half of the frequencies turn
+by that position plus the row, half by it plus the column. B rows, L text latents, M latents of a picture,
+which may be narrower than the text's.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def widened(latents: Tensor, width: int) -> Tensor:
 def text_part(dit: DiT) -> DiT:
     """Return the network of a model's text alone, which shares its weights."""
     with torch.device("meta"):
-        text = DiT(replace(dit.config, img_channels=0, img_grid=None, dual_layers=0))
+        text = DiT(replace(dit.config, img_channels=0, img_grid=None, img_axial=False, dual_layers=0))
     state = dit.state_dict()
     text.load_state_dict({name: state[name] for name in text.state_dict()}, assign=True)
     return text.train(dit.training)

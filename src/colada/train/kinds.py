@@ -347,6 +347,11 @@ class PicturesSection(FlowTerms, StageSection):
     prompts: tuple[str, ...] = Field(
         ("", "what is in the picture?"), min_length=1, description="What answers may follow, one drawn each."
     )
+    axial: bool = Field(
+        True,
+        description="Rotary positions tell rows and columns of a picture's latents; as what follows, of a DiT"
+        " that has no pictures yet.",
+    )
     dual_layers: int = Field(
         0, ge=0, le=1000, description="First layers of the DiT that get weights of their own for pictures."
     )

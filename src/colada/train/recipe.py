@@ -199,6 +199,7 @@ class Recipe(Section):
                     dit,
                     img_channels=image.channels,
                     img_grid=list(image.grid),
+                    img_axial=section.axial,
                     dual_layers=section.dual_layers,
                 )
         return dit

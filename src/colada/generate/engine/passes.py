@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from colada.flow import Evaluation, T
 from colada.generate.engine.kernels import Product, fits_packed, plain_product, product
-from colada.networks.dit import ROPE_THETA, DiT, DiTBlock, DualBlock
-from colada.networks.layers import rotate_interleaved, rotations
+from colada.networks.dit import DiT, DiTBlock, DualBlock
+from colada.networks.layers import rotate_interleaved
 
 _KEPT_TIMESTEPS = 64
 
@@ -177,8 +177,10 @@ class PriorPass:
 
     def rotations(self, positions: Tensor) -> Tensor:
         """Return the rotary positions of rows, see :func:`colada.networks.layers.rotations`."""
-        config = self.dit.config
-        return rotations(positions, config.rope_dim, config.head_dim, ROPE_THETA)
+        pictures = None
+        if self._text is not None:
+            pictures = torch.arange(len(positions), device=positions.device)
+        return self.dit.rotations(positions, pictures)
 
     def __call__(self, latents: Tensor, row: int | Tensor, plan: Rows, rotations: Tensor) -> Tensor:
         """Run the network.
