@@ -30,6 +30,8 @@ pytestmark = pytest.mark.skipif(
 
 JOINT = ["stages.prior.kind=joint", "stages.prior.vae_lr=0.1", "stages.vae.ema=0.9", "stages.prior.ema=0.95"]
 MICRO = ["stages.vae.micro_batch=1", "stages.prior.micro_batch=1"]
+# Each stage's trajectories are its own: another teacher's.
+TAUGHT = "batch: 4, length: 16, guidance_cap: 1.2, warmup: 1, trajectories: {path: KEPT, rows: 40, grid: [1, 0.6, 0]}"
 VARIANTS = {
     "frozen": ["stages.prior.copies=2"],
     "joint": [
@@ -42,6 +44,12 @@ VARIANTS = {
     "muon": ["stages.vae.optimiser=muon", "stages.prior.optimiser=muon"],
     "bfloat16": [*JOINT, "run.precision=bfloat16"],
     "lora": ["stages.prior.train=lora", "stages.prior.rank=2", "stages.prior.weight_decay=0.1"],
+    "distilled": [
+        "stages.vae.steps=1",
+        "stages.prior.steps=2",
+        f"stages.few={{{TAUGHT}, kind: distil, steps: 4, grids: [[1, 0.6, 0], [1, 0]], landing_time: true}}",
+        f"stages.solver={{{TAUGHT}, kind: solver, steps: 3, evaluations: 2, guidance: 1}}",
+    ],
     "pictures": [
         "data.pictures=[{path: 'shapes:one'}]",
         "data.fitted_on=40",
@@ -56,16 +64,22 @@ ROUNDING = {"muon": 1e-3, "bfloat16": 1e-2}
 
 def start(ranks: int, made: list[str], out: Path) -> subprocess.CompletedProcess[str]:
     file = out.with_suffix(".yaml")
-    file.write_text(commented(recipe(*made, "run.keep_last=20")))
+    file.write_text(commented(recipe(*placed(made, out), "run.keep_last=20")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "colada", "train", str(file), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
+def placed(made: list[str], out: Path) -> list[str]:
+    """Overrides with a place for what a run keeps beside its own directory, one a stage."""
+    return [own.replace("KEPT", f"{out}-kept-{number}") for number, own in enumerate(made)]
+
+
 def losses(out: Path) -> list[float]:
     """Every loss that was logged, in training and validation."""
-    return [r.get("loss", r.get("flow", r.get("nll"))) for r in metrics(out)]
+    names = ("loss", "flow", "nll", "distance")
+    return [next(record[name] for name in names if name in record) for record in metrics(out)]
 
 
 def assert_close_models(out: Path, other: Path) -> None:
@@ -83,7 +97,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs = {}
     for variant, made in VARIANTS.items():
         runs[variant] = tmp_path_factory.mktemp("alone") / variant
-        Trainer(recipe(*made), runs[variant]).run()
+        Trainer(recipe(*placed(made, runs[variant])), runs[variant]).run()
     return runs
 
 
@@ -93,6 +107,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [
         ("frozen", 2, 1),
         ("lora", 2, 1),
+        ("distilled", 2, 1),
         ("joint", 2, 1),
         ("replicated", 2, 1),
         ("muon", 2, 1),
