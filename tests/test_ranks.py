@@ -31,7 +31,8 @@ pytestmark = pytest.mark.skipif(
 JOINT = ["stages.prior.kind=joint", "stages.prior.vae_lr=0.1", "stages.vae.ema=0.9", "stages.prior.ema=0.95"]
 MICRO = ["stages.vae.micro_batch=1", "stages.prior.micro_batch=1"]
 # Each stage's trajectories are its own: another teacher's.
-TAUGHT = "batch: 4, length: 16, guidance_cap: 1.2, warmup: 1, trajectories: {path: KEPT, rows: 40, grid: [1, 0.6, 0]}"
+KEPT = "trajectories: {path: KEPT, rows: 40, grid: [1, 0.6, 0]}"
+TAUGHT = f"batch: 4, length: 16, guidance_cap: 1.2, warmup: 1, {KEPT}"
 VARIANTS = {
     "frozen": ["stages.prior.copies=2"],
     "joint": [
