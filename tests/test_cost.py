@@ -197,6 +197,10 @@ def test_which_parts_a_step_has() -> None:
     assert {name: joint[name] for name in one} == one
     assert joint["reference encoder"] == frozen["encoder"] == one["encoder"] / 3
     assert joint["DiT"] == frozen["DiT"]
+    alone = training_flops(vae, dit, Work("decoder", 8, 16, masked=False))
+    assert alone == {**{name: one[name] for name in ("decoder", "head")}, "encoder": frozen["encoder"]}
+    further = training_flops(vae, dit, Work("dit", 8, 16, consistency=True))
+    assert further["consistency"] == (further["DiT"] + further["AdaLN"]) / 3
 
 
 def test_a_row_is_whole_blocks() -> None:

@@ -22,7 +22,7 @@ from colada.networks.dit import DiT, Timesteps
 from colada.networks.layers import History
 from colada.networks.vae import Posterior, TextVAE
 from colada.train import losses as objectives
-from colada.train.flow_matching import Pinned, flow_errors, pin
+from colada.train.flow_matching import FlowStep, Pinned, flow_errors, pin
 from colada.train.losses import (
     JointWeights,
     Loss,
@@ -359,7 +359,7 @@ def test_a_loss_space_weighs_the_errors_of_the_velocity_by_a_power_of_a(space: s
     vae, dit = tiny_vae(), tiny_dit()
     batch, pieces = packed_rows()
     draws = packed_draws(vae, batch, replace(SETTINGS, law=TimestepLaw(-1.0, 2.0)))
-    loss = stage2_frozen_loss(vae, dit, batch, draws, WEIGHTS, PAD, space=space)
+    loss = stage2_frozen_loss(vae, dit, batch, draws, WEIGHTS, PAD, step=FlowStep(space))
     times, errors = brute_force_flow(vae, dit, batch, draws, pieces)
     a = times.numpy() / 1000
     assert (a < 0.1).any()
@@ -526,10 +526,17 @@ class ExactPrior:
         return share, variance, (1 - a) ** 2 * variance + a**2
 
     def __call__(
-        self, packed: Tensor, timesteps: Timesteps, shape: tuple[int, int], noisy_only: bool, guess: None
+        self,
+        packed: Tensor,
+        timesteps: Timesteps,
+        shape: tuple[int, int],
+        noisy_only: bool,
+        guess: None,
+        dropout: None,
     ) -> Tensor:
         assert noisy_only
         assert guess is None
+        assert dropout is None
         rows, copies = shape
         clean = (self.blocks - 1) * self.size
         packed = packed.view(rows, -1, packed.shape[-1])

@@ -51,6 +51,14 @@ VARIANTS = {
         "stages.prior.history_dropout=0.3",
         "stages.prior.space=half",
     ],
+    "more levers": [
+        "stages.vae.decoder_only=0.5",
+        "stages.prior.ema=0.9",
+        "stages.prior.consistency=0.7",
+        "stages.prior.consistency_ramp=0.5",
+        "stages.prior.adaptive_timesteps=true",
+        "stages.prior.dropout=0.2",
+    ],
     "muon": [*JOINT, "stages.vae.optimiser=muon", "stages.prior.optimiser=muon"],
 }
 

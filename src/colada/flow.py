@@ -88,6 +88,14 @@ class TimestepLaw:
         """Draw timesteps in (0, T), float32."""
         return T * torch.sigmoid(self.loc + self.scale * torch.randn(shape, generator=generator))
 
+    def quantile(self, timestep: Tensor) -> Tensor:
+        """Return the share of draws that are below each timestep."""
+        return torch.special.ndtr((torch.logit(timestep / T, 1e-6) - self.loc) / self.scale)
+
+    def at(self, quantile: Tensor) -> Tensor:
+        """Return the timestep below which that share of draws is."""
+        return T * torch.sigmoid(self.loc + self.scale * torch.special.ndtri(quantile))
+
 
 def calibrated_loc(latent_dim: int) -> float:
     """Return the paper's line for the law's loc at latent width C: 1 + ln(C / 16) / 2."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from colada.errors import ColadaError
 from colada.flow import PREDICTIONS, T
 from colada.networks.config import DiTConfig
+from colada.networks.dropout import Dropout, Masks
 from colada.networks.layers import (
     History,
     Pass,
@@ -183,20 +184,33 @@ class DiTBlock(nn.Module):
         noisy: Tensor | None = None,
     ) -> Tensor:
         """Run the layer; with ``noisy``, int64 rows of x, the others leave their keys and values only."""
-        attended = self.msa(self.before(x, emb, row), shared, layer, noisy)
+        attended, dropout = self.msa(self.before(x, emb, row), shared, layer, noisy), shared.dropout
         if noisy is not None:
             x, row = x.index_select(0, noisy), row.index_select(0, noisy)
-        return self.after(x, attended, emb, row)
+            dropout = None if dropout is None else dropout.rows(noisy)
+        return self.after(x, attended, emb, row, layer, dropout)
 
     def before(self, x: Tensor, emb: Tensor, row: Tensor) -> Tensor:
         """Return what attention takes."""
         return modulate(F.layer_norm(x, (self.dim,), eps=self.eps), self.ada.msa_in(emb), row)
 
-    def after(self, x: Tensor, attended: Tensor, emb: Tensor, row: Tensor) -> Tensor:
-        """Return what follows from x and what attention made of it."""
+    def after(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        emb: Tensor,
+        row: Tensor,
+        layer: int = 0,
+        dropout: Masks | None = None,
+    ) -> Tensor:
+        """Return what follows from x and what attention made of it, with dropout on what either adds."""
+        if dropout is not None:
+            attended = dropout(attended, 2 * layer)
         x = torch.addcmul(x, self.ada.msa_out(emb).index_select(0, row), attended)
-        h = modulate(F.layer_norm(x, (self.dim,), eps=self.eps), self.ada.mlp_in(emb), row)
-        return torch.addcmul(x, self.ada.mlp_out(emb).index_select(0, row), self.mlp(h))
+        h = self.mlp(modulate(F.layer_norm(x, (self.dim,), eps=self.eps), self.ada.mlp_in(emb), row))
+        if dropout is not None:
+            h = dropout(h, 2 * layer + 1)
+        return torch.addcmul(x, self.ada.mlp_out(emb).index_select(0, row), h)
 
 
 class DualBlock(DiTBlock):
@@ -388,6 +402,7 @@ class DiT(nn.Module):
         committing: bool = False,
         noisy_only: bool = False,
         guess: Tensor | None = None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """Run the network on packed latents.
 
@@ -403,6 +418,7 @@ class DiT(nn.Module):
                 layer then computes no more of the clean ones than their keys and values.
             guess: (N, C), with ``config.self_conditioning`` the z0 that an earlier pass pointed at, 0 where
                 there was none and at clean positions, the latent itself at pinned ones; None is 0 everywhere.
+            dropout: of the rows that are packed, of equal length, on what attention and MLP of text add.
 
         Returns: float32 (N, C), the velocity or z0, whichever ``config.prediction`` says.
         """
@@ -417,7 +433,8 @@ class DiT(nn.Module):
             x = x.index_copy(0, pictures, self.embed_pictures(latents.index_select(0, pictures)))
         emb = self.embed_times(timestep.values, timestep.landing)
         table = self.rotations(layout.positions, pictures)
-        shared = Pass(layout, table, histories, committing)
+        masks = None if dropout is None else dropout.masks(len(x))
+        shared = Pass(layout, table, histories, committing, masks)
         noisy = layout.noisy_cells() if noisy_only else None
         for layer, block in enumerate(self.blocks):
             x = block(x, emb, row, shared, layer, noisy if layer + 1 == len(self.blocks) else None)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from colada.errors import ColadaError
+from colada.networks.dropout import Masks
 from colada.networks.packing import Layout, Range
 
 
@@ -267,12 +268,14 @@ class Pass(Generic[Table]):
         table: rotary positions of its rows.
         histories: what each sample sees before its new positions, or None.
         committing: append the new positions to the histories.
+        dropout: of its rows, or None.
     """
 
     layout: Layout
     table: Table
     histories: Sequence[History | None] | None = None
     committing: bool = False
+    dropout: Masks | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Attend in one layer, see :func:`attend`, and commit its keys and values if so asked."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colada.data.rows import Batch
 from colada.errors import ColadaError
@@ -25,22 +26,32 @@ from colada.networks.vae import TextVAE
 from colada.pictures.codec import Codec, PatchPCA, fit, new_codec
 from colada.text.tokenizer import Tokenizer
 from colada.train.cost import Phase, Placement, Work, cola_phase
+from colada.train.flow_matching import Consistency, FlowStep
 from colada.train.kinds import (
     FlowTerms,
     InstructSection,
     JointSection,
     PriorSection,
+    PriorTerms,
     SolverSection,
     StageSection,
     TextVAESection,
     TextVAETerms,
 )
 from colada.train.lineage import built_in
-from colada.train.losses import JointWeights, Loss, stage1_loss, stage2_frozen_loss, stage2_joint_loss
+from colada.train.losses import (
+    JointWeights,
+    Loss,
+    decoder_loss,
+    stage1_loss,
+    stage2_frozen_loss,
+    stage2_joint_loss,
+)
 from colada.train.noise import Counts, Draws, FlowSettings, VAEWeights, count, draw_randomness
 from colada.train.pairs import open_pairs
 from colada.train.recipe import Recipe
 from colada.train.stages import LayOut, Stage, System, copied, drawn, row_generator
+from colada.train.timesteps import adapted, new_memory, remember
 
 _FITTED_AT_ONCE = 1000
 
@@ -176,17 +187,63 @@ class TextVAEStage(ColaStage):
     def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
         vae = networks["vae"]
         assert isinstance(vae, TextVAE)
-        return stage1_loss(vae, rows, draws, _vae_weights(self.section, vae.config), counts)
+        loss = (stage1_loss, decoder_loss)[self.phase_of(step)]
+        return loss(vae, rows, draws, _vae_weights(self.section, vae.config), counts)
+
+    def phase_of(self, step: int) -> int:
+        """Return 1 where the decoder learns alone, else 0."""
+        return int(step >= self.section.whole_steps)
 
     @classmethod
     def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
         section = recipe.stages[name]
         assert isinstance(section, TextVAESection)
-        work = Work("vae", section.batch, section.length, masked=section.mask > 0)
-        return [(name, section.steps, work)]
+        whole = Work("vae", section.batch, section.length, masked=section.mask > 0)
+        alone = Work("decoder", section.batch, section.length, masked=False)
+        rest = section.steps - section.whole_steps
+        return [(name, section.whole_steps, whole), (f"{name}, decoder only", rest, alone)]
 
 
-class PriorStage(ColaStage):
+class FlowStage(ColaStage):
+    """What the kinds have in common in which the DiT learns by flow matching."""
+
+    section: Any
+
+    def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
+        super().__init__(system, name, lay_out)
+        self._flow = flow_settings(self.section, self.vae.config.latent_dim)
+        self._adapts = isinstance(self.section, PriorTerms) and self.section.adaptive_timesteps
+        if self._adapts:
+            self.memory["timesteps"] = new_memory()
+
+    def flow_step(self, step: int) -> FlowStep:
+        """Return how a step makes and counts its errors."""
+        section, consistency, learns = self.section, None, torch.is_grad_enabled()
+        if section.consistency:
+            teacher = self.best["dit"]
+            assert isinstance(teacher, DiT)
+            ramp = section.consistency_ramp * section.steps
+            weight = section.consistency * min(1.0, step / ramp if ramp else 1.0)
+            consistency = Consistency(teacher, weight, section.consistency_steps)
+        guesses, law = _guesses(self, section, step), self._flow.law if self._adapts and learns else None
+        return FlowStep(section.space, guesses, section.dropout, consistency, law)
+
+    def rollouts(self, step: int, rows: Batch, draws: Any) -> tuple[Batch, Any]:
+        """Return rows and draws, with timesteps where the steps before have found most to learn."""
+        if not self._adapts:
+            return rows, draws
+        assert draws.timestep is not None
+        timestep = adapted(self._flow.law, self.memory["timesteps"], draws.timestep)
+        return rows, replace(draws, timestep=timestep)
+
+    def learnt(self, step: int, terms: Mapping[str, Tensor], add_up: Callable[[Tensor], Tensor]) -> None:
+        """Remember the errors by quantile of the timestep law."""
+        if self._adapts:
+            sums, counts = (add_up(terms[f"quantile_{name}"].double()) for name in ("sums", "counts"))
+            remember(self.memory["timesteps"], sums, counts)
+
+
+class PriorStage(FlowStage):
     """The DiT over the latents of a frozen Text VAE."""
 
     learns: ClassVar[tuple[str, ...]] = ("dit",)
@@ -194,18 +251,16 @@ class PriorStage(ColaStage):
     section: PriorSection | InstructSection
 
     def draw(self, rows: Sequence[int]) -> Draws:
-        config, flow = self.vae.config, flow_settings(self.section, self.vae.config.latent_dim)
+        config, flow = self.vae.config, self._flow
         generators = self.generators(rows)
         return draw_randomness(generators, config, self.section.length, VAEWeights(), flow, masked=False)
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
         dit = networks["dit"]
         assert isinstance(dit, DiT)
-        weights = VAEWeights(log_snr=self.vae.config.log_snr)
-        space, guess = self.section.space, _guesses(self, self.section, step)
-        return stage2_frozen_loss(
-            self.vae, dit, rows, draws, weights, self.system.pad_id, counts, space, guess
-        )
+        weights, pad_id = VAEWeights(log_snr=self.vae.config.log_snr), self.system.pad_id
+        flow = self.flow_step(step)
+        return stage2_frozen_loss(self.vae, dit, rows, draws, weights, pad_id, counts, flow)
 
     @classmethod
     def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
@@ -214,7 +269,7 @@ class PriorStage(ColaStage):
         return [(name, section.steps, _prior_work(recipe, section, section, vae, "dit", masked=False))]
 
 
-class JointStage(ColaStage):
+class JointStage(FlowStage):
     """The DiT, and the Text VAE along with it, always or in intervals."""
 
     learns = ("dit", "vae")
@@ -225,7 +280,7 @@ class JointStage(ColaStage):
         return self.section.lr * (self.section.vae_lr if network == "vae" else 1.0)
 
     def draw(self, rows: Sequence[int]) -> Draws:
-        config, flow = self.vae.config, flow_settings(self.section, self.vae.config.latent_dim)
+        config, flow = self.vae.config, self._flow
         weights = _vae_weights(self.section, config)
         return draw_randomness(self.generators(rows), config, self.section.length, weights, flow)
 
@@ -234,14 +289,12 @@ class JointStage(ColaStage):
         assert isinstance(vae, TextVAE)
         assert isinstance(dit, DiT)
         section, pad_id = self.section, self.system.pad_id
-        weights, guess = _vae_weights(section, vae.config), _guesses(self, section, step)
+        weights, flow = _vae_weights(section, vae.config), self.flow_step(step)
         if not section.joint_at(step):
-            return stage2_frozen_loss(vae, dit, rows, draws, weights, pad_id, counts, section.space, guess)
+            return stage2_frozen_loss(vae, dit, rows, draws, weights, pad_id, counts, flow)
         assert isinstance(reference, TextVAE)
         joint = JointWeights(vae=section.lambda_vae, flow=section.lambda_fm, reference=section.lambda_ref)
-        return stage2_joint_loss(
-            vae, dit, reference, rows, draws, weights, joint, pad_id, counts, section.space, guess
-        )
+        return stage2_joint_loss(vae, dit, reference, rows, draws, weights, joint, pad_id, counts, flow)
 
     @classmethod
     def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
@@ -274,6 +327,7 @@ def flow_settings(section: FlowTerms, latent_dim: int) -> FlowSettings:
         section.history_dropout,
         section.space,
         section.self_conditioning,
+        section.dropout if isinstance(section, PriorTerms) else 0.0,
     )
 
 
@@ -298,5 +352,16 @@ def _prior_work(
     # Rows encoded once more for what is clean inside a block: drawn prefixes, or the ends of prompts.
     conversations = any(source.format != "text" for source in recipe.data.sources)
     prefixes = 1.0 if conversations else min(1.0, flow.prefix_share * section.length / vae.block_tokens)
-    per_block, guesses = flow.timestep_per == "block", flow.self_conditioning
-    return Work(learns, section.batch, section.length, flow.copies, masked, prefixes, per_block, guesses)
+    further = flow if isinstance(flow, PriorTerms) else None
+    return Work(
+        learns,
+        section.batch,
+        section.length,
+        flow.copies,
+        masked,
+        prefixes,
+        per_block=flow.timestep_per == "block",
+        guesses=flow.self_conditioning,
+        consistency=further is not None and further.consistency > 0,
+        dropout=further is not None and further.dropout > 0,
+    )

@@ -45,7 +45,7 @@ class Work:
     """What one optimiser step of Cola DLM computes.
 
     Attributes:
-        learns: "vae", the Text VAE; "dit", the DiT over a frozen Text VAE; or "both".
+        learns: "vae", the Text VAE; "decoder", its decoder; "dit", the DiT over a frozen Text VAE; or "both".
         rows: of the step, over all ranks.
         length: tokens of a row, a multiple of ``patch_size * block_size``.
         copies: noisy copies of each row, which share one clean copy, where the DiT learns.
@@ -53,9 +53,11 @@ class Work:
         prefixes: share of the rows encoded once more, for clean prefixes inside blocks.
         per_block: a timestep for each block of each noisy copy, else one for each copy.
         guesses: share of steps in which the DiT first guesses z0 for itself.
+        consistency: the DiT's average guesses z0 a step further.
+        dropout: what attention and MLP of the DiT add has dropout, of which the masks are kept.
     """
 
-    learns: Literal["vae", "dit", "both"]
+    learns: Literal["vae", "decoder", "dit", "both"]
     rows: int
     length: int
     copies: int = 1
@@ -63,6 +65,8 @@ class Work:
     prefixes: float = 0.0
     per_block: bool = True
     guesses: float = 0.0
+    consistency: bool = False
+    dropout: bool = False
 
     @property
     def vae_learns(self) -> bool:
@@ -72,7 +76,7 @@ class Work:
     @property
     def dit_learns(self) -> bool:
         """Whether the DiT learns."""
-        return self.learns != "vae"
+        return self.learns in ("dit", "both")
 
     @property
     def tokens(self) -> int:
@@ -152,7 +156,7 @@ def training_flops(vae: TextVAEConfig, dit: DiTConfig, work: Work) -> dict[str, 
     In the DiT, s and M are numbers of its own positions, ``patch_size`` latents each. What learns
     counts three times: encoder, decoder and head of the Text VAE, with the masked stream once more; DiT and
     AdaLN. A frozen encoder, the reference encoder beside a Text VAE that learns along, the encoding of
-    prefixes and the DiT's first guesses count once.
+    prefixes, the DiT's first guesses and those of its average for consistency count once.
 
     Raises:
         ColadaError: if a row is not a whole number of blocks.
@@ -168,7 +172,8 @@ def training_flops(vae: TextVAEConfig, dit: DiTConfig, work: Work) -> dict[str, 
     head = 2 * work.tokens * head_entries
     parts: dict[str, float] = {"encoder": encoder}
     if work.vae_learns:
-        parts = {"encoder": 3 * encoder, "decoder": 3 * decoder, "head": 3 * head}
+        times = 1 if work.learns == "decoder" else 3
+        parts = {"encoder": times * encoder, "decoder": 3 * decoder, "head": 3 * head}
         if work.masked:
             parts["masked stream"] = 3 * (encoder + decoder + head)
     if not work.dit_learns:
@@ -186,6 +191,8 @@ def training_flops(vae: TextVAEConfig, dit: DiTConfig, work: Work) -> dict[str, 
     parts["AdaLN"] = 3 * 2 * timesteps * timestep_entries
     if work.guesses:
         parts["first guesses"] = work.guesses * (parts["DiT"] + parts["AdaLN"]) / 3
+    if work.consistency:
+        parts["consistency"] = (parts["DiT"] + parts["AdaLN"]) / 3
     return parts
 
 
@@ -267,7 +274,8 @@ def memory_per_rank(vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: P
       Text VAE, D = txt_dim, W = heads * head_dim, F = expand_ratio * D of the DiT, and e = 4 bytes, or 2 in
       bfloat16, where norms keep float32 copies, an encoder or decoder layer keeps
       e (9 D + 2 F) + (4 - e) 7 D, a DiT layer e (12 D + 6 W + 2 F) + (4 - e) (4 D + 4 W), the DiT's
-      output 4 e D. With checkpointing a DiT layer keeps its input, e D, and one layer at a time all of it.
+      output 4 e D; with dropout, 2 D bytes of masks a layer. With checkpointing a DiT layer keeps its input,
+      e D, and one layer at a time all of it.
     - "logits": V (e + 8) bytes a token in bfloat16, V 8 in float32, while their gradient is computed,
       and V 4 more for a masked stream.
 
@@ -317,19 +325,23 @@ def _activations(vae: TextVAEConfig, dit: DiTConfig, work: Work, placement: Plac
     if work.vae_learns:
         streams = 1 + work.masked
         layer = entry * (9 * vae.dim + 2 * vae.ffn_dim) + (4 - entry) * 7 * vae.dim
-        layers = vae.encoder_num_blocks + vae.decoder_num_blocks
+        layers = vae.decoder_num_blocks
+        if work.learns != "decoder":
+            layers += vae.encoder_num_blocks
         total += streams * blocks * vae.block_size * layers * layer
         logit = (entry + 8 if placement.bfloat16 else 8) + 4 * (streams - 1)
         parts["logits"] = float(rows * work.length * vae.vocab_size * logit)
     if work.dit_learns:
-        total += _dit_positions(dit, work, blocks) * dit_position_bytes(dit, placement)
+        each = dit_position_bytes(dit, placement, work.dropout)
+        total += _dit_positions(dit, work, blocks) * each
     return {"activations": float(rows * total), **parts}
 
 
-def dit_position_bytes(dit: DiTConfig, placement: Placement) -> int:
+def dit_position_bytes(dit: DiTConfig, placement: Placement, dropout: bool = False) -> int:
     """Return the bytes of activations of a position, see :func:`memory_per_rank`."""
     dim, width, entry = dit.txt_dim, dit.heads * dit.head_dim, 2 if placement.bfloat16 else 4
     layer = entry * ((12 + 2 * dit.expand_ratio) * dim + 6 * width) + (4 - entry) * 4 * (dim + width)
+    layer += 2 * dim * dropout
     kept = dit.num_layers * entry * dim + layer if placement.checkpointing else dit.num_layers * layer
     return kept + 4 * entry * dim
 

@@ -107,8 +107,7 @@ class DistilStage(TaughtStage):
         """
         if not self._intervals:
             return timestep, torch.zeros_like(timestep), torch.ones_like(timestep)
-        law = flow_settings(self.section, self.vae.config.latent_dim).law
-        quantile = torch.special.ndtr((torch.logit(timestep / T, 1e-6) - law.loc) / law.scale)
+        quantile = flow_settings(self.section, self.vae.config.latent_dim).law.quantile(timestep)
         table = torch.tensor(self._intervals, dtype=timestep.dtype, device=timestep.device)
         edges = table[:, 3].cumsum(0)[:-1]
         begin, end, substeps, _ = table[torch.bucketize(quantile, edges, right=True)].unbind(-1)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from colada.data.rows import Batch
-from colada.flow import LOSS_SPACES, MIN_A, PREDICTIONS, T, interpolate, z0_from_velocity
+from colada.flow import LOSS_SPACES, MIN_A, PREDICTIONS, T, TimestepLaw, interpolate, z0_from_velocity
 from colada.networks.dit import DiT, Timesteps
+from colada.networks.dropout import Dropout
 from colada.networks.packing import Layout
 from colada.networks.vae import TextVAE
 from colada.train.noise import Counts, Draws, given_tokens, pinned_latents, sample_of_latents
+from colada.train.timesteps import BINS, bin_of
 
 TIME_BINS = 10  # Equal bins of [0, T) for the flow loss by timestep.
 
@@ -26,6 +28,43 @@ class Pinned:
 
     where: Tensor
     latents: Tensor
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Self-trajectory consistency (arXiv:2608.02602): a guess should not change along its own path.
+
+    Attributes:
+        teacher: averaged weights of the network that learns.
+        weight: of its term.
+        steps: of the uniform grid, to the next point of which a guess moves a block.
+    """
+
+    teacher: DiT
+    weight: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class FlowStep:
+    """How a step of flow matching makes and counts its errors.
+
+    Attributes:
+        space: a name in :data:`colada.flow.LOSS_SPACES`.
+        self_conditioned: the DiT takes its own guess of z0 as a second input; see :func:`noisy_pass`.
+        dropout: share of what attention and MLP add that is dropped, where gradients are wanted.
+        consistency: a further term, or None.
+        law: of the timesteps, whose quantiles are told apart in the terms; None: they are not.
+    """
+
+    space: str = "velocity"
+    self_conditioned: bool = False
+    dropout: float = 0.0
+    consistency: Consistency | None = None
+    law: TimestepLaw | None = None
+
+
+PLAIN = FlowStep()
 
 
 def place(z: Tensor, pinned: Pinned | None) -> Tensor:
@@ -43,6 +82,7 @@ def predict(
     alone: Tensor | None = None,
     guess: Tensor | None = None,
     end: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """Return the network's output (B, K, M, C) for noisy copies of rows, all blocks at once.
 
@@ -57,6 +97,7 @@ def predict(
         alone: bool (B, K, M / block_size), noisy blocks that see no clean cell; none by default.
         guess: (B, K, M, C), the second input of a network with self-conditioning.
         end: (B, K, M), constant within a block: where its step ends, which a network with landing times sees.
+        dropout: of the rows.
     """
     rows, copies, length, _ = z.shape
     size = dit.config.block_size
@@ -75,7 +116,7 @@ def predict(
     steps = Timesteps(times, packed(row.new_zeros(history.shape[:2]), row), ends)
     layout = dit.two_copy_layout(rows, length, copies, sample, alone=alone)
     seen = None if guess is None else packed(torch.zeros_like(history), guess)
-    output: Tensor = dit(packed(history, z), steps, layout, noisy_only=True, guess=seen)
+    output: Tensor = dit(packed(history, z), steps, layout, noisy_only=True, guess=seen, dropout=dropout)
     return output.view_as(z)
 
 
@@ -112,17 +153,73 @@ def flow_errors(
 
     Returns: (B, K, M), 0 at pinned positions.
     """
-    clean = z0.detach()
     z_t = place(interpolate(z0[:, None], noise, timestep / T), pinned)
+    output = noisy_pass(dit, z_t, timestep, z0.detach(), pinned, sample, alone, self_conditioned)
+    return _errors(dit, output, z0.detach(), noise, timestep, pinned)
+
+
+def noisy_pass(
+    dit: DiT,
+    z: Tensor,
+    timestep: Tensor,
+    clean: Tensor,
+    pinned: Pinned | None = None,
+    sample: Tensor | None = None,
+    alone: Tensor | None = None,
+    self_conditioned: bool = False,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """Return the output of :func:`predict`; self-conditioned, one that has seen the guess of a first pass."""
     guess = None
     if self_conditioned:
         with torch.no_grad():
-            output = predict(dit, z_t, timestep, clean, pinned, sample, alone)
-            guess = guess_of_z0(dit, z_t, output, timestep, pinned)
-    output = predict(dit, z_t, timestep, clean, pinned, sample, alone, guess)
+            output = predict(dit, z, timestep, clean, pinned, sample, alone)
+            guess = guess_of_z0(dit, z, output, timestep, pinned)
+    return predict(dit, z, timestep, clean, pinned, sample, alone, guess, dropout=dropout)
+
+
+def _errors(
+    dit: DiT, output: Tensor, clean: Tensor, noise: Tensor, timestep: Tensor, pinned: Pinned | None
+) -> Tensor:
     error = PREDICTIONS[dit.config.prediction].error(output, clean[:, None], noise, timestep / T)
-    squared = error.square().mean(-1)
-    return squared if pinned is None else squared.masked_fill(pinned.where[:, None], 0.0)
+    return _free(error.square().mean(-1), pinned)
+
+
+def _free(values: Tensor, pinned: Pinned | None) -> Tensor:
+    """Return values (B, K, M), 0 at pinned positions."""
+    return values if pinned is None else values.masked_fill(pinned.where[:, None], 0.0)
+
+
+def consistency_errors(
+    dit: DiT,
+    consistency: Consistency,
+    z: Tensor,
+    output: Tensor,
+    timestep: Tensor,
+    clean: Tensor,
+    pinned: Pinned | None = None,
+    sample: Tensor | None = None,
+    alone: Tensor | None = None,
+    self_conditioned: bool = False,
+) -> Tensor:
+    """Return ||x(z, t) - sg x_teacher(z', t')||^2 per latent number, (B, K, M), x the guess of z0.
+
+    t' is the next point of the grid below t, and z' where a step along the network's own guess leads:
+    z' = x + t'/t (z - x). At t' = 0 that is the guess itself, and the error 0.
+
+    Args:
+        z, output: (B, K, M, C), see :func:`noisy_pass`.
+        timestep, clean, pinned, sample, alone: see :func:`predict`.
+        self_conditioned: the teacher is given the guess, as it would be in generation.
+    """
+    guess, steps = guess_of_z0(dit, z, output, timestep, pinned), consistency.steps
+    with torch.no_grad():
+        below = (torch.ceil(timestep / T * steps) - 1).clamp_min(0) * (T / steps)
+        ratio = (below / timestep.clamp_min(1e-6))[..., None]
+        there, seen = place(torch.lerp(guess, z, ratio), pinned), guess if self_conditioned else None
+        later = predict(consistency.teacher, there, below, clean, pinned, sample, alone, seen)
+        target = guess_of_z0(consistency.teacher, there, later, below, pinned)
+    return _free((guess - target).square().mean(-1), pinned)
 
 
 @torch.no_grad()
@@ -152,23 +249,39 @@ def flow_matching(
     layout: Layout,
     pad_id: int,
     counts: Counts,
-    space: str = "velocity",
-    self_conditioned: bool = False,
+    step: FlowStep = PLAIN,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return L_FM of a batch, and its terms by name, which are of the velocity in any space.
 
     Args:
         z0: (B * M, C) as sampled, not normalised.
-        space: a name in :data:`colada.flow.LOSS_SPACES`.
-        self_conditioned: see :func:`flow_errors`.
     """
     assert draws.timestep is not None
     assert draws.noise is not None
+    noise, timestep, alone = draws.noise, draws.timestep, draws.alone
     z0 = vae.normalise(z0).view(len(batch), -1, vae.config.latent_dim)
     pinned = pin(vae, batch, draws, layout, pad_id)
     sample = sample_of_latents(batch, vae.config.patch_size)
-    errors = flow_errors(dit, z0, draws.noise, draws.timestep, pinned, sample, draws.alone, self_conditioned)
-    return weighed(errors, draws.timestep, pinned, counts, space)
+    z, clean, guesses = (
+        place(interpolate(z0[:, None], noise, timestep / T), pinned),
+        z0.detach(),
+        step.self_conditioned,
+    )
+    dropout = None
+    if draws.dropout is not None and torch.is_grad_enabled():
+        dropout = Dropout(draws.dropout, step.dropout)
+    output = noisy_pass(dit, z, timestep, clean, pinned, sample, alone, guesses, dropout)
+    errors = _errors(dit, output, clean, noise, timestep, pinned)
+    total, terms = weighed(errors, timestep, pinned, counts, step.space)
+    if step.consistency is not None:
+        seen = (timestep, clean, pinned, sample, alone, guesses)
+        changes = consistency_errors(dit, step.consistency, z.detach(), output, *seen)
+        terms["consistency"] = changes.sum() / counts.noisy
+        total = total + step.consistency.weight * terms["consistency"]
+    if step.law is not None:
+        sums, numbers = _by_bin(errors, pinned, bin_of(step.law, timestep), BINS)
+        terms |= {"quantile_sums": sums, "quantile_counts": numbers}
+    return total, terms
 
 
 def weighed(
@@ -177,8 +290,13 @@ def weighed(
     """Return the loss that errors of the velocity (B, K, M) come to, and its terms, not weighed."""
     weight = (timestep / T).clamp_min(MIN_A) ** LOSS_SPACES[space]
     total, flow = (errors * weight).sum() / counts.noisy, errors.detach().sum() / counts.noisy
-    free = torch.ones_like(errors) if pinned is None else (~pinned.where[:, None]).expand_as(errors).float()
-    bins = (timestep * (TIME_BINS / T)).long().clamp_max(TIME_BINS - 1).flatten()
-    zeros = errors.new_zeros(TIME_BINS)
-    sums = zeros.index_add(0, bins, errors.detach().flatten())
-    return total, {"flow": flow, "flow_sums": sums, "flow_counts": zeros.index_add(0, bins, free.flatten())}
+    bins = (timestep * (TIME_BINS / T)).long().clamp_max(TIME_BINS - 1)
+    sums, numbers = _by_bin(errors, pinned, bins, TIME_BINS)
+    return total, {"flow": flow, "flow_sums": sums, "flow_counts": numbers}
+
+
+def _by_bin(errors: Tensor, pinned: Pinned | None, bins: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the sums (count,) of errors (B, K, M) by bin, and of how many latents each is."""
+    free, zeros = _free(torch.ones_like(errors), pinned).float(), errors.new_zeros(count)
+    sums = zeros.index_add(0, bins.flatten(), errors.detach().flatten())
+    return sums, zeros.index_add(0, bins.flatten(), free.flatten())

@@ -8,7 +8,7 @@ for torch.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -129,15 +129,53 @@ class FlowTerms(Section):
         return self
 
 
+class PriorTerms(FlowTerms):
+    """What flow matching of the DiT may do besides."""
+
+    dropout: Share = Field(0.0, description="Share of what the DiT's attention and MLP add that is dropped.")
+    adaptive_timesteps: bool = Field(
+        False,
+        description="Draw more often where the error falls steeply along the timestep law's quantiles, as"
+        " the steps before have measured it.",
+    )
+    consistency: Weight = Field(
+        0.0,
+        description="Weight of the difference between a guess of z0 and that of the averaged weights a step"
+        " further along it; 0: none. For few steps; needs ema.",
+    )
+    consistency_steps: int = Field(16, ge=2, le=1000, description="Equal steps of which that is one.")
+    consistency_ramp: float = Field(
+        0.04, ge=0, le=1, description="Share of the stage's steps in which its weight rises from 0."
+    )
+
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> Self:
+        if self.consistency and not getattr(self, "ema", 0):
+            raise ValueError(f"consistency={self.consistency:g} with ema=0, expected averaged weights")
+        return self
+
+
 class TextVAESection(TextVAETerms, StageSection):
     """The Text VAE alone: -log p(x|z0) + beta KL + lambda_mask L_mask."""
 
     archs = ("cola",)
     stage = "colada.train.cola:TextVAEStage"
     kind: Literal["vae"] = "vae"
+    decoder_only: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the steps, the last ones, in which the encoder is frozen and the decoder learns"
+        " -log p(x|z0) alone.",
+    )
+
+    @property
+    def whole_steps(self) -> int:
+        """How many of the steps encoder and decoder learn in together."""
+        return self.steps - round(self.decoder_only * self.steps)
 
 
-class FlowSection(FlowTerms, StageSection):
+class FlowSection(PriorTerms, StageSection):
     """The flow of data by the DiT, on the latents of a frozen Text VAE."""
 
     archs = ("cola",)
@@ -174,7 +212,7 @@ class InstructSection(FlowSection):
     )
 
 
-class JointSection(TextVAETerms, FlowTerms, StageSection):
+class JointSection(TextVAETerms, PriorTerms, StageSection):
     """The DiT by flow matching, and the Text VAE along with it."""
 
     archs = ("cola",)

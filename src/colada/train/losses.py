@@ -25,7 +25,7 @@ from colada.data.rows import Batch
 from colada.networks.dit import DiT
 from colada.networks.packing import Layout
 from colada.networks.vae import Posterior, TextVAE
-from colada.train.flow_matching import flow_matching
+from colada.train.flow_matching import PLAIN, FlowStep, flow_matching
 from colada.train.noise import Counts, Draws, VAEWeights, count, sample_of_latents
 
 LOGITS_AT_ONCE = 2**26
@@ -47,8 +47,13 @@ class Loss:
 
 
 def readable(terms: Mapping[str, Tensor]) -> dict[str, float | list[float | None]]:
-    """Return summed terms as logged: log_snr = log(E mu^2 / E sigma^2), flow_by_t as means by bin of t."""
-    values: dict[str, Any] = {name: term.double().tolist() for name, term in terms.items()}
+    """Return summed terms as logged: log_snr = log(E mu^2 / E sigma^2), flow_by_t as means by bin of t.
+
+    What is told apart by quantile is for :mod:`colada.train.timesteps` alone.
+    """
+    values: dict[str, Any] = {
+        name: term.double().tolist() for name, term in terms.items() if not name.startswith("quantile_")
+    }
     if "mean2" in values:
         signal, noise = values.pop("mean2"), values.pop("variance")
         values["log_snr"] = math.log(signal / noise) if signal > 0 and noise > 0 else math.inf
@@ -156,6 +161,21 @@ def log_snr_terms(q: Posterior, batch: Batch, counts: Counts) -> dict[str, Tenso
     return {"mean2": mean2, "variance": within(batch, variance.mean(-1)) / counts.latents}
 
 
+def decoder_loss(
+    vae: TextVAE, batch: Batch, draws: Draws, weights: VAEWeights, counts: Counts | None = None
+) -> Loss:
+    """L = -E log p_theta(x | z0) under a frozen encoder; arguments as :func:`stage1_loss`."""
+    counts = counts or count(batch, draws, vae.config)
+    layout = rows_layout(vae, batch)
+    with torch.no_grad():
+        q = encode(vae, batch.ids, layout, weights.log_snr)
+        z0 = draw(q, draws.posterior)
+    nll, right = reconstruction(vae, z0, batch, layout)
+    terms = {"nll": nll / counts.tokens, "kl": within(batch, kl_standard_normal(q)) / counts.tokens}
+    terms |= {"accuracy": right / counts.tokens, **log_snr_terms(q, batch, counts)}
+    return Loss(terms["nll"], _detached(terms))
+
+
 def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: term.detach() for name, term in terms.items()}
 
@@ -202,8 +222,7 @@ def stage2_frozen_loss(
     weights: VAEWeights,
     pad_id: int,
     counts: Counts | None = None,
-    space: str = "velocity",
-    self_conditioned: bool = False,
+    step: FlowStep = PLAIN,
 ) -> Loss:
     """L = L_FM over the latents of a frozen Text VAE; see :func:`flow_matching`."""
     counts = counts or count(batch, draws, vae.config)
@@ -211,7 +230,7 @@ def stage2_frozen_loss(
         layout = rows_layout(vae, batch)
         q = encode(vae, batch.ids, layout, weights.log_snr)
         z0 = draw(q, draws.posterior)
-    flow, terms = flow_matching(vae, dit, batch, draws, z0, layout, pad_id, counts, space, self_conditioned)
+    flow, terms = flow_matching(vae, dit, batch, draws, z0, layout, pad_id, counts, step)
     return Loss(flow, _detached(terms | log_snr_terms(q, batch, counts)))
 
 
@@ -225,8 +244,7 @@ def stage2_joint_loss(
     joint: JointWeights,
     pad_id: int,
     counts: Counts | None = None,
-    space: str = "velocity",
-    self_conditioned: bool = False,
+    step: FlowStep = PLAIN,
 ) -> Loss:
     """The joint loss of stage 2.
 
@@ -239,7 +257,7 @@ def stage2_joint_loss(
     z0 = draw(q, draws.posterior)
     nll, right = reconstruction(vae, z0, batch, layout)
     log_q = within(batch, expected_log_q(q)) / counts.tokens
-    flow, terms = flow_matching(vae, dit, batch, draws, z0, layout, pad_id, counts, space, self_conditioned)
+    flow, terms = flow_matching(vae, dit, batch, draws, z0, layout, pad_id, counts, step)
     with torch.no_grad():
         q_ref = encode(reference, batch.ids, layout, weights.log_snr)
     kl_ref = within(batch, kl_between(q, q_ref)) / counts.tokens

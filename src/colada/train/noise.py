@@ -51,6 +51,7 @@ class FlowSettings:
             what guidance calls unconditional is then trained in the middle of texts too.
         space: in which errors count, a name in :data:`colada.flow.LOSS_SPACES`.
         self_conditioning: share of steps in which the DiT takes its own guess of z0 as a second input.
+        dropout: share of what attention and MLP of the DiT add that is dropped.
     """
 
     law: TimestepLaw = field(default_factory=TimestepLaw)
@@ -60,6 +61,7 @@ class FlowSettings:
     history_dropout: float = 0.0
     space: str = "velocity"
     self_conditioning: float = 0.0
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Draws(Drawn):
         prefix: bool (B, M), latents that stay clean at the beginning of a block.
         alone: bool (B, K, M / block_size), noisy blocks that lose sight of all clean cells; None without
             history dropout.
+        dropout: int32 (B,), seeds of its masks; None without.
     """
 
     posterior: Tensor
@@ -105,6 +108,7 @@ class Draws(Drawn):
     noise: Tensor | None = None
     prefix: Tensor | None = None
     alone: Tensor | None = None
+    dropout: Tensor | None = None
 
 
 def draw_randomness(
@@ -143,6 +147,8 @@ def draw_randomness(
             if flow.history_dropout > 0:
                 chances = torch.rand(flow.copies, latents // block, generator=own)
                 drawn["alone"].append(chances < flow.history_dropout)
+            if flow.dropout > 0:
+                drawn["dropout"].append(torch.randint(2**31, (), generator=own, dtype=torch.int32))
     return Draws(**{name: torch.stack(parts) for name, parts in drawn.items() if parts})
 
 

@@ -229,6 +229,7 @@ class Stage(ABC):
         memory: further tensors that a checkpoint holds and a resumed run is given back, in place: what a
             stage that makes its own data keeps from step to step.
         optimisers: of the networks.
+        best: the networks, or their averages where the stage has such; the trainer sets it.
     """
 
     learns: ClassVar[tuple[str, ...]]
@@ -249,6 +250,7 @@ class Stage(ABC):
         for own, of in self.teachers.items():
             self.frozen[own] = system.teacher(of, lay_out, where)
         self.memory: dict[str, Tensor] = {}
+        self.best = self.networks
         self.optimisers: list[torch.optim.Optimizer] = []
         for own, network in self.networks.items():
             self.optimisers += make_optimisers(network, self.section, self.rate(own))
@@ -287,6 +289,15 @@ class Stage(ABC):
         write may be in it. To resume exactly it must follow from them, ``memory`` and the step alone.
         """
         return rows, draws
+
+    def learnt(self, step: int, terms: Mapping[str, Tensor], add_up: Callable[[Tensor], Tensor]) -> None:
+        """Take what a step came to into ``memory``; by default nothing.
+
+        Args:
+            terms: of the loss, this rank's share.
+            add_up: sums a tensor over the ranks; all must call it alike.
+        """
+        return
 
     @classmethod
     @abstractmethod

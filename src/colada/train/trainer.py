@@ -281,6 +281,7 @@ class Trainer:
             raise Interrupted(f"stopped before step {progress.step + 1} of {stage.name}; run again to resume")
         best = average.module if average is not None else stage.networks
         assert isinstance(best, nn.ModuleDict)
+        stage.best = best
         meter = Meter(self.ranks, DTYPES[run.precision])
         with self.display.task(stage.name, section.steps, progress.step):
             for step, (own, draws) in self._ahead(stage, rows, progress.step):
@@ -289,8 +290,10 @@ class Trainer:
                 if norm is None:
                     progress.skipped += 1
                     self.display.say(f"{stage.name} step {step + 1}: not finite, skipped")
-                elif average is not None:
-                    average.update_parameters(stage.networks)
+                else:
+                    stage.learnt(step, terms, self.ranks.sum)
+                    if average is not None:
+                        average.update_parameters(stage.networks)
                 progress.step, progress.tokens = step + 1, progress.tokens + stage.tokens(step)
                 self.display.move(step + 1, section.steps)
                 meter.count(stage.tokens(step), stage.flops(step))
