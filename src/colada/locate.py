@@ -19,7 +19,10 @@ DIFFERENCE_FILE, DIFFERENCE_WEIGHTS = "difference.json", "difference.safetensors
 """Of a directory that holds what a model differs by from another: see :mod:`colada.models.difference`."""
 
 BUNDLED = Path(__file__).parent / "bundled"
-BUNDLED_NAME = "bundled"
+BUNDLED_CHAT = BUNDLED / "chat"
+"""What answers differ by from the bundled model, where this installation has it."""
+NAMED = {"bundled": BUNDLED, "bundled-chat": BUNDLED_CHAT}
+"""Models that come with the package, by name."""
 
 _PARTS = (DIT_DIR, VAE_DIR, DECODER_DIR)
 _RELEASED = "cola_dlm"  # The released hub repository has its networks in here, and the tokenizer beside it.
@@ -47,8 +50,8 @@ def local(where: str | Path, revision: str | None = None) -> Path | None:
         raise ColadaError(f"revision={shown(revision)}, expected the name of a branch, tag or commit")
     name = str(where)
     path = Path(os.path.expanduser(name))
-    if name == BUNDLED_NAME and not os.path.exists(path) and BUNDLED.is_dir():
-        return BUNDLED
+    if name in NAMED and not os.path.exists(path) and NAMED[name].is_dir():
+        return NAMED[name]
     if name and os.path.isdir(path):
         if revision is not None:
             raise ColadaError(

@@ -36,6 +36,7 @@ from colada.cli.options import (
     number_option,
     read_texts,
 )
+from colada.cli.rewards import reward
 from colada.cli.serve import serve
 from colada.cli.write import chat, generate
 from colada.errors import ColadaError, ColadaWarning
@@ -72,6 +73,7 @@ tokenizer_app = typer.Typer(help="Train a tokenizer, and see what one does.")
 app.add_typer(tokenizer_app, name="tokenizer")
 eval_app.command("likelihood")(likelihood)
 eval_app.command("generative")(generative)
+eval_app.command("reward")(reward)
 app.add_typer(eval_app, name="eval")
 for command in (generate, chat, serve, train.train, train.recipe, train.report, train.export, train.cost):
     app.command()(command)

@@ -103,7 +103,7 @@ def likelihood(
         print("nats per token: " + ", ".join(f"{k} {v:.3f}" for k, v in result["parts_per_token"].items()))
     print(_named(settings))
     records = [{"origin": text.origin, **asdict(own)} for text, own in zip(texts, scores, strict=True)]
-    _write_json(out, network, {**result, "settings": settings, "records": records})
+    write_result(out, network, {**result, "settings": settings, "records": records})
 
 
 def generative(
@@ -231,7 +231,7 @@ def generative(
         "reference": reference,
         "left_out": len(texts) - len(real),
     }
-    _write_json(out, first, {**facts, **result})
+    write_result(out, first, {**facts, **result})
     if html is not None:
         write_frontier_page(html, result, reader.origin, facts)
         print(f"wrote {html}")
@@ -249,7 +249,7 @@ def _named(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 
-def _write_json(path: Path | None, model: LanguageModel, record: Mapping[str, Any]) -> None:
+def write_result(path: Path | None, model: LanguageModel, record: Mapping[str, Any]) -> None:
     """Write what was measured of a model, if a file is named."""
     if path is None:
         return

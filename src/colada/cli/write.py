@@ -29,7 +29,7 @@ from colada.cli.options import (
 )
 from colada.errors import ColadaError
 from colada.generate.settings import Settings, check_settings
-from colada.locate import BUNDLED, CHAT_TEMPLATE_FILE, local
+from colada.locate import BUNDLED, BUNDLED_CHAT, CHAT_TEMPLATE_FILE, local
 
 if TYPE_CHECKING:
     from colada.models.base import LanguageModel
@@ -277,12 +277,20 @@ def _stream(
 _CHAT_HELP = "/reset begins anew, /quit or the end of input ends, Ctrl-C cuts an answer short"
 
 
+def _about(network: LanguageModel) -> str:
+    """Return what a person should know who talks to a model."""
+    read = network.training_length
+    rows = "" if read is None else f" trained on {read} tokens at a time"
+    return f"{network.origin}: a language model{rows}; what it says may be wrong, and it knows no news"
+
+
 def _require_template(directory: Path | None, model: str | None) -> None:
     if directory is not None and not (directory / CHAT_TEMPLATE_FILE).is_file():
         name = model or "the bundled model"
         raise ColadaError(
             f"{name} has no chat template ({CHAT_TEMPLATE_FILE}), which a model trained on conversations has "
-            "(recipes/chat.yaml trains one); colada generate without --chat continues any text"
+            "(colada train recipes/chat.yaml makes one of the bundled model); colada generate without --chat"
+            " continues any text"
         )
 
 
@@ -339,6 +347,8 @@ def chat(
     check_settings({**settings, "seed": seed})
     require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
     check_model_options(model, revision, dtype, device, quantise)
+    if model is None and BUNDLED_CHAT.is_dir():
+        model = "bundled-chat"
     _require_template(BUNDLED if model is None else local(model, revision), model)
     if sys.stdin is None:
         raise ColadaError("standard input is closed, expected messages")
@@ -347,7 +357,7 @@ def chat(
     network.chat_prompt([*start, {"role": "user", "content": "Hello"}])  # What is refused is, before a line.
     typed = sys.stdin.isatty()
     if typed:
-        print(_CHAT_HELP, file=sys.stderr)
+        print(f"{_about(network)}\n{_CHAT_HELP}", file=sys.stderr)
     messages, answers = list(start), 0
     while (line := read_message(typed)) is not None:
         if line.strip() in ("/quit", "/exit"):

@@ -31,6 +31,9 @@ from colada.data.instructions import check_tasks, default_tasks, instructions
 from colada.data.listing import find_files, list_files
 from colada.errors import ColadaError, failure
 
+TURNS = 4
+"""One in so many conversations of tasks has two questions and answers."""
+
 Format = Literal["text", "messages", "pairs", "preferences", "tasks"]
 
 
@@ -277,12 +280,16 @@ def _task_records(source: Source, part: Part, validation_share: Holdout) -> Iter
     """Yield the samples of tasks as conversations, cut from the texts of a source."""
     texts = stories(Path(part.where), source.include, source.columns[0])
     questions = None if source.questions is None else Path(source.questions)
-    number = 0
-    for task in source.tasks or default_tasks(questions):
-        for made in instructions(texts, task, source.samples, questions=questions):
-            number += 1
-            turns = [{"role": "user", "content": made.prompt}, {"role": "assistant", "content": made.answer}]
-            yield from records_of({source.columns[0]: turns}, part, number, source.columns, validation_share)
+    made = [
+        [{"role": "user", "content": own.prompt}, {"role": "assistant", "content": own.answer}]
+        for task in source.tasks or default_tasks(questions)
+        for own in instructions(texts, task, source.samples, questions=questions)
+    ]
+    for number, turns in enumerate(made):
+        # Some follow another: what was said before is no reason to answer otherwise.
+        before = made[number * 7919 % len(made)] if number % TURNS == 0 else []
+        fields = {source.columns[0]: [*before, *turns]}
+        yield from records_of(fields, part, number + 1, source.columns, validation_share)
 
 
 # --- before anything else is done --------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from colada.device import check_dtype, find_device, plain_torch
 from colada.errors import ColadaError
 from colada.files import read_json_object
-from colada.locate import BUNDLED, BUNDLED_NAME, DECODER_DIR, base_of, locate
+from colada.locate import BUNDLED, DECODER_DIR, base_of, locate
 from colada.models.autoregressive import AutoregressiveLM
 from colada.models.base import ARCHITECTURES, LanguageModel
 from colada.models.cola import ColaDLM
@@ -54,9 +54,9 @@ def load(
         raise ColadaError("this installation has no bundled model: give a directory or a hub id")
     check_dtype(dtype)
     place = find_device(device)
-    if dtype is None and (where is None or str(where) == BUNDLED_NAME):
-        dtype = torch.float32
     directory, origin = locate(BUNDLED if where is None else where, revision), str(where or "bundled")
+    if dtype is None and directory == BUNDLED:
+        dtype = torch.float32
     if base_of(directory) is not None:
         base = load(base_name(directory), device=device)  # In the type that the difference is exact to.
         return apply_difference(base, directory, origin).to(dtype=dtype)

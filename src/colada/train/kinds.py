@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from colada.data.sources import Section
+from colada.train.answers import PreferenceTerms, RewardTerms
 
 MOST_STEPS = 10**9
 MOST_ROWS = 2**20
@@ -412,6 +413,64 @@ class PictureVAESection(StageSection):
     kl: Weight = Field(1e-6, description="Weight of the divergence.")
 
 
+class PreferencesSection(PreferenceTerms, FlowTerms, StageSection):
+    """The DiT prefers one answer to another (Flow-DPO): batch counts pairs."""
+
+    archs = ("cola",)
+    stage = "colada.train.preferences:PreferencesStage"
+    formats = ("preferences",)
+    group = 2
+    first = 2
+    kind: Literal["preferences"] = "preferences"
+    batch: int = Field(16, ge=1, le=MOST_ROWS, description="Pairs per step, over all ranks.")
+    copies: int = Field(4, ge=1, le=1024, description="Noisy copies of each row, which share one clean copy.")
+    prefix_share: float = Field(0.0, ge=0, le=0, description="None: prompts are what is clean.")
+    lr: float = Field(3e-5, ge=SMALLEST, le=LARGEST, description="Highest learning rate, after the warm-up.")
+    weight_decay: float = Field(0.0, ge=0, le=LARGEST, description="On matrices only.")
+    clip: float = Field(0.5, ge=SMALLEST, le=LARGEST, description="Largest norm of the gradient.")
+
+
+class RolloutSection(RewardTerms, FlowTerms, StageSection):
+    """The DiT learns from answers of its own: batch counts answers."""
+
+    archs = ("cola",)
+    formats = ("messages", "pairs", "tasks")
+    group = 1
+    first = 2
+    copies: int = Field(2, ge=1, le=1024, description="Noisy copies of each row, which share one clean copy.")
+    prefix_share: float = Field(0.0, ge=0, le=0, description="None: prompts are what is clean.")
+    lr: float = Field(5e-5, ge=SMALLEST, le=LARGEST, description="Highest learning rate, after the warm-up.")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "wsd", description="After the warm-up: half a cosine down; wsd: constant, then linear down."
+    )
+    weight_decay: float = Field(0.0, ge=0, le=LARGEST, description="On matrices only.")
+    clip: float = Field(0.5, ge=SMALLEST, le=LARGEST, description="Largest norm of the gradient.")
+
+
+class RewardSection(RolloutSection):
+    """The DiT learns by rewards of what it writes (DiffusionNFT)."""
+
+    stage = "colada.train.rewards:RewardStage"
+    kind: Literal["reward"] = "reward"
+    beta: float = Field(1.0, ge=SMALLEST, le=LARGEST, description="How far good and bad lie from the old.")
+    least_spread: float = Field(
+        0.1, ge=SMALLEST, le=LARGEST, description="Deviation of a group's rewards that counts as full, least."
+    )
+    adaptive: bool = Field(True, description="Divide each error by its own mean size.")
+    keep: Share = Field(0.5, description="How much of the old weights stays as answers are renewed, at most.")
+    keep_rise: Weight = Field(0.001, description="And by how much more with each round, from 0.")
+
+
+class RaftSection(RolloutSection):
+    """The DiT learns the best answer of each group, if it is good: what rewards must beat."""
+
+    stage = "colada.train.rewards:RaftStage"
+    kind: Literal["raft"] = "raft"
+    margin: Weight = Field(
+        0.5, description="Deviations by which the best is above its group's mean, to be learnt."
+    )
+
+
 class DecoderSection(StageSection):
     """A baseline (model.arch ar or llada). Keys left out are as in the last of Cola DLM's stages."""
 
@@ -445,6 +504,9 @@ AnyStage = Annotated[
     | SolverSection
     | PicturesSection
     | PictureVAESection
+    | PreferencesSection
+    | RewardSection
+    | RaftSection
     | DecoderSection,
     Field(discriminator="kind"),
 ]

@@ -8,7 +8,15 @@ from typing import Any
 from colada.errors import ColadaError
 from colada.locate import locate
 from colada.networks.checkpoint import read_configs
-from colada.train.kinds import DistilSection, FlowSection, JointSection, PicturesSection, TaughtSection
+from colada.train.kinds import (
+    DistilSection,
+    FlowSection,
+    JointSection,
+    PicturesSection,
+    PreferencesSection,
+    RolloutSection,
+    TaughtSection,
+)
 from colada.train.recipe import Recipe
 
 SAME = "same"
@@ -65,6 +73,9 @@ def _teacher_steps(section: DistilSection) -> int:
     return section.trajectories.substeps * (len(section.trajectories.grid) - 1)
 
 
+_OF_DATA = FlowSection | JointSection | PicturesSection | PreferencesSection
+
+
 def check_order(recipe: Recipe, start: Mapping[str, Any] | None) -> None:
     """Check that no stage undoes what one before it, or the model that a run begins with, has built in.
 
@@ -77,12 +88,15 @@ def check_order(recipe: Recipe, start: Mapping[str, Any] | None) -> None:
     distilled = start is not None
     for name, section in recipe.trained.items():
         if section.steps:
-            built_in(recipe, name, start)
+            inside = built_in(recipe, name, start)
+            if isinstance(section, RolloutSection) and inside is not None and inside.get("grids"):
+                raise ColadaError(
+                    f"recipe: stages.{name} learns at any time, but the model before it makes a few steps"
+                    " only, expected one without grids: distil after"
+                )
         if isinstance(section, DistilSection) and section.steps:
             distilled = True
-        elif (
-            distilled and isinstance(section, FlowSection | JointSection | PicturesSection) and section.steps
-        ):
+        elif distilled and isinstance(section, _OF_DATA) and section.steps:
             raise ColadaError(
                 f"recipe: stages.{name} trains the flow of data, which undoes what a distilled model has"
                 " built in: fine-tune first, distil after"

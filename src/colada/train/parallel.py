@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,8 @@ from colada.networks.solver import LearntSolver
 from colada.networks.vae import Posterior, TextVAE
 from colada.pictures.codec import Codec, ConvVAE
 from colada.train.environment import local_rank, world_size
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # FSDP2 gathers weights for the backward pass when the gradient of a network's output comes. In torch 2.11 it
 # does not find outputs in a dataclass by itself.
@@ -85,6 +88,38 @@ class Ranks:
         if self.size > 1:
             with _together():
                 dist.barrier(self.patient)
+
+
+def added_up(values: Tensor) -> Tensor:
+    """Return a tensor of the CPU summed over the ranks of the run, if there are several."""
+    if dist.is_initialized():
+        with _together():
+            dist.all_reduce(values)
+    return values
+
+
+def of_all(value: Any) -> list[Any]:
+    """Return what each rank of the run has brought, in their order; of a rank alone, that."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    with _together():
+        dist.all_gather_object(values, value)
+    return values
+
+
+@torch.no_grad()
+def gathered(network: Network) -> Network:
+    """Return a network that is whole on every rank: itself, or a copy of one that lies over the ranks."""
+    parts = dict(network.named_parameters())
+    if not any(isinstance(part, DTensor) for part in parts.values()):
+        return network
+    device = next(iter(parts.values())).device
+    whole: Network = type(network)(network.config).to(device)
+    for name, parameter in whole.named_parameters():
+        part = parts[name]
+        parameter.copy_(part.full_tensor() if isinstance(part, DTensor) else part)
+    return whole.requires_grad_(False)
 
 
 @contextmanager

@@ -190,6 +190,7 @@ class Beginning:
         rows: the rows of its training text, from a seed.
         text: what tells this text from other, a digest a source.
         whole: gathers networks on the first rank; None on the others. All must call it.
+        model: makes a model of networks, which writes as that of the run does.
         ranks, display: of the run.
         stopped: whether the run is asked to stop: what takes long then ends early, and is gone on with later.
     """
@@ -197,6 +198,7 @@ class Beginning:
     rows: Callable[[int], Rows]
     text: Sequence[str]
     whole: Callable[[Mapping[str, nn.Module]], dict[str, nn.Module] | None]
+    model: Callable[[Mapping[str, nn.Module]], LanguageModel]
     ranks: Ranks
     display: Display
     stopped: Callable[[], bool]

@@ -276,7 +276,7 @@ class Trainer:
             progress = Progress(saved["step"], saved["tokens"], saved["skipped"])
             self.display.say(f"resuming {stage.name} at step {progress.step}")
         text, stopped = list(self.inputs.digests().values()), lambda: self._stop
-        stage.begin(Beginning(rows_from, text, self._whole, self.ranks, self.display, stopped))
+        stage.begin(Beginning(rows_from, text, self._whole, self._model, self.ranks, self.display, stopped))
         if self._agreed()[0]:
             raise Interrupted(f"stopped before step {progress.step + 1} of {stage.name}; run again to resume")
         best = average.module if average is not None else stage.networks
@@ -285,7 +285,11 @@ class Trainer:
         meter = Meter(self.ranks, DTYPES[run.precision])
         with self.display.task(stage.name, section.steps, progress.step):
             for step, (own, draws) in self._ahead(stage, rows, progress.step):
-                own, draws = stage.rollouts(step, own, draws)
+                try:
+                    own, draws = stage.rollouts(step, own, draws)
+                except ColadaError as error:
+                    self._save(stage, average, progress, wait=True)
+                    raise ColadaError(f"{stage.name} step {step + 1}: {error}; saved") from None
                 terms, norm = self._step(stage, step, own, draws)
                 if norm is None:
                     progress.skipped += 1
@@ -355,7 +359,7 @@ class Trainer:
 
     def _passes(self, stage: Stage, own: Batch, draws: Drawn) -> Iterator[tuple[Batch, Drawn]]:
         """Yield the micro-batches of a step on the device."""
-        size = stage.section.micro_batch or len(own)
+        size = (stage.section.micro_batch or len(own)) * (stage.section.group or 1)
         for begin in range(0, len(own), size):
             end = min(begin + size, len(own))
             yield own.rows(begin, end).to(self.device), draws.rows(begin, end).to(self.device)

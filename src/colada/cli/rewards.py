@@ -1,0 +1,141 @@
+"""``colada eval reward``: how well a chat model does what it is asked, by rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from colada.checks import MOST_TOKENS, require_count
+from colada.cli.evaluate import BatchOption, PageOption, QuietOption, check_counts, existing_paths
+from colada.cli.measure import JsonOption, write_result
+from colada.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    RevisionOption,
+    check_model_options,
+    load_model,
+)
+from colada.errors import ColadaError
+
+
+def reward(
+    stories: Annotated[
+        Path,
+        typer.Argument(help="Texts that samples of tasks are cut from, as in training: a file or folder."),
+    ],
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE", help="Another model: who wins, and how far the flow has gone from its."
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="WHERE", help="A model that says how likely the answers are.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Which tasks. Default: all that need no questions.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Questions on stories, for the task story_questions.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="Of each task, as far as there are any.")] = 300,
+    seeds: Annotated[int, typer.Option(help="Answers to each prompt.")] = 3,
+    samples: Annotated[
+        int, typer.Option(help="Answers to each of 20 prompts, for the best of K and for variety; 1: none.")
+    ] = 16,
+    new_tokens: Annotated[int, typer.Option(help="Of an answer at most.")] = 40,
+    batch: BatchOption = 64,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    out: JsonOption = None,
+    html: PageOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Ask a chat model what rules can check, on prompts kept from training: rewards, wins, drift, variety."""
+    from rich.console import Console
+
+    from colada.data.instructions import check_tasks, default_tasks
+    from colada.report.style import require_matplotlib
+    from colada.train.display import Display
+
+    names = tuple(name.strip() for name in tasks.split(",")) if tasks else default_tasks(questions)
+    check_tasks(names, questions)
+    check_counts(prompts=prompts, seeds=seeds, samples=samples, batch=batch)
+    require_count("new_tokens", new_tokens, MOST_TOKENS)
+    existing_paths([str(stories)])
+    for where in (model, against, judge):
+        check_model_options(where, revision if where is model else None, dtype, device)
+    if html is not None:
+        require_matplotlib("a page")
+
+    from colada.data.sources import stories as read
+    from colada.evaluate.generative import ModelJudge
+    from colada.evaluate.rewards import (
+        answered_samples,
+        drift,
+        evaluate_rewards,
+        held_out_prompts,
+        plain_samples,
+    )
+    from colada.models.cola import ColaDLM
+    from colada.models.likelihood import bound_settings
+    from colada.report.rewards import flow_table, rewards_table, write_rewards_page
+
+    display = Display(Console(stderr=True, quiet=quiet))
+    texts = read(stories)
+    network = load_model(model, revision, dtype, device)
+    other = None if against is None else load_model(against, None, dtype, device)
+    for own in (network, other):
+        if own is not None and own.chat_template is None:
+            raise ColadaError(f"{own.origin} has no chat template, expected a model of conversations")
+    assert network.tokenizer is not None
+    reader = None
+    if judge is not None:
+        judging = load_model(judge, None, dtype, device)
+        reader = ModelJudge(judging, network.tokenizer, **bound_settings(judging), batch=batch)
+    asked = held_out_prompts(texts, names, prompts, questions)
+    settings: dict[str, Any] = {
+        "prompts": prompts,
+        "seeds": seeds,
+        "samples": samples,
+        "new_tokens": new_tokens,
+    }
+    with display.task("answers", total=len(asked), unit="texts"):
+        result = evaluate_rewards(
+            network,
+            asked,
+            against=other,
+            judge=reader,
+            seeds=seeds,
+            samples=samples,
+            new_tokens=new_tokens,
+            batch=batch,
+            questions=questions,
+            progress=display.advance,
+        )
+    flows: dict[str, Any] = {}
+    if isinstance(network, ColaDLM) and isinstance(other, ColaDLM):
+        some = answered_samples(network, texts, names, max(1, 200 // len(names)), questions)
+        flows["answers"] = drift(network, other, some)
+        flows["plain stories"] = drift(network, other, plain_samples(network, texts, 100))
+    console = Console(highlight=False)
+    rewards_table(result).print(console)
+    if flows:
+        flow_table(flows).print(console)
+    facts = {
+        "model": network.origin,
+        "against": None if other is None else other.origin,
+        "judge": judge,
+        "stories": str(stories),
+        "generation": network.chosen({}),
+        **settings,
+    }
+    write_result(out, network, {**facts, **result, "flows": flows})
+    if html is not None:
+        write_rewards_page(html, network.origin, result, flows, facts)
+        print(f"wrote {html}")

@@ -1,0 +1,72 @@
+"""What stages that learn from answers are told: preferences between two, or rewards of what is written."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from colada.data.instructions import check_tasks
+from colada.data.rules import imported
+from colada.data.sources import Section
+from colada.generate.settings import check_settings
+
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Count = Annotated[int, Field(ge=1, le=2**20)]
+SAMPLER = {"steps": 8, "solver": "ab2", "schedule": "front-loaded", "guidance": 1.0}
+"""How rollouts are written: without guidance, as what is learnt is the model's own field."""
+
+
+class PreferenceTerms(Section):
+    """Of Flow-DPO."""
+
+    beta: Weight | None = Field(
+        None,
+        description="How sharply answers are told apart. Unset: 2 / the deviation of what the first steps,"
+        " which have the anchor alone, have gained on pairs.",
+    )
+    calibration: int = Field(50, ge=2, le=2**20, description="How many first steps set beta.")
+    anchor: Weight = Field(0.3, description="Weight of the chosen answers' own flow error.")
+    reference: Literal["recomputed", "stored"] = Field(
+        "recomputed",
+        description="Errors of the first weights: of a frozen copy in every step; or stored before the first"
+        " step, of all pairs that are to come, which needs no copy (and validates no preferences).",
+    )
+
+
+class RewardTerms(Section):
+    """Of stages that learn from rewards of what the model writes."""
+
+    reward: str = Field(
+        "all", description="A task of colada.data.instructions, all of them, or package.module:function."
+    )
+    questions: str | None = Field(None, description="File of questions, for the task story_questions.")
+    prompts: Count = Field(32, description="Prompts of a round, over all ranks.")
+    samples: int = Field(8, ge=2, le=1024, description="Answers to each prompt.")
+    updates: Count = Field(32, description="Steps of a round: they learn from the same answers.")
+    new_tokens: Count = Field(32, description="Tokens of an answer at most.")
+    sampler: dict[str, Any] = Field(SAMPLER, description="Generation settings of the answers.")
+    pull: Weight = Field(0.05, description="Weight of the distance to the first weights, on answers.")
+    replay: Weight = Field(
+        0.2, description="Weight of rows of the data, a quarter as many as of answers, in every step."
+    )
+    replay_of: Literal["reference", "data"] = Field(
+        "reference",
+        description="What holds on those rows: the first weights, in which guidance may be folded; or the"
+        " data's flow, where it is not.",
+    )
+
+    @field_validator("reward")
+    @classmethod
+    def _is_there(cls, name: str) -> str:
+        if ":" in name:
+            imported(name)
+        elif name != "all":
+            check_tasks([name], "any")
+        return name
+
+    @field_validator("sampler")
+    @classmethod
+    def _settings(cls, sampler: dict[str, Any]) -> dict[str, Any]:
+        check_settings(sampler, "sampler")
+        return sampler

@@ -1,0 +1,195 @@
+"""Preferences between answers as a stage: Flow-DPO on pairs of rows; the loss is in ``posttraining``.
+
+A pair is two rows, the chosen answer before the rejected one, with the same draws: equal blocks of the two
+have equal timesteps and noise, under the network that learns and under the first weights alike. Latents are
+the Text VAE's means, and the history of each answer is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colada.data.rows import Batch, batch
+from colada.errors import ColadaError
+from colada.networks.config import TextVAEConfig
+from colada.networks.dit import DiT
+from colada.networks.vae import TextVAE
+from colada.train.cola import ColaStage, flow_settings
+from colada.train.cost import Phase, Placement, Work
+from colada.train.flow_matching import flow_errors, pin
+from colada.train.kinds import PreferencesSection
+from colada.train.losses import Loss, encode, rows_layout
+from colada.train.noise import (
+    Counts,
+    Draws,
+    VAEWeights,
+    count,
+    draw_randomness,
+    given_tokens,
+    pinned_latents,
+    sample_of_latents,
+)
+from colada.train.parallel import added_up
+from colada.train.posttraining import calibrated_beta, mean_error, preference_loss
+from colada.train.recipe import Recipe
+from colada.train.stages import Beginning, LayOut, System
+
+PAIR = 2
+
+
+@dataclass(frozen=True)
+class PairDraws(Draws):
+    """Draws of rows, two a pair, and the pair's number in the stage (B,)."""
+
+    pair: Tensor | None = None
+
+
+class PreferencesStage(ColaStage):
+    """The DiT on pairs of answers, under its own first weights."""
+
+    learns, uses = ("dit",), ("vae",)
+    section: PreferencesSection
+
+    def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
+        super().__init__(system, name, lay_out)
+        section = self.section
+        pairs = section.steps * section.batch
+        if section.reference == "recomputed":
+            self.frozen["reference"] = system.teacher("dit", lay_out)
+        else:
+            self.memory["reference"] = torch.full((pairs, PAIR), float("nan"))
+        if section.beta is None:
+            self.memory["gains"] = torch.zeros(min(section.calibration, section.steps) * section.batch)
+
+    def begin(self, beginning: Beginning) -> None:
+        """Store the errors of the first weights, where they are to be stored and are not yet."""
+        stored = self.memory.get("reference")
+        if stored is None or not bool(stored.isnan().any()):
+            return
+        dit, section = self.networks["dit"], self.section
+        assert isinstance(dit, DiT)
+        rows = beginning.rows(self.recipe.seed + self.number)
+        device = self.vae.encoder.wte.weight.device
+        size = max(1, (section.micro_batch or section.batch) // beginning.ranks.size)
+        own = list(beginning.ranks.share(len(stored)))
+        made = torch.zeros_like(stored)
+        with torch.no_grad(), beginning.display.task("errors of the first weights", len(own)):
+            for start in range(0, len(own), size):
+                numbers = own[start : start + size]
+                some, draws = batch(rows, numbers).to(device), self.draw(numbers).to(device)
+                made[numbers] = self._errors(dit, some, draws)[0].view(-1, PAIR).cpu()
+                beginning.display.advance(start + len(numbers), len(own))
+        stored.copy_(added_up(made))
+
+    def draw(self, rows: Sequence[int]) -> PairDraws:
+        """Return the draws of pairs by number, the same for both rows of each."""
+        config, flow = self.vae.config, flow_settings(self.section, self.vae.config.latent_dim)
+        once = draw_randomness(
+            self.generators(rows), config, self.section.length, VAEWeights(), flow, masked=False
+        ).map(lambda x: x.repeat_interleave(PAIR, 0))
+        values = {field.name: getattr(once, field.name) for field in fields(Draws)}
+        return PairDraws(**values, pair=torch.tensor(rows).repeat_interleave(PAIR))
+
+    def count(self, rows: Batch, draws: Draws) -> Counts:
+        """Return tokens and latents, and in place of noisy latents how many pairs there are."""
+        return replace(count(rows, draws, self.vae.config), noisy=len(rows) / PAIR)
+
+    def _errors(self, dit: DiT, rows: Batch, draws: PairDraws) -> tuple[Tensor, Tensor]:
+        """Return the mean flow error of each row (B,), and of how many latents it is."""
+        assert draws.timestep is not None
+        assert draws.noise is not None
+        vae: TextVAE = self.vae
+        with torch.no_grad():
+            layout = rows_layout(vae, rows)
+            mean = encode(vae, rows.ids, layout, vae.config.log_snr).mean
+            z0 = vae.normalise(mean).view(len(rows), -1, vae.config.latent_dim)
+            pinned = pin(vae, rows, draws, layout, self.system.pad_id)
+        sample = sample_of_latents(rows, vae.config.patch_size)
+        errors = flow_errors(dit, z0, draws.noise, draws.timestep, pinned, sample, draws.alone)
+        patch = vae.config.patch_size
+        free = ~pinned_latents(given_tokens(rows, draws, patch), patch)
+        return mean_error(errors, free), free.sum(1)
+
+    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: PairDraws, counts: Counts, step: int) -> Loss:
+        """Return the loss of pairs in a step, with the network that learns or its average."""
+        dit = networks["dit"]
+        assert isinstance(dit, DiT)
+        assert draws.pair is not None
+        errors, lengths = self._errors(dit, rows, draws)
+        learns = torch.is_grad_enabled()
+        reference = self._reference(rows, draws)
+        pairs = errors.view(-1, PAIR)
+        known = reference if reference is not None else pairs.detach()
+        beta = self._beta(step)
+        anchor = self.section.anchor
+        total, terms = preference_loss(
+            *(pairs[:, 0], pairs[:, 1], known[:, 0], known[:, 1]), beta=beta, anchor=anchor
+        )
+        if learns and "gains" in self.memory and (step + 1) * self.section.batch <= len(self.memory["gains"]):
+            gains = ((known[:, 0] - known[:, 1]) - (pairs[:, 0] - pairs[:, 1])).detach().cpu()
+            new = torch.zeros_like(self.memory["gains"])
+            new[draws.pair[::PAIR].cpu()] = gains
+            self.memory["gains"] += added_up(new)
+        terms |= {"beta": beta * errors.new_tensor(len(pairs))}
+        sizes = lengths.view(-1, PAIR).float()
+        terms |= {"chosen_length": sizes[:, 0].sum(), "rejected_length": sizes[:, 1].sum()}
+        if reference is None:
+            terms = {"flow": terms["flow"]}
+        return Loss(total / counts.noisy, {name: term / counts.noisy for name, term in terms.items()})
+
+    def _reference(self, rows: Batch, draws: PairDraws) -> Tensor | None:
+        """Return the first weights' errors of pairs (P, 2), None for those that none are stored of."""
+        assert draws.pair is not None
+        stored = self.memory.get("reference")
+        if stored is None:
+            dit = self.frozen["reference"]
+            assert isinstance(dit, DiT)
+            with torch.no_grad():
+                return self._errors(dit, rows, draws)[0].view(-1, PAIR)
+        numbers = draws.pair[::PAIR].cpu()
+        if int(numbers.max()) >= len(stored):
+            return None
+        return stored[numbers].to(rows.ids.device)
+
+    def _beta(self, step: int) -> float:
+        """Return beta of a step: that of the recipe, or 0 until what was gained has set it."""
+        if self.section.beta is not None:
+            return self.section.beta
+        gains = self.memory["gains"]
+        if step * self.section.batch < len(gains):
+            return 0.0
+        try:
+            return calibrated_beta(gains)
+        except ValueError as error:
+            raise ColadaError(f"stages.{self.name}: beta cannot be set by {error}; give beta") from None
+
+    @classmethod
+    def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
+        """Return the steps: rows of both answers."""
+        section = recipe.stages[name]
+        assert isinstance(section, PreferencesSection)
+        rows, per_block = PAIR * section.batch, section.timestep_per == "block"
+        return [
+            (name, section.steps, Work("dit", rows, section.length, section.copies, False, 1.0, per_block))
+        ]
+
+    @classmethod
+    def phases(
+        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+    ) -> list[Phase]:
+        """Return the steps, with the passes of the first weights and, unless stored, their copy."""
+        section = recipe.stages[name]
+        assert isinstance(section, PreferencesSection)
+        placement = replace(placement, micro_batch=PAIR * placement.micro_batch)
+        (phase,) = super().phases(recipe, name, configs, placement)
+        forward = (phase.flops["DiT"] + phase.flops["AdaLN"]) / 3
+        flops = {**phase.flops, "reference": forward}
+        memory = dict(phase.memory)
+        if section.reference == "recomputed":
+            memory["reference"] = phase.memory["weights"]
+        return [replace(phase, flops=flops, memory=memory)]

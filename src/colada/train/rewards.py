@@ -1,0 +1,400 @@
+"""Rewards of what the model writes, as stages: DiffusionNFT, and RAFT, which it must beat.
+
+A round begins with answers of the old weights to prompts of the data, several to each, by the engine. They
+are rewarded by a rule, and the steps of the round learn from their latents as they were written: text encoded
+again would be other latents than the model comes to. What is random follows from the seeds of recipe, round
+and answer; so a run that is resumed in a round writes its answers again, and they are the same.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from colada.data.instructions import reward_of
+from colada.data.rows import FILLING, Batch, Rows
+from colada.data.rules import rewarded
+from colada.errors import ColadaError
+from colada.flow import PREDICTIONS, T, interpolate
+from colada.generate.settings import TextRequest
+from colada.models.base import LanguageModel
+from colada.models.cola import ColaDLM
+from colada.models.rollouts import roll_out
+from colada.networks.config import TextVAEConfig
+from colada.networks.dit import DiT
+from colada.text.chat import render
+from colada.train.cola import ColaStage, flow_settings
+from colada.train.cost import Phase, Placement, Work, matrix_entries, networks
+from colada.train.flow_matching import pin, place, predict
+from colada.train.kinds import RaftSection, RewardSection
+from colada.train.losses import Loss, draw, encode, rows_layout
+from colada.train.noise import (
+    Counts,
+    Draws,
+    VAEWeights,
+    draw_randomness,
+    given_tokens,
+    pinned_latents,
+    sample_of_latents,
+)
+from colada.train.parallel import gathered, of_all
+from colada.train.posttraining import follow, reward_errors, rewards_to_shares
+from colada.train.recipe import Recipe
+from colada.train.stages import Beginning, LayOut, System, modes_kept, row_generator
+
+REPLAY = 4  # One row of the data for so many answers.
+_ANSWERS = 2**43  # Rows of answers, in the seeds of draws: rows that no data has.
+_MARK = "\x00"
+
+
+@dataclass(frozen=True)
+class AnswerDraws(Draws):
+    """Draws of a step's rows: answers, and rows of the data.
+
+    Attributes:
+        written: bool (B,), which rows are answers.
+        latents: (B, M, C), theirs.
+        share: (B,), r: how good an answer is among those to its prompt.
+        reward: (B,).
+    """
+
+    written: Tensor | None = None
+    latents: Tensor | None = None
+    share: Tensor | None = None
+    reward: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer of a round, to be learnt: its row (1, L), latents (M, C), reward, and r in 0..1."""
+
+    row: Batch
+    latents: Tensor
+    reward: float
+    ended: bool
+    share: float = 0.5
+
+
+class RolloutStage(ColaStage):
+    """The DiT on answers of its own."""
+
+    learns, uses = ("dit",), ("vae",)
+    teachers = {"old": "dit", "reference": "dit"}  # noqa: RUF012 - the base class says that it is the class's
+    section: RewardSection | RaftSection
+
+    def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
+        super().__init__(system, name, lay_out)
+        self.memory["round"] = torch.zeros((), dtype=torch.int64)
+        questions = self.section.questions
+        self._reward = reward_of(self.section.reward, None if questions is None else Path(questions))
+        self._written: tuple[int, list[Answer]] | None = None
+
+    def begin(self, beginning: Beginning) -> None:
+        """Take what writes answers, and the prompts."""
+        self._beginning = beginning
+        self._prompts: Rows = beginning.rows(self.recipe.seed + self.number)
+        beginning.ranks.share(self.section.prompts)  # Groups are not divided.
+
+    @abstractmethod
+    def keep(self, number: int) -> float:
+        """Return how much of the old weights stays as a round begins."""
+
+    @abstractmethod
+    def chosen(self, answers: Sequence[Sequence[Answer]]) -> list[Answer]:
+        """Return what is learnt of the groups of a round, with its share."""
+
+    @abstractmethod
+    def errors(self, policy: Tensor, old: Tensor | None, share: Tensor) -> Tensor:
+        """Return the loss (B, K, M) of answers, by the errors of velocities (B, K, M, C) and shares (B,)."""
+
+    # --- rounds ----------------------------------------------------------------------------------
+
+    def rollouts(self, step: int, rows: Batch, draws: Draws) -> tuple[Batch, AnswerDraws]:
+        """Return this rank's answers of a step, and a quarter of its rows of the data."""
+        section, ranks = self.section, self._beginning.ranks
+        number, update = divmod(step, section.updates)
+        if number > int(self.memory["round"]):
+            follow(self.frozen["old"], self.networks["dit"], self.keep(number))
+            self.memory["round"].fill_(number)
+        if self._written is None or self._written[0] != number:
+            self._written = number, self._round(number)
+        answers = self._written[1]
+        places = [update * section.batch + at for at in ranks.share(section.batch)]
+        some = [answers[self._order(number, place, len(answers))] for place in places]
+        numbers = [_ANSWERS + step * section.batch + at for at in ranks.share(section.batch)]
+        kept = list(range(0, len(rows), REPLAY))
+        replayed = Batch(*(None if x is None else x[kept] for x in (rows.ids, rows.sample, rows.trained)))  # type: ignore[arg-type]
+        parts = [*(own.row for own in some), replayed]
+        together = Batch(
+            torch.cat([part.ids for part in parts]),
+            torch.cat([part.sample for part in parts if part.sample is not None]),
+            torch.cat([part.trained for part in parts if part.trained is not None]),
+        )
+        again = draws.map(lambda x: x[kept])
+        drawn = self.draw(numbers)
+        values: dict[str, Any] = {}
+        for field in fields(Draws):
+            one, other = getattr(drawn, field.name), getattr(again, field.name)
+            values[field.name] = None if one is None else torch.cat([one, other])
+        zeros = torch.zeros(len(kept))
+        latents = torch.stack([own.latents for own in some])
+        return together, AnswerDraws(
+            **values,
+            written=torch.cat([torch.ones(len(some), dtype=torch.bool), zeros.bool()]),
+            latents=torch.cat([latents, latents.new_zeros(len(kept), *latents.shape[1:])]),
+            share=torch.cat([torch.tensor([own.share for own in some]), zeros]),
+            reward=torch.cat([torch.tensor([own.reward for own in some]), zeros]),
+        )
+
+    def _order(self, number: int, place: int, answers: int) -> int:
+        """Return which answer is at a place of a round: all in an order of the seed, and again."""
+        turn, at = divmod(place, answers)
+        seeds = (self.recipe.seed, self.number, number, turn)
+        return int(np.random.default_rng(seeds).permutation(answers)[at])
+
+    def _round(self, number: int) -> list[Answer]:
+        """Write a round's answers with the old weights, on all ranks together, and reward them."""
+        section, ranks = self.section, self._beginning.ranks
+        prompts = [number * section.prompts + at for at in ranks.share(section.prompts)]
+        old, vae = gathered(self.frozen["old"]), gathered(self.vae)
+        model = self._beginning.model({**self.system.networks, "dit": old, "vae": vae})
+        assert isinstance(model, ColaDLM)
+        groups, error = list[list[Answer]](), None
+        with modes_kept([old, vae]):
+            try:
+                groups = self._groups(model, number, prompts)
+            except ColadaError as failed:  # The others wait for this rank's answers.
+                error = str(failed)
+        brought = of_all((groups, error))
+        for _, said in brought:
+            if said is not None:
+                raise ColadaError(said)
+        every = [group for groups, _ in brought for group in groups]
+        flat = [answer for group in every for answer in group]
+        rewards = [answer.reward for answer in flat]
+        learnt = self.chosen(every)
+        ended = sum(answer.ended for answer in flat) / len(flat)
+        best = np.mean([max(own.reward for own in group) for group in every])
+        self._beginning.display.say(
+            f"{self.name} round {number + 1}: reward {np.mean(rewards):.3f}, best of each prompt {best:.3f},"
+            f" {100 * ended:.0f}% ended, {len(learnt)} of {len(flat)} answers to learn from"
+        )
+        # Where there is nothing to learn, the rows are there and have no weight.
+        return learnt or [replace(answer, share=float("nan")) for answer in flat]
+
+    def _groups(self, model: ColaDLM, number: int, prompts: Sequence[int]) -> list[list[Answer]]:
+        """Return the answers of a model to prompts, several to each."""
+        section, stretch = self.section, model.vae.config.patch_size
+        rows = [self._prompts.row(prompt) for prompt in prompts]
+        starts, requests = list[list[int]](), list[TextRequest]()
+        for prompt, row in zip(prompts, rows, strict=True):
+            assert row.trained is not None
+            given = int(row.trained[0].int().argmax())
+            starts.append(row.ids[0, :given].tolist())
+            room = section.length - -(-given // stretch) * stretch
+            for sample in range(section.samples):
+                seeds = np.random.SeedSequence([self.recipe.seed, self.number, number, prompt, sample])
+                seed = int(seeds.generate_state(1, np.uint64)[0] >> 2)
+                settings: Any = {**section.sampler, "seed": seed}
+                requests.append(TextRequest(starts[-1], min(section.new_tokens, room), settings))
+        done = roll_out(model, requests)
+        groups = []
+        for at, start in enumerate(starts):
+            asked = plain_prompt(model, start)
+            group = []
+            for own in done[at * section.samples : (at + 1) * section.samples]:
+                text = own.completion.text
+                value = rewarded(self._reward, section.reward, asked, text)
+                ended = own.completion.finish_reason == "end"
+                group.append(Answer(*self._row(start, own.ids, own.latents), value, ended))
+            groups.append(group)
+        return groups
+
+    def _row(self, prompt: Sequence[int], ids: Sequence[int], latents: Tensor) -> tuple[Batch, Tensor]:
+        """Return an answer as a row of the stage's length, and its latents."""
+        length, patch = self.section.length, self.vae.config.patch_size
+        shape = (1, length)
+        row, sample = torch.full(shape, self.system.pad_id), torch.full(shape, FILLING)
+        trained = torch.zeros(shape, dtype=torch.bool)
+        end = len(latents) * patch
+        whole = [*prompt, *ids]
+        row[0, : len(whole)] = torch.tensor(whole)
+        sample[0, :end] = 0
+        trained[0, len(prompt) : end] = True
+        filled = latents.new_zeros(length // patch, latents.shape[-1])
+        filled[: len(latents)] = latents
+        return Batch(row, sample, trained), filled
+
+    # --- the loss --------------------------------------------------------------------------------
+
+    def draw(self, rows: Sequence[int]) -> Draws:
+        """Return the draws of rows by number."""
+        config, flow = self.vae.config, flow_settings(self.section, self.vae.config.latent_dim)
+        generators = [row_generator(self.recipe.seed, self.number, row) for row in rows]
+        return draw_randomness(generators, config, self.section.length, VAEWeights(), flow, masked=False)
+
+    def _parts(self, rows: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Return which latents are learnt of answers, and which of rows of the data: bool (B, M) each."""
+        patch = self.vae.config.patch_size
+        free = ~pinned_latents(given_tokens(rows, draws, patch), patch)
+        if not isinstance(draws, AnswerDraws) or draws.written is None or draws.share is None:
+            return torch.zeros_like(free), free
+        return free & (draws.written & ~draws.share.isnan())[:, None], free & ~draws.written[:, None]
+
+    def count(self, rows: Batch, draws: Draws) -> Counts:
+        """Return tokens; in place of latents the noisy ones of rows of the data; and those of answers."""
+        copies = 1 if draws.timestep is None else draws.timestep.shape[1]
+        answers, others = (int(part.sum()) * copies for part in self._parts(rows, draws))
+        tokens = rows.ids.numel() if rows.sample is None else int((rows.sample >= 0).sum())
+        return Counts(tokens, others, answers)
+
+    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
+        """Return the loss of answers and rows of the data in a step, with what learns or its average."""
+        dit, vae, section = networks["dit"], self.vae, self.section
+        assert isinstance(dit, DiT)
+        assert draws.timestep is not None
+        assert draws.noise is not None
+        answers, others = (part[:, None].float() for part in self._parts(rows, draws))
+        with torch.no_grad():
+            layout = rows_layout(vae, rows)
+            q = encode(vae, rows.ids, layout, vae.config.log_snr)
+            z0 = vae.normalise(draw(q, draws.posterior)).view(len(rows), -1, vae.config.latent_dim)
+            pinned = pin(vae, rows, draws, layout, self.system.pad_id)
+            if isinstance(draws, AnswerDraws) and draws.written is not None:
+                assert draws.latents is not None
+                z0 = torch.where(draws.written[:, None, None], draws.latents, z0)
+            z = place(interpolate(z0[:, None], draws.noise, draws.timestep / T), pinned)
+        sample = sample_of_latents(rows, vae.config.patch_size)
+
+        def velocity_errors(network: nn.Module) -> Tensor:
+            assert isinstance(network, DiT)
+            assert draws.timestep is not None
+            assert draws.noise is not None
+            output = predict(network, z, draws.timestep, z0, pinned, sample, draws.alone)
+            error = PREDICTIONS[network.config.prediction].error
+            return error(output, z0[:, None], draws.noise, draws.timestep / T)
+
+        policy = velocity_errors(dit)
+        with torch.no_grad():
+            reference = velocity_errors(self.frozen["reference"])
+        pull = (policy - reference).square().mean(-1)
+        flow = policy.square().mean(-1)
+        held = pull if section.replay_of == "reference" else flow
+        total = section.replay * (held * others).sum() / counts.latents
+        terms = {
+            "flow": (flow * others).sum() / counts.latents,
+            "drift": (pull * others).sum() / counts.latents,
+        }
+        if isinstance(draws, AnswerDraws) and draws.share is not None and draws.reward is not None:
+            with torch.no_grad():
+                old = velocity_errors(self.frozen["old"]) if self.needs_old else None
+            push = self.errors(policy, old, draws.share.nan_to_num(0.5))
+            terms["push"] = (push * answers).sum() / counts.noisy
+            terms["pull"] = (pull * answers).sum() / counts.noisy
+            terms["reward"] = draws.reward.sum() / section.batch
+            total = total + terms["push"] + section.pull * terms["pull"]
+        return Loss(total, {name: term.detach() for name, term in terms.items()})
+
+    needs_old = True
+
+    @classmethod
+    def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
+        """Return the steps: answers, and rows of the data."""
+        section = recipe.stages[name]
+        assert isinstance(section, RewardSection | RaftSection)
+        rows, per_block = section.batch + -(-section.batch // REPLAY), section.timestep_per == "block"
+        return [
+            (name, section.steps, Work("dit", rows, section.length, section.copies, False, 1.0, per_block))
+        ]
+
+    @classmethod
+    def phases(
+        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+    ) -> list[Phase]:
+        """Return the steps, with what the answers of a round cost in each, and two frozen copies."""
+        section, vae, dit = recipe.stages[name], configs["vae"], configs["dit"]
+        assert isinstance(section, RewardSection | RaftSection)
+        (phase,) = super().phases(recipe, name, configs, placement)
+        forward = (phase.flops["DiT"] + phase.flops["AdaLN"]) / 3
+        evaluations = int(section.sampler.get("steps", 16)) + 1  # And the pass that commits.
+        blocks = -(-section.new_tokens // vae.block_tokens)
+        positions = section.prompts * section.samples * blocks * evaluations * dit.block_size
+        written = 2.0 * positions * matrix_entries(networks(vae, dit)[1]) / section.updates
+        flops = {**phase.flops, "frozen passes": (1 + cls.needs_old) * forward, "answers": written}
+        return [replace(phase, flops=flops, memory={**phase.memory, "copies": 2 * phase.memory["weights"]})]
+
+
+class RewardStage(RolloutStage):
+    """DiffusionNFT: towards good answers and away from bad ones, of each prompt's."""
+
+    section: RewardSection
+
+    def keep(self, number: int) -> float:
+        """Return how much of the old weights stays, which rises with the rounds."""
+        return min(self.section.keep_rise * number, self.section.keep)
+
+    def chosen(self, answers: Sequence[Sequence[Answer]]) -> list[Answer]:
+        """Return the answers of groups whose rewards differ, with r."""
+        rewards = torch.tensor([[own.reward for own in group] for group in answers])
+        shares = rewards_to_shares(rewards, self.section.least_spread)
+        return [
+            replace(own, share=float(share))
+            for group, of_group in zip(answers, shares, strict=True)
+            for own, share in zip(group, of_group, strict=True)
+            if len({one.reward for one in group}) > 1
+        ]
+
+    def errors(self, policy: Tensor, old: Tensor | None, share: Tensor) -> Tensor:
+        """Return ``posttraining.reward_errors`` of predictions whose target is no error."""
+        assert old is not None
+        nothing = torch.zeros_like(policy)
+        beta, adaptive = self.section.beta, self.section.adaptive
+        return reward_errors(policy, old, nothing, share[:, None, None], beta, adaptive)
+
+
+class RaftStage(RolloutStage):
+    """RAFT: the best answer of each prompt, where it is better than its group by a margin."""
+
+    section: RaftSection
+    needs_old = False
+
+    def keep(self, number: int) -> float:
+        """Return 0: answers are those of the weights as the round begins."""
+        return 0.0
+
+    def chosen(self, answers: Sequence[Sequence[Answer]]) -> list[Answer]:
+        """Return the best of each group that has one."""
+        best = []
+        for group in answers:
+            rewards = np.array([own.reward for own in group])
+            own = group[int(rewards.argmax())]
+            if (
+                own.reward > rewards.mean()
+                and own.reward >= rewards.mean() + self.section.margin * rewards.std()
+            ):
+                best.append(replace(own, share=1.0))
+        return best
+
+    def errors(self, policy: Tensor, old: Tensor | None, share: Tensor) -> Tensor:
+        """Return the flow's error."""
+        return policy.square().mean(-1)
+
+
+def plain_prompt(model: LanguageModel, ids: Sequence[int]) -> str:
+    """Return what a user has asked last, where the chat template shows it; else the whole prompt."""
+    assert model.tokenizer is not None
+    text = model.tokenizer.decode(ids, skip_special=False)
+    if model.chat_template is None:
+        return text
+    turns = [{"role": "user", "content": _MARK}]
+    before, _, after = render(turns, model.tokenizer, model.chat_template, "a prompt", True).partition(_MARK)
+    if before and before in text and text.endswith(after):
+        return text[text.rindex(before) + len(before) : len(text) - len(after)]
+    return text

@@ -1,0 +1,285 @@
+"""Stages that learn from answers: preferences between two, and rewards of what the model writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import colada
+import rules
+from colada.cli.main import main
+from colada.errors import ColadaError
+from colada.generate.settings import TextRequest
+from colada.models.cola import ColaDLM
+from colada.models.rollouts import roll_out
+from colada.train.recipe import Recipe, load_recipe
+from colada.train.rewards import plain_prompt
+from colada.train.trainer import Interrupted, Trainer
+from helpers import reference, request, tiny_model
+from runs import STORIES, TINY, At, assert_same_run, final_state, logged, metrics, recipe, same
+
+TASKS = f"{{path: {STORIES}, format: tasks, tasks: [sums, greeting, questions], samples: 30}}"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of conversations that has seen very little."""
+    out = tmp_path_factory.mktemp("start") / "run"
+    first = [f"data.sources=[{TASKS}]", "data.packing=samples", "stages.prior.kind=instruct"]
+    lengths = ["stages.vae.length=64", "stages.prior.length=64", "stages.vae.steps=20", "stages.vae.lr=0.01"]
+    Trainer(recipe(*first, *lengths, "run.validate_every=0", "run.sample_every=0"), out).run()
+    return out / "model"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    lines = []
+    for n in range(40):
+        prompt: Any = f"Say {n}." if n % 2 else [{"role": "user", "content": f"Say {n}."}]
+        lines.append({"prompt": prompt, "chosen": f"It is {n}.", "rejected": f"I will not say {n * 7}!"})
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
+
+
+def made(start: Path, folder: Path, kind: str, source: str, *overrides: str) -> Recipe:
+    yaml = folder / f"{kind}.yaml"
+    yaml.write_text(f"model: {{init: {start}}}\nstages: {{{kind}: {{}}}}\n")
+    common = [own for own in TINY if own.startswith(("data.", "run."))]
+    mine = [f"data.sources=[{source}]", "data.packing=samples", "run.sample_every=0", "run.save_every=1"]
+    stage = ["steps=6", "length=64", "warmup=0", "copies=2", "lr=0.003"]
+    return load_recipe(yaml, [*common, *mine, *(f"stages.{kind}.{own}" for own in stage), *overrides])
+
+
+# --- preferences ---------------------------------------------------------------------------------
+
+
+def preferring(start: Path, pairs: Path, *overrides: str) -> Recipe:
+    source = f"{{path: {pairs}, format: preferences}}"
+    some = ["stages.preferences.batch=4", "stages.preferences.calibration=2", "stages.preferences.anchor=0.1"]
+    return made(start, pairs.parent, "preferences", source, *some, *overrides)
+
+
+@pytest.fixture(scope="module")
+def preferred(start: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("preferred") / "run"
+    Trainer(preferring(start, pairs), out).run()
+    return out
+
+
+def test_preferences_are_logged_from_nothing_on(preferred: Path) -> None:
+    training = [record for record in metrics(preferred) if record["split"] == "train"]
+    assert [record["beta"] > 0 for record in training] == [False, False, True, True, True, True]
+    assert training[2]["beta"] == pytest.approx(training[5]["beta"])
+    first = training[0]
+    assert (first["margin"], first["chosen"], first["rejected"]) == (
+        0,
+        0,
+        0,
+    )  # The first weights are their own.
+    for record in training[1:]:
+        assert record["margin"] == pytest.approx(record["rejected"] - record["chosen"], abs=1e-6)
+        assert 0 <= record["preferred"] <= 1
+    # At the same draws: the first weights' loss of the chosen is what is left when what was gained is not.
+    assert first["loss"] == pytest.approx(0.6931 + 0.1 * first["flow"], rel=1e-3)
+    held_out = [record for record in metrics(preferred) if record["split"] == "validation"]
+    assert held_out[-1].keys() >= {"preferred", "margin", "chosen", "rejected", "flow"}
+    assert training[0]["chosen_length"] < training[0]["rejected_length"]
+
+
+def test_preferences_resume_in_the_middle_of_what_sets_beta(
+    start: Path, pairs: Path, preferred: Path, tmp_path: Path
+) -> None:
+    for step in (1, 3):
+        out = tmp_path / str(step)
+        with pytest.raises(Interrupted):
+            Trainer(preferring(start, pairs), out, At("preferences", step)).run()
+        Trainer(preferring(start, pairs), out).run()
+        assert_same_run(out, preferred)
+
+
+def test_a_stored_reference_is_the_one_that_is_computed_again(
+    start: Path, pairs: Path, preferred: Path, tmp_path: Path
+) -> None:
+    stored = preferring(start, pairs, "stages.preferences.reference=stored")
+    Trainer(stored, tmp_path / "stored").run()
+    one, other = (
+        [r for r in logged(out) if r["split"] == "train"] for out in (preferred, tmp_path / "stored")
+    )
+    for record, again in zip(one, other, strict=True):
+        for key in ("loss", "margin", "chosen", "rejected", "beta"):
+            assert again[key] == pytest.approx(record[key], rel=1e-4, abs=1e-6)
+    assert "reference" not in final_state(tmp_path / "stored")
+    with pytest.raises(Interrupted):
+        Trainer(stored, tmp_path / "resumed", At("preferences", 2)).run()
+    Trainer(stored, tmp_path / "resumed").run()
+    assert_same_run(tmp_path / "stored", tmp_path / "resumed")
+
+
+def test_how_pairs_are_grouped_changes_nothing(
+    start: Path, pairs: Path, preferred: Path, tmp_path: Path
+) -> None:
+    Trainer(preferring(start, pairs, "stages.preferences.micro_batch=1"), tmp_path / "run").run()
+    for record, again in zip(logged(preferred), logged(tmp_path / "run"), strict=True):
+        for key in {"loss", "margin", "chosen", "rejected"} & record.keys():
+            assert again[key] == pytest.approx(record[key], rel=1e-3, abs=2e-5)
+
+
+def test_a_pair_that_is_none_is_named(start: Path, tmp_path: Path) -> None:
+    file = tmp_path / "broken.jsonl"
+    for line, said in (
+        ({"prompt": "a", "chosen": "b"}, "no column 'rejected'"),
+        ({"prompt": 3, "chosen": "b", "rejected": "c"}, "prompt is 3, expected a string or a list"),
+        ({"prompt": "a", "chosen": "", "rejected": "c"}, "completion is empty"),
+        (
+            {"prompt": [{"role": "user", "content": "x"}], "chosen": "b", "rejected": 2},
+            "answer 2, expected text",
+        ),
+    ):
+        file.write_text(json.dumps(line))
+        with pytest.raises(ColadaError, match=f"broken.jsonl:1.*{said}"):
+            Trainer(preferring(start, file), tmp_path / "run")
+
+
+# --- rewards -------------------------------------------------------------------------------------
+
+
+def rewarding(start: Path, folder: Path, *overrides: str, kind: str = "reward") -> Recipe:
+    some = ["batch=4", "prompts=2", "samples=3", "updates=2", "new_tokens=8", "reward=rules:letters"]
+    some += ["sampler={steps: 2, guidance: 1.0}"]
+    mine = [f"stages.{kind}.{own}" for own in some]
+    return made(start, folder, kind, TASKS, *mine, "run.validate_every=3", *overrides)
+
+
+@pytest.fixture(scope="module")
+def rewarded_run(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rewarded")
+    rules.asked.clear()
+    Trainer(rewarding(start, folder), folder / "run").run()
+    return folder / "run"
+
+
+def test_rewards_are_of_what_users_ask(rewarded_run: Path) -> None:
+    assert len(rules.asked) == 3 * 2 * 3  # Rounds, prompts, answers.
+    assert not any("<|" in prompt or "\n" in prompt for prompt in rules.asked)
+    training = [record for record in metrics(rewarded_run) if record["split"] == "train"]
+    assert all(0 < record["reward"] < 1 and record["push"] > 0 for record in training)
+    assert training[0]["drift"] == training[0]["pull"] == 0
+    assert training[-1]["drift"] > 0
+
+
+@pytest.mark.parametrize("kind", ["reward", "raft"])
+def test_a_run_that_is_stopped_in_a_round_ends_in_the_same_weights(
+    start: Path, rewarded_run: Path, tmp_path: Path, kind: str
+) -> None:
+    whole = rewarded_run
+    if kind == "raft":
+        whole = tmp_path / "whole"
+        Trainer(rewarding(start, tmp_path, kind=kind), whole).run()
+    for step in (1, 2, 3):
+        out = tmp_path / str(step)
+        with pytest.raises(Interrupted):
+            Trainer(rewarding(start, tmp_path, kind=kind), out, At(kind, step)).run()
+        Trainer(rewarding(start, tmp_path, kind=kind), out).run()
+        assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("kind", ["reward", "raft"])
+def test_rewards_that_are_all_equal_teach_nothing(start: Path, tmp_path: Path, kind: str) -> None:
+    flat = rewarding(start, tmp_path, f"stages.{kind}.reward=rules:equal", kind=kind)
+    Trainer(flat, tmp_path / "run").run()
+    before, after = colada.load(start), colada.load(tmp_path / "run" / "model")
+    assert isinstance(before, ColaDLM)
+    assert isinstance(after, ColaDLM)
+    assert same(before.dit.state_dict(), after.dit.state_dict())
+
+
+def test_how_answers_are_grouped_changes_nothing(start: Path, rewarded_run: Path, tmp_path: Path) -> None:
+    Trainer(rewarding(start, tmp_path, "stages.reward.micro_batch=2"), tmp_path / "run").run()
+    for record, again in zip(logged(rewarded_run), logged(tmp_path / "run"), strict=True):
+        for key in {"loss", "push", "pull", "drift", "reward"} & record.keys():
+            assert again[key] == pytest.approx(record[key], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(ValueError("no dictionary"), "failed: no dictionary"), (float("nan"), "is nan"), ("good", "is 'good'")],
+)
+def test_a_reward_that_is_none_stops_the_run_saved(
+    start: Path, tmp_path: Path, value: object, said: str
+) -> None:
+    changing = rewarding(start, tmp_path, "stages.reward.reward=rules:changing")
+    rules.said.clear()
+    Trainer(changing, tmp_path / "whole").run()
+
+    class Then(At):
+        def act(self) -> None:
+            rules.said["value"] = value
+
+    with pytest.raises(
+        ColadaError, match=rf"reward step 5: the reward rules:changing of prompt '.*{said}.*; saved"
+    ):
+        Trainer(changing, tmp_path / "run", Then("reward", 3)).run()
+    assert (tmp_path / "run" / "checkpoints" / "reward-00000004").is_dir()
+    rules.said.clear()
+    Trainer(changing, tmp_path / "run").run()
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_answers_come_with_the_latents_of_the_readable_loop() -> None:
+    model = tiny_model()
+    prompts = [[3, 4, 5, 6, 7], [9, 8]]
+    settings: Any = {"steps": 3, "guidance": 1.0, "end_ids": ()}
+    asked = [TextRequest(ids, 7, {**settings, "seed": n}) for n, ids in enumerate(prompts)]
+    for number, (own, ids) in enumerate(zip(roll_out(model, asked), prompts, strict=True)):
+        plain = reference(model, request(model, ids, 7, number, **settings))
+        prefix = len(ids) // 4 * 4
+        torch.testing.assert_close(
+            own.latents[prefix:], torch.cat([z for z, _ in plain]), rtol=1e-3, atol=1e-4
+        )
+        torch.testing.assert_close(own.latents[:prefix], model.encode(ids)[:prefix], rtol=1e-3, atol=1e-4)
+        assert [*ids[prefix:], *own.ids][len(ids) - prefix :] == [t for _, ids_of in plain for t in ids_of][
+            len(ids) - prefix :
+        ]
+        assert own.completion.tokens == own.ids[:7]
+
+
+def test_what_was_asked_is_taken_out_of_the_template(start: Path) -> None:
+    model = colada.load(start)
+    assert model.tokenizer is not None
+    one = model.chat_prompt([{"role": "user", "content": "Who?"}])
+    assert plain_prompt(model, model.tokenizer.encode(one)) == "Who?"
+    two = model.chat_prompt([{"role": "system", "content": "x"}, {"role": "user", "content": "Who?"}])
+    assert plain_prompt(model, model.tokenizer.encode(two)) == "Who?"
+    model.chat_template = "{{ messages[0]['content'] }}"
+    assert plain_prompt(model, model.tokenizer.encode(two)) == two
+    model.chat_template = None
+    assert plain_prompt(model, model.tokenizer.encode("Who?")) == "Who?"
+
+
+@pytest.mark.parametrize("kind", ["preferences", "reward", "raft"])
+def test_a_look_before_the_run(
+    start: Path, pairs: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = f"{{path: {pairs}, format: preferences}}" if kind == "preferences" else TASKS
+    made(start, tmp_path, kind, source)
+    yaml = str(tmp_path / f"{kind}.yaml")
+    assert (
+        main(["train", yaml, "--dry-run", f"--set=data.sources=[{source}]", "--set=data.packing=samples"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert ("reference" if kind == "preferences" else "answers") in said
+
+
+def test_what_cannot_be_is_refused(start: Path, tmp_path: Path) -> None:
+    with pytest.raises(ColadaError, match=r"reward.*task='wrods'.*did you mean 'words'"):
+        rewarding(start, tmp_path, "stages.reward.reward=wrods")
+    with pytest.raises(ColadaError, match="has no function 'lettres'"):
+        rewarding(start, tmp_path, "stages.reward.reward=rules:lettres")
+    with pytest.raises(ColadaError, match="sampler: steps=0"):
+        rewarding(start, tmp_path, "stages.reward.sampler={steps: 0}")
