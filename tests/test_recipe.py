@@ -203,8 +203,10 @@ def test_an_unset_loc_follows_the_latent_width() -> None:
 
 def test_every_key_has_a_comment_and_is_written() -> None:
     stages = {name: {} for name in KINDS}
-    of_pictures = {"data": {"pictures": [{"path": "shapes:"}]}, "model": {"image": {"kind": "conv_vae"}}}
-    text = commented(Recipe.model_validate({"stages": stages, **of_pictures}))
+    sources = [{"path": name, "format": name} for name in ("text", "preferences", "tasks")]
+    data = {"pictures": [{"path": "shapes:"}], "sources": sources, "packing": "samples"}
+    model = {"image": {"kind": "conv_vae"}}
+    text = commented(Recipe.model_validate({"stages": stages, "data": data, "model": model}))
 
     def check(section: type, values: dict) -> None:
         assert values.keys() == section.model_fields.keys()
