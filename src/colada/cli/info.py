@@ -15,12 +15,22 @@ from rich.table import Table
 
 from colada.files import read_json_object
 from colada.generate.settings import RELEASED_SETTINGS
-from colada.locate import BUNDLED, DECODER_DIR, DIT_DIR, GENERATION_FILE, VAE_DIR, find_tokenizer, locate
+from colada.locate import (
+    BUNDLED,
+    DECODER_DIR,
+    DIT_DIR,
+    GENERATION_FILE,
+    IMAGE_DIR,
+    VAE_DIR,
+    find_tokenizer,
+    locate,
+)
 from colada.models.load import MODELS, read_decoder_config
 from colada.networks.checkpoint import open_weights, read_configs
 from colada.networks.config import DecoderConfig, DiTConfig, NetworkConfig, TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
+from colada.pictures.codec import codec_parameters, read_codec_config
 from colada.text.tokenizer import Tokenizer
 from colada.train.cost import networks
 
@@ -32,8 +42,12 @@ PARTS = {
     "DiT AdaLN": r"dit\.(blocks\.\d+\.ada|txt_out_ada)\.",
     "DiT timestep embedding": r"dit\.emb_in2?\.",
     "DiT input and output": r"dit\.txt_(in|out|out_norm)\.",
+    "DiT for pictures": r"dit\.(img_|blocks\.\d+\.image\.)",
+    "Picture codec": r"image\.",
 }
 """Name of a part -> which parameters it has. Every parameter is in exactly one."""
+OF_PICTURES = ("DiT for pictures", "Picture codec")
+"""Those that a model of text has not."""
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -134,6 +148,11 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> Mo
         vae, dit = read_configs(directory)
         configs, defaults, history = {VAE_DIR: vae, DIT_DIR: dit}, RELEASED_SETTINGS, history_values(vae, dit)
         parameters = count_parameters(*networks(vae, dit))
+        if dit.img_channels:
+            configs[IMAGE_DIR] = image = read_codec_config(directory)
+            parameters["Picture codec"] = codec_parameters(image)
+        else:
+            parameters = {part: count for part, count in parameters.items() if part not in OF_PICTURES}
     settings, tokenizer = directory / GENERATION_FILE, find_tokenizer(directory)
     inside = (file for folder in configs for file in (directory / folder).glob("*"))
     beside = [*directory.glob("*.json"), *directory.glob("*.jinja"), *directory.glob("*.safetensors")]
@@ -195,7 +214,7 @@ def show(model: ModelInfo) -> None:
     memory = [(name, size(model.weight_bytes(name)), size(model.history_bytes(name))) for name in BYTES]
     per = "token" if DECODER_DIR in model.configs else "latent"
     table("Memory", "Weights", f"History per {per}", rows=memory)
-    titles = {VAE_DIR: "Text VAE", DIT_DIR: "DiT", DECODER_DIR: "Decoder"}
+    titles = {VAE_DIR: "Text VAE", DIT_DIR: "DiT", DECODER_DIR: "Decoder", IMAGE_DIR: "Picture codec"}
     for folder, config in model.configs.items():
         values(titles[folder], config.to_dict())
     values("Generation", dict(model.generation))

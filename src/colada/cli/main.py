@@ -36,6 +36,7 @@ from colada.cli.options import (
     number_option,
     read_texts,
 )
+from colada.cli.pictures import describe, draw
 from colada.cli.rewards import reward
 from colada.cli.serve import serve
 from colada.cli.write import chat, generate
@@ -75,9 +76,10 @@ eval_app.command("likelihood")(likelihood)
 eval_app.command("generative")(generative)
 eval_app.command("reward")(reward)
 app.add_typer(eval_app, name="eval")
-for command in (generate, chat, serve, train.train, train.recipe, train.report, train.export, train.cost):
+for command in (generate, chat, draw, describe, serve):
     app.command()(command)
-app.command()(train.distil)
+for command in (train.train, train.recipe, train.report, train.export, train.cost, train.distil):
+    app.command()(command)
 
 # typer exports no other name for click's usage errors, and only newer versions carry their own click.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]

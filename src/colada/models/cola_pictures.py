@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -11,7 +12,7 @@ import torch
 
 from colada.checks import MOST_TOKENS, require_count, require_flag, require_function
 from colada.device import plain_torch
-from colada.errors import ColadaError, shown
+from colada.errors import ColadaError, ColadaWarning, shown
 from colada.generate.canvas import Canvas
 from colada.generate.reference import TransportStep
 from colada.generate.session import Session
@@ -21,6 +22,7 @@ from colada.models.base import BATCH, LanguageModel, finished
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.pictures.codec import Codec
+from colada.pictures.config import words_of
 from colada.pictures.load import load_picture
 from colada.pictures.shapes import Picture
 from colada.text.transcript import Chunk, Completion, Transcript, completed
@@ -99,6 +101,14 @@ class PictureModel(LanguageModel):
     def _drawing(self, caption: Prompt, settings: RequestSettings) -> tuple[Request, Canvas]:
         codec = self.codec()
         ids = self.ids(caption)
+        unseen = self.unseen(caption) if isinstance(caption, str) else []
+        if unseen:
+            said = ", ".join(map(repr, unseen))
+            warnings.warn(
+                f"caption {shown(caption)}: in none that the model has learnt from: {said}",
+                ColadaWarning,
+                stacklevel=3,
+            )
         return Request(tuple(ids), 0, settings, draws=codec.config.latents), Canvas(codec)
 
     def _drawing_session(
@@ -194,6 +204,11 @@ class PictureModel(LanguageModel):
         return request, Transcript(
             self.tokenizer, 0, count, stop, end_ids, whole_sentences=settings.whole_sentences
         )
+
+    def unseen(self, caption: str) -> list[str]:
+        """Return the words of a caption that the model has learnt nothing of, as far as it knows."""
+        known, words = self.codec().config.words, dict.fromkeys(words_of(caption))
+        return [] if known is None else [word for word in words if word not in known]
 
     # --- both ------------------------------------------------------------------------------
 

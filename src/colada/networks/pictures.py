@@ -6,9 +6,9 @@ picture, which see each other, then the clean and the noisy answer, which see bo
 
 Text keeps its positions; a picture takes one, the first after the text before it, for all its latents, and
 the text after it begins with the next block: a KV cache needs no second kind of position. Where in a picture
-a latent lies is told by ``img_pos`` and, with ``img_axial``, by rotary positions: half of the frequencies turn
-by that position plus the row, half by it plus the column. B rows, L text latents, M latents of a picture,
-which may be narrower than the text's.
+a latent lies is told by ``img_pos`` and, with ``img_axial``, by rotary positions: half of the frequencies
+turn by that position plus the row, half by it plus the column. B rows, L text latents, M latents of a
+picture, which may be narrower than the text's.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,6 +17,14 @@ MOST_SIZE = 1024
 
 DRAWING = extension(None, "settings with which the model draws")
 DESCRIBING = extension(None, "settings with which it describes")
+WORDS = extension(None, "the words of the captions that it learnt from, where they are not too many")
+MOST_WORDS = 8192
+"""Words that a configuration holds; of captions with more of them, none."""
+
+
+def words_of(caption: str) -> list[str]:
+    """Return the words of a caption, in lower case."""
+    return re.findall(r"[^\W\d_]+", caption.lower())
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class CodecConfig(NetworkConfig):
     width: int = extension(0, "features of a convolutional codec at full size")
     drawing: dict | None = DRAWING  # type: ignore[type-arg]  # Its type is checked as it stands here.
     describing: dict | None = DESCRIBING  # type: ignore[type-arg]
+    words: list | None = WORDS  # type: ignore[type-arg]
     whitening: float = extension(
         0.5,
         "power of their standard deviations that principal components are divided by: 0 leaves them, 1 makes"

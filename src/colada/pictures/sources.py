@@ -18,8 +18,9 @@ import numpy as np
 from colada.data.documents import read_records, split_file, text_of
 from colada.errors import ColadaError, nearest, shown
 from colada.files import as_path, decode, read_lines, require_file
+from colada.pictures.config import words_of
 from colada.pictures.load import Loaded, decode_picture, load_picture
-from colada.pictures.shapes import SIZE, Picture, example
+from colada.pictures.shapes import SIZE, VOCABULARY, Picture, example
 from colada.pictures.twemoji import read_twemoji
 
 CAPTIONS = "captions.tsv"
@@ -68,6 +69,11 @@ class Scenes:
         """Return a scene by its number, from 0."""
         return Pair(*example(self.seed, self.first + number, self.things, self.unseen, self.on_grid))
 
+    @property
+    def words(self) -> frozenset[str]:
+        """All words of the captions."""
+        return VOCABULARY
+
     def split(self, share: float) -> tuple[Scenes, Scenes | None]:
         """Return what is trained on, and others to validate with, if a share is wanted for that."""
         if share == 0:
@@ -104,6 +110,11 @@ class Files:
         content = sha1("\0".join(self.captions).encode(), usedforsecurity=False)
         content.update(self.pictures.tobytes())
         return content.hexdigest()
+
+    @property
+    def words(self) -> frozenset[str]:
+        """All words of the captions."""
+        return frozenset(word for caption in self.captions for word in words_of(caption))
 
     def pair(self, number: int) -> Pair:
         """Return a pair by its number, from 0; after the last comes the first."""

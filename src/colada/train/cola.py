@@ -24,6 +24,7 @@ from colada.networks.pictures import with_pictures
 from colada.networks.solver import LearntSolver
 from colada.networks.vae import TextVAE
 from colada.pictures.codec import Codec, PatchPCA, fit, new_codec
+from colada.pictures.config import MOST_WORDS
 from colada.text.tokenizer import Tokenizer
 from colada.train.cost import Phase, Placement, Work, cola_phase
 from colada.train.flow_matching import Consistency, FlowStep
@@ -108,8 +109,15 @@ class ColaSystem(System):
 
     def ready(self, name: str, lay_out: LayOut) -> nn.Module:
         """Return a network, laid over the ranks with its weights; a linear codec is then fitted."""
-        network, splits = super().ready(name, lay_out), open_pairs(self.recipe)
-        if name == "image" and self._fits and splits is not None:
+        network = super().ready(name, lay_out)
+        splits = open_pairs(self.recipe) if name == "image" else None
+        if splits is None:
+            return network
+        assert isinstance(network, Codec)
+        words = splits.words.union(network.config.words or ())
+        told = sorted(words) if len(words) <= MOST_WORDS else None
+        network.config = dataclasses.replace(network.config, words=told)
+        if self._fits:
             assert isinstance(network, PatchPCA)
             pictures = (pair.picture for pair in splits.training.pairs(self.recipe.data.fitted_on))
             batches = iter(lambda: list(islice(pictures, _FITTED_AT_ONCE)), [])
@@ -137,6 +145,13 @@ def _stored(inside: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
     chosen = as_distilled(inside, {**defaults, **settings}, {})
     told = {"steps", "guidance", "solver", "schedule"}
     return {name: value for name, value in chosen.items() if name in told or value != defaults[name]}
+
+
+def codec_of(system: System) -> Codec:
+    """Return the picture codec of a run."""
+    codec = system.networks["image"]
+    assert isinstance(codec, Codec)
+    return codec
 
 
 class ColaStage(Stage):

@@ -14,9 +14,10 @@ from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.models.base import LanguageModel
 from colada.models.load import load
 from colada.networks.checkpoint import check_replaceable
+from colada.pictures.config import CodecConfig
 from colada.text.tokenizer import Tokenizer
 from colada.train.checkpoints import RECIPE, disk_errors, read_state, read_tensors
-from colada.train.cola import ColaSystem
+from colada.train.cola import ColaSystem, codec_of
 from colada.train.decoder import DecoderSystem
 from colada.train.recipe import Recipe, load_recipe
 from colada.train.sections import ModelSection
@@ -78,6 +79,8 @@ def export(checkpoint: Path, directory: Path) -> str:
         model = ModelSection(arch=recipe.model.arch, **configs)
         recipe = recipe.model_copy(update={"model": model})
     system = system_of(recipe, tokenizer, start)
+    if "image" in configs:  # With the words that it has learnt.
+        codec_of(system).config = CodecConfig.from_dict(configs["image"])
     for name in begun:
         system.ready(name, nn.ModuleDict)
     states = {name: network.state_dict() for name, network in system.networks.items()}

@@ -47,12 +47,14 @@ class PairSplits:
     """What is trained on, and what is validated with; None where nothing is.
 
     Attributes:
+        words: of all captions that are trained on, and of what is asked.
         digests: of each source by its name, what tells its pairs from others.
         notes: what was changed in pictures, in words.
     """
 
     training: Pairs
     validation: Pairs | None
+    words: frozenset[str]
     digests: dict[str, str]
     notes: tuple[str, ...]
 
@@ -85,6 +87,7 @@ def _opened(named: Sequence[tuple[str, float]], size: int, seed: int, share: flo
     return PairSplits(
         Pairs(tuple(training), seed),
         Pairs(tuple(validation), seed) if validation else None,
+        frozenset[str]().union(*(source.words for source, _ in training)),
         {source.name: source.digest for source, _ in opened},
         tuple(f"{source.name}: {note}" for source, _ in opened for note in source.notes),
     )

@@ -19,7 +19,7 @@ from colada.data.rows import Batch
 from colada.flow import LOSS_SPACES, MIN_A, T, TimestepLaw
 from colada.networks.dit import DiT
 from colada.pictures.codec import Codec, ConvVAE
-from colada.train.cola import ColaSystem, PriorStage, flow_settings
+from colada.train.cola import ColaSystem, PriorStage, codec_of, flow_settings
 from colada.train.cost import Phase, Placement
 from colada.train.kinds import PicturesSection, PictureVAESection
 from colada.train.losses import Loss
@@ -358,13 +358,6 @@ class PictureVAEStage(Stage):
         section = recipe.stages[name]
         assert isinstance(section, PictureVAESection)
         return [codec_phase(name, section, configs["image"], placement)]
-
-
-def codec_of(system: System) -> Codec:
-    """Return the picture codec of a run."""
-    codec = system.networks["image"]
-    assert isinstance(codec, Codec)
-    return codec
 
 
 def _splits(recipe: Recipe) -> PairSplits:

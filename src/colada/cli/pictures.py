@@ -1,0 +1,222 @@
+"""The commands for models that have pictures: ``draw`` and ``describe``."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from colada.checks import MOST_TOKENS, require_count
+from colada.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    FileOption,
+    LinesOption,
+    ModelOption,
+    RevisionOption,
+    TextArgument,
+    check_model_options,
+    load_cola,
+    number_option,
+    read_texts,
+)
+from colada.cli.write import ScheduleOption, SolverOption
+from colada.errors import ColadaError
+from colada.generate.settings import Settings, check_settings
+
+if TYPE_CHECKING:
+    from colada.models.cola import ColaDLM
+    from colada.pictures.shapes import Picture
+    from colada.text.transcript import Chunk
+
+MOST_SCALE = 64
+MOST_DRAWINGS = 4096
+_USUAL = "Default: the model's, or what draws well."
+
+StepsOption = Annotated[int | None, typer.Option(help=f"Solver steps of a picture or a block. {_USUAL}")]
+GuidanceOption = Annotated[
+    float | None, number_option("--guidance", "-g", help=f"Guidance scale; 1 is off. {_USUAL}")
+]
+
+
+def draw(
+    caption: TextArgument = None,
+    file: FileOption = None,
+    lines: LinesOption = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="PNG to write; - is standard output.")
+    ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROWSxCOLUMNS",
+            help="A sheet of so many drawings, of all captions in turn; seeds in order.",
+        ),
+    ] = None,
+    scale: Annotated[int, typer.Option(help="Pixels of the PNG for one of a picture.")] = 8,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    seed: Annotated[int, typer.Option(help="Drawing i, from 0, has seed + i.")] = 0,
+    guidance: GuidanceOption = None,
+    steps: StepsOption = None,
+    solver: SolverOption = None,
+    schedule: ScheduleOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    batch: Annotated[int, typer.Option(help="How many are drawn together.")] = 64,
+) -> None:
+    """Draw a caption, or several.
+
+    On a terminal, the picture is shown as it forms, after each solver step. Several are on one sheet.
+    """
+    given: Settings = {
+        "steps": steps,
+        "guidance": guidance,
+        "solver": solver,
+        "schedule": schedule,
+        "seed": seed,
+    }
+    check_settings(given)
+    require_count("batch", batch)
+    require_count("scale", scale, MOST_SCALE)
+    rows, columns = _grid(grid)
+    check_model_options(model, revision, dtype, device)
+    to_terminal = sys.stdout is not None and sys.stdout.isatty()
+    if out is None and not to_terminal:
+        raise ColadaError("standard output is no terminal: give -o FILE, or -o - for the bytes of a PNG")
+    captions = read_texts(caption, file, lines or (grid is not None and caption is None and file is None))
+    if grid is not None:
+        captions = [captions[number % len(captions)] for number in range(rows * columns)]
+    else:
+        columns = math.ceil(math.sqrt(len(captions)))
+    network = load_cola(model, revision, dtype, device)
+    from colada.pictures.show import png, sheet
+
+    chunks = network.stream_drawing(captions, batch=batch, guesses=to_terminal and str(out) != "-", **given)
+    drawn = _watched(chunks, captions, columns, to_terminal and str(out) != "-")
+    picture = drawn[0] if len(drawn) == 1 else sheet(drawn, columns)
+    if out is None:
+        return
+    content = png(picture, scale)
+    if str(out) == "-":
+        sys.stdout.buffer.write(content)
+        return
+    from colada.files import atomic_writer
+
+    with atomic_writer(out) as target:
+        target.write(content)
+
+
+def _grid(text: str | None) -> tuple[int, int]:
+    """Return the rows and columns that an option names."""
+    if text is None:
+        return 1, 1
+    match = re.fullmatch(r"(\d{1,4})[x×](\d{1,4})", text)
+    rows, columns = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= rows * columns <= MOST_DRAWINGS:
+        raise ColadaError(
+            f"grid={text!r}, expected rows x columns such as 4x4, at most {MOST_DRAWINGS} drawings"
+        )
+    return rows, columns
+
+
+def _watched(chunks: Iterator[Chunk], captions: list[str], columns: int, live: bool) -> list[Picture]:
+    """Return the drawings of all captions, shown on the terminal while they form.
+
+    Raises:
+        ColadaError: if any failed.
+    """
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from colada.pictures.show import half_blocks, sheet
+
+    there: dict[int, Picture] = {}
+    errors: dict[int, str] = {}
+    console = Console(highlight=False)
+    live = live and console.is_terminal and not console.is_dumb_terminal
+
+    def shown(status: str) -> Group | Text:
+        pictures = [there[number] for number in sorted(there)]
+        if not pictures:
+            return Text(status, "dim")
+        page = pictures[0] if len(pictures) == 1 else sheet(pictures, columns)
+        blocks = half_blocks(page) if page.shape[1] <= console.width else Text("")
+        return Group(blocks, Text(status, "dim"))
+
+    view = Live(console=console, auto_refresh=False, transient=False) if live else None
+    if view is not None:
+        view.start()
+    try:
+        finished = 0
+        for chunk in chunks:
+            if chunk.picture is not None:
+                there[chunk.index] = chunk.picture
+            if chunk.error is not None:
+                errors[chunk.index] = chunk.error
+            finished += chunk.completion is not None
+            if view is not None:
+                step = f"step {chunk.step}/{chunk.steps}" if chunk.step is not None else captions[chunk.index]
+                count = f" · {finished}/{len(captions)}" if len(captions) > 1 else ""
+                view.update(shown(step + count), refresh=True)
+    finally:
+        if view is not None:
+            view.stop()
+    if errors:
+        which, why = min(errors.items())
+        raise ColadaError(f"{len(errors)} of {len(captions)} drawings failed, first number {which}: {why}")
+    return [there[number] for number in range(len(captions))]
+
+
+def describe(
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Picture files of any kind.")],
+    prompt: Annotated[str, typer.Option(help="What is asked of each.")] = "",
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="How many tokens an answer has at most.")
+    ] = 48,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    seed: Annotated[int, typer.Option(help="Answer i, from 0, has seed + i.")] = 0,
+    guidance: GuidanceOption = None,
+    steps: StepsOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a picture, each on its line.")
+    ] = False,
+) -> None:
+    """Say what is in pictures; what is cut off or scaled of one is said on standard error."""
+    given: Settings = {"steps": steps, "guidance": guidance, "seed": seed}
+    check_settings(given)
+    require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
+    check_model_options(model, revision, dtype, device)
+    for path in pictures:  # Before a model is loaded.
+        if not path.exists():
+            raise ColadaError(f"{path}: no such file, expected a picture")
+    network = load_cola(model, revision, dtype, device)
+    loaded = [_read(network, path) for path in pictures]
+    done = network.describe([one for one, _ in loaded], max_new_tokens, prompt=prompt, **given)
+    for path, (_, changes), answer in zip(pictures, loaded, done, strict=True):
+        if as_json:
+            fields: dict[str, Any] = {"picture": str(path), "text": answer.text, "changes": changes}
+            print(json.dumps({**fields, "finish_reason": answer.finish_reason, "seed": answer.seed}))
+        else:
+            print(f"{path}: {answer.text}" if len(pictures) > 1 else answer.text)
+
+
+def _read(network: ColaDLM, path: Path) -> tuple[Picture, list[str]]:
+    """Return a picture as the model takes it, and what was changed, which is said."""
+    from colada.pictures.load import load_picture
+
+    loaded = load_picture(path, network.codec().config.size)
+    changes = [str(change) for change in loaded.changes]
+    if changes:
+        print(f"note: {path}: {', '.join(changes)}", file=sys.stderr)
+    return loaded.picture, changes
