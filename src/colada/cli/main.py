@@ -78,8 +78,8 @@ eval_app.command("reward")(reward)
 app.add_typer(eval_app, name="eval")
 for command in (generate, chat, draw, describe, serve):
     app.command()(command)
-for command in (train.train, train.recipe, train.report, train.export, train.cost, train.distil):
-    app.command()(command)
+for of_runs in (train.train, train.recipe, train.report, train.export, train.cost, train.distil):
+    app.command()(of_runs)
 
 # typer exports no other name for click's usage errors, and only newer versions carry their own click.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]

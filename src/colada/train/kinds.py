@@ -10,10 +10,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from colada.data.sources import Section
 from colada.train.answers import PreferenceTerms, RewardTerms
+from colada.train.picture_terms import CodecTerms, PictureTerms
 
 MOST_STEPS = 10**9
 MOST_ROWS = 2**20
@@ -352,7 +353,7 @@ class SolverSection(TaughtSection):
     )
 
 
-class PicturesSection(FlowTerms, StageSection):
+class PicturesSection(PictureTerms, PriorTerms, StageSection):
     """The DiT by flow matching, of text, of pictures after captions, and of answers about pictures.
 
     A step has one of these tasks; the rows of one of text are as a prior's.
@@ -362,55 +363,14 @@ class PicturesSection(FlowTerms, StageSection):
     stage = "colada.train.pictures:PicturesStage"
     first = 2
     kind: Literal["pictures"] = "pictures"
-    tasks: dict[Literal["text", "draw", "describe"], Weight] = Field(
-        {"text": 0.3, "draw": 0.4, "describe": 0.3},
-        description="Shares of the steps: of text alone, of drawing captions, of describing pictures.",
-    )
-    pairs: int = Field(
-        4, ge=1, le=4096, description="Pictures in place of each row, in steps that draw or describe."
-    )
-    picture_loc: float = Field(2.2, ge=-100, le=100, description="loc of the timestep law of pictures.")
-    picture_scale: float = Field(1.0, ge=SMALLEST, le=100, description="Its scale.")
-    caption_dropout: float = Field(
-        0.1, ge=0, le=1, description="Share of pictures that do not see their captions, for guidance."
-    )
-    caption_weight: Weight = Field(
-        1.0, description="Weight of the flow of captions, which are learnt beside what is drawn from them."
-    )
-    caption_length: int = Field(
-        64,
-        ge=1,
-        le=1024,
-        description="Tokens of a caption or an answer; the rest of longer ones is left out.",
-    )
-    prompts: tuple[str, ...] = Field(
-        ("", "what is in the picture?"), min_length=1, description="What answers may follow, one drawn each."
-    )
-    axial: bool = Field(
-        True,
-        description="Rotary positions tell rows and columns of a picture's latents; as what follows, of a DiT"
-        " that has no pictures yet.",
-    )
-    dual_layers: int = Field(
-        0, ge=0, le=1000, description="First layers of the DiT that get weights of their own for pictures."
-    )
-
-    @field_validator("tasks")
-    @classmethod
-    def _some(cls, tasks: dict[str, float]) -> dict[str, float]:
-        if not sum(tasks.values()):
-            raise ValueError("expected a share above 0")
-        return tasks
 
 
-class PictureVAESection(StageSection):
+class PictureVAESection(CodecTerms, StageSection):
     """A convolutional picture codec alone: square error + kl KL(q || N(0, I)); its rows are of pictures."""
 
     archs = ("cola",)
     stage = "colada.train.pictures:PictureVAEStage"
     kind: Literal["picture_vae"] = "picture_vae"
-    pairs: int = Field(1, ge=1, le=4096, description="Pictures of a row.")
-    kl: Weight = Field(1e-6, description="Weight of the divergence.")
 
 
 class PreferencesSection(PreferenceTerms, FlowTerms, StageSection):

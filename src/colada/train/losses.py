@@ -46,6 +46,12 @@ class Loss:
     terms: dict[str, Tensor]
 
 
+def add_terms(sums: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
+    """Add a batch's terms to sums by name, in place."""
+    for name, term in terms.items():
+        sums[name] = sums[name] + term if name in sums else term
+
+
 def readable(terms: Mapping[str, Tensor]) -> dict[str, float | list[float | None]]:
     """Return summed terms as logged: log_snr = log(E mu^2 / E sigma^2), flow_by_t as means by bin of t.
 

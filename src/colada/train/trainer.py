@@ -51,7 +51,7 @@ from colada.train.display import Display
 from colada.train.export import DTYPES, system_of, write_model
 from colada.train.inputs import chat_template, make_tokenizer, prepare_inputs
 from colada.train.logs import Monitors, Point, make_monitors
-from colada.train.losses import readable
+from colada.train.losses import add_terms, readable
 from colada.train.noise import Counts, Drawn
 from colada.train.optimisation import average_weights, learning_rate, set_learning_rate
 from colada.train.parallel import Ranks, allocate, lay_out, run_device
@@ -387,7 +387,7 @@ class Trainer:
                 loss = stage.loss(stage.networks, rows, drawn, counts, step)
             # Gradients are averaged over the ranks, the losses are to be summed.
             (loss.total * self.ranks.size).backward()
-            _add(terms, loss.terms)
+            add_terms(terms, loss.terms)
             total += loss.total.detach()
         parameters = [p for p in stage.networks.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, stage.section.clip)
@@ -412,7 +412,7 @@ class Trainer:
         counts, terms = self._counts(stage, own, draws), dict[str, Tensor]()
         for part, drawn in self._passes(stage, own, draws):
             with self._autocast():
-                _add(terms, stage.loss(networks, part, drawn, counts, step).terms)
+                add_terms(terms, stage.loss(networks, part, drawn, counts, step).terms)
         values = self._readable(terms)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
         self.display.say(f"{stage.name} validation: {shown}")
@@ -495,8 +495,3 @@ class Trainer:
         due = minutes is not None and time.monotonic() - self._saved >= 60 * minutes
         stop, due = self.ranks.sum(torch.tensor([self._stop, due and self.ranks.first]).float()).tolist()
         return bool(stop), bool(due)
-
-
-def _add(sums: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
-    for name, term in terms.items():
-        sums[name] = sums[name] + term if name in sums else term
