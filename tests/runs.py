@@ -105,9 +105,11 @@ class At(Display):
         self.where, self.title = (stage, step), ""
 
     @contextmanager
-    def task(self, title: str, total: int, start: int = 0, passing: bool = False) -> Iterator[None]:
+    def task(
+        self, title: str, total: int, start: int = 0, passing: bool = False, unit: str = "steps"
+    ) -> Iterator[None]:
         self.title = title
-        with super().task(title, total, start, passing):
+        with super().task(title, total, start, passing, unit):
             yield
 
     def update(self, step: int, terms: Mapping[str, Any]) -> None:

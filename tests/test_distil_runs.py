@@ -21,6 +21,7 @@ from colada.flow import evaluations_of
 from colada.generate.reference import transport
 from colada.generate.settings import RequestSettings
 from colada.models.likelihood import measure
+from colada.networks.config import DiTConfig, TextVAEConfig
 from colada.networks.layers import History
 from colada.networks.solver import LearntSolver
 from colada.train import trajectories as kept_files
@@ -110,7 +111,7 @@ def test_a_prior_is_distilled_under_its_own_guidance_and_resumes(
 
 
 class StopsAfter(At):
-    """Asks a run to stop once so many parts of trajectories are made."""
+    """Asks a run to stop once so many rows of trajectories are made."""
 
     def advance(self, done: int, total: int) -> None:
         if "trajectories" in self.title and done == self.where[1]:
@@ -125,7 +126,7 @@ def test_rounds_learn_from_one_teacher_and_resume_anywhere(
     Trainer(made(teacher, whole, rounds(whole)), whole / "run").run()
     own = made(teacher, stopped, rounds(stopped))
     with pytest.raises(Interrupted, match="stopped before step 1 of few"):
-        Trainer(own, stopped / "run", StopsAfter("few", 1)).run()
+        Trainer(own, stopped / "run", StopsAfter("few", 16)).run()
     assert len(list((stopped / "kept").glob("part-*"))) == 1
     with pytest.raises(Interrupted):
         Trainer(own, stopped / "run", At("few", 2)).run()
@@ -178,6 +179,10 @@ def test_what_undoes_a_distillation_is_refused(tmp_path: Path, teacher: Path) ->
         with pytest.raises(ColadaError, match=words):
             plan_run(made(teacher, tmp_path, stages))
     plan_run(made(teacher, tmp_path, {"prior": prior, "fold": fold}))
+    with pytest.raises(
+        ColadaError, match=r"stages.fold of a DiT with self_conditioning, expected one without"
+    ):
+        plan_run(made(teacher, tmp_path, {"prior": prior, "fold": fold}, "stages.prior.self_conditioning=1"))
     plan_run(made(teacher, tmp_path, {"fold": fold, "again": fold.replace("guidance: 3", "guidance: 1")}))
 
 
@@ -335,6 +340,14 @@ def test_the_command_is_training_from_a_model(
     for words in ("fold", "four", "four, trajectories", "one 80 GB H100 at 40% MFU"):
         assert words in shown
     assert max(map(len, shown.splitlines())) <= 80
+    # The released size is planned from its configurations alone.
+    for part, config in (("cola_dit", DiTConfig(block_size=16)), ("cola_vae", TextVAEConfig(block_size=16))):
+        (tmp_path / "released" / part).mkdir(parents=True)
+        (tmp_path / "released" / part / "config.json").write_text(json.dumps(config.to_dict()))
+    assert main([*own, "--model", str(tmp_path / "released"), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["parameters"]["DiT"] == pytest.approx(1.84e9, rel=0.01)
+    assert max(phase["memory_per_rank"]["total"] for phase in planned["phases"]) < 80e9
     small = made(teacher, tmp_path, rounds(tmp_path))
     assert small.model.init == str(teacher)
     run = [

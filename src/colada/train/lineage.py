@@ -8,6 +8,7 @@ from typing import Any
 from colada.errors import ColadaError
 from colada.locate import locate
 from colada.networks.checkpoint import read_configs
+from colada.networks.config import DiTConfig
 from colada.train.kinds import (
     DistilSection,
     FlowSection,
@@ -76,17 +77,21 @@ def _teacher_steps(section: DistilSection) -> int:
 _OF_DATA = FlowSection | JointSection | PicturesSection | PreferencesSection
 
 
-def check_order(recipe: Recipe, start: Mapping[str, Any] | None) -> None:
+def check_order(recipe: Recipe, dit: DiTConfig) -> None:
     """Check that no stage undoes what one before it, or the model that a run begins with, has built in.
 
     Args:
-        start: what that model has built in, None for nothing.
+        dit: of that model, or a new one's.
 
     Raises:
-        ColadaError: as :func:`built_in`; or for a stage that trains the flow of data after a distillation.
+        ColadaError: as :func:`built_in`; or for a stage that trains the flow of data after a distillation, or
+            a teacher that takes its own last guess, which a student of other steps has never seen.
     """
+    start = dit.distilled
     distilled = start is not None
     for name, section in recipe.trained.items():
+        if isinstance(section, TaughtSection) and section.steps and dit.self_conditioning:
+            raise ColadaError(f"recipe: stages.{name} of a DiT with self_conditioning, expected one without")
         if section.steps:
             inside = built_in(recipe, name, start)
             if isinstance(section, RolloutSection) and inside is not None and inside.get("grids"):

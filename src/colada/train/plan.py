@@ -165,7 +165,7 @@ def plan_run(recipe: Recipe, ranks: int = 1) -> Plan:
         vae, dit = configs["vae"], configs["dit"]
         assert isinstance(vae, TextVAEConfig)
         assert isinstance(dit, DiTConfig)
-        check_order(recipe, dit.distilled)
+        check_order(recipe, dit)
         parameters = parameter_counts(vae, dit)
         image = configs.get("image")
         if isinstance(image, CodecConfig) and image.kind == "conv_vae":

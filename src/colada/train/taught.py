@@ -88,9 +88,10 @@ class TaughtStage(PriorStage):
         missing, rows = files.missing, beginning.rows(self.recipe.seed)
         settings = sampler(kept, section.guidance, section.guidance_cap, section.guidance_rescale)
         device = beginning.ranks.device
-        done = files.parts - len(missing)
-        with beginning.display.task(f"{self.name}: trajectories", files.parts, done, passing=True):
-            for number, part in enumerate(missing, start=1):
+        done = kept.rows - sum(len(files.numbers(part)) for part in missing)
+        title = f"{self.name}: trajectories"
+        with beginning.display.task(title, kept.rows, done, passing=True, unit="rows"):
+            for part in missing:
                 if beginning.stopped():
                     return
                 numbers = files.numbers(part)
@@ -100,7 +101,8 @@ class TaughtStage(PriorStage):
                     *networks, some.to(device), draws.to(device), settings, kept.grid, self.system.pad_id
                 )
                 files.keep(part, some, states)
-                beginning.display.advance(done + number, files.parts)
+                done += len(numbers)
+                beginning.display.advance(done, kept.rows)
 
     def _fixed(self, numbers: Sequence[int]) -> Draws:
         """Return what is drawn for rows whose trajectories are kept: the same whenever they are used."""
