@@ -28,6 +28,7 @@ from colada.train import trajectories as kept_files
 from colada.train.cost import Placement, training_flops
 from colada.train.distil_cost import with_teacher
 from colada.train.distillation import Guided, landing
+from colada.train.export import export
 from colada.train.flow_matching import pin
 from colada.train.losses import draw, encode, rows_layout
 from colada.train.noise import FlowSettings, VAEWeights, draw_randomness
@@ -67,7 +68,7 @@ def made(start: Path, path: Path, stages: dict[str, str], *overrides: str) -> Re
     lines = "".join(f"  {name}: {words}\n" for name, words in stages.items())
     yaml.write_text(f"model: {{init: {start}}}\nstages:\n{lines}")
     common = [own for own in TINY if own.startswith(("data.", "run."))]
-    return load_recipe(yaml, [*common, "run.save_every=1", *overrides])
+    return load_recipe(yaml, [*common, "run.save_every=1", "run.keep_last=20", *overrides])
 
 
 def rounds(path: Path, grids: str = "[[1, 0.6, 0]]", more: str = "") -> dict[str, str]:
@@ -380,9 +381,11 @@ def test_a_student_of_several_lengths_learns_and_resumes(tmp_path: Path, teacher
     assert bool(model.dit.emb_in2.proj_out.weight.any())
     assert [model.chosen({"steps": steps})["schedule"] for steps in (1, 2)] == [(1, 0), (1, 0.6, 0)]
     assert len(model.generate(["One"], 4, steps=1)[0].tokens) == 4
-    # What begins without landing times computes the same before its first step.
-    before = Trainer(whole, tmp_path / "new")
-    assert not before.system.networks["dit"].emb_in2.proj_out.weight.any()
+    # The stage before it tells no ends, and leaves what listens silent; without the stage there is none.
+    export(paths[0] / "run" / "checkpoints" / "fold-00000003", tmp_path / "folded")
+    assert not bool(colada.load(tmp_path / "folded").dit.emb_in2.proj_out.weight.any())
+    none = made(teacher, tmp_path, rounds(tmp_path, "[[1, 0.6, 0], [1, 0]]", more), "stages.few.steps=0")
+    assert "emb_in2" not in dict(Trainer(none, tmp_path / "none").system.networks["dit"].named_children())
 
 
 def test_what_a_solver_learns_brings_it_nearer() -> None:

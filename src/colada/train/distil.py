@@ -94,7 +94,7 @@ class DistilStage(TaughtStage):
                 else:
                     landed = landing(guided, z, timestep, end, clean, pinned, sample, substeps)
                     target = target_of(z, landed, timestep, end)
-        told = end if section.landing_time else None
+        told = None if section.grids is None else end
         errors = distillation_errors(student, z, target, timestep, clean, pinned, sample, told)
         total, terms = weighed(errors, timestep, pinned, counts, section.space)
         terms |= log_snr_terms(q, rows, counts)

@@ -40,11 +40,15 @@ def _learning(network: nn.Module, train: str) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in named.items() if has_factors(name, parameter)}
 
 
-def choose(network: nn.Module, train: str) -> None:
-    """Let those parameters of a DiT learn that ``train`` names, and no others; of other networks, all."""
+def choose(network: nn.Module, train: str, landing: bool = False) -> None:
+    """Let those parameters of a DiT learn that ``train`` names, and no others; of other networks, all.
+
+    Args:
+        landing: the stage tells where steps end; else what listens to that stays as it is, at first silent.
+    """
     learning = _learning(network, train)
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in learning)
+        parameter.requires_grad_(name in learning and (landing or not name.startswith("emb_in2.")))
 
 
 def learning_entries(network: nn.Module, train: str) -> int:

@@ -190,7 +190,7 @@ class Recipe(Section):
                 )
             if getattr(section, "self_conditioning", 0):
                 dit = dataclasses.replace(dit, self_conditioning=True)
-            if getattr(section, "landing_time", False):
+            if getattr(section, "landing_time", False) and section.steps:
                 dit = dataclasses.replace(dit, landing_time=True)
             if isinstance(section, PicturesSection) and not dit.img_channels:
                 image = self.image_config(vae)

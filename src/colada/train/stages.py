@@ -244,7 +244,8 @@ class Stage(ABC):
         self.section, self.number = self.recipe.stages[name], self.recipe.number(name)
         self.networks = nn.ModuleDict({own: system.ready(own, lay_out) for own in self.learns})
         for network in self.networks.values():
-            choose(network, self.section.train if isinstance(self.section, FlowTerms) else "all")
+            train = self.section.train if isinstance(self.section, FlowTerms) else "all"
+            choose(network, train, getattr(self.section, "landing_time", False))
         self.frozen = {
             own: system.ready(own, lay_out).requires_grad_(False) for own in frozen_in(self.recipe, name)
         }
