@@ -45,7 +45,8 @@ def gather_text(recipe: Path, corpora: Path, kit: Path, shards: bool) -> None:
     for source in original.data.sources:
         if source.path is None:
             raise ColadaError(f"{recipe}: {source.name} is not read from files")
-        for path in find_files(corpora, source.include):
+        name = Path(source.path).name if Path(source.path).suffix else ""
+        for path in find_files(corpora / name, source.include):
             target = kit / "corpora" / path.name
             shutil.copyfile(path, target)
             os.utime(target, (KIT_TIME, KIT_TIME))

@@ -15,6 +15,7 @@ from colada.errors import ColadaError
 from colada.train.cola import flow_settings
 from colada.train.kinds import KINDS, JointSection, PriorSection, StageSection, TextVAESection
 from colada.train.optimisation import average_weights, learning_rate, make_optimisers
+from colada.train.plan import plan_run, resolve
 from colada.train.recipe import (
     Recipe,
     commented,
@@ -186,6 +187,30 @@ def test_wsd_is_constant_and_then_goes_down_in_a_line() -> None:
     assert made[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert made[4:15] == [1.0] * 11
     assert made[15:] == pytest.approx([0.84, 0.68, 0.52, 0.36, 0.2, 0.2])
+
+
+def test_a_constant_learning_rate_stays_after_its_warm_up() -> None:
+    section = StageSection(steps=6, warmup=2, final_lr=0.2, schedule="constant")
+    assert [learning_rate(step, section) for step in range(7)] == [0.5, 1, 1, 1, 1, 1, 1]
+
+
+def test_other_text_than_the_recipes_takes_the_weights_of_its_sources_away() -> None:
+    tiny = ROOT / "recipes/tiny.yaml"
+    assert load_recipe(tiny).stages["decay"].weights == {"tinystories": 0.85, "picture_books": 0.15}
+    mine = load_recipe(tiny, [], {"data.sources": [{"path": "my-texts"}]})
+    assert [source.path for source in mine.data.sources] == ["my-texts"]
+    assert mine.stages["decay"].weights is None
+
+
+def test_the_judge_reads_what_the_bundled_model_reads() -> None:
+    tiny, judge = (load_recipe(ROOT / f"recipes/{name}.yaml") for name in ("tiny", "judge"))
+    assert judge.data == tiny.data
+    assert judge.tokenizer == tiny.tokenizer
+    matched = tiny.model_copy(update={"model": tiny.model.model_copy(update={"arch": "ar"})})
+    assert plan_run(judge).cost.parameters == plan_run(matched).cost.parameters
+    names = ("dim", "num_layers", "num_heads", "ffn_dim")
+    shapes = [[resolve(own).model.decoder[name] for name in names] for own in (judge, matched)]
+    assert shapes[0] == shapes[1]
 
 
 def test_intervals_take_turns_and_begin_with_joint_steps() -> None:

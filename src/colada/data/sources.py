@@ -311,7 +311,7 @@ def check_sources(sources: Sequence[Source], out: Path | None = None) -> list[st
                 corpora = ", or get the corpora that docs/training.md names"
                 raise ColadaError(
                     f"{where}: no such file or folder (data.sources.{number}.{key}); give yours with --data"
-                    f"{corpora if Path(where) == Path('data/corpora') else ''}"
+                    f"{corpora if Path(where).is_relative_to('data/corpora') else ''}"
                 )
             if out is not None and os.path.realpath(out) == os.path.realpath(where):
                 raise ColadaError(f"{out} is the data's own folder, expected another one to write to")

@@ -67,8 +67,9 @@ class StageSection(Section):
         " scaled to AdamW's size, so that both share one learning rate.",
     )
     lr: float = Field(1e-3, ge=SMALLEST, le=LARGEST, description="Highest learning rate, after the warm-up.")
-    schedule: Literal["cosine", "wsd"] = Field(
-        "cosine", description="After the warm-up: half a cosine down; wsd: constant, then linear down."
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine",
+        description="After the warm-up: half a cosine down; wsd: constant, then linear down; or constant.",
     )
     final_lr: float = Field(0.05, ge=0, le=1, description="Share of lr that is left at the last step.")
     warmup: int = Field(100, ge=0, le=MOST_STEPS, description="Steps over which the learning rate rises.")

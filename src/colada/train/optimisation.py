@@ -20,10 +20,12 @@ def learning_rate(step: int, section: StageSection) -> float:
     """Return the factor on the learning rate of a step, from 0.
 
     Linear warm-up; then half a cosine down, or (wsd) 1 until the last ``decay`` of the steps, which go down
-    in a line. The last step has ``final_lr``, unless it is one of the warm-up.
+    in a line. The last step has ``final_lr``, unless it is one of the warm-up; a constant one stays 1.
     """
     if step < section.warmup:
         return (step + 1) / section.warmup
+    if section.schedule == "constant":
+        return 1.0
     if step + 1 >= section.steps:
         return section.final_lr  # The cosine's would be a step later.
     start = section.warmup

@@ -296,7 +296,8 @@ def load_recipe(
     Args:
         path: the file; None for a recipe in which no key is set.
         overrides: ``section.key=value`` each, with values in YAML; ``sources.0.path`` for lists.
-        replaced: values by ``section.key``, before the overrides.
+        replaced: values by ``section.key``, before the overrides. Other sources than the recipe's take the
+            stages' weights of these away.
 
     Raises:
         ColadaError: one line naming the file and the key, for anything that is not a recipe.
@@ -309,6 +310,10 @@ def load_recipe(
         values["stages"] = {name: {} for name in _STAGES}
     for key, value in (replaced or {}).items():
         _set(values, key, value, key)
+    if "data.sources" in (replaced or {}) and isinstance(values["stages"], dict):
+        for section in values["stages"].values():
+            if isinstance(section, dict):
+                section.pop("weights", None)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
