@@ -111,6 +111,17 @@ def test_a_prior_is_distilled_under_its_own_guidance_and_resumes(
             after.generate(["One"], 4, solver="ab2")
 
 
+def test_the_modulation_alone_may_learn(tmp_path: Path, teacher: Path) -> None:
+    own = made(teacher, tmp_path, {"distil": FOLD.replace("GRIDS", "null")}, "stages.distil.train=adaln")
+    Trainer(own, tmp_path / "run").run()
+    before = dict(colada.load(teacher).dit.named_parameters())
+    after = colada.load(tmp_path / "run" / "model")
+    changed = {name for name, own in after.dit.named_parameters() if not torch.equal(own, before[name])}
+    assert changed
+    assert all("ada." in name for name in changed)
+    assert after.dit.config.distilled is not None
+
+
 class StopsAfter(At):
     """Asks a run to stop once so many rows of trajectories are made."""
 

@@ -21,7 +21,7 @@ class LearntSolver(nn.Module):
 
     Attributes:
         fitted: bool (), whether the numbers are more than the first ones.
-        guidance: float32 (2,), scale and cap under which they were learnt; a cap of 0 is none.
+        guidance: float32 (3,), scale, cap and rescaling under which they were learnt; a cap of 0 is none.
     """
 
     fitted: Tensor
@@ -34,7 +34,7 @@ class LearntSolver(nn.Module):
         self.alpha = nn.Parameter(torch.empty(config))
         self.beta = nn.Parameter(torch.empty(config * (config + 1) // 2))
         self.register_buffer("fitted", torch.tensor(False, device="cpu"))
-        self.register_buffer("guidance", torch.tensor([1.0, 0.0], device="cpu"))
+        self.register_buffer("guidance", torch.tensor([1.0, 0.0, 0.0], device="cpu"))
 
     def first_value(self, name: str, tensor: Tensor) -> Tensor:
         """Fill a parameter, by its name, so that the solver is Euler's on the front-loaded grid."""
@@ -58,9 +58,6 @@ class LearntSolver(nn.Module):
         """Return the settings of generation that say it."""
         grid, alpha, beta = self()
         values = {"grid": grid.tolist(), "alpha": alpha.tolist(), "beta": [row.tolist() for row in beta]}
-        scale, cap = self.guidance.tolist()
-        return {
-            "solver": {"kind": "bns", **values},
-            "steps": self.config,
-            **{"guidance": scale, "guidance_cap": round(cap, 6), "early_end": 0.0},
-        }
+        scale, cap, rescale = (round(own, 6) for own in self.guidance.tolist())
+        bounds = {"guidance_cap": cap, "guidance_rescale": rescale, "early_end": 0.0}
+        return {"solver": {"kind": "bns", **values}, "steps": self.config, "guidance": scale, **bounds}

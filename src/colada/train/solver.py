@@ -20,7 +20,7 @@ from colada.train.distillation import Guided
 from colada.train.flow_matching import Pinned, pin, place
 from colada.train.kinds import SolverSection
 from colada.train.losses import Loss, draw, encode, rows_layout
-from colada.train.noise import Counts, sample_of_latents
+from colada.train.noise import Counts, Draws, sample_of_latents
 from colada.train.recipe import Recipe
 from colada.train.stages import LayOut, System
 from colada.train.taught import Taught, TaughtStage
@@ -63,9 +63,9 @@ class SolverStage(TaughtStage):
         assert isinstance(dit, DiT)
         # A network with guidance built in is not guided; any other one as its teacher is.
         alone = dit.config.distilled is not None
-        scale, cap = (1.0, 0.0) if alone else (section.guidance, section.guidance_cap)
+        own = (section.guidance, section.guidance_cap, section.guidance_rescale)
         solver.fitted.fill_(True)
-        solver.guidance.copy_(torch.tensor([scale, cap]))
+        solver.guidance.copy_(torch.tensor((1.0, 0.0, 0.0) if alone else own))
 
     def _numbers(self, number: Tensor) -> list[int]:
         """Return kept rows: of the last ones in a validation, else of the others."""
@@ -75,6 +75,13 @@ class SolverStage(TaughtStage):
         if not torch.is_grad_enabled():
             return [self._kept.rows - held + own % held for own in number.tolist()]
         return [own % rest for own in number.tolist()]
+
+    def count(self, rows: Batch, draws: Draws) -> Counts:
+        """Return a batch's share in the counts of its step; in a validation, that of the kept rows."""
+        assert isinstance(draws, Taught)
+        if draws.states is None:
+            rows, draws = self.rollouts(0, rows, draws)
+        return super().count(rows, draws)
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Taught, counts: Counts, step: int) -> Loss:  # type: ignore[override]
         """Return E||z_N - z_teacher||^2 per latent number that is free."""
@@ -86,7 +93,7 @@ class SolverStage(TaughtStage):
             rows, draws = self.rollouts(step, rows, draws)
             rows, draws = rows.to(device), draws.to(device)
         assert draws.states is not None
-        scale, cap = solver.guidance.tolist()
+        scale, cap, rescale = solver.guidance.tolist()
         with torch.no_grad():
             layout = rows_layout(vae, rows)
             z0 = vae.normalise(draw(encode(vae, rows.ids, layout, vae.config.log_snr), draws.posterior))
@@ -94,7 +101,7 @@ class SolverStage(TaughtStage):
             pinned = pin(vae, rows, draws, layout, self.system.pad_id)
             sample = sample_of_latents(rows, vae.config.patch_size)
             noise, goal = draws.states[:, None, :, 0], draws.states[:, None, :, -1]
-        guided = Guided(dit, scale, cap or math.inf, self.section.guidance_rescale)
+        guided = Guided(dit, scale, cap or math.inf, rescale)
         errors = (integrate(solver, guided, noise, clean, pinned, sample) - goal).square().mean(-1)
         if pinned is not None:
             errors = errors.masked_fill(pinned.where[:, None], 0.0)
