@@ -22,13 +22,13 @@ from benchmarks.measure import peak_bytes, seconds_of
 from benchmarks.models import open_gates, size_configs
 from colada import device
 from colada.data.rows import Batch
-from colada.flow import TimestepLaw, calibrated_loc
 from colada.networks.config import DiTConfig, TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.train.cost import Work
-from colada.train.losses import stage1_loss, stage2_frozen_loss
-from colada.train.noise import FlowSettings, VAEWeights, draw_randomness
+from colada.train.kinds import FlowTerms, TextVAETerms
+from colada.train.losses import prior_loss, vae_loss
+from colada.train.noise import draw_randomness
 from colada.train.parallel import compile_blocks, recompute
 
 LR, CLIP = 1e-4, 1.0
@@ -77,7 +77,7 @@ class Case:
     def work(self) -> Work:
         """Return the step as the plan counts it."""
         vae = self.configs()[0]
-        prefixes = min(1.0, FlowSettings().prefix_share * self.length / vae.block_tokens)
+        prefixes = min(1.0, FlowTerms().prefix_share * self.length / vae.block_tokens)
         if self.stage == 1:
             return Work("vae", self.batch, self.length)
         return Work("dit", self.batch, self.length, self.copies, masked=False, prefixes=prefixes)
@@ -108,16 +108,14 @@ class Step:
             recompute(self.dit)
         if case.compiled:
             compile_blocks(self.dit)
-        self.weights = VAEWeights()
-        flow = FlowSettings(TimestepLaw(calibrated_loc(vae_config.latent_dim)), copies=case.copies)
+        self.weights = TextVAETerms()
         rows = [torch.Generator().manual_seed(row) for row in range(case.batch)]
         self.draws = draw_randomness(
             rows,
             vae_config,
             case.length,
-            self.weights,
-            flow if case.stage == 2 else None,
-            masked=case.stage == 1,
+            self.weights if case.stage == 1 else None,
+            FlowTerms(copies=case.copies) if case.stage == 2 else None,
         )
         ids = torch.randint(0, vae_config.vocab_size - 1, (case.batch, case.length), generator=rows[0])
         self.batch = Batch(ids)
@@ -128,8 +126,8 @@ class Step:
         rows, draws = self.batch.to(self.device), self.draws.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bfloat16"):
             if self.case.stage == 1:
-                return stage1_loss(self.vae, rows, draws, self.weights).total
-            return stage2_frozen_loss(self.vae, self.dit, rows, draws, self.weights, 0).total
+                return vae_loss(self.vae, rows, draws, self.weights).total
+            return prior_loss(self.vae, self.dit, rows, draws, 0).total
 
     def __call__(self) -> None:
         """Take one optimiser step: loss, gradients, clipping, fused AdamW."""

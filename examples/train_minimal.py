@@ -21,10 +21,10 @@ from torch import nn
 
 from colada import ColaDLM, DiT, DiTConfig, TextVAE, TextVAEConfig
 from colada.data.rows import Batch
-from colada.flow import TimestepLaw, calibrated_loc
 from colada.text.tokenizer import END_OF_TEXT, Tokenizer
-from colada.train.losses import Loss, readable, stage1_loss, stage2_frozen_loss
-from colada.train.noise import Draws, FlowSettings, VAEWeights, draw_randomness
+from colada.train.kinds import FlowTerms, TextVAETerms
+from colada.train.losses import Loss, prior_loss, readable, vae_loss
+from colada.train.noise import Draws, draw_randomness
 
 STORIES = Path(__file__).parents[1] / "tests" / "data" / "stories.txt"
 LENGTH = 64  # tokens a row
@@ -139,14 +139,14 @@ def main(arguments: Iterable[str] | None = None) -> ColaDLM:
 
     tokenizer, stream = read_stream(options.text, options.vocab_size)
     vae, dit = make_networks(tokenizer)
-    weights = VAEWeights(beta=3e-3, mask=0.5)
+    terms = TextVAETerms(beta=3e-3, mask=0.5)
     print(
         f"{len(stream):,} tokens, {sum(p.numel() for n in (vae, dit) for p in n.parameters()):,} parameters"
     )
 
-    def draws(flow: FlowSettings | None) -> Draws:
+    def draws(terms: TextVAETerms | None, flow: FlowTerms | None) -> Draws:
         # Everything random in a loss is drawn first: the loss is then a plain function.
-        return draw_randomness([generator] * ROWS, vae.config, LENGTH, weights, flow, masked=flow is None)
+        return draw_randomness([generator] * ROWS, vae.config, LENGTH, terms, flow)
 
     # Stage 1: -log p(x | z0) + beta KL(q(z0 | x) || N(0, I)) + lambda_mask L_mask
     train(
@@ -154,19 +154,18 @@ def main(arguments: Iterable[str] | None = None) -> ColaDLM:
         vae,
         options.steps[0],
         4e-3,
-        lambda: stage1_loss(vae, draw_rows(stream, generator), draws(None), weights),
+        lambda: vae_loss(vae, draw_rows(stream, generator), draws(terms, None), terms),
     )
 
     # Stage 2: || v(z_t, t; z0 of the blocks before) - (z1 - z0) ||^2 over the latents of the frozen Text VAE
     vae.requires_grad_(False)
-    flow = FlowSettings(TimestepLaw(calibrated_loc(vae.config.latent_dim)))
     train(
         "stage 2",
         dit,
         options.steps[1],
         3e-3,
-        lambda: stage2_frozen_loss(
-            vae, dit, draw_rows(stream, generator), draws(flow), weights, tokenizer.pad_id
+        lambda: prior_loss(
+            vae, dit, draw_rows(stream, generator), draws(None, FlowTerms()), tokenizer.pad_id
         ),
         averaged=0.98,
     )

@@ -13,18 +13,19 @@ from torch import Tensor
 
 from colada.data.rows import StreamRows, batch
 from colada.evaluate.variety import distinct, known, ngrams, repeated
-from colada.flow import T, TimestepLaw, calibrated_loc, interpolate
+from colada.flow import T, interpolate
 from colada.models.cola import ColaDLM
 from colada.train.flow_matching import guess_of_z0, predict
+from colada.train.kinds import FlowTerms
 from colada.train.losses import (
     draw,
     encode,
+    prior_loss,
     readable,
     reconstruction,
     rows_layout,
-    stage2_frozen_loss,
 )
-from colada.train.noise import FlowSettings, VAEWeights, draw_randomness, sample_of_latents
+from colada.train.noise import draw_randomness, sample_of_latents
 
 LEVELS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Noise levels a = t / T at which guesses are looked at."""
@@ -121,17 +122,16 @@ def pronouns(openings: Sequence[str], texts: Sequence[Sequence[str]]) -> dict[st
 @torch.inference_mode()
 def validation_losses(model: ColaDLM, rows: StreamRows, batches: int, size: int) -> dict[str, float]:
     """Return reconstruction accuracy (of posterior means, as in generation), flow loss and log-SNR."""
-    vae, weights = model.vae, VAEWeights(mask=0.0)
-    settings = FlowSettings(TimestepLaw(calibrated_loc(vae.config.latent_dim)), prefix_share=0.0)
+    vae, flow = model.vae, FlowTerms(prefix_share=0.0)
     sums = Counter[str]()
     for number in range(batches):
         numbers = range(number * size, (number + 1) * size)
         some = batch(rows, numbers)
         generators = [torch.Generator().manual_seed(row) for row in numbers]
-        draws = draw_randomness(generators, vae.config, rows.length, weights, settings)
+        draws = draw_randomness(generators, vae.config, rows.length, flow=flow)
         layout = rows_layout(vae, some)
         _, right = reconstruction(vae, encode(vae, some.ids, layout).mean, some, layout)
-        terms = readable(stage2_frozen_loss(vae, model.dit, some, draws, weights, model.pad_id).terms)
+        terms = readable(prior_loss(vae, model.dit, some, draws, model.pad_id).terms)
         sums.update(  # type: ignore[call-overload]  # it counts floats
             reconstruction_accuracy=float(right) / some.ids.numel(),
             flow_loss=terms["flow"],

@@ -10,6 +10,7 @@ import colada
 from colada.errors import ColadaError
 from colada.text.chat import DEFAULT_TEMPLATE, encode_messages, encode_pair, read_template, render
 from colada.text.tokenizer import Tokenizer
+from colada.train.logs import read_samples
 from colada.train.recipe import load_recipe
 from colada.train.trainer import Trainer
 from runs import DEBUG
@@ -255,7 +256,8 @@ def test_answers_are_learnt_and_so_is_where_they_end(answering: Path) -> None:
 
 @pytest.mark.slow
 def test_the_samples_of_a_run_are_answers(answering: Path) -> None:
-    assert (answering.parent / "samples.txt").read_text() == "--- step 300, stage prior: red\nred|rose\n"
+    sample = {"stage": "prior", "step": 300, "title": "red", "text": "red|rose"}
+    assert read_samples(answering.parent / "samples.jsonl") == [sample]
 
 
 @pytest.mark.slow

@@ -14,8 +14,9 @@ from colada.data.rows import FILLING, Batch
 from colada.models.load import load
 from colada.networks import layers
 from colada.train.flow_matching import flow_errors
-from colada.train.losses import JointWeights, stage1_loss, stage2_joint_loss
-from colada.train.noise import Draws, FlowSettings, VAEWeights, draw_randomness
+from colada.train.kinds import FlowTerms, JointSection, TextVAETerms
+from colada.train.losses import joint_loss, vae_loss
+from colada.train.noise import Draws, draw_randomness
 from colada.train.parallel import compile_blocks
 from colada.train.trainer import MODEL, Trainer
 from helpers import tiny_dit, tiny_model, tiny_vae
@@ -100,10 +101,10 @@ def conversations() -> tuple[Batch, Draws]:
     sample = torch.tensor([[0] * 40 + [1] * 24, [0] * 52 + [FILLING] * 12])
     trained = sample != FILLING
     trained[0, :10] = False
-    settings = FlowSettings(copies=2, prefix_share=0.05)
+    settings = FlowTerms(copies=2, prefix_share=0.05)
     generators = [torch.Generator().manual_seed(row) for row in range(2)]
     return Batch(ids, sample, trained), draw_randomness(
-        generators, tiny_vae(**VAE).config, 64, VAEWeights(), settings
+        generators, tiny_vae(**VAE).config, 64, TextVAETerms(), settings
     )
 
 
@@ -114,10 +115,8 @@ def test_both_losses_have_the_same_gradients_on_the_gpu() -> None:
         vae, dit = tiny_vae(**VAE).to(device), tiny_dit(**DIT).to(device)
         reference, place = tiny_vae(1, **VAE).to(device), torch.device(device)
         rows, drawn = batch.to(place), draws.to(place)
-        first = stage1_loss(vae, rows, drawn, VAEWeights())
-        second = stage2_joint_loss(
-            vae, dit, reference, rows, drawn, VAEWeights(log_snr=2.0), JointWeights(), 0
-        )
+        first = vae_loss(vae, rows, drawn, TextVAETerms())
+        second = joint_loss(vae, dit, reference, rows, drawn, JointSection(), 0)
         total = first.total + second.total
         return [total.detach(), *torch.autograd.grad(total, [*vae.parameters(), *dit.parameters()])]
 
@@ -139,7 +138,7 @@ def test_losses_under_autocast_are_near_those_in_float32(compiled: bool) -> None
         if compiled:
             compile_blocks(dit)
         with torch.autocast("cuda", precision, enabled=precision == torch.bfloat16):
-            loss = stage2_joint_loss(vae, dit, reference, rows, drawn, VAEWeights(), JointWeights(), 0).total
+            loss = joint_loss(vae, dit, reference, rows, drawn, JointSection(), 0).total
         return float(loss.detach()), list(torch.autograd.grad(loss, [*vae.parameters(), *dit.parameters()]))
 
     loss, gradients = found(torch.bfloat16, compiled)

@@ -30,8 +30,9 @@ from colada.train.distil_cost import with_teacher
 from colada.train.distillation import Guided, landing
 from colada.train.export import export
 from colada.train.flow_matching import pin
+from colada.train.kinds import FlowTerms
 from colada.train.losses import draw, encode, rows_layout
-from colada.train.noise import FlowSettings, VAEWeights, draw_randomness
+from colada.train.noise import draw_randomness
 from colada.train.plan import plan_run
 from colada.train.recipe import Recipe, load_recipe
 from colada.train.solver import integrate
@@ -232,7 +233,7 @@ def test_trajectories_are_those_of_the_readable_loop(prediction: str, solver: st
     trained[0, 12:] = trained[1, :6] = False
     rows = Batch(taken, sample, trained)
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-    draws = draw_randomness(generators, vae.config, 16, VAEWeights(), FlowSettings(prefix_share=0.25), False)
+    draws = draw_randomness(generators, vae.config, 16, flow=FlowTerms(prefix_share=0.25))
     section = kept_files.TrajectorySection(path="", grid=(1.0, 0.6, 0.3, 0.0), substeps=2, solver=solver)
     settings = sampler(section, 3.0, 1.1, 0.5)
     states = roll_out(vae, dit, rows, draws, settings, section.grid, 0)

@@ -13,12 +13,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colada.generate.engine import joining, kernels
+from colada.generate.engine import kernels, slots
 from colada.generate.engine.engine import Engine
-from colada.generate.engine.joining import shares
 from colada.generate.engine.kernels import packed_weight
 from colada.generate.engine.memory import Memory, PaddedPlan, Plan, Span
-from colada.generate.engine.slots import LatentSlot
+from colada.generate.engine.slots import LatentSlot, shares
 from colada.generate.engine.transport import round_steps
 from colada.generate.settings import TextRequest
 from colada.generate.writer import Request
@@ -472,7 +471,7 @@ def test_a_request_that_fails_while_it_joins_fails_alone(
     bad = session.submit([49] * 700, 24, steps=2, seed=3)
     good = session.submit([2] * 700, 24, steps=2, seed=5)
     engine, tried = session.engine, [0]
-    real_encode, real_commit = joining.encode, engine._transport.commit
+    real_encode, real_commit = slots.encode, engine._transport.commit
 
     def encode(vae: TextVAE, prompts: list[list[int]], *rest: Any) -> list[torch.Tensor]:
         if any(49 in ids for ids in prompts):
@@ -487,7 +486,7 @@ def test_a_request_that_fails_while_it_joins_fails_alone(
         real_commit(parts)
 
     if where == "encoder":
-        monkeypatch.setattr(joining, "encode", encode)
+        monkeypatch.setattr(slots, "encode", encode)
     else:
         monkeypatch.setattr(engine._transport, "commit", commit)
     found += list(chunks)
@@ -543,19 +542,9 @@ def test_short_grids_bring_blocks_while_long_ones_are_under_way(model: ColaDLM) 
 def test_a_round_is_as_long_as_makes_the_least_waiting(
     grids: tuple[int, ...], steps: int, model: ColaDLM
 ) -> None:
-    none = torch.zeros(0, 8)
-    slots = [
-        LatentSlot(
-            request(model, [], 1, 0, steps=own),
-            start=0,
-            length=4,
-            wanted=1,
-            prefix=none,
-            where=torch.zeros(0, dtype=torch.bool),
-            pinned=none,
-        )
-        for own in grids
-    ]
+    device = torch.device("cpu")
+    asked = [request(model, [], 1, 0, steps=own) for own in grids]
+    slots = [LatentSlot.of(own, 0, 4, model.vae, device) for own in asked]
     assert round_steps(slots) == steps
 
 

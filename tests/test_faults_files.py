@@ -517,7 +517,7 @@ def test_files_that_are_left_out_are_counted_with_the_reason(tmp_path: Path) -> 
 def test_a_run_is_no_data_of_itself(tmp_path: Path) -> None:
     """A23."""
     data = tmp_path / "data"
-    for name in ("texts/a.txt", "run/recipe.yaml", "run/metrics.jsonl", "run/samples.txt", "recipe.yaml"):
+    for name in ("texts/a.txt", "run/recipe.yaml", "run/metrics.jsonl", "run/samples.jsonl", "recipe.yaml"):
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).touch()
     source = Source(path=str(data))

@@ -27,7 +27,7 @@ from colada.cli.main import main
 from colada.errors import ColadaError, ColadaWarning
 from colada.generate import noise as noise_rules
 from colada.generate.engine import engine as engine_room
-from colada.generate.engine import joining
+from colada.generate.engine import slots
 from colada.generate.engine.engine import Engine, history_bytes
 from colada.generate.noise import NOISE_RULES, sample_noise
 from colada.generate.reference import BlockGenerator
@@ -529,8 +529,8 @@ def in_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @fault
 def in_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = failing(joining.encode, lambda vae, prompts, *rest: any(13 in ids for ids in prompts))
-    monkeypatch.setattr(joining, "encode", bad)
+    bad = failing(slots.encode, lambda vae, prompts, *rest: any(13 in ids for ids in prompts))
+    monkeypatch.setattr(slots, "encode", bad)
 
 
 @pytest.mark.parametrize("kind", FAULTS)

@@ -37,7 +37,7 @@ from colada.train.display import Display
 from colada.train.export import export
 from colada.train.inputs import train_tokenizer
 from colada.train.kinds import MOST_STEPS, JointSection, StageSection
-from colada.train.logs import Samples
+from colada.train.logs import Files, read_samples
 from colada.train.optimisation import learning_rate
 from colada.train.parallel import Ranks
 from colada.train.plan import plan_run
@@ -154,7 +154,7 @@ def test_a7_a_sample_that_fails_is_noted_and_training_goes_on(
     monkeypatch.setattr(ColaDLM, "generate", spoilt)
     reason = "out of memory" if fault == "the model" else "not finite"
     Trainer(recipe(*settings), made).run()
-    samples = (made / "samples.txt").read_text()
+    samples = (made / "samples.jsonl").read_text()
     assert samples.count("no sample") == (2 if fault == "one sample" else 4)
     assert reason in samples
     assert_same_run(made, other)
@@ -411,7 +411,7 @@ def test_b3_a_line_of_metrics_of_the_wrong_shape_is_one_line(
 
 
 def test_b4_a_log_that_is_a_named_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
-    for name in ("metrics.jsonl", "samples.txt"):
+    for name in ("metrics.jsonl", "samples.jsonl"):
         out = tmp_path / name
         out.mkdir()
         os.mkfifo(out / name)
@@ -420,9 +420,9 @@ def test_b4_a_log_that_is_a_named_pipe_keeps_nobody_waiting(tmp_path: Path) -> N
 
 
 def test_b10_a_sample_with_half_a_character_is_written(tmp_path: Path) -> None:
-    samples = Samples(tmp_path / "samples.txt")
-    samples.text("prior", 1, "a\udc80", "b\ud800")
-    assert (tmp_path / "samples.txt").read_text() == "--- step 1, stage prior: a\\udc80\nb\\ud800\n"
+    Files(tmp_path).text("prior", 1, "a\udc80", "b\ud800")
+    (sample,) = read_samples(tmp_path / "samples.jsonl")
+    assert (sample["title"], sample["text"]) == ("a\udc80", "b\ud800")
 
 
 def test_b17_a_checkpoint_on_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

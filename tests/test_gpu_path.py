@@ -15,8 +15,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from colada.networks import layers
 from colada.networks.layers import attend
 from colada.networks.packing import Layout
-from colada.train.losses import JointWeights, stage1_loss, stage2_frozen_loss, stage2_joint_loss
-from colada.train.noise import VAEWeights
+from colada.train.kinds import JointSection
+from colada.train.losses import joint_loss, prior_loss, vae_loss
 from helpers import tiny_dit, tiny_vae
 from test_cuda import DIT, VAE, conversations
 
@@ -79,17 +79,17 @@ def test_the_losses_of_block_masks_are_those_of_dense_masks(
 ) -> None:
     """Forward only: FlexAttention has no backward pass on a CPU; tests/test_cuda.py has the gradients."""
     batch, draws = conversations()
-    vae, dit, reference = tiny_vae(**VAE), tiny_dit(**DIT), tiny_vae(1, **VAE)
-    weights, masks = VAEWeights(log_snr=2.0), []
+    vae, dit, reference = tiny_vae(**VAE, log_snr=2.0), tiny_dit(**DIT), tiny_vae(1, **VAE, log_snr=2.0)
+    weights, masks = JointSection(), []
 
     @torch.no_grad()
     def found() -> dict[str, Tensor]:
         if loss == "stage 1":
-            made = stage1_loss(vae, batch, draws, weights)
+            made = vae_loss(vae, batch, draws, weights)
         elif loss == "frozen":
-            made = stage2_frozen_loss(vae, dit, batch, draws, weights, 0)
+            made = prior_loss(vae, dit, batch, draws, 0)
         else:
-            made = stage2_joint_loss(vae, dit, reference, batch, draws, weights, JointWeights(), 0)
+            made = joint_loss(vae, dit, reference, batch, draws, weights, 0)
         return {"total": made.total, **made.terms}
 
     dense = found()

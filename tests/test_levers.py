@@ -25,8 +25,9 @@ from colada.train.flow_matching import (
     noisy_pass,
     predict,
 )
+from colada.train.kinds import FlowTerms, PriorTerms
 from colada.train.losses import encode, rows_layout
-from colada.train.noise import FlowSettings, VAEWeights, count, draw_randomness
+from colada.train.noise import count, draw_randomness
 from colada.train.timesteps import BINS, adapted, bin_of, density, new_memory, remember
 from colada.train.trainer import Trainer
 from helpers import tiny_dit, tiny_vae
@@ -111,7 +112,7 @@ def test_consistency_has_no_error_where_latents_are_pinned_and_adds_to_the_loss(
 
     batch = Batch(torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(1)))
     generators = [torch.Generator().manual_seed(row) for row in range(2)]
-    draws = draw_randomness(generators, vae.config, 16, VAEWeights(), FlowSettings(), masked=False)
+    draws = draw_randomness(generators, vae.config, 16, flow=FlowTerms())
     layout = rows_layout(vae, batch)
     z0, counts = encode(vae, batch.ids, layout).mean, count(batch, draws, vae.config)
     plain, _ = flow_matching(vae, dit, batch, draws, z0, layout, 0, counts)
@@ -239,8 +240,8 @@ def test_dropout_is_for_training_alone() -> None:
     vae, dit = tiny_vae(), tiny_dit(1)
     batch = Batch(torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(1)))
     generators = [torch.Generator().manual_seed(row) for row in range(2)]
-    settings = FlowSettings(dropout=0.4)
-    draws = draw_randomness(generators, vae.config, 16, VAEWeights(), settings, masked=False)
+    settings = PriorTerms(dropout=0.4)
+    draws = draw_randomness(generators, vae.config, 16, flow=settings)
     layout = rows_layout(vae, batch)
     z0, counts = encode(vae, batch.ids, layout).mean.detach(), count(batch, draws, vae.config)
 

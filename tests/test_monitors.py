@@ -12,11 +12,10 @@ import pytest
 
 from colada.errors import ColadaError
 from colada.train.logs import (
-    JsonLines,
+    Files,
     Monitor,
     Monitors,
     Point,
-    Samples,
     TensorBoard,
     load_monitor,
     make_monitors,
@@ -89,7 +88,7 @@ def test_metrics_keep_what_was_logged_up_to_the_point_of_resumption(
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(LINES) + torn)
-    monitor = JsonLines(path, resume_at)
+    monitor = Files(tmp_path, resume_at)
     assert path.read_text() == "".join(LINES[:kept])
     monitor.log(record("prior", 60, nll=1.0))
     assert path.read_text() == "".join(LINES[:kept]) + json.dumps(record("prior", 60, nll=1.0)) + "\n"
@@ -97,7 +96,7 @@ def test_metrics_keep_what_was_logged_up_to_the_point_of_resumption(
 
 
 def test_metrics_are_in_the_file_at_once_and_read_back(tmp_path: Path) -> None:
-    monitor = JsonLines(tmp_path / "metrics.jsonl")
+    monitor = Files(tmp_path)
     for number, one in enumerate(HISTORY, 1):
         monitor.log(one)
         assert read_records(tmp_path / "metrics.jsonl") == HISTORY[:number]
@@ -111,7 +110,7 @@ def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     path = tmp_path / "metrics.jsonl"
-    JsonLines(path).log(
+    Files(tmp_path).log(
         record("vae", 1, nll=math.nan, kl=math.inf, flow_by_t=[1.0, -math.inf, None], skipped=2)
     )
     written = json.loads(path.read_text(), parse_constant=refuse)
@@ -141,7 +140,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: bytes, said: str) -> None
     path = tmp_path / "metrics.jsonl"
     content = LINES[0].encode() + line + b"\n" + LINES[1].encode()
     path.write_bytes(content)
-    for read in (lambda: read_records(path), lambda: JsonLines(path, Point(("vae",), 40))):
+    for read in (lambda: read_records(path), lambda: Files(tmp_path, Point(("vae",), 40))):
         with pytest.raises(ColadaError, match=f"^{re.escape(str(path))}, line 2: {said}") as caught:
             read()
         assert "\n" not in str(caught.value)
@@ -150,50 +149,43 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: bytes, said: str) -> None
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
-    for name in ("metrics.jsonl", "samples.txt"):
+    for name in ("metrics.jsonl", "samples.jsonl"):
         (tmp_path / name).symlink_to("/dev/full")
     full = f"cannot write to .*{os.strerror(errno.ENOSPC)}"
     with pytest.raises(ColadaError, match=full):
-        JsonLines(tmp_path / "metrics.jsonl").log(HISTORY[0])
+        Files(tmp_path).log(HISTORY[0])
     with pytest.raises(ColadaError, match=full):
-        Samples(tmp_path / "samples.txt").text("vae", 1, "a", "b")
+        Files(tmp_path).text("vae", 1, "a", "b")
 
 
-# --- samples.txt -------------------------------------------------------------------------------------
+# --- samples.jsonl -----------------------------------------------------------------------------------
 
 
 def test_samples_are_read_back_and_cut_at_the_point_of_resumption(tmp_path: Path) -> None:
-    path = tmp_path / "samples.txt"
-    monitor = Samples(path)
-    texts = ["Once\n\nupon ☕\r\n", "--- step 9, stage prior: a quotation\n--- step", "", "end\n"]
-    for number, text in enumerate(texts):
-        monitor.text("prior", number // 2 + 1, f"prompt\n{number}", text)
-    monitor.log(HISTORY[0])
+    path, monitor = tmp_path / "samples.jsonl", Files(tmp_path)
+    texts = ["Once\n\nupon ☕\r\n", '"}\n{"stage": "a quotation"', "", "\u2028\x85end\n"]
+    said = [("prior", number // 2 + 1, f"prompt\n{number}", text) for number, text in enumerate(texts)]
+    for one in said:
+        monitor.text(*one)
     monitor.close()
-    assert path.read_bytes().decode() == (
-        "--- step 1, stage prior: prompt 0\nOnce\n\nupon ☕\r\n\n"
-        "--- step 1, stage prior: prompt 1\n --- step 9, stage prior: a quotation\n--- step\n"
-        "--- step 2, stage prior: prompt 2\n\n"
-        "--- step 2, stage prior: prompt 3\nend\n\n"
-    )
-    texts[1] = " " + texts[1]
-    assert read_samples(path) == [("prior", i // 2 + 1, f"prompt {i}", text) for i, text in enumerate(texts)]
+    assert "☕" in path.read_text()
+    assert [tuple(sample.values()) for sample in read_samples(path)] == said
 
     with path.open("a") as file:
-        file.write("--- st")
+        file.write('{"stage": "pri')
     assert len(read_samples(path)) == 4
-    Samples(path, Point(("vae", "prior"), 1))
-    assert read_samples(path) == [("prior", 1, f"prompt {i}", text) for i, text in enumerate(texts[:2])]
-    Samples(path, Point(("vae",), 500))
+    Files(tmp_path, Point(("vae", "prior"), 1))
+    assert [tuple(sample.values()) for sample in read_samples(path)] == said[:2]
+    Files(tmp_path, Point(("vae",), 500))
     assert path.read_bytes() == b""
 
 
 def test_a_damaged_samples_file_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "samples.txt"
-    Samples(path).text("vae", 1, "a", "two\nlines")
+    path = tmp_path / "samples.jsonl"
+    Files(tmp_path).text("vae", 1, "a", "two\nlines")
     with path.open("a") as file:
-        file.write("--- step x\ntext\n")
-    with pytest.raises(ColadaError, match=r"samples\.txt, line 4: expected .* got '--- step x'"):
+        file.write('{"stage": "vae", "step": 1, "title": "a"}\n')
+    with pytest.raises(ColadaError, match=r"samples\.jsonl, line 2: text=None, expected a text"):
         read_samples(path)
 
 
@@ -251,9 +243,8 @@ def test_a_missing_tensorboard_is_one_clear_error(tmp_path: Path, monkeypatch: p
 def test_a_monitor_of_ones_own_is_told_everything(tmp_path: Path) -> None:
     recipe = {"seed": 3}
     monitors = make_monitors([f"{__name__}:Recorder", f"{__name__}:Recorder", "jsonl"], tmp_path, recipe)
-    metrics, samples, own = monitors.monitors
-    assert isinstance(metrics, JsonLines)
-    assert isinstance(samples, Samples)
+    files, own = monitors.monitors
+    assert isinstance(files, Files)
     assert isinstance(own, Recorder)
     assert own.made_with == (tmp_path, recipe)
     monitors.log(HISTORY[0])
@@ -261,7 +252,9 @@ def test_a_monitor_of_ones_own_is_told_everything(tmp_path: Path) -> None:
     monitors.close()
     assert own.told == [HISTORY[0], ("prior", 40, "Once", "Once upon"), "closed"]
     assert read_records(tmp_path / "metrics.jsonl") == HISTORY[:1]
-    assert read_samples(tmp_path / "samples.txt") == [("prior", 40, "Once", "Once upon")]
+    assert [tuple(one.values()) for one in read_samples(tmp_path / "samples.jsonl")] == [
+        ("prior", 40, "Once", "Once upon")
+    ]
 
 
 def test_every_monitor_is_closed_whatever_another_does(tmp_path: Path) -> None:
@@ -302,6 +295,6 @@ def test_ranks_that_do_not_write_have_no_monitors(tmp_path: Path) -> None:
 
 
 def test_what_is_built_in_is_a_monitor(tmp_path: Path) -> None:
-    for made in (JsonLines(tmp_path / "m"), Samples(tmp_path / "s"), Monitors([])):
+    for made in (Files(tmp_path), Monitors([])):
         assert isinstance(made, Monitor)
     assert isinstance(load_monitor(f"{__name__}:Recorder", tmp_path, {}), Recorder)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from colada.data.rows import FILLING, Batch
-from colada.flow import T, TimestepLaw
+from colada.flow import T
 from colada.generate.noise import sample_noise
 from colada.generate.reference import BlockGenerator
 from colada.networks.dit import DiT, Timesteps
@@ -23,22 +23,26 @@ from colada.networks.layers import History
 from colada.networks.vae import Posterior, TextVAE
 from colada.train import losses as objectives
 from colada.train.flow_matching import FlowStep, Pinned, flow_errors, pin
+from colada.train.kinds import FlowTerms, JointSection, TextVAETerms
 from colada.train.losses import (
-    JointWeights,
     Loss,
     encode,
+    joint_loss,
+    prior_loss,
     readable,
     rows_layout,
-    stage1_loss,
-    stage2_frozen_loss,
-    stage2_joint_loss,
+    vae_loss,
 )
-from colada.train.noise import Counts, Draws, FlowSettings, VAEWeights, count, draw_randomness
+from colada.train.noise import Counts, Draws, count, draw_randomness
 from helpers import tiny_dit, tiny_dit_config, tiny_vae, tiny_vae_config
 
 PAD = 0
-WEIGHTS = VAEWeights(beta=0.3, mask=0.7, mask_ratio=0.4)
-SETTINGS = FlowSettings(copies=2, prefix_share=0.1)
+WEIGHTS = TextVAETerms(beta=0.3, mask=0.7, mask_ratio=0.4)
+SETTINGS = FlowTerms(copies=2, prefix_share=0.1)
+
+
+def joint_weights(**over: float) -> JointSection:
+    return JointSection(**{**WEIGHTS.model_dump(), **over})
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -52,9 +56,9 @@ def token_rows(rows: int, length: int, seed: int = 0) -> Batch:
 def draws_for(
     vae: TextVAE,
     batch: Batch,
-    flow: FlowSettings | None = None,
+    flow: FlowTerms | None = None,
     seed: int = 0,
-    weights: VAEWeights = WEIGHTS,
+    weights: TextVAETerms = WEIGHTS,
 ) -> Draws:
     generators = [seeded(1000 * seed + row) for row in range(len(batch))]
     return draw_randomness(generators, vae.config, batch.ids.shape[1], weights, flow)
@@ -111,7 +115,7 @@ def packed_rows(patch: int = 1, seed: int = 0) -> tuple[Batch, list[Piece]]:
     return Batch(ids, sample, trained), pieces
 
 
-def packed_draws(vae: TextVAE, batch: Batch, settings: FlowSettings = SETTINGS, seed: int = 0) -> Draws:
+def packed_draws(vae: TextVAE, batch: Batch, settings: FlowTerms = SETTINGS, seed: int = 0) -> Draws:
     """Draws with a prefix in a document (row 0) and one in a sample that has a prompt (row 1)."""
     prefix = torch.zeros(2, 24, dtype=torch.bool)
     prefix[0, 16:18] = prefix[1, 20:22] = True
@@ -161,7 +165,7 @@ def test_stage1_terms_equal_a_per_token_computation(patch: int) -> None:
     vae = tiny_vae(patch_size=patch, scaling_factor=1.7, shifting_factor=0.2)
     batch = token_rows(3, 16)
     draws = draws_for(vae, batch)
-    loss = stage1_loss(vae, batch, draws, WEIGHTS)
+    loss = vae_loss(vae, batch, draws, WEIGHTS)
     assert draws.masked is not None
     assert draws.masked_posterior is not None
     nll = kl = mask = torch.zeros(())
@@ -185,9 +189,9 @@ def test_stage1_terms_equal_a_per_token_computation(patch: int) -> None:
 
 
 def test_without_a_mask_weight_nothing_is_masked() -> None:
-    vae, batch, weights = tiny_vae(), token_rows(2, 8), VAEWeights(beta=0.5, mask=0.0)
+    vae, batch, weights = tiny_vae(), token_rows(2, 8), TextVAETerms(beta=0.5, mask=0.0)
     draws = draws_for(vae, batch, weights=weights)
-    loss = stage1_loss(vae, batch, draws, weights)
+    loss = vae_loss(vae, batch, draws, weights)
     assert "masked" not in loss.terms
     assert draws.masked is draws.masked_posterior is None
     torch.testing.assert_close(loss.total.detach(), loss.terms["nll"] + 0.5 * loss.terms["kl"])
@@ -210,12 +214,12 @@ def test_a_deterministic_encoder_has_no_kl_no_entropy_and_infinite_snr() -> None
     vae, reference = (tiny_vae(seed, use_variation=False) for seed in (0, 5))
     batch = token_rows(3, 8)
     draws = draws_for(vae, batch, SETTINGS)
-    terms = stage1_loss(vae, batch, draws, WEIGHTS).terms
+    terms = vae_loss(vae, batch, draws, WEIGHTS).terms
     assert float(terms["kl"]) == 0
     assert readable(terms)["log_snr"] == math.inf
     redrawn = replace(draws, posterior=draws.posterior + 1)
-    assert torch.equal(stage1_loss(vae, batch, redrawn, WEIGHTS).terms["nll"], terms["nll"])
-    terms = stage2_joint_loss(vae, tiny_dit(), reference, batch, draws, WEIGHTS, JointWeights(), PAD).terms
+    assert torch.equal(vae_loss(vae, batch, redrawn, WEIGHTS).terms["nll"], terms["nll"])
+    terms = joint_loss(vae, tiny_dit(), reference, batch, draws, joint_weights(), PAD).terms
     assert float(terms["log_q"]) == 0
     means = [
         torch.stack([net.encode(row, [8]).mean for row in batch.ids]).detach() for net in (vae, reference)
@@ -227,15 +231,15 @@ def test_a_deterministic_encoder_has_no_kl_no_entropy_and_infinite_snr() -> None
 def test_a_fixed_log_snr_is_exactly_that_of_every_latent(wanted: float) -> None:
     vae, batch = tiny_vae(encoder_last_ln=False).requires_grad_(False), token_rows(2, 16)
     layout = rows_layout(vae, batch)
-    q, free = encode(vae, batch.ids, layout, wanted), encode(vae, batch.ids, layout)
+    fixed = tiny_vae(encoder_last_ln=False, log_snr=wanted).requires_grad_(False)
+    q, free = encode(fixed, batch.ids, layout), encode(vae, batch.ids, layout)
     assert q.logvar is not None
     ratio = (q.mean**2).mean(-1) / q.logvar.exp().mean(-1)
     torch.testing.assert_close(ratio.log(), torch.full((32,), wanted), rtol=0, atol=1e-5)
     torch.testing.assert_close(q.mean, free.mean)
-    weights = VAEWeights(log_snr=wanted)
-    terms = stage1_loss(vae, batch, draws_for(vae, batch), weights).terms
+    terms = vae_loss(fixed, batch, draws_for(vae, batch), WEIGHTS).terms
     assert readable(terms)["log_snr"] == pytest.approx(wanted, abs=1e-5)
-    terms = stage1_loss(vae, batch, draws_for(vae, batch), VAEWeights()).terms
+    terms = vae_loss(vae, batch, draws_for(vae, batch), WEIGHTS).terms
     assert readable(terms)["log_snr"] != pytest.approx(wanted, abs=0.1)
 
 
@@ -358,8 +362,8 @@ def test_a_new_networks_second_input_changes_nothing_and_learns() -> None:
 def test_a_loss_space_weighs_the_errors_of_the_velocity_by_a_power_of_a(space: str, power: int) -> None:
     vae, dit = tiny_vae(), tiny_dit()
     batch, pieces = packed_rows()
-    draws = packed_draws(vae, batch, replace(SETTINGS, law=TimestepLaw(-1.0, 2.0)))
-    loss = stage2_frozen_loss(vae, dit, batch, draws, WEIGHTS, PAD, step=FlowStep(space))
+    draws = packed_draws(vae, batch, SETTINGS.model_copy(update={"loc": -1.0, "scale": 2.0}))
+    loss = prior_loss(vae, dit, batch, draws, PAD, step=FlowStep(space))
     times, errors = brute_force_flow(vae, dit, batch, draws, pieces)
     a = times.numpy() / 1000
     assert (a < 0.1).any()
@@ -494,7 +498,7 @@ def test_history_dropout_is_drawn_block_by_block_and_leaves_the_other_draws_alon
             config,
             64,
             WEIGHTS,
-            FlowSettings(copies=2, history_dropout=probability),
+            FlowTerms(copies=2, history_dropout=probability),
         )
         for probability in (0.0, 0.25)
     )
@@ -556,12 +560,12 @@ class ExactPrior:
 def test_logits_in_parts_give_the_loss_and_gradients_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     vae = tiny_vae()
     ids = torch.randint(0, vae.config.vocab_size, (3, 16), generator=seeded(0))
-    batch, weights = Batch(ids), VAEWeights()
+    batch, weights = Batch(ids), TextVAETerms()
     draws = draw_randomness([seeded(row) for row in range(3)], vae.config, 16, weights)
 
     def outcome() -> tuple[float, list[Tensor]]:
         vae.zero_grad()
-        loss = stage1_loss(vae, batch, draws, weights)
+        loss = vae_loss(vae, batch, draws, weights)
         loss.total.backward()
         return float(loss.total.detach()), [p.grad.clone() for p in vae.parameters() if p.grad is not None]
 
@@ -609,7 +613,7 @@ def assert_same_draws(ours: Draws, theirs: Draws) -> None:
 
 
 def test_the_draws_of_a_row_do_not_depend_on_its_batch() -> None:
-    config, settings = tiny_vae_config(), FlowSettings(copies=3, prefix_share=0.2)
+    config, settings = tiny_vae_config(), FlowTerms(copies=3, prefix_share=0.2)
 
     def draw(seeds: list[int]) -> Draws:
         return draw_randomness([seeded(seed) for seed in seeds], config, 16, WEIGHTS, settings)
@@ -629,7 +633,7 @@ def test_the_draws_of_a_stage_have_its_shapes() -> None:
     assert first.masked is not None
     assert first.masked.shape == (2, 16)
     assert first.timestep is first.noise is first.prefix is None
-    frozen = draw_randomness(generators, config, 16, WEIGHTS, FlowSettings(copies=3), masked=False)
+    frozen = draw_randomness(generators, config, 16, None, FlowTerms(copies=3))
     assert frozen.masked is frozen.masked_posterior is None
     assert frozen.timestep is not None
     assert frozen.noise is not None
@@ -641,7 +645,7 @@ def test_the_draws_of_a_stage_have_its_shapes() -> None:
 
 def test_noise_is_standard_normal_of_its_own_everywhere_and_tokens_are_masked_by_their_ratio() -> None:
     draws = draw_randomness(
-        [seeded(row) for row in range(50)], tiny_vae_config(), 64, WEIGHTS, FlowSettings(copies=2)
+        [seeded(row) for row in range(50)], tiny_vae_config(), 64, WEIGHTS, FlowTerms(copies=2)
     )
     assert draws.noise is not None
     assert draws.masked is not None
@@ -658,7 +662,7 @@ def test_noise_is_standard_normal_of_its_own_everywhere_and_tokens_are_masked_by
 
 @pytest.mark.parametrize("per_block", [True, False])
 def test_timesteps_are_shared_within_a_block_or_a_row_and_not_by_copies(per_block: bool) -> None:
-    settings = FlowSettings(per_block=per_block, copies=2)
+    settings = FlowTerms(timestep_per="block" if per_block else "row", copies=2)
     drawn = draw_randomness(
         [seeded(row) for row in range(50)], tiny_vae_config(), 12, WEIGHTS, settings
     ).timestep
@@ -670,7 +674,7 @@ def test_timesteps_are_shared_within_a_block_or_a_row_and_not_by_copies(per_bloc
 
 @pytest.mark.parametrize(("loc", "scale"), [(1.0, 1.0), (2.0, 0.5)])
 def test_the_law_of_timesteps_reaches_the_loss(loc: float, scale: float) -> None:
-    settings = FlowSettings(TimestepLaw(loc, scale), copies=2)
+    settings = FlowTerms(loc=loc, scale=scale, copies=2)
     drawn = draw_randomness(
         [seeded(row) for row in range(1000)], tiny_vae_config(), 16, WEIGHTS, settings
     ).timestep
@@ -688,7 +692,7 @@ def test_the_law_of_timesteps_reaches_the_loss(loc: float, scale: float) -> None
 
 def drawn_prefixes(rows: int, share: float, **over: int) -> Tensor | None:
     generators = [seeded(row) for row in range(rows)]
-    settings = FlowSettings(prefix_share=share)
+    settings = FlowTerms(prefix_share=share)
     return draw_randomness(generators, tiny_vae_config(**over), 8, WEIGHTS, settings).prefix
 
 
@@ -736,7 +740,7 @@ def given(batch: Batch, draws: Draws, piece: Piece, patch: int) -> int:
 def test_a_clean_prefix_is_encoded_as_a_prompt_that_ends_there(patch: int) -> None:
     vae, dit = tiny_vae(patch_size=patch, scaling_factor=1.3), tiny_dit()
     batch = token_rows(24, 12 * patch)
-    draws = draws_for(vae, batch, FlowSettings(prefix_share=0.2))
+    draws = draws_for(vae, batch, FlowTerms(prefix_share=0.2))
     pinned = pins_of(vae, batch, draws)
     assert draws.prefix is not None
     assert torch.equal(pinned.where, draws.prefix)
@@ -803,7 +807,7 @@ def test_pinned_latents_know_nothing_of_what_follows_them(patch: int) -> None:
 
 def test_batches_without_prompts_or_prefixes_have_no_pins() -> None:
     vae, batch = tiny_vae(), token_rows(2, 8)
-    draws = draws_for(vae, batch, FlowSettings(prefix_share=0.0))
+    draws = draws_for(vae, batch, FlowTerms(prefix_share=0.0))
     assert pin(vae, batch, draws, rows_layout(vae, batch), PAD) is None
 
 
@@ -847,8 +851,8 @@ def test_the_flow_loss_of_conversations_equals_brute_force(prediction: str, patc
     vae = tiny_vae(patch_size=patch, scaling_factor=0.5, shifting_factor=-1.0)
     dit = tiny_dit(prediction=prediction)
     batch, pieces = packed_rows(patch)
-    draws = packed_draws(vae, batch, replace(SETTINGS, law=TimestepLaw(2.0, 0.5)))
-    loss = stage2_frozen_loss(vae, dit, batch, draws, WEIGHTS, PAD)
+    draws = packed_draws(vae, batch, SETTINGS.model_copy(update={"loc": 2.0, "scale": 0.5}))
+    loss = prior_loss(vae, dit, batch, draws, PAD)
     times, errors = brute_force_flow(vae, dit, batch, draws, pieces)
     assert float(times.min()) > 100
     assert count(batch, draws, vae.config) == Counts(44 * patch, 44, len(errors))
@@ -860,8 +864,8 @@ def test_the_joint_loss_of_conversations_has_the_gradients_of_brute_force() -> N
     vae, dit = tiny_vae(), tiny_dit()
     batch, pieces = packed_rows()
     draws = packed_draws(vae, batch)
-    weights = JointWeights(vae=0.0, flow=1.0, reference=0.0)
-    loss = stage2_joint_loss(vae, dit, tiny_vae(5), batch, draws, WEIGHTS, weights, PAD).total
+    weights = joint_weights(lambda_vae=0.0, lambda_fm=1.0, lambda_ref=0.0)
+    loss = joint_loss(vae, dit, tiny_vae(5), batch, draws, weights, PAD).total
     _, errors = brute_force_flow(vae, dit, batch, draws, pieces)
     same(loss, errors.mean())
     same_gradients(gradients(loss, vae, dit), gradients(errors.mean(), vae, dit))
@@ -870,10 +874,10 @@ def test_the_joint_loss_of_conversations_has_the_gradients_of_brute_force() -> N
 def test_flow_by_t_is_the_mean_error_of_equal_bins_of_t() -> None:
     vae, dit = tiny_vae(), tiny_dit()
     batch, pieces = packed_rows()
-    draws = packed_draws(vae, batch, replace(SETTINGS, law=TimestepLaw(0.0, 1.0)))
+    draws = packed_draws(vae, batch, SETTINGS.model_copy(update={"loc": 0.0, "scale": 1.0}))
     assert draws.timestep is not None
     draws.timestep[0, 0, 8:12] = T  # the end of the path belongs to the last bin
-    values = readable(stage2_frozen_loss(vae, dit, batch, draws, WEIGHTS, PAD).terms)
+    values = readable(prior_loss(vae, dit, batch, draws, PAD).terms)
     times, errors = (x.detach().numpy() for x in brute_force_flow(vae, dit, batch, draws, pieces))
     by_bin = [[] for _ in range(10)]
     for t, error in zip(times, errors, strict=True):
@@ -896,19 +900,20 @@ def _reference(patch: int, last_ln: bool) -> TextVAE:
 
 
 def _joint(vae: TextVAE, dit: DiT, batch: Batch, draws: Draws, counts: Counts | None = None) -> Loss:
-    weights = JointWeights(vae=0.6, flow=1.9, reference=0.25)
+    weights = joint_weights(lambda_vae=0.6, lambda_fm=1.9, lambda_ref=0.25)
     reference = _reference(vae.config.patch_size, vae.config.encoder_last_ln)
-    return stage2_joint_loss(vae, dit, reference, batch, draws, WEIGHTS, weights, PAD, counts)
+    return joint_loss(vae, dit, reference, batch, draws, weights, PAD, counts)
+
+
+def _fixed_snr(vae: TextVAE, dit: DiT, batch: Batch, draws: Draws, counts: Counts | None = None) -> Loss:
+    vae.encoder.config = replace(vae.encoder.config, log_snr=1.0)
+    return vae_loss(vae, batch, draws, WEIGHTS, counts)
 
 
 LOSSES: dict[str, Compute] = {
-    "stage 1": lambda vae, dit, batch, draws, counts=None: stage1_loss(vae, batch, draws, WEIGHTS, counts),
-    "stage 1, fixed SNR": lambda vae, dit, batch, draws, counts=None: stage1_loss(
-        vae, batch, draws, replace(WEIGHTS, log_snr=1.0), counts
-    ),
-    "frozen": lambda vae, dit, batch, draws, counts=None: stage2_frozen_loss(
-        vae, dit, batch, draws, WEIGHTS, PAD, counts
-    ),
+    "stage 1": lambda vae, dit, batch, draws, counts=None: vae_loss(vae, batch, draws, WEIGHTS, counts),
+    "stage 1, fixed SNR": _fixed_snr,
+    "frozen": lambda vae, dit, batch, draws, counts=None: prior_loss(vae, dit, batch, draws, PAD, counts),
     "joint": _joint,
 }
 every_loss = pytest.mark.parametrize("compute", LOSSES.values(), ids=LOSSES.keys())
@@ -966,7 +971,7 @@ def test_micro_batches_add_up_to_the_loss_of_the_step(compute: Compute) -> None:
     rows = [packed_rows(seed=seed)[0] for seed in (0, 1)]
     assert all(row.sample is not None and row.trained is not None for row in rows)
     batch = Batch(*(torch.cat([getattr(row, name) for row in rows]) for name in ("ids", "sample", "trained")))
-    draws = draws_for(vae, batch, FlowSettings(copies=2, prefix_share=0.2))
+    draws = draws_for(vae, batch, FlowTerms(copies=2, prefix_share=0.2))
     counts = count(batch, draws, vae.config)
     cuts = [(0, 1), (1, 3), (3, 4)]
     parts = [(batch.rows(b, e), draws.rows(b, e)) for b, e in cuts]
@@ -986,7 +991,7 @@ def test_micro_batches_add_up_to_the_loss_of_the_step(compute: Compute) -> None:
 def test_the_log_snr_that_is_logged_is_that_of_all_samples() -> None:
     vae = tiny_vae(encoder_last_ln=False)
     batch, pieces = packed_rows()
-    terms = stage1_loss(vae, batch, draws_for(vae, batch), WEIGHTS).terms
+    terms = vae_loss(vae, batch, draws_for(vae, batch), WEIGHTS).terms
     posteriors = [posterior_of(vae, batch.ids[piece.row, piece.tokens]) for piece in pieces]
     mean, variance = (
         torch.cat([getattr(q, name) for q in posteriors]).detach().double().numpy()
@@ -999,7 +1004,7 @@ def test_the_log_snr_that_is_logged_is_that_of_all_samples() -> None:
 def test_the_loss_of_several_copies_is_the_mean_over_single_ones(compute: Compute) -> None:
     vae, dit = tiny_vae(), tiny_dit()
     batch, _ = packed_rows()
-    draws = packed_draws(vae, batch, replace(SETTINGS, copies=3))
+    draws = packed_draws(vae, batch, SETTINGS.model_copy(update={"copies": 3}))
     assert draws.timestep is not None
     assert draws.noise is not None
     together = compute(vae, dit, batch, draws, None).total
@@ -1019,14 +1024,16 @@ def test_the_loss_of_several_copies_is_the_mean_over_single_ones(compute: Comput
     same_gradients(gradients(together, vae, dit), gradients(mean, vae, dit))
 
 
-def joint(vae: TextVAE, dit: DiT, reference: TextVAE, weights: JointWeights, seed: int = 0) -> Loss:
+def joint(vae: TextVAE, dit: DiT, reference: TextVAE, weights: JointSection, seed: int = 0) -> Loss:
     batch = token_rows(3, 12)
     draws = draws_for(vae, batch, SETTINGS, seed)
-    return stage2_joint_loss(vae, dit, reference, batch, draws, WEIGHTS, weights, PAD)
+    return joint_loss(vae, dit, reference, batch, draws, weights, PAD)
 
 
 def test_the_joint_loss_is_the_weighted_sum_of_its_terms() -> None:
-    loss = joint(tiny_vae(0), tiny_dit(), tiny_vae(5), JointWeights(vae=0.6, flow=1.9, reference=0.25))
+    loss = joint(
+        tiny_vae(0), tiny_dit(), tiny_vae(5), joint_weights(lambda_vae=0.6, lambda_fm=1.9, lambda_ref=0.25)
+    )
     t = loss.terms
     total = 0.6 * (t["nll"] + 0.3 * t["log_q"] + 0.7 * t["masked"]) + 1.9 * t["flow"] + 0.25 * t["kl_ref"]
     torch.testing.assert_close(loss.total.detach(), total)
@@ -1036,7 +1043,7 @@ def test_the_joint_loss_is_the_weighted_sum_of_its_terms() -> None:
 
 def test_the_joint_terms_equal_those_of_the_distributions() -> None:
     vae, reference, batch = tiny_vae(0), tiny_vae(5), token_rows(3, 12)
-    terms = joint(vae, tiny_dit(), reference, JointWeights()).terms
+    terms = joint(vae, tiny_dit(), reference, joint_weights()).terms
     entropy = kl = torch.zeros(())
     for row in batch.ids:
         q = posterior_of(vae, row)
@@ -1045,19 +1052,19 @@ def test_the_joint_terms_equal_those_of_the_distributions() -> None:
     same(terms["log_q"], -entropy.detach() / 36)
     same(terms["kl_ref"], kl.detach() / 36)
     # What the Text VAE's terms have in common with stage 1.
-    first = stage1_loss(vae, batch, draws_for(vae, batch, SETTINGS), WEIGHTS).terms
+    first = vae_loss(vae, batch, draws_for(vae, batch, SETTINGS), WEIGHTS).terms
     for name in ("nll", "masked", "accuracy"):
         torch.testing.assert_close(terms[name], first[name])
 
 
 def test_an_unchanged_encoder_has_no_kl_to_its_reference() -> None:
-    terms = joint(tiny_vae(0), tiny_dit(), tiny_vae(0), JointWeights()).terms
+    terms = joint(tiny_vae(0), tiny_dit(), tiny_vae(0), joint_weights()).terms
     assert float(terms["kl_ref"]) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_reference_encoder_gets_no_gradient() -> None:
     vae, reference = tiny_vae(0), tiny_vae(5)
-    joint(vae, tiny_dit(), reference, JointWeights()).total.backward()
+    joint(vae, tiny_dit(), reference, joint_weights()).total.backward()
     assert all(parameter.grad is None for parameter in reference.parameters())
     assert moved(vae.encoder)
     assert moved(vae.decoder)
@@ -1065,7 +1072,9 @@ def test_the_reference_encoder_gets_no_gradient() -> None:
 
 def test_the_flow_term_trains_the_encoder_and_not_the_decoder() -> None:
     vae, dit = tiny_vae(), tiny_dit()
-    joint(vae, dit, tiny_vae(5), JointWeights(vae=0.0, flow=1.0, reference=0.0)).total.backward()
+    joint(
+        vae, dit, tiny_vae(5), joint_weights(lambda_vae=0.0, lambda_fm=1.0, lambda_ref=0.0)
+    ).total.backward()
     assert moved(vae.encoder)
     assert moved(dit)
     assert not moved(vae.decoder)
@@ -1074,7 +1083,7 @@ def test_the_flow_term_trains_the_encoder_and_not_the_decoder() -> None:
 def test_a_frozen_vae_gets_no_gradient() -> None:
     vae, dit = tiny_vae(), tiny_dit()
     batch = token_rows(3, 12)
-    loss = stage2_frozen_loss(vae, dit, batch, draws_for(vae, batch, SETTINGS), WEIGHTS, PAD)
+    loss = prior_loss(vae, dit, batch, draws_for(vae, batch, SETTINGS), PAD)
     loss.total.backward()
     assert all(parameter.grad is None for parameter in vae.parameters())
     assert moved(dit)
@@ -1100,7 +1109,7 @@ def test_a_loss_is_a_pure_function_of_networks_batch_and_draws(compute: Compute)
 # --- overfitting ---------------------------------------------------------------------------------
 
 # A fixed SNR keeps the encoder from escaping L_FM by ever larger variances.
-SMALL = VAEWeights(beta=1e-4, log_snr=2.0)
+SMALL = TextVAETerms(beta=1e-4)
 
 
 def overfit(networks: list[torch.nn.Module], loss: Callable[[], Loss]) -> tuple[Loss, Loss]:
@@ -1118,9 +1127,9 @@ def overfit(networks: list[torch.nn.Module], loss: Callable[[], Loss]) -> tuple[
 
 
 def test_stage_1_overfits_a_batch() -> None:
-    vae, batch = tiny_vae(), packed_rows()[0]
+    vae, batch = tiny_vae(log_snr=2.0), packed_rows()[0]
     draws = draws_for(vae, batch, weights=SMALL)
-    before, after = overfit([vae], lambda: stage1_loss(vae, batch, draws, SMALL))
+    before, after = overfit([vae], lambda: vae_loss(vae, batch, draws, SMALL))
     assert float(before.terms["nll"]) > 3
     assert float(after.terms["nll"]) < 0.02
     assert float(after.terms["accuracy"]) == pytest.approx(1)
@@ -1128,21 +1137,21 @@ def test_stage_1_overfits_a_batch() -> None:
 
 @pytest.mark.parametrize("prediction", ["velocity", "z0"])
 def test_stage_2_overfits_a_batch(prediction: str) -> None:
-    vae, dit = tiny_vae(), tiny_dit(prediction=prediction)
+    vae, dit = tiny_vae(log_snr=2.0), tiny_dit(prediction=prediction)
     batch, _ = packed_rows()
     draws = packed_draws(vae, batch)
-    before, after = overfit([dit], lambda: stage2_frozen_loss(vae, dit, batch, draws, SMALL, PAD))
+    before, after = overfit([dit], lambda: prior_loss(vae, dit, batch, draws, PAD))
     assert float(before.terms["flow"]) > 1
     assert float(after.terms["flow"]) < 0.05 * float(before.terms["flow"])
 
 
 def test_joint_training_overfits_a_batch() -> None:
-    vae, dit, reference = tiny_vae(), tiny_dit(), tiny_vae()
+    vae, dit, reference = tiny_vae(log_snr=2.0), tiny_dit(), tiny_vae(log_snr=2.0)
     batch, _ = packed_rows()
-    draws, weights = packed_draws(vae, batch), JointWeights(reference=1e-3)
+    draws, weights = packed_draws(vae, batch), JointSection(beta=1e-4, lambda_ref=1e-3)
     before, after = overfit(
         [vae, dit],
-        lambda: stage2_joint_loss(vae, dit, reference, batch, draws, SMALL, weights, PAD),
+        lambda: joint_loss(vae, dit, reference, batch, draws, weights, PAD),
     )
     assert float(before.terms["nll"]) > 3
     assert float(after.terms["nll"]) < 0.02

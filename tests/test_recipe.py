@@ -12,8 +12,8 @@ from torch import nn
 import make_stories
 from colada.data.sources import Source
 from colada.errors import ColadaError
-from colada.train.cola import flow_settings
 from colada.train.kinds import KINDS, JointSection, PriorSection, StageSection, TextVAESection
+from colada.train.noise import timestep_law
 from colada.train.optimisation import average_weights, learning_rate, make_optimisers
 from colada.train.plan import plan_run, resolve
 from colada.train.recipe import (
@@ -221,9 +221,8 @@ def test_intervals_take_turns_and_begin_with_joint_steps() -> None:
 
 
 def test_an_unset_loc_follows_the_latent_width() -> None:
-    assert flow_settings(PriorSection(), 64).law.loc == pytest.approx(1 + 0.5 * math.log(4))
-    assert flow_settings(PriorSection(loc=1.5), 64).law.loc == 1.5
-    assert flow_settings(PriorSection(timestep_per="row"), 16).per_block is False
+    assert timestep_law(PriorSection(), 64).loc == pytest.approx(1 + 0.5 * math.log(4))
+    assert timestep_law(PriorSection(loc=1.5), 64).loc == 1.5
 
 
 def test_every_key_has_a_comment_and_is_written() -> None:

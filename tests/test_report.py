@@ -14,7 +14,7 @@ from colada.errors import ColadaError
 from colada.report import training as report
 from colada.report.style import STYLE, save_figure, styled
 from colada.report.training import QUANTITIES, Curve, smooth, write_report
-from colada.train.logs import JsonLines, Samples
+from colada.train.logs import Files, Point
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
@@ -29,7 +29,7 @@ def record(stage: str, step: int, split: str = "train", **numbers: Any) -> dict[
 
 def write_run(out: Path, records: list[dict[str, Any]]) -> Path:
     out.mkdir(exist_ok=True)
-    monitor = JsonLines(out / "metrics.jsonl")
+    monitor = Files(out)
     for one in records:
         monitor.log(one)
     return out
@@ -228,7 +228,7 @@ def test_facts_table_and_skipped_steps(whole: tuple[Path, Page]) -> None:
 
 def test_the_last_samples_are_shown_as_they_are(tmp_path: Path) -> None:
     run = write_run(tmp_path, [record("prior", 10, flow=1.0)])
-    samples = Samples(run / "samples.txt")
+    samples = Files(run, Point(("prior",), 10))
     attack = "</pre><script>alert('&amp;')</script>\n  <img src=//x>"
     samples.text("prior", 5, "old", "old")
     samples.text("prior", 10, "<i>Once", attack)
@@ -349,7 +349,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         write_report(run)
     (run / "recipe.yaml").unlink()
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"stage": "vae", "st')
+        file.write('{"stage": "vae", "st\n')
     with pytest.raises(ColadaError, match=r"metrics\.jsonl, line 2: damaged") as caught:
         write_report(run)
     assert "\n" not in str(caught.value)

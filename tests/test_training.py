@@ -176,7 +176,7 @@ def test_the_debug_recipes_model_generates(debug_run: Path) -> None:
     one, other = model.generate(["One morning", ""], 40, seed=1)
     assert one.text
     assert len(set(other.tokens)) > 5
-    assert (debug_run / "samples.txt").read_text().count("--- step") == 2
+    assert len((debug_run / "samples.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.slow
@@ -244,7 +244,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not(
     Trainer(made, tmp_path).run()
     assert_same_run(tmp_path, uninterrupted[variant])
     assert logged(tmp_path) == logged(uninterrupted[variant])
-    samples = (path / "samples.txt" for path in (tmp_path, uninterrupted[variant]))
+    samples = (path / "samples.jsonl" for path in (tmp_path, uninterrupted[variant]))
     assert len({sample.read_text() for sample in samples}) == 1
 
 
@@ -841,7 +841,7 @@ def test_resuming_on_a_full_disk_harms_nothing(tmp_path: Path, uninterrupted: di
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
 def test_a_log_that_cannot_be_written_is_one_clear_error(tmp_path: Path, name: str) -> None:
     (tmp_path / name).symlink_to("/dev/full")
     with pytest.raises(ColadaError, match=f"cannot write to .*{os.strerror(errno.ENOSPC)}"):

@@ -6,12 +6,10 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from colada.files import read_json_object
 from colada.generate.settings import RELEASED_SETTINGS
@@ -31,8 +29,9 @@ from colada.networks.config import DecoderConfig, DiTConfig, NetworkConfig, Text
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.pictures.codec import codec_parameters, read_codec_config
+from colada.report.table import Table
 from colada.text.tokenizer import Tokenizer
-from colada.train.cost import networks
+from colada.train.cost import networks, scaled
 
 PARTS = {
     "Text VAE encoder": r"vae\.encoder\.",
@@ -46,20 +45,18 @@ PARTS = {
     "Picture codec": r"image\.",
 }
 """Name of a part -> which parameters it has. Every parameter is in exactly one."""
-OF_PICTURES = ("DiT for pictures", "Picture codec")
-"""Those that a model of text has not."""
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def count_parameters(vae: TextVAE, dit: DiT) -> dict[str, int]:
-    """Return the number of parameters of each of :data:`PARTS`; the networks may be on the meta device."""
+    """Return the number of parameters of those of :data:`PARTS` that there are, also on the meta device."""
     counts = dict.fromkeys(PARTS, 0)
     for network, module in (("vae", vae), ("dit", dit)):
         for name, parameter in module.named_parameters():
             part = next(part for part, names in PARTS.items() if re.match(names, f"{network}.{name}"))
             counts[part] += parameter.numel()
-    return counts
+    return {part: count for part, count in counts.items() if count}
 
 
 def count_decoder_parameters(config: DecoderConfig) -> dict[str, int]:
@@ -75,63 +72,12 @@ def history_values(vae: TextVAEConfig, dit: DiTConfig) -> float:
     return prior + vae.decoder_num_blocks * 2 * vae.dim
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """A model directory in numbers.
+def describe(where: str | Path | None = None, revision: str | None = None) -> dict[str, Any]:
+    """Return what is known of a model without reading its weights, for JSON.
 
-    Attributes:
-        origin: as the user named it.
-        directory: where it is on this machine.
-        parameters: by part, see :data:`PARTS`.
-        configs: by folder of the directory.
-        history: numbers that one latent, or token of a baseline, adds to the histories.
-        dtypes: types of the stored tensors, in the file format's words ("F32", "BF16").
-        generation: the settings it generates with unless told otherwise.
-        tokenizer: file and number of entries, or None.
-        files: size in bytes by path within the directory.
-    """
-
-    origin: str
-    directory: Path
-    parameters: dict[str, int]
-    configs: Mapping[str, NetworkConfig]
-    history: float
-    dtypes: tuple[str, ...]
-    generation: Mapping[str, Any]
-    tokenizer: tuple[Path, int] | None
-    files: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        """All parameters."""
-        return sum(self.parameters.values())
-
-    def weight_bytes(self, dtype: str) -> int:
-        """Return the memory of all weights in a type of :data:`BYTES`."""
-        return self.total * BYTES[dtype]
-
-    def history_bytes(self, dtype: str) -> float:
-        """Return the memory that one latent or token of one sample adds to the histories."""
-        return self.history * BYTES[dtype]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
-        return {
-            "origin": self.origin,
-            "directory": str(self.directory),
-            "parameters": {**self.parameters, "total": self.total},
-            "weight_bytes": {dtype: self.weight_bytes(dtype) for dtype in BYTES},
-            "history_bytes_per_latent": {dtype: self.history_bytes(dtype) for dtype in BYTES},
-            "stored_dtypes": self.dtypes,
-            **{folder: config.to_dict() for folder, config in self.configs.items()},
-            "generation": self.generation,
-            "tokenizer": self.tokenizer and {"file": str(self.tokenizer[0]), "entries": self.tokenizer[1]},
-            "files": self.files,
-        }
-
-
-def describe(where: str | Path | None = None, revision: str | None = None) -> ModelInfo:
-    """Return what is known of a model without reading its weights; arguments as :func:`colada.load`.
+    Arguments as :func:`colada.load`. ``parameters`` are by part (see :data:`PARTS`) and in all; bytes of the
+    weights, and those that a latent of one sample (a token of a baseline) adds to the histories, by type;
+    types of the stored tensors in the file format's words ("F32", "BF16"); configurations by folder.
 
     Raises:
         ColadaError: if the model cannot be found, or a file cannot be read.
@@ -151,81 +97,60 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> Mo
         if dit.img_channels:
             configs[IMAGE_DIR] = image = read_codec_config(directory)
             parameters["Picture codec"] = codec_parameters(image)
-        else:
-            parameters = {part: count for part, count in parameters.items() if part not in OF_PICTURES}
     settings, tokenizer = directory / GENERATION_FILE, find_tokenizer(directory)
-    inside = (file for folder in configs for file in (directory / folder).glob("*"))
-    beside = [*directory.glob("*.json"), *directory.glob("*.jinja"), *directory.glob("*.safetensors")]
-    files = sorted([*beside, *inside])
-    return ModelInfo(
-        origin="bundled" if where is None else str(where),
-        directory=directory,
-        parameters=parameters,
-        configs=configs,
-        history=history,
-        dtypes=_dtypes(directory, configs),
-        generation={**defaults, **(read_json_object(settings) if os.path.lexists(settings) else {})},
-        tokenizer=(tokenizer, Tokenizer.from_file(tokenizer).vocab_size) if tokenizer is not None else None,
-        files={str(file.relative_to(directory)): file.stat().st_size for file in files if file.is_file()},
-    )
+    inside = [file for folder in configs for file in (directory / folder).glob("*")]
+    weights = [*directory.glob("*.safetensors"), *(file for file in inside if file.suffix == ".safetensors")]
+    files = sorted({*directory.glob("*.json"), *directory.glob("*.jinja"), *weights, *inside})
+    total, entries = sum(parameters.values()), None
+    if tokenizer is not None:
+        entries = {"file": str(tokenizer), "entries": Tokenizer.from_file(tokenizer).vocab_size}
+    return {
+        "origin": "bundled" if where is None else str(where),
+        "directory": str(directory),
+        "parameters": {**parameters, "total": total},
+        "weight_bytes": {dtype: total * size for dtype, size in BYTES.items()},
+        "history_bytes_per_latent": {dtype: history * size for dtype, size in BYTES.items()},
+        "stored_dtypes": _dtypes(sorted(weights)),
+        **{folder: config.to_dict() for folder, config in configs.items()},
+        "generation": {**defaults, **(read_json_object(settings) if os.path.lexists(settings) else {})},
+        "tokenizer": entries,
+        "files": {str(file.relative_to(directory)): file.stat().st_size for file in files if file.is_file()},
+    }
 
 
-def _dtypes(directory: Path, folders: Iterable[str]) -> tuple[str, ...]:
-    """Return the types of the stored tensors, from the headers of the weight files."""
+def _dtypes(files: Iterable[Path]) -> list[str]:
+    """Return the types of the stored tensors, from the headers of weight files."""
     dtypes: set[str] = set()
-    inside = [file for folder in folders for file in (directory / folder).glob("*.safetensors")]
-    for file in sorted([*directory.glob("*.safetensors"), *inside]):
+    for file in files:
         with open_weights(file) as handle:
             dtypes.update(handle.get_slice(name).get_dtype() for name in handle.keys())  # noqa: SIM118
-    return tuple(sorted(dtypes))
+    return sorted(dtypes)
 
 
-# --- for a reader ------------------------------------------------------------------------------
-
-
-def show(model: ModelInfo) -> None:
-    """Print everything as tables."""
+def show(model: Mapping[str, Any]) -> None:
+    """Print what :func:`describe` returns as tables."""
     console = Console(highlight=False, soft_wrap=True)
 
-    def table(*columns: str, rows: Sequence[Sequence[str]]) -> None:
-        grid = Table(*columns[:1], box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-        for column in columns[1:]:
-            grid.add_column(column, justify="right")
-        for row in rows:
-            grid.add_row(*row)
-        console.print(grid)
+    def table(*columns: str, rows: Iterable[Sequence[str]]) -> None:
+        Table(columns, list(rows)).print(console)
         console.print()
 
-    def values(title: str, mapping: dict[str, Any]) -> None:
-        table(title, "", rows=[(name, json.dumps(value)) for name, value in mapping.items()])
-
-    tokenizer = f"{model.tokenizer[0]} ({model.tokenizer[1]:,} entries)" if model.tokenizer else "none"
-    for name, value in (
-        ("model", model.origin),
-        ("directory", model.directory),
-        ("tokenizer", tokenizer),
-        ("stored as", ", ".join(model.dtypes)),
-    ):
+    tokenizer = model["tokenizer"]
+    named = f"{tokenizer['file']} ({tokenizer['entries']:,} entries)" if tokenizer else "none"
+    facts = {"tokenizer": named, "stored as": ", ".join(model["stored_dtypes"])}
+    for name, value in {"model": model["origin"], "directory": model["directory"], **facts}.items():
         console.print(f"[bold]{name:<12}[/bold]", end="")
         console.print(value, markup=False)
     console.print()
-    shares = [(part, f"{n:,}", f"{n / model.total:.1%}") for part, n in model.parameters.items()]
-    table("Part", "Parameters", "Share", rows=[*shares, ("Total", f"{model.total:,}", "100.0%")])
-    memory = [(name, size(model.weight_bytes(name)), size(model.history_bytes(name))) for name in BYTES]
-    per = "token" if DECODER_DIR in model.configs else "latent"
-    table("Memory", "Weights", f"History per {per}", rows=memory)
+    total, memory = model["parameters"]["total"], ("weight_bytes", "history_bytes_per_latent")
+    shares = [(part, f"{n:,}", f"{n / total:.1%}") for part, n in model["parameters"].items()]
+    table("Part", "Parameters", "Share", rows=shares)
+    per = "token" if DECODER_DIR in model else "latent"
+    rows = [(dtype, *(scaled(model[kind][dtype], "B") for kind in memory)) for dtype in BYTES]
+    table("Memory", "Weights", f"History per {per}", rows=rows)
     titles = {VAE_DIR: "Text VAE", DIT_DIR: "DiT", DECODER_DIR: "Decoder", IMAGE_DIR: "Picture codec"}
-    for folder, config in model.configs.items():
-        values(titles[folder], config.to_dict())
-    values("Generation", dict(model.generation))
-    table("File", "Size", rows=[(name, size(count)) for name, count in model.files.items()])
-
-
-def size(count: float) -> str:
-    """Return a number of bytes for a reader: "1,536 B", "12.3 MiB"."""
-    units = ["KiB", "MiB", "GiB", "TiB"]
-    if count < 10 * 1024:
-        return f"{count:,.0f} B"
-    while (count := count / 1024) >= 1024 and len(units) > 1:
-        units.pop(0)
-    return f"{count:.1f} {units[0]}"
+    titles["generation"] = "Generation"
+    for key, title in titles.items():
+        if key in model:
+            table(title, "", rows=[(name, json.dumps(value)) for name, value in model[key].items()])
+    table("File", "Size", rows=[(name, scaled(count, "B")) for name, count in model["files"].items()])

@@ -256,7 +256,7 @@ def info(
 
     description = describe(model, revision)
     if as_json:
-        print(json.dumps(description.to_dict(), indent=2))
+        print(json.dumps(description, indent=2))
     else:
         show(description)
 

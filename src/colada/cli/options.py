@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,6 +85,93 @@ QuantiseOption = Annotated[
     typer.Option(metavar="NAME", help="int8: layers with such weights take less memory, and are less exact."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+# --- settings of a generation ------------------------------------------------------------------
+
+
+def _own(text: str) -> str:
+    return f"{text} Default: the model's own."
+
+
+SolverOption = Annotated[str | None, typer.Option(metavar="NAME", help=_own("euler, ab2 or heun."))]
+ScheduleOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help=_own("uniform, front-loaded or logit-normal."))
+]
+
+_SETTINGS: dict[str, Any] = {
+    "steps": Annotated[int | None, typer.Option(help=_own("Solver steps per block."))],
+    "guidance": Annotated[
+        float | None, number_option("--guidance", "-g", help=_own("Guidance scale; 1 is off."))
+    ],
+    "guidance_interval": Annotated[
+        tuple[float, float] | None,
+        number_option(metavar="LOW HIGH", help=_own("Guide only while a = t / T is between these.")),
+    ],
+    "guidance_cap": Annotated[
+        float | None,
+        number_option(help=_own("Most size (root mean square) of a latent of a guided guess; 0 is off.")),
+    ],
+    "guidance_rescale": Annotated[
+        float | None,
+        number_option(help=_own("Share, 0 to 1, to which a guided guess is scaled to the plain one.")),
+    ],
+    "early_end": Annotated[
+        float | None, number_option(help=_own("Below this a the last step goes straight to the end."))
+    ],
+    "candidates": Annotated[
+        int | None,
+        typer.Option(help=_own("Draw every block so many times, and keep the one the decoder is surest of.")),
+    ],
+    "temperature": Annotated[
+        float | None, number_option(help=_own("Of token sampling; 0 picks the likeliest."))
+    ],
+    "top_k": Annotated[int | None, typer.Option(help=_own("Sample among the k likeliest tokens; 0 is off."))],
+    "top_p": Annotated[
+        float | None,
+        number_option(help=_own("Sample among the likeliest tokens that reach this probability; 1 is off.")),
+    ],
+    "repetition_penalty": Annotated[
+        float | None, number_option(help=_own("Above 1, tokens seen before are less likely; 1 is off."))
+    ],
+    "stop": Annotated[
+        list[str] | None, typer.Option(help=_own("End the text before this string; may be repeated."))
+    ],
+    "whole_sentences": Annotated[
+        bool | None,
+        typer.Option(
+            "--whole-sentences/--exact-length",
+            help=_own(
+                "A text that comes to its length: cut after its last whole sentence, or exactly there."
+            ),
+        ),
+    ],
+    "solver": SolverOption,
+    "schedule": ScheduleOption,
+    "noise": Annotated[str | None, typer.Option(metavar="NAME", help=_own("per-sample or released."))],
+}
+"""The option of each setting but the seed, which commands count from in their own ways."""
+
+
+def settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each setting; it takes those that are given as ``**settings``."""
+
+    @wraps(command)
+    def call(**arguments: Any) -> None:
+        left_out = {name for name in _SETTINGS if arguments[name] in (None, [])}
+        command(**{name: value for name, value in arguments.items() if name not in left_out})
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    *own, _ = inspect.signature(command, eval_str=True).parameters.values()
+    own = [parameter.replace(kind=keyword) for parameter in own]
+    settings = [
+        inspect.Parameter(name, keyword, default=None, annotation=option)
+        for name, option in _SETTINGS.items()
+    ]
+    after = 1 + [parameter.name for parameter in own].index("max_new_tokens")
+    signature = inspect.Signature([*own[:after], *settings, *own[after:]])
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return call
 
 
 @contextmanager

@@ -20,13 +20,14 @@ from colada.cli.options import (
     LinesOption,
     ModelOption,
     RevisionOption,
+    ScheduleOption,
+    SolverOption,
     TextArgument,
     check_model_options,
     load_cola,
     number_option,
     read_texts,
 )
-from colada.cli.write import ScheduleOption, SolverOption
 from colada.errors import ColadaError
 from colada.generate.settings import Settings, check_settings
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -23,9 +23,9 @@ from colada.cli.options import (
     TextArgument,
     check_model_options,
     load_model,
-    number_option,
     read_message,
     read_texts,
+    settings_options,
 )
 from colada.errors import ColadaError
 from colada.generate.settings import Settings, check_settings
@@ -35,64 +35,12 @@ if TYPE_CHECKING:
     from colada.models.base import LanguageModel
     from colada.text.transcript import Chunk, Completion
 
-_OWN = "Default: the model's own."
-
 TokensOption = Annotated[
     int, typer.Option("--max-new-tokens", "-n", help="How many tokens, unless the text ends before.")
 ]
-StepsOption = Annotated[int | None, typer.Option(help=f"Solver steps per block. {_OWN}")]
-GuidanceOption = Annotated[
-    float | None, number_option("--guidance", "-g", help=f"Guidance scale; 1 is off. {_OWN}")
-]
-IntervalOption = Annotated[
-    tuple[float, float] | None,
-    number_option(metavar="LOW HIGH", help=f"Guide only while a = t / T is between these. {_OWN}"),
-]
-CapOption = Annotated[
-    float | None,
-    number_option(help=f"Most size (root mean square) of a latent of a guided guess; 0 is off. {_OWN}"),
-]
-RescaleOption = Annotated[
-    float | None,
-    number_option(help=f"Share, 0 to 1, to which a guided guess is scaled to the plain one. {_OWN}"),
-]
-EndOption = Annotated[
-    float | None, number_option(help=f"Below this a the last step goes straight to the end. {_OWN}")
-]
-CandidatesOption = Annotated[
-    int | None,
-    typer.Option(help=f"Draw every block so many times, and keep the one the decoder is surest of. {_OWN}"),
-]
-TemperatureOption = Annotated[
-    float | None, number_option(help=f"Of token sampling; 0 picks the likeliest. {_OWN}")
-]
-TopKOption = Annotated[
-    int | None, typer.Option(help=f"Sample among the k likeliest tokens; 0 is off. {_OWN}")
-]
-TopPOption = Annotated[
-    float | None,
-    number_option(help=f"Sample among the likeliest tokens that reach this probability; 1 is off. {_OWN}"),
-]
-PenaltyOption = Annotated[
-    float | None, number_option(help=f"Above 1, tokens seen before are less likely; 1 is off. {_OWN}")
-]
-StopOption = Annotated[
-    list[str] | None, typer.Option(help=f"End the text before this string; may be repeated. {_OWN}")
-]
-SentencesOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--whole-sentences/--exact-length",
-        help=f"A text that comes to its length: cut after its last whole sentence, or exactly there. {_OWN}",
-    ),
-]
-SolverOption = Annotated[str | None, typer.Option(metavar="NAME", help=f"euler, ab2 or heun. {_OWN}")]
-ScheduleOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help=f"uniform, front-loaded or logit-normal. {_OWN}")
-]
-NoiseOption = Annotated[str | None, typer.Option(metavar="NAME", help=f"per-sample or released. {_OWN}")]
 
 
+@settings_options
 def generate(
     prompt: TextArgument = None,
     file: FileOption = None,
@@ -100,25 +48,9 @@ def generate(
     model: ModelOption = None,
     revision: RevisionOption = None,
     max_new_tokens: TokensOption = 64,
-    steps: StepsOption = None,
-    guidance: GuidanceOption = None,
-    guidance_interval: IntervalOption = None,
-    guidance_cap: CapOption = None,
-    guidance_rescale: RescaleOption = None,
-    early_end: EndOption = None,
-    candidates: CandidatesOption = None,
-    temperature: TemperatureOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    repetition_penalty: PenaltyOption = None,
     seed: Annotated[
         int, typer.Option(help="Prompt i, from 0, has seed + i (seed + 1000 i with released noise).")
     ] = 0,
-    stop: StopOption = None,
-    whole_sentences: SentencesOption = None,
-    solver: SolverOption = None,
-    schedule: ScheduleOption = None,
-    noise: NoiseOption = None,
     dtype: DtypeOption = None,
     quantise: QuantiseOption = None,
     device: DeviceOption = "cpu",
@@ -132,31 +64,14 @@ def generate(
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Print a text when it is finished, not as it grows.")
     ] = False,
+    **settings: Any,
 ) -> None:
     """Continue a text, or several.
 
     On a terminal a single text is shown as it forms: what is finished, and the
     block under way as it would read after each solver step.
     """
-    given: Settings = {
-        "steps": steps,
-        "guidance": guidance,
-        "guidance_interval": guidance_interval,
-        "guidance_cap": guidance_cap,
-        "guidance_rescale": guidance_rescale,
-        "early_end": early_end,
-        "candidates": candidates,
-        "solver": solver,
-        "schedule": schedule,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-        "stop": stop or None,
-        "whole_sentences": whole_sentences,
-        "noise": noise,
-        "seed": seed,
-    }
+    given = cast(Settings, {**settings, "seed": seed})
     # All that can be refused is, before torch is imported.
     check_settings(given)
     require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
@@ -294,6 +209,7 @@ def _require_template(directory: Path | None, model: str | None) -> None:
         )
 
 
+@settings_options
 def chat(
     model: ModelOption = None,
     revision: RevisionOption = None,
@@ -301,49 +217,16 @@ def chat(
         str | None, typer.Option(metavar="TEXT", help="A system message, before the conversation.")
     ] = None,
     max_new_tokens: TokensOption = 256,
-    steps: StepsOption = None,
-    guidance: GuidanceOption = None,
-    guidance_interval: IntervalOption = None,
-    guidance_cap: CapOption = None,
-    guidance_rescale: RescaleOption = None,
-    early_end: EndOption = None,
-    candidates: CandidatesOption = None,
-    temperature: TemperatureOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    repetition_penalty: PenaltyOption = None,
     seed: Annotated[int, typer.Option(help="Answer i, from 0, has seed + i.")] = 0,
-    stop: StopOption = None,
-    whole_sentences: SentencesOption = None,
-    solver: SolverOption = None,
-    schedule: ScheduleOption = None,
-    noise: NoiseOption = None,
     dtype: DtypeOption = None,
     quantise: QuantiseOption = None,
     device: DeviceOption = "cpu",
+    **settings: Any,
 ) -> None:
     """Talk to a model that was trained on conversations, turn by turn.
 
     Each line is a message. /reset begins anew, /quit or the end of input ends, Ctrl-C cuts an answer short.
     """
-    settings: Settings = {
-        "steps": steps,
-        "guidance": guidance,
-        "guidance_interval": guidance_interval,
-        "guidance_cap": guidance_cap,
-        "guidance_rescale": guidance_rescale,
-        "early_end": early_end,
-        "candidates": candidates,
-        "solver": solver,
-        "schedule": schedule,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-        "stop": stop or None,
-        "whole_sentences": whole_sentences,
-        "noise": noise,
-    }
     check_settings({**settings, "seed": seed})
     require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
     check_model_options(model, revision, dtype, device, quantise)
@@ -371,7 +254,7 @@ def chat(
         written: list[str] = []
         try:
             prompt = network.chat_prompt(asked)
-            numbered: Settings = {**settings, "seed": seed + answers}
+            numbered = cast(Settings, {**settings, "seed": seed + answers})
             _stream(network, prompt, "", max_new_tokens, numbered, written)
         except KeyboardInterrupt:
             if not typed:

@@ -13,7 +13,7 @@ from colada.generate.canvas import Canvas
 from colada.generate.reference import TransportStep
 from colada.generate.settings import Prompt, Settings
 from colada.generate.writer import Request, Slot, Writer
-from colada.text.transcript import Chunk, Transcript
+from colada.text.transcript import Chunk, Completion, Transcript, completed
 
 Open = Callable[[Prompt, int, Settings, Prompt | None], tuple[Request, Transcript]]
 """Checks a prompt, a number of tokens, settings and a suffix, and makes of them what a writer takes."""
@@ -47,8 +47,10 @@ class Session:
         submitted: how many requests, so far.
     """
 
-    def __init__(self, engine: Writer[Any], open_request: Open) -> None:
-        self.engine, self._open = engine, open_request
+    def __init__(
+        self, engine: Writer[Any], open_request: Open, at_end: Callable[[Any], None] | None = None
+    ) -> None:
+        self.engine, self._open, self._at_end = engine, open_request, at_end
         self.submitted = 0
         self._entries: dict[int, _Entry] = {}  # By the request's identity: equal ones may be submitted twice.
         self._round: Iterator[TransportStep] | None = None  # The one under way.
@@ -184,8 +186,30 @@ class Session:
                     yield self._pending.popleft()
                 else:
                     self._pending.extend(self.step(callback))
+            if self._at_end is not None:
+                self._at_end(self.engine)
 
         return take()
+
+    def completions(
+        self,
+        callback: Callable[[TransportStep], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Return the completions of all that were submitted, in order; ``progress`` is told after each.
+
+        Raises:
+            ColadaError: for a callback that cannot be called.
+            GenerationError: if some failed; it carries the completions of the others.
+        """
+        require_function("progress", progress)
+        done = dict[int, Completion]()
+        for chunk in self.chunks(callback):
+            if chunk.completion is not None:
+                done[chunk.index] = chunk.completion
+                if progress is not None:
+                    progress(len(done), self.submitted)
+        return completed([done[index] for index in range(self.submitted)])
 
     def _guesses(self, step: TransportStep) -> list[Chunk]:
         """Return how the blocks under way would read now, of those who ask."""

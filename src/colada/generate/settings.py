@@ -337,3 +337,22 @@ def one_each(name: str, value: Any, count: int, stride: int) -> list[Any]:
             f"seed={value} for {count} prompts ends with {values[-1]}, expected at most {MOST_SEED}"
         )
     return values
+
+
+def settings_of_each(chosen: Mapping[str, Any], count: int) -> list[RequestSettings]:
+    """Return the settings of each of so many prompts; see :class:`Settings` for their seeds.
+
+    Raises:
+        ColadaError: as :func:`one_each`.
+    """
+    each = {"seed": one_each("seed", chosen["seed"], count, SEED_STRIDE[chosen.get("noise", "per-sample")])}
+    if "guidance" in chosen:
+        each["guidance"] = one_each("guidance", chosen["guidance"], count, 0)
+    rows = zip(*each.values(), strict=True)
+    return [RequestSettings(**{**chosen, **dict(zip(each, row, strict=True))}) for row in rows]
+
+
+def requests_of(prompts: Any, chosen: Mapping[str, Any]) -> list[tuple[Any, RequestSettings]]:
+    """Return one or several prompts, each with its settings; raises as :func:`several`, :func:`one_each`."""
+    listed = several(prompts)
+    return list(zip(listed, settings_of_each(chosen, len(listed)), strict=True))

@@ -6,30 +6,34 @@ import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
 import torch
 
-from colada.checks import check_ids, check_text, require_count, require_flag, require_function
+from colada.checks import check_ids, check_text, require_count, require_flag
+from colada.device import check_dtype, find_device
 from colada.errors import ColadaError, ColadaWarning, failure, nearest, shown
+from colada.files import as_path
+from colada.generate.canvas import Canvas
 from colada.generate.reference import TransportStep
 from colada.generate.session import Session
 from colada.generate.settings import (
-    SEED_STRIDE,
     Prompt,
     RequestSettings,
     Settings,
     TextRequest,
     check_settings,
-    one_each,
-    several,
+    requests_of,
+    settings_of_each,
 )
 from colada.generate.writer import Request, Writer
-from colada.locate import CHAT_TEMPLATE_FILE, is_hub_id
+from colada.locate import CHAT_TEMPLATE_FILE, IMAGE_DIR, is_hub_id
+from colada.networks.checkpoint import write_model
 from colada.text.chat import check_messages, render
 from colada.text.tokenizer import Tokenizer
-from colada.text.transcript import Chunk, Completion, Transcript, completed
+from colada.text.transcript import Chunk, Completion, Transcript
 
 BATCH = 64
 """How many prompts of a call are under way together."""
@@ -108,25 +112,44 @@ class LanguageModel(ABC):
 
     @property
     @abstractmethod
-    def training_length(self) -> int | None:
-        """Tokens of the rows that it was trained on, where that is known; it goes with a saved model."""
-
-    @training_length.setter
-    @abstractmethod
-    def training_length(self, length: int | None) -> None: ...
+    def networks(self) -> dict[str, Any]:
+        """All networks, each by the folder that it is saved in; the one that writes is the first."""
 
     @property
-    @abstractmethod
+    def _first(self) -> Any:
+        return next(iter(self.networks.values()))
+
+    @property
+    def training_length(self) -> int | None:
+        """Tokens of the rows that it was trained on, where that is known; it goes with a saved model."""
+        length: int | None = self._first.config.training_length
+        return length
+
+    @training_length.setter
+    def training_length(self, length: int | None) -> None:
+        self._first.config = replace(self._first.config, training_length=length)
+
+    @property
     def device(self) -> torch.device:
         """Where it computes."""
+        place: torch.device = next(self._first.parameters()).device
+        return place
 
-    @abstractmethod
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move or convert the weights in place, and return self."""
+        """Move or convert the weights in place, and return self; a picture codec stays in float32."""
+        place = None if device is None else find_device(device)
+        check_dtype(dtype)
+        for folder, network in self.networks.items():
+            network.to(place, None if folder == IMAGE_DIR else dtype)
+        return self
 
-    @abstractmethod
     def save(self, directory: str | Path) -> None:
-        """Write a directory that :func:`colada.load` reads. Raises ColadaError if it cannot be written."""
+        """Write a directory that :func:`colada.load` reads; see :func:`checkpoint.write_model`.
+
+        Raises:
+            ColadaError: if it cannot be written.
+        """
+        write_model(as_path(directory), self.networks, self.tokenizer, self.generation, self.chat_template)
 
     # --- writing ---------------------------------------------------------------------------
 
@@ -161,9 +184,7 @@ class LanguageModel(ABC):
             ColadaError: naming the argument at fault, before anything is written.
             GenerationError: if some failed; it carries the completions of the others.
         """
-        require_function("progress", progress)
-        session = self._session_of(prompts, max_new_tokens, batch, settings)
-        return completed(finished(self._chunks(session, callback), session.submitted, progress))
+        return self._session_of(prompts, max_new_tokens, batch, settings).completions(callback, progress)
 
     def stream(
         self,
@@ -183,7 +204,7 @@ class LanguageModel(ABC):
         is asked for. A prompt that fails ends with a chunk that says why, and the others go on.
         """
         guesses = require_flag("guesses", guesses)
-        return self._chunks(self._session_of(prompts, max_new_tokens, batch, settings, guesses), callback)
+        return self._session_of(prompts, max_new_tokens, batch, settings, guesses).chunks(callback)
 
     def session(self, *, history: int = 8192, slots: int | None = None) -> Session:
         """Return a session, to which requests with settings of their own may be submitted at any time.
@@ -206,6 +227,9 @@ class LanguageModel(ABC):
     def _writer_for(self, requests: Sequence[Request], slots: int) -> Writer[Any]:
         """Return what writes these requests alone, with just the history that ``slots`` of them need."""
 
+    def _keep(self, writer: Any) -> None:  # noqa: B027 - most have nothing to keep
+        """Take back what :meth:`_writer_for` has returned, once all is written."""
+
     @abstractmethod
     def _request(
         self, prompt: Prompt, max_new_tokens: int, settings: RequestSettings, suffix: Prompt | None = None
@@ -226,7 +250,7 @@ class LanguageModel(ABC):
         """Return a request of its own, and the transcript that follows it; raises as :meth:`_request`."""
         if suffix is not None and settings.get("stop"):
             raise ColadaError(f"stop={shown(settings['stop'])} with a suffix, expected none")
-        (own,) = self._settings_of_each(self.chosen(settings), 1)
+        (own,) = settings_of_each(self.chosen(settings), 1)
         return self._request(prompt, max_new_tokens, own, suffix)
 
     def _session_of(
@@ -238,10 +262,9 @@ class LanguageModel(ABC):
         guesses: bool = False,
     ) -> Session:
         """Return a session of these prompts alone, in whose slots they take turns."""
-        batch, prompts = require_count("batch", batch), several(prompts)
-        chosen = self.chosen(settings)
+        batch, chosen = require_count("batch", batch), self.chosen(settings)
         opened = []
-        for prompt, own in zip(prompts, self._settings_of_each(chosen, len(prompts)), strict=True):
+        for prompt, own in requests_of(prompts, chosen):
             if isinstance(prompt, TextRequest):
                 each: dict[str, Any] = {
                     name: getattr(own, name) for name in ("seed", "guidance") if name in chosen
@@ -250,26 +273,16 @@ class LanguageModel(ABC):
                 opened.append(self._open(text, length, {**settings, **each, **self.check(over)}))
             else:
                 opened.append(self._request(prompt, max_new_tokens, own))
-        session = Session(self._writer_for([request for request, _ in opened], batch), self._open)
+        return self._session_for(opened, batch, guesses)
+
+    def _session_for(
+        self, opened: Sequence[tuple[Request, Transcript | Canvas]], slots: int, guesses: bool = False
+    ) -> Session:
+        """Return a session of these requests alone, each with the transcript that follows it."""
+        session = Session(self._writer_for([request for request, _ in opened], slots), self._open, self._keep)
         for request, transcript in opened:
             session.add(request, transcript, guesses)
         return session
-
-    def _chunks(self, session: Session, callback: Callable[[TransportStep], None] | None) -> Iterator[Chunk]:
-        """Return the chunks of a session that nobody else has."""
-        return session.chunks(callback)
-
-    def _settings_of_each(self, chosen: Mapping[str, Any], count: int) -> list[RequestSettings]:
-        """Return the settings of each of so many prompts; see :class:`Settings` for their seeds."""
-        stride = SEED_STRIDE[chosen.get("noise", "per-sample")]
-        seeds = one_each("seed", chosen["seed"], count, stride)
-        if "guidance" not in chosen:
-            return [RequestSettings(**{**chosen, "seed": seed}) for seed in seeds]
-        scales = one_each("guidance", chosen["guidance"], count, 0)
-        return [
-            RequestSettings(**{**chosen, "seed": seed, "guidance": scale})
-            for seed, scale in zip(seeds, scales, strict=True)
-        ]
 
     def push_to_hub(
         self,
@@ -409,16 +422,3 @@ class LanguageModel(ABC):
         )
         checked = check_messages(listed, self.tokenizer, "chat")
         return render(checked, self.tokenizer, self.chat_template, "chat", answer=True)
-
-
-def finished(
-    chunks: Iterator[Chunk], total: int, progress: Callable[[int, int], None] | None
-) -> list[Completion]:
-    """Return the completions of so many requests, in their order; ``progress`` is told after each."""
-    done = dict[int, Completion]()
-    for chunk in chunks:
-        if chunk.completion is not None:
-            done[chunk.index] = chunk.completion
-            if progress is not None:
-                progress(len(done), total)
-    return [done[index] for index in range(total)]

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Self, Unpack
 
 import torch
 
 from colada.checks import MOST_TOKENS, require_count
-from colada.device import check_dtype, find_device, plain_torch, require_memory
+from colada.device import plain_torch, require_memory
 from colada.errors import ColadaError, shown
-from colada.files import as_path
 from colada.generate.engine.engine import GPU_BUCKET, Engine, capacity_for
 from colada.generate.engine.memory import round_up
-from colada.generate.reference import TransportStep, encode
-from colada.generate.session import Session
+from colada.generate.reference import encode
 from colada.generate.settings import RELEASED_SETTINGS, Prompt, RequestSettings, Settings
 from colada.generate.writer import Request
 from colada.locate import DIT_DIR, IMAGE_DIR, VAE_DIR
 from colada.models.base import require_kind
 from colada.models.cola_pictures import PictureModel
-from colada.networks.checkpoint import write_model
 from colada.networks.config import check_pair
 from colada.networks.dit import DiT
 from colada.networks.quantise import quantise
 from colada.networks.vae import TextVAE
 from colada.pictures.codec import Codec, check_codec
 from colada.text.tokenizer import Tokenizer
-from colada.text.transcript import Chunk, Completion, Transcript, completed
+from colada.text.transcript import Completion, Transcript
 
 CHECKED_TOKENS = 4096
 """Shorter prompts are encoded without asking how much memory there is."""
@@ -124,29 +120,15 @@ class ColaDLM(PictureModel):
         return self.vae.config.vocab_size
 
     @property
-    def training_length(self) -> int | None:
-        """Tokens of the rows that it was trained on, where that is known."""
-        return self.dit.config.training_length
+    def networks(self) -> dict[str, Any]:
+        """The DiT, the Text VAE and the codec of pictures if there is one, by folder."""
+        image = {} if self.image is None else {IMAGE_DIR: self.image}
+        return {DIT_DIR: self.dit, VAE_DIR: self.vae, **image}
 
-    @training_length.setter
-    def training_length(self, length: int | None) -> None:
-        self.dit.config = dataclasses.replace(self.dit.config, training_length=length)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return self.dit.txt_in.proj.weight.device
-
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> ColaDLM:
-        """Move or convert both networks in place, and return self."""
-        place = None if device is None else find_device(device)
-        check_dtype(dtype)
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move or convert the weights in place, and return self; a picture codec stays in float32."""
         self._kept.clear()
-        self.vae.to(place, dtype)
-        self.dit.to(place, dtype)
-        if self.image is not None:  # In float32 always: it is no part of what generates.
-            self.image.to(place)
-        return self
+        return super().to(device, dtype)
 
     def quantise(self, name: str) -> ColaDLM:
         """Quantise the weights of the transformer layers that generate, in place, and return self.
@@ -173,10 +155,7 @@ class ColaDLM(PictureModel):
         """
         if self.quantised is not None:
             raise ColadaError(f"a model quantised to {self.quantised} cannot be saved: save it before")
-        networks: dict[str, torch.nn.Module] = {DIT_DIR: self.dit, VAE_DIR: self.vae}
-        if self.image is not None:
-            networks[IMAGE_DIR] = self.image
-        write_model(as_path(directory), networks, self.tokenizer, self.generation, self.chat_template)
+        super().save(directory)
 
     # --- tokens and latents ----------------------------------------------------------------
 
@@ -282,28 +261,21 @@ class ColaDLM(PictureModel):
             capacity = round_up(capacity, 8 * GPU_BUCKET)
         try:
             engine = self._kept.pop()
+            same = (engine.slots, engine.pad_id) == (slots, pad_id)
+            if same and not engine.busy and engine.regions.capacity >= capacity:
+                return engine
         except IndexError:
-            return self._engine(capacity, slots, pad_id)
-        same = (engine.slots, engine.pad_id) == (slots, pad_id)
-        fits = same and not engine.busy and engine.regions.capacity >= capacity
-        return engine if fits else self._engine(capacity, slots, pad_id)
+            pass
+        return self._engine(capacity, slots, pad_id)
 
     def _engine(self, capacity: int, slots: int | None, pad_id: int) -> Engine:
         with plain_torch(inference=False):
             return Engine(self.vae, self.dit, capacity=capacity, slots=slots, pad_id=pad_id)
 
-    def _chunks(self, session: Session, callback: Callable[[TransportStep], None] | None) -> Iterator[Chunk]:
-        """Return the chunks of a session that nobody else has; its engine may then serve the next call."""
-
-        def take() -> Iterator[Chunk]:
-            yield from chunks
-            # What a GPU replays is worth keeping from one call to the next.
-            if engine.graphs is not None:
-                self._kept[:] = [engine]
-
-        engine = cast("Engine", session.engine)
-        chunks = session.chunks(callback)  # Checked now, before the first chunk is asked for.
-        return take()
+    def _keep(self, writer: Engine) -> None:
+        """Let an engine serve the next call: what a GPU replays is worth keeping."""
+        if writer.graphs is not None:
+            self._kept[:] = [writer]
 
     def _request(
         self, prompt: Prompt, max_new_tokens: int, settings: RequestSettings, suffix: Prompt | None = None
@@ -346,10 +318,7 @@ class ColaDLM(PictureModel):
         """
         tokens = require_count("tokens", tokens, MOST_TOKENS)
         request, transcript = self._open(before, tokens, settings, self.ids(after))
-        session = Session(self._writer_for([request], 1), self._open)
-        session.add(request, transcript)
-        done = [chunk.completion for chunk in self._chunks(session, None) if chunk.completion is not None]
-        return completed(done)[0]
+        return self._session_for([(request, transcript)], 1).completions()[0]
 
     def _check_length(self, ids: Sequence[int]) -> None:
         """Raise ColadaError for a text whose encoding needs more memory than there is."""

@@ -10,22 +10,22 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
-from colada.checks import MOST_TOKENS, require_count, require_flag, require_function
+from colada.checks import MOST_TOKENS, require_count, require_flag
 from colada.device import plain_torch
 from colada.errors import ColadaError, ColadaWarning, shown
 from colada.generate.canvas import Canvas
 from colada.generate.reference import TransportStep
 from colada.generate.session import Session
-from colada.generate.settings import Prompt, RequestSettings, Settings, several
+from colada.generate.settings import Prompt, RequestSettings, Settings, requests_of, settings_of_each
 from colada.generate.writer import Request
-from colada.models.base import BATCH, LanguageModel, finished
+from colada.models.base import BATCH, LanguageModel
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.pictures.codec import Codec
 from colada.pictures.config import words_of
 from colada.pictures.load import load_picture
 from colada.pictures.shapes import Picture
-from colada.text.transcript import Chunk, Completion, Transcript, completed
+from colada.text.transcript import Chunk, Completion, Transcript
 
 DRAWING: Settings = {"guidance": 1.5, "steps": 24, "solver": "ab2", "schedule": "front-loaded"}
 """With what pictures are drawn unless a model's codec says otherwise."""
@@ -67,10 +67,9 @@ class PictureModel(LanguageModel):
                 pictures.
             GenerationError: if some failed; it carries the completions of the others.
         """
-        require_function("progress", progress)
         session = self._drawing_session(captions, batch, settings, guesses=False)
-        done = finished(self._chunks(session, callback), session.submitted, progress)
-        return [picture for one in completed(done) if (picture := one.picture) is not None]
+        done = session.completions(callback, progress)
+        return [picture for one in done if (picture := one.picture) is not None]
 
     def stream_drawing(
         self,
@@ -87,7 +86,7 @@ class PictureModel(LanguageModel):
         A caption's last chunk has its finished picture.
         """
         guesses = require_flag("guesses", guesses)
-        return self._chunks(self._drawing_session(captions, batch, settings, guesses), callback)
+        return self._drawing_session(captions, batch, settings, guesses).chunks(callback)
 
     def drawing(self, caption: Prompt, **settings: Unpack[Settings]) -> tuple[Request, Canvas]:
         """Return what :meth:`Session.add` takes to draw a caption beside other requests of a session.
@@ -95,7 +94,7 @@ class PictureModel(LanguageModel):
         Raises:
             ColadaError: as :meth:`draw`.
         """
-        (own,) = self._settings_of_each(self._chosen_for_pictures("drawing", settings), 1)
+        (own,) = settings_of_each(self._chosen_for_pictures("drawing", settings), 1)
         return self._drawing(caption, own)
 
     def _drawing(self, caption: Prompt, settings: RequestSettings) -> tuple[Request, Canvas]:
@@ -114,14 +113,9 @@ class PictureModel(LanguageModel):
     def _drawing_session(
         self, captions: Any, batch: int, settings: Mapping[str, Any], guesses: bool
     ) -> Session:
-        batch, captions = require_count("batch", batch), several(captions)
-        chosen = self._chosen_for_pictures("drawing", settings)
-        each = self._settings_of_each(chosen, len(captions))
-        opened = [self._drawing(caption, own) for caption, own in zip(captions, each, strict=True)]
-        session = Session(self._writer_for([request for request, _ in opened], batch), self._open)
-        for request, canvas in opened:
-            session.add(request, canvas, guesses)
-        return session
+        batch, chosen = require_count("batch", batch), self._chosen_for_pictures("drawing", settings)
+        opened = [self._drawing(caption, own) for caption, own in requests_of(captions, chosen)]
+        return self._session_for(opened, batch, guesses)
 
     # --- describing ------------------------------------------------------------------------
 
@@ -152,21 +146,17 @@ class PictureModel(LanguageModel):
                 pictures.
             GenerationError: if some failed; it carries the completions of the others.
         """
-        require_function("progress", progress)
         batch = require_count("batch", batch)
         listed = [pictures] if isinstance(pictures, str | Path | np.ndarray) else list(pictures)
         if isinstance(pictures, np.ndarray) and pictures.ndim == 4:
             listed = list(pictures)
         chosen = self._chosen_for_pictures("describing", settings)
-        each = self._settings_of_each(chosen, len(listed))
+        each = settings_of_each(chosen, len(listed))
         opened = [
             self._describing(picture, max_new_tokens, prompt, own)
             for picture, own in zip(listed, each, strict=True)
         ]
-        session = Session(self._writer_for([request for request, _ in opened], batch), self._open)
-        for request, transcript in opened:
-            session.add(request, transcript)
-        return completed(finished(self._chunks(session, callback), len(opened), progress))
+        return self._session_for(opened, batch).completions(callback, progress)
 
     def describing(
         self,
@@ -181,7 +171,7 @@ class PictureModel(LanguageModel):
         Raises:
             ColadaError: as :meth:`describe`.
         """
-        (own,) = self._settings_of_each(self._chosen_for_pictures("describing", settings), 1)
+        (own,) = settings_of_each(self._chosen_for_pictures("describing", settings), 1)
         return self._describing(picture, max_new_tokens, prompt, own)
 
     def _describing(

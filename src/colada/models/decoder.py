@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from colada.checks import MOST_TOKENS, require_count
-from colada.device import check_dtype, find_device
 from colada.errors import ColadaError, failure, shown
-from colada.files import as_path
 from colada.generate.settings import RELEASED_SETTINGS, Prompt, RequestSettings
 from colada.generate.writer import Request, S, Slot, Writer
 from colada.locate import DECODER_DIR
 from colada.models.base import ARCHITECTURES, LanguageModel, require_kind
-from colada.networks.checkpoint import write_model
 from colada.networks.decoder import Decoder
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import Transcript
@@ -59,30 +54,9 @@ class DecoderLM(LanguageModel):
         return self.decoder.config.vocab_size
 
     @property
-    def training_length(self) -> int | None:
-        """Tokens of the rows that it was trained on, where that is known."""
-        return self.decoder.config.training_length
-
-    @training_length.setter
-    def training_length(self, length: int | None) -> None:
-        self.decoder.config = replace(self.decoder.config, training_length=length)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return self.decoder.wte.weight.device
-
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move or convert the network in place, and return self."""
-        place = None if device is None else find_device(device)
-        check_dtype(dtype)
-        self.decoder.to(place, dtype)
-        return self
-
-    def save(self, directory: str | Path) -> None:
-        """Write ``decoder/``, tokenizer and settings; see :func:`colada.networks.checkpoint.write_model`."""
-        networks = {DECODER_DIR: self.decoder}
-        write_model(as_path(directory), networks, self.tokenizer, self.generation, self.chat_template)
+    def networks(self) -> dict[str, Any]:
+        """The one network, by its folder."""
+        return {DECODER_DIR: self.decoder}
 
     def _writer_for(self, requests: Sequence[Request], slots: int) -> Writer[Any]:
         rooms = sorted(map(self._room, requests), reverse=True)

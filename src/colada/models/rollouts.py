@@ -60,7 +60,7 @@ def roll_out(model: ColaDLM, requests: Sequence[TextRequest], batch: int = 64) -
                 raise slot.error
             assert slot.block is not None
             if not one.latents:
-                one.latents.append(slot.prefix.float().cpu())
+                one.latents.append(slot.latents[: slot.prefix].float().cpu())
             one.latents.append(slot.block.latents.float().cpu())
             one.ids += slot.ids[one.transcript.skip :]
             one.transcript.add(slot.ids)

@@ -1,6 +1,6 @@
 """The report of a run: one HTML file with every curve, readable offline, and the same plots as files.
 
-Everything comes from the run's directory: metrics.jsonl, and samples.txt, recipe.yaml
+Everything comes from the run's directory: metrics.jsonl, and samples.jsonl, recipe.yaml
 and the last checkpoint if they are there. What was not recorded is left out.
 """
 
@@ -259,9 +259,10 @@ def write_report(out: Path) -> Path:
         for stage in dict.fromkeys(record["stage"] for record in records):
             _add_stage(page, stage, [record for record in records if record["stage"] == stage], directory)
     if samples:
-        stage, step = samples[-1].stage, samples[-1].step
+        stage, step = samples[-1]["stage"], samples[-1]["step"]
+        last = [one for one in samples if (one["stage"], one["step"]) == (stage, step)]
         page.section(f"Samples at step {step:,} of {stage}")
-        page.texts([(one.title, one.text) for one in samples if (one.stage, one.step) == (stage, step)])
+        page.texts([(one["title"], one["text"]) for one in last])
     if (out / RECIPE).is_file():
         page.texts([("", read_text(out / RECIPE))], fold="Recipe")
     checkpoint = find(out, "auto")

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from colada.data.rows import Batch
 from colada.errors import ColadaError
-from colada.flow import TimestepLaw, calibrated_loc
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM, as_distilled
 from colada.networks.config import TextVAEConfig
@@ -37,18 +36,10 @@ from colada.train.kinds import (
     SolverSection,
     StageSection,
     TextVAESection,
-    TextVAETerms,
 )
 from colada.train.lineage import built_in
-from colada.train.losses import (
-    JointWeights,
-    Loss,
-    decoder_loss,
-    stage1_loss,
-    stage2_frozen_loss,
-    stage2_joint_loss,
-)
-from colada.train.noise import Counts, Draws, FlowSettings, VAEWeights, count, draw_randomness
+from colada.train.losses import Loss, decoder_loss, joint_loss, prior_loss, vae_loss
+from colada.train.noise import Counts, Draws, count, draw_randomness, timestep_law
 from colada.train.pairs import open_pairs
 from colada.train.recipe import Recipe
 from colada.train.stages import LayOut, Stage, System, copied, drawn, row_generator
@@ -196,14 +187,14 @@ class TextVAEStage(ColaStage):
     section: TextVAESection
 
     def draw(self, rows: Sequence[int]) -> Draws:
-        weights = _vae_weights(self.section, self.vae.config)
-        return draw_randomness(self.generators(rows), self.vae.config, self.section.length, weights)
+        return draw_randomness(self.generators(rows), self.vae.config, self.section.length, self.section)
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
         vae = networks["vae"]
         assert isinstance(vae, TextVAE)
-        loss = (stage1_loss, decoder_loss)[self.phase_of(step)]
-        return loss(vae, rows, draws, _vae_weights(self.section, vae.config), counts)
+        if self.phase_of(step):
+            return decoder_loss(vae, rows, draws, counts)
+        return vae_loss(vae, rows, draws, self.section, counts)
 
     def phase_of(self, step: int) -> int:
         """Return 1 where the decoder learns alone, else 0."""
@@ -226,7 +217,7 @@ class FlowStage(ColaStage):
 
     def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
         super().__init__(system, name, lay_out)
-        self._flow = flow_settings(self.section, self.vae.config.latent_dim)
+        self._law = timestep_law(self.section, self.vae.config.latent_dim)
         self._adapts = isinstance(self.section, PriorTerms) and self.section.adaptive_timesteps
         if self._adapts:
             self.memory["timesteps"] = new_memory()
@@ -240,7 +231,7 @@ class FlowStage(ColaStage):
             ramp = section.consistency_ramp * section.steps
             weight = section.consistency * min(1.0, step / ramp if ramp else 1.0)
             consistency = Consistency(teacher, weight, section.consistency_steps)
-        guesses, law = _guesses(self, section, step), self._flow.law if self._adapts and learns else None
+        guesses, law = _guesses(self, section, step), self._law if self._adapts and learns else None
         return FlowStep(section.space, guesses, section.dropout, consistency, law)
 
     def rollouts(self, step: int, rows: Batch, draws: Any) -> tuple[Batch, Any]:
@@ -248,7 +239,7 @@ class FlowStage(ColaStage):
         if not self._adapts:
             return rows, draws
         assert draws.timestep is not None
-        timestep = adapted(self._flow.law, self.memory["timesteps"], draws.timestep)
+        timestep = adapted(self._law, self.memory["timesteps"], draws.timestep)
         return rows, replace(draws, timestep=timestep)
 
     def learnt(self, step: int, terms: Mapping[str, Tensor], add_up: Callable[[Tensor], Tensor]) -> None:
@@ -266,16 +257,14 @@ class PriorStage(FlowStage):
     section: PriorSection | InstructSection
 
     def draw(self, rows: Sequence[int]) -> Draws:
-        config, flow = self.vae.config, self._flow
-        generators = self.generators(rows)
-        return draw_randomness(generators, config, self.section.length, VAEWeights(), flow, masked=False)
+        section = self.section
+        return draw_randomness(self.generators(rows), self.vae.config, section.length, flow=section)
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
         dit = networks["dit"]
         assert isinstance(dit, DiT)
-        weights, pad_id = VAEWeights(log_snr=self.vae.config.log_snr), self.system.pad_id
         flow = self.flow_step(step)
-        return stage2_frozen_loss(self.vae, dit, rows, draws, weights, pad_id, counts, flow)
+        return prior_loss(self.vae, dit, rows, draws, self.system.pad_id, counts, flow)
 
     @classmethod
     def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
@@ -295,21 +284,19 @@ class JointStage(FlowStage):
         return self.section.lr * (self.section.vae_lr if network == "vae" else 1.0)
 
     def draw(self, rows: Sequence[int]) -> Draws:
-        config, flow = self.vae.config, self._flow
-        weights = _vae_weights(self.section, config)
-        return draw_randomness(self.generators(rows), config, self.section.length, weights, flow)
+        section = self.section
+        return draw_randomness(self.generators(rows), self.vae.config, section.length, section, section)
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
         vae, dit, reference = networks["vae"], networks["dit"], self.frozen["reference"]
         assert isinstance(vae, TextVAE)
         assert isinstance(dit, DiT)
         section, pad_id = self.section, self.system.pad_id
-        weights, flow = _vae_weights(section, vae.config), self.flow_step(step)
+        flow = self.flow_step(step)
         if not section.joint_at(step):
-            return stage2_frozen_loss(vae, dit, rows, draws, weights, pad_id, counts, flow)
+            return prior_loss(vae, dit, rows, draws, pad_id, counts, flow)
         assert isinstance(reference, TextVAE)
-        joint = JointWeights(vae=section.lambda_vae, flow=section.lambda_fm, reference=section.lambda_ref)
-        return stage2_joint_loss(vae, dit, reference, rows, draws, weights, joint, pad_id, counts, flow)
+        return joint_loss(vae, dit, reference, rows, draws, section, pad_id, counts, flow)
 
     @classmethod
     def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
@@ -328,26 +315,6 @@ class JointStage(FlowStage):
     def phase_of(self, step: int) -> int:
         """Return 0 for a joint step, 1 for one with a frozen Text VAE."""
         return 0 if self.section.joint_at(step) else 1
-
-
-def flow_settings(section: FlowTerms, latent_dim: int) -> FlowSettings:
-    """Return how flow matching draws examples; an unset loc is the paper's for this latent width."""
-    law = TimestepLaw(calibrated_loc(latent_dim) if section.loc is None else section.loc, section.scale)
-    per_block = section.timestep_per == "block"
-    return FlowSettings(
-        law,
-        per_block,
-        section.copies,
-        section.prefix_share,
-        section.history_dropout,
-        section.space,
-        section.self_conditioning,
-        section.dropout if isinstance(section, PriorTerms) else 0.0,
-    )
-
-
-def _vae_weights(section: TextVAETerms, vae: TextVAEConfig) -> VAEWeights:
-    return VAEWeights(section.beta, section.mask, section.mask_ratio, vae.log_snr)
 
 
 def _guesses(stage: Stage, section: FlowTerms, step: int) -> bool:

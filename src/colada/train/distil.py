@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from colada.data.rows import Batch
 from colada.flow import T, interpolate
 from colada.networks.dit import DiT
-from colada.train.cola import flow_settings
 from colada.train.cost import Phase, Placement
 from colada.train.distil_cost import with_teacher, with_trajectories
 from colada.train.distillation import Guided, distillation_errors, landing, target_of
 from colada.train.flow_matching import pin, place, weighed
 from colada.train.kinds import DistilSection
 from colada.train.losses import Loss, draw, encode, log_snr_terms, rows_layout
-from colada.train.noise import Counts, sample_of_latents
+from colada.train.noise import Counts, sample_of_latents, timestep_law
 from colada.train.recipe import Recipe
 from colada.train.stages import LayOut, System, row_generator
 from colada.train.taught import Taught, TaughtStage
@@ -74,7 +73,7 @@ class DistilStage(TaughtStage):
         guided = Guided(teacher, section.guidance, cap, section.guidance_rescale)
         with torch.no_grad():
             layout = rows_layout(self.vae, rows)
-            q = encode(self.vae, rows.ids, layout, self.vae.config.log_snr)
+            q = encode(self.vae, rows.ids, layout)
             z0 = self.vae.normalise(draw(q, draws.posterior))
             clean = z0.view(len(rows), -1, self.vae.config.latent_dim)
             pinned = pin(self.vae, rows, draws, layout, self.system.pad_id)
@@ -107,7 +106,8 @@ class DistilStage(TaughtStage):
         """
         if not self._intervals:
             return timestep, torch.zeros_like(timestep), torch.ones_like(timestep)
-        quantile = flow_settings(self.section, self.vae.config.latent_dim).law.quantile(timestep)
+        law = timestep_law(self.section, self.vae.config.latent_dim)
+        quantile = law.quantile(timestep)
         table = torch.tensor(self._intervals, dtype=timestep.dtype, device=timestep.device)
         edges = table[:, 3].cumsum(0)[:-1]
         begin, end, substeps, _ = table[torch.bucketize(quantile, edges, right=True)].unbind(-1)

@@ -6,7 +6,8 @@ A *record* is a mapping of one moment's metrics::
 
 Its other numbers are loss terms, "grad_norm", "lr", "tokens_per_s", "mfu" (share of the peak), "memory_gb",
 and of the stage so far "tokens" and "skipped" (steps). "flow_by_t" is a list, the mean flow loss of
-equal bins of t in [0, T), with None for a bin without a timestep.
+equal bins of t in [0, T), with None for a bin without a timestep. A sample has "stage", "step", "title" and
+"text".
 
 A run resumes *at* a point of its stages: what an earlier attempt logged after that point is dropped from the
 files, since it will be logged again.
@@ -17,21 +18,23 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from colada.checks import is_whole
 from colada.errors import ColadaError, nearest, shown
 from colada.files import atomic_writer, open_file, parse_json
 
-METRICS_FILE, SAMPLES_FILE, TENSORBOARD_DIR = "metrics.jsonl", "samples.txt", "tensorboard"
+METRICS_FILE, SAMPLES_FILE, TENSORBOARD_DIR = "metrics.jsonl", "samples.jsonl", "tensorboard"
 BUILT_IN = ("jsonl", "tensorboard")
 
-NOT_MEASURED = frozenset({"stage", "step", "split", "time"})
+_PLACE = {"stage": "a name", "step": "an integer", "split": "a name", "time": "seconds"}
+NOT_MEASURED = frozenset(_PLACE)
 """Keys of a record that say where it belongs; the others are numbers."""
+_SAMPLE = {"stage": "a name", "step": "an integer", "title": "a text", "text": "a text"}
 
 
 @dataclass(frozen=True)
@@ -68,68 +71,43 @@ class Monitor(Protocol):
 # --- files ---------------------------------------------------------------------------------------
 
 
-class JsonLines:
-    """Appends each record to a file as one line of JSON; NaN and infinities become null.
+class Files:
+    """Appends metrics and samples to a file each, a record a line of JSON; NaN and infinities become null.
 
     Args:
-        path: the file, made if need be.
-        resume_at: keep the records up to this point; None starts the file anew.
+        out: the run's directory.
+        resume_at: keep the records up to this point; None starts the files anew.
 
     Raises:
-        ColadaError: if the file holds a damaged line or cannot be written.
+        ColadaError: if a file holds a damaged line or cannot be written.
     """
 
-    def __init__(self, path: Path, resume_at: Point | None = None) -> None:
-        self._path = path
-        _refuse_pipe(path)
-        if path.is_file():
-            lines = [line + b"\n" for line in _whole_lines(path).splitlines()]
-            records = (_parse_record(line, path, number) for number, line in enumerate(lines, 1))
-            _keep_until(path, lines, [(record["stage"], record["step"]) for record in records], resume_at)
+    def __init__(self, out: Path, resume_at: Point | None = None) -> None:
+        self._metrics, self._samples = out / METRICS_FILE, out / SAMPLES_FILE
+        for path in (self._metrics, self._samples):
+            if path.is_fifo():  # Who writes to it would wait.
+                raise ColadaError(f"{path} is a named pipe, expected a regular file or none")
+        kept = [
+            (path, read(path))
+            for path, read in ((self._metrics, read_records), (self._samples, read_samples))
+            if path.is_file()
+        ]
+        for path, records in kept:
+            with atomic_writer(path) as file:  # The old file or the new one at any moment.
+                for record in records:
+                    if resume_at is not None and resume_at.covers(record["stage"], record["step"]):
+                        file.write(_line(record))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a record; it is in the file when this returns."""
-        finite = {name: _finite(value) for name, value in record.items()}
-        _append(self._path, json.dumps(finite, allow_nan=False) + "\n")
+        _append(self._metrics, record)
 
     def text(self, stage: str, step: int, title: str, text: str) -> None:
-        """Samples are not metrics: nothing is written."""
+        """Append a sample, likewise."""
+        _append(self._samples, {"stage": stage, "step": step, "title": title, "text": text})
 
     def close(self) -> None:
         """Nothing is open between two records."""
-
-
-class Samples:
-    """Appends each sample to a file under ``--- step 400, stage prior: title``; arguments as JsonLines."""
-
-    def __init__(self, path: Path, resume_at: Point | None = None) -> None:
-        self._path = path
-        _refuse_pipe(path)
-        if path.is_file():
-            samples = _split_samples(path)
-            places = [(sample.stage, sample.step) for sample, _ in samples]
-            _keep_until(path, [raw for _, raw in samples], places, resume_at)
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Metrics are not samples: nothing is written."""
-
-    def text(self, stage: str, step: int, title: str, text: str) -> None:
-        """Append a sample; it is in the file when this returns."""
-        # A text may itself quote such a file; only headers start in the first column.
-        body = re.sub(r"(?m)^--- step ", " --- step ", text)
-        _append(self._path, f"--- step {step}, stage {stage}: {' '.join(title.split())}\n{body}\n")
-
-    def close(self) -> None:
-        """Nothing is open between two samples."""
-
-
-class Sample(NamedTuple):
-    """An entry of a samples file."""
-
-    stage: str
-    step: int
-    title: str
-    text: str
 
 
 def require_metrics(out: Path) -> Path:
@@ -140,47 +118,47 @@ def require_metrics(out: Path) -> Path:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file, in its order.
+    """Return the records of a metrics file, in its order; a half-written last line does not count.
 
     Raises:
         ColadaError: if the file cannot be read, or naming the first line that is not a record.
     """
-    lines = _read(path).splitlines()
-    return [_parse_record(line, path, number) for number, line in enumerate(lines, 1)]
+    records = _read(path, _PLACE)
+    for number, record in enumerate(records, 1):
+        for key in record.keys() - NOT_MEASURED:
+            values = record[key] if isinstance(record[key], list) else [record[key]]
+            if not all(value is None or _is_number(value) for value in values):
+                raise ColadaError(f"{path}, line {number}: {key}={shown(record[key])}, expected numbers")
+    return records
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """Return the entries of a samples file, in its order.
-
-    Raises:
-        ColadaError: if the file cannot be read, or naming the first header that is not one.
-    """
-    return [sample for sample, _ in _split_samples(path)]
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """Return the samples of a file, in its order; raises as :func:`read_records`."""
+    return _read(path, _SAMPLE)
 
 
-def _parse_record(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        record = parse_json(line, "it")
-    except ColadaError as error:
-        raise ColadaError(f"{path}, line {number}: damaged, expected one JSON object: {error}") from None
-    if not isinstance(record, dict):
-        raise ColadaError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
-    for key, kind, name in (
-        ("stage", str, "a name"),
-        ("step", int, "an integer"),
-        ("split", str, "a name"),
-    ):
-        value = record.get(key)
-        large = isinstance(value, int) and abs(value) >= 2**53
-        if not isinstance(value, kind) or isinstance(value, bool) or large:
-            raise ColadaError(f"{path}, line {number}: {key}={shown(value)}, expected {name}")
-    if not _is_number(record.get("time")):
-        raise ColadaError(f"{path}, line {number}: time={record.get('time')!r}, expected seconds")
-    for key in record.keys() - NOT_MEASURED:
-        values = record[key] if isinstance(record[key], list) else [record[key]]
-        if not all(value is None or _is_number(value) for value in values):
-            raise ColadaError(f"{path}, line {number}: {key}={shown(record[key])}, expected numbers")
-    return record
+def _read(path: Path, keys: Mapping[str, str]) -> list[dict[str, Any]]:
+    with open_file(path) as file:
+        *lines, _ = file.read().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        try:
+            record = parse_json(line, "it")
+        except ColadaError as error:
+            raise ColadaError(f"{where}: damaged, expected one JSON object: {error}") from None
+        if not isinstance(record, dict):
+            raise ColadaError(f"{where}: expected a JSON object, got {type(record).__name__}")
+        for key, expected in keys.items():
+            value = record.get(key)
+            if expected == "an integer":
+                holds = is_whole(value) and abs(record[key]) < 2**53
+            else:
+                holds = _is_number(value) if expected == "seconds" else isinstance(value, str)
+            if not holds:
+                raise ColadaError(f"{where}: {key}={shown(value)}, expected {expected}")
+        records.append(record)
+    return records
 
 
 def _is_number(value: Any) -> bool:
@@ -188,25 +166,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e300
 
 
-_HEADER = re.compile(r"--- step (\d{1,15}), stage (\w{1,31}): (.*)")
-
-
-def _split_samples(path: Path) -> list[tuple[Sample, bytes]]:
-    """Return the entries of a samples file, each with its bytes."""
-    entries, number = [], 1
-    for raw in re.split(rb"(?m)^(?=--- step )", _whole_lines(path)):
-        if not raw:  # Before the first header.
-            continue
-        header, _, text = raw.decode("utf-8", "replace").partition("\n")
-        match = _HEADER.fullmatch(header)
-        if match is None:
-            raise ColadaError(
-                f"{path}, line {number}: expected '--- step N, stage NAME: title', got {header!r}"
-            )
-        sample = Sample(match[2], int(match[1]), match[3], text.removesuffix("\n"))
-        entries.append((sample, raw))
-        number += raw.count(b"\n")
-    return entries
+def _line(record: Mapping[str, Any]) -> bytes:
+    finite = {name: _finite(value) for name, value in record.items()}
+    return (json.dumps(finite, allow_nan=False, ensure_ascii=False) + "\n").encode(
+        "utf-8", "backslashreplace"
+    )
 
 
 def _finite(value: Any) -> Any:
@@ -216,39 +180,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _read(path: Path) -> bytes:
-    with open_file(path) as file:
-        return file.read()
-
-
-def _refuse_pipe(path: Path) -> None:
-    """Raise ColadaError for what would keep who writes to it waiting."""
-    if path.is_fifo():
-        raise ColadaError(f"{path} is a named pipe, expected a regular file or none")
-
-
-def _whole_lines(path: Path) -> bytes:
-    """Return a file's content without a half-written last line."""
-    content = _read(path)
-    return content[: content.rfind(b"\n") + 1]
-
-
-def _append(path: Path, text: str) -> None:
+def _append(path: Path, record: Mapping[str, Any]) -> None:
     try:
         with path.open("ab") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
+            file.write(_line(record))
     except OSError as error:
         raise ColadaError(f"cannot write to {path}: {error.strerror or error}") from None
-
-
-def _keep_until(
-    path: Path, entries: Sequence[bytes], places: Sequence[tuple[str, int]], point: Point | None
-) -> None:
-    """Rewrite a file with the entries up to a point; it is the old file or the new one at any moment."""
-    pairs = zip(entries, places, strict=True)
-    kept = b"".join(entry for entry, place in pairs if point is not None and point.covers(*place))
-    with atomic_writer(path) as file:
-        file.write(kept)
 
 
 # --- TensorBoard -----------------------------------------------------------------------------------
@@ -373,7 +310,7 @@ def make_monitors(
     resume_at: Point | None = None,
     first: bool = True,
 ) -> Monitors:
-    """Return the monitors of a run in the directory ``out``; metrics.jsonl and samples.txt are always there.
+    """Return the monitors of a run in ``out``; metrics.jsonl and samples.jsonl are always there.
 
     Args:
         names: "jsonl", "tensorboard" or ``package.module:Class``, in any number.
@@ -392,6 +329,4 @@ def make_monitors(
     others: list[Monitor] = [load_monitor(name, out, recipe) for name in chosen if ":" in name]
     if "tensorboard" in chosen:
         others.append(TensorBoard(out / TENSORBOARD_DIR))
-    return Monitors(
-        [JsonLines(out / METRICS_FILE, resume_at), Samples(out / SAMPLES_FILE, resume_at), *others]
-    )
+    return Monitors([Files(out, resume_at), *others])

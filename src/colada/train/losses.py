@@ -26,7 +26,8 @@ from colada.networks.dit import DiT
 from colada.networks.packing import Layout
 from colada.networks.vae import Posterior, TextVAE
 from colada.train.flow_matching import PLAIN, FlowStep, flow_matching
-from colada.train.noise import Counts, Draws, VAEWeights, count, sample_of_latents
+from colada.train.kinds import JointSection, TextVAETerms
+from colada.train.noise import Counts, Draws, count, sample_of_latents
 
 LOGITS_AT_ONCE = 2**26
 """Logits held at once, 268 MB: those of a batch of the released size are 4.5 GB, and their gradient too."""
@@ -79,10 +80,10 @@ def rows_layout(vae: TextVAE, batch: Batch) -> Layout:
     return vae.rows_layout(rows, length // patch, sample_of_latents(batch, patch))
 
 
-def encode(vae: TextVAE, ids: Tensor, layout: Layout, log_snr: float | None = None) -> Posterior:
-    """Return q_phi(z0 | x) of rows (B, L), packed (B * M, C), each latent's log-SNR fixed if asked."""
+def encode(vae: TextVAE, ids: Tensor, layout: Layout) -> Posterior:
+    """Return q_phi(z0 | x) of rows (B, L), packed (B * M, C)."""
     posterior: Posterior = vae.encoder(ids.flatten(), layout)
-    return posterior.at_log_snr(log_snr)
+    return posterior
 
 
 def draw(posterior: Posterior, noise: Tensor) -> Tensor:
@@ -127,13 +128,11 @@ def _spell(vae: TextVAE, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, ids, reduction="none"), (logits.argmax(-1) == ids).float()
 
 
-def masked_reconstruction(
-    vae: TextVAE, batch: Batch, layout: Layout, weights: VAEWeights, draws: Draws
-) -> Tensor:
+def masked_reconstruction(vae: TextVAE, batch: Batch, layout: Layout, draws: Draws) -> Tensor:
     """Return L_mask, summed over tokens: -log p_theta(x | z0 of partly masked tokens); no KL here."""
     assert draws.masked is not None
     assert draws.masked_posterior is not None
-    posterior = encode(vae, batch.ids.masked_fill(draws.masked, vae.config.mask_id), layout, weights.log_snr)
+    posterior = encode(vae, batch.ids.masked_fill(draws.masked, vae.config.mask_id), layout)
     return reconstruction(vae, draw(posterior, draws.masked_posterior), batch, layout)[0]
 
 
@@ -167,14 +166,12 @@ def log_snr_terms(q: Posterior, batch: Batch, counts: Counts) -> dict[str, Tenso
     return {"mean2": mean2, "variance": within(batch, variance.mean(-1)) / counts.latents}
 
 
-def decoder_loss(
-    vae: TextVAE, batch: Batch, draws: Draws, weights: VAEWeights, counts: Counts | None = None
-) -> Loss:
-    """L = -E log p_theta(x | z0) under a frozen encoder; arguments as :func:`stage1_loss`."""
+def decoder_loss(vae: TextVAE, batch: Batch, draws: Draws, counts: Counts | None = None) -> Loss:
+    """L = -E log p_theta(x | z0) under a frozen encoder; arguments as :func:`vae_loss`."""
     counts = counts or count(batch, draws, vae.config)
     layout = rows_layout(vae, batch)
     with torch.no_grad():
-        q = encode(vae, batch.ids, layout, weights.log_snr)
+        q = encode(vae, batch.ids, layout)
         z0 = draw(q, draws.posterior)
     nll, right = reconstruction(vae, z0, batch, layout)
     terms = {"nll": nll / counts.tokens, "kl": within(batch, kl_standard_normal(q)) / counts.tokens}
@@ -186,8 +183,8 @@ def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: term.detach() for name, term in terms.items()}
 
 
-def stage1_loss(
-    vae: TextVAE, batch: Batch, draws: Draws, weights: VAEWeights, counts: Counts | None = None
+def vae_loss(
+    vae: TextVAE, batch: Batch, draws: Draws, weights: TextVAETerms, counts: Counts | None = None
 ) -> Loss:
     """L = -E log p_theta(x | z0) + beta KL(q_phi(z0 | x) || N(0, I)) + lambda_mask L_mask.
 
@@ -197,12 +194,12 @@ def stage1_loss(
     """
     counts = counts or count(batch, draws, vae.config)
     layout = rows_layout(vae, batch)
-    q = encode(vae, batch.ids, layout, weights.log_snr)
+    q = encode(vae, batch.ids, layout)
     nll, right = reconstruction(vae, draw(q, draws.posterior), batch, layout)
     terms = {"nll": nll / counts.tokens, "kl": within(batch, kl_standard_normal(q)) / counts.tokens}
     total = terms["nll"] + weights.beta * terms["kl"]
     if weights.mask > 0:
-        terms["masked"] = masked_reconstruction(vae, batch, layout, weights, draws) / counts.tokens
+        terms["masked"] = masked_reconstruction(vae, batch, layout, draws) / counts.tokens
         total = total + weights.mask * terms["masked"]
     terms |= {"accuracy": right / counts.tokens, **log_snr_terms(q, batch, counts)}
     return Loss(total, _detached(terms))
@@ -211,21 +208,11 @@ def stage1_loss(
 # --- stage 2 -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class JointWeights:
-    """Weights of the joint loss: lambda_vae, lambda_fm and lambda_ref."""
-
-    vae: float = 1.0
-    flow: float = 1.0
-    reference: float = 0.1
-
-
-def stage2_frozen_loss(
+def prior_loss(
     vae: TextVAE,
     dit: DiT,
     batch: Batch,
     draws: Draws,
-    weights: VAEWeights,
     pad_id: int,
     counts: Counts | None = None,
     step: FlowStep = PLAIN,
@@ -234,20 +221,19 @@ def stage2_frozen_loss(
     counts = counts or count(batch, draws, vae.config)
     with torch.no_grad():
         layout = rows_layout(vae, batch)
-        q = encode(vae, batch.ids, layout, weights.log_snr)
+        q = encode(vae, batch.ids, layout)
         z0 = draw(q, draws.posterior)
     flow, terms = flow_matching(vae, dit, batch, draws, z0, layout, pad_id, counts, step)
     return Loss(flow, _detached(terms | log_snr_terms(q, batch, counts)))
 
 
-def stage2_joint_loss(
+def joint_loss(
     vae: TextVAE,
     dit: DiT,
     reference: TextVAE,
     batch: Batch,
     draws: Draws,
-    weights: VAEWeights,
-    joint: JointWeights,
+    weights: JointSection,
     pad_id: int,
     counts: Counts | None = None,
     step: FlowStep = PLAIN,
@@ -259,19 +245,19 @@ def stage2_joint_loss(
     """
     counts = counts or count(batch, draws, vae.config)
     layout = rows_layout(vae, batch)
-    q = encode(vae, batch.ids, layout, weights.log_snr)
+    q = encode(vae, batch.ids, layout)
     z0 = draw(q, draws.posterior)
     nll, right = reconstruction(vae, z0, batch, layout)
     log_q = within(batch, expected_log_q(q)) / counts.tokens
     flow, terms = flow_matching(vae, dit, batch, draws, z0, layout, pad_id, counts, step)
     with torch.no_grad():
-        q_ref = encode(reference, batch.ids, layout, weights.log_snr)
+        q_ref = encode(reference, batch.ids, layout)
     kl_ref = within(batch, kl_between(q, q_ref)) / counts.tokens
     terms |= {"nll": nll / counts.tokens, "log_q": log_q, "kl_ref": kl_ref}
-    vae_loss = terms["nll"] + weights.beta * log_q
+    of_vae = terms["nll"] + weights.beta * log_q
     if weights.mask > 0:
-        terms["masked"] = masked_reconstruction(vae, batch, layout, weights, draws) / counts.tokens
-        vae_loss = vae_loss + weights.mask * terms["masked"]
-    total = joint.vae * vae_loss + joint.flow * flow + joint.reference * kl_ref
+        terms["masked"] = masked_reconstruction(vae, batch, layout, draws) / counts.tokens
+        of_vae = of_vae + weights.mask * terms["masked"]
+    total = weights.lambda_vae * of_vae + weights.lambda_fm * flow + weights.lambda_ref * kl_ref
     terms |= {"accuracy": right / counts.tokens, **log_snr_terms(q, batch, counts)}
     return Loss(total, _detached(terms))

@@ -8,60 +8,21 @@ it is in nor on the device. B rows of L tokens are (B, M, C) latents, M = L / pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from colada.data.rows import Batch
-from colada.flow import TimestepLaw
+from colada.flow import TimestepLaw, calibrated_loc
 from colada.networks.config import TextVAEConfig
+from colada.train.kinds import FlowTerms, PriorTerms, TextVAETerms
 
 
-@dataclass(frozen=True)
-class VAEWeights:
-    """Weights of the Text VAE's terms.
-
-    Attributes:
-        beta: weight of KL(q || N(0, I)) where the Text VAE learns alone, of E log q in joint training.
-        mask: lambda_mask.
-        mask_ratio: share of encoder input tokens replaced by the mask id.
-        log_snr: fix log(E mu^2 / E sigma^2) of each latent to this; None learns it.
-    """
-
-    beta: float = 1e-3
-    mask: float = 0.5
-    mask_ratio: float = 0.15
-    log_snr: float | None = None
-
-
-@dataclass(frozen=True)
-class FlowSettings:
-    """How flow matching draws its examples.
-
-    Attributes:
-        law: of the training timesteps.
-        per_block: one timestep per block, else one per row.
-        copies: noisy copies of each row, which share one clean copy.
-        prefix_share: share of blocks that keep a clean prefix inside, as when a prompt ends in a
-            block; at most one a row, so no more than 1 in M / block_size, and none in samples with a
-            prompt of their own.
-        history_dropout: probability with which a noisy block sees no clean cell, each block by itself:
-            what guidance calls unconditional is then trained in the middle of texts too.
-        space: in which errors count, a name in :data:`colada.flow.LOSS_SPACES`.
-        self_conditioning: share of steps in which the DiT takes its own guess of z0 as a second input.
-        dropout: share of what attention and MLP of the DiT add that is dropped.
-    """
-
-    law: TimestepLaw = field(default_factory=TimestepLaw)
-    per_block: bool = True
-    copies: int = 1
-    prefix_share: float = 0.05
-    history_dropout: float = 0.0
-    space: str = "velocity"
-    self_conditioning: float = 0.0
-    dropout: float = 0.0
+def timestep_law(flow: FlowTerms, latent_dim: int) -> TimestepLaw:
+    """Return the law of the training timesteps; an unset loc is the paper's for this latent width."""
+    return TimestepLaw(calibrated_loc(latent_dim) if flow.loc is None else flow.loc, flow.scale)
 
 
 @dataclass(frozen=True)
@@ -115,9 +76,8 @@ def draw_randomness(
     generators: Sequence[torch.Generator],
     config: TextVAEConfig,
     length: int,
-    weights: VAEWeights,
-    flow: FlowSettings | None = None,
-    masked: bool = True,
+    terms: TextVAETerms | None = None,
+    flow: FlowTerms | None = None,
 ) -> Draws:
     """Draw what the loss of a batch needs, each row from a CPU generator of its own.
 
@@ -126,19 +86,21 @@ def draw_randomness(
     Args:
         generators: one a row.
         length: tokens a row.
-        flow: for a DiT that learns; None draws for the Text VAE alone.
-        masked: draw for L_mask too, if it has a weight.
+        terms: for a Text VAE that learns; L_mask has draws if it has a weight.
+        flow: for a DiT that learns. At most one block a row keeps a clean prefix, so no more than 1 in
+            M / block_size, and none in samples with a prompt of their own.
     """
     latents, block = length // config.patch_size, config.block_size
     shape = (latents, config.latent_dim)
+    law = timestep_law(flow or FlowTerms(), config.latent_dim)
     drawn: dict[str, list[Tensor]] = {f.name: [] for f in fields(Draws)}
     for own in generators:
         drawn["posterior"].append(torch.randn(shape, generator=own))
-        if masked and weights.mask > 0:
-            drawn["masked"].append(torch.rand(length, generator=own) < weights.mask_ratio)
+        if terms is not None and terms.mask > 0:
+            drawn["masked"].append(torch.rand(length, generator=own) < terms.mask_ratio)
             drawn["masked_posterior"].append(torch.randn(shape, generator=own))
         if flow is not None:
-            times = flow.law.sample((flow.copies, latents // block if flow.per_block else 1), own)
+            times = law.sample((flow.copies, latents // block if flow.timestep_per == "block" else 1), own)
             times = times.expand(flow.copies, latents // block)
             drawn["timestep"].append(times.repeat_interleave(block, 1))
             drawn["noise"].append(torch.randn((flow.copies, *shape), generator=own))
@@ -147,7 +109,7 @@ def draw_randomness(
             if flow.history_dropout > 0:
                 chances = torch.rand(flow.copies, latents // block, generator=own)
                 drawn["alone"].append(chances < flow.history_dropout)
-            if flow.dropout > 0:
+            if isinstance(flow, PriorTerms) and flow.dropout > 0:
                 drawn["dropout"].append(torch.randint(2**31, (), generator=own, dtype=torch.int32))
     return Draws(**{name: torch.stack(parts) for name, parts in drawn.items() if parts})
 

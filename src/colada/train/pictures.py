@@ -19,11 +19,11 @@ from colada.data.rows import Batch
 from colada.flow import LOSS_SPACES, MIN_A, T, TimestepLaw
 from colada.networks.dit import DiT
 from colada.pictures.codec import Codec, ConvVAE
-from colada.train.cola import ColaSystem, PriorStage, codec_of, flow_settings
+from colada.train.cola import ColaSystem, PriorStage, codec_of
 from colada.train.cost import Phase, Placement
 from colada.train.kinds import PicturesSection, PictureVAESection
 from colada.train.losses import Loss
-from colada.train.noise import Counts, Drawn, Draws
+from colada.train.noise import Counts, Drawn, Draws, timestep_law
 from colada.train.pairs import Pairs, PairSplits, open_pairs
 from colada.train.picture_cost import codec_phase, picture_phases
 from colada.train.picture_flow import describing_errors, drawing_errors
@@ -133,7 +133,7 @@ class PicturesStage(PriorStage):
     def _draw_pairs(self, rows: Sequence[int], describes: bool) -> PairDraws:
         """Draw the pairs of rows, each row from its own generator."""
         section, vae, tokenizer = self.section, self.vae.config, self.system.tokenizer
-        law = flow_settings(section, vae.latent_dim).law
+        law = timestep_law(section, vae.latent_dim)
         picture_law = TimestepLaw(section.picture_loc, section.picture_scale)
         pairs, first = self.splits.training, 0
         if rows[0] >= VALIDATION_ROW:

@@ -19,7 +19,7 @@ from colada.errors import ColadaError
 from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
-from colada.train.cola import ColaStage, flow_settings
+from colada.train.cola import ColaStage
 from colada.train.cost import Phase, Placement, Work
 from colada.train.flow_matching import flow_errors, pin
 from colada.train.kinds import PreferencesSection
@@ -27,7 +27,6 @@ from colada.train.losses import Loss, encode, rows_layout
 from colada.train.noise import (
     Counts,
     Draws,
-    VAEWeights,
     count,
     draw_randomness,
     given_tokens,
@@ -88,10 +87,10 @@ class PreferencesStage(ColaStage):
 
     def draw(self, rows: Sequence[int]) -> PairDraws:
         """Return the draws of pairs by number, the same for both rows of each."""
-        config, flow = self.vae.config, flow_settings(self.section, self.vae.config.latent_dim)
-        once = draw_randomness(
-            self.generators(rows), config, self.section.length, VAEWeights(), flow, masked=False
-        ).map(lambda x: x.repeat_interleave(PAIR, 0))
+        section = self.section
+        once = draw_randomness(self.generators(rows), self.vae.config, section.length, flow=section).map(
+            lambda x: x.repeat_interleave(PAIR, 0)
+        )
         values = {field.name: getattr(once, field.name) for field in fields(Draws)}
         return PairDraws(**values, pair=torch.tensor(rows).repeat_interleave(PAIR))
 
@@ -106,7 +105,7 @@ class PreferencesStage(ColaStage):
         vae: TextVAE = self.vae
         with torch.no_grad():
             layout = rows_layout(vae, rows)
-            mean = encode(vae, rows.ids, layout, vae.config.log_snr).mean
+            mean = encode(vae, rows.ids, layout).mean
             z0 = vae.normalise(mean).view(len(rows), -1, vae.config.latent_dim)
             pinned = pin(vae, rows, draws, layout, self.system.pad_id)
         sample = sample_of_latents(rows, vae.config.patch_size)

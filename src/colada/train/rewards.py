@@ -30,7 +30,7 @@ from colada.models.rollouts import roll_out
 from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
 from colada.text.chat import render
-from colada.train.cola import ColaStage, flow_settings
+from colada.train.cola import ColaStage
 from colada.train.cost import Phase, Placement, Work, matrix_entries, networks
 from colada.train.flow_matching import pin, place, predict
 from colada.train.kinds import RaftSection, RewardSection
@@ -38,7 +38,6 @@ from colada.train.losses import Loss, draw, encode, rows_layout
 from colada.train.noise import (
     Counts,
     Draws,
-    VAEWeights,
     draw_randomness,
     given_tokens,
     pinned_latents,
@@ -236,9 +235,8 @@ class RolloutStage(ColaStage):
 
     def draw(self, rows: Sequence[int]) -> Draws:
         """Return the draws of rows by number."""
-        config, flow = self.vae.config, flow_settings(self.section, self.vae.config.latent_dim)
         generators = [row_generator(self.recipe.seed, self.number, row) for row in rows]
-        return draw_randomness(generators, config, self.section.length, VAEWeights(), flow, masked=False)
+        return draw_randomness(generators, self.vae.config, self.section.length, flow=self.section)
 
     def _parts(self, rows: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return which latents are learnt of answers, and which of rows of the data: bool (B, M) each."""
@@ -264,7 +262,7 @@ class RolloutStage(ColaStage):
         answers, others = (part[:, None].float() for part in self._parts(rows, draws))
         with torch.no_grad():
             layout = rows_layout(vae, rows)
-            q = encode(vae, rows.ids, layout, vae.config.log_snr)
+            q = encode(vae, rows.ids, layout)
             z0 = vae.normalise(draw(q, draws.posterior)).view(len(rows), -1, vae.config.latent_dim)
             pinned = pin(vae, rows, draws, layout, self.system.pad_id)
             if isinstance(draws, AnswerDraws) and draws.written is not None:

@@ -96,7 +96,7 @@ class SolverStage(TaughtStage):
         scale, cap, rescale = solver.guidance.tolist()
         with torch.no_grad():
             layout = rows_layout(vae, rows)
-            z0 = vae.normalise(draw(encode(vae, rows.ids, layout, vae.config.log_snr), draws.posterior))
+            z0 = vae.normalise(draw(encode(vae, rows.ids, layout), draws.posterior))
             clean = z0.view(len(rows), -1, vae.config.latent_dim)
             pinned = pin(vae, rows, draws, layout, self.system.pad_id)
             sample = sample_of_latents(rows, vae.config.patch_size)

@@ -15,9 +15,9 @@ from colada.data.rows import Batch, batch
 from colada.flow import T
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
-from colada.train.cola import PriorStage, flow_settings
+from colada.train.cola import PriorStage
 from colada.train.kinds import TaughtSection
-from colada.train.noise import Draws, VAEWeights, draw_randomness
+from colada.train.noise import Draws, draw_randomness
 from colada.train.recipe import source_weights
 from colada.train.stages import Beginning, LayOut, System, row_generator
 from colada.train.trajectories import Trajectories, digest, roll_out, sampler
@@ -107,9 +107,9 @@ class TaughtStage(PriorStage):
     def _fixed(self, numbers: Sequence[int]) -> Draws:
         """Return what is drawn for rows whose trajectories are kept: the same whenever they are used."""
         config, section = self.vae.config, self.section
-        flow = dataclasses.replace(flow_settings(section, config.latent_dim), copies=1, history_dropout=0.0)
+        flow = section.model_copy(update={"copies": 1, "history_dropout": 0.0})
         generators = [row_generator(self.recipe.seed, _FIXED, number) for number in numbers]
-        return draw_randomness(generators, config, section.length, VAEWeights(), flow, masked=False)
+        return draw_randomness(generators, config, section.length, flow=flow)
 
     def rollouts(self, step: int, rows: Batch, draws: Taught) -> tuple[Batch, Taught]:
         """Return rows whose trajectories are kept, in place of this step's own, where it learns from them."""

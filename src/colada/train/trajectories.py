@@ -166,7 +166,7 @@ def roll_out(
     """
     assert draws.noise is not None
     layout = rows_layout(vae, batch)
-    q = encode(vae, batch.ids, layout, vae.config.log_snr)
+    q = encode(vae, batch.ids, layout)
     width, size, patch = vae.config.latent_dim, vae.config.block_size, dit.config.patch_size
     clean = vae.normalise(draw(q, draws.posterior)).view(len(batch), -1, width)
     pinned = pin(vae, batch, draws, layout, pad_id)
@@ -216,10 +216,12 @@ def _slot(
         Request((), length, settings),
         start=start,
         length=length,
+        prefix=0,
+        tail=len(where),
         wanted=length // size,
-        prefix=nothing,
         where=where,
-        pinned=nothing if pinned is None else pinned.latents[row, own],
+        prompt=len(where),
+        latents=nothing if pinned is None else pinned.latents[row, own],
     )
 
 

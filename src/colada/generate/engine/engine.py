@@ -19,7 +19,6 @@ from torch import Tensor
 from colada.device import plain_torch, require_memory, undisturbed
 from colada.errors import ColadaError, failure
 from colada.generate.engine.graphs import Graphs
-from colada.generate.engine.joining import JOINING_LATENTS, Arrival, arrival, read, shares
 from colada.generate.engine.memory import (
     Memory,
     PaddedPlan,
@@ -31,7 +30,7 @@ from colada.generate.engine.memory import (
     pieces,
     round_up,
 )
-from colada.generate.engine.slots import LatentSlot, room_of
+from colada.generate.engine.slots import JOINING_LATENTS, LatentSlot, read_prompts, room_of, shares
 from colada.generate.engine.transport import COMMITTED_ROWS, Transport
 from colada.generate.noise import NOISE_RULES, block_generator
 from colada.generate.pictures import show
@@ -133,7 +132,7 @@ class Engine(Writer[LatentSlot]):
         if prior.img_grid is not None:
             pictures = math.prod(prior.img_grid)
             self._painting = Transport(dit, self._prior_memory, pictures, text=self._transport)
-        self.joining: list[Arrival] = []
+        self.joining: list[LatentSlot] = []
         self._going: list[LatentSlot] = []  # Those of whom the last step was, in the order of its rows.
 
     @property
@@ -170,9 +169,9 @@ class Engine(Writer[LatentSlot]):
     def withdraw(self, request: Request) -> None:
         """Take back a request that waits or joins; one that does neither is no error."""
         super().withdraw(request)
-        for own in [own for own in self.joining if own.request is request]:
-            self.joining.remove(own)
-            self.regions.give_back(own.start, own.length)
+        for slot in [slot for slot in self.joining if slot.request is request]:
+            self.joining.remove(slot)
+            self.regions.give_back(slot.start, slot.length)
 
     @plain_torch()
     def admit(self) -> list[LatentSlot]:
@@ -192,7 +191,7 @@ class Engine(Writer[LatentSlot]):
             start = self.regions.take(room)
             if start is None:
                 break
-            self.joining.append(arrival(self.waiting.popleft(), start, room, self.vae, self.device))
+            self.joining.append(LatentSlot.of(self.waiting.popleft(), start, room, self.vae, self.device))
         new = self._join(self._latents_to_join())
         self.under_way += new
         return new
@@ -215,51 +214,48 @@ class Engine(Writer[LatentSlot]):
 
     def _join(self, most: int | None) -> list[LatentSlot]:
         """Read at most so many latents of those who join; return slots for those who are then read."""
-        counts = [arriving.left for arriving in self.joining]
+        counts = [slot.unread for slot in self.joining]
         if most is not None:
             counts = shares(counts, most, self._size)
-        parts = [
-            (arriving, count)
-            for arriving, count in zip(self.joining, counts, strict=True)
-            if count or not arriving.left
-        ]
+        pairs = zip(self.joining, counts, strict=True)
+        parts = [(slot, count) for slot, count in pairs if count or not slot.unread]
         if parts:
-            read(self.vae, parts, self.pad_id)
-        self._commit([arriving for arriving, _ in parts if arriving.error is None and arriving.left])
-        new = [arriving for arriving in self.joining if arriving.error is not None or not arriving.left]
-        for arriving in new:
-            if arriving.request.picture is not None and arriving.error is None:
-                self._show(arriving, arriving.request.picture)
-        self.joining = [arriving for arriving in self.joining if arriving not in new]
-        return [arriving.slot() for arriving in new]
+            read_prompts(self.vae, parts, self.pad_id)
+        self._commit([slot for slot, _ in parts if slot.error is None and slot.unread])
+        new = [slot for slot in self.joining if slot.error is not None or not slot.unread]
+        for slot in new:
+            if slot.request.picture is not None and slot.error is None:
+                self._show(slot, slot.request.picture)
+        self.joining = [slot for slot in self.joining if slot not in new]
+        return new
 
-    def _show(self, arriving: Arrival, picture: Tensor) -> None:
+    def _show(self, slot: LatentSlot, picture: Tensor) -> None:
         """Write a picture and its prompt, which see each other, into the DiT's history."""
         try:
-            (context,) = show(self.dit, [arriving.latents], picture.to(self.device)[None])
+            (context,) = show(self.dit, [slot.latents], picture.to(self.device)[None])
         except Exception as error:  # As with those who cannot be encoded.
-            arriving.error = failure("its picture cannot be read", error)
+            slot.error = failure("its picture cannot be read", error)
             return
-        self._prior_memory.write(arriving.start, context.history.layers)
-        arriving.shown = len(context.history)
+        self._prior_memory.write(slot.start, context.history.layers)
+        slot.history = slot.shown = len(context.history)
 
-    def _commit(self, joining: Sequence[Arrival]) -> None:
+    def _commit(self, joining: Sequence[LatentSlot]) -> None:
         """Write into both histories what is read of prompts that are not read to their ends."""
         if not joining:
             return
-        parts = [(arriving.start, arriving.history, arriving.uncommitted) for arriving in joining]
+        parts = [(slot.start, slot.history, slot.uncommitted) for slot in joining]
         try:
             self._transport.commit(parts)
             self._decode_alone(self._prefixes(parts))
         except Exception as error:  # As with those who cannot be encoded.
             if len(joining) > 1:
-                for arriving in joining:
-                    self._commit([arriving])
+                for slot in joining:
+                    self._commit([slot])
             else:
                 joining[0].error = failure("its prompt cannot be read", error)
             return
-        for arriving in joining:
-            arriving.history += len(arriving.uncommitted)
+        for slot in joining:
+            slot.history = slot.decoded = slot.history + len(slot.uncommitted)
 
     # --- one block -------------------------------------------------------------------------
 
@@ -354,13 +350,15 @@ class Engine(Writer[LatentSlot]):
         A prefix that the decoder has not seen yet goes along, without being spelled.
         """
         decoder = self.vae.decoder
-        prefixes = self._prefixes((slot.start, slot.decoded, slot.prefix[slot.decoded :]) for slot in slots)
+        prefixes = self._prefixes(
+            (slot.start, slot.decoded, slot.latents[slot.decoded : slot.prefix]) for slot in slots
+        )
         riding = prefixes.pop() if prefixes and not self._padded else []
         self._decode_alone(prefixes)
         clean = [span for span, _ in riding]
         noisy = []
         for slot in slots:
-            end = slot.start + max(slot.decoded, len(slot.prefix)) + slot.candidates * self._size
+            end = slot.start + max(slot.decoded, slot.prefix) + slot.candidates * self._size
             noisy.append(Span(slot.start, end, slot.candidates, apart=slot.candidates > 1))
         plan: Plan | PaddedPlan
         if self._padded:
@@ -371,7 +369,7 @@ class Engine(Writer[LatentSlot]):
         rows = torch.cat([*(latents for _, latents in riding), latents.flatten(0, 1)])
         hidden = decoder.unpatch(decoder.run(rows, self._decoder_pass(plan))[plan.clean_rows :])
         for slot in slots:
-            slot.decoded = max(slot.decoded, len(slot.prefix))
+            slot.decoded = max(slot.decoded, slot.prefix)
         return hidden
 
     def _prefixes(self, parts: Iterable[tuple[int, int, Tensor]]) -> list[list[Piece]]:

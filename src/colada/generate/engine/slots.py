@@ -1,17 +1,29 @@
-"""How far a request is, and where in the memory of the engine."""
+"""How far a request is, and where in the memory of the engine.
+
+Prompts of those who join are read in parts, so that nobody has to wait for a long one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from colada.errors import failure
 from colada.flow import Evaluation, evaluations_of
-from colada.generate.reference import Block
+from colada.generate.engine.memory import round_up
+from colada.generate.reference import Block, encode
 from colada.generate.writer import Request, Slot
+from colada.networks.layers import History
+from colada.networks.vae import TextVAE
+
+JOINING_LATENTS = 256
+"""The fewest latents of prompts that are read between two blocks of those under way."""
 
 
 def latents_of(request: Request, patch: int, size: int) -> tuple[int, int, int]:
@@ -65,13 +77,15 @@ class Begun:
 
 @dataclass(eq=False, kw_only=True)
 class LatentSlot(Slot):
-    """A request under way in the engine.
+    """A request that joins the engine or is under way in it.
 
     Attributes:
         start, length: its region of the memory, in latents.
-        wanted: blocks to be generated.
-        prefix: latents (P, C) of the prompt's whole blocks.
-        where, pinned: bool (M,) and (M, C): which of the latents still to come are pinned, and to what.
+        prefix, tail, wanted: see :func:`latents_of`.
+        where: bool (tail,), which of the latents still to come are pinned.
+        prompt: how many latents its prompt takes, whole blocks.
+        latents: (L, C), those of them that are read.
+        read: what the encoder has seen, where that is needed.
         history, decoded: how many latents are in the DiT's and in the decoder's history.
         block: the last that was generated.
         begun: the coming block, where a round has ended in the middle of it.
@@ -82,10 +96,13 @@ class LatentSlot(Slot):
 
     start: int
     length: int
+    prefix: int
+    tail: int
     wanted: int
-    prefix: Tensor
     where: Tensor
-    pinned: Tensor
+    prompt: int
+    latents: Tensor
+    read: History | None = None
     history: int = 0
     decoded: int = 0
     block: Block | None = None
@@ -93,6 +110,36 @@ class LatentSlot(Slot):
     step: int = 0
     shown: int = 0
     shift: int = 0
+
+    @classmethod
+    def of(cls, request: Request, start: int, length: int, vae: TextVAE, device: torch.device) -> Self:
+        """Return a request that has a region of the memory, before any of its prompt is read."""
+        size, none = vae.config.block_size, torch.zeros(0, vae.config.latent_dim, device=device)
+        prefix, tail, wanted = latents_of(request, vae.config.patch_size, size)
+        where = torch.ones(tail, dtype=torch.bool, device=device)
+        if request.hole is not None:
+            where[request.hole[0] - prefix : request.hole[1] - prefix] = False
+        prompt, shift = round_up(prefix + tail, size), 0
+        if request.picture is not None:
+            prompt = round_up(-(-len(request.ids) // vae.config.patch_size), size)
+            shift = size - len(request.picture)
+        return cls(
+            request,
+            start=start,
+            length=length,
+            prefix=prefix,
+            tail=tail,
+            wanted=wanted,
+            where=where,
+            prompt=prompt,
+            latents=none,
+            shift=shift,
+        )
+
+    @property
+    def unread(self) -> int:
+        """How many latents of its prompt are still to be encoded."""
+        return self.prompt - len(self.latents)
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
@@ -114,8 +161,8 @@ class LatentSlot(Slot):
     def uncommitted(self) -> Tensor:
         """The finished latents (L, C) that the DiT's history lacks."""
         if self.block is None:
-            return self.prefix[self.history - self.shown :]
-        written = self.shown + len(self.prefix) + (self.blocks - 1) * len(self.block.latents)
+            return self.latents[self.history - self.shown : self.prefix]
+        written = self.shown + self.prefix + (self.blocks - 1) * len(self.block.latents)
         return self.block.latents[self.history - written :]
 
     @property
@@ -126,7 +173,50 @@ class LatentSlot(Slot):
     def pinned_block(self, size: int) -> tuple[Tensor, Tensor]:
         """Return which latents of the coming block are pinned (size,), and to what (size, C)."""
         begin = self.blocks * size
-        missing = max(0, begin + size - len(self.where))
-        where = torch.cat([self.where, self.where.new_zeros(missing)])
-        pinned = torch.cat([self.pinned, self.pinned.new_zeros(missing, self.pinned.shape[-1])])
-        return where[begin : begin + size], pinned[begin : begin + size]
+        where = self.where[begin : begin + size]
+        pinned = self.latents[self.prefix + begin : self.prefix + begin + len(where)]
+        return F.pad(where, (0, size - len(where))), F.pad(pinned, (0, 0, 0, size - len(where)))
+
+
+# --- those who join ----------------------------------------------------------------------------
+
+
+def shares(lefts: Sequence[int], most: int, size: int) -> list[int]:
+    """Divide ``most`` latents, in whole blocks of ``size``, among prompts with so many left each.
+
+    In order, one that can be finished is; any other takes half of what is left, or all where nobody follows,
+    so that the first always goes on and short ones behind it need not wait for its end.
+    """
+    parts = []
+    for number, left in enumerate(lefts, start=1):
+        part = left
+        if left > most:
+            part = max(size, most // (1 if number == len(lefts) else 2) // size * size)
+            part = part if part <= most else 0
+        parts.append(part)
+        most -= part
+    return parts
+
+
+def read_prompts(vae: TextVAE, parts: Sequence[tuple[LatentSlot, int]], pad_id: int) -> None:
+    """Encode so many latents more of each prompt, in one pass; one that cannot be encoded has an error."""
+    patch = vae.config.patch_size
+    prompts: list[Sequence[int]] = []
+    histories: list[History | None] = []
+    for slot, count in parts:
+        begin = len(slot.latents) * patch
+        prompts.append(slot.request.ids[begin : begin + count * patch])
+        # What is read at once leaves nothing for later.
+        whole = count == slot.prompt
+        histories.append(None if whole else slot.read.copy() if slot.read is not None else History())
+    try:
+        encoded = encode(vae, prompts, pad_id, histories)
+    except Exception as error:  # Whatever it is, the others and their regions must not be lost.
+        if len(parts) > 1:
+            for part in parts:
+                read_prompts(vae, [part], pad_id)
+        else:
+            parts[0][0].error = failure("its prompt cannot be encoded", error)
+        return
+    for (slot, _), latents, history in zip(parts, encoded, histories, strict=True):
+        slot.latents, slot.read = torch.cat([slot.latents, latents]), history

@@ -184,7 +184,7 @@ class Transport:
         pins = [slot.pinned_block(self._size) for slot in members]
         where = torch.stack([own for own, _ in pins])
         pinned = torch.stack([own for _, own in pins])
-        any_pinned = any(bool(len(slot.where) > slot.blocks * self._size) for slot in slots)
+        any_pinned = any(slot.tail > slot.blocks * self._size for slot in slots)
         passes = self._passes(members, [span for span, _ in riding], where, any_pinned)
         mask = where[..., None]
         if riding:
