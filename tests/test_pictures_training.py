@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,10 +22,12 @@ from colada.networks.dit import DiT
 from colada.pictures.codec import PatchPCA, fit
 from colada.pictures.show import png
 from colada.pictures.sources import Scenes, open_source
+from colada.report.training import write_report
 from colada.text.tokenizer import Tokenizer
 from colada.train.cost import adaln_entries, block_causal_pairs, matrix_entries
 from colada.train.display import Display
 from colada.train.export import export, system_of
+from colada.train.logs import read_samples
 from colada.train.noise import Counts
 from colada.train.pairs import open_pairs
 from colada.train.picture_cost import CAPTION
@@ -96,6 +99,19 @@ def test_a_run_learns_all_tasks_and_leaves_a_model_with_pictures(whole: Path) ->
     expected = fit([np.stack(pictures)], model.image.config)
     assert isinstance(model.image, PatchPCA)
     torch.testing.assert_close(model.image.state_dict(), expected.state_dict())
+
+
+def test_drawings_through_training_are_kept_judged_and_shown(whole: Path) -> None:
+    sheets = sorted((whole / "drawings").iterdir())
+    assert [sheet.name for sheet in sheets] == [f"pictures-0000000{step}.png" for step in (3, 6, 8)]
+    assert Image.open(sheets[0]).size == (3 * (8 * 32 + 7 * 2), 3 * (2 * 32 + 2))
+    said = [one for one in read_samples(whole / "samples.jsonl") if one["title"].startswith("drawing ")]
+    assert len(said) == 3 * 16
+    assert said[0]["title"] == f"drawing 1: {open_pairs(recipe(*PICTURES)).validation.pair(0).caption}"  # type: ignore[union-attr]
+    assert all(one["text"] for one in said)  # What is wrong with it, most likely.
+    page = write_report(whole).read_text()
+    assert page.count("data:image/png;base64,") == len(sheets)
+    assert "pictures, step 8" in page
 
 
 def test_tasks_have_their_shares_and_are_the_same_for_all_rows_of_a_step(stage: PicturesStage) -> None:

@@ -10,6 +10,7 @@ page.provenance({"seed": 0}).write(Path("report.html"))
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -63,6 +64,14 @@ class Page:
         if not (self._parts and self._parts[-1]["kind"] == "figures"):
             self._add("figures", figures=[])
         self._parts[-1]["figures"].append({"svg": inline_svg(figure, name), "caption": caption})
+        return self
+
+    def picture(self, content: bytes, caption: str = "") -> Self:
+        """Add a picture, the bytes of a PNG; those in a row share the page's width."""
+        if not (self._parts and self._parts[-1]["kind"] == "figures"):
+            self._add("figures", figures=[])
+        image = f'<img alt="drawings" src="data:image/png;base64,{b64encode(content).decode()}">'
+        self._parts[-1]["figures"].append({"svg": image, "caption": caption})
         return self
 
     def texts(self, texts: Sequence[tuple[str, str]], fold: str = "") -> Self:

@@ -34,12 +34,21 @@ from colada.report.style import (
 from colada.report.table import Table
 from colada.strict_yaml import read_yaml
 from colada.train.checkpoints import RECIPE, find, read_state
-from colada.train.logs import METRICS_FILE, NOT_MEASURED, SAMPLES_FILE, read_records, read_samples
+from colada.train.logs import (
+    DRAWINGS_DIR,
+    METRICS_FILE,
+    NOT_MEASURED,
+    SAMPLES_FILE,
+    read_records,
+    read_samples,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SHEETS = 6
+"""Of drawings, spread over a run."""
 REPORT_DIR, REPORT_FILE = "report", "report.html"
 
 Record = dict[str, Any]
@@ -258,6 +267,12 @@ def write_report(out: Path) -> Path:
     with styled():
         for stage in dict.fromkeys(record["stage"] for record in records):
             _add_stage(page, stage, [record for record in records if record["stage"] == stage], directory)
+    sheets = sorted((out / DRAWINGS_DIR).glob("*.png"))
+    if sheets:
+        page.section("Drawings", "Of the same validation captions and seeds through training.")
+        for number in np.unique(np.linspace(0, len(sheets) - 1, SHEETS).round().astype(int)):
+            name, _, steps = sheets[number].stem.rpartition("-")
+            page.picture(sheets[number].read_bytes(), f"{name}, step {int(steps):,}")
     if samples:
         stage, step = samples[-1]["stage"], samples[-1]["step"]
         last = [one for one in samples if (one["stage"], one["step"]) == (stage, step)]

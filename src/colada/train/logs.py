@@ -29,6 +29,8 @@ from colada.errors import ColadaError, nearest, shown
 from colada.files import atomic_writer, open_file, parse_json
 
 METRICS_FILE, SAMPLES_FILE, TENSORBOARD_DIR = "metrics.jsonl", "samples.jsonl", "tensorboard"
+DRAWINGS_DIR = "drawings"
+"""Of a run: sheets of what its model draws, ``prior-00000500.png`` and so on."""
 BUILT_IN = ("jsonl", "tensorboard")
 
 _PLACE = {"stage": "a name", "step": "an integer", "split": "a name", "time": "seconds"}
@@ -108,6 +110,18 @@ class Files:
 
     def close(self) -> None:
         """Nothing is open between two records."""
+
+
+def write_drawings(
+    out: Path, stage: str, step: int, sheet: bytes, said: Mapping[str, str], monitors: Monitors
+) -> None:
+    """Write a sheet of drawings, a PNG below the run's directory, and what is said of each as samples."""
+    if sheet:
+        (out / DRAWINGS_DIR).mkdir(exist_ok=True)
+        with atomic_writer(out / DRAWINGS_DIR / f"{stage}-{step:08d}.png") as file:
+            file.write(sheet)
+    for caption, words in said.items():
+        monitors.text(stage, step, f"drawing {caption}", words)
 
 
 def require_metrics(out: Path) -> Path:

@@ -50,7 +50,7 @@ from colada.train.checkpoints import (
 from colada.train.display import Display
 from colada.train.export import DTYPES, system_of, write_model
 from colada.train.inputs import chat_template, make_tokenizer, prepare_inputs
-from colada.train.logs import Monitors, Point, make_monitors
+from colada.train.logs import Monitors, Point, make_monitors, write_drawings
 from colada.train.losses import add_terms, readable
 from colada.train.noise import Counts, Drawn
 from colada.train.optimisation import average_weights, learning_rate, set_learning_rate
@@ -60,7 +60,7 @@ from colada.train.preflight import preflight
 from colada.train.provenance import provenance
 from colada.train.recipe import Recipe, commented, difference, load_recipe, save_recipe
 from colada.train.stages import VALIDATION_ROW, Beginning, Stage, make_stage, modes_kept
-from colada.train.watch import Meter, graceful_stop, samples
+from colada.train.watch import Meter, drawings, graceful_stop, samples
 
 MODEL = "model"
 
@@ -456,10 +456,13 @@ class Trainer:
             self.ranks.wait()
             return
         with modes_kept(parts.values()):
-            texts = samples(self.recipe, self._model(parts).to(self.ranks.device))
+            model = self._model(parts).to(self.ranks.device)
+            texts, drawn = samples(self.recipe, model), drawings(self.recipe, model)
         for prompt, text in texts.items():
             monitors.text(stage.name, step, prompt, f"{prompt}|{text}")
             self.display.say(Text.assemble("sample: ", prompt, ("|", "bold"), text))
+        if drawn is not None and self.ranks.first:
+            write_drawings(self.out, stage.name, step, *drawn, monitors)
         if self.ranks.mesh is not None:
             self.ranks.wait()
 

@@ -11,11 +11,20 @@ from contextlib import contextmanager
 
 import torch
 
+from colada.errors import ColadaError
 from colada.models.base import LanguageModel
+from colada.models.cola_pictures import PictureModel
+from colada.pictures.reader import judge
+from colada.pictures.shapes import Picture, parse
+from colada.pictures.show import png, sheet
 from colada.text.transcript import GenerationError
+from colada.train.pairs import open_pairs
 from colada.train.parallel import Ranks
 from colada.train.peak import mfu, peak_flops
 from colada.train.recipe import Recipe
+
+DRAWN, DRAWN_IN_A_ROW = 16, 8
+"""Drawings of a sheet through training."""
 
 
 class Meter:
@@ -81,6 +90,38 @@ def _continued(recipe: Recipe, model: LanguageModel) -> dict[str, str]:
                 for number, (prompt, own) in enumerate(zip(prompts, error.completions, strict=True))
             }
     return {prompt: own.text for prompt, own in zip(prompts, done, strict=True)}
+
+
+def drawings(recipe: Recipe, model: LanguageModel) -> tuple[bytes, dict[str, str]] | None:
+    """Return a PNG of what a model draws of the first validation captions, and what is said of each drawing.
+
+    That is what :mod:`colada.pictures.reader` reads, of captions that it knows. None for a model, or data,
+    without pictures.
+    """
+    splits = open_pairs(recipe)
+    if splits is None or not isinstance(model, PictureModel) or model.image is None:
+        return None
+    captions = [pair.caption for pair in (splits.validation or splits.training).pairs(DRAWN)]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            pictures = model.draw(captions, seed=recipe.seed)
+    except Exception as error:  # As with texts.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return None if not captions else (b"", dict.fromkeys(captions, f"no drawing: {reason}"))
+    said = {
+        f"{number}: {caption}": verdict(picture, caption)
+        for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True), start=1)
+    }
+    return png(sheet(pictures, DRAWN_IN_A_ROW), 3), said
+
+
+def verdict(picture: Picture, caption: str) -> str:
+    """Return what is wrong with a picture, in words, or that it is right; nothing if no scene is meant."""
+    try:
+        wrong = judge(picture, parse(caption)).reasons
+    except ColadaError:
+        return ""
+    return ", ".join(wrong) or "right"
 
 
 @contextmanager
