@@ -1,7 +1,9 @@
 """Measure a model on validation text: the figures and samples of its model card.
 
 python -m experiments.model_card [MODEL] --data data/corpora --include tinystories.parquet ... prints one
-JSON object. Greedy decoding and the model's own settings unless overridden with --set.
+JSON object; with --judge, the line of its perplexity over distinct-2 too, and the points of the models
+--beside it (the AR model of equal size, say). Greedy decoding and the model's own settings unless overridden
+with --set.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from colada.data.listing import find_files
 from colada.data.rows import StreamRows
 from colada.data.shards import prepare
 from colada.data.sources import Source
+from colada.evaluate.texts import Text
 from colada.evaluate.variety import words
-from colada.models.load import load_cola
+from colada.models.load import load, load_cola
 from colada.strict_yaml import parse_yaml
+from experiments.pilot import line
 from experiments.quality import (
     Trigrams,
     figures,
@@ -49,6 +53,8 @@ def main(
     rows: Annotated[int, typer.Option(help="Validation rows of 128 tokens for the losses.")] = 256,
     samples: Annotated[int, typer.Option(help="Samples to show, seeds from 0.")] = 10,
     settings: Annotated[list[str], typer.Option("--set", help="Generation setting, name=value.")] = [],  # noqa: B006
+    judge_model: Annotated[str | None, typer.Option("--judge", help="Whose perplexity is measured.")] = None,
+    beside: Annotated[list[str], typer.Option(help="Models that the judge reads too.")] = [],  # noqa: B006
 ) -> None:
     """Print the measurements as JSON."""
     lm = load_cola(model, dtype=torch.float32)
@@ -95,8 +101,26 @@ def main(
     written = continued(openings)
     real = [own[: len(other)] for own, other in zip(rest, written, strict=True)]
     result["pronouns"] = {"generated": pronouns(openings, written), "real": pronouns(openings, real)}
+    if judge_model is not None:
+        reader = load(judge_model)
+        documents_read = [Text(text, str(number)) for number, text in enumerate(held_out)]
+        points, real_point = list[dict[str, Any]](), dict[str, Any]()
+        for own in (lm, *map(load, beside)):
+            found = line(own, reader, documents_read, vocabulary, prompts, chosen if own is lm else {})
+            points += found["points"]
+            real_point = real_point or found["real"]
+        result["frontier"] = {
+            "judge": judge_model,
+            "real": _bare(real_point),
+            "points": [_bare(point) for point in points],
+        }
     result["samples"] = stories[:samples]
     print(json.dumps(result, indent=2))
+
+
+def _bare(point: dict[str, Any]) -> dict[str, Any]:
+    """Return a point's figures, without its texts."""
+    return {name: value for name, value in point.items() if name != "records"}
 
 
 if __name__ == "__main__":

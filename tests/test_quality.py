@@ -14,8 +14,12 @@ from typer.testing import CliRunner
 
 from colada.data.rows import Batch, StreamRows
 from colada.flow import T, z0_from_velocity
+from colada.models.autoregressive import AutoregressiveLM
+from colada.models.load import load
+from colada.networks.config import DecoderConfig
+from colada.networks.decoder import Decoder
 from colada.train.recipe import load_recipe
-from experiments import model_card
+from experiments import model_card, pilot
 from experiments.ablations import VARIANTS
 from experiments.ablations import app as ablations
 from experiments.quality import Trigrams, figures, guesses_by_noise, named_child, pronouns
@@ -83,7 +87,12 @@ def test_guesses_by_noise_are_those_of_one_block_after_clean_ones() -> None:
     assert found["conditional"] == pytest.approx(right)
 
 
-def test_the_model_card_of_the_bundled_model(tmp_path: Path) -> None:
+def test_the_model_card_of_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pilot, "PROMPT_TOKENS", 4)
+    monkeypatch.setattr(pilot, "NEW_TOKENS", 8)
+    config = DecoderConfig(vocab_size=6144, dim=16, num_layers=1, num_heads=2, ffn_dim=16, objective="ar")
+    AutoregressiveLM(Decoder(config), load().tokenizer).save(tmp_path / "judge")
+    judge = str(tmp_path / "judge")
     draw = random.Random(0)
     names = [("girl", "Lily", "She"), ("boy", "Tom", "He")]
     with (tmp_path / "stories.jsonl").open("w") as file:
@@ -95,6 +104,7 @@ def test_the_model_card_of_the_bundled_model(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(model_card.main)
     small = ["--prompts", "2", "--tokens", "8", "--rows", "1", "--samples", "1", "--set", "steps=2"]
+    small += ["--judge", judge, "--beside", judge]
     result = CliRunner().invoke(app, ["--data", str(tmp_path), "--include", "*.jsonl", *small])
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
@@ -105,6 +115,10 @@ def test_the_model_card_of_the_bundled_model(tmp_path: Path) -> None:
     assert record["real_continuations"]["known"] > 0.9
     assert record["pronouns"]["real"]["first"] == 1.0
     assert len(record["samples"]) == 1
+    lines = record["frontier"]["points"]
+    assert [own["settings"].get("guidance") for own in lines] == [*pilot.GUIDANCE, None]
+    assert lines[-1]["model"] == judge
+    assert all(own["perplexity"] > 1 and "records" not in own for own in (*lines, record["frontier"]["real"]))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

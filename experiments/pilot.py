@@ -1,0 +1,264 @@
+"""The pilot: which levers of a recipe are worth their cost, and what shortcuts of generation cost, by lines.
+
+python -m experiments.pilot run recipes/tiny.yaml --init VAE --judge JUDGE     train and measure, write a page
+python -m experiments.pilot shortcuts MODEL --judge JUDGE                      the same of ways to generate
+
+Every variant changes the stage `prior` of the recipe, and takes as many FLOPs as the base takes in --steps
+steps, everything counted: equal time, but for what no FLOP counts. What has been trained or measured is left
+out when the command is started again. All continue the same validation documents at each guidance scale; the
+page has the lines of a judge's perplexity over distinct-2, the JSON beside it the nats a token at equal
+distinct-2.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from colada.data.documents import read_documents
+from colada.data.listing import find_files
+from colada.evaluate.generative import ModelJudge, frontier, real_passages
+from colada.evaluate.texts import Text, require_tokenizer
+from colada.evaluate.variety import words
+from colada.files import write_text
+from colada.models.base import LanguageModel
+from colada.models.load import load
+from colada.report.frontier import frontier_table, write_frontier_page
+from colada.report.table import Table
+from colada.train.display import Display
+from colada.train.plan import plan_run
+from colada.train.recipe import Recipe, load_recipe
+from colada.train.trainer import MODEL, Trainer
+
+HISTORY, SELF = "stages.prior.history_dropout=0.1", "stages.prior.self_conditioning=0.5"
+VARIANTS: dict[str, list[str]] = {
+    "base": ["stages.prior.history_dropout=0"],
+    "history dropout": [HISTORY],
+    "self-conditioning": ["stages.prior.history_dropout=0", SELF],
+    "both": [HISTORY, SELF],
+    "both, loss in z0": [HISTORY, SELF, "stages.prior.space=z0"],
+    "both, loss halfway": [HISTORY, SELF, "stages.prior.space=half"],
+    "both, one copy": [HISTORY, SELF, "stages.prior.copies=1", "stages.prior.batch=16"],
+    "both, adaptive timesteps": [HISTORY, SELF, "stages.prior.adaptive_timesteps=true"],
+    "both, consistency": [HISTORY, SELF, "stages.prior.consistency=1"],
+    "both, Muon 1.5e-3": [HISTORY, SELF, "stages.prior.optimiser=muon", "stages.prior.lr=1.5e-3"],
+    "both, Muon 3e-3": [HISTORY, SELF, "stages.prior.optimiser=muon", "stages.prior.lr=3e-3"],
+    "both, Muon 6e-3": [HISTORY, SELF, "stages.prior.optimiser=muon", "stages.prior.lr=6e-3"],
+}
+SHORTCUTS: dict[str, dict[str, Any]] = {
+    "as stored": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "int8": {"quantise": "int8"},
+    "8 steps": {"settings": {"steps": 8}},
+    "guided above 0.7": {"settings": {"guidance_interval": [0.7, 1.0]}},
+    "4 candidates of 8 steps": {"settings": {"steps": 8, "candidates": 4}},
+}
+GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+PROMPT_TOKENS, NEW_TOKENS = 16, 64
+VARIETY = (0.4, 0.5, 0.6)
+"""Values of distinct-2 at which lines are compared."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+JudgeOption = Annotated[str, typer.Option(help="The judge: recipes/judge.yaml trains one.")]
+DataOption = Annotated[Path, typer.Option(help="Folder of the training corpora.")]
+IncludeOption = Annotated[list[str], typer.Option(help="File name patterns.")]
+DocumentsOption = Annotated[int, typer.Option(help="Validation documents that are continued.")]
+BesideOption = Annotated[list[str], typer.Option(help="Further models as points, such as an AR model.")]
+EVERYTHING = ["*"]
+
+
+def held_out(data: Path, include: Sequence[str]) -> tuple[list[Text], set[str]]:
+    """Return the validation documents of a folder, and all words of its training documents."""
+    texts, vocabulary = list[Text](), set[str]()
+    for number, document in enumerate(read_documents(find_files(data, tuple(include)))):
+        if document.split == "validation":
+            texts.append(Text(document.text, str(number)))
+        else:
+            vocabulary.update(words(document.text))
+    return texts, vocabulary
+
+
+def line(
+    model: LanguageModel,
+    judge: LanguageModel,
+    texts: Sequence[Text],
+    vocabulary: set[str],
+    documents: int,
+    settings: Mapping[str, Any],
+    guidance: Sequence[float] = GUIDANCE,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return a model's points, one a guidance scale, as :func:`colada.evaluate.generative.frontier`."""
+    tokenizer = require_tokenizer(model, "judges read text")
+    real = real_passages(tokenizer, texts, PROMPT_TOKENS, NEW_TOKENS)[:documents]
+    scales: Sequence[dict[str, Any]] = [{**settings, "guidance": scale} for scale in guidance]
+    if "guidance" not in model.defaults:
+        scales = [{}]
+    writers = [(model, scales)]
+    reader = ModelJudge(judge, tokenizer, seed=0, batch=16)
+    return frontier(writers, real, reader, tokenizer, NEW_TOKENS, vocabulary=vocabulary, seed=seed)
+
+
+def nats_at(points: Sequence[Mapping[str, Any]], variety: float) -> float | None:
+    """Return a line's nats a token where its distinct-2 is this, between two points; None outside it."""
+    ordered = sorted((point["distinct_2"], point["nats_per_token"]) for point in points)
+    for (low, one), (high, other) in pairwise(ordered):
+        if low <= variety <= high:
+            return float(one + (other - one) * (variety - low) / (high - low) if high > low else one)
+    return None
+
+
+def compared(lines: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, dict[str, Any]]:
+    """Return each variant's nats a token at equal variety: the mean over its seeds, and standard errors."""
+    table: dict[str, dict[str, Any]] = {}
+    for name, seeds in lines.items():
+        table[name] = {}
+        for variety in VARIETY:
+            values = [value for points in seeds if (value := nats_at(points, variety)) is not None]
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+            mean = statistics.mean(values) if values else None
+            table[name][f"{variety:g}"] = {"nats": mean, "standard_error": error, "seeds": len(values)}
+    return table
+
+
+def report(out: Path, results: Mapping[str, Sequence[Mapping[str, Any]]], judge: str) -> None:
+    """Write the page and the JSON of all lines, and print their comparison."""
+    everyone = [
+        {**point, "model": name if len(seeds) == 1 else f"{name}, {seed}"}
+        for name, seeds in results.items()
+        for seed, result in enumerate(seeds)
+        for point in result["points"]
+    ]
+    first = next(iter(results.values()))[0]
+    whole = {"kind": first["kind"], "real": first["real"], "points": everyone}
+    table = compared({name: [own["points"] for own in seeds] for name, seeds in results.items()})
+    facts = {"judge": judge, "documents": first["real"]["texts"], "new tokens": NEW_TOKENS}
+    write_frontier_page(out / "pilot.html", whole, judge, facts)
+    bare = [{key: value for key, value in point.items() if key != "records"} for point in everyone]
+    real = {key: value for key, value in first["real"].items() if key != "records"}
+    record = {**facts, "real": real, "points": bare, "nats_at_equal_distinct_2": table}
+    write_text(out / "pilot.json", json.dumps(record, indent=2) + "\n")
+    frontier_table(whole).print(Console(highlight=False))
+    shown = Table(("nats a token at distinct-2", *(f"{variety:g}" for variety in VARIETY)))
+    for name, row in table.items():
+        cells = []
+        for value in row.values():
+            error = "" if value["standard_error"] is None else f" ± {value['standard_error']:.3f}"
+            cells.append("–" if value["nats"] is None else f"{value['nats']:.3f}{error}")
+        shown.row(name, *cells)
+    print(shown.markdown())
+
+
+def measured(file: Path, model: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+    """Return what a file says, or what :func:`line` finds of the model that a function loads, kept there."""
+    if not file.is_file():
+        write_text(file, json.dumps(line(model(), *arguments, **options)) + "\n")
+    return dict(json.loads(file.read_text()))
+
+
+def trained(
+    recipe: Path, out: Path, steps: int, seed: int, common: Sequence[str], variant: Sequence[str]
+) -> Path:
+    """Train a variant, or what is left of it, and return its model."""
+
+    def made(*overrides: str) -> Recipe:
+        return load_recipe(recipe, [f"seed={seed}", *common, *overrides])
+
+    def flops(*overrides: str) -> float:
+        return sum(sum(phase.flops.values()) for phase in plan_run(made(*overrides)).phases)
+
+    if not (out / MODEL).is_dir():
+        one = "stages.prior.steps=1"
+        count = max(1, round(steps * flops(*VARIANTS["base"], one) / flops(*variant, one)))
+        length = [f"stages.prior.steps={count}", f"stages.prior.warmup={max(1, count // 8)}"]
+        Trainer(made(*variant, *length), out, Display(Console(stderr=True))).run()
+    return out / MODEL
+
+
+@app.command()
+def run(
+    recipe: Path,
+    judge: JudgeOption,
+    init: Annotated[
+        str, typer.Option(help="Model whose Text VAE all share: train the recipe's stage vae first.")
+    ],
+    data: DataOption = Path("data/corpora"),
+    include: IncludeOption = EVERYTHING,
+    out: Annotated[Path, typer.Option(help="Directory of all runs.")] = Path("runs/pilot"),
+    steps: Annotated[int, typer.Option(min=1, help="Of the base.")] = 800,
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 2,
+    documents: DocumentsOption = 200,
+    only: Annotated[list[str] | None, typer.Option(help="Variants by name; all if left out.")] = None,
+    beside: BesideOption = [],  # noqa: B006
+    overrides: Annotated[list[str], typer.Option("--set", help="Of every variant, key=value.")] = [],  # noqa: B006
+) -> None:
+    """Train and measure every variant with every seed."""
+    base = load_recipe(recipe)
+    texts, vocabulary = held_out(data, include)
+    reader = load(judge)
+    others = [f"stages.{name}.steps=0" for name in base.trained if name != "prior"]
+    decay = ["stages.prior.schedule=wsd", "stages.prior.ema=0.99"]
+    common = [f"model={{init: {init}}}", *others, *decay, *overrides]
+    results: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(seeds):
+        for name in only or VARIANTS:
+            place = out / f"{list(VARIANTS).index(name)}-{seed}"
+            model = trained(recipe, place, steps, seed, common, VARIANTS[name])
+            found = measured(
+                place / "line.json", lambda model=model: load(model), reader, texts, vocabulary, documents, {}
+            )
+            results.setdefault(name, []).append(found)
+    for number, other in enumerate(beside):
+        file = out / f"beside-{number}.json"
+        found = measured(file, lambda other=other: load(other), reader, texts, vocabulary, documents, {})
+        results[other] = [found]
+    report(out, results, judge)
+
+
+@app.command()
+def shortcuts(
+    model: Annotated[str, typer.Argument(help="Directory or hub id.")],
+    judge: JudgeOption,
+    data: DataOption = Path("data/corpora"),
+    include: IncludeOption = EVERYTHING,
+    out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("runs/shortcuts"),
+    documents: DocumentsOption = 200,
+    only: Annotated[list[str] | None, typer.Option(help="Shortcuts by name; all if left out.")] = None,
+    guidance: Annotated[str, typer.Option(help="Scales, with commas between.")] = "1,1.5,2,3,5,7",
+    beside: BesideOption = [],  # noqa: B006
+) -> None:
+    """Measure what ways to generate faster, or more carefully, change of a model's line."""
+    texts, vocabulary = held_out(data, include)
+    reader, scales = load(judge), [float(scale) for scale in guidance.split(",")]
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[dict[str, Any]]] = {}
+
+    def opened(where: str, way: Mapping[str, Any]) -> LanguageModel:
+        made: Any = load(where, dtype=way.get("dtype", torch.float32))
+        return made.quantise(way["quantise"]) if "quantise" in way else made
+
+    ways = {name: (model, SHORTCUTS[name]) for name in only or SHORTCUTS}
+    for number, (name, (where, way)) in enumerate({**ways, **{own: (own, {}) for own in beside}}.items()):
+        results[name] = [
+            measured(
+                out / f"line-{number}-{name.replace(' ', '-').replace('/', '-')}.json",
+                lambda where=where, way=way: opened(where, way),
+                *(reader, texts, vocabulary, documents, way.get("settings", {})),
+                guidance=scales,
+            )
+        ]
+    report(out, results, judge)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,104 @@
+"""The pilot at its smallest: variants at equal FLOPs, lines that are measured once, shortcuts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from colada.models.load import load_cola
+from colada.train.plan import plan_run
+from colada.train.recipe import commented, load_recipe
+from colada.train.trainer import Trainer
+from experiments import pilot
+from runs import STORIES, recipe
+
+AR = [
+    "stages={decoder: {steps: 2, batch: 4, length: 16}}",
+    "model.decoder={dim: 16, num_layers: 1, num_heads: 2, ffn_dim: 16}",
+]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_lines_are_compared_where_their_variety_is_equal() -> None:
+    def points(*pairs: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"distinct_2": variety, "nats_per_token": nats} for variety, nats in pairs]
+
+    line = points((0.7, 4.0), (0.45, 3.0), (0.55, 3.2))
+    assert pilot.nats_at(line, 0.5) == pytest.approx(3.1)
+    assert pilot.nats_at(line, 0.6) == pytest.approx(3.2 + 0.8 / 3)
+    assert pilot.nats_at(line, 0.4) is None
+    table = pilot.compared({"base": [line, points((0.45, 3.2), (0.55, 3.4))]})
+    assert table["base"]["0.5"] == {
+        "nats": pytest.approx(3.2),
+        "standard_error": pytest.approx(0.1),
+        "seeds": 2,
+    }
+    assert table["base"]["0.4"]["nats"] is None
+
+
+@pytest.mark.parametrize("variant", pilot.VARIANTS)
+def test_every_variant_is_a_recipe(variant: str) -> None:
+    load_recipe(ROOT / "recipes/tiny.yaml", pilot.VARIANTS[variant])
+
+
+def test_the_pilot_trains_measures_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pilot, "PROMPT_TOKENS", 4)
+    monkeypatch.setattr(pilot, "NEW_TOKENS", 8)
+    quick = ["run.validate_every=0", "run.sample_every=0", "run.save_every=100"]
+    Trainer(recipe(*quick, "stages.prior.steps=0"), tmp_path / "vae").run()
+    Trainer(recipe(*quick, "model.arch=ar", *AR), tmp_path / "judge").run()
+    file = tmp_path / "recipe.yaml"
+    file.write_text(commented(recipe(*quick)))
+    data = tmp_path / "data"
+    data.mkdir()
+    stories = [own for own in (STORIES / "stories.txt").read_text().split("<|endoftext|>") if own.strip()]
+    lines = [{"text": own, "split": "validation" if n < 4 else "train"} for n, own in enumerate(stories[:40])]
+    (data / "stories.jsonl").write_text("".join(json.dumps(own) + "\n" for own in lines))
+    judge = ["--judge", str(tmp_path / "judge/model"), "--data", str(data), "--documents", "3"]
+    only = ["--only", "base", "--only", "self-conditioning"]
+    command = [
+        "run",
+        str(file),
+        "--init",
+        str(tmp_path / "vae/model"),
+        *judge,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command += ["--steps", "6", "--seeds", "1", *only, "--beside", str(tmp_path / "judge/model")]
+    first = CliRunner().invoke(pilot.app, command)
+    assert first.exit_code == 0, first.output
+    record = json.loads((tmp_path / "out/pilot.json").read_text())
+    assert [point["settings"]["guidance"] for point in record["points"][:6]] == list(pilot.GUIDANCE)
+    assert [point["model"] for point in record["points"]] == ["base"] * 6 + ["self-conditioning"] * 6 + [
+        str(tmp_path / "judge/model")
+    ]
+    assert set(record["nats_at_equal_distinct_2"]) == {
+        "base",
+        "self-conditioning",
+        str(tmp_path / "judge/model"),
+    }
+    assert (tmp_path / "out/pilot.html").is_file()
+    # Self-conditioning costs more a step, so it has fewer.
+    costs = []
+    for number in (0, 2):
+        made = load_recipe(tmp_path / f"out/{number}-0/recipe.yaml")
+        costs.append((made.stages["prior"].steps, plan_run(made).cost.total_flops))
+    assert costs[1][0] < costs[0][0] == 6
+    assert costs[1][1] == pytest.approx(costs[0][1], rel=0.1)
+    assert load_cola(tmp_path / "out/2-0/model").dit.config.self_conditioning
+    before = (tmp_path / "out/0-0/line.json").stat().st_mtime_ns
+    again = CliRunner().invoke(pilot.app, command)
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "out/0-0/line.json").stat().st_mtime_ns == before
+    ways = ["--only", "as stored", "--only", "4 candidates of 8 steps", "--guidance", "1,3"]
+    result = CliRunner().invoke(
+        pilot.app,
+        ["shortcuts", str(tmp_path / "out/0-0/model"), *judge, "--out", str(tmp_path / "ways"), *ways],
+    )
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "ways/pilot.json").read_text())
+    assert [point["settings"]["candidates"] for point in record["points"]] == [1, 1, 4, 4]
