@@ -380,6 +380,7 @@ def test_the_command_is_training_from_a_model(
 # --- one student of several lengths, and a learnt solver ---------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_student_of_several_lengths_learns_and_resumes(tmp_path: Path, teacher: Path) -> None:
     more = "landing_time: true, shares: [1, 2],"
     paths = tmp_path / "whole", tmp_path / "stopped"
@@ -423,7 +424,7 @@ def test_what_a_solver_learns_brings_it_nearer() -> None:
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in solver.parameters())
 
 
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("folded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_solver_is_learnt_resumes_and_is_stored(tmp_path: Path, teacher: Path, folded: bool) -> None:
     words = (
         "{kind: solver, evaluations: 2, guidance: 3, guidance_cap: 1.2, steps: 30, batch: 4, length: 16,"
@@ -474,6 +475,7 @@ def test_a_solver_is_learnt_resumes_and_is_stored(tmp_path: Path, teacher: Path,
 # --- the experiment ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_experiment_measures_what_is_missing_and_draws(tmp_path: Path, teacher: Path) -> None:
     from typer.testing import CliRunner
 
