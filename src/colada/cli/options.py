@@ -226,13 +226,10 @@ def load_cola(model: str | None, revision: str | None, dtype: str | None, device
     Raises:
         ColadaError: as :func:`load_model`; or for a model of another architecture.
     """
-    from colada.models.base import ARCHITECTURES
-    from colada.models.cola import ColaDLM
-
     network = load_model(model, revision, dtype, device)
-    if not isinstance(network, ColaDLM):
-        raise ColadaError(f"{network.origin} is {ARCHITECTURES[network.arch]}, expected a Cola DLM here")
-    return network
+    from colada.models.load import require_cola
+
+    return require_cola(network)
 
 
 def load_tokenizer(model: str | None, file: Path | None) -> Tokenizer:

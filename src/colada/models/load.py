@@ -83,7 +83,11 @@ def load_cola(
     Raises:
         ColadaError: as :func:`load`; or for a model of another architecture.
     """
-    model = load(where, revision=revision, device=device, dtype=dtype)
+    return require_cola(load(where, revision=revision, device=device, dtype=dtype))
+
+
+def require_cola(model: LanguageModel) -> ColaDLM:
+    """Return a model that is a Cola DLM. Raises ColadaError for one of another architecture."""
     if not isinstance(model, ColaDLM):
         raise ColadaError(f"{model.origin} is {ARCHITECTURES[model.arch]}, expected a Cola DLM here")
     return model

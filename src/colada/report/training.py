@@ -41,6 +41,7 @@ from colada.train.logs import (
     SAMPLES_FILE,
     read_records,
     read_samples,
+    require_metrics,
 )
 
 if TYPE_CHECKING:
@@ -252,9 +253,7 @@ def write_report(out: Path) -> Path:
         ColadaError: without matplotlib or records, for a damaged file (naming the line), or a full disk.
     """
     require_matplotlib("a report")
-    if not (out / METRICS_FILE).is_file():
-        raise ColadaError(f"{out} holds no {METRICS_FILE}: not the directory of a training run")
-    records = read_records(out / METRICS_FILE)
+    records = read_records(require_metrics(out))
     if not records:
         raise ColadaError(f"{out / METRICS_FILE} holds no record yet")
     samples = read_samples(out / SAMPLES_FILE) if (out / SAMPLES_FILE).is_file() else []
