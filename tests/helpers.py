@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ from colada.models.cola import ColaDLM
 from colada.networks.config import DiTConfig, TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
+from colada.text.tokenizer import Tokenizer
 
 
 def tiny_dit_config(**over: Any) -> DiTConfig:
@@ -87,6 +89,20 @@ def tiny_vae(seed: int = 0, **over: Any) -> TextVAE:
     network.init_weights(generator)
     _shake(network, generator)
     return network.eval()
+
+
+SENTENCE = "Once upon a time a little dog ran home, and the cat sat on the mat and looked at the moon.\n"
+
+
+def writing_model(**parts: Any) -> ColaDLM:
+    """A random model with a tokenizer, which writes letters and spaces and never ends by itself."""
+    tokenizer = Tokenizer.train([SENTENCE] * 20, 300)
+    vae, dit = tiny_vae(0, vocab_size=300), tiny_dit(1)
+    with torch.no_grad():
+        for token in range(300):
+            if not re.fullmatch(r"[A-Za-z ]+", tokenizer.decode([token])):
+                vae.decoder.final_layer.bias[token] = -1e4
+    return ColaDLM(vae, dit, tokenizer, **parts)
 
 
 def tiny_model(

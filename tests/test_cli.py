@@ -27,9 +27,8 @@ from colada.networks.layers import History
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import sentence_end
 from commands import command_line, main
-from helpers import tiny_dit, tiny_vae
+from helpers import SENTENCE, tiny_dit, tiny_vae, writing_model
 
-SENTENCE = "Once upon a time a little dog ran home, and the cat sat on the mat and looked at the moon.\n"
 COMMANDS = [
     [],
     ["generate"],
@@ -50,14 +49,8 @@ COMMANDS = [
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that writes letters and spaces, and never ends by itself."""
-    tokenizer = Tokenizer.train([SENTENCE] * 20, 300)
-    vae, dit = tiny_vae(0, vocab_size=300), tiny_dit(1)
-    with torch.no_grad():
-        for token in range(300):
-            if not re.fullmatch(r"[A-Za-z ]+", tokenizer.decode([token])):
-                vae.decoder.final_layer.bias[token] = -1e4
     directory = tmp_path_factory.mktemp("cli") / "model"
-    ColaDLM(vae, dit, tokenizer, generation={"steps": 3, "guidance": 2.0}).save(directory)
+    writing_model(generation={"steps": 3, "guidance": 2.0}).save(directory)
     return directory
 
 

@@ -18,16 +18,14 @@ import torch
 
 import colada
 from colada.cli import options
-from colada.models.cola import ColaDLM
 from colada.networks import quantise
 from colada.text.tokenizer import Tokenizer
 from commands import main
-from helpers import tiny_dit, tiny_vae
+from helpers import SENTENCE, writing_model
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="streams of a POSIX system")
 
 COLADA = [sys.executable, "-m", "colada"]
-SENTENCE = "Once upon a time a little dog ran home, and the cat sat on the mat and looked at the moon.\n"
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -37,15 +35,9 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a chat template, which writes letters and spaces and never ends by itself."""
-    tokenizer = Tokenizer.train([SENTENCE] * 20, 300)
-    vae, dit = tiny_vae(0, vocab_size=300), tiny_dit(1)
-    with torch.no_grad():
-        for token in range(300):
-            if not re.fullmatch(r"[A-Za-z ]+", tokenizer.decode([token])):
-                vae.decoder.final_layer.bias[token] = -1e4
     directory = tmp_path_factory.mktemp("faults") / "model"
     settings = {"steps": 2, "guidance": 2.0}
-    ColaDLM(vae, dit, tokenizer, generation=settings, chat_template=TEMPLATE).save(directory)
+    writing_model(generation=settings, chat_template=TEMPLATE).save(directory)
     return directory
 
 
