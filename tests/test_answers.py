@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from colada.errors import ColadaError
 from colada.generate.settings import TextRequest
 from colada.models.cola import ColaDLM
 from colada.models.rollouts import roll_out
-from colada.train.recipe import Recipe, load_recipe
+from colada.train.recipe import Recipe, commented, load_recipe
 from colada.train.rewards import plain_prompt
 from colada.train.trainer import Interrupted, Trainer
 from helpers import reference, request, tiny_model
@@ -149,7 +152,7 @@ def test_a_pair_that_is_none_is_named(start: Path, tmp_path: Path) -> None:
 
 
 def rewarding(start: Path, folder: Path, *overrides: str, kind: str = "reward") -> Recipe:
-    some = ["batch=4", "prompts=2", "samples=3", "updates=2", "new_tokens=8", "reward=rules:letters"]
+    some = ["batch=8", "prompts=2", "samples=3", "updates=2", "new_tokens=8", "reward=rules:letters"]
     some += ["sampler={steps: 2, guidance: 1.0}"]
     mine = [f"stages.{kind}.{own}" for own in some]
     return made(start, folder, kind, TASKS, *mine, "run.validate_every=3", *overrides)
@@ -172,7 +175,7 @@ def test_rewards_are_of_what_users_ask(rewarded_run: Path) -> None:
     assert training[-1]["drift"] > 0
 
 
-@pytest.mark.parametrize("kind", ["reward", "raft"])
+@pytest.mark.parametrize("kind", ["reward", pytest.param("raft", marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_in_a_round_ends_in_the_same_weights(
     start: Path, rewarded_run: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -180,7 +183,7 @@ def test_a_run_that_is_stopped_in_a_round_ends_in_the_same_weights(
     if kind == "raft":
         whole = tmp_path / "whole"
         Trainer(rewarding(start, tmp_path, kind=kind), whole).run()
-    for step in (1, 2, 3):
+    for step in (1, 2):  # In a round, and between two.
         out = tmp_path / str(step)
         with pytest.raises(Interrupted):
             Trainer(rewarding(start, tmp_path, kind=kind), out, At(kind, step)).run()
@@ -207,7 +210,11 @@ def test_how_answers_are_grouped_changes_nothing(start: Path, rewarded_run: Path
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(ValueError("no dictionary"), "failed: no dictionary"), (float("nan"), "is nan"), ("good", "is 'good'")],
+    [
+        (float("nan"), "is nan"),
+        pytest.param(ValueError("no dictionary"), "failed: no dictionary", marks=pytest.mark.slow),
+        pytest.param("good", "is 'good'", marks=pytest.mark.slow),
+    ],
 )
 def test_a_reward_that_is_none_stops_the_run_saved(
     start: Path, tmp_path: Path, value: object, said: str
@@ -283,3 +290,33 @@ def test_what_cannot_be_is_refused(start: Path, tmp_path: Path) -> None:
         rewarding(start, tmp_path, "stages.reward.reward=rules:lettres")
     with pytest.raises(ColadaError, match="sampler: steps=0"):
         rewarding(start, tmp_path, "stages.reward.sampler={steps: 0}")
+
+
+# --- several ranks -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["preferences", "stored", "reward", "raft"])
+def test_two_ranks_learn_what_one_does(start: Path, pairs: Path, tmp_path: Path, kind: str) -> None:
+    if kind in ("preferences", "stored"):
+        reference = "stored" if kind == "stored" else "recomputed"
+        run = preferring(start, pairs, f"stages.preferences.reference={reference}")
+    else:
+        run = rewarding(start, tmp_path, kind=kind)
+    Trainer(run, tmp_path / "alone").run()
+    file = tmp_path / "run.yaml"
+    file.write_text(commented(run))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, "colada", "train", str(file), "--out", str(tmp_path / "two")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for record, again in zip(logged(tmp_path / "alone"), logged(tmp_path / "two"), strict=True):
+        for key in {"loss", "margin", "push", "drift", "reward"} & record.keys():
+            assert again[key] == pytest.approx(record[key], rel=2e-3, abs=1e-4), key

@@ -147,6 +147,7 @@ def test_the_command_writes_one_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {point["split"] for point in result["tasks"]} == {"seen", "wording", "fact"}
     assert all(point["judge"] > 1 for point in result["tasks"] if point["judge"] is not None)
     assert result["flows"]["answers"]["drift"] == 0
+    assert result["latents_encoded_again"]["distance"] > 0
     page = (tmp_path / "r.html").read_text()
     assert "Best of K" in page
     assert "Answers, unselected" in page

@@ -14,6 +14,7 @@ from colada.data.rows import (
     Permutation,
     Rows,
     SampleRows,
+    SingleRows,
     StreamRows,
     apportion,
     batch,
@@ -404,3 +405,32 @@ def test_rows_of_one_sample_and_of_several_are_not_batched(first: int) -> None:
     rows = MixedRows([(kinds[first], 1.0), (kinds[1 - first], 1.0)], 0)
     with pytest.raises(TypeError):
         batch(rows, range(30))
+
+
+def test_single_samples_have_rows_of_their_own_and_groups_stay_together() -> None:
+    sizes, prompts = [5, 7, 9, 3, 6, 4], [2, 2, 6, 1, 1, 1]
+    starts = np.cumsum([0, *sizes[:-1]])
+    ids = np.arange(100, 100 + sum(sizes), dtype=np.uint16)
+    stream = TokenStream([ids], starts.astype(np.int64), np.array(prompts))
+    rows = SingleRows(stream, 8, 4, seed=3, pad_id=0, group=2, room=3)
+    assert (rows.length, rows.per_epoch) == (8, 2)  # The second group has a prompt that leaves two.
+    seen = []
+    for number in range(2):
+        pair = rows.row(number)
+        assert pair.sample is not None
+        assert pair.trained is not None
+        first = int(pair.ids[0, 0]) - 100
+        at = starts.tolist().index(first)
+        seen.append(at)
+        for row, sample in enumerate((at, at + 1)):
+            size, end = sizes[sample], -(-sizes[sample] // 4) * 4
+            assert pair.ids[row, :size].tolist() == list(
+                range(100 + starts[sample], 100 + starts[sample] + size)
+            )
+            assert not pair.ids[row, size:].any()
+            assert pair.sample[row].tolist() == [0] * end + [-1] * (8 - end)
+            assert pair.trained[row].nonzero().flatten().tolist() == list(range(prompts[sample], end))
+    assert sorted(seen) == [0, 4]
+    assert torch.equal(rows.row(7).ids, rows.row(7).ids)
+    with pytest.raises(ColadaError, match="none of 6 prompts leaves room"):
+        SingleRows(stream, 8, 4, seed=3, pad_id=0, group=2, room=8)

@@ -78,6 +78,7 @@ def reward(
     from colada.evaluate.rewards import (
         answered_samples,
         drift,
+        encoded_again,
         evaluate_rewards,
         held_out_prompts,
         plain_samples,
@@ -119,6 +120,9 @@ def reward(
             progress=display.advance,
         )
     flows: dict[str, Any] = {}
+    again = None
+    if isinstance(network, ColaDLM):
+        again = encoded_again(network, [own.prompts[0] for own in asked], new_tokens, batch)
     if isinstance(network, ColaDLM) and isinstance(other, ColaDLM):
         some = answered_samples(network, texts, names, max(1, 200 // len(names)), questions)
         flows["answers"] = drift(network, other, some)
@@ -133,6 +137,7 @@ def reward(
         "judge": judge,
         "stories": str(stories),
         "generation": network.chosen({}),
+        "latents_encoded_again": again,
         **settings,
     }
     write_result(out, network, {**facts, **result, "flows": flows})

@@ -263,7 +263,8 @@ class SingleRows:
 
     A number is a group of samples that follow each other, such as the answers to one prompt, and has a row
     for each. A sample is filled up with padding to whole blocks, which is trained; what is then left of its
-    row belongs to none. Groups without room for an answer are left out; each epoch permutes the others.
+    row belongs to none. Groups with a prompt that leaves no ``room`` for an answer of so many ids are left
+    out; each epoch permutes the others.
     """
 
     def __init__(
@@ -276,6 +277,7 @@ class SingleRows:
         pad_id: int,
         name: str = "stream",
         group: int = 1,
+        room: int = 1,
     ) -> None:
         """Prepare rows of ``length`` ids, a multiple of ``block_tokens``; ``name`` is for errors.
 
@@ -285,7 +287,7 @@ class SingleRows:
             raise ColadaError(f"{name}: rows of {length} ids, expected whole blocks of {block_tokens}")
         samples = len(stream.starts)
         prompts = np.zeros(samples, np.int64) if stream.prompts is None else np.asarray(stream.prompts)
-        fits = (prompts < length).reshape(-1, group).all(1)
+        fits = (prompts + room <= length).reshape(-1, group).all(1)
         self._groups = np.flatnonzero(fits)
         if not len(self._groups):
             raise ColadaError(

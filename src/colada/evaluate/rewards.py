@@ -26,6 +26,7 @@ from colada.flow import PREDICTIONS, T, interpolate
 from colada.generate.settings import Settings, TextRequest
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
+from colada.models.rollouts import roll_out
 from colada.text.chat import encode_messages
 from colada.text.transcript import Completion
 from colada.train.flow_matching import Pinned, place, predict
@@ -232,6 +233,29 @@ def _sampled(
         "distinct_2": variety.distinct(flat, 2),
         "entropy": variety.entropy([token for tokens in flat for token in tokens]),
     }
+
+
+@torch.no_grad()
+def encoded_again(model: ColaDLM, prompts: Sequence[str], new_tokens: int, batch: int) -> dict[str, float]:
+    """Return how far latents that a model has written are from those of the text they spell, encoded again.
+
+    Both as root mean squares: ``distance``, and ``size`` of the encoded ones. Training on answers takes the
+    first; preferences between texts take the second.
+    """
+    asked = [model.chat_prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
+    ids = [model.prompt_ids(prompt) for prompt in asked]
+    requests = [
+        TextRequest(own, new_tokens, cast(Settings, {"seed": number})) for number, own in enumerate(ids)
+    ]
+    distance = size = count = 0.0
+    for own, written in zip(ids, roll_out(model, requests, batch), strict=True):
+        again = model.encode([*own, *written.ids]).float().cpu()
+        first = -(-len(own) // model.vae.config.patch_size)
+        committed, encoded = written.latents[first:], again[first : len(written.latents)]
+        distance += float((committed - encoded).square().sum())
+        size += float(encoded.square().sum())
+        count += encoded.numel()
+    return {"distance": math.sqrt(distance / count), "size": math.sqrt(size / count)}
 
 
 # --- what has become of the flow ------------------------------------------------------------------

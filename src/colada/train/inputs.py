@@ -15,7 +15,7 @@ from colada.errors import ColadaError
 from colada.models.base import LanguageModel
 from colada.text.chat import DEFAULT_TEMPLATE, read_template
 from colada.text.tokenizer import IM_END, Tokenizer
-from colada.train.kinds import StageSection
+from colada.train.kinds import RolloutSection, StageSection
 from colada.train.pairs import open_pairs
 from colada.train.recipe import Recipe, source_weights
 
@@ -75,9 +75,9 @@ class Inputs:
     def _rows(self, stream: TokenStream, section: StageSection, seed: int, name: str, block: int) -> Rows:
         data, length = self.recipe.data, section.length
         if section.group is not None:
-            return SingleRows(
-                stream, length, block, seed=seed, pad_id=self.pad_id, name=name, group=section.group
-            )
+            room = section.new_tokens if isinstance(section, RolloutSection) else 1
+            settings = {"seed": seed, "pad_id": self.pad_id, "group": section.group, "room": room}
+            return SingleRows(stream, length, block, name=name, **settings)
         if data.packing == "samples":
             return SampleRows(stream, length, block, seed=seed, pad_id=self.pad_id, name=name)
         return StreamRows(stream, length, seed=seed, align=data.align, name=name)
