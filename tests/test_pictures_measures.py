@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
+from colada.models.cola import ColaDLM
 from colada.models.load import load_cola
 from colada.pictures.config import CodecConfig
 from colada.pictures.load import load_picture
-from colada.pictures.shapes import example
+from colada.pictures.reader import judge, read
+from colada.pictures.shapes import HELD_OUT, example, held_out, parse
+from colada.report.table import Table
+from colada.text.transcript import Completion
+from colada.train.recipe import load_recipe
 from experiments.pictures import measures
 from experiments.pictures.__main__ import main
+from experiments.pictures.drawn import (
+    ABLATIONS,
+    describing_table,
+    drawing_row,
+    of_held_out,
+    round_trip_table,
+    scenes,
+    spread,
+)
 
 
 def cells(output: str) -> list[list[str]]:
@@ -62,3 +79,66 @@ def test_a_sheet_of_scenes_is_a_picture(tmp_path: Path, capsys: pytest.CaptureFi
     assert kinds == ["scaled"]  # From 4 × (2 × 32 + 2).
     assert example(0, 0).caption in capsys.readouterr().out
     assert main(["sheet", str(out), "--source", "shapes:onne"]) == 2
+
+
+# --- what models draw and say ------------------------------------------------------------------
+
+
+class Perfect:
+    """Draws and describes scenes as they are; of some captions, another's."""
+
+    def __init__(self, wrong: int = 0) -> None:
+        self.wrong = wrong
+
+    def draw(self, captions: list[str], **settings: Any) -> list[Any]:
+        drawn = [true_picture(caption) for caption in captions]
+        return [*[np.full_like(one, 237) for one in drawn[: self.wrong]], *drawn[self.wrong :]]
+
+    def describe(self, pictures: list[Any], **settings: Any) -> list[Completion]:
+        return [Completion(str(read(picture)), (), "end", 0) for picture in pictures]
+
+
+def true_picture(caption: str) -> Any:
+    """The first of some scenes that is what a caption says; drawn anew for each caption."""
+    wanted = parse(caption)
+    for number in range(10**6):
+        one = example(3, number, len(wanted.things), None)
+        if judge(one.picture, wanted).right:
+            return one.picture
+    raise AssertionError(caption)
+
+
+def test_what_is_drawn_right_is_counted_and_what_is_empty_is_not() -> None:
+    examples = scenes(12, 1)
+    table = Table(["captions", *"abcdefg"])
+    drawing_row(table, "all", Perfect(3).draw([one.caption for one in examples]), examples)
+    text = table.markdown()
+    assert text.count("0.750 [") == 5  # Right, count, things, sizes and relations of nine in twelve.
+    assert text.count("0.000 [") == 1  # Nothing is swapped.
+
+
+def test_held_out_scenes_hold_their_combination() -> None:
+    for name in HELD_OUT:
+        assert {held_out(parse(one.answer).things) for one in of_held_out(name, 3)} == {name}
+
+
+def test_answers_and_round_trips_of_one_who_reads_are_all_right() -> None:
+    reader = cast(ColaDLM, Perfect())
+    assert describing_table(reader, 20, False, {}).markdown().count("1.000 [") == 3
+    assert round_trip_table(reader, 10, False).markdown().count("1.000 [") == 1
+
+
+def test_spread_is_nothing_of_equal_pictures_and_one_of_black_and_white() -> None:
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    assert spread([black, black]) == 0
+    assert spread([black, white]) == 1
+
+
+def test_ablations_are_runs_that_the_recipe_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ablations"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(ABLATIONS)
+    for line in lines:
+        words = shlex.split(line)
+        sets = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
+        load_recipe(Path(words[2]), sets)

@@ -10,6 +10,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from colada.errors import ColadaError
 from colada.pictures import twemoji
 from colada.pictures.load import Loaded, decode_picture, load_picture
 from colada.pictures.shapes import example
-from colada.pictures.sources import Files, open_source
+from colada.pictures.sources import Files, Scenes, open_source
 
 FRAMES = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
 WHITE = "laid on white where it is transparent"
@@ -261,6 +262,7 @@ def test_parquet_with_bytes_as_they_are_or_as_datasets_writes_them(tmp_path: Pat
     assert [source.pair(n).caption for n in range(3)] == ["one", "two", "three"]
     assert [source.pair(n).picture[0, 0, 0] for n in range(3)] == [0, 1, 2]
     training, validation = source.split(0.5)
+    assert validation is not None
     assert (training.count, validation.count) == (2, 1)
     assert open_source(str(tmp_path / "1.parquet")).count == 2
 
@@ -328,6 +330,7 @@ def test_generated_scenes_by_name() -> None:
     np.testing.assert_array_equal(pair.picture, expected.picture)
     assert source.count is None
     training, validation = source.split(0.1)
+    assert validation is not None
     assert training == source
     answers = {training.pair(n).answer for n in range(30)}
     assert [validation.pair(n).picture.sum() for n in range(3)] != [
@@ -340,6 +343,7 @@ def test_about_a_share_of_files_validates_and_equal_pairs_stay_together() -> Non
     captions = tuple(f"picture {n // 2}" for n in range(1000))
     pictures = np.zeros((1000, 2, 2, 3), np.uint8)
     training, validation = Files("f", captions, pictures).split(0.1)
+    assert validation is not None
     assert 60 < validation.count < 140
     assert training.count + validation.count == 1000
     assert not set(training.captions) & set(validation.captions)
@@ -430,3 +434,35 @@ def test_ranks_count_the_pictures_that_are_nearer() -> None:
     assert twemoji.ranks(drawn, named, pictures).tolist() == expected
     assert twemoji.ranks(pictures, range(9), pictures).tolist() == [0] * 9
     assert re.search("CC BY 4.0", twemoji.CREDIT)
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.02, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 40])
+def test_no_side_of_a_split_is_empty_and_equal_pairs_are_on_one(share: float, count: int) -> None:
+    pictures = np.stack([np.full((2, 2, 3), number // 2 * 2, np.uint8) for number in range(2 * count)])
+    captions = tuple(str(number // 2) for number in range(2 * count))  # Each pair twice.
+    training, validation = Files("f", captions, pictures).split(share)
+    assert validation is not None
+    assert training.count > 0
+    assert validation.count > 0
+    assert set(training.captions).isdisjoint(validation.captions)
+    assert training.count + validation.count == 2 * count
+
+
+def test_what_cannot_be_split_is_refused_and_no_share_is_no_validation() -> None:
+    one = Files("f", ("a", "a"), np.zeros((2, 2, 2, 3), np.uint8))
+    with pytest.raises(ColadaError, match="f: one picture, expected a second one to validate with"):
+        one.split(0.1)
+    training, validation = one.split(0)
+    assert (training.count, validation) == (2, None)
+    with pytest.raises(ColadaError, match="f: every picture is for validation, expected some to train on"):
+        replace(one, validation=(True, True)).split(0.1)
+    assert Scenes("shapes:").split(0)[1] is None
+
+
+def test_digests_and_words_are_of_what_is_there() -> None:
+    pictures = np.zeros((1, 2, 2, 3), np.uint8)
+    one, other = Files("f", ("A cat, 2 dogs",), pictures), Files("f", ("A cat",), pictures)
+    assert one.words == {"a", "cat", "dogs"}
+    assert one.digest != other.digest != Files("f", ("A cat",), pictures + 1).digest
+    assert Scenes("shapes:", 0).digest != Scenes("shapes:", 1).digest

@@ -16,7 +16,7 @@ from colada.report.table import Table
 pictures_app = typer.Typer(
     cls=Commands,
     pretty_exceptions_enable=False,
-    help="What is lost before anything is learnt: by the reader, the codecs, the Text VAE over captions.",
+    help="What is lost before anything is learnt, and what models draw and say, by the exact reader.",
 )
 
 Count = Annotated[int, typer.Option(min=10, help="Scenes that are measured; no training draws them.")]
@@ -86,6 +86,107 @@ def captions(
     from experiments.pictures.measures import captions_table
 
     show(captions_table(load_cola(model), count), markdown)
+
+
+Model = Annotated[str | None, typer.Argument(help="A model that has pictures.")]
+Drawn = Annotated[int, typer.Option("--count", min=10, help="Captions or pictures; no training draws them.")]
+Grid = Annotated[bool, typer.Option("--grid", help="Scenes on the patch grid.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the model's own if left out.")]
+Steps = Annotated[int | None, typer.Option(help="Solver steps; the model's own if left out.")]
+
+
+@pictures_app.command()
+def draw(
+    model: Model = None,
+    count: Drawn = 1000,
+    grid: Grid = False,
+    guidance: Guidance = None,
+    steps: Steps = None,
+    markdown: Markdown = False,
+) -> None:
+    """Measure how much of captions a model draws right, in parts, also of combinations it has never seen."""
+    from colada.models.load import load_cola
+    from experiments.pictures.drawn import drawing_table
+
+    settings = {"guidance": guidance, "steps": steps}
+    show(drawing_table(load_cola(model), count, grid, settings), markdown)
+
+
+@pictures_app.command()
+def sweep(model: Model = None, count: Drawn = 300, grid: Grid = False, markdown: Markdown = False) -> None:
+    """Measure how much is drawn right against guidance and steps."""
+    from colada.models.load import load_cola
+    from experiments.pictures.drawn import sweep_table
+
+    show(sweep_table(load_cola(model), count, grid), markdown)
+
+
+@pictures_app.command()
+def describe(
+    model: Model = None,
+    count: Drawn = 1000,
+    grid: Grid = False,
+    guidance: Guidance = None,
+    steps: Steps = None,
+    markdown: Markdown = False,
+) -> None:
+    """Measure how often a model's answer is the one full description of a picture."""
+    from colada.models.load import load_cola
+    from experiments.pictures.drawn import describing_table
+
+    settings = {"guidance": guidance, "steps": steps}
+    show(describing_table(load_cola(model), count, grid, settings), markdown)
+
+
+@pictures_app.command("round-trip")
+def round_trip(
+    model: Model = None, count: Drawn = 300, grid: Grid = False, markdown: Markdown = False
+) -> None:
+    """Measure how often what is drawn of a description is described as that."""
+    from colada.models.load import load_cola
+    from experiments.pictures.drawn import round_trip_table
+
+    show(round_trip_table(load_cola(model), count, grid), markdown)
+
+
+@pictures_app.command()
+def diversity(model: Model = None, count: Drawn = 20, grid: Grid = False, markdown: Markdown = False) -> None:
+    """Measure how much right drawings of one caption differ from seed to seed."""
+    from colada.models.load import load_cola
+    from experiments.pictures.drawn import diversity_table
+
+    show(diversity_table(load_cola(model), count, grid), markdown)
+
+
+@pictures_app.command()
+def retrieval(
+    package: Annotated[Path, typer.Argument(help="npm's emoji-datasource-twitter, packed or unpacked.")],
+    model: Annotated[str | None, typer.Option(help="A model that has learnt the Twemoji.")] = None,
+    markdown: Markdown = False,
+) -> None:
+    """Measure how often the Twemoji that is named is the nearest to what is drawn of its name."""
+    from colada.models.load import load_cola
+    from colada.pictures.sources import TWEMOJI, Files, open_source
+    from experiments.pictures.drawn import retrieval_table
+
+    network = load_cola(model)
+    source = open_source(f"{TWEMOJI}{package}", network.codec().config.size)
+    assert isinstance(source, Files)
+    show(retrieval_table(network, source), markdown)
+
+
+@pictures_app.command()
+def ablations(steps: Annotated[int, typer.Option(min=1, help="Of each run.")] = 2500) -> None:
+    """Print the commands of the ablations' runs, each of recipes/pictures.yaml with one thing changed."""
+    import re
+    import shlex
+
+    from experiments.pictures.drawn import ABLATIONS
+
+    for name, overrides in {"as it is": (), **ABLATIONS}.items():
+        out = "runs/pictures-" + re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+        sets = [part for one in (f"stages.pictures.steps={steps}", *overrides) for part in ("--set", one)]
+        print(shlex.join(["colada", "train", "recipes/pictures.yaml", "--out", out, *sets]))
 
 
 @pictures_app.command("sheet")

@@ -1,0 +1,202 @@
+"""What a model draws of captions and says of pictures, measured by the exact reader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+
+from colada.errors import ColadaError
+from colada.models.cola import ColaDLM
+from colada.pictures import twemoji
+from colada.pictures.reader import Verdict, judge, read
+from colada.pictures.shapes import COLOURS, HELD_OUT, Description, Example, Picture, example, held_out, parse
+from colada.pictures.sources import Files
+from colada.report.table import Table
+from experiments.pictures.measures import VALIDATION, share
+
+GUIDANCE, STEPS = (1.0, 2.0, 3.0, 5.0), (1, 2, 4, 8, 16)
+SEEDS = 16
+"""Drawings of a caption, whose differences are its diversity."""
+ABLATIONS: dict[str, Sequence[str]] = {
+    "codec 64 × 24": ["model.image={patch: 4, channels: 24}"],
+    "codec, whitening 0": ["model.image={patch: 8, whitening: 0}"],
+    "codec, whitening 1": ["model.image={patch: 8, whitening: 1}"],
+    "dual stream, 2 layers": ["stages.pictures.dual_layers=2"],
+    "no axial positions": ["stages.pictures.axial=false"],
+    "picture_loc 1.7": ["stages.pictures.picture_loc=1.7"],
+    "picture_loc 2.7": ["stages.pictures.picture_loc=2.7"],
+    "no caption dropout": ["stages.pictures.caption_dropout=0"],
+    "caption dropout 0.2": ["stages.pictures.caption_dropout=0.2"],
+    "no text beside pictures": ["stages.pictures.caption_weight=0"],
+    "errors of z0": ["stages.pictures.space=z0"],
+}
+"""What is changed in ``recipes/pictures.yaml``, each for fewer steps."""
+
+
+def scenes(
+    count: int, things: int | None = None, unseen: bool | None = False, grid: bool = False
+) -> list[Example]:
+    """Return scenes that no training draws; by default of combinations that it does."""
+    return [example(0, VALIDATION + n, things, unseen, grid) for n in range(count)]
+
+
+def of_held_out(name: str, count: int, grid: bool = False) -> list[Example]:
+    """Return scenes that hold one combination that no training scene has."""
+    found: list[Example] = []
+    number = 0
+    while len(found) < count:
+        one = example(1, VALIDATION + number, None, True, grid)
+        if held_out(parse(one.answer).things) == name:
+            found.append(one)
+        number += 1
+    return found
+
+
+# --- drawing -----------------------------------------------------------------------------------
+
+
+def verdicts(drawn: Sequence[Picture], examples: Sequence[Example]) -> list[Verdict]:
+    """Return what drawings show of the captions they were drawn from."""
+    return [judge(picture, parse(one.caption)) for picture, one in zip(drawn, examples, strict=True)]
+
+
+def colour_error(drawn: Sequence[Picture], examples: Sequence[Example]) -> float:
+    """Return the mean distance of the shades of right drawings from their palette's, a channel in 0..1."""
+    errors = []
+    for picture, verdict in zip(drawn, verdicts(drawn, examples), strict=True):
+        if verdict.right:
+            for item in read(picture).placed:
+                errors.append(np.abs(np.subtract(item.shade, COLOURS[item.thing.colour])).mean())
+    return float(np.mean(errors)) if errors else float("nan")
+
+
+def drawing_row(table: Table, name: str, drawn: Sequence[Picture], examples: Sequence[Example]) -> None:
+    """Add what drawings show, in parts, so that what is bound wrongly is told from what is missing."""
+    found = verdicts(drawn, examples)
+    parts = (
+        sum(one.right for one in found),
+        sum(one.count for one in found),
+        sum(one.bound == 1 for one in found),
+        sum(one.sizes for one in found),
+        sum(one.relations for one in found),
+        sum(one.swapped for one in found),
+    )
+    table.row(name, *(share(part, len(found)) for part in parts), f"{colour_error(drawn, examples):.3f}")
+
+
+def drawing_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str, Any]) -> Table:
+    """Return how much of captions is drawn right, seeds in order: seen combinations, and those held out."""
+    columns = ["captions", "right", "count", "all things", "sizes", "relations", "swapped", "colour error"]
+    table, rare = Table(columns), max(10, 3 * count // 10)
+    sets = {f"{n} thing{'s' * (n > 1)}": scenes(count, n, grid=grid) for n in (1, 2)}
+    sets = {"1 or 2 things": scenes(count, grid=grid), **sets, "3 things": scenes(rare, 3, grid=grid)}
+    sets |= {f"unseen: {name}": of_held_out(name, rare, grid) for name in HELD_OUT}
+    for name, examples in sets.items():
+        drawn = model.draw([one.caption for one in examples], seed=0, **settings)
+        drawing_row(table, name, drawn, examples)
+    others = scenes(count, grid=grid)
+    shuffled = [judge(read(one.picture), parse(others[n - 1].caption)).right for n, one in enumerate(others)]
+    table.row("chance: another's caption", share(sum(shuffled), count), *[""] * 6)
+    return table
+
+
+def sweep_table(model: ColaDLM, count: int, grid: bool) -> Table:
+    """Return the share drawn right by guidance and steps."""
+    examples = scenes(count, grid=grid)
+    table = Table(["guidance", *(f"{steps} steps" for steps in STEPS)])
+    for guidance in GUIDANCE:
+        cells = []
+        for steps in STEPS:
+            drawn = model.draw([one.caption for one in examples], seed=0, guidance=guidance, steps=steps)
+            cells.append(share(sum(one.right for one in verdicts(drawn, examples)), count))
+        table.row(f"{guidance:g}", *cells)
+    return table
+
+
+def spread(pictures: Sequence[Picture]) -> float:
+    """Return the mean root mean square difference of two of some pictures, in 0..1."""
+    pairs = combinations([picture / 255.0 for picture in pictures], 2)
+    return float(np.mean([np.sqrt(np.square(one - other).mean()) for one, other in pairs]))
+
+
+def diversity_table(model: ColaDLM, count: int, grid: bool) -> Table:
+    """Return how much right drawings of one caption differ, and how much true pictures of it do."""
+    table = Table(["", "captions", "right", "spread of right drawings", "spread of true pictures"])
+    right, total, drawn_spread, true_spread = 0, 0, list[float](), list[float]()
+    for number, one in enumerate(scenes(count, 1, grid=grid)):
+        drawn = model.draw([one.caption] * SEEDS, seed=SEEDS * number)
+        good = [picture for picture in drawn if judge(picture, parse(one.caption)).right]
+        right, total = right + len(good), total + SEEDS
+        true = [item.picture for item in _alike(parse(one.caption), SEEDS, grid)]
+        if len(good) > 1:
+            drawn_spread.append(spread(good))
+            true_spread.append(spread(true))
+    values = (f"{np.mean(values):.3f}" if values else "" for values in (drawn_spread, true_spread))
+    return table.row(f"{SEEDS} seeds", f"{count}", share(right, total), *values)
+
+
+def _alike(caption: Description, count: int, grid: bool) -> Iterator[Example]:
+    """Yield true scenes of what a caption says."""
+    number = 0
+    while count:
+        one = example(2, VALIDATION + number, len(caption.things), None, grid)
+        number += 1
+        if judge(read(one.picture), caption).right:
+            count -= 1
+            yield one
+
+
+# --- describing --------------------------------------------------------------------------------
+
+
+def said(text: str) -> Description | None:
+    """Return what an answer says; None for what is no description."""
+    try:
+        return parse(text)
+    except ColadaError:
+        return None
+
+
+def describing_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str, Any]) -> Table:
+    """Return how often answers are the one full description, name all things, and tell where they are."""
+    examples = scenes(count, grid=grid)
+    answers = model.describe([one.picture for one in examples], seed=0, **settings)
+    exact = things = relations = pairs = 0
+    for one, answer in zip(examples, answers, strict=True):
+        true, told = parse(one.answer), said(answer.text)
+        exact += answer.text.strip() == one.answer
+        same = told is not None and sorted(map(str, told.things)) == sorted(map(str, true.things))
+        things += same
+        if len(true.things) == 2:
+            pairs += 1
+            relations += told == true
+    table = Table(["pictures", "exact", "all things", "things and relation, of two"])
+    return table.row(f"{count:,}", share(exact, count), share(things, count), share(relations, max(1, pairs)))
+
+
+def round_trip_table(model: ColaDLM, count: int, grid: bool) -> Table:
+    """Return how often what is drawn of a full description is described as that."""
+    examples = scenes(count, grid=grid)
+    drawn = model.draw([one.answer for one in examples], seed=0)
+    answers = model.describe(drawn, seed=0)
+    same = sum(answer.text.strip() == one.answer for one, answer in zip(examples, answers, strict=True))
+    return Table(["captions", "described as drawn"]).row(f"{count:,}", share(same, count))
+
+
+# --- Twemoji -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def retrieval_table(model: ColaDLM, source: Files) -> Table:
+    """Return how often the named picture is the nearest of all to what is drawn of its name."""
+    codec = model.codec()
+    drawn = torch.from_numpy(np.stack(model.draw(list(source.captions), seed=0)))
+    kept = codec.pixels_of(codec.encode(torch.from_numpy(source.pictures))).numpy()
+    rank = twemoji.ranks(codec.pixels_of(codec.encode(drawn)).numpy(), range(source.count), kept)
+    table = Table(["names", "top 1", "top 5", "chance"])
+    shares = (share(int((rank < most).sum()), source.count) for most in (1, 5))
+    return table.row(f"{source.count:,}", *shares, f"1 in {source.count}")
