@@ -114,11 +114,12 @@ def test_pictures_are_described_and_what_was_changed_is_said(
 
 def test_info_knows_what_is_of_pictures(saved: Path, model: ColaDLM) -> None:
     info = information(saved)
-    assert info.total == sum(p.numel() for network in (model.vae, model.dit) for p in network.parameters())
+    parts, networks = info["parameters"], (model.vae, model.dit)
+    assert parts["total"] == sum(p.numel() for network in networks for p in network.parameters())
     own = [p for name, p in model.dit.named_parameters() if "img_" in name or ".image." in name]
-    assert info.parameters["DiT for pictures"] == sum(p.numel() for p in own)
-    assert "cola_image" in info.configs
-    assert "DiT for pictures" not in information().parameters
+    assert parts["DiT for pictures"] == sum(p.numel() for p in own)
+    assert info["cola_image"]["patch"] == 16
+    assert "DiT for pictures" not in information()["parameters"]
 
 
 @pytest.mark.parametrize(
