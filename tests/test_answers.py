@@ -132,6 +132,13 @@ def test_how_pairs_are_grouped_changes_nothing(
             assert again[key] == pytest.approx(record[key], rel=1e-3, abs=2e-5)
 
 
+def test_means_are_other_latents(start: Path, pairs: Path, preferred: Path, tmp_path: Path) -> None:
+    mean = preferring(start, pairs, "stages.preferences.latents=mean", "stages.preferences.steps=1")
+    Trainer(mean, tmp_path / "run").run()
+    one, other = (metrics(out)[0] for out in (preferred, tmp_path / "run"))
+    assert other["flow"] != pytest.approx(one["flow"], rel=1e-3)
+
+
 def test_a_pair_that_is_none_is_named(start: Path, tmp_path: Path) -> None:
     file = tmp_path / "broken.jsonl"
     for line, said in (

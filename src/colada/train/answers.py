@@ -27,6 +27,11 @@ class PreferenceTerms(Section):
     )
     calibration: int = Field(50, ge=2, le=2**20, description="How many first steps set beta.")
     anchor: Weight = Field(0.3, description="Weight of the chosen answers' own flow error.")
+    latents: Literal["sample", "mean"] = Field(
+        "sample",
+        description="Of the answers: drawn from the Text VAE's posterior, as what the model writes is; or its"
+        " means.",
+    )
     reference: Literal["recomputed", "stored"] = Field(
         "recomputed",
         description="Errors of the first weights: of a frozen copy in every step; or stored before the first"

@@ -2,7 +2,7 @@
 
 A pair is two rows, the chosen answer before the rejected one, with the same draws: equal blocks of the two
 have equal timesteps and noise, under the network that learns and under the first weights alike. Latents are
-the Text VAE's means, and the history of each answer is its own.
+drawn from the Text VAE's posterior, where what the model writes lies; the history of each answer is its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from colada.train.cola import ColaStage
 from colada.train.cost import Phase, Placement, Work
 from colada.train.flow_matching import flow_errors, pin
 from colada.train.kinds import PreferencesSection
-from colada.train.losses import Loss, encode, rows_layout
+from colada.train.losses import Loss, draw, encode, rows_layout
 from colada.train.noise import (
     Counts,
     Draws,
@@ -105,8 +105,9 @@ class PreferencesStage(ColaStage):
         vae: TextVAE = self.vae
         with torch.no_grad():
             layout = rows_layout(vae, rows)
-            mean = encode(vae, rows.ids, layout).mean
-            z0 = vae.normalise(mean).view(len(rows), -1, vae.config.latent_dim)
+            q = encode(vae, rows.ids, layout)
+            latents = draw(q, draws.posterior) if self.section.latents == "sample" else q.mean
+            z0 = vae.normalise(latents).view(len(rows), -1, vae.config.latent_dim)
             pinned = pin(vae, rows, draws, layout, self.system.pad_id)
         sample = sample_of_latents(rows, vae.config.patch_size)
         errors = flow_errors(dit, z0, draws.noise, draws.timestep, pinned, sample, draws.alone)
