@@ -130,6 +130,8 @@ class Answer:
     """A stream's: JSON, or a string that is none."""
     times: list[float] = field(default_factory=list)
     """Of the events."""
+    parts: int = 0
+    """In which a stream came: as often was something sent."""
     complete: bool = False
     """Whether the body came to its end."""
 
@@ -210,6 +212,7 @@ async def read_answer(reader: asyncio.StreamReader, stop_after: int | None = Non
         if size == 0:
             answer.complete = True
             return answer
+        answer.parts += 1
         answer.body += part[:-2]
         pending += part[:-2]
         while b"\n\n" in pending:

@@ -222,6 +222,11 @@ def test_guesses_show_a_block_come_into_focus(server: Running) -> None:
     assert np.isfinite(np.frombuffer(base64.b64decode(data), np.float16).reshape(3, 8)).all()
 
 
+def test_who_watches_first_waits_for_no_colours(server: Running) -> None:
+    (served,) = server.service.driver.models.values()
+    assert "directions" in vars(served)  # Made while it was loaded: a text of 128 tokens holds everybody up.
+
+
 def test_only_so_many_watch_at_once(server: Running) -> None:
     admission = server.service.admission
     admission.watchers += LIMITS.watchers

@@ -1,13 +1,9 @@
-"""Many at once: everybody's answer is what it is alone; who leaves frees its place, who does not read waits.
-
-``SERVE_STREAMS=200`` asks for as many streams as the acceptance does; by default there are fewer.
-"""
+"""Many at once: an answer is what it is alone; who leaves frees its place, who does not read waits."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import socket
 import time
@@ -21,7 +17,6 @@ from colada.models.cola import ColaDLM
 from colada.serve.admission import Admission, Limits, Refusal
 from serving import Answer, Json, Running, alone, ask, byte_model, check_answer, request_bytes, running
 
-STREAMS = int(os.environ.get("SERVE_STREAMS", "40"))
 MALFORMED = [b"{", b'{"prompt": 5}', b'{"temperature": 1e-320}', b'{"colada": {"steps": 1000000}}', b"[]"]
 
 
@@ -64,15 +59,21 @@ def some_body(draw: random.Random, words: str) -> Json:
     return body
 
 
-@pytest.mark.parametrize("kind", ["bytes", pytest.param("stories", marks=pytest.mark.slow)])
-def test_whatever_the_load_an_answer_is_the_one_alone(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("bytes", 40),
+        pytest.param("bytes", 200, marks=pytest.mark.slow),
+        pytest.param("stories", 200, marks=pytest.mark.slow),
+    ],
+)
+def test_whatever_the_load_an_answer_is_the_one_alone(kind: str, count: int) -> None:
     draw = random.Random(0)
     model = byte_model() if kind == "bytes" else colada.load()
     words = "né🙂" if kind == "bytes" else "Once upon a time "
-    count = STREAMS if kind == "bytes" else STREAMS // 4
     bodies = [some_body(draw, words) for _ in range(count)]
     leaving = set(draw.sample(range(count), count // 4))
-    limits = Limits(history=4096, slots=16, waiting=2 * count, watchers=count)
+    limits = Limits(history=max(4096, 64 * count), slots=16, waiting=2 * count, watchers=count)
 
     async def one(server: Running, number: int) -> Answer | None:
         await asyncio.sleep(draw.random())
@@ -98,6 +99,15 @@ def test_whatever_the_load_an_answer_is_the_one_alone(kind: str) -> None:
     for body, answer in zip(bodies, answers, strict=True):
         if answer is not None:
             check_answer(answer, body, alone(oracle, body))
+
+
+def test_what_a_step_writes_is_sent_at_once(server: Running) -> None:
+    body: Json = {"prompt": "abc", "n": 4, "max_tokens": 40, "seed": 1, "ignore_eos": True, "stream": True}
+    answer = server.post("/v1/completions", {**body, "stream_options": {"include_usage": True}})
+    blocks = answer.events[-3]["choices"][0]["colada"]["blocks"]
+    assert len(answer.events) > 3 * blocks
+    # All four choices' blocks together, with the last ones what ends them; they may begin a block apart.
+    assert answer.parts <= blocks + 1
 
 
 # --- who leaves ----------------------------------------------------------------------------------
@@ -247,7 +257,7 @@ def test_any_text_streams_as_it_reads_at_once(server: Running, model: ColaDLM, w
 
 
 def test_beyond_its_places_a_server_refuses_at_once_and_everybody_ends() -> None:
-    count = 10 * STREAMS
+    count = 400
     limits = Limits(history=2048, slots=8, waiting=24)
     with running({"bytes": byte_model()}, limits) as server:
         seconds: list[float] = []

@@ -117,6 +117,28 @@ def test_a_second_signal_ends_it_at_once(saved: Path) -> None:
         assert time.monotonic() - begin < 15
 
 
+@pytest.mark.slow
+def test_killed_it_breaks_streams_off_without_an_end_and_its_port_is_free(saved: Path) -> None:
+    with process(str(saved)) as (server, port):
+
+        async def end() -> None:
+            asked = await streams(port, 3, 8000)
+            server.kill()
+            for answer in await asyncio.gather(*asked, return_exceptions=True):
+                # Neither a body that ends nor an event that says so: a client cannot take it for an answer.
+                assert (
+                    isinstance(answer, OSError | asyncio.IncompleteReadError | IndexError)
+                    or not answer.complete
+                )
+                assert isinstance(answer, BaseException) or "[DONE]" not in answer.events
+
+        asyncio.run(end())
+        assert server.wait(10) == -signal.SIGKILL
+    with process(str(saved), "--port", str(port)) as (_, again):
+        assert again == port
+        assert asyncio.run(ask(port, "/v1/completions", {"prompt": "a"})).status == 200
+
+
 def test_keys_of_the_environment_are_asked_for(saved: Path) -> None:
     with process(f"mine={saved}", env={"COLADA_API_KEYS": "one, two"}) as (_, port):
         assert asyncio.run(ask(port, "/v1/models", method="GET")).status == 401

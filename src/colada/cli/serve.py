@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,9 @@ from colada.files import read_text
 KEYS_VARIABLE = "COLADA_API_KEYS"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LOGS = ("text", "json", "off")
+KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+"""oneDNN keeps a kernel of some 200 KB for every product of another size, by itself 1,024 of them: requests
+that come and go make many sizes, and a server's memory would grow for hours."""
 
 
 def serve(
@@ -96,6 +100,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise ColadaError(f"{error.name} is missing: pip install 'colada-lm[serve]'") from None
 
+    os.environ.setdefault(*KERNELS)  # Read when torch is imported.
     limits = Limits(slots, max_waiting, history, max_tokens, max_steps, watchers, timeout, drain=drain)
     hosts = [*LOOPBACK_HOSTS, *(name.lower() for name in allowed_host or [])]
     if not local and (keys or not allowed_host):
@@ -126,8 +131,6 @@ def _named(models: list[str]) -> list[tuple[str | None, str | None, str | None]]
 
 def _keys(path: Path | None) -> list[str]:
     """Return the keys of the environment and of a file, where # begins a comment."""
-    import os
-
     lines = os.environ.get(KEYS_VARIABLE, "").split(",")
     if path is not None:
         lines += [line.partition("#")[0] for line in read_text(path, "keys, one a line").splitlines()]

@@ -187,6 +187,8 @@ class Driver:
                     session.submit([0] * WARM_TOKENS, WARM_TOKENS, end_ids=(), **scale)
                 while session.busy:
                     session.step()
+                if model.arch == "cola" and self._limits.watchers:
+                    _ = served.directions
             self._state = "ready"
             while self._take():
                 for name, session in self._sessions.items():

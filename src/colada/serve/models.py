@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from colada.text.transcript import Chunk
 
 PICTURED_TOKENS = 128
-"""Of the text whose latents give the directions of :meth:`Served.picture`."""
+"""Of the text whose latents give :attr:`Served.directions`."""
 PICTURE_SCALE = 40.0
 """Steps of a colour in one unit of a latent: three standard deviations of noise are nearly all of them."""
 
@@ -31,7 +32,6 @@ class Served:
     model: Any
     created: int
     sha256: str
-    _directions: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._cola = self.model.arch == "cola"
@@ -90,6 +90,17 @@ class Served:
         card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "colada"}
         return {**card, "colada": details}
 
+    @cached_property
+    def directions(self) -> Tensor:
+        """The three directions (C, 3) in which latents of the model's own text differ most."""
+        import torch
+
+        (text,) = self.model.generate([[]], PICTURED_TOKENS, end_ids=(), seed=0)
+        latents = self.model.encode(text.tokens).float().cpu()
+        directions = torch.linalg.svd(latents - latents.mean(0), full_matrices=False).Vh[:3].T
+        largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+        return directions * largest.sign()  # So that a latent has one colour in every run.
+
     def picture(self, guess: Chunk, prompt: int, kind: str) -> str:
         """Return the latents of a guess's tokens in base64, for the engine thread.
 
@@ -97,7 +108,6 @@ class Served:
             prompt: tokens that stand before the first block, of which the last may be in it.
             kind: "full" is float16; "pca" three bytes a latent, where 128 is 0.
         """
-        import torch
 
         assert guess.latents is not None
         patch, size = self.sizes
@@ -105,13 +115,7 @@ class Served:
         rows = guess.latents.detach().float().cpu()[pinned:][: -(-len(guess.tokens) // patch)]
         if kind == "full":
             return base64.b64encode(rows.half().numpy().tobytes()).decode()
-        if self._directions is None:  # Those in which latents of the model's own text differ most.
-            (text,) = self.model.generate([[]], PICTURED_TOKENS, end_ids=(), seed=0)
-            latents = self.model.encode(text.tokens).float().cpu()
-            directions = torch.linalg.svd(latents - latents.mean(0), full_matrices=False).Vh[:3].T  # (C, 3)
-            largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-            self._directions = directions * largest.sign()  # So that a latent has one colour in every run.
-        colours = (128 + PICTURE_SCALE * (rows @ self._directions)).nan_to_num(0).clamp(0, 255)
+        colours = (128 + PICTURE_SCALE * (rows @ self.directions)).nan_to_num(0).clamp(0, 255)
         return base64.b64encode(colours.byte().numpy().tobytes()).decode()
 
 
