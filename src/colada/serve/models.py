@@ -108,7 +108,6 @@ class Served:
             prompt: tokens that stand before the first block, of which the last may be in it.
             kind: "full" is float16; "pca" three bytes a latent, where 128 is 0.
         """
-
         assert guess.latents is not None
         patch, size = self.sizes
         pinned = -(-prompt // patch) % size if guess.block == 0 else 0
