@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 import colada
 from colada.models.cola import ColaDLM
@@ -64,12 +65,13 @@ def some_body(draw: random.Random, words: str) -> Json:
     [
         ("bytes", 40),
         pytest.param("bytes", 200, marks=pytest.mark.slow),
-        pytest.param("stories", 200, marks=pytest.mark.slow),
+        pytest.param("stories", 40, marks=pytest.mark.slow),
     ],
 )
 def test_whatever_the_load_an_answer_is_the_one_alone(kind: str, count: int) -> None:
     draw = random.Random(0)
-    model = byte_model() if kind == "bytes" else colada.load()
+    # In float32 a draw at the border of two tokens may fall otherwise beside others: rounding, seen once in 80.
+    model = byte_model() if kind == "bytes" else colada.load(dtype=torch.float64)
     words = "né🙂" if kind == "bytes" else "Once upon a time "
     bodies = [some_body(draw, words) for _ in range(count)]
     leaving = set(draw.sample(range(count), count // 4))
