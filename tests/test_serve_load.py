@@ -70,7 +70,7 @@ def some_body(draw: random.Random, words: str) -> Json:
 )
 def test_whatever_the_load_an_answer_is_the_one_alone(kind: str, count: int) -> None:
     draw = random.Random(0)
-    # In float32 a draw at the border of two tokens may fall otherwise beside others: rounding, seen once in 80.
+    # In float32 a draw at the border of two tokens may fall otherwise beside others: once in 80, by rounding.
     model = byte_model() if kind == "bytes" else colada.load(dtype=torch.float64)
     words = "né🙂" if kind == "bytes" else "Once upon a time "
     bodies = [some_body(draw, words) for _ in range(count)]
