@@ -51,6 +51,7 @@ def test_a_model_of_low_rank_is_made_again(tmp_path: Path, capsys: pytest.Captur
     model = moved(base, RANK)
     left_out = save_difference(model, base, str(tmp_path / "base"), tmp_path / "small", RANK)
     assert left_out < 1e-4  # Of bfloat16.
+    assert len({path.stat().st_mode for path in (tmp_path / "small").iterdir()}) == 1
     again = colada.load(tmp_path / "small")
     assert isinstance(again, ColaDLM)
     for (name, value), expected in zip(again.dit.named_parameters(), model.dit.parameters(), strict=True):

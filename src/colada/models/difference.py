@@ -96,6 +96,8 @@ def save_difference(model: ColaDLM, base: ColaDLM, name: str, directory: Path, r
         with atomic_directory(directory) as partial:
             write_json(partial / DIFFERENCE_FILE, about)
             save_file({key: x.contiguous() for key, x in tensors.items()}, partial / DIFFERENCE_WEIGHTS)
+            # The library writes it for the owner only; whoever may read what it is may read this.
+            (partial / DIFFERENCE_WEIGHTS).chmod((partial / DIFFERENCE_FILE).stat().st_mode)
             if model.generation:
                 write_json(partial / GENERATION_FILE, model.generation)
             if model.chat_template is not None:
