@@ -562,6 +562,7 @@ def test_a_hub_id_is_downloaded_at_its_revision_without_anything_else(
         "cola_dlm/cola_vae/*",
     ]
     wanted = [*folders, "tokenizer.json", "generation_config.json", "chat_template.jinja"]
+    wanted += ["difference.json", "difference.safetensors"]
     assert sorted(calls[0].allow_patterns) == sorted(wanted)
 
 
