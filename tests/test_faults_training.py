@@ -282,7 +282,7 @@ def test_b8_a_value_without_a_meaning_is_refused_when_the_recipe_is_read(
     [
         ("steps=10", r"did you mean stages.<name>.steps\?"),
         ("vocab_size=300", r"did you mean tokenizer.vocab_size\?"),
-        ("stages.vae.prefix_share=0.1", r"did you mean stages.<prior>.prefix_share or stages.<joint>"),
+        ("stages.vae.prefix_share=0.1", r"did you mean stages.<prior>.prefix_share or stages.<instruct>"),
         ("stages.vae.stpes=10", r"did you mean 'steps'\?"),
         ("llada_lr=1", r"did you mean stages.<decoder>.llada_lr\?"),
     ],
