@@ -6,20 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from colada.data.rows import (
-    FILLING,
-    MIX_PERIOD,
-    Batch,
-    MixedRows,
-    Permutation,
-    Rows,
-    SampleRows,
-    SingleRows,
-    StreamRows,
-    apportion,
-    batch,
-    pack,
-)
+from colada.data.order import MIX_PERIOD, Permutation, apportion
+from colada.data.rows import FILLING, Batch, MixedRows, Rows, SampleRows, SingleRows, StreamRows, batch, pack
 from colada.data.stream import TokenStream
 from colada.errors import ColadaError
 

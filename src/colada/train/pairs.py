@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from colada.data.rows import Permutation, turn_of
+from colada.data.order import Permutation, turn_of
 from colada.errors import ColadaError
 from colada.pictures.shapes import SIZE
 from colada.pictures.sources import Pair, Source, open_source

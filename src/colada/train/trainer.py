@@ -277,7 +277,7 @@ class Trainer:
             self.display.say(f"resuming {stage.name} at step {progress.step}")
         text, stopped = list(self.inputs.digests().values()), lambda: self._stop
         stage.begin(Beginning(rows_from, text, self._whole, self._model, self.ranks, self.display, stopped))
-        if self._agreed()[0]:
+        if self.ranks.sum(torch.tensor([float(self._stop)])).item():
             raise Interrupted(f"stopped before step {progress.step + 1} of {stage.name}; run again to resume")
         best = average.module if average is not None else stage.networks
         assert isinstance(best, nn.ModuleDict)
