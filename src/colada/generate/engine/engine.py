@@ -301,11 +301,14 @@ class Engine(Writer[LatentSlot]):
         original = torch.tensor([row for slot in going for row in rows[slot]], device=self.device)
         evaluations = len(order[0].evaluations)
         before = evaluations - order[0].left
-        for number, (latents, z0) in enumerate(transport.run(order, z), start=1):
-            z = latents
-            for slot in order:
-                slot.step = len(slot.evaluations) - slot.left + number
-            yield TransportStep(before + number, evaluations, latents[original], z0[original])
+        try:
+            for number, (latents, z0) in enumerate(transport.run(order, z), start=1):
+                z = latents
+                for slot in order:
+                    slot.step = len(slot.evaluations) - slot.left + number
+                yield TransportStep(before + number, evaluations, latents[original], z0[original])
+        finally:
+            self._going = []
         finite = z.isfinite().flatten(1).all(1).tolist()
         for slot in order:
             if not any(finite[row] for row in rows[slot]) and slot.error is None:
