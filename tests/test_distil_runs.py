@@ -348,6 +348,7 @@ def test_the_command_is_training_from_a_model(
 ) -> None:
     data = Path(DEBUG).parents[1] / "tests" / "data"
     own = ["distil", str(DEBUG.parent / "distil.yaml"), "--data", str(data), "--dry-run"]
+    own += ["--set", "stages.four.steps=800"]
     assert main(own) == 0
     shown = capsys.readouterr().out
     for words in ("fold", "four", "four, trajectories", "one 80 GB H100 at 40% MFU"):

@@ -293,7 +293,9 @@ def test_a_file_opened_later_is_not_a_closed_stream(chatty: Path, tmp_path: Path
 
 
 def test_nobody_reads_the_error() -> None:
-    process = subprocess.Popen([*COLADA, "generate", "x", "--steps", "many"], stderr=subprocess.PIPE)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    words = [*COLADA, "generate", "x", "--steps", "many"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, env=environment)
     assert process.stderr is not None
     process.stderr.close()
     assert process.wait(timeout=60) == 2

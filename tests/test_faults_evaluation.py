@@ -340,6 +340,9 @@ def test_an_item_that_fails_is_named_and_the_others_are_kept(tmp_path: Path, col
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+@pytest.mark.filterwarnings(
+    "ignore:a prompt of"
+)  # With its demonstrations, longer than the rows it was trained on.
 def test_a_quantised_model_is_evaluated_and_is_another_one(tmp_path: Path, colours: Benchmark) -> None:
     exact, rounded, again = (colada.load() for _ in range(3))
     for model in (rounded, again):

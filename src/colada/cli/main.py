@@ -116,6 +116,11 @@ def run(app: typer.Typer, args: Sequence[str] | None, name: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         gone = isinstance(error, BrokenPipeError)
         code = code or (1 if gone else _fail(f"cannot write to standard output: {error.strerror}"))
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:  # Nobody reads it; the interpreter's end would make another status of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return code
 
 
