@@ -317,7 +317,7 @@ def create_app(
 
 def _add_routes(app: FastAPI, service: Service) -> None:
     errors: dict[int | str, Any] = {"default": {"model": protocol.ErrorAnswer}}
-    stream: Any = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    stream: Any = {200: {"content": {"text/event-stream": {}}}}
     unready: Any = {503: {"model": protocol.Health}}
     routes: list[tuple[str, str, Any, Any, Any]] = [
         ("POST", "/v1/completions", service.completions, protocol.CompletionAnswer, stream),
