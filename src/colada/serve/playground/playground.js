@@ -362,7 +362,7 @@ class Run {
     return [
       this.first !== null && ["first text", seconds(this.first)],
       this.end && tokens && ["tokens/s", ((1000 * tokens) / this.end).toFixed(1)],
-      tokens && ["tokens", String(tokens)],
+      tokens && [tokens === 1 ? "token" : "tokens", String(tokens)],
       this.steps && ["solver steps", String(this.frames.length - finished.length)],
     ].filter(Boolean);
   }
