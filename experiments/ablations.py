@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from colada.cli.main import run as run_app
 from colada.data.documents import read_documents
 from colada.data.jsonl import read_lines
 from colada.data.listing import find_files
@@ -31,6 +33,7 @@ from colada.report.table import Table
 from colada.train.display import Display
 from colada.train.recipe import Recipe, load_recipe
 from colada.train.trainer import Trainer
+from experiments.pilot import some_of
 from experiments.quality import Trigrams, figures, write
 
 NARROW, SHIFTED = "model.vae.latent_dim=16", "stages.prior.loc=1.6931"
@@ -60,7 +63,7 @@ def run(
     only: Annotated[list[str] | None, typer.Option(help="Variants by name; all if left out.")] = None,
 ) -> None:
     """Train and measure every variant with every seed; what is in the results already is left out."""
-    base = load_recipe(recipe)
+    names, base = some_of(only, VARIANTS), load_recipe(recipe)
     text = [words(text) for source in base.data.sources for text in read_texts(source, 0.02)]
     judge, known = Trigrams(text), {word for own in text for word in own}
     held_out = [own for own in _validation(base) if len(own.split()) > PROMPT_WORDS + REAL_WORDS][:PROMPTS]
@@ -70,7 +73,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     done = {(row["variant"], row["seed"]) for row in _results(out)}
     for seed in range(seeds):
-        for variant in only or VARIANTS:
+        for variant in names:
             if (variant, seed) in done:
                 continue
             directory = out / f"{list(VARIANTS).index(variant)}-{seed}"
@@ -126,4 +129,4 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(run_app(app, None, "python -m experiments.ablations"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -22,6 +23,7 @@ import torch
 import typer
 from rich.console import Console
 
+from colada.cli.main import run as run_app
 from colada.data.documents import read_documents
 from colada.data.jsonl import read_lines
 from colada.data.listing import find_files
@@ -36,6 +38,7 @@ from colada.models.cola import ColaDLM
 from colada.models.load import load, load_cola
 from colada.report.style import INK, SERIES, styled
 from colada.report.table import Table
+from experiments.pilot import numbers
 from experiments.quality import Trigrams
 
 if TYPE_CHECKING:
@@ -141,7 +144,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Of the first sample of the first document.")] = 0,
 ) -> None:
     """Measure teacher and students; what is in the results already is left out."""
-    counts, scales = [int(own) for own in steps.split(",")], [float(own) for own in guidance.split(",")]
+    counts, scales = numbers(steps, "--steps", int), numbers(guidance, "--guidance", float)
     master = load_cola(teacher, dtype=torch.float32)
     tokenizer = require_tokenizer(master, "texts are continued")
     read = list(read_documents([own for where in files for own in find_files(where)]))
@@ -301,4 +304,4 @@ def draw(points: Sequence[Point]) -> Figure:
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(run_app(app, None, "python -m experiments.few_step"))

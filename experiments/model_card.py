@@ -9,6 +9,7 @@ with --set.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from colada.cli.main import run
 from colada.data.documents import read_documents
 from colada.data.listing import find_files
 from colada.data.rows import StreamRows
@@ -124,4 +126,6 @@ def _bare(point: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    sys.exit(run(app, None, "python -m experiments.model_card"))

@@ -15,28 +15,33 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 from rich.console import Console
 
+from colada.cli.main import run as run_app
 from colada.data.documents import read_documents
 from colada.data.listing import find_files
+from colada.errors import ColadaError, nearest
 from colada.evaluate.generative import ModelJudge, frontier, real_passages
 from colada.evaluate.texts import Text, require_tokenizer
 from colada.evaluate.variety import words
-from colada.files import write_text
+from colada.files import read_json_object, write_text
 from colada.models.base import LanguageModel
 from colada.models.load import load
 from colada.report.frontier import frontier_table, write_frontier_page
 from colada.report.table import Table
+from colada.train.checkpoints import RECIPE
 from colada.train.display import Display
-from colada.train.plan import plan_run
-from colada.train.recipe import Recipe, load_recipe
+from colada.train.plan import plan_run, resolve
+from colada.train.recipe import Recipe, difference, load_recipe
 from colada.train.trainer import MODEL, Trainer
 
 HISTORY, SELF = "stages.prior.history_dropout=0.1", "stages.prior.self_conditioning=0.5"
@@ -66,6 +71,8 @@ GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 PROMPT_TOKENS, NEW_TOKENS = 16, 64
 VARIETY = (0.4, 0.5, 0.6)
 """Values of distinct-2 at which lines are compared."""
+
+Number = TypeVar("Number", int, float)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -159,17 +166,45 @@ def report(out: Path, results: Mapping[str, Sequence[Mapping[str, Any]]], judge:
     print(shown.markdown())
 
 
-def measured(file: Path, model: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
-    """Return what a file says, or what :func:`line` finds of the model that a function loads, kept there."""
-    if not file.is_file():
-        write_text(file, json.dumps(line(model(), *arguments, **options)) + "\n")
-    return dict(json.loads(file.read_text()))
+def measured(
+    file: Path, asked: Mapping[str, Any], model: Callable[[], LanguageModel], *arguments: Any, **options: Any
+) -> dict[str, Any]:
+    """Return what :func:`line` finds of the model that a function loads, kept in a file.
+
+    Args:
+        asked: what it depends on, for JSON; what the file says of the same is not measured again.
+    """
+    result = read_json_object(file) if file.is_file() else {}
+    if result.get("asked") != asked:
+        result = {"asked": asked, **line(model(), *arguments, **options)}
+        write_text(file, json.dumps(result) + "\n")
+    return result
+
+
+def some_of(names: Sequence[str] | None, known: Mapping[str, Any]) -> list[str]:
+    """Return the names that ``--only`` gives, or all that are known; raises ColadaError for another."""
+    for name in names or ():
+        if name not in known:
+            raise ColadaError(f"--only {name!r}{nearest(name, known)}, expected some of {', '.join(known)}")
+    return list(dict.fromkeys(names or known))
+
+
+def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
+    """Return the numbers that an option gives, with commas between; raises ColadaError for others."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ColadaError(f"{option} {text!r}, expected numbers with commas between") from None
 
 
 def trained(
     recipe: Path, out: Path, steps: int, seed: int, common: Sequence[str], variant: Sequence[str]
 ) -> Path:
-    """Train a variant, or what is left of it, and return its model."""
+    """Train a variant, or what is left of it, and return its model.
+
+    Raises:
+        ColadaError: if there is one already, of another recipe.
+    """
 
     def made(*overrides: str) -> Recipe:
         return load_recipe(recipe, [f"seed={seed}", *common, *overrides])
@@ -177,11 +212,13 @@ def trained(
     def flops(*overrides: str) -> float:
         return sum(sum(phase.flops.values()) for phase in plan_run(made(*overrides)).phases)
 
+    one = "stages.prior.steps=1"
+    count = max(1, round(steps * flops(*VARIANTS["base"], one) / flops(*variant, one)))
+    wanted = made(*variant, f"stages.prior.steps={count}", f"stages.prior.warmup={max(1, count // 8)}")
     if not (out / MODEL).is_dir():
-        one = "stages.prior.steps=1"
-        count = max(1, round(steps * flops(*VARIANTS["base"], one) / flops(*variant, one)))
-        length = [f"stages.prior.steps={count}", f"stages.prior.warmup={max(1, count // 8)}"]
-        Trainer(made(*variant, *length), out, Display(Console(stderr=True))).run()
+        Trainer(wanted, out, Display(Console(stderr=True))).run()
+    elif changed := difference(load_recipe(out / RECIPE), resolve(wanted)):
+        raise ColadaError(f"{out} is of another recipe: {changed}; give another --out")
     return out / MODEL
 
 
@@ -203,24 +240,27 @@ def run(
     overrides: Annotated[list[str], typer.Option("--set", help="Of every variant, key=value.")] = [],  # noqa: B006
 ) -> None:
     """Train and measure every variant with every seed."""
-    base = load_recipe(recipe)
+    names, base = some_of(only, VARIANTS), load_recipe(recipe)
     texts, vocabulary = held_out(data, include)
     reader = load(judge)
+    asked = {"judge": judge, "data": str(data), "include": list(include), "documents": documents}
     others = [f"stages.{name}.steps=0" for name in base.trained if name != "prior"]
     decay = ["stages.prior.schedule=wsd", "stages.prior.ema=0.99"]
     common = [f"model={{init: {init}}}", *others, *decay, *overrides]
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in range(seeds):
-        for name in only or VARIANTS:
+        for name in names:
             place = out / f"{list(VARIANTS).index(name)}-{seed}"
             model = trained(recipe, place, steps, seed, common, VARIANTS[name])
             found = measured(
-                place / "line.json", lambda model=model: load(model), reader, texts, vocabulary, documents, {}
+                *(place / "line.json", {"model": str(model), **asked}, partial(load, model)),
+                *(reader, texts, vocabulary, documents, {}),
             )
             results.setdefault(name, []).append(found)
     for number, other in enumerate(beside):
         file = out / f"beside-{number}.json"
-        found = measured(file, lambda other=other: load(other), reader, texts, vocabulary, documents, {})
+        question = {"model": other, **asked}
+        found = measured(file, question, partial(load, other), reader, texts, vocabulary, documents, {})
         results[other] = [found]
     report(out, results, judge)
 
@@ -238,8 +278,11 @@ def shortcuts(
     beside: BesideOption = [],  # noqa: B006
 ) -> None:
     """Measure what ways to generate faster, or more carefully, change of a model's line."""
+    names, scales = some_of(only, SHORTCUTS), numbers(guidance, "--guidance", float)
     texts, vocabulary = held_out(data, include)
-    reader, scales = load(judge), [float(scale) for scale in guidance.split(",")]
+    reader = load(judge)
+    asked = {"judge": judge, "data": str(data), "include": list(include), "documents": documents}
+    asked["guidance"] = scales
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, Any]]] = {}
 
@@ -247,12 +290,13 @@ def shortcuts(
         made: Any = load(where, dtype=way.get("dtype", torch.float32))
         return made.quantise(way["quantise"]) if "quantise" in way else made
 
-    ways = {name: (model, SHORTCUTS[name]) for name in only or SHORTCUTS}
+    ways = {name: (model, SHORTCUTS[name]) for name in names}
     for number, (name, (where, way)) in enumerate({**ways, **{own: (own, {}) for own in beside}}.items()):
         results[name] = [
             measured(
                 out / f"line-{number}-{name.replace(' ', '-').replace('/', '-')}.json",
-                lambda where=where, way=way: opened(where, way),
+                {"model": where, "way": name, **asked},
+                partial(opened, where, way),
                 *(reader, texts, vocabulary, documents, way.get("settings", {})),
                 guidance=scales,
             )
@@ -261,4 +305,4 @@ def shortcuts(
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(run_app(app, None, "python -m experiments.pilot"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from colada.errors import ColadaError
 from colada.models.load import load_cola
 from colada.train.plan import plan_run
 from colada.train.recipe import commented, load_recipe
@@ -42,6 +43,16 @@ def test_lines_are_compared_where_their_variety_is_equal() -> None:
 @pytest.mark.parametrize("variant", pilot.VARIANTS)
 def test_every_variant_is_a_recipe(variant: str) -> None:
     load_recipe(ROOT / "recipes/tiny.yaml", pilot.VARIANTS[variant])
+
+
+def test_what_nobody_knows_is_refused_before_anything_is_read() -> None:
+    for words, message in (
+        (["run", "nothing.yaml", "--init", "x", "--only", "bsae"], "--only 'bsae' (did you mean 'base'?)"),
+        (["shortcuts", "x", "--guidance", "1;2"], "--guidance '1;2', expected numbers"),
+    ):
+        result = CliRunner().invoke(pilot.app, [*words, "--judge", "x"])
+        assert isinstance(result.exception, ColadaError)
+        assert message in str(result.exception)
 
 
 def test_the_pilot_trains_measures_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +105,13 @@ def test_the_pilot_trains_measures_and_goes_on(tmp_path: Path, monkeypatch: pyte
     again = CliRunner().invoke(pilot.app, command)
     assert again.exit_code == 0, again.output
     assert (tmp_path / "out/0-0/line.json").stat().st_mtime_ns == before
+    # Neither another recipe's model nor another question's line stands for what is asked now.
+    other = CliRunner().invoke(pilot.app, [*command, "--set", "stages.prior.lr=0.5"])
+    assert isinstance(other.exception, ColadaError)
+    assert "is of another recipe: stages.prior.lr was" in str(other.exception)
+    fewer = CliRunner().invoke(pilot.app, [*command, "--documents", "2", "--only", "base"])
+    assert fewer.exit_code == 0, fewer.output
+    assert json.loads((tmp_path / "out/0-0/line.json").read_text())["real"]["texts"] == 2
     ways = ["--only", "as stored", "--only", "4 candidates of 8 steps", "--guidance", "1,3"]
     result = CliRunner().invoke(
         pilot.app,
