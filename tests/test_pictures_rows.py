@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from colada.networks.config import DiTConfig
 from colada.networks.dit import DiT
 from colada.networks.layers import History
 from colada.networks.packing import Layout
-from colada.networks.pictures import describing_layout, drawing_layout, text_part, with_pictures
+from colada.networks.pictures import describing_layout, drawing_layout, with_pictures
 from colada.train.picture_flow import describing_errors, drawing_errors
 from helpers import tiny_dit
 
@@ -288,6 +289,14 @@ def test_losses_reach_pictures_and_clean_cells_carry_no_gradient() -> None:
 
 
 # --- one network for both ----------------------------------------------------------------------
+
+
+def text_part(dit: DiT) -> DiT:
+    """The network of a model's text alone, with the same weights."""
+    text = DiT(replace(dit.config, img_channels=0, img_grid=None, img_axial=False, dual_layers=0))
+    state = dit.state_dict()
+    text.load_state_dict({name: state[name] for name in text.state_dict()})
+    return text
 
 
 @pytest.mark.parametrize("dual", [0, 1])

@@ -45,19 +45,21 @@ def codec(
     count: Count = 300,
     fitted_on: FittedOn = 20_000,
     whitening: Annotated[float, typer.Option(min=0, max=1, help="Of the principal components.")] = 0.5,
-    vae_steps: Annotated[
-        int, typer.Option(min=0, help="Also train a convolutional VAE, for so many steps of 64 scenes.")
-    ] = 0,
-    vae_width: Annotated[int, typer.Option(min=8, max=256, help="Its features at full size.")] = 32,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", help="A model whose codec is measured too, a trained one say; may be repeated."
+        ),
+    ] = None,
     markdown: Markdown = False,
 ) -> None:
     """Measure what codecs keep: variance, PSNR, and whether the scene can still be read, also under noise."""
-    from colada.pictures.config import CodecConfig
-    from experiments.pictures.measures import codec_table, trained_vae
+    from colada.locate import locate
+    from colada.pictures.codec import read_codec
+    from experiments.pictures.measures import codec_table
 
-    config = CodecConfig(kind="conv_vae", width=vae_width)
-    trained = [trained_vae(config, vae_steps)] if vae_steps else []
-    show(codec_table(fitted_on, count, whitening, trained), markdown)
+    others = [read_codec(locate(model)) for model in models or ()]
+    show(codec_table(fitted_on, count, whitening, others), markdown)
 
 
 @pictures_app.command()
@@ -95,21 +97,45 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the model'
 Steps = Annotated[int | None, typer.Option(help="Solver steps; the model's own if left out.")]
 
 
-@pictures_app.command()
-def draw(
-    model: Model = None,
-    count: Drawn = 1000,
-    grid: Grid = False,
-    guidance: Guidance = None,
-    steps: Steps = None,
-    markdown: Markdown = False,
-) -> None:
-    """Measure how much of captions a model draws right, in parts, also of combinations it has never seen."""
-    from colada.models.load import load_cola
-    from experiments.pictures.drawn import drawing_table
+def _add(name: str, table: str, count: int, about: str) -> None:
+    """Add a command that shows one of the tables of :mod:`experiments.pictures.drawn`."""
 
-    settings = {"guidance": guidance, "steps": steps}
-    show(drawing_table(load_cola(model), count, grid, settings), markdown)
+    def measure(
+        model: Model = None,
+        count: Drawn = count,
+        grid: Grid = False,
+        guidance: Guidance = None,
+        steps: Steps = None,
+        markdown: Markdown = False,
+    ) -> None:
+        from colada.models.load import load_cola
+        from experiments.pictures import drawn
+
+        settings = {"guidance": guidance, "steps": steps}
+        show(getattr(drawn, table)(load_cola(model), count, grid, settings), markdown)
+
+    pictures_app.command(name, help=about)(measure)
+
+
+for measured in (
+    (
+        *("draw", "drawing_table", 1000),
+        "Measure how much of captions a model draws right, in parts, also of combinations it has never seen.",
+    ),
+    (
+        *("describe", "describing_table", 1000),
+        "Measure how often a model's answer is the one full description of a picture.",
+    ),
+    (
+        *("round-trip", "round_trip_table", 300),
+        "Measure how often what is drawn of a description is described as that.",
+    ),
+    (
+        *("diversity", "diversity_table", 20),
+        "Measure how much right drawings of one caption differ from seed to seed.",
+    ),
+):
+    _add(*measured)
 
 
 @pictures_app.command()
@@ -119,43 +145,6 @@ def sweep(model: Model = None, count: Drawn = 300, grid: Grid = False, markdown:
     from experiments.pictures.drawn import sweep_table
 
     show(sweep_table(load_cola(model), count, grid), markdown)
-
-
-@pictures_app.command()
-def describe(
-    model: Model = None,
-    count: Drawn = 1000,
-    grid: Grid = False,
-    guidance: Guidance = None,
-    steps: Steps = None,
-    markdown: Markdown = False,
-) -> None:
-    """Measure how often a model's answer is the one full description of a picture."""
-    from colada.models.load import load_cola
-    from experiments.pictures.drawn import describing_table
-
-    settings = {"guidance": guidance, "steps": steps}
-    show(describing_table(load_cola(model), count, grid, settings), markdown)
-
-
-@pictures_app.command("round-trip")
-def round_trip(
-    model: Model = None, count: Drawn = 300, grid: Grid = False, markdown: Markdown = False
-) -> None:
-    """Measure how often what is drawn of a description is described as that."""
-    from colada.models.load import load_cola
-    from experiments.pictures.drawn import round_trip_table
-
-    show(round_trip_table(load_cola(model), count, grid), markdown)
-
-
-@pictures_app.command()
-def diversity(model: Model = None, count: Drawn = 20, grid: Grid = False, markdown: Markdown = False) -> None:
-    """Measure how much right drawings of one caption differ from seed to seed."""
-    from colada.models.load import load_cola
-    from experiments.pictures.drawn import diversity_table
-
-    show(diversity_table(load_cola(model), count, grid), markdown)
 
 
 @pictures_app.command()

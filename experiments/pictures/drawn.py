@@ -16,7 +16,7 @@ from colada.pictures.reader import Verdict, judge, read
 from colada.pictures.shapes import COLOURS, HELD_OUT, Description, Example, Picture, example, held_out, parse
 from colada.pictures.sources import Files
 from colada.report.table import Table
-from experiments.pictures.measures import VALIDATION, share
+from experiments.pictures.measures import VALIDATION, scenes, share
 
 GUIDANCE, STEPS = (1.0, 2.0, 3.0, 5.0), (1, 2, 4, 8, 16)
 SEEDS = 16
@@ -37,11 +37,9 @@ ABLATIONS: dict[str, Sequence[str]] = {
 """What is changed in ``recipes/pictures.yaml``, each for fewer steps."""
 
 
-def scenes(
-    count: int, things: int | None = None, unseen: bool | None = False, grid: bool = False
-) -> list[Example]:
-    """Return scenes that no training draws; by default of combinations that it does."""
-    return [example(0, VALIDATION + n, things, unseen, grid) for n in range(count)]
+def seen(count: int, things: int | None = None, grid: bool = False) -> list[Example]:
+    """Return scenes that no training draws, of combinations that it does."""
+    return scenes(count, things, False, grid)
 
 
 def of_held_out(name: str, count: int, grid: bool = False) -> list[Example]:
@@ -92,13 +90,13 @@ def drawing_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str,
     """Return how much of captions is drawn right, seeds in order: seen combinations, and those held out."""
     columns = ["captions", "right", "count", "all things", "sizes", "relations", "swapped", "colour error"]
     table, rare = Table(columns), max(10, 3 * count // 10)
-    sets = {f"{n} thing{'s' * (n > 1)}": scenes(count, n, grid=grid) for n in (1, 2)}
-    sets = {"1 or 2 things": scenes(count, grid=grid), **sets, "3 things": scenes(rare, 3, grid=grid)}
+    sets = {f"{n} thing{'s' * (n > 1)}": seen(count, n, grid) for n in (1, 2)}
+    sets = {"1 or 2 things": seen(count, grid=grid), **sets, "3 things": seen(rare, 3, grid)}
     sets |= {f"unseen: {name}": of_held_out(name, rare, grid) for name in HELD_OUT}
     for name, examples in sets.items():
         drawn = model.draw([one.caption for one in examples], seed=0, **settings)
         drawing_row(table, name, drawn, examples)
-    others = scenes(count, grid=grid)
+    others = seen(count, grid=grid)
     shuffled = [judge(read(one.picture), parse(others[n - 1].caption)).right for n, one in enumerate(others)]
     table.row("chance: another's caption", share(sum(shuffled), count), *[""] * 6)
     return table
@@ -106,7 +104,7 @@ def drawing_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str,
 
 def sweep_table(model: ColaDLM, count: int, grid: bool) -> Table:
     """Return the share drawn right by guidance and steps."""
-    examples = scenes(count, grid=grid)
+    examples = seen(count, grid=grid)
     table = Table(["guidance", *(f"{steps} steps" for steps in STEPS)])
     for guidance in GUIDANCE:
         cells = []
@@ -123,12 +121,12 @@ def spread(pictures: Sequence[Picture]) -> float:
     return float(np.mean([np.sqrt(np.square(one - other).mean()) for one, other in pairs]))
 
 
-def diversity_table(model: ColaDLM, count: int, grid: bool) -> Table:
+def diversity_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str, Any]) -> Table:
     """Return how much right drawings of one caption differ, and how much true pictures of it do."""
     table = Table(["", "captions", "right", "spread of right drawings", "spread of true pictures"])
     right, total, drawn_spread, true_spread = 0, 0, list[float](), list[float]()
-    for number, one in enumerate(scenes(count, 1, grid=grid)):
-        drawn = model.draw([one.caption] * SEEDS, seed=SEEDS * number)
+    for number, one in enumerate(seen(count, 1, grid)):
+        drawn = model.draw([one.caption] * SEEDS, seed=SEEDS * number, **settings)
         good = [picture for picture in drawn if judge(picture, parse(one.caption)).right]
         right, total = right + len(good), total + SEEDS
         true = [item.picture for item in _alike(parse(one.caption), SEEDS, grid)]
@@ -163,7 +161,7 @@ def said(text: str) -> Description | None:
 
 def describing_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str, Any]) -> Table:
     """Return how often answers are the one full description, name all things, and tell where they are."""
-    examples = scenes(count, grid=grid)
+    examples = seen(count, grid=grid)
     answers = model.describe([one.picture for one in examples], seed=0, **settings)
     exact = things = relations = pairs = 0
     for one, answer in zip(examples, answers, strict=True):
@@ -178,10 +176,10 @@ def describing_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[s
     return table.row(f"{count:,}", share(exact, count), share(things, count), share(relations, max(1, pairs)))
 
 
-def round_trip_table(model: ColaDLM, count: int, grid: bool) -> Table:
-    """Return how often what is drawn of a full description is described as that."""
-    examples = scenes(count, grid=grid)
-    drawn = model.draw([one.answer for one in examples], seed=0)
+def round_trip_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str, Any]) -> Table:
+    """Return how often what is drawn of a full description, with some settings, is described as that."""
+    examples = seen(count, grid=grid)
+    drawn = model.draw([one.answer for one in examples], seed=0, **settings)
     answers = model.describe(drawn, seed=0)
     same = sum(answer.text.strip() == one.answer for one, answer in zip(examples, answers, strict=True))
     return Table(["captions", "described as drawn"]).row(f"{count:,}", share(same, count))

@@ -12,7 +12,7 @@ from torch import Tensor
 from colada.evaluate.statistics import wilson
 from colada.models.cola import ColaDLM
 from colada.pictures import twemoji
-from colada.pictures.codec import Codec, ConvVAE, fit, psnr
+from colada.pictures.codec import Codec, fit, psnr
 from colada.pictures.config import CodecConfig
 from colada.pictures.reader import judge, read
 from colada.pictures.shapes import Example, example, parse
@@ -24,7 +24,6 @@ NOISE = (0.0, 0.1, 0.2, 0.3)
 CODECS = [(8, 64), (8, 48), (8, 32), (4, 16), (4, 24)]
 """Patch and channels of each linear codec; the first is the default."""
 VALIDATION, SHUFFLES = 2**62, 3
-BATCH, LR, CALIBRATED_ON = 64, 2e-3, 256
 
 
 def share(successes: int, trials: int) -> str:
@@ -33,9 +32,15 @@ def share(successes: int, trials: int) -> str:
     return f"{successes / trials:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def validation_scenes(count: int, things: int | None = None, on_grid: bool = False) -> list[Example]:
-    """Return scenes that no training draws, also of combinations that it leaves out."""
-    return [example(0, VALIDATION + n, things, unseen=None, on_grid=on_grid) for n in range(count)]
+def scenes(
+    count: int, things: int | None = None, unseen: bool | None = None, grid: bool = False
+) -> list[Example]:
+    """Return scenes that no training draws.
+
+    Args:
+        unseen: only those of combinations that training leaves out, or (False) of others; None is both.
+    """
+    return [example(0, VALIDATION + n, things, unseen, grid) for n in range(count)]
 
 
 def stack(examples: Sequence[Example]) -> Tensor:
@@ -43,8 +48,9 @@ def stack(examples: Sequence[Example]) -> Tensor:
     return torch.from_numpy(np.stack([item.picture for item in examples]))
 
 
-def training_pictures(count: int, size: int = 1000) -> Iterator[Tensor]:
+def training_pictures(count: int) -> Iterator[Tensor]:
     """Yield batches of the first scenes that training draws."""
+    size = 1000
     for first in range(0, count, size):
         yield stack([example(0, n) for n in range(first, min(first + size, count))])
 
@@ -55,8 +61,8 @@ def training_pictures(count: int, size: int = 1000) -> Iterator[Tensor]:
 def reader_table(count: int) -> Table:
     """Return how often true pictures are read right, and how often a caption of another is."""
     table = Table(["scenes", "right", "with another's caption"])
-    for things, on_grid in ((None, False), (None, True), (3, False), (3, True)):
-        examples = validation_scenes(count, things, on_grid)
+    for things, grid in ((None, False), (None, True), (3, False), (3, True)):
+        examples = scenes(count, things, grid=grid)
         readings = [read(item.picture) for item in examples]
         captions = [parse(item.caption) for item in examples]
         right = sum(
@@ -68,7 +74,7 @@ def reader_table(count: int) -> Table:
             for shift in range(1, SHUFFLES + 1)
             for n in range(count)
         )
-        name = f"{things or '1 or 2'} things, {'on the patch grid' if on_grid else 'free places'}"
+        name = f"{things or '1 or 2'} things, {'on the patch grid' if grid else 'free places'}"
         table.row(name, share(right, count), share(by_chance, SHUFFLES * count))
     return table
 
@@ -101,24 +107,6 @@ def quality(codec: Codec, examples: Sequence[Example]) -> Quality:
     return Quality(float(variance), psnr(pictures, codec.decode(latents)), right)
 
 
-def trained_vae(config: CodecConfig, steps: int, seed: int = 0) -> ConvVAE:
-    """Return a convolutional codec after some steps of Adam on scenes, its rate falling to 0 as a cosine."""
-    torch.manual_seed(seed)
-    codec = ConvVAE(config)
-    optimiser = torch.optim.AdamW(codec.parameters(), LR, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for pictures in training_pictures(steps * BATCH, BATCH):
-        noise = torch.randn(BATCH, config.latents, config.channels)
-        loss, _ = codec.loss(pictures / 255, noise)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(codec.parameters(), 10.0)
-        optimiser.step()
-        schedule.step()
-    codec.calibrate(torch.cat(list(training_pictures(CALIBRATED_ON))))
-    return codec.eval()
-
-
 @torch.no_grad()
 def codec_table(fitted_on: int, count: int, whitening: float, codecs: Sequence[Codec] = ()) -> Table:
     """Return a row for each linear codec, and for others that are trained already."""
@@ -126,7 +114,7 @@ def codec_table(fitted_on: int, count: int, whitening: float, codecs: Sequence[C
     table = Table(["codec", "latents", "numbers", "variance kept", "PSNR dB", *noise])
     pictures = list(training_pictures(fitted_on))
     configs = [CodecConfig(patch=patch, channels=channels, whitening=whitening) for patch, channels in CODECS]
-    examples = validation_scenes(count)
+    examples = scenes(count)
     for codec in (*(fit(pictures, config) for config in configs), *codecs):
         config, kept = codec.config, quality(codec, examples)
         numbers = sum(tensor.numel() for tensor in codec.state_dict().values())
@@ -146,13 +134,13 @@ def twemoji_table(source: Files, fitted_on: int) -> Table:
     They are fitted to the Twemoji and as many scenes as make them a half of all pictures, or fewer.
     """
     table = Table(["codec", "latents", "PSNR dB, Twemoji", "PSNR dB, scenes", "moved: top 1", "top 5"])
-    emoji, scenes = torch.from_numpy(source.pictures), list(training_pictures(fitted_on))
+    emoji, others = torch.from_numpy(source.pictures), list(training_pictures(fitted_on))
     generator = np.random.default_rng(0)
     moved = torch.from_numpy(np.stack([twemoji.moved(picture, generator) for picture in source.pictures]))
     times = max(1, fitted_on // len(emoji))
     for patch, channels in CODECS:
-        codec = fit([*scenes, *[emoji] * times], CodecConfig(patch=patch, channels=channels))
-        shown = stack(validation_scenes(300))
+        codec = fit([*others, *[emoji] * times], CodecConfig(patch=patch, channels=channels))
+        shown = stack(scenes(300))
         # Distances between pictures as the codec keeps them: of pixels, in which no component is magnified.
         kept, kept_moved = (codec.pixels_of(codec.encode(one)).numpy() for one in (emoji, moved))
         rank = twemoji.ranks(kept_moved, range(len(emoji)), kept)
@@ -169,7 +157,7 @@ def twemoji_table(source: Files, fitted_on: int) -> Table:
 def captions_table(model: ColaDLM, count: int) -> Table:
     """Return how well a model's Text VAE spells captions back, by tokens and by whole captions."""
     tokens = right = whole = 0
-    for item in validation_scenes(count):
+    for item in scenes(count):
         back = model.reconstruct(item.caption)
         tokens += len(back.tokens)
         right += round(back.accuracy * len(back.tokens))

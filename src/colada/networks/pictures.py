@@ -13,8 +13,6 @@ picture, which may be narrower than the text's.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,15 +110,6 @@ def with_pictures(text: DiT, config: DiTConfig, generator: torch.Generator | Non
 def widened(latents: Tensor, width: int) -> Tensor:
     """Return latents of pictures (..., P) as wide as text latents, filled up with 0: packed together."""
     return F.pad(latents, (0, width - latents.shape[-1]))
-
-
-def text_part(dit: DiT) -> DiT:
-    """Return the network of a model's text alone, which shares its weights."""
-    with torch.device("meta"):
-        text = DiT(replace(dit.config, img_channels=0, img_grid=None, img_axial=False, dual_layers=0))
-    state = dit.state_dict()
-    text.load_state_dict({name: state[name] for name in text.state_dict()}, assign=True)
-    return text.train(dit.training)
 
 
 def _check_lengths(lengths: Tensor, length: int, block_size: int) -> None:
