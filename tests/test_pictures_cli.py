@@ -90,6 +90,23 @@ def test_a_terminal_sees_the_picture_form(saved: Path) -> None:
     assert "step 3/3" in output
 
 
+@pytest.mark.parametrize(
+    ("term", "grid", "message"),
+    [
+        ("xterm", "1x4", "a sheet of 134 columns, more than the terminal's 80: give -o FILE"),
+        ("dumb", "1x1", "a terminal that shows no pictures: give -o FILE"),
+    ],
+)
+def test_what_a_terminal_cannot_show_is_not_drawn_for_nobody(
+    term: str, grid: str, message: str, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name, value in (("TERM", term), ("COLUMNS", "80"), ("LINES", "24")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["draw", "a red circle", "-m", saved, "--grid", grid]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_pictures_are_described_and_what_was_changed_is_said(
     saved: Path, model: ColaDLM, tmp_path: Path, capsys: Any
 ) -> None:

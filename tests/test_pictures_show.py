@@ -43,14 +43,12 @@ def test_a_scale_out_of_bounds_is_refused(scale: object) -> None:
 
 def test_a_sheet_is_in_reading_order_on_white() -> None:
     pictures = [np.full((2, 3, 3), n, np.uint8) for n in range(3)]
-    page = sheet(pictures, 2, gap=1)
+    page = sheet(pictures, 2)
     white = 255
     assert page[..., 0].tolist() == [
-        [0, 0, 0, white, 1, 1, 1],
-        [0, 0, 0, white, 1, 1, 1],
-        [white] * 7,
-        [2, 2, 2, white, white, white, white],
-        [2, 2, 2, white, white, white, white],
+        *[[0, 0, 0, white, white, 1, 1, 1]] * 2,
+        *[[white] * 8] * 2,
+        *[[2, 2, 2, white, white, white, white, white]] * 2,
     ]
     with pytest.raises(ColadaError, match="no pictures for a sheet"):
         sheet([], 2)

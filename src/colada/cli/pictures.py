@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,14 +30,16 @@ from colada.cli.options import (
     read_texts,
 )
 from colada.errors import ColadaError
+from colada.files import atomic_writer, require_file
 from colada.generate.settings import Settings, check_settings
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from colada.models.cola import ColaDLM
     from colada.pictures.shapes import Picture
     from colada.text.transcript import Chunk
 
-MOST_SCALE = 64
 MOST_DRAWINGS = 4096
 _USUAL = "Default: the model's, or what draws well."
 
@@ -76,6 +79,10 @@ def draw(
 
     On a terminal, the picture is shown as it forms, after each solver step. Several are on one sheet.
     """
+    from rich.console import Console
+
+    from colada.pictures.show import MOST_SCALE, png, sheet, sheet_width
+
     given: Settings = {
         "steps": steps,
         "guidance": guidance,
@@ -88,28 +95,31 @@ def draw(
     require_count("scale", scale, MOST_SCALE)
     rows, columns = _grid(grid)
     check_model_options(model, revision, dtype, device)
-    to_terminal = sys.stdout is not None and sys.stdout.isatty()
-    if out is None and not to_terminal:
-        raise ColadaError("standard output is no terminal: give -o FILE, or -o - for the bytes of a PNG")
-    captions = read_texts(caption, file, lines or (grid is not None and caption is None and file is None))
+    console = Console(highlight=False)
+    piped, to_terminal = str(out) == "-", sys.stdout.isatty()
+    live = to_terminal and not piped and console.is_terminal and not console.is_dumb_terminal
+    if out is None and not live:
+        what = "a terminal that shows no pictures" if to_terminal else "no terminal"
+        raise ColadaError(f"standard output is {what}: give -o FILE, or -o - for the bytes of a PNG")
+    all_lines = grid is not None and caption in (None, "-") and file is None
+    captions = read_texts(caption, file, lines or all_lines)
     if grid is not None:
         captions = [captions[number % len(captions)] for number in range(rows * columns)]
     else:
         columns = math.ceil(math.sqrt(len(captions)))
     network = load_cola(model, revision, dtype, device)
-    from colada.pictures.show import png, sheet
-
-    chunks = network.stream_drawing(captions, batch=batch, guesses=to_terminal and str(out) != "-", **given)
-    drawn = _watched(chunks, captions, columns, to_terminal and str(out) != "-")
-    picture = drawn[0] if len(drawn) == 1 else sheet(drawn, columns)
+    width = sheet_width(columns, network.codec().config.size)
+    if out is None and width > console.width:
+        where = f"a sheet of {width} columns, more than the terminal's {console.width}"
+        raise ColadaError(f"{where}: give -o FILE, or fewer pictures in a row with --grid")
+    chunks = network.stream_drawing(captions, batch=batch, guesses=live, **given)
+    drawn = _watched(chunks, captions, columns, console if live else None)
     if out is None:
         return
-    content = png(picture, scale)
-    if str(out) == "-":
+    content = png(sheet(drawn, columns), scale)
+    if piped:
         sys.stdout.buffer.write(content)
         return
-    from colada.files import atomic_writer
-
     with atomic_writer(out) as target:
         target.write(content)
 
@@ -127,13 +137,15 @@ def _grid(text: str | None) -> tuple[int, int]:
     return rows, columns
 
 
-def _watched(chunks: Iterator[Chunk], captions: list[str], columns: int, live: bool) -> list[Picture]:
-    """Return the drawings of all captions, shown on the terminal while they form.
+def _watched(
+    chunks: Iterator[Chunk], captions: list[str], columns: int, console: Console | None
+) -> list[Picture]:
+    """Return the drawings of all captions, shown on a terminal while they form.
 
     Raises:
         ColadaError: if any failed.
     """
-    from rich.console import Console, Group
+    from rich.console import Group
     from rich.live import Live
     from rich.text import Text
 
@@ -141,35 +153,23 @@ def _watched(chunks: Iterator[Chunk], captions: list[str], columns: int, live: b
 
     there: dict[int, Picture] = {}
     errors: dict[int, str] = {}
-    console = Console(highlight=False)
-    live = live and console.is_terminal and not console.is_dumb_terminal
-
-    def shown(status: str) -> Group | Text:
-        pictures = [there[number] for number in sorted(there)]
-        if not pictures:
-            return Text(status, "dim")
-        page = pictures[0] if len(pictures) == 1 else sheet(pictures, columns)
-        blocks = half_blocks(page) if page.shape[1] <= console.width else Text("")
-        return Group(blocks, Text(status, "dim"))
-
-    view = Live(console=console, auto_refresh=False, transient=False) if live else None
-    if view is not None:
-        view.start()
-    try:
-        finished = 0
+    finished = 0
+    with nullcontext() if console is None else Live(console=console, auto_refresh=False) as view:
         for chunk in chunks:
             if chunk.picture is not None:
                 there[chunk.index] = chunk.picture
             if chunk.error is not None:
                 errors[chunk.index] = chunk.error
             finished += chunk.completion is not None
-            if view is not None:
-                step = f"step {chunk.step}/{chunk.steps}" if chunk.step is not None else captions[chunk.index]
-                count = f" · {finished}/{len(captions)}" if len(captions) > 1 else ""
-                view.update(shown(step + count), refresh=True)
-    finally:
-        if view is not None:
-            view.stop()
+            if console is None or view is None:
+                continue
+            step = f"step {chunk.step}/{chunk.steps}" if chunk.step is not None else captions[chunk.index]
+            count = f" · {finished}/{len(captions)}" if len(captions) > 1 else ""
+            lines = [Text(step + count, "dim")]
+            page = sheet([there[number] for number in sorted(there)], columns) if there else None
+            if page is not None and page.shape[1] <= console.width:
+                lines.insert(0, half_blocks(page))
+            view.update(Group(*lines), refresh=True)
     if errors:
         which, why = min(errors.items())
         raise ColadaError(f"{len(errors)} of {len(captions)} drawings failed, first number {which}: {why}")
@@ -199,8 +199,7 @@ def describe(
     require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
     check_model_options(model, revision, dtype, device)
     for path in pictures:  # Before a model is loaded.
-        if not path.exists():
-            raise ColadaError(f"{path}: no such file, expected a picture")
+        require_file(path, "a picture")
     network = load_cola(model, revision, dtype, device)
     loaded = [_read(network, path) for path in pictures]
     done = network.describe([one for one, _ in loaded], max_new_tokens, prompt=prompt, **given)

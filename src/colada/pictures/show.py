@@ -17,6 +17,8 @@ from colada.pictures.shapes import Picture
 
 MOST_SCALE = 64
 """Pixels of a PNG for one of a picture."""
+GAP = 2
+"""Pixels between the pictures of a sheet."""
 
 
 def png(picture: Picture, scale: int = 1) -> bytes:
@@ -41,7 +43,12 @@ def png(picture: Picture, scale: int = 1) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def sheet(pictures: Sequence[Picture], columns: int, gap: int = 2) -> Picture:
+def sheet_width(columns: int, width: int) -> int:
+    """Return the width in pixels of a sheet with so many pictures of a width in a row."""
+    return columns * (width + GAP) - GAP
+
+
+def sheet(pictures: Sequence[Picture], columns: int) -> Picture:
     """Return pictures of one size on white, in reading order, with some pixels between them.
 
     Raises:
@@ -51,11 +58,10 @@ def sheet(pictures: Sequence[Picture], columns: int, gap: int = 2) -> Picture:
         raise ColadaError("no pictures for a sheet, expected some")
     height, width, _ = pictures[0].shape
     rows = -(-len(pictures) // columns)
-    size = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
-    page = np.full(size, 255, np.uint8)
+    page = np.full((sheet_width(rows, height), sheet_width(columns, width), 3), 255, np.uint8)
     for number, picture in enumerate(pictures):
         row, column = divmod(number, columns)
-        top, left = row * (height + gap), column * (width + gap)
+        top, left = row * (height + GAP), column * (width + GAP)
         page[top : top + height, left : left + width] = picture
     return page
 
