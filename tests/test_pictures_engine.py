@@ -272,6 +272,8 @@ def test_a_model_is_saved_with_its_pictures_and_loads_the_same(model: ColaDLM, t
         ),
         (lambda model: model.describe([np.zeros((32, 32, 3))]), "type float64, expected uint8"),
         (lambda model: model.describe([7]), "picture 7, expected a file"),
+        (lambda model: model.describe(7), "pictures=7, expected a file"),
+        (lambda model: model.describe([np.zeros((32, 32, 3), np.uint8)], prompt=7), "7"),
         (lambda model: model.describe(["/nowhere.png"]), "/nowhere.png"),
         (lambda model: tiny_model().draw([[3]]), "has no pictures: img_channels=0"),
         (lambda model: tiny_model().describe([np.zeros((32, 32, 3), np.uint8)]), "has no pictures"),

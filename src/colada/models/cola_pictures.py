@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -147,9 +147,12 @@ class PictureModel(LanguageModel):
             GenerationError: if some failed; it carries the completions of the others.
         """
         batch = require_count("batch", batch)
-        listed = [pictures] if isinstance(pictures, str | Path | np.ndarray) else list(pictures)
-        if isinstance(pictures, np.ndarray) and pictures.ndim == 4:
-            listed = list(pictures)
+        if isinstance(pictures, str | Path) or (isinstance(pictures, np.ndarray) and pictures.ndim != 4):
+            pictures = [pictures]
+        if not isinstance(pictures, Iterable):
+            what = "a file or uint8 (S, S, 3), or several of these"
+            raise ColadaError(f"pictures={shown(pictures)}, expected {what}")
+        listed = list(pictures)
         chosen = self._chosen_for_pictures("describing", settings)
         each = settings_of_each(chosen, len(listed))
         opened = [
@@ -189,7 +192,8 @@ class PictureModel(LanguageModel):
         with plain_torch():
             latents = codec.encode(torch.from_numpy(np.ascontiguousarray(picture))[None])[0]
         stop, end_ids = self.endings(settings)
-        ids = self.ids(prompt) if len(prompt) else []
+        # Nothing is asked for by "" also of a model without a tokenizer.
+        ids = [] if isinstance(prompt, str) and not prompt else self.ids(prompt)
         request = Request(tuple(ids), count, settings, picture=latents)
         return request, Transcript(
             self.tokenizer, 0, count, stop, end_ids, whole_sentences=settings.whole_sentences
