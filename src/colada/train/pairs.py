@@ -35,7 +35,7 @@ class Pairs:
         return source.pair(Permutation(source.count, self.seed, epoch)[index])
 
     def pairs(self, count: int) -> Iterator[Pair]:
-        """Yield the first pairs; none twice where all are of files."""
+        """Yield the first pairs; of files alone, no more than they hold, though some may come twice."""
         counts = [source.count for source, _ in self.sources]
         known = [one for one in counts if one is not None]
         most = count if len(known) < len(counts) else min(count, sum(known))

@@ -128,8 +128,8 @@ def _codec_numbers(image: CodecConfig) -> int:
 def _codec_flops(image: CodecConfig) -> tuple[float, float]:
     """Return the FLOPs of encoding a picture, and of decoding it."""
     if image.kind == "patch_pca":
-        own = 2.0 * image.latents * image.patch_numbers * image.channels
-        return own, own
+        linear = 2.0 * image.latents * image.patch_numbers * image.channels
+        return linear, linear
     with unallocated():
         codec = ConvVAE(image)
     flops = []

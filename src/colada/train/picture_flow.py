@@ -42,12 +42,12 @@ def drawing_errors(
     length = captions.shape[1]
     layout = drawing_layout(lengths, length, pictures.shape[1], dit.config.block_size, alone)
     times = torch.cat([picture_timestep[:, None].expand(-1, pictures.shape[1]), timestep], 1)
-    width, own = captions.shape[2], pictures.shape[2]
+    width, narrow = captions.shape[2], pictures.shape[2]
     target = torch.cat([widened(pictures, width), captions], 1)
     noises = torch.cat([widened(picture_noise, width), noise], 1)
     errors = _errors(dit, captions, target, noises, times, layout)
     picture, text = errors.split([pictures.shape[1], length], 1)
-    picture = picture * (width / own)  # What it is widened by has no error.
+    picture = picture * (width / narrow)  # What it is widened by has no error.
     return picture, text.masked_fill(torch.arange(length, device=text.device) >= lengths[:, None], 0.0)
 
 

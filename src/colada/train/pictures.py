@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -84,15 +85,11 @@ class PicturesStage(PriorStage):
 
     def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
         super().__init__(system, name, lay_out)
-        if any(isinstance(self.recipe.stages[other], PictureVAESection) for other in self._before()):
+        before = takewhile(lambda stage: stage[0] != name, self.recipe.trained.items())
+        if any(isinstance(section, PictureVAESection) and section.steps for _, section in before):
             assert isinstance(self.codec, ConvVAE)
             self.codec.calibrate(_stacked(self.splits.training, CALIBRATED_ON))
         self._prompts = [self._ids(prompt) if prompt else [] for prompt in self.section.prompts]
-
-    def _before(self) -> list[str]:
-        """Return the names of the stages before this one that take steps."""
-        names = list(self.recipe.trained)
-        return [name for name in names[: names.index(self.name)] if self.recipe.stages[name].steps]
 
     @property
     def codec(self) -> Codec:
@@ -135,10 +132,7 @@ class PicturesStage(PriorStage):
         section, vae, tokenizer = self.section, self.vae.config, self.system.tokenizer
         law = timestep_law(section, vae.latent_dim)
         picture_law = TimestepLaw(section.picture_loc, section.picture_scale)
-        pairs, first = self.splits.training, 0
-        if rows[0] >= VALIDATION_ROW:
-            assert self.splits.validation is not None
-            pairs, first = self.splits.validation, VALIDATION_ROW
+        pairs, first = _pairs_of(self.splits, rows)
         drawn: dict[str, list[Tensor]] = {field.name: [] for field in fields(PairDraws)}
         texts, prompts = list[list[int]](), list[list[int]]()
         for row, generator in zip(rows, self.generators(rows), strict=True):
@@ -325,12 +319,7 @@ class PictureVAEStage(Stage):
         return _splits(self.recipe)
 
     def draw(self, rows: Sequence[int]) -> PairDraws:
-        pairs, first = self.splits.training, 0
-        if rows[0] >= VALIDATION_ROW:  # Where none are held out, of those that training comes to last.
-            pairs, first = (
-                (self.splits.validation or pairs),
-                VALIDATION_ROW * (self.splits.validation is not None),
-            )
+        pairs, first = _pairs_of(self.splits, rows)
         count, config = self.section.pairs, codec_of(self.system).config
         pictures, noise = [], []
         for row, generator in zip(rows, self.generators(rows), strict=True):
@@ -364,6 +353,16 @@ def _splits(recipe: Recipe) -> PairSplits:
     splits = open_pairs(recipe)
     assert splits is not None  # The recipe has been checked.
     return splits
+
+
+def _pairs_of(splits: PairSplits, rows: Sequence[int]) -> tuple[Pairs, int]:
+    """Return the pairs that rows draw from, and the row of the first one.
+
+    Where none are held out, a validation has those that training comes to last.
+    """
+    if rows[0] < VALIDATION_ROW or splits.validation is None:
+        return splits.training, 0
+    return splits.validation, VALIDATION_ROW
 
 
 def _stacked(pairs: Pairs, count: int) -> Tensor:
