@@ -258,6 +258,7 @@ REFUSED: list[tuple[Json, str, str]] = [
     ({"colada": {"step": 5}}, "colada.step", "unknown_parameter"),
     ({"colada": {"steps": 65}}, "colada.steps", "invalid_value"),
     ({"colada": {"steps": 0}}, "colada.steps", "invalid_value"),
+    ({"colada": {"schedule": [1 - k / 65 for k in range(66)]}}, "colada.schedule", "invalid_value"),
     ({"colada": {"guidance": 101}}, "colada.guidance", "invalid_value"),
     ({"colada": {"solver": "rk4"}}, "colada.solver", "invalid_value"),
     ({"colada": {"guidance_interval": [1, 0]}}, "colada.guidance_interval", "invalid_value"),

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from colada.models.cola import ColaDLM
-from colada.serve.admission import Limits, Policy
+from colada.serve.admission import Limits, Policy, Refusal
+from colada.serve.driver import News, Ticket
 from colada.serve.edge import MOST_BODY
 from colada.text.tokenizer import Tokenizer
+from colada.text.transcript import Chunk
 from serving import Answer, Json, Running, alone, ask, byte_model, check_answer, running
 
 LIMITS = Limits(history=512, max_tokens=256, slots=8, body=0.5)
@@ -448,6 +450,35 @@ def test_a_request_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> 
         stream = server.post("/v1/completions", {**body, "stream": True})
         assert stream.events[-1]["error"]["code"] == "deadline"
         server.empty()
+
+
+def test_a_deadline_does_not_interrupt_who_sends() -> None:
+    """What is read of a ticket is sent in between, which the deadline must not break off."""
+    begun, sent = Chunk(0, 0, None, "a", (1,)), list[News]()
+
+    async def send_slowly() -> None:
+        ticket = Ticket("bytes", [{}])
+        for _ in range(3):
+            ticket.put([(0, begun)])
+        async for news in ticket.steps(None, 0.05):
+            await asyncio.sleep(0.1)
+            sent.append(news)
+
+    with pytest.raises(Refusal) as refused:
+        asyncio.run(send_slowly())
+    assert (refused.value.status_code, refused.value.code) == (504, "deadline")
+    assert sent == [[(0, begun)]]
+
+
+def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    body: Json = {"prompt": "a", "max_tokens": 4, "stream": True, "ignore_eos": True}
+    with running({"bytes": byte_model()}, Limits(history=512, ping=0.05)) as server:
+        Saboteur(server, monkeypatch).seconds = 0.15
+        answer = server.post("/v1/completions", body)
+    # Comments, which no client takes for an event.
+    assert answer.body.count(b": ping\n\n") >= 2
+    monkeypatch.undo()
+    check_answer(answer, body, alone(byte_model(), body))
 
 
 def test_while_models_load_requests_are_told_to_come_again() -> None:

@@ -121,6 +121,12 @@ def _check(body: Common, served: Served, limits: Limits) -> None:
             (extension.steps or 0) > limits.max_steps,
             f"at most {limits.max_steps}",
         ),
+        (
+            "colada.schedule",
+            extension.schedule,
+            isinstance(extension.schedule, list) and len(extension.schedule) > limits.max_steps + 1,
+            f"at most {limits.max_steps} steps",
+        ),
         ("colada.guesses", True, watched, "stream: true beside it"),
         (
             "colada.latents",

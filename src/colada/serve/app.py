@@ -128,30 +128,21 @@ class Service:
             pass
 
     async def _steps(self, job: Job, writer: Writer, request: Request) -> AsyncIterator[News]:
-        """Yield what each step adds once the writer has it, and count it; nothing after silence.
-
-        Raises:
-            Refusal: where it is late.
-        """
+        """Yield what each step adds once the writer has it, and count it; nothing after silence."""
         last = dict.fromkeys(range(len(job.ticket.choices)), time.monotonic())
         begun = set[int]()
-        try:
-            async with asyncio.timeout(self.limits.timeout):
-                async for news in job.ticket.steps(self.limits.ping or None):
-                    for number, chunk in news:
-                        writer.add(number, chunk)
-                        if chunk.step is None:
-                            now = time.monotonic()
-                            seconds = self.metrics.between if number in begun else self.metrics.first
-                            seconds.observe(now - last[number])
-                            last[number] = now
-                            begun.add(number)
-                    if writer.finished:
-                        self._count(job, writer, request)
-                    yield news
-        except TimeoutError:
-            text = f"not finished after {self.limits.timeout:g} s"
-            raise Refusal(504, "deadline", text, x_should_retry="false") from None
+        async for news in job.ticket.steps(self.limits.ping or None, self.limits.timeout):
+            for number, chunk in news:
+                writer.add(number, chunk)
+                if chunk.step is None:
+                    now = time.monotonic()
+                    seconds = self.metrics.between if number in begun else self.metrics.first
+                    seconds.observe(now - last[number])
+                    last[number] = now
+                    begun.add(number)
+            if writer.finished:
+                self._count(job, writer, request)
+            yield news
 
     def _count(self, job: Job, writer: Writer, request: Request) -> None:
         usage, name, reasons = writer.usage, job.served.name, writer.reasons

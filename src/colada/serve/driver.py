@@ -61,16 +61,20 @@ class Ticket:
         if isinstance(news := await self.news.get(), Refusal):
             raise news
 
-    async def steps(self, patience: float | None) -> AsyncIterator[News]:
+    async def steps(self, patience: float | None, most: float) -> AsyncIterator[News]:
         """Yield what choices grow by until all are finished, and nothing after some seconds of silence.
 
         Raises:
-            Refusal: once one has failed.
+            Refusal: once one has failed, or where all takes more seconds than ``most``.
         """
-        left = len(self.choices)
+        # Each wait has its own limit: one around a yield would interrupt whatever its reader waits for.
+        end, left = time.monotonic() + most, len(self.choices)
         while left:
+            rest = end - time.monotonic()
+            if rest <= 0:
+                raise Refusal(504, "deadline", f"not finished after {most:g} s", x_should_retry="false")
             try:
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(rest if patience is None else min(patience, rest)):
                     news = await self.news.get()
             except TimeoutError:
                 yield []
@@ -233,8 +237,6 @@ class Driver:
         for index in ticket.indices:
             if self._places.pop((ticket.model, index), None) is not None:
                 session.cancel(index)
-                if not session.busy:
-                    session.step()  # Nobody is left: what it held is free now.
 
     def _step(self, name: str, session: Any) -> None:
         """Do a step of a model's session, and tell the loop what is new, if anything is."""

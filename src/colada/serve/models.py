@@ -140,7 +140,9 @@ def open_served(
     model: Any = load(where, revision=revision, device=device, dtype=wanted)
     if quantise is not None:
         model.quantise(quantise)
-    files = sorted(locate(BUNDLED if where is None else where, revision).rglob("*.safetensors"))
+    directory = locate(BUNDLED if where is None else where, revision)
+    folders = [directory, *(directory / name for name in model.networks)]  # A difference has none of its own.
+    files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
