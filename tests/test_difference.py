@@ -88,6 +88,9 @@ def test_what_is_no_difference_to_what_is_here_is_refused(tmp_path: Path) -> Non
         save_difference(model, base, "x", tmp_path / "base", RANK)
     with pytest.raises(ColadaError, match="other Text VAEs"):
         save_difference(model, tiny_model(seed=5), "x", tmp_path / "new", RANK)
+    deeper = tiny_model(vae={"decoder_num_blocks": 3})
+    with pytest.raises(ColadaError, match="other Text VAEs"):
+        save_difference(model, deeper, "x", tmp_path / "new", RANK)
     file = tmp_path / "small" / "difference.json"
     about = json.loads(file.read_text())
     moved(base, 1).save(tmp_path / "base")

@@ -20,6 +20,8 @@ from colada.generate.reference import encode
 from colada.generate.settings import RequestSettings
 from colada.generate.writer import Request
 from colada.models.cola import ColaDLM
+from colada.models.difference import save_difference
+from colada.models.load import load_cola
 from colada.networks.layers import History
 from colada.pictures.codec import fit
 from colada.pictures.config import CodecConfig
@@ -204,6 +206,19 @@ def test_drawings_are_pixels_of_latents_and_do_not_depend_on_the_batch(model: Co
     assert drawn[0].shape == (32, 32, 3)
     assert not np.array_equal(*model.draw([[3], [3]], seed=[1, 2]))
     np.testing.assert_array_equal(*model.draw([[3], [3]], seed=[1, 1]))
+
+
+def test_a_difference_to_it_draws_too(model: ColaDLM, tmp_path: Path) -> None:
+    model.save(tmp_path / "base")
+    other = load_cola(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in other.dit.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.02
+    save_difference(other, model, str(tmp_path / "base"), tmp_path / "small", 1)
+    again, *drawn = (one.draw([[3]], seed=1)[0] for one in (load_cola(tmp_path / "small"), other, model))
+    assert abs(again.astype(int) - drawn[0].astype(int)).max() <= 1  # Of rounding.
+    assert not np.array_equal(*drawn)
 
 
 def test_a_drawing_forms_step_by_step_and_the_last_guess_is_it(model: ColaDLM) -> None:

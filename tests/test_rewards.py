@@ -64,6 +64,9 @@ def test_what_is_asked_was_kept_from_training() -> None:
     for own in asked:
         assert len(set(own.prompts)) == len(own.prompts) <= 30
         assert all((prompt in taught) == (own.split == "seen") for prompt in own.prompts)
+    assert len({own.name for own in asked}) == len(asked)
+    with pytest.raises(ColadaError, match="no prompt of name"):
+        held_out_prompts([], ["name"], 30)
 
 
 def test_answers_do_not_depend_on_their_company() -> None:
@@ -146,6 +149,7 @@ def test_the_command_writes_one_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     result = json.loads((tmp_path / "r.json").read_text())
     assert {point["split"] for point in result["tasks"]} == {"seen", "wording", "fact"}
     assert all(point["judge"] > 1 for point in result["tasks"] if point["judge"] is not None)
+    assert set(result["best_of"]) == {"questions", "questions, unseen fact", "sums"}
     assert result["flows"]["answers"]["drift"] == 0
     assert result["latents_encoded_again"]["distance"] > 0
     page = (tmp_path / "r.html").read_text()

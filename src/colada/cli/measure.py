@@ -49,7 +49,7 @@ BoundSteps = Annotated[
     int | None,
     typer.Option(help="Of a bound: solver steps to the noise, and half as many to the data. Default: 16."),
 ]
-JsonOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON, a record a text.")]
+ResultOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write what was measured as JSON.")]
 
 
 def likelihood(
@@ -65,7 +65,7 @@ def likelihood(
     batch: BatchOption = 8,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
-    out: JsonOption = None,
+    out: ResultOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Measure texts in bits per byte; of Cola DLM an upper bound, from a lower bound on log p(x)."""
@@ -150,7 +150,7 @@ def generative(
     judge_steps: BoundSteps = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
-    out: JsonOption = None,
+    out: ResultOption = None,
     html: PageOption = None,
     quiet: QuietOption = False,
 ) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from colada.checks import MOST_TOKENS, require_count
 from colada.cli.evaluate import BatchOption, PageOption, QuietOption, check_counts, existing_paths
-from colada.cli.measure import JsonOption, write_result
+from colada.cli.measure import ResultOption, write_result
 from colada.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -52,7 +52,7 @@ def reward(
     batch: BatchOption = 64,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
-    out: JsonOption = None,
+    out: ResultOption = None,
     html: PageOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -83,6 +83,7 @@ def reward(
         held_out_prompts,
         plain_samples,
     )
+    from colada.evaluate.texts import require_tokenizer
     from colada.models.cola import ColaDLM
     from colada.models.likelihood import bound_settings
     from colada.report.rewards import flow_table, rewards_table, write_rewards_page
@@ -94,12 +95,17 @@ def reward(
     for own in (network, other):
         if own is not None and own.chat_template is None:
             raise ColadaError(f"{own.origin} has no chat template, expected a model of conversations")
-    assert network.tokenizer is not None
+    tokenizer = require_tokenizer(network, "a chat is text")
+    asked = held_out_prompts(texts, names, prompts, questions)
+    flows: dict[str, Any] = {}
+    if isinstance(network, ColaDLM) and isinstance(other, ColaDLM):
+        some = answered_samples(network, texts, names, max(1, 200 // len(names)), questions)
+        flows["answers"] = drift(network, other, some)
+        flows["plain stories"] = drift(network, other, plain_samples(network, texts, 100))
     reader = None
     if judge is not None:
         judging = load_model(judge, None, dtype, device)
-        reader = ModelJudge(judging, network.tokenizer, **bound_settings(judging), batch=batch)
-    asked = held_out_prompts(texts, names, prompts, questions)
+        reader = ModelJudge(judging, tokenizer, **bound_settings(judging), batch=batch)
     settings: dict[str, Any] = {
         "prompts": prompts,
         "seeds": seeds,
@@ -119,14 +125,9 @@ def reward(
             questions=questions,
             progress=display.advance,
         )
-    flows: dict[str, Any] = {}
     again = None
     if isinstance(network, ColaDLM):
         again = encoded_again(network, [own.prompts[0] for own in asked], new_tokens, batch)
-    if isinstance(network, ColaDLM) and isinstance(other, ColaDLM):
-        some = answered_samples(network, texts, names, max(1, 200 // len(names)), questions)
-        flows["answers"] = drift(network, other, some)
-        flows["plain stories"] = drift(network, other, plain_samples(network, texts, 100))
     console = Console(highlight=False)
     rewards_table(result).print(console)
     if flows:

@@ -49,14 +49,18 @@ class Asked:
 
     @property
     def name(self) -> str:
-        """What it is called in tables."""
-        return self.task if self.split != "seen" else f"{self.task}, seen"
+        """What it is called in tables; each of a task's splits has its own."""
+        return self.task + {"seen": ", seen", "fact": ", unseen fact"}.get(self.split, "")
 
 
 def held_out_prompts(
     stories: Sequence[str], tasks: Sequence[str], number: int, questions: Path | None = None
 ) -> list[Asked]:
-    """Return different prompts of tasks, so many of each split as far as there are any, in random order."""
+    """Return different prompts of tasks, so many of each split as far as there are any, in random order.
+
+    Raises:
+        ColadaError: if there is none.
+    """
     asked = []
     for task in tasks:
         seen = list(instructions(stories, task, number, seed=1, questions=questions))
@@ -68,6 +72,8 @@ def held_out_prompts(
             prompts = tuple(dict.fromkeys(own.prompt for own in some))[:number]
             if prompts and (split != "seen" or task in ("questions", "sums")):
                 asked.append(Asked(task, split, prompts))
+    if not asked:
+        raise ColadaError(f"no prompt of {', '.join(tasks)} comes of {len(stories)} stories, expected some")
     return asked
 
 
@@ -139,29 +145,19 @@ def evaluate_rewards(
         new_tokens: of an answer at most.
         progress: called with how many answers are written, and of how many, of each part.
     """
-    tasks, rewards, best = list[dict[str, Any]](), dict[str, Any](), dict[str, Any]()
+    tasks, best = list[dict[str, Any]](), dict[str, Any]()
     conversations: list[dict[str, Any]] = []
     for own in asked:
         rule = reward_of(own.task, questions)
         written = answers(model, own.prompts, range(seeds), new_tokens, batch, progress)
         scores = _scores(rule, own, written)
-        rewards[own.name] = scores
-        point: dict[str, Any] = {"task": own.task, "split": own.split}
-        point |= {"reward": of_prompts([sum(each) / seeds for each in zip(*scores, strict=True)])}
-        point |= _shape(written)
-        if judge is not None:
-            point["judge"] = _judged(judge, model, written)
+        point: dict[str, Any] = {"task": own.task, "split": own.split, "name": own.name}
+        point |= _described(model, written, scores, judge)
         if against is not None:
             others = answers(against, own.prompts, range(seeds, 2 * seeds), new_tokens, batch, progress)
             other = _scores(rule, own, others)
             point["wins"] = wins(scores, other)
-            theirs: dict[str, Any] = {
-                "reward": of_prompts([sum(each) / seeds for each in zip(*other, strict=True)])
-            }
-            theirs |= _shape(others)
-            if judge is not None:
-                theirs["judge"] = _judged(judge, against, others)
-            point["against"] = theirs
+            point["against"] = _described(against, others, other, judge)
         tasks.append(point)
         conversations += [
             {"prompt": prompt, "answer": done.text, "reward": score}
@@ -186,13 +182,21 @@ def _scores(rule: Any, asked: Asked, written: Sequence[Sequence[Completion]]) ->
     ]
 
 
-def _shape(written: Sequence[Sequence[Completion]]) -> dict[str, Any]:
-    """Return how answers end, how long they are, and how varied."""
+def _described(
+    model: LanguageModel,
+    written: Sequence[Sequence[Completion]],
+    scores: Sequence[Sequence[float]],
+    judge: Judge | None,
+) -> dict[str, Any]:
+    """Return what answers earn, how they end, how long and how varied they are, and a judge's perplexity."""
     flat = [done for row in written for done in row]
+    judged = {} if judge is None else {"judge": _judged(judge, model, written)}
     return {
+        "reward": of_prompts([sum(each) / len(each) for each in zip(*scores, strict=True)]),
         "ended": sum(done.finish_reason == "end" for done in flat) / len(flat),
         "tokens": sum(len(done.tokens) for done in flat) / len(flat),
         "distinct_2": variety.distinct([done.tokens for done in flat], 2),
+        **judged,
     }
 
 
@@ -282,12 +286,7 @@ def drift(
         ColadaError: if the two have other Text VAEs, or there is no sample.
     """
     config = model.vae.config
-    vaes = [own.vae.state_dict() for own in (model, base)]
-    if vaes[0].keys() != vaes[1].keys() or any(
-        vaes[0][key].shape != vaes[1][key].shape
-        or not torch.equal(vaes[0][key].float(), vaes[1][key].float())
-        for key in vaes[0]
-    ):
+    if not model.shares_vae(base):
         raise ColadaError(f"{model.origin} and {base.origin} have other Text VAEs: no drift between them")
     some = [(list(ids[:length]), prompt) for ids, prompt in samples if prompt < min(len(ids), length)]
     if not some:

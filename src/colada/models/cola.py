@@ -157,6 +157,13 @@ class ColaDLM(PictureModel):
             raise ColadaError(f"a model quantised to {self.quantised} cannot be saved: save it before")
         super().save(directory)
 
+    def shares_vae(self, other: ColaDLM) -> bool:
+        """Return whether another model has the same Text VAE, in any type that both are exact in."""
+        if self.vae.config != other.vae.config:
+            return False
+        pairs = zip(self.vae.parameters(), other.vae.parameters(), strict=True)
+        return all(torch.equal(own.float(), theirs.float()) for own, theirs in pairs)
+
     # --- tokens and latents ----------------------------------------------------------------
 
     @property

@@ -25,17 +25,11 @@ from colada.files import atomic_directory, read_json_object, write_json, write_t
 from colada.locate import CHAT_TEMPLATE_FILE, DIFFERENCE_FILE, DIFFERENCE_WEIGHTS, GENERATION_FILE
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
-from colada.networks.checkpoint import open_weights, read_parts
-from colada.networks.config import DiTConfig
+from colada.networks.checkpoint import open_weights, read_configs, read_parts
 from colada.networks.dit import DiT
 
 UP, DOWN = ".up", ".down"
 _EXTENSIONS = ("distilled", "training_length")  # Keys of the configuration that change no tensor's shape.
-
-
-def base_name(directory: Path) -> str:
-    """Return how a directory names the model that it is a difference to."""
-    return str(read_json_object(directory / DIFFERENCE_FILE)["base"])
 
 
 def digest(dit: DiT) -> str:
@@ -73,10 +67,11 @@ def save_difference(model: ColaDLM, base: ColaDLM, name: str, directory: Path, r
     configs = [dataclasses.replace(own.dit.config, **plain) for own in (model, base)]  # type: ignore[arg-type]
     if configs[0] != configs[1]:
         raise ColadaError(f"{model.origin} and {base.origin} have DiTs of other shapes, expected the same")
-    vaes = [own.vae.state_dict() for own in (model, base)]
-    equal = all(torch.equal(vaes[0][key].float(), vaes[1][key].float()) for key in vaes[0] | vaes[1])
-    if not equal or (model.tokenizer is None) != (base.tokenizer is None):
-        raise ColadaError(f"{model.origin} and {base.origin} have other Text VAEs, expected the same")
+    texts = [None if own.tokenizer is None else own.tokenizer.to_json() for own in (model, base)]
+    if not model.shares_vae(base) or texts[0] != texts[1]:
+        raise ColadaError(
+            f"{model.origin} and {base.origin} have other Text VAEs or tokenizers, expected the same"
+        )
     tensors, whole, left_out = dict[str, Tensor](), 0.0, 0.0
     for (key, new), old in zip(model.dit.named_parameters(), base.dit.parameters(), strict=True):
         difference = new.float() - old.float()
@@ -131,8 +126,7 @@ def apply_difference(base: LanguageModel, directory: Path, origin: str) -> ColaD
         if not bool(made.isfinite().all()):
             raise ColadaError(f"{file}: {key} holds values that are not finite")
         parameters[key].data = parameters[key] + made.to(parameters[key])  # What is mapped stays as it is.
-    over: dict[str, Any] = {**base.dit.config.to_dict(), **about.get("dit", {})}
-    base.dit.config = DiTConfig.from_dict(over, f"{directory / DIFFERENCE_FILE}: dit")
+    _, base.dit.config = read_configs(directory)
     parts = {key: value for key, value in read_parts(directory).items() if value is not None}
-    given = {"generation": base.generation, "chat_template": base.chat_template, **parts}
-    return ColaDLM(base.vae, base.dit, **{"tokenizer": base.tokenizer, **given}, origin=origin)
+    given: dict[str, Any] = {"generation": base.generation, "chat_template": base.chat_template, **parts}
+    return ColaDLM(base.vae, base.dit, image=base.image, origin=origin, **given)

@@ -14,7 +14,7 @@ from colada.models.autoregressive import AutoregressiveLM
 from colada.models.base import ARCHITECTURES, LanguageModel
 from colada.models.cola import ColaDLM
 from colada.models.decoder import DecoderLM
-from colada.models.difference import apply_difference, base_name
+from colada.models.difference import apply_difference
 from colada.models.masked import MaskedLM
 from colada.networks.checkpoint import check_one_save, read_dit, read_parts, read_vae, read_weights
 from colada.networks.config import DecoderConfig
@@ -57,9 +57,9 @@ def load(
     directory, origin = locate(BUNDLED if where is None else where, revision), str(where or "bundled")
     if dtype is None and directory == BUNDLED:
         dtype = torch.float32
-    if base_of(directory) is not None:
-        base = load(base_name(directory), device=device)  # In the type that the difference is exact to.
-        return apply_difference(base, directory, origin).to(dtype=dtype)
+    if (base := base_of(directory)) is not None:
+        whole = load(base, device=device)  # In the type that the difference is exact to.
+        return apply_difference(whole, directory, origin).to(dtype=dtype)
     with plain_torch(inference=False):
         if (directory / DECODER_DIR).is_dir():
             config = read_decoder_config(directory)

@@ -24,8 +24,7 @@ def rewards_table(result: Mapping[str, Any]) -> Table:
         ("Task", "prompts", "reward, %", "95%", "wins, %", "95%", "ended, %", "tokens", "distinct-2", "judge")
     )
     for point in result["tasks"]:
-        name = point["task"] + {"seen": ", seen", "fact": ", unseen fact"}.get(point["split"], "")
-        table.row(name, str(point["reward"]["prompts"]), *_row(point))
+        table.row(point["name"], str(point["reward"]["prompts"]), *_row(point))
         if "against" in point:
             table.row("  the other model", "", *_row(point["against"]))
     return table
