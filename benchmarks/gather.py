@@ -21,7 +21,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.gpu import KIT_TIME, ROOT, kit_overrides
+from benchmarks.gpu import KIT_TIME, ROOT, kit_overrides, place_in
 from benchmarks.measure import made_with
 from colada.data.listing import find_files
 from colada.errors import ColadaError
@@ -45,8 +45,7 @@ def gather_text(recipe: Path, corpora: Path, kit: Path, shards: bool) -> None:
     for source in original.data.sources:
         if source.path is None:
             raise ColadaError(f"{recipe}: {source.name} is not read from files")
-        name = Path(source.path).name if Path(source.path).suffix else ""
-        for path in find_files(corpora / name, source.include):
+        for path in find_files(place_in(corpora, source.path), source.include):
             target = kit / "corpora" / path.name
             shutil.copyfile(path, target)
             os.utime(target, (KIT_TIME, KIT_TIME))

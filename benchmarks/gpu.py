@@ -299,15 +299,15 @@ def training(part: Part) -> None:
 # --- 5: the bundled model ------------------------------------------------------------------------
 
 
-def place_in(kit: Path, path: str) -> Path:
-    """Return where in a kit the files of a source are: itself, or the folder of all."""
-    return kit / "corpora" / (Path(path).name if Path(path).suffix else "")
+def place_in(corpora: Path, path: str | Path) -> Path:
+    """Return where in a folder of corpora a source's files are: its one file, or the folder itself."""
+    return corpora / (Path(path).name if Path(path).suffix else "")
 
 
 def kit_overrides(sources: Sequence[Any], kit: Path) -> list[str]:
     """Return the settings with which a recipe takes its text, tokenizer and shards from a kit."""
     settings = [source.model_dump(mode="json", exclude_defaults=True) for source in sources]
-    moved = [{**source, "path": str(place_in(kit, source["path"]))} for source in settings]
+    moved = [{**source, "path": str(place_in(kit / "corpora", source["path"]))} for source in settings]
     files = {"data.sources": moved, "data.cache": str(kit / "shards")}
     files["tokenizer.file"] = str(kit / "tokenizer.json")
     return [f"{name}={json.dumps(value)}" for name, value in files.items()]

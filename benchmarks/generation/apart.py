@@ -83,9 +83,7 @@ def _work(
 
 def _plain(error: Exception) -> Exception:
     """Return an error that any process can read: of a kind of Python's own, torch's or this package's."""
-    for kind in (torch.OutOfMemoryError, ColadaError, ValueError):
+    for kind in (torch.OutOfMemoryError, ColadaError, ValueError, RuntimeError):
         if isinstance(error, kind):
             return kind(str(error))
-    return RuntimeError(
-        f"{type(error).__name__}: {error}" if not isinstance(error, RuntimeError) else str(error)
-    )
+    return RuntimeError(f"{type(error).__name__}: {error}")

@@ -8,7 +8,7 @@ random weights, each in a process of its own: this package's, and in the librari
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -21,6 +21,7 @@ from colada.generate.noise import sample_noise
 from colada.generate.reference import BlockGenerator
 from colada.generate.settings import Settings
 from colada.models.autoregressive import AutoregressiveLM
+from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
 from colada.models.load import load_cola
 from colada.networks.config import DecoderConfig, matched_config
@@ -76,8 +77,7 @@ def make_peers(
     weight = model.dit.txt_in.proj.weight
     peers: dict[str, Peer | Apart] = {ENGINE: engine(model, guidance, seed)}
     if distilled is not None:
-        dtype = str(weight.dtype).removeprefix("torch.")
-        peers[DISTILLED] = Apart(weight.device, student, distilled, dtype, str(weight.device), seed)
+        peers[DISTILLED] = Apart(weight.device, student, distilled, weight.dtype, weight.device, seed)
     for name in names:
         if name in COLA:
             peers[name] = readable(model, guidance, seed)
@@ -103,17 +103,12 @@ def decoder_peer(
     return MAKERS[name](decoder)
 
 
-def student(where: str, dtype: str, device: str, seed: int) -> Peer:
+def student(where: str, dtype: torch.dtype, device: torch.device, seed: int) -> Peer:
     """Return a distilled model's own ``stream``, in the steps that it has learnt."""
-    model = load_cola(where, dtype=getattr(torch, dtype), device=device)
-
-    def run(prompts: Prompts, job: Job, write: Write) -> None:
-        fixed = fixed_settings(job.steps, 1.0, seed)
-        settings = cast(Settings, {key: fixed[key] for key in ("temperature", "stop", "end_ids", "seed")})
-        for chunk in model.stream(prompts, job.new_tokens, batch=job.batch, **settings):
-            write(chunk.index, chunk.tokens)
-
-    return run
+    model = load_cola(where, dtype=dtype, device=device)
+    fixed = fixed_settings(1, 1.0, seed)
+    settings = cast(Settings, {key: fixed[key] for key in ("temperature", "stop", "end_ids", "seed")})
+    return streamed(model, lambda job: settings)
 
 
 def fixed_settings(steps: int, guidance: float, seed: int) -> Settings:
@@ -132,15 +127,21 @@ def fixed_settings(steps: int, guidance: float, seed: int) -> Settings:
     }
 
 
-def engine(model: ColaDLM, guidance: float, seed: int) -> Peer:
-    """Return the model's own ``stream``."""
+def streamed(model: LanguageModel, settings: Callable[[Job], Settings]) -> Peer:
+    """Return a model's own ``stream``, with the settings of each job."""
 
     def run(prompts: Prompts, job: Job, write: Write) -> None:
-        settings = fixed_settings(job.steps, guidance, seed)
-        for chunk in model.stream(prompts, job.new_tokens, batch=job.batch, **settings):
+        for chunk in model.stream(prompts, job.new_tokens, batch=job.batch, **settings(job)):
+            if chunk.error is not None:
+                raise ColadaError(chunk.error)
             write(chunk.index, chunk.tokens)
 
     return run
+
+
+def engine(model: ColaDLM, guidance: float, seed: int) -> Peer:
+    """Return the model's own ``stream``."""
+    return streamed(model, lambda job: fixed_settings(job.steps, guidance, seed))
 
 
 def readable(model: ColaDLM, guidance: float, seed: int) -> Peer:
@@ -174,17 +175,6 @@ def matched_parameters(model: ColaDLM) -> int:
     return sum(parameter.numel() for network in networks for parameter in network.parameters())
 
 
-def matched_decoder(model: ColaDLM, seed: int) -> Decoder:
-    """Return an AR decoder of the model's size, of random weights, on its device and in its type.
-
-    Raises:
-        ColadaError: if no network of usual proportions has that size.
-    """
-    config = matched_config(matched_parameters(model), model.vae.config.vocab_size)
-    weight = model.dit.txt_in.proj.weight
-    return random_decoder(config, weight.dtype, weight.device, seed)
-
-
 def random_decoder(config: DecoderConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Decoder:
     """Return an AR decoder of random weights."""
     with torch.device("meta"):
@@ -196,12 +186,4 @@ def random_decoder(config: DecoderConfig, dtype: torch.dtype, device: torch.devi
 
 def autoregressive(decoder: Decoder) -> Peer:
     """Return this package's AR baseline."""
-    model = AutoregressiveLM(decoder)
-
-    def run(prompts: Prompts, job: Job, write: Write) -> None:
-        for chunk in model.stream(prompts, job.new_tokens, batch=job.batch, end_ids=()):
-            if chunk.error is not None:
-                raise ColadaError(chunk.error)
-            write(chunk.index, chunk.tokens)
-
-    return run
+    return streamed(AutoregressiveLM(decoder), lambda job: {"end_ids": ()})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from colada.cli.options import ModelOption
+from colada.cli.options import JsonOption, ModelOption, loading
 from colada.errors import ColadaError
 from colada.locate import BUNDLED, local
 from colada.train.logs import require_metrics
@@ -109,8 +109,6 @@ def train(
     if dry_run:
         _plan(settings, ranks or world_size(), as_json, notes)
         return
-    from colada.cli.options import loading
-
     with loading(f"torch for {recipe}"):
         from rich.console import Console
 
@@ -242,13 +240,8 @@ def cost(
     archs: Annotated[
         str, typer.Option(metavar="NAME,...", help="What each is trained as; the baselines are matched.")
     ] = "cola,ar,llada",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipes; may be repeated."
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Count what models cost: parameters and training FLOPs, everything counted, and 6 N D beside it.
 

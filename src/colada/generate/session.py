@@ -158,16 +158,13 @@ class Session:
         """Return a round's next solver step, or None at its end; what stops it fails all its slots."""
         try:
             return next(steps, None)
-        except Exception as error:
-            self._round = None
-            if not self.engine.under_way:  # Nobody to be told.
+        except BaseException as error:
+            self._round = None  # After an interrupt, the block is begun again.
+            if not isinstance(error, Exception) or not self.engine.under_way:  # Nobody to be told.
                 raise
             for slot in self.engine.under_way:
                 slot.error = slot.error or failure(f"block {slot.blocks} failed", error)
             return None
-        except BaseException:  # An interrupt: the block is begun again.
-            self._round = None
-            raise
 
     def chunks(self, callback: Callable[[TransportStep], None] | None = None) -> Iterator[Chunk]:
         """Yield the chunks of one :meth:`step` after the other until no request is left.

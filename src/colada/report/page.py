@@ -61,17 +61,18 @@ class Page:
             name: what it is called, once on a page.
             caption: below it.
         """
-        if not (self._parts and self._parts[-1]["kind"] == "figures"):
-            self._add("figures", figures=[])
-        self._parts[-1]["figures"].append({"svg": inline_svg(figure, name), "caption": caption})
-        return self
+        return self._beside(inline_svg(figure, name), caption)
 
     def picture(self, content: bytes, caption: str = "") -> Self:
         """Add a picture, the bytes of a PNG; those in a row share the page's width."""
+        data = b64encode(content).decode()
+        return self._beside(f'<img alt="drawings" src="data:image/png;base64,{data}">', caption)
+
+    def _beside(self, markup: str, caption: str) -> Self:
+        """Add a figure to the row that is under way, or begin one."""
         if not (self._parts and self._parts[-1]["kind"] == "figures"):
             self._add("figures", figures=[])
-        image = f'<img alt="drawings" src="data:image/png;base64,{b64encode(content).decode()}">'
-        self._parts[-1]["figures"].append({"svg": image, "caption": caption})
+        self._parts[-1]["figures"].append({"markup": markup, "caption": caption})
         return self
 
     def texts(self, texts: Sequence[tuple[str, str]], fold: str = "") -> Self:

@@ -157,7 +157,6 @@ def in_parts(some: Sequence[Piece], most: int) -> list[list[Piece]]:
 class _Group:
     """``count`` spans of one length and kind of blocks, evenly spaced in memory: one attention call."""
 
-    first: int  # span of the pass
     count: int
     start: int
     spacing: int
@@ -176,10 +175,10 @@ def doubled_to(count: int, unit: int = 1) -> int:
     return unit << max(0, (-(-count // unit) - 1).bit_length())
 
 
-def _grouped(spans: Sequence[Span], offset: int) -> list[_Group]:
+def _grouped(spans: Sequence[Span]) -> list[_Group]:
     """Join neighbouring spans of one shape and even spacing (upwards: strides are never negative)."""
     groups: list[_Group] = []
-    for number, span in enumerate(spans, start=offset):
+    for span in spans:
         length = span.end - span.start
         last = groups[-1] if groups else None
         if last and (last.length, last.blocks, last.apart) == (length, span.blocks, span.apart):
@@ -187,7 +186,7 @@ def _grouped(spans: Sequence[Span], offset: int) -> list[_Group]:
             if spacing >= 0 and (last.count == 1 or spacing == last.spacing):
                 groups[-1] = replace(last, count=last.count + 1, spacing=spacing)
                 continue
-        groups.append(_Group(number, 1, span.start, 0, length, span.blocks, span.apart))
+        groups.append(_Group(1, span.start, 0, length, span.blocks, span.apart))
     return groups
 
 
@@ -272,8 +271,7 @@ class Plan(Rows):
         pictures: bool = False,
     ) -> None:
         super().__init__(memory, clean, noisy, alone, size, pictures)
-        self._clean_groups = _grouped(clean, 0)
-        self._groups = _grouped(noisy, len(clean))
+        self._clean_groups, self._groups = _grouped(clean), _grouped(noisy)
         self._views: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._masks = [self._mask(group) for group in [*self._clean_groups, *self._groups]]
 
