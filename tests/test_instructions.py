@@ -162,7 +162,9 @@ def test_questions_on_stories_come_after_a_passage_that_answers_them(tmp_path: P
         reward_of(ON_STORIES, file)
 
 
-def test_a_rule_of_ones_own_is_found_by_name_and_its_faults_are_named() -> None:
+def test_a_rule_of_ones_own_is_found_by_name_and_its_faults_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert rewarded(lambda prompt, answer: len(answer) / 2, "half", "p", "abc") == 1.5
     for broken, said in (
         (lambda p, a: 1 / 0, "failed: division by zero"),
@@ -177,3 +179,7 @@ def test_a_rule_of_ones_own_is_found_by_name_and_its_faults_are_named() -> None:
         reward_of("difflib:get_clos_matches")
     with pytest.raises(ColadaError, match="cannot import 'no_such_thing'"):
         reward_of("no_such_thing:f")
+    (tmp_path / "broken_rule.py").write_text("def f(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ColadaError, match=r"cannot import 'broken_rule': .*syntax"):
+        reward_of("broken_rule:f")

@@ -17,8 +17,8 @@ def imported(name: str) -> Reward:
     module_name, _, function = name.partition(":")
     try:
         module = import_module(module_name)
-    except (ImportError, ValueError) as error:  # ValueError: the module's name is empty.
-        raise ColadaError(f"reward {name!r}: cannot import {module_name!r}: {error}") from None
+    except Exception as error:  # It is a user's program.
+        raise failure(f"reward {name!r}: cannot import {module_name!r}", error) from None
     if not callable(getattr(module, function, None)):
         hint = nearest(function, vars(module))
         raise ColadaError(f"reward {name!r}: {module_name} has no function {function!r}{hint}")

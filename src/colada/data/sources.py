@@ -101,7 +101,7 @@ class Source(Section):
     column: str | None = Field(
         None, description="Key or column of the text or messages; unset: text, or messages."
     )
-    prompt_column: str = Field("prompt", description="pairs: key or column of the prompt.")
+    prompt_column: str = Field("prompt", description="pairs, preferences: key or column of the prompt.")
     completion_column: str = Field("completion", description="pairs: key or column of the completion.")
     weight: float = Field(
         1.0, ge=1e-9, le=1e9, description="Share of the rows, relative to the other sources'."
@@ -239,13 +239,13 @@ def identity(source: Source) -> list[object]:
     if source.hub is not None:
         return [_builder(source).hash]
     files = [path for _, where, include in _places(source) for path in find_files(Path(where), include)]
-    files += [Path(source.questions)] if source.questions else []
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _places(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
     """Return the files or folders of a source: its key, where it is, and which patterns hold there."""
     places = [("path", source.path, source.include), ("validation", source.validation, ())]
+    places.append(("questions", source.questions, ()))
     return [] if source.hub else [(key, where, include) for key, where, include in places if where]
 
 
@@ -310,7 +310,8 @@ def check_sources(sources: Sequence[Source], out: Path | None = None) -> list[st
             if not os.path.lexists(where):
                 corpora = ", or get the corpora that docs/training.md names"
                 raise ColadaError(
-                    f"{where}: no such file or folder (data.sources.{number}.{key}); give yours with --data"
+                    f"{where}: no such file or folder (data.sources.{number}.{key})"
+                    f"{'' if key == 'questions' else '; give yours with --data'}"
                     f"{corpora if Path(where).is_relative_to('data/corpora') else ''}"
                 )
             if out is not None and os.path.realpath(out) == os.path.realpath(where):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from colada.data.instructions import check_tasks
+from colada.data.instructions import ON_STORIES, check_tasks
 from colada.data.rules import imported
 from colada.data.sources import Section
 from colada.generate.settings import check_settings
@@ -61,14 +61,17 @@ class RewardTerms(Section):
         " data's flow, where it is not.",
     )
 
-    @field_validator("reward")
-    @classmethod
-    def _is_there(cls, name: str) -> str:
-        if ":" in name:
-            imported(name)
-        elif name != "all":
-            check_tasks([name], "any")
-        return name
+    @model_validator(mode="after")
+    def _is_there(self) -> Self:
+        if ":" in self.reward:
+            imported(self.reward)
+        elif self.reward != "all":
+            check_tasks([self.reward], self.questions)
+        if self.questions is not None and self.reward != ON_STORIES:
+            raise ValueError(
+                f"questions={self.questions!r} with reward={self.reward!r}, expected {ON_STORIES!r}"
+            )
+        return self
 
     @field_validator("sampler")
     @classmethod

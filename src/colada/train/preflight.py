@@ -34,7 +34,8 @@ def preflight(recipe: Recipe, out: Path | None = None) -> list[str]:
     _check_packages(recipe)
     splits = open_pairs(recipe)
     lines += [] if splits is None else splits.notes
-    for path in (recipe.tokenizer.file, recipe.data.chat_template):
+    questions = [getattr(section, "questions", None) for section in recipe.trained.values() if section.steps]
+    for path in (recipe.tokenizer.file, recipe.data.chat_template, *questions):
         if path is not None:
             require_file(path)
     if recipe.model.init is not None:
