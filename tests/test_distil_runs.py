@@ -28,7 +28,7 @@ from colada.train import trajectories as kept_files
 from colada.train.cost import Placement, training_flops
 from colada.train.distil_cost import with_teacher
 from colada.train.distillation import Guided, landing
-from colada.train.export import export
+from colada.train.export import export, system_of
 from colada.train.flow_matching import pin
 from colada.train.kinds import FlowTerms
 from colada.train.losses import draw, encode, rows_layout
@@ -36,6 +36,7 @@ from colada.train.noise import draw_randomness
 from colada.train.plan import plan_run
 from colada.train.recipe import Recipe, load_recipe
 from colada.train.solver import integrate
+from colada.train.stages import make_stage
 from colada.train.trainer import Interrupted, Trainer
 from colada.train.trajectories import fine_grid, roll_out, sampler
 from helpers import tiny_dit, tiny_model
@@ -157,6 +158,18 @@ def test_rounds_learn_from_one_teacher_and_resume_anywhere(
     assert (inside["guidance"], inside["steps"], inside["teacher_steps"]) == (3, [2], 6)
 
 
+def test_the_same_teacher_is_not_what_a_stage_between_is_held_near(tmp_path: Path, teacher: Path) -> None:
+    fold, few = rounds(tmp_path).values()
+    stages = {"fold": fold, "reward": "{kind: reward, length: 16}", "few": few}
+    tasks = ("data.sources=[{path: x, format: tasks}]", "data.packing=samples")
+    own = made(teacher, tmp_path, stages, *tasks)
+    start = colada.load(teacher)
+    assert start.tokenizer is not None
+    system = system_of(own, start.tokenizer, start)
+    first, _, last = (make_stage(system, name, torch.nn.ModuleDict).frozen for name in stages)
+    assert last["teacher"] is first["teacher"]
+
+
 def test_trajectories_of_another_teacher_are_refused_by_name(tmp_path: Path, teacher: Path) -> None:
     stages = {"few": rounds(tmp_path)["few"].replace("teacher: same, ", "").replace("steps: 4", "steps: 1")}
     quick = ["run.validate_every=0", "run.sample_every=0"]
@@ -192,6 +205,11 @@ def test_what_undoes_a_distillation_is_refused(tmp_path: Path, teacher: Path) ->
         with pytest.raises(ColadaError, match=words):
             plan_run(made(teacher, tmp_path, stages))
     plan_run(made(teacher, tmp_path, {"prior": prior, "fold": fold}))
+    stages = {"fold": fold, "reward": "{kind: reward}"}
+    tasks = ("data.sources=[{path: x, format: tasks}]", "data.packing=samples")
+    plan_run(made(teacher, tmp_path, stages, *tasks))
+    with pytest.raises(ColadaError, match=r"stages.reward trains the flow of data, which undoes"):
+        plan_run(made(teacher, tmp_path, stages, *tasks, "stages.reward.replay_of=data"))
     with pytest.raises(
         ColadaError, match=r"stages.fold of a DiT with self_conditioning, expected one without"
     ):
@@ -277,8 +295,6 @@ def test_the_states_of_a_round_are_those_that_are_kept(tmp_path: Path, teacher: 
     rows, states = files.read([3, 41])
     again, _ = files.read([1])
     assert torch.equal(rows.ids[1], again.ids[0])
-    from colada.train.stages import make_stage
-
     stage: Any = make_stage(trainer.system, "few", trainer._lay_out)
     timestep = torch.tensor([[[1000.0] * 8 + [600.0] * 8], [[600.0] * 4 + [0.0] * 12]])
     z = stage._at(states.float(), timestep)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +23,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import colada
 import make_stories
 from colada.cli.main import main
+from colada.data.sources import Source
 from colada.errors import ColadaError
 from colada.text.tokenizer import Tokenizer
 from colada.train.checkpoints import Place, find, places
 from colada.train.export import export
+from colada.train.inputs import Inputs
 from colada.train.optimisation import learning_rate
 from colada.train.plan import resolve
 from colada.train.recipe import commented, load_recipe, save_recipe
@@ -344,6 +347,12 @@ def test_a_run_goes_on_with_the_text_it_began_with(tmp_path: Path) -> None:
     story.write_text(story.read_text() + "\n<|endoftext|>\nOne more story.\n")
     with pytest.raises(ColadaError, match=r"the training text of .*texts is not what .*vae-00000003"):
         Trainer(made, out)
+
+
+def test_a_file_that_is_two_sources_has_two_digests() -> None:
+    source = Source(path="a")
+    streams: Any = [(source, {"train": SimpleNamespace(digest=own)}) for own in ("one", "other")]
+    assert [own for _, own in Inputs(recipe(), 0, streams).digests()] == ["one", "other"]
 
 
 def test_a_directory_without_a_checkpoint_takes_the_recipe_it_is_given(tmp_path: Path) -> None:

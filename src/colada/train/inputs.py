@@ -28,12 +28,12 @@ class Inputs:
     pad_id: int
     streams: Sequence[tuple[Source, dict[Split, TokenStream]]]
 
-    def digests(self) -> dict[str, str]:
-        """Return what tells this training data from other: a digest of each source, in their order."""
-        texts = {f"text of {source.name}": streams["train"].digest for source, streams in self.streams}
+    def digests(self) -> list[tuple[str, str]]:
+        """Return what tells this training data from other: each source's name and digest, in their order."""
+        texts = [(f"text of {source.name}", streams["train"].digest) for source, streams in self.streams]
         splits = open_pairs(self.recipe)
         pictures = {} if splits is None else splits.digests
-        return texts | {f"set of pictures {name}": digest for name, digest in pictures.items()}
+        return texts + [(f"set of pictures {name}", digest) for name, digest in pictures.items()]
 
     def validation_rows(
         self, section: StageSection, seed: int, block: int, say: Callable[[str], None]

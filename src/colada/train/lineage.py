@@ -16,6 +16,7 @@ from colada.train.kinds import (
     PicturesSection,
     PreferencesSection,
     RolloutSection,
+    StageSection,
     TaughtSection,
 )
 from colada.train.recipe import Recipe
@@ -74,7 +75,11 @@ def _teacher_steps(section: DistilSection) -> int:
     return section.trajectories.substeps * (len(section.trajectories.grid) - 1)
 
 
-_OF_DATA = FlowSection | JointSection | PicturesSection | PreferencesSection
+def _of_data(section: StageSection) -> bool:
+    """Return whether a stage trains the flow of data."""
+    if isinstance(section, RolloutSection):
+        return section.replay > 0 and section.replay_of == "data"
+    return isinstance(section, FlowSection | JointSection | PicturesSection | PreferencesSection)
 
 
 def check_order(recipe: Recipe, dit: DiTConfig) -> None:
@@ -101,7 +106,7 @@ def check_order(recipe: Recipe, dit: DiTConfig) -> None:
                 )
         if isinstance(section, DistilSection) and section.steps:
             distilled = True
-        elif distilled and isinstance(section, _OF_DATA) and section.steps:
+        elif distilled and _of_data(section) and section.steps:
             raise ColadaError(
                 f"recipe: stages.{name} trains the flow of data, which undoes what a distilled model has"
                 " built in: fine-tune first, distil after"

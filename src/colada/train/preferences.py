@@ -59,7 +59,7 @@ class PreferencesStage(ColaStage):
         section = self.section
         pairs = section.steps * section.batch
         if section.reference == "recomputed":
-            self.frozen["reference"] = system.teacher("dit", lay_out)
+            self.frozen["reference"] = system.frozen_copy("dit", lay_out)
         else:
             self.memory["reference"] = torch.full((pairs, PAIR), float("nan"))
         if section.beta is None:
@@ -81,7 +81,8 @@ class PreferencesStage(ColaStage):
             for start in range(0, len(own), size):
                 numbers = own[start : start + size]
                 some, draws = batch(rows, numbers).to(device), self.draw(numbers).to(device)
-                made[numbers] = self._errors(dit, some, draws)[0].view(-1, PAIR).cpu()
+                with self.system.autocast(device):  # As in the steps: what is learnt is a small difference.
+                    made[numbers] = self._errors(dit, some, draws)[0].view(-1, PAIR).float().cpu()
                 beginning.display.advance(start + len(numbers), len(own))
         stored.copy_(added_up(made))
 

@@ -94,6 +94,7 @@ class System(ABC):
     Attributes:
         recipe: what it depends on.
         networks: all that are saved, by name.
+        teacher: the frozen DiT that the last stage with one has learnt from.
         distilled: what the DiT had built in as the run began.
         block_tokens: rows are whole numbers of so many tokens.
         pad_id: fills up what is encoded apart.
@@ -104,11 +105,11 @@ class System(ABC):
     """
 
     networks: dict[str, nn.Module]
+    teacher: nn.Module | None = None
     distilled: dict[str, Any] | None = None
     block_tokens: int = 1
 
     def __init__(self, recipe: Recipe, pad_id: int, whole: bool = True) -> None:
-        self._teachers: dict[str, nn.Module] = {}
         self.recipe, self.pad_id, self._whole = recipe, pad_id, whole
         self._first: dict[str, FirstWeights] = {}
         self._laid_out: set[str] = set()
@@ -134,6 +135,10 @@ class System(ABC):
         if self.recipe.run.compile:
             compile_blocks(network)
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context of a step's passes, which compute in the recipe's precision."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.run.precision == "bfloat16")
+
     def ready(self, name: str, lay_out: LayOut) -> nn.Module:
         """Return a network, laid over the ranks with its weights; before, it has taken no memory."""
         network = self.networks[name]
@@ -144,30 +149,23 @@ class System(ABC):
             self._laid_out.add(name)
         return network
 
-    def teacher(self, name: str, lay_out: LayOut, where: str | None = None) -> nn.Module:
-        """Return a frozen copy of a network, as it is now or of a model that lies elsewhere.
-
-        Args:
-            where: a model; or "same", the copy that was made last; where a run is resumed after it was made,
-                one that is still to be filled from the checkpoint.
+    def frozen_copy(self, name: str, lay_out: LayOut, where: str | None = None) -> nn.Module:
+        """Return a frozen copy of a network as it is now; or ``where`` names a model, of its.
 
         Raises:
             ColadaError: if that model has no such network.
         """
-        if where == "same" and name in self._teachers:
-            return self._teachers[name]
         network = self.networks[name]
         copy = self.made(lambda: type(network)(network.config))
         lay_out({name: copy})
         copy.requires_grad_(False)
-        if where is None or where == "same":
+        if where is None:
             copy.load_state_dict(network.state_dict())
         else:
             other = getattr(load(where), name, None)
             if not isinstance(other, nn.Module) or _shape(other.config) != _shape(network.config):
                 raise ColadaError(f"teacher={where}: its {name} is not of the configuration that is trained")
             fill(copy, copied(other, _zero))
-        self._teachers[name] = copy
         return copy
 
     @abstractmethod
@@ -221,8 +219,7 @@ class Stage(ABC):
     Attributes:
         learns: names of the networks that learn, in the order of their optimisers.
         uses: of those that do not.
-        teachers: frozen copies that are made when the stage begins, each by the network that it is a copy of:
-            as it is then, or that of the model in the section's ``teacher``.
+        teachers: frozen copies that are made when the stage begins, each by the network that it is a copy of.
         writes: whether samples of the model are worth a look.
 
         name, number, section, recipe: which stage it is, see :class:`Recipe`.
@@ -249,9 +246,8 @@ class Stage(ABC):
         self.frozen = {
             own: system.ready(own, lay_out).requires_grad_(False) for own in frozen_in(self.recipe, name)
         }
-        where = getattr(self.section, "teacher", None)
         for own, of in self.teachers.items():
-            self.frozen[own] = system.teacher(of, lay_out, where)
+            self.frozen[own] = self.teacher(of, lay_out)
         self.memory: dict[str, Tensor] = {}
         self.best = self.networks
         self.optimisers: list[torch.optim.Optimizer] = []
@@ -261,6 +257,10 @@ class Stage(ABC):
         phases = self.phases(self.recipe, name, configs, Placement(1))
         self._flops = [sum(phase.flops.values()) for phase in phases]
         self._tokens = [phase.tokens for phase in phases]
+
+    def teacher(self, network: str, lay_out: LayOut) -> nn.Module:
+        """Return a frozen copy of a network; by default as it is when the stage begins."""
+        return self.system.frozen_copy(network, lay_out)
 
     def rate(self, network: str) -> float:
         """Return the highest learning rate of a network."""

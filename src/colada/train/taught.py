@@ -17,6 +17,7 @@ from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.train.cola import PriorStage
 from colada.train.kinds import TaughtSection
+from colada.train.lineage import SAME
 from colada.train.noise import Draws, draw_randomness
 from colada.train.recipe import source_weights
 from colada.train.stages import Beginning, LayOut, System, row_generator
@@ -47,6 +48,16 @@ class TaughtStage(PriorStage):
     def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
         super().__init__(system, name, lay_out)
         self._kept: Trajectories | None = None
+
+    def teacher(self, network: str, lay_out: LayOut) -> nn.Module:
+        """Return the frozen teacher: the weights of now, a model's, or that of the stage with one before.
+
+        Where a run is resumed after that stage, its weights are still to be filled from the checkpoint.
+        """
+        system, where = self.system, self.section.teacher
+        if where != SAME or system.teacher is None:
+            system.teacher = system.frozen_copy(network, lay_out, None if where == SAME else where)
+        return system.teacher
 
     def draw(self, rows: Sequence[int]) -> Taught:
         """Return what the loss draws, and the rows' numbers."""
@@ -107,7 +118,7 @@ class TaughtStage(PriorStage):
     def _fixed(self, numbers: Sequence[int]) -> Draws:
         """Return what is drawn for rows whose trajectories are kept: the same whenever they are used."""
         config, section = self.vae.config, self.section
-        flow = section.model_copy(update={"copies": 1, "history_dropout": 0.0})
+        flow = section.model_copy(update={"copies": 1})
         generators = [row_generator(self.recipe.seed, _FIXED, number) for number in numbers]
         return draw_randomness(generators, config, section.length, flow=flow)
 

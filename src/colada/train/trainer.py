@@ -179,7 +179,7 @@ class Trainer:
         """Refuse to go on with other text than the checkpoint was trained on: the rows would be others."""
         if self.resumed is None:
             return
-        pairs = zip(self.inputs.digests().items(), read_state(self.resumed)["data"], strict=True)
+        pairs = zip(self.inputs.digests(), read_state(self.resumed)["data"], strict=False)
         for (data, now), then in pairs:
             if then != now:
                 raise ColadaError(
@@ -275,7 +275,7 @@ class Trainer:
             self._restore(stage, average)
             progress = Progress(saved["step"], saved["tokens"], saved["skipped"])
             self.display.say(f"resuming {stage.name} at step {progress.step}")
-        text, stopped = list(self.inputs.digests().values()), lambda: self._stop
+        text, stopped = [digest for _, digest in self.inputs.digests()], lambda: self._stop
         stage.begin(Beginning(rows_from, text, self._whole, self._model, self.ranks, self.display, stopped))
         if self.ranks.sum(torch.tensor([float(self._stop)])).item():
             raise Interrupted(f"stopped before step {progress.step + 1} of {stage.name}; run again to resume")
@@ -383,7 +383,7 @@ class Trainer:
         terms: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)
         for rows, drawn in self._passes(stage, own, draws):
-            with self._autocast():
+            with self.system.autocast(self.device):
                 loss = stage.loss(stage.networks, rows, drawn, counts, step)
             # Gradients are averaged over the ranks, the losses are to be summed.
             (loss.total * self.ranks.size).backward()
@@ -411,7 +411,7 @@ class Trainer:
         own, draws = batch(rows, numbers), stage.draw([VALIDATION_ROW + row for row in numbers])
         counts, terms = self._counts(stage, own, draws), dict[str, Tensor]()
         for part, drawn in self._passes(stage, own, draws):
-            with self._autocast():
+            with self.system.autocast(self.device):
                 add_terms(terms, stage.loss(networks, part, drawn, counts, step).terms)
         values = self._readable(terms)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
@@ -473,16 +473,12 @@ class Trainer:
     def _save(self, stage: Stage, average: AveragedModel | None, progress: Progress, wait: bool) -> None:
         state = {"stage": stage.name, **asdict(progress), "made_with": self.made_with}
         state |= self.system.configs()
-        state |= {"data": list(self.inputs.digests().values()), "generation": self.generation}
+        state |= {"data": [digest for _, digest in self.inputs.digests()], "generation": self.generation}
         files = {RECIPE: commented(self.recipe), TOKENIZER_FILE: self.tokenizer.to_json()}
         if self.template is not None:
             files[CHAT_TEMPLATE_FILE] = self.template
         place, self._saved = Place(stage.name, progress.step), time.monotonic()
         self.checkpoints.save(place, self._state(stage, average), state, files, wait)
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.recipe.run.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _ask_to_stop(self) -> None:
         self._stop = True
