@@ -19,6 +19,8 @@ from colada.errors import ColadaError
 from colada.generate.settings import TextRequest
 from colada.models.cola import ColaDLM
 from colada.models.rollouts import roll_out
+from colada.train.plan import plan_run
+from colada.train.preflight import preflight
 from colada.train.recipe import Recipe, commented, load_recipe
 from colada.train.rewards import plain_prompt
 from colada.train.trainer import Interrupted, Trainer
@@ -117,6 +119,9 @@ def test_a_stored_reference_is_the_one_that_is_computed_again(
         for key in ("loss", "margin", "chosen", "rejected", "beta"):
             assert again[key] == pytest.approx(record[key], rel=1e-4, abs=1e-6)
     assert "reference" not in final_state(tmp_path / "stored")
+    once = ("run.precision=bfloat16", "stages.preferences.steps=1")
+    Trainer(preferring(start, pairs, "stages.preferences.reference=stored", *once), tmp_path / "once").run()
+    assert logged(tmp_path / "once")[0]["margin"] == pytest.approx(0, abs=1e-4)  # Rounded as the steps are.
     with pytest.raises(Interrupted):
         Trainer(stored, tmp_path / "resumed", At("preferences", 2)).run()
     Trainer(stored, tmp_path / "resumed").run()
@@ -297,6 +302,36 @@ def test_what_cannot_be_is_refused(start: Path, tmp_path: Path) -> None:
         rewarding(start, tmp_path, "stages.reward.reward=rules:lettres")
     with pytest.raises(ColadaError, match="sampler: steps=0"):
         rewarding(start, tmp_path, "stages.reward.sampler={steps: 0}")
+    with pytest.raises(ColadaError, match="the task story_questions without questions"):
+        rewarding(start, tmp_path, "stages.reward.reward=story_questions")
+    with pytest.raises(ColadaError, match=r"questions='q.jsonl' with reward='rules:letters'"):
+        rewarding(start, tmp_path, "stages.reward.questions=q.jsonl")
+    for key in ("space=z0", "self_conditioning=0.5"):  # Their losses are without.
+        with pytest.raises(ColadaError, match=rf"stages.reward.{key.partition('=')[0]}="):
+            rewarding(start, tmp_path, f"stages.reward.{key}")
+
+
+def test_questions_that_are_not_there_are_missed_before_anything_is_done(start: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.jsonl"
+    of_rewards = rewarding(
+        *(start, tmp_path, f"stages.reward.questions={missing}", "stages.reward.reward=story_questions")
+    )
+    with pytest.raises(ColadaError, match=r"missing.jsonl: no such file"):
+        preflight(of_rewards)
+    source = f"{{path: {STORIES}, format: tasks, questions: {missing}}}"
+    with pytest.raises(ColadaError, match=r"missing.jsonl: no such file.*data.sources.0.questions"):
+        preflight(made(start, tmp_path, "reward", source))
+
+
+def test_guided_answers_are_planned_as_two_rows(start: Path, tmp_path: Path) -> None:
+    """With the pass that commits a block: of 2 steps 5 in place of 3."""
+    flops = [
+        plan_run(rewarding(start, tmp_path, f"stages.reward.sampler={{steps: 2, guidance: {scale}}}"))
+        .phases[0]
+        .flops["answers"]
+        for scale in (1.0, 3.0)
+    ]
+    assert flops[1] / flops[0] == pytest.approx(5 / 3)
 
 
 # --- several ranks -------------------------------------------------------------------------------

@@ -49,9 +49,9 @@ class Batch:
         """Return the batch on a device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def rows(self, begin: int, end: int) -> Batch:
-        """Return some rows, for a micro-batch."""
-        return self._each(lambda tensor: tensor[begin:end])
+    def rows(self, begin: int, end: int, stride: int = 1) -> Batch:
+        """Return some rows, or one of ``stride`` each."""
+        return self._each(lambda tensor: tensor[begin:end:stride])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         sample, trained = (None if x is None else change(x) for x in (self.sample, self.trained))
@@ -78,7 +78,11 @@ class Rows(Protocol):
 
 def batch(rows: Rows, numbers: Sequence[int]) -> Batch:
     """Return some rows as one batch, in the order of their numbers."""
-    parts = [rows.row(number) for number in numbers]
+    return joined([rows.row(number) for number in numbers])
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Return batches of equally long rows as one, in their order."""
 
     def together(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]

@@ -28,13 +28,14 @@ from colada.text.tokenizer import Tokenizer
 from colada.train.cost import Phase, Placement, Work, cola_phase
 from colada.train.flow_matching import Consistency, FlowStep
 from colada.train.kinds import (
+    FlowSection,
     FlowTerms,
     InstructSection,
     JointSection,
     PriorSection,
     PriorTerms,
     SolverSection,
-    StageSection,
+    TaughtSection,
     TextVAESection,
 )
 from colada.train.lineage import built_in
@@ -269,8 +270,8 @@ class PriorStage(FlowStage):
     @classmethod
     def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
         section = recipe.stages[name]
-        assert isinstance(section, FlowTerms)
-        return [(name, section.steps, _prior_work(recipe, section, section, vae, "dit", masked=False))]
+        assert isinstance(section, FlowSection | TaughtSection)
+        return [(name, section.steps, _prior_work(recipe, section, vae, "dit", masked=False))]
 
 
 class JointStage(FlowStage):
@@ -303,10 +304,10 @@ class JointStage(FlowStage):
         """Return what the joint steps do, and the frozen ones where they take turns."""
         section = recipe.stages[name]
         assert isinstance(section, JointSection)
-        joint = _prior_work(recipe, section, section, vae, "both", masked=section.mask > 0)
+        joint = _prior_work(recipe, section, vae, "both", masked=section.mask > 0)
         if section.interval is None:
             return [(name, section.steps, joint)]
-        frozen = _prior_work(recipe, section, section, vae, "dit", masked=False)
+        frozen = _prior_work(recipe, section, vae, "dit", masked=False)
         return [
             (f"{name}, joint", section.joint_steps, joint),
             (f"{name}, frozen Text VAE", section.steps - section.joint_steps, frozen),
@@ -328,22 +329,26 @@ def _guesses(stage: Stage, section: FlowTerms, step: int) -> bool:
 
 
 def _prior_work(
-    recipe: Recipe, section: StageSection, flow: FlowTerms, vae: TextVAEConfig, learns: Any, masked: bool
+    recipe: Recipe,
+    section: FlowSection | TaughtSection | JointSection,
+    vae: TextVAEConfig,
+    learns: Any,
+    masked: bool,
 ) -> Work:
     """Return what a step in which the DiT learns computes."""
     # Rows encoded once more for what is clean inside a block: drawn prefixes, or the ends of prompts.
     conversations = any(source.format != "text" for source in recipe.data.sources)
-    prefixes = 1.0 if conversations else min(1.0, flow.prefix_share * section.length / vae.block_tokens)
-    further = flow if isinstance(flow, PriorTerms) else None
+    prefixes = 1.0 if conversations else min(1.0, section.prefix_share * section.length / vae.block_tokens)
+    further = section if isinstance(section, PriorTerms) else None
     return Work(
         learns,
         section.batch,
         section.length,
-        flow.copies,
+        section.copies,
         masked,
         prefixes,
-        per_block=flow.timestep_per == "block",
-        guesses=flow.self_conditioning,
+        per_block=section.timestep_per == "block",
+        guesses=section.self_conditioning,
         consistency=further is not None and further.consistency > 0,
         dropout=further is not None and further.dropout > 0,
     )

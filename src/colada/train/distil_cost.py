@@ -18,6 +18,7 @@ from colada.train.cost import (
     matrix_entries,
     networks,
     parameter_counts,
+    position_entries,
     two_copy_pairs,
 )
 from colada.train.kinds import TaughtSection
@@ -30,12 +31,12 @@ def teacher_pass(vae: TextVAEConfig, dit: DiTConfig, section: TaughtSection) -> 
     _, prior = networks(vae, dit)
     guided = section.guidance != 1
     blocks, size = section.length // vae.block_tokens, dit.block_size // dit.patch_size
-    copies, entries = section.copies * (1 + guided), adaln_entries(prior)
+    copies = section.copies * (1 + guided)
     pairs = two_copy_pairs(blocks, size, section.copies) + guided * section.copies * blocks * size**2
-    row = 2 * (blocks - 1 + copies * blocks) * size * (matrix_entries(prior) - entries)
+    row = 2 * (blocks - 1 + copies * blocks) * size * position_entries(prior)
     row += 4 * dit.num_layers * dit.heads * dit.head_dim * pairs
     timesteps = section.batch * copies * (blocks if section.timestep_per == "block" else 1) + (blocks > 1)
-    return section.batch * row + 2 * timesteps * entries
+    return section.batch * row + 2 * timesteps * adaln_entries(prior)
 
 
 def with_teacher(
@@ -82,7 +83,7 @@ def trajectories_phase(
     pairs = (evaluations + 1) * block_causal_pairs(blocks, size) + evaluations * guided * blocks * size**2
     encoder = 2 * blocks * vae.block_size * matrix_entries(text.encoder)
     encoder += vae.encoder_num_blocks * 4 * vae.dim * block_causal_pairs(blocks, vae.block_size)
-    products = 2 * blocks * size * passes * (matrix_entries(prior) - adaln_entries(prior))
+    products = 2 * blocks * size * passes * position_entries(prior)
     attention = 4 * dit.num_layers * dit.heads * dit.head_dim * pairs
     counts = parameter_counts(vae, dit)
     memory = {"frozen networks": 4.0 * counts["Text VAE"], "teacher": 4.0 * counts["DiT"]}

@@ -280,6 +280,7 @@ class TaughtSection(FlowTerms, StageSection):
         description="A model; same: that of the stage with a teacher before it; unset: the weights as the"
         " stage begins.",
     )
+    history_dropout: float = Field(0.0, ge=0, le=0, description="None: nothing unconditional is learnt.")
     guidance: float = Field(5.0, ge=-LARGEST, le=LARGEST, description="The teacher's guidance scale.")
     guidance_cap: float = Field(0.0, ge=0, le=LARGEST, description="Its cap, the data's size, say; 0: none.")
     guidance_rescale: float = Field(0.0, ge=0, le=1, description="Its rescaling.")
@@ -374,38 +375,41 @@ class PictureVAESection(CodecTerms, StageSection):
     kind: Literal["picture_vae"] = "picture_vae"
 
 
-class PreferencesSection(PreferenceTerms, FlowTerms, StageSection):
-    """The DiT prefers one answer to another (Flow-DPO): batch counts pairs."""
+class AnswersSection(FlowTerms, StageSection):
+    """The DiT learns from answers to prompts."""
 
     archs = ("cola",)
+    first = 2
+    prefix_share: float = Field(0.0, ge=0, le=0, description="None: prompts are what is clean.")
+    space: Literal["velocity"] = Field("velocity", description="Where errors count.")
+    self_conditioning: float = Field(0.0, ge=0, le=0, description="None: no guess is an input.")
+    weight_decay: float = Field(0.0, ge=0, le=LARGEST, description="On matrices only.")
+    clip: float = Field(0.5, ge=SMALLEST, le=LARGEST, description="Largest norm of the gradient.")
+
+
+class PreferencesSection(PreferenceTerms, AnswersSection):
+    """The DiT prefers one answer to another (Flow-DPO): batch counts pairs."""
+
     stage = "colada.train.preferences:PreferencesStage"
     formats = ("preferences",)
     group = 2
-    first = 2
     kind: Literal["preferences"] = "preferences"
     batch: int = Field(16, ge=1, le=MOST_ROWS, description="Pairs per step, over all ranks.")
     copies: int = Field(4, ge=1, le=1024, description="Noisy copies of each row, which share one clean copy.")
-    prefix_share: float = Field(0.0, ge=0, le=0, description="None: prompts are what is clean.")
     lr: float = Field(3e-5, ge=SMALLEST, le=LARGEST, description="Highest learning rate, after the warm-up.")
-    weight_decay: float = Field(0.0, ge=0, le=LARGEST, description="On matrices only.")
-    clip: float = Field(0.5, ge=SMALLEST, le=LARGEST, description="Largest norm of the gradient.")
 
 
-class RolloutSection(RewardTerms, FlowTerms, StageSection):
+class RolloutSection(RewardTerms, AnswersSection):
     """The DiT learns from answers of its own: batch counts answers."""
 
-    archs = ("cola",)
     formats = ("messages", "pairs", "tasks")
     group = 1
-    first = 2
     copies: int = Field(2, ge=1, le=1024, description="Noisy copies of each row, which share one clean copy.")
-    prefix_share: float = Field(0.0, ge=0, le=0, description="None: prompts are what is clean.")
     lr: float = Field(5e-5, ge=SMALLEST, le=LARGEST, description="Highest learning rate, after the warm-up.")
-    schedule: Literal["cosine", "wsd"] = Field(
-        "wsd", description="After the warm-up: half a cosine down; wsd: constant, then linear down."
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "wsd",
+        description="After the warm-up: half a cosine down; wsd: constant, then linear down; or constant.",
     )
-    weight_decay: float = Field(0.0, ge=0, le=LARGEST, description="On matrices only.")
-    clip: float = Field(0.5, ge=SMALLEST, le=LARGEST, description="Largest norm of the gradient.")
 
 
 class RewardSection(RolloutSection):

@@ -41,9 +41,9 @@ class Drawn:
         """Return them on a device."""
         return self.map(lambda x: x.to(device, non_blocking=True))
 
-    def rows(self, begin: int, end: int) -> Self:
-        """Return those of some rows, for a micro-batch."""
-        return self.map(lambda x: x[begin:end])
+    def rows(self, begin: int, end: int, stride: int = 1) -> Self:
+        """Return those of some rows, or of one of ``stride`` each."""
+        return self.map(lambda x: x[begin:end:stride])
 
 
 @dataclass(frozen=True)

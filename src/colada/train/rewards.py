@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from colada.data.instructions import reward_of
-from colada.data.rows import FILLING, Batch, Rows
+from colada.data.rows import FILLING, Batch, Rows, joined
 from colada.data.rules import rewarded
 from colada.errors import ColadaError
-from colada.flow import PREDICTIONS, T, interpolate
+from colada.flow import PREDICTIONS, T, evaluations_of, interpolate
 from colada.generate.settings import TextRequest
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
@@ -31,7 +31,7 @@ from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
 from colada.text.chat import render
 from colada.train.cola import ColaStage
-from colada.train.cost import Phase, Placement, Work, matrix_entries, networks
+from colada.train.cost import Phase, Placement, Work, networks, position_entries
 from colada.train.flow_matching import pin, place, predict
 from colada.train.kinds import RaftSection, RewardSection
 from colada.train.losses import Loss, draw, encode, rows_layout
@@ -46,7 +46,7 @@ from colada.train.noise import (
 from colada.train.parallel import gathered, of_all
 from colada.train.posttraining import follow, reward_errors, rewards_to_shares
 from colada.train.recipe import Recipe
-from colada.train.stages import Beginning, LayOut, System, modes_kept, row_generator
+from colada.train.stages import Beginning, LayOut, System, modes_kept
 
 REPLAY = 4  # One row of the data for so many answers.
 _ANSWERS = 2**43  # Rows of answers, in the seeds of draws: rows that no data has.
@@ -128,26 +128,18 @@ class RolloutStage(ColaStage):
         places = [update * section.batch + at for at in ranks.share(section.batch)]
         some = [answers[self._order(number, place, len(answers))] for place in places]
         numbers = [_ANSWERS + step * section.batch + at for at in ranks.share(section.batch)]
-        kept = list(range(0, len(rows), REPLAY))
-        replayed = Batch(*(None if x is None else x[kept] for x in (rows.ids, rows.sample, rows.trained)))  # type: ignore[arg-type]
-        parts = [*(own.row for own in some), replayed]
-        together = Batch(
-            torch.cat([part.ids for part in parts]),
-            torch.cat([part.sample for part in parts if part.sample is not None]),
-            torch.cat([part.trained for part in parts if part.trained is not None]),
-        )
-        again = draws.map(lambda x: x[kept])
+        replayed, again = rows.rows(0, len(rows), REPLAY), draws.rows(0, len(rows), REPLAY)
         drawn = self.draw(numbers)
         values: dict[str, Any] = {}
         for field in fields(Draws):
             one, other = getattr(drawn, field.name), getattr(again, field.name)
             values[field.name] = None if one is None else torch.cat([one, other])
-        zeros = torch.zeros(len(kept))
+        zeros = torch.zeros(len(replayed))
         latents = torch.stack([own.latents for own in some])
-        return together, AnswerDraws(
+        return joined([*(own.row for own in some), replayed]), AnswerDraws(
             **values,
             written=torch.cat([torch.ones(len(some), dtype=torch.bool), zeros.bool()]),
-            latents=torch.cat([latents, latents.new_zeros(len(kept), *latents.shape[1:])]),
+            latents=torch.cat([latents, latents.new_zeros(len(replayed), *latents.shape[1:])]),
             share=torch.cat([torch.tensor([own.share for own in some]), zeros]),
             reward=torch.cat([torch.tensor([own.reward for own in some]), zeros]),
         )
@@ -235,8 +227,7 @@ class RolloutStage(ColaStage):
 
     def draw(self, rows: Sequence[int]) -> Draws:
         """Return the draws of rows by number."""
-        generators = [row_generator(self.recipe.seed, self.number, row) for row in rows]
-        return draw_randomness(generators, self.vae.config, self.section.length, flow=self.section)
+        return draw_randomness(self.generators(rows), self.vae.config, self.section.length, flow=self.section)
 
     def _parts(self, rows: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return which latents are learnt of answers, and which of rows of the data: bool (B, M) each."""
@@ -321,10 +312,12 @@ class RolloutStage(ColaStage):
         assert isinstance(section, RewardSection | RaftSection)
         (phase,) = super().phases(recipe, name, configs, placement)
         forward = (phase.flops["DiT"] + phase.flops["AdaLN"]) / 3
-        evaluations = int(section.sampler.get("steps", 16)) + 1  # And the pass that commits.
+        chosen = {**ColaDLM.defaults, **recipe.generation, **section.sampler}
+        evaluations = len(evaluations_of(chosen["solver"], chosen["schedule"], chosen["steps"]))
+        passes = evaluations * (1 + (chosen["guidance"] != 1)) + 1  # And the one that commits.
         blocks = -(-section.new_tokens // vae.block_tokens)
-        positions = section.prompts * section.samples * blocks * evaluations * dit.block_size
-        written = 2.0 * positions * matrix_entries(networks(vae, dit)[1]) / section.updates
+        positions = section.prompts * section.samples * blocks * passes * (dit.block_size // dit.patch_size)
+        written = 2.0 * positions * position_entries(networks(vae, dit)[1]) / section.updates
         flops = {**phase.flops, "frozen passes": (1 + cls.needs_old) * forward, "answers": written}
         return [replace(phase, flops=flops, memory={**phase.memory, "copies": 2 * phase.memory["weights"]})]
 
