@@ -32,6 +32,7 @@ from colada.train.kinds import (
     FlowTerms,
     InstructSection,
     JointSection,
+    PicturesSection,
     PriorSection,
     PriorTerms,
     SolverSection,
@@ -270,7 +271,7 @@ class PriorStage(FlowStage):
     @classmethod
     def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
         section = recipe.stages[name]
-        assert isinstance(section, FlowSection | TaughtSection)
+        assert isinstance(section, FlowSection | TaughtSection | PicturesSection)
         return [(name, section.steps, _prior_work(recipe, section, vae, "dit", masked=False))]
 
 
@@ -330,7 +331,7 @@ def _guesses(stage: Stage, section: FlowTerms, step: int) -> bool:
 
 def _prior_work(
     recipe: Recipe,
-    section: FlowSection | TaughtSection | JointSection,
+    section: FlowSection | TaughtSection | PicturesSection | JointSection,
     vae: TextVAEConfig,
     learns: Any,
     masked: bool,
