@@ -236,7 +236,7 @@ def test_pages_that_are_listed_may_ask() -> None:
 
 
 def test_without_a_right_key_only_health_and_the_page_are_shown() -> None:
-    with running({"bytes": byte_model()}, LIMITS, Policy(keys=("one", "two"), log="off")) as server:
+    with running({"bytes": byte_model()}, LIMITS, Policy(keys=["one", "two"], log="off")) as server:
         for path in ("/health", "/ready", "/live", "/openapi.json"):
             assert server.get(path).status == 200
         assert server.get("/ready").json["key"] is True
@@ -252,7 +252,7 @@ def test_without_a_right_key_only_health_and_the_page_are_shown() -> None:
 
 
 def test_a_log_has_a_line_a_request_and_never_a_prompt_or_key(caplog: pytest.LogCaptureFixture) -> None:
-    policy = Policy(keys=("secret",), log="json")
+    policy = Policy(keys=["secret"], log="json")
     with caplog.at_level("INFO", "colada.serve"), running({"bytes": byte_model()}, LIMITS, policy) as server:
         server.post(
             "/v1/completions",
@@ -272,6 +272,65 @@ def test_a_log_has_a_line_a_request_and_never_a_prompt_or_key(caplog: pytest.Log
     assert "private" not in text
     assert "secret" not in text
     assert "\x1b" not in text
+
+
+def test_prompts_are_logged_only_where_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    policy = Policy(log="text", log_prompts=True)
+    with caplog.at_level("INFO", "colada.serve"), running({"bytes": byte_model()}, LIMITS, policy) as server:
+        server.post("/v1/completions", {"prompt": ["open\nlid", "ab"], "max_tokens": 1})
+    (line,) = [record.getMessage() for record in caplog.records if "status=200" in record.getMessage()]
+    assert json.loads(line.partition("prompts=")[2].partition(" prompt_tokens")[0]) == ["open\nlid", "ab"]
+    assert "\n" not in line
+
+
+def test_keys_that_change_count_from_then_on() -> None:
+    policy = Policy(keys=["one"], log="off")
+    with running({"bytes": byte_model()}, LIMITS, policy) as server:
+        assert server.get("/v1/models", Authorization="Bearer one").status == 200
+        policy.keys[:] = ["two"]
+        assert server.get("/v1/models", Authorization="Bearer one").status == 401
+        assert server.get("/v1/models", Authorization="Bearer two").status == 200
+
+
+def test_the_longest_request_is_what_the_limit_says() -> None:
+    with running({"bytes": byte_model()}, Limits(history=64, context=20)) as server:
+        assert server.get("/v1/models").json["data"][0]["colada"]["max_context"] == 20
+        assert server.post("/v1/completions", {"prompt": "a" * 12, "max_tokens": 8}).status == 200
+        answer = server.post("/v1/completions", {"prompt": "a" * 13, "max_tokens": 8})
+        assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+
+
+def test_too_many_open_requests_are_refused() -> None:
+    policy = Policy(log="off", connections=2)
+    with running({"bytes": byte_model()}, LIMITS, policy) as server:
+
+        async def crowd() -> list[Answer]:
+            body = {"prompt": "a", "max_tokens": 64, "ignore_eos": True}
+            return await asyncio.gather(*(ask(server.port, "/v1/completions", body) for _ in range(6)))
+
+        answers = asyncio.run(crowd())
+        refused = [answer for answer in answers if answer.status == 503]
+        assert 0 < len(refused) <= 4
+        assert {answer.error["code"] for answer in refused} == {"too_many_connections"}
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status == 200
+
+
+def test_who_waits_too_long_is_refused_and_the_others_go_on() -> None:
+    with running({"bytes": byte_model()}, Limits(slots=1, history=512, queue=0.3)) as server:
+        slow = {"prompt": "a", "max_tokens": 400, "ignore_eos": True, "colada": {"steps": 32}}
+
+        async def queue() -> list[Answer]:
+            first = asyncio.ensure_future(ask(server.port, "/v1/completions", slow))
+            await asyncio.sleep(0.2)
+            second = await ask(server.port, "/v1/completions", {"prompt": "b", "n": 2, "max_tokens": 4})
+            return [await first, second]
+
+        first, second = asyncio.run(queue())
+        assert first.status == 200
+        assert first.json["usage"]["completion_tokens"] == 400
+        assert (second.status, second.error["code"]) == (503, "queue_timeout")
+        assert "retry-after" in second.headers
+        server.empty()
 
 
 # --- an engine that fails ------------------------------------------------------------------------

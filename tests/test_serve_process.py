@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -199,3 +200,43 @@ def test_settings_are_checked_before_torch_is_imported() -> None:
         "assert not {'torch', 'fastapi', 'uvicorn'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_keys_are_read_again_at_sighup_and_metrics_have_a_port_of_their_own(
+    saved: Path, tmp_path: Path
+) -> None:
+    keys, metrics = tmp_path / "keys.txt", free_port()
+    keys.write_text("one\n")
+    with process(
+        *(str(saved), "--api-key-file", str(keys), "--metrics-port", str(metrics), "--reproducible")
+    ) as (server, port):
+
+        def asked(key: str) -> int:
+            sent = {"Authorization": f"Bearer {key}"}
+            return asyncio.run(ask(port, "/v1/models", method="GET", headers=sent)).status
+
+        assert (asked("one"), asked("two")) == (200, 401)
+        assert asyncio.run(ask(port, "/ready", method="GET")).json["slots"] == 1
+        keys.write_text("# none is right\ntw o\n")
+        server.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert (asked("one"), asked("two")) == (200, 401)
+        keys.write_text("two\n")
+        server.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 10
+        while asked("two") != 200:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert asked("one") == 401
+        shown = asyncio.run(ask(metrics, "/metrics", method="GET"))
+        assert shown.status == 200
+        assert b'colada_open{what="places"} 0.0' in shown.body
+        assert b"colada_engine_heartbeat_seconds" in shown.body
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

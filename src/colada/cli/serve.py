@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,10 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option(min=0, max=2**20, help="Requests that may wait; more get 429.")
     ] = 256,
+    max_context: Annotated[
+        int | None,
+        typer.Option(min=1, max=2**24, help="Tokens of a request, with its prompt. Default: the history's."),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, max=2**17, help="New tokens of a request at most.")
     ] = 8192,
@@ -61,17 +66,45 @@ def serve(
     timeout: Annotated[
         float, typer.Option(min=1, max=86400, help="Seconds for a request, waiting included.")
     ] = 600,
+    queue_timeout: Annotated[
+        float, typer.Option(min=1, max=86400, help="Seconds that a request may wait; then it gets 503.")
+    ] = 60,
+    reader_timeout: Annotated[
+        float, typer.Option(min=1, max=86400, help="Seconds until a client that takes nothing is given up.")
+    ] = 60,
+    max_connections: Annotated[
+        int, typer.Option(min=1, max=2**16, help="Requests that may be open at once; more get 503.")
+    ] = 1024,
+    ping: Annotated[
+        float, typer.Option(min=0, max=3600, help="Seconds of silence until a stream's comment; 0: none.")
+    ] = 15,
+    stall: Annotated[
+        float, typer.Option(min=1, max=3600, help="Seconds without a step until /health says so.")
+    ] = 60,
     drain: Annotated[
         float, typer.Option(min=0, max=3600, help="Seconds that requests have to finish at SIGTERM.")
     ] = 30,
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="torch's threads. Default: the cores less one.")
     ] = None,
+    reproducible: Annotated[
+        bool,
+        typer.Option("--reproducible", help="One request after another: no rounding depends on the load."),
+    ] = False,
     lenient: Annotated[bool, typer.Option("--lenient", help="Leave unknown fields of requests out.")] = False,
     metrics_public: Annotated[
         bool, typer.Option("--metrics-public", help="Show /metrics without a key.")
     ] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Show metrics on a port of their own, without a key."),
+    ] = None,
     log: Annotated[str, typer.Option(help="A line a request: text, json or off.")] = "text",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="With what was asked in it.")] = False,
+    forwarded_allow_ips: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS,...", help="Proxies whose X-Forwarded headers count; * is any."),
+    ] = None,
     root_path: Annotated[str, typer.Option(help="The path under which a proxy shows the server.")] = "",
     open_page: Annotated[bool, typer.Option("--open", help="Open the playground in a browser.")] = False,
     dtype: DtypeOption = None,
@@ -101,11 +134,25 @@ def serve(
         raise ColadaError(f"{error.name} is missing: pip install 'colada-lm[serve]'") from None
 
     os.environ.setdefault(*KERNELS)  # Read when torch is imported.
-    limits = Limits(slots, max_waiting, history, max_tokens, max_steps, watchers, timeout, drain=drain)
+    limits = Limits(
+        1 if reproducible else slots,
+        max_waiting,
+        history,
+        max_context,
+        max_tokens,
+        max_steps,
+        watchers,
+        timeout,
+        queue_timeout,
+        reader=reader_timeout,
+        ping=ping,
+        drain=drain,
+        stall=stall,
+    )
     hosts = [*LOOPBACK_HOSTS, *(name.lower() for name in allowed_host or [])]
     if not local and (keys or not allowed_host):
         hosts = ["*"]
-    policy = Policy(keys, hosts, tuple(cors_origin or ()), metrics_public, log)
+    policy = Policy(keys, hosts, tuple(cors_origin or ()), metrics_public, log, log_prompts, max_connections)
     status = run(
         listen(host, port),
         lambda: [open_served(*one, dtype, device, quantise) for one in named],
@@ -115,6 +162,9 @@ def serve(
         threads=threads,
         root_path=root_path,
         page=open_page,
+        metrics_port=metrics_port,
+        proxies=forwarded_allow_ips,
+        read_keys=partial(_keys, api_key_file),
     )
     raise typer.Exit(status)
 

@@ -114,6 +114,12 @@ class Session:
             self._round = None
             self._dismiss()
 
+    def waiting(self) -> Iterator[int]:
+        """Yield the numbers of the requests that have not begun, in the order in which they will."""
+        for request in list(self.engine.waiting):
+            if (entry := self._entries.get(id(request))) is not None:
+                yield entry.index
+
     def _dismiss(self) -> None:
         """Let those leave the engine who are cancelled."""
         for slot in [slot for slot in self.engine.under_way if id(slot.request) not in self._entries]:

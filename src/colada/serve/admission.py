@@ -7,7 +7,7 @@ import hmac
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -73,9 +73,11 @@ class Limits:
         slots: requests under way together, a model.
         waiting: choices that may wait beside them.
         history: latents (a baseline's: tokens) under way together, a model; a longer request is refused.
+        context: tokens of the longest request, prompt and all; None: what the history holds.
         max_tokens, max_steps: of a request.
         watchers: requests that may be sent guesses at once: these cost the engine a quarter more.
-        timeout, body: seconds for a whole request, waiting included; and for its body to be there.
+        timeout, queue, body: seconds for a whole request, waiting included; until the engine begins with it;
+            and for its body to be there.
         reader: seconds after which a client that takes nothing of its stream is given up.
         ping: seconds of silence after which a stream has a comment; 0 is none.
         drain: seconds that accepted requests have to finish once the process is told to end.
@@ -85,10 +87,12 @@ class Limits:
     slots: int = 64
     waiting: int = 256
     history: int = 8192
+    context: int | None = None
     max_tokens: int = 8192
     max_steps: int = 64
     watchers: int = 8
     timeout: float = 600
+    queue: float = 60
     body: float = 30
     reader: float = 60
     ping: float = 15
@@ -101,18 +105,22 @@ class Policy:
     """Who may ask.
 
     Attributes:
-        keys: one of them has to be sent; none: nobody needs one.
+        keys: one of them has to be sent; none: nobody needs one. Who changes the list changes who may ask.
         hosts: names by which the server may be called; "*" is any.
         origins: whose pages may ask, beside the server's own; "*" is any.
         public_metrics: show the metrics without a key.
         log: a line a request as "text", "json" or "off".
+        log_prompts: with what was asked in it.
+        connections: requests that are open at once; more get 503.
     """
 
-    keys: Sequence[str] = ()
+    keys: list[str] = field(default_factory=list)
     hosts: Sequence[str] = LOOPBACK_HOSTS
     origins: Sequence[str] = ()
     public_metrics: bool = False
     log: str = "text"
+    log_prompts: bool = False
+    connections: int = 1024
 
     def check(self, path: str, headers: Headers) -> str:
         """Return the name of the request's key in logs.

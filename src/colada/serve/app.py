@@ -68,9 +68,14 @@ class _Route(APIRoute):
 class Service:
     """The handlers of all routes, and what they share."""
 
-    def __init__(self, driver: Driver, limits: Limits, metrics: Metrics, keyed: bool, lenient: bool) -> None:
+    def __init__(
+        self, driver: Driver, limits: Limits, metrics: Metrics, policy: Policy, lenient: bool
+    ) -> None:
         self.driver, self.admission, self.metrics = driver, Admission(limits), metrics
-        self.limits, self.keyed, self.lenient, self.draining = limits, keyed, lenient, False
+        self.limits, self.policy, self.lenient, self.draining = limits, policy, lenient, False
+        places = ("places", "latents", "watchers")
+        counts = {what: partial(getattr, self.admission, what) for what in places}
+        metrics.watch(counts, lambda: time.monotonic() - driver.heartbeat)
 
     @property
     def status(self) -> str:
@@ -109,6 +114,8 @@ class Service:
         """Answer with text: as a stream of events, or at once when all is written."""
         check = partial(open_job, body, self.served(body.model), self.limits, self.lenient)
         job = await run_in_threadpool(check) if len(await request.body()) > LONG_BODY else check()
+        if self.policy.log_prompts:
+            request.state.log["prompts"] = [_shown(job.served, ids) for ids in job.prompts]
         on_end = request.state.on_end
         self.admission.take(job.latents, job.watching)
         on_end.callback(self.admission.give_back, job.latents, job.watching)
@@ -119,11 +126,12 @@ class Service:
         if not body.stream:
             await _unless_gone(request.receive, self._collect(job, writer, request))
             return JSONResponse(writer.answer(), headers=headers)
-        await job.ticket.accepted()  # Within a step; who goes away meanwhile is noticed behind it.
+        # Within a step; who goes away meanwhile is noticed behind it.
+        await job.ticket.accepted(self.limits.queue)
         return _Stream(self._parts(job, writer, request), self.limits.reader, headers)
 
     async def _collect(self, job: Job, writer: Writer, request: Request) -> None:
-        await job.ticket.accepted()
+        await job.ticket.accepted(self.limits.queue)
         async for _ in self._steps(job, writer, request):
             pass
 
@@ -238,7 +246,12 @@ class Service:
         """Say whether requests are taken, and how many are."""
         places, slots = self.admission.places, self.limits.slots
         running = min(places, slots)
-        load = {"running": running, "waiting": places - running, "slots": slots, "key": self.keyed}
+        load = {
+            "running": running,
+            "waiting": places - running,
+            "slots": slots,
+            "key": bool(self.policy.keys),
+        }
         status, headers = (200, {}) if self.status == "ready" else (503, {"Retry-After": "5"})
         return JSONResponse({"status": self.status, **load}, status, headers)
 
@@ -248,9 +261,6 @@ class Service:
 
     async def show_metrics(self) -> Response:
         """Return what is counted, for Prometheus."""
-        for what in ("places", "latents", "watchers"):
-            self.metrics.gauges.labels(what).set(getattr(self.admission, what))
-        self.metrics.heartbeat.set(time.monotonic() - self.driver.heartbeat)
         return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4")
 
     async def watch_lag(self) -> None:
@@ -282,7 +292,7 @@ def create_app(
     """
     metrics = Metrics()
     driver = Driver(open_models, limits, metrics.step, on_end)
-    service = Service(driver, limits, metrics, bool(policy.keys), lenient)
+    service = Service(driver, limits, metrics, policy, lenient)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -432,6 +442,12 @@ def _ids(served: Served, value: str | list[int], param: str) -> list[int]:
         return served.model.ids(value)
     except ColadaError as error:
         raise Refusal(400, "invalid_value", str(error), param) from None
+
+
+def _shown(served: Served, ids: Sequence[int]) -> str | list[int]:
+    """Return a prompt for the log: its text, or its ids where there is no tokenizer."""
+    tokenizer = served.model.tokenizer
+    return list(ids) if tokenizer is None else tokenizer.decode(ids, skip_special=False)
 
 
 def _text(served: Served, ids: list[int]) -> str:

@@ -41,6 +41,7 @@ class Ticket:
         news: None once it is accepted, then what a step has brought: numbers of choices with their chunks;
             or why it fails.
         indices: of the choices in the session; the engine thread's own.
+        since: when it was submitted.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Ticket:
     latents: str | None = None
     news: asyncio.Queue[News | Refusal | None] = field(default_factory=asyncio.Queue)
     indices: list[int] = field(default_factory=list)
+    since: float = field(default_factory=time.monotonic)
 
     def put(self, news: News) -> None:
         """Take what choices grow by in a step."""
@@ -56,9 +58,14 @@ class Ticket:
         if news:
             self.news.put_nowait(news)
 
-    async def accepted(self) -> None:
-        """Wait until the session has taken it. Raises Refusal where it does not."""
-        if isinstance(news := await self.news.get(), Refusal):
+    async def accepted(self, most: float) -> None:
+        """Wait until the session has it. Raises Refusal where it refuses, or has said nothing for so long."""
+        try:
+            async with asyncio.timeout(most):
+                news = await self.news.get()
+        except TimeoutError:
+            raise _late(most) from None
+        if isinstance(news, Refusal):
             raise news
 
     async def steps(self, patience: float | None, most: float) -> AsyncIterator[News]:
@@ -198,6 +205,7 @@ class Driver:
                 for name, session in self._sessions.items():
                     if session.busy:
                         self._step(name, session)
+                        self._refuse_late(name, session)
                 if self._side:
                     self._side.popleft()()
             self._state = "stopped"
@@ -262,12 +270,29 @@ class Driver:
             self._post(partial(_deliver, news))
         self._count(self.heartbeat - begin, sum(chunk.step is None for chunk in chunks))
 
+    def _refuse_late(self, name: str, session: Any) -> None:
+        """End requests of which no choice has begun for too long; those that wait are in order."""
+        for index in session.waiting():
+            if (place := self._places.get((name, index))) is None:
+                continue
+            ticket, number = place
+            if time.monotonic() - ticket.since < self._limits.queue:
+                return
+            if number == 0:
+                self._cancel(ticket)
+                self._post(partial(ticket.news.put_nowait, _late(self._limits.queue)))
+
     def _post(self, work: Callable[[], Any]) -> None:
         """Let the loop do something. Where it is closed, nobody waits for it."""
         try:
             self._loop.call_soon_threadsafe(work)
         except RuntimeError:
             logger.debug("the loop is closed")
+
+
+def _late(seconds: float) -> Refusal:
+    text = f"the engine has not begun with it after {seconds:g} s"
+    return Refusal(503, "queue_timeout", text, Retry_After="5")
 
 
 def _deliver(news: Mapping[Ticket, News]) -> None:

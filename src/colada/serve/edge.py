@@ -40,6 +40,7 @@ class Edge:
         self, app: ASGIApp, policy: Policy, closed: Callable[[], str | None], count: Callable[..., None]
     ) -> None:
         self.app, self.policy, self.closed, self.count = app, policy, closed, count
+        self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
@@ -50,6 +51,7 @@ class Edge:
         wanted = headers.get("x-request-id", "")
         request_id = wanted if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", wanted) else uuid.uuid4().hex
         log: dict[str, Any] = {"id": request_id}
+        self._open += 1
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -70,6 +72,7 @@ class Edge:
                     if not status:
                         await refused(refusal)(scope, receive, answer)
         finally:
+            self._open -= 1
             status, seconds = status or 499, round(time.monotonic() - begin, 3)
             self.count(getattr(scope.get("route"), "path", "other"), status, seconds, log)
             line = {
@@ -83,6 +86,7 @@ class Edge:
                 logger.info(json.dumps({"time": round(time.time(), 3), **line}))
             elif self.policy.log == "text":
                 line["path"] = ascii(line["path"])[1:-1]
+                line |= {name: json.dumps(value) for name, value in log.items() if isinstance(value, list)}
                 logger.info(" ".join(f"{name}={value}" for name, value in line.items()))
 
     def _check(self, scope: Scope, headers: Headers, log: dict[str, Any]) -> None:
@@ -93,6 +97,9 @@ class Edge:
         if "transfer-encoding" in headers and "content-length" in headers:
             text = "Content-Length and Transfer-Encoding, expected one of them"
             raise Refusal(400, "invalid_value", text, Connection="close")
+        if self._open > self.policy.connections:
+            text = f"{self._open} requests are open, expected at most {self.policy.connections}"
+            raise Refusal(503, "too_many_connections", text, Retry_After="5", Connection="close")
         log["key"] = self.policy.check(scope["path"], headers)
         if scope["method"] == "POST" and (closed := self.closed()) is not None:
             raise Refusal(503, closed, f"no requests are taken: {closed}", Retry_After="5")

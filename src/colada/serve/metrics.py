@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -28,6 +29,12 @@ class Metrics:
         self.first = Histogram("first_block_seconds", "From acceptance to the first text.", **seconds)
         self.between = Histogram("block_interval_seconds", "Between two blocks of a choice.", **seconds)
         self.whole = Histogram("request_seconds", "A request.", **seconds)
+
+    def watch(self, counts: Mapping[str, Callable[[], float]], heartbeat: Callable[[], float]) -> None:
+        """Take what is open, and the time since the engine's last step, whenever somebody looks."""
+        for what, count in counts.items():
+            self.gauges.labels(what).set_function(count)
+        self.heartbeat.set_function(heartbeat)
 
     def step(self, seconds: float, blocks: int) -> None:
         """Count a step of the engine."""

@@ -58,7 +58,8 @@ class Served:
     def context(self, limits: Limits, candidates: int = 1) -> int:
         """Return how many tokens the longest request has, with its prompt."""
         patch, size = self.sizes
-        return (limits.history // size - candidates + 1) * size * patch
+        most = (limits.history // size - candidates + 1) * size * patch
+        return most if limits.context is None else min(most, limits.context)
 
     def most_new(self, prompt: int, limits: Limits, candidates: int = 1) -> int:
         """Return how many tokens at most may follow a prompt of so many; 0 or less: none may."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import sys
 import webbrowser
@@ -13,6 +14,7 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import start_http_server
 
 from colada.errors import ColadaError
 from colada.serve.admission import Limits, Policy, Refusal
@@ -60,15 +62,21 @@ def run(
     threads: int | None,
     root_path: str,
     page: bool,
+    metrics_port: int | None = None,
+    proxies: str | None = None,
+    read_keys: Callable[[], list[str]] = list,
 ) -> int:
     """Serve until told to end, and return the exit status: 1 where the engine has failed.
 
     Args:
         threads: torch's; None is the cores less one.
         page: open the playground in a browser.
+        metrics_port: show the metrics there, at the same address and without a key.
+        proxies: addresses, with commas, whose X-Forwarded headers count; "*" is any.
+        read_keys: called at SIGHUP for the keys that count from then on.
 
     Raises:
-        ColadaError: if a model cannot be loaded, or two have one name.
+        ColadaError: if a model cannot be loaded, two have one name, or the port of the metrics is taken.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -93,9 +101,10 @@ def run(
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # Nothing depends on who asks through whom.
+        proxy_headers=proxies is not None,
+        forwarded_allow_ips=proxies,
         root_path=root_path,
-        limit_concurrency=1280,
+        limit_concurrency=policy.connections + policy.connections // 4 + 1,  # A last wall.
         timeout_graceful_shutdown=5,
     )
     server = Server(config, app)
@@ -103,7 +112,23 @@ def run(
     def end() -> None:
         server.should_exit = True
 
+    def reload(*_: object) -> None:
+        try:
+            policy.keys[:] = read_keys()
+        except ColadaError as mistake:
+            logger.error("the keys stay as they are: %s", mistake)
+        else:
+            logger.info("%d keys are read again", len(policy.keys))
+
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, reload)
     host, port = listener.getsockname()[:2]
+    if metrics_port is not None:
+        try:
+            start_http_server(metrics_port, host, app.state.service.metrics.registry)
+        except OSError as mistake:
+            reason = mistake.strerror or mistake
+            raise ColadaError(f"cannot show metrics at {host}:{metrics_port}: {reason}") from None
     address = f"http://{'localhost' if host in ('127.0.0.1', '::1') else host}:{port}"
     logger.info("serving at %s (the models are being loaded)", address)
     if page:
