@@ -13,6 +13,7 @@ import colada
 from colada.cli.parity import relative_error
 from colada.generate.reference import TransportStep
 from colada.locate import BUNDLED
+from colada.models.base import LanguageModel
 
 PROMPTS = ["Once upon a time", "The little dog", "", "One day, Lily and her mother went to the park to"]
 
@@ -40,16 +41,27 @@ def test_it_spells_back_a_plain_story(model: colada.ColaDLM) -> None:
     assert model.reconstruct(text).text == text
 
 
-def test_it_writes_words_of_its_training_text(model: colada.ColaDLM) -> None:
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
+def share_of_known_words(model: LanguageModel) -> float:
+    """Of four continuations; known are words frequent enough to be one entry of the tokenizer."""
     entries = json.loads((BUNDLED / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    # Words frequent enough to be one entry of the tokenizer, with their inflections, are words of that text.
     known = {entry.removeprefix("\u0120").lower() for entry in entries}
     texts = [done.text for done in model.generate(["Once upon a time"] * 4, 48, seed=0)]
     words = [word.lower() for text in texts for word in re.findall(r"[A-Za-z]+", text)]
     assert len(words) > 100
-    assert sum(word in known for word in words) / len(words) > 0.85
+    return sum(word in known for word in words) / len(words)
+
+
+def test_it_writes_words_of_its_training_text(model: colada.ColaDLM) -> None:
+    assert share_of_known_words(model) > 0.85
+
+
+def test_its_student_writes_them_too_in_four_evaluations_without_guidance() -> None:
+    student = colada.load("bundled-few")
+    assert share_of_known_words(student) > 0.85
+    chosen = student.chosen({})
+    assert (chosen["steps"], chosen["guidance"]) == (4, 1.0)
+    with pytest.raises(colada.ColadaError, match=r"guidance=3.*built in"):
+        student.generate("Once upon a time", 4, guidance=3.0)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.0])

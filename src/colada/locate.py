@@ -19,9 +19,11 @@ DIFFERENCE_FILE, DIFFERENCE_WEIGHTS = "difference.json", "difference.safetensors
 """Of a directory that holds what a model differs by from another: see :mod:`colada.models.difference`."""
 
 BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED_FEW = BUNDLED / "few"
+"""What a student of few evaluations a block differs by from the bundled model."""
 BUNDLED_CHAT = BUNDLED / "chat"
 """What answers differ by from the bundled model, where this installation has it."""
-NAMED = {"bundled": BUNDLED, "bundled-chat": BUNDLED_CHAT}
+NAMED = {"bundled": BUNDLED, "bundled-few": BUNDLED_FEW, "bundled-chat": BUNDLED_CHAT}
 """Models that come with the package, by name."""
 
 _PARTS = (DIT_DIR, VAE_DIR, DECODER_DIR)

@@ -50,7 +50,9 @@ class RewardTerms(Section):
     samples: int = Field(8, ge=2, le=1024, description="Answers to each prompt.")
     updates: Count = Field(32, description="Steps of a round: they learn from the same answers.")
     new_tokens: Count = Field(32, description="Tokens of an answer at most.")
-    sampler: dict[str, Any] = Field(SAMPLER, description="Generation settings of the answers.")
+    sampler: dict[str, Any] = Field(
+        SAMPLER, description="Generation settings of the answers; what is left out is as here."
+    )
     pull: Weight = Field(0.05, description="Weight of the distance to the first weights, on answers.")
     replay: Weight = Field(
         0.2, description="Weight of rows of the data, a quarter as many as of answers, in every step."
@@ -77,4 +79,4 @@ class RewardTerms(Section):
     @classmethod
     def _settings(cls, sampler: dict[str, Any]) -> dict[str, Any]:
         check_settings(sampler, "sampler")
-        return sampler
+        return {**SAMPLER, **sampler}
