@@ -19,6 +19,7 @@ from torch import Tensor
 from colada.device import plain_torch, require_memory, undisturbed
 from colada.errors import ColadaError, failure
 from colada.generate.engine.graphs import Graphs
+from colada.generate.engine.kernels import fits_packed, product
 from colada.generate.engine.memory import (
     Memory,
     PaddedPlan,
@@ -30,6 +31,7 @@ from colada.generate.engine.memory import (
     pieces,
     round_up,
 )
+from colada.generate.engine.passes import blocks_of, matrices
 from colada.generate.engine.slots import JOINING_LATENTS, LatentSlot, read_prompts, room_of, shares
 from colada.generate.engine.transport import COMMITTED_ROWS, Transport
 from colada.generate.noise import NOISE_RULES, block_generator
@@ -128,6 +130,7 @@ class Engine(Writer[LatentSlot]):
         )
         bucket = None if bucket is None else bucket // prior.patch_size
         self._transport = Transport(dit, self._prior_memory, self._size, bucket)
+        self._refresh_head()
         self._painting: Transport | None = None
         if prior.img_grid is not None:
             pictures = math.prod(prior.img_grid)
@@ -183,6 +186,7 @@ class Engine(Writer[LatentSlot]):
         have changed.
         """
         if self.waiting and not self.under_way and not self.joining:
+            self._refresh_head()
             self._transport.refresh()
             if self._painting is not None:  # Which shares what the other has made.
                 self._painting.refresh()
@@ -375,6 +379,17 @@ class Engine(Writer[LatentSlot]):
             slot.decoded = max(slot.decoded, slot.prefix)
         return hidden
 
+    def _refresh_head(self) -> None:
+        """Take the vocabulary head's weights as they are now, packed if there is room beside the DiT's."""
+        head = self.vae.decoder.final_layer
+        layers = [layer for block in blocks_of(self.dit, False) for layer in matrices(block)]
+        self._head = product(head, packed=fits_packed([*layers, head]))
+
+    def _logits(self, slots: Sequence[LatentSlot], latents: Tensor) -> Tensor:
+        """Return the logits float32 (R, block * patch, V) of the coming blocks (R, block, C)."""
+        hidden = self.vae.decoder.final_norm(self._hidden(slots, latents))
+        return self._head(hidden).float().unflatten(0, (len(latents), -1))
+
     def _prefixes(self, parts: Iterable[tuple[int, int, Tensor]]) -> list[list[Piece]]:
         """Return what the decoder's histories lack, pass by pass; arguments as :meth:`Transport.commit`."""
         all_pieces = [piece for own in parts for piece in pieces(*own, self._size, 1, COMMITTED_ROWS)]
@@ -395,9 +410,10 @@ class Engine(Writer[LatentSlot]):
         """Decode the finished latents (R, block, C) of these slots and pick their tokens."""
         if not slots:
             return
-        logits = self.vae.decoder.logits(self._hidden(slots, z)).unflatten(0, (len(z), -1))
+        logits = self._logits(slots, z)
         likeliest = logits.argmax(-1).cpu()
-        finite = logits.isfinite().flatten(1).all(1).tolist()  # One wait for all.
+        # Not finite where any logit is not: a sum reads them once. One wait for all.
+        finite = logits.sum((1, 2)).isfinite().tolist()
         for slot, rows in _rows_of(slots).items():
             chosen = self._surest(slot, logits[rows.start : rows.stop])
             row = rows[chosen]
@@ -447,7 +463,7 @@ class Engine(Writer[LatentSlot]):
                 for slot, own in there.items()
             }
         z0 = step.z0[[row for rows in there.values() for row in rows]]
-        logits = self.vae.decoder.logits(self._hidden(list(there), z0)).unflatten(0, (len(z0), -1))
+        logits = self._logits(list(there), z0)
         guesses = {}
         for slot, spelled in _rows_of(list(there)).items():
             chosen = self._surest(slot, logits[spelled.start : spelled.stop])

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colada.flow import Evaluation, T
@@ -118,17 +117,18 @@ class Modulation:
 def modulated_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return LN(x) * weight + bias for x (N, dim); weight and bias (dim,), or a row each."""
     if weight.ndim == 1:
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=eps), weight)
+        return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return torch.addcmul(bias, torch.layer_norm(x, x.shape[-1:], None, None, eps), weight)
 
 
-def _turned(x: Tensor, norm: nn.LayerNorm, rotations: Tensor) -> Tensor:
-    """Return queries or keys (N, K, D) normalised and rotated, in float32."""
-    h = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return rotate_interleaved(h, rotations)
+def _turned(qk: Tensor, weight: Tensor, bias: Tensor, eps: float, rotations: Tensor) -> Tensor:
+    """Return queries and keys (N, 2, K, D) normalised and rotated in float32; weight and bias (2, 1, D)."""
+    h = torch.layer_norm(qk.float(), qk.shape[-1:], None, None, eps)
+    return rotate_interleaved(torch.addcmul(bias, h, weight), rotations[:, None]).to(qk.dtype)
 
 
-def _matrices(block: DiTBlock) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+def matrices(block: DiTBlock) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    """Return the products of a layer, in their order."""
     return block.msa.proj_qkv, block.msa.proj_out, block.mlp.proj_in, block.mlp.proj_out
 
 
@@ -158,22 +158,41 @@ class PriorPass:
         self.dit, self.modulation = dit, Modulation(dit, text is not None)
         self._differentiable, self._text = differentiable, text
         self._products: list[tuple[Product, ...]] = []
+        self._qk_norms: list[tuple[Tensor, Tensor]] = []
         self.refresh()
 
     def refresh(self) -> None:
         """Take the weights as they are now: what was computed from earlier ones is made anew when wanted."""
         self._blocks = blocks_of(self.dit, self._text is not None)
-        matrices = [_matrices(block) for block in self._blocks]
-        packed = fits_packed([layer for own in matrices for layer in own])
+        layers = [matrices(block) for block in self._blocks]
+        packed = fits_packed([layer for own in layers for layer in own])
         make = plain_product if self._differentiable else partial(product, packed=packed)
         shared = self._text._products if self._text is not None else []
         self._products = [
             shared[layer]
             if shared and not isinstance(self.dit.blocks[layer], DualBlock)
             else tuple(make(one, gelu=number == 2) for number, one in enumerate(own))
-            for layer, own in enumerate(matrices)
+            for layer, own in enumerate(layers)
         ]
+        self._refresh_norms()
         self.modulation.forget()
+
+    def _refresh_norms(self) -> None:
+        """Take the norms of queries and keys side by side: one operation does for both."""
+        # Made once and outside inference mode, as the tables: captured passes read them where they are.
+        with torch.inference_mode(False), torch.no_grad():
+            norms = [(block.msa.norm_q, block.msa.norm_k) for block in self._blocks]
+            values = [
+                (
+                    torch.stack([queries.weight, keys.weight])[:, None].float(),
+                    torch.stack([queries.bias, keys.bias])[:, None].float(),
+                )
+                for queries, keys in norms
+            ]
+            for places, now in zip(self._qk_norms, values, strict=False):
+                for place, value in zip(places, now, strict=True):
+                    place.copy_(value)
+            self._qk_norms = self._qk_norms or values
 
     def rotations(self, positions: Tensor) -> Tensor:
         """Return the rotary positions of rows, see :func:`colada.networks.layers.rotations`."""
@@ -217,9 +236,10 @@ class PriorPass:
         to_qkv, from_heads, expand, contract = self._products[layer]
         modulation = self.modulation.at(row, layer)
         h = modulated_norm(x, modulation[0], modulation[1], config.norm_eps)
-        q, k, v = to_qkv(h).unflatten(-1, (3, config.heads, config.head_dim)).unbind(1)
-        msa = self._blocks[layer].msa
-        q, k = _turned(q, msa.norm_q, rotations), _turned(k, msa.norm_k, rotations)
+        qkv = to_qkv(h).view(len(h), 3, config.heads, config.head_dim)
+        weight, bias = self._qk_norms[layer]
+        q, k = _turned(qkv[:, :2], weight, bias, config.norm_eps, rotations).unbind(1)
+        v = qkv[:, 2]
         if kept:
             x, q = x[kept:], q[kept:]
             modulation = tuple(part[kept:] if part.ndim == 2 else part for part in modulation)
