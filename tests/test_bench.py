@@ -241,7 +241,9 @@ def test_a_distilled_model_is_a_row(tmp_path: Path) -> None:
     assert command("speed", *words, *sizes, "--json", str(file)) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [row["peer"] for row in rows] == ["limit", "engine", "distilled"]
-    assert rows[2]["tokens/s"]["median"] > 0
+    engine, student = (row["tokens/s"]["median"] for row in rows[1:])
+    assert rows[1]["distilled is"]["median"] == pytest.approx(student / engine)
+    assert rows[2]["engine is"]["median"] == pytest.approx(engine / student)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,7 +13,7 @@ import torch
 from benchmarks.generation.apart import Apart
 from benchmarks.generation.cost import Cost, generation_cost, limit, prompt_latents
 from benchmarks.generation.job import Job, Peer, Prompts, Turn, take_turn
-from benchmarks.generation.peers import COLA, ENGINE, fixed_settings
+from benchmarks.generation.peers import COLA, DISTILLED, ENGINE, fixed_settings
 from benchmarks.machine import Rates
 from benchmarks.measure import Spread, ratios, seconds_of, take_turns
 from colada.errors import ColadaError
@@ -55,11 +55,13 @@ class Cell:
         """Return what is shown of each peer, the machine's limit first.
 
         "% limit" is the least possible seconds over those taken, "% products" FLOPs over seconds and the
-        machine's rate, both of the medians; "engine is" how many times as fast the engine was, turn by turn.
+        machine's rate, both of the medians; "engine is" how many times as fast the engine was, turn by turn,
+        and "distilled is", where a distilled model took part, how many times as fast that was.
         """
         point = {"batch": self.job.batch, "context": self.job.context, "steps": self.job.steps}
         rate = self.job.tokens / self.least_seconds
-        names = ["first, ms", "block, ms", "% limit", "% products", "engine is", "GB"]
+        names = ["first, ms", "block, ms", "% limit", "% products", "engine is"]
+        names += [*(["distilled is"] if DISTILLED in self.turns else []), "GB"]
         rows = [{**point, "peer": "limit", "tokens/s": rate, **dict.fromkeys(names)}]
         for name, turns in self.turns.items():
             seconds = [turn.seconds for turn in turns]
@@ -73,8 +75,9 @@ class Cell:
                 flops = self.total.flops / self.job.tokens
                 row["% limit"] = 100 * speed.median / rate
                 row["% products"] = 100 * speed.median * flops / self.rates.matmul
-            if name != ENGINE and ENGINE in self.turns:
-                row["engine is"] = ratios(seconds, [turn.seconds for turn in self.turns[ENGINE]])
+            for other, ratio in ((ENGINE, "engine is"), (DISTILLED, "distilled is")):
+                if name != other and other in self.turns:
+                    row[ratio] = ratios(seconds, [turn.seconds for turn in self.turns[other]])
             if turns[0].memory is not None:
                 row["GB"] = max(turn.memory or 0 for turn in turns) / 1e9
             rows.append(row)
