@@ -338,6 +338,10 @@ def test_a_plan_names_tasks_and_counts_all_parameters() -> None:
         (["model.image={patch: 5}"], "patch=5, expected a divisor of size=32"),
         (["model.image={size: big}"], "size='big'"),
         (["stages.picture_vae={}"], "stages.picture_vae with model.image.kind='patch_pca'"),
+        (
+            ["stages.picture_vae={}", "model.image={kind: conv_vae, width: 8}"],
+            "stages.picture_vae is the last of pictures, expected one of kind 'pictures' after it",
+        ),
         (["stages.pictures.dual_layers=9"], "dual_layers=9"),
     ],
 )

@@ -102,6 +102,11 @@ class Recipe(Section):
                 if isinstance(section, PictureVAESection) and self.model.image.get("kind") != "conv_vae":
                     kind = self.model.image.get("kind", CodecConfig.kind)
                     raise ColadaError(f"stages.{name} with model.image.kind={kind!r}, expected 'conv_vae'")
+                if isinstance(section, PictureVAESection) and section.steps and not self._reads_codec(name):
+                    raise ColadaError(
+                        f"stages.{name} is the last of pictures, expected one of kind 'pictures' after it:"
+                        " a model of text has no place for a codec"
+                    )
             if not any(source_weights(section, self.data.sources, f"stages.{name}.weights")):
                 if section.weights is not None:
                     raise ColadaError(f"stages.{name}.weights={section.weights}, expected one above 0")
@@ -110,6 +115,11 @@ class Recipe(Section):
                     f"stages.{name}: sources of format {there}, expected some of {', '.join(section.formats)}"
                 )
         return self
+
+    def _reads_codec(self, name: str) -> bool:
+        """Return whether a stage after this one learns from the codec's latents."""
+        after = list(self.stages.values())[list(self.stages).index(name) + 1 :]
+        return any(isinstance(section, PicturesSection) and section.steps for section in after)
 
     def stages_of(self, arch: str) -> dict[str, StageSection]:
         """Return the stages that train an architecture, in order."""
