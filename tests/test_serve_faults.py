@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from colada.models.cola import ColaDLM
@@ -300,19 +301,28 @@ def test_the_longest_request_is_what_the_limit_says() -> None:
         assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
 
 
-def test_too_many_open_requests_are_refused() -> None:
+def test_too_many_open_requests_are_refused_and_probes_are_not() -> None:
     policy = Policy(log="off", connections=2)
     with running({"bytes": byte_model()}, LIMITS, policy) as server:
+        body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}
 
-        async def crowd() -> list[Answer]:
-            body = {"prompt": "a", "max_tokens": 64, "ignore_eos": True}
-            return await asyncio.gather(*(ask(server.port, "/v1/completions", body) for _ in range(6)))
+        async def crowd() -> tuple[list[Answer], list[Answer], list[Answer]]:
+            asked = [asyncio.ensure_future(ask(server.port, "/v1/completions", body)) for _ in range(2)]
+            while server.service.admission.places < 2:
+                await asyncio.sleep(0.01)
+            refused = [await ask(server.port, "/v1/completions", body)]
+            refused.append(await ask(server.port, "/v1/models", method="GET"))
+            probes = [await ask(server.port, path, method="GET") for path in ("/live", "/ready", "/health")]
+            assert not any(one.done() for one in asked)
+            return await asyncio.gather(*asked), refused, probes
 
-        answers = asyncio.run(crowd())
-        refused = [answer for answer in answers if answer.status == 503]
-        assert 0 < len(refused) <= 4
-        assert {answer.error["code"] for answer in refused} == {"too_many_connections"}
-        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status == 200
+        streams, refused, probes = asyncio.run(crowd())
+        assert [answer.status for answer in probes] == [200, 200, 200]
+        assert [(answer.status, answer.error["code"]) for answer in refused] == [
+            (503, "too_many_connections")
+        ] * 2
+        assert all(answer.events[-1] == "[DONE]" for answer in streams)
+        assert server.get("/v1/models").status == 200
 
 
 def test_who_waits_too_long_is_refused_and_the_others_go_on() -> None:
@@ -509,6 +519,101 @@ def test_a_request_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> 
         stream = server.post("/v1/completions", {**body, "stream": True})
         assert stream.events[-1]["error"]["code"] == "deadline"
         server.empty()
+
+
+@pytest.mark.parametrize(
+    ("limits", "fails", "status", "code"),
+    [
+        (Limits(history=512, queue=0.1), False, 200, ""),  # What is waited for has no other bound.
+        (Limits(history=512, timeout=0.4), False, 504, "deadline"),
+        (Limits(history=512, stall=0.3), False, 503, "engine_stalled"),
+        (Limits(history=512), True, 503, "engine_dead"),
+    ],
+    ids=["busy", "late", "stalled", "dead"],
+)
+def test_work_beside_the_steps_waits_for_an_engine_that_lives(
+    monkeypatch: pytest.MonkeyPatch, model: ColaDLM, limits: Limits, fails: bool, status: int, code: str
+) -> None:
+    with running({"bytes": byte_model()}, limits) as server:
+        saboteur = Saboteur(server, monkeypatch)
+        saboteur.seconds = 1.5
+
+        async def both() -> Answer:
+            body = {"prompt": "a", "max_tokens": 4, "ignore_eos": True}
+            stream = asyncio.ensure_future(ask(server.port, "/v1/completions", body))
+            await asyncio.sleep(0.2)
+            if fails:
+                saboteur.error, saboteur.times = SystemExit(), 1
+            encoded = await ask(server.port, "/colada/encode", {"input": "abc", "encoding_format": "float"})
+            saboteur.seconds = 0.0
+            await stream
+            return encoded
+
+        answer = asyncio.run(both())
+        assert answer.status == status, answer.body
+        if code:
+            assert answer.error["code"] == code
+        else:
+            assert np.allclose(answer.json["latents"], model.encode("abc").numpy(), atol=1e-6)
+        assert not server.service.driver.tickets
+
+
+def test_who_leaves_before_it_is_not_encoded_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running({"bytes": byte_model()}, LIMITS) as server:
+        saboteur, encoded = Saboteur(server, monkeypatch), list[Any]()
+        monkeypatch.setattr(server.models["bytes"], "encode", encoded.append)
+        saboteur.seconds = 0.5
+
+        async def leave() -> None:
+            stream = asyncio.ensure_future(
+                ask(server.port, "/v1/completions", {"prompt": "a", "max_tokens": 4, "ignore_eos": True})
+            )
+            await asyncio.sleep(0.2)
+            gone = asyncio.ensure_future(ask(server.port, "/colada/encode", {"input": "abc"}))
+            await asyncio.sleep(0.1)
+            gone.cancel()
+            await stream
+
+        asyncio.run(leave())
+        server.empty()
+        assert not encoded
+
+
+def test_a_ticket_is_accepted_refused_or_not_taken_in_time() -> None:
+    async def told(news: list[Any], most: float) -> None:
+        ticket = Ticket("bytes", [{}])
+        for one in news:
+            ticket.news.put_nowait(one)
+        await ticket.accepted(most)
+
+    begin = time.monotonic()
+    asyncio.run(told([None, [(0, Chunk(0, 0, None, "a", (1,)))]], 60))
+    with pytest.raises(Refusal, match="no such thing"):
+        asyncio.run(told([Refusal(400, "invalid_value", "no such thing")], 60))
+    assert time.monotonic() - begin < 5
+    with pytest.raises(Refusal) as late:
+        asyncio.run(told([], 0.1))
+    assert (late.value.status_code, late.value.code) == (503, "queue_timeout")
+    assert late.value.headers is not None
+    assert "Retry-After" in late.value.headers
+
+
+def test_a_request_that_comes_to_an_engine_that_has_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine may die while a body is read: what is checked before is no longer so."""
+    with running({"bytes": byte_model()}, LIMITS) as server:
+        saboteur, driver = Saboteur(server, monkeypatch), server.service.driver
+        saboteur.error, saboteur.times = SystemExit(), 1
+        server.post("/v1/completions", {"prompt": "a"})
+        wait_for(lambda: driver.status == "engine_dead")
+
+        async def late() -> None:
+            ticket = Ticket("bytes", [{}])
+            driver.submit(ticket)
+            await ticket.accepted(5)
+
+        with pytest.raises(Refusal) as dead:
+            asyncio.run(late())
+        assert dead.value.code == "engine_dead"
 
 
 def test_a_deadline_does_not_interrupt_who_sends() -> None:

@@ -147,6 +147,15 @@ def test_keys_of_the_environment_are_asked_for(saved: Path) -> None:
         assert answer.json["data"][0]["id"] == "mine"
 
 
+def test_idle_connections_keep_no_probe_out(saved: Path) -> None:
+    with process(str(saved), "--max-connections", "2") as (_, port):
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+        for path in ("/live", "/ready", "/health"):
+            assert asyncio.run(ask(port, path, method="GET")).status == 200
+        for one in idle:
+            one.close()
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [

@@ -18,7 +18,8 @@ from colada.errors import ColadaError, shown
 logger = logging.getLogger("colada.serve")
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-OPEN_PATHS = ("/health", "/ready", "/live", "/openapi.json", "/")
+PROBES = ("/health", "/ready", "/live")
+OPEN_PATHS = (*PROBES, "/openapi.json", "/")
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "stop")
 EXTENSION = (
     *("steps", "guidance", "guidance_interval", "guidance_cap", "guidance_rescale", "early_end"),
@@ -111,7 +112,7 @@ class Policy:
         public_metrics: show the metrics without a key.
         log: a line a request as "text", "json" or "off".
         log_prompts: with what was asked in it.
-        connections: requests that are open at once; more get 503.
+        connections: requests that are open at once; more get 503, but for :data:`PROBES`.
     """
 
     keys: list[str] = field(default_factory=list)

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -39,6 +39,7 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+Result = TypeVar("Result")
 LONG_BODY = 8192
 """Bytes from which on a request is tokenised beside the loop."""
 MOST_ENCODED = 2048
@@ -188,7 +189,7 @@ class Service:
         served = self.served(body.model)
         return JSONResponse({"prompt": _text(served, _ids(served, body.tokens, "tokens"))})
 
-    async def encode(self, body: protocol.EncodeRequest) -> Response:
+    async def encode(self, request: Request, body: protocol.EncodeRequest) -> Response:
         """Return the Text VAE's latents of a text."""
         served = self.served(body.model, cola=True)
         ids = _ids(served, body.input, "input")
@@ -201,9 +202,9 @@ class Service:
             numbers = body.encoding_format == "float"
             return {"latents": latents.tolist() if numbers else packed, "shape": list(latents.shape)}
 
-        return JSONResponse(await self.driver.aside(work))
+        return JSONResponse(await _unless_gone(request.receive, self.driver.aside(work)))
 
-    async def decode(self, body: protocol.DecodeRequest) -> Response:
+    async def decode(self, request: Request, body: protocol.DecodeRequest) -> Response:
         """Return the likeliest tokens of latents."""
         served, sent = self.served(body.model, cola=True), body.latents
 
@@ -227,7 +228,7 @@ class Service:
                 raise Refusal(400, "invalid_value", str(error), "latents") from None
             return ids
 
-        ids = await self.driver.aside(work)
+        ids = await _unless_gone(request.receive, self.driver.aside(work))
         return JSONResponse({"text": _text(served, ids), "tokens": ids})
 
     # --- the server itself -------------------------------------------------------------------
@@ -338,15 +339,14 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         app.add_api_route(path, handler, methods=[method], response_model=model, responses=responses)
     app.add_api_route("/metrics", service.show_metrics, include_in_schema=False)
     for path in ELSEWHERE:
-        app.router.add_route(path, _elsewhere, ["GET", "POST"], include_in_schema=False)
+        app.router.add_route(path, partial(_elsewhere, path), ["GET", "POST"], include_in_schema=False)
     if PLAYGROUND.is_dir():
         pages = _Pages(directory=PLAYGROUND, html=True)
         app.mount("/playground", pages)
         app.router.add_route("/", pages.index, ["GET"], include_in_schema=False)
 
 
-async def _elsewhere(request: Request) -> Response:
-    path = request.scope["path"]
+async def _elsewhere(path: str, request: Request) -> Response:
     raise Refusal(404, "not_supported", f"{path} is not served: {ELSEWHERE[path]}")
 
 
@@ -418,8 +418,8 @@ class _Stream(Response):
         await send(body)
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Wait for work, unless the client goes first. Raises Refusal, that nobody reads, if it does."""
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """Return what work does, unless the client goes first. Raises Refusal, that nobody reads, if it does."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -430,7 +430,7 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> Non
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise Refusal(499, "client_gone", "the client has closed the connection")
-        working.result()
+        return working.result()
     finally:
         working.cancel()
         watching.cancel()

@@ -25,6 +25,9 @@ logger = logging.getLogger("colada.serve")
 MOST_GUESSES = 64
 """Of what waits for a request's reader: while it is more, newer guesses are left out."""
 WARM_TOKENS = 8
+LOOK = 0.5
+"""Seconds after which who waits for work beside the steps looks whether the engine goes on."""
+ENDED = ("stopped", "engine_dead")
 
 Models = Mapping[str, "Served"]
 News = Sequence[tuple[int, "Chunk"]]
@@ -38,8 +41,8 @@ class Ticket:
     Attributes:
         choices: arguments of :meth:`colada.generate.session.Session.submit`.
         latents: "pca" or "full": how guesses show them.
-        news: None once it is accepted, then what a step has brought: numbers of choices with their chunks;
-            or why it fails.
+        news: None once it is accepted, then what a step has brought: numbers of choices with their chunks; of
+            work beside them (:meth:`Driver.aside`), its result; or why it fails.
         indices: of the choices in the session; the engine thread's own.
         since: when it was submitted.
     """
@@ -47,7 +50,7 @@ class Ticket:
     model: str
     choices: Sequence[Mapping[str, Any]]
     latents: str | None = None
-    news: asyncio.Queue[News | Refusal | None] = field(default_factory=asyncio.Queue)
+    news: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     indices: list[int] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
 
@@ -79,7 +82,7 @@ class Ticket:
         while left:
             rest = end - time.monotonic()
             if rest <= 0:
-                raise Refusal(504, "deadline", f"not finished after {most:g} s", x_should_retry="false")
+                raise _overdue(most)
             try:
                 async with asyncio.timeout(rest if patience is None else min(patience, rest)):
                     news = await self.news.get()
@@ -88,7 +91,6 @@ class Ticket:
                 continue
             if isinstance(news, Refusal):
                 raise news
-            assert news is not None
             for _, chunk in news:
                 if chunk.error is not None:
                     code = "not_finite" if "not finite" in chunk.error else "internal"
@@ -148,10 +150,15 @@ class Driver:
 
     def submit(self, ticket: Ticket) -> None:
         """Let the engine begin with a request; :meth:`close` must follow, however it ends."""
+        self._hand_over(ticket, partial(self._begin, ticket))
+
+    def _hand_over(self, ticket: Ticket, work: Callable[[], None]) -> None:
         if not self.tickets:
             self.heartbeat = time.monotonic()
         self.tickets.add(ticket)
-        self._inbox.put(partial(self._begin, ticket))
+        self._inbox.put(work)
+        if self._state in ENDED:  # While its body was read; nobody looks into the inbox any more.
+            ticket.news.put_nowait(_gone())
 
     def close(self, ticket: Ticket) -> None:
         """Forget a request; what is under way of it is cancelled."""
@@ -164,24 +171,33 @@ class Driver:
             ticket.news.put_nowait(failure)
 
     async def aside(self, work: Callable[[], Any]) -> Any:
-        """Return the result of some other work with a model, done between two steps. Raises Refusal."""
-        done: asyncio.Queue[Any] = asyncio.Queue()
+        """Return the result of some other work with a model, done between two steps.
 
-        def run() -> None:
-            try:
-                result = work()
-            except Exception as error:
-                result = as_refusal(error)
-            self._post(partial(done.put_nowait, result))
-
-        self._inbox.put(partial(self._side.append, run))
-        result = await done.get()
-        if isinstance(result, Refusal):
-            raise result
-        return result
+        Raises:
+            Refusal: where the work does, the engine dies or stalls, or it has not come to it within the time
+                that a request may take.
+        """
+        ticket, end = Ticket("", ()), time.monotonic() + self._limits.timeout
+        self._hand_over(ticket, partial(self._side.append, partial(self._do, ticket, work)))
+        try:
+            while (rest := end - time.monotonic()) > 0:
+                try:
+                    async with asyncio.timeout(min(LOOK, rest)):
+                        result = await ticket.news.get()
+                except TimeoutError:
+                    if self.status == "engine_stalled":
+                        text = f"the engine has done nothing for {self._limits.stall:g} s"
+                        raise Refusal(503, "engine_stalled", text, Retry_After="5") from None
+                    continue
+                if isinstance(result, Refusal):
+                    raise result
+                return result
+            raise _overdue(self._limits.timeout)
+        finally:
+            self.close(ticket)
 
     def _ended(self) -> None:
-        self.fail_all(Refusal(503, "engine_dead", "the engine has ended", Retry_After="5"))
+        self.fail_all(_gone())
         self._on_end()
 
     # --- in the engine thread ----------------------------------------------------------------
@@ -240,11 +256,20 @@ class Driver:
             accepted = as_refusal(error)
         self._post(partial(ticket.news.put_nowait, accepted))
 
+    def _do(self, ticket: Ticket, work: Callable[[], Any]) -> None:
+        if ticket not in self.tickets:  # Whoever asked for it has gone.
+            return
+        try:
+            result = work()
+        except Exception as error:
+            result = as_refusal(error)
+        self.heartbeat = time.monotonic()
+        self._post(partial(ticket.news.put_nowait, result))
+
     def _cancel(self, ticket: Ticket) -> None:
-        session = self._sessions[ticket.model]
         for index in ticket.indices:
             if self._places.pop((ticket.model, index), None) is not None:
-                session.cancel(index)
+                self._sessions[ticket.model].cancel(index)
 
     def _step(self, name: str, session: Any) -> None:
         """Do a step of a model's session, and tell the loop what is new, if anything is."""
@@ -293,6 +318,14 @@ class Driver:
 def _late(seconds: float) -> Refusal:
     text = f"the engine has not begun with it after {seconds:g} s"
     return Refusal(503, "queue_timeout", text, Retry_After="5")
+
+
+def _overdue(seconds: float) -> Refusal:
+    return Refusal(504, "deadline", f"not finished after {seconds:g} s", x_should_retry="false")
+
+
+def _gone() -> Refusal:
+    return Refusal(503, "engine_dead", "the engine has ended", Retry_After="5")
 
 
 def _deliver(news: Mapping[Ticket, News]) -> None:

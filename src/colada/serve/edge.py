@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from colada.serve.admission import Policy, Refusal, as_refusal
+from colada.serve.admission import PROBES, Policy, Refusal, as_refusal
 from colada.serve.protocol import read_json
 
 MOST_BODY, MOST_HEADERS, MOST_HEADER_BYTES = 2**20, 64, 2**14
@@ -90,6 +90,7 @@ class Edge:
                 logger.info(" ".join(f"{name}={value}" for name, value in line.items()))
 
     def _check(self, scope: Scope, headers: Headers, log: dict[str, Any]) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         count, size = len(scope["headers"]), sum(len(name) + len(value) for name, value in scope["headers"])
         if count > MOST_HEADERS or size > MOST_HEADER_BYTES:
             text = f"{count} headers of {size} bytes, expected at most {MOST_HEADERS} of {MOST_HEADER_BYTES}"
@@ -97,10 +98,10 @@ class Edge:
         if "transfer-encoding" in headers and "content-length" in headers:
             text = "Content-Length and Transfer-Encoding, expected one of them"
             raise Refusal(400, "invalid_value", text, Connection="close")
-        if self._open > self.policy.connections:
+        if self._open > self.policy.connections and path not in PROBES:
             text = f"{self._open} requests are open, expected at most {self.policy.connections}"
             raise Refusal(503, "too_many_connections", text, Retry_After="5", Connection="close")
-        log["key"] = self.policy.check(scope["path"], headers)
+        log["key"] = self.policy.check(path, headers)
         if scope["method"] == "POST" and (closed := self.closed()) is not None:
             raise Refusal(503, closed, f"no requests are taken: {closed}", Retry_After="5")
 

@@ -104,7 +104,6 @@ def run(
         proxy_headers=proxies is not None,
         forwarded_allow_ips=proxies,
         root_path=root_path,
-        limit_concurrency=policy.connections + policy.connections // 4 + 1,  # A last wall.
         timeout_graceful_shutdown=5,
     )
     server = Server(config, app)
