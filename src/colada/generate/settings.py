@@ -34,6 +34,8 @@ SCHEDULE_NAMES = ("uniform", "front-loaded", "logit-normal")
 NOISE_NAMES = ("per-sample", "released")
 SEED_STRIDE = {"per-sample": 1, "released": 1000}
 """By how much the seeds of consecutive samples differ where one seed is given for all."""
+PER_PROMPT = ("seed", "guidance")
+"""Settings that may be a list, one for each prompt."""
 
 Prompt = str | Sequence[int]
 """A text, or the ids of its tokens; arrays and tensors of whole numbers are taken too."""
@@ -293,6 +295,61 @@ def _check_list(name: str, value: Any, where: str) -> None:
             raise ColadaError(f"{where}{name}={shown(one)}, expected {rule.expected}")
 
 
+# --- of a model ----------------------------------------------------------------------------------
+
+
+def with_built_in(
+    stored: Mapping[str, Any], asked: Mapping[str, Any], built_in: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return a model's stored settings with those asked for over them, all of them checked.
+
+    Args:
+        stored: with a value for each.
+        asked: some.
+        built_in: ``distilled`` of a distilled prior's config, which goes before what is stored.
+
+    Raises:
+        ColadaError: for guidance, steps, grid or solver beside those that are built in; for steps beside a
+            stored learnt solver.
+    """
+    chosen = {**stored, **asked}
+    if built_in is not None:
+        chosen |= _distilled(stored, asked, built_in)
+    solver = chosen.get("solver")
+    if isinstance(solver, Mapping) and "solver" not in asked:
+        count = len(solver["grid"])
+        for name in ("steps", "schedule", "early_end"):
+            if asked.get(name) not in (None, count if name == "steps" else None):
+                known = f"this model's learnt solver makes {count} evaluations"
+                raise ColadaError(f"{name}={shown(asked[name])}: {known}; expected another solver beside it")
+    return chosen
+
+
+def _distilled(
+    stored: Mapping[str, Any], asked: Mapping[str, Any], built_in: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings that a distilled prior has built in; raises as :func:`with_built_in`."""
+    scales = asked.get("guidance", 1.0)
+    if any(scale != 1 for scale in (scales if isinstance(scales, list | tuple) else [scales])):
+        scale = f"{built_in['guidance']:g}"
+        raise ColadaError(f"guidance={shown(scales)}: this model has {scale} built in, expected 1")
+    unguided = {"guidance": 1.0, "guidance_cap": 0.0, "guidance_rescale": 0.0}
+    if built_in.get("grids") is None:
+        return unguided
+    grids = {len(grid) - 1: tuple(grid) for grid in built_in["grids"]}
+    steps = asked.get("steps", stored["steps"] if stored["steps"] in grids else next(iter(grids)))
+    grid = grids.get(steps)
+    schedule = asked.get("schedule", grid)
+    if grid is None or isinstance(schedule, str) or tuple(schedule) != grid:
+        known = " or ".join(f"{count} steps along a = {list(values)}" for count, values in grids.items())
+        words = f"steps={shown(steps)}" + (f", schedule={shown(schedule)}" if schedule else "")
+        raise ColadaError(f"{words}: this model makes {known}")
+    if asked.get("solver", "euler") != "euler" or asked.get("early_end"):
+        words = f"solver={shown(asked.get('solver'))}, early_end={shown(asked.get('early_end'))}"
+        raise ColadaError(f"{words}: this model makes Euler steps of its own, expected 'euler' and 0")
+    return {**unguided, "schedule": grid, "steps": steps, "solver": "euler", "early_end": 0.0}
+
+
 # --- prompts -------------------------------------------------------------------------------------
 
 
@@ -345,9 +402,8 @@ def settings_of_each(chosen: Mapping[str, Any], count: int) -> list[RequestSetti
     Raises:
         ColadaError: as :func:`one_each`.
     """
-    each = {"seed": one_each("seed", chosen["seed"], count, SEED_STRIDE[chosen.get("noise", "per-sample")])}
-    if "guidance" in chosen:
-        each["guidance"] = one_each("guidance", chosen["guidance"], count, 0)
+    strides = {"seed": SEED_STRIDE[chosen.get("noise", "per-sample")], "guidance": 0}
+    each = {name: one_each(name, chosen[name], count, strides[name]) for name in PER_PROMPT if name in chosen}
     rows = zip(*each.values(), strict=True)
     return [RequestSettings(**{**chosen, **dict(zip(each, row, strict=True))}) for row in rows]
 

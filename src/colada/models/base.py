@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self, Unpack
 
 import torch
 
-from colada.checks import check_ids, check_text, require_count, require_flag
+from colada.checks import MOST_TOKENS, check_ids, check_text, require_count, require_flag
 from colada.device import check_dtype, find_device
 from colada.errors import ColadaError, ColadaWarning, failure, nearest, shown
 from colada.files import as_path
@@ -20,6 +20,7 @@ from colada.generate.canvas import Canvas
 from colada.generate.reference import TransportStep
 from colada.generate.session import Session
 from colada.generate.settings import (
+    PER_PROMPT,
     Prompt,
     RequestSettings,
     Settings,
@@ -27,6 +28,7 @@ from colada.generate.settings import (
     check_settings,
     requests_of,
     settings_of_each,
+    with_built_in,
 )
 from colada.generate.writer import Request, Writer
 from colada.locate import CHAT_TEMPLATE_FILE, IMAGE_DIR, is_hub_id
@@ -114,6 +116,11 @@ class LanguageModel(ABC):
     @abstractmethod
     def networks(self) -> dict[str, Any]:
         """All networks, each by the folder that it is saved in; the one that writes is the first."""
+
+    @property
+    def built_in(self) -> Mapping[str, Any] | None:
+        """Guidance and grids that are part of the weights, of a distilled model."""
+        return None
 
     @property
     def _first(self) -> Any:
@@ -232,13 +239,23 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def _request(
-        self, prompt: Prompt, max_new_tokens: int, settings: RequestSettings, suffix: Prompt | None = None
+        self, ids: Sequence[int], max_new_tokens: int, settings: RequestSettings
+    ) -> tuple[Request, int]:
+        """Return what the writer takes, and how many tokens of its first block are the prompt's.
+
+        Raises:
+            ColadaError: if there is no memory for so long a prompt, or for settings that do not fit it.
+        """
+
+    def _hole(
+        self, prompt: Prompt, suffix: Prompt, max_new_tokens: int, settings: RequestSettings
     ) -> tuple[Request, Transcript]:
-        """Return what the writer and the transcript take, of a prompt and settings that are checked.
+        """Return the request of a hole between two texts, and its transcript; of models that fill some.
 
         Raises:
             ColadaError: naming the argument at fault.
         """
+        raise ColadaError(f"suffix={shown(suffix)}, but {ARCHITECTURES[self.arch]} fills no holes")
 
     def _open(
         self,
@@ -247,11 +264,27 @@ class LanguageModel(ABC):
         settings: Mapping[str, Any],
         suffix: Prompt | None = None,
     ) -> tuple[Request, Transcript]:
-        """Return a request of its own, and the transcript that follows it; raises as :meth:`_request`."""
+        """Return the request of a prompt alone, and the transcript that follows it.
+
+        Raises:
+            ColadaError: naming the argument at fault.
+        """
         if suffix is not None and settings.get("stop"):
             raise ColadaError(f"stop={shown(settings['stop'])} with a suffix, expected none")
-        (own,) = settings_of_each(self.chosen(settings), 1)
-        return self._request(prompt, max_new_tokens, own, suffix)
+        (request_settings,) = settings_of_each(self.chosen(settings), 1)
+        if suffix is not None:
+            return self._hole(prompt, suffix, max_new_tokens, request_settings)
+        return self._continuation(prompt, max_new_tokens, request_settings)
+
+    def _continuation(
+        self, prompt: Prompt, max_new_tokens: int, settings: RequestSettings
+    ) -> tuple[Request, Transcript]:
+        """Return the request of a prompt with checked settings, and its transcript; raises as `_open`."""
+        count = require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
+        ids, (stop, end_ids) = self.prompt_ids(prompt), self.endings(settings)
+        request, skip = self._request(ids, count, settings)
+        whole = settings.whole_sentences
+        return request, Transcript(self.tokenizer, skip, count, stop, end_ids, ids, whole)
 
     def _session_of(
         self,
@@ -264,15 +297,13 @@ class LanguageModel(ABC):
         """Return a session of these prompts alone, in whose slots they take turns."""
         batch, chosen = require_count("batch", batch), self.chosen(settings)
         opened = []
-        for prompt, own in requests_of(prompts, chosen):
+        for prompt, request_settings in requests_of(prompts, chosen):
             if isinstance(prompt, TextRequest):
-                each: dict[str, Any] = {
-                    name: getattr(own, name) for name in ("seed", "guidance") if name in chosen
-                }
+                each = {name: getattr(request_settings, name) for name in PER_PROMPT if name in chosen}
                 text, length, over = prompt
                 opened.append(self._open(text, length, {**settings, **each, **self.check(over)}))
             else:
-                opened.append(self._request(prompt, max_new_tokens, own))
+                opened.append(self._continuation(prompt, max_new_tokens, request_settings))
         return self._session_for(opened, batch, guesses)
 
     def _session_for(
@@ -331,12 +362,15 @@ class LanguageModel(ABC):
         return str(commit.commit_url)
 
     def chosen(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all settings of a generation: those given, else the model's own, else the defaults.
+        """Return all settings of a generation: those asked for, else the model's own, else the defaults.
+
+        What a distilled prior has built in goes before what is stored, which may be its teacher's.
 
         Raises:
-            ColadaError: for one of the wrong type, or that this kind of model does not have.
+            ColadaError: for one of the wrong type, that this kind of model does not have, or that does not
+                fit what is built in.
         """
-        return {**self.defaults, **self.generation, **self.check(settings)}
+        return with_built_in({**self.defaults, **self.generation}, self.check(settings), self.built_in)
 
     @classmethod
     def check(cls, settings: Mapping[str, Any], origin: str = "") -> dict[str, Any]:

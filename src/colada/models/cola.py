@@ -11,7 +11,7 @@ import torch
 
 from colada.checks import MOST_TOKENS, require_count
 from colada.device import plain_torch, require_memory
-from colada.errors import ColadaError, shown
+from colada.errors import ColadaError
 from colada.generate.engine.engine import GPU_BUCKET, Engine, capacity_for
 from colada.generate.engine.memory import round_up
 from colada.generate.reference import encode
@@ -43,38 +43,6 @@ class Reconstruction:
     text: str
     tokens: tuple[int, ...]
     accuracy: float
-
-
-def as_distilled(
-    inside: Mapping[str, Any], chosen: Mapping[str, Any], asked: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return settings with what a distilled prior has built in, which goes before what is stored with it.
-
-    Raises:
-        ColadaError: if other guidance, steps, grid or solver are asked for.
-    """
-    scales = asked.get("guidance")
-    scales = 1.0 if scales is None else scales
-    if any(scale != 1 for scale in (scales if isinstance(scales, list | tuple) else [scales])):
-        built = f"{inside['guidance']:g}"
-        raise ColadaError(f"guidance={shown(scales)}: this model has {built} built in, expected 1")
-    unguided = {"guidance": 1.0, "guidance_cap": 0.0, "guidance_rescale": 0.0}
-    if inside.get("grids") is None:
-        return {**chosen, **unguided}
-    grids = {len(grid) - 1: tuple(grid) for grid in inside["grids"]}
-    stored = chosen["steps"] if chosen["steps"] in grids else next(iter(grids))
-    steps = asked.get("steps") or stored
-    grid = grids.get(steps)
-    schedule = asked.get("schedule") or grid
-    if grid is None or schedule is None or isinstance(schedule, str) or tuple(schedule) != grid:
-        known = " or ".join(f"{count} steps along a = {list(own)}" for count, own in grids.items())
-        words = f"steps={shown(steps)}" + (f", schedule={shown(schedule)}" if schedule else "")
-        raise ColadaError(f"{words}: this model makes {known}")
-    if asked.get("solver") not in (None, "euler") or asked.get("early_end"):
-        words = f"solver={shown(asked.get('solver'))}, early_end={shown(asked.get('early_end'))}"
-        raise ColadaError(f"{words}: this model makes Euler steps of its own, expected 'euler' and 0")
-    fixed = {"schedule": grid, "steps": steps, "solver": "euler", "early_end": 0.0}
-    return {**chosen, **unguided, **fixed}
 
 
 class ColaDLM(PictureModel):
@@ -162,7 +130,7 @@ class ColaDLM(PictureModel):
         if self.vae.config != other.vae.config:
             return False
         pairs = zip(self.vae.parameters(), other.vae.parameters(), strict=True)
-        return all(torch.equal(own.float(), theirs.float()) for own, theirs in pairs)
+        return all(torch.equal(weight.float(), other_weight.float()) for weight, other_weight in pairs)
 
     # --- tokens and latents ----------------------------------------------------------------
 
@@ -234,25 +202,10 @@ class ColaDLM(PictureModel):
         text = self.tokenizer.decode(out, skip_special=False) if self.tokenizer is not None else ""
         return Reconstruction(text, tuple(out), correct / len(ids))
 
-    def chosen(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all settings of a generation, of a distilled prior with what it has built in.
-
-        What is built in goes before what the model has stored, which may be its teacher's.
-
-        Raises:
-            ColadaError: as in :meth:`LanguageModel.chosen`; if other guidance or steps are asked for.
-        """
-        chosen, inside = super().chosen(settings), self.dit.config.distilled
-        if inside is not None:
-            chosen = as_distilled(inside, chosen, settings)
-        if not isinstance(chosen["solver"], str) and settings.get("solver") is None:
-            count = len(chosen["solver"]["grid"])
-            for name in ("steps", "schedule", "early_end"):
-                if settings.get(name) not in (None, count if name == "steps" else None):
-                    asked = f"{name}={shown(settings[name])}"
-                    known = f"this model's learnt solver makes {count} evaluations"
-                    raise ColadaError(f"{asked}: {known}; expected another solver beside it")
-        return chosen
+    @property
+    def built_in(self) -> Mapping[str, Any] | None:
+        """What a distilled prior has inside: ``distilled`` of its config."""
+        return self.dit.config.distilled
 
     # --- generation ------------------------------------------------------------------------
 
@@ -263,7 +216,7 @@ class ColaDLM(PictureModel):
         """Return the engine that is kept if it fits, else a new one; nobody else gets it, in no thread."""
         capacity = capacity_for(requests, self.vae.config, slots)
         # Without a token to pad, no padding id is needed.
-        pad_id = self.pad_id if any(own.ids for own in requests) else 0
+        pad_id = self.pad_id if any(request.ids for request in requests) else 0
         if self.device.type == "cuda":  # A next call that is a little longer then finds it large enough.
             capacity = round_up(capacity, 8 * GPU_BUCKET)
         try:
@@ -285,32 +238,29 @@ class ColaDLM(PictureModel):
             self._kept[:] = [writer]
 
     def _request(
-        self, prompt: Prompt, max_new_tokens: int, settings: RequestSettings, suffix: Prompt | None = None
-    ) -> tuple[Request, Transcript]:
-        max_new_tokens = require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
-        patch, size = self.vae.config.patch_size, self.vae.config.block_size
-        hole, stop, end_ids, sentences = None, list[str](), list[int](), False
-        if suffix is None:
-            before = ids = self.prompt_ids(prompt)
-            stop, end_ids = self.endings(settings)
-            sentences = settings.whole_sentences
-            first = -(-len(ids) // patch)
-        else:
-            before, after = self.ids(prompt), self.ids(suffix)
-            if len(before) % patch or max_new_tokens % patch:
-                raise ColadaError(
-                    f"a hole of {max_new_tokens} tokens after {len(before)}, "
-                    f"expected multiples of patch_size={patch}"
-                )
-            ids = [*before, *[self.vae.config.mask_id] * max_new_tokens, *after]
-            first = len(before) // patch
-            hole = first, first + max_new_tokens // patch
+        self, ids: Sequence[int], max_new_tokens: int, settings: RequestSettings
+    ) -> tuple[Request, int]:
         self._check_length(ids)
-        request = Request(tuple(ids), max_new_tokens, settings, hole)
+        patch = self.vae.config.patch_size
         # Of the first block, those tokens are told that are not the prompt's pinned latents.
-        skip = first % size * patch
-        transcript = Transcript(self.tokenizer, skip, max_new_tokens, stop, end_ids, before, sentences)
-        return request, transcript
+        skip = -(-len(ids) // patch) % self.vae.config.block_size * patch
+        return Request(tuple(ids), max_new_tokens, settings), skip
+
+    def _hole(
+        self, prompt: Prompt, suffix: Prompt, max_new_tokens: int, settings: RequestSettings
+    ) -> tuple[Request, Transcript]:
+        count = require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
+        before, after, patch = self.ids(prompt), self.ids(suffix), self.vae.config.patch_size
+        if len(before) % patch or count % patch:
+            raise ColadaError(
+                f"a hole of {count} tokens after {len(before)}, expected multiples of patch_size={patch}"
+            )
+        ids = [*before, *[self.vae.config.mask_id] * count, *after]
+        self._check_length(ids)
+        first = len(before) // patch
+        request = Request(tuple(ids), count, settings, (first, first + count // patch))
+        skip = first % self.vae.config.block_size * patch
+        return request, Transcript(self.tokenizer, skip, count, (), (), before)
 
     def infill(self, before: Prompt, after: Prompt, tokens: int, **settings: Unpack[Settings]) -> Completion:
         """Fill a hole of exactly ``tokens`` tokens between two texts.

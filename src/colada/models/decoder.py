@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 
-from colada.checks import MOST_TOKENS, require_count
-from colada.errors import ColadaError, failure, shown
-from colada.generate.settings import RELEASED_SETTINGS, Prompt, RequestSettings
+from colada.errors import ColadaError, failure
+from colada.generate.settings import RELEASED_SETTINGS, RequestSettings
 from colada.generate.writer import Request, S, Slot, Writer
 from colada.locate import DECODER_DIR
-from colada.models.base import ARCHITECTURES, LanguageModel, require_kind
+from colada.models.base import LanguageModel, require_kind
 from colada.networks.decoder import Decoder
 from colada.text.tokenizer import Tokenizer
-from colada.text.transcript import Transcript
 
 _NAMES = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "whole_sentences", "end_ids")
 DEFAULTS = {name: RELEASED_SETTINGS[name] for name in _NAMES}
@@ -67,16 +65,9 @@ class DecoderLM(LanguageModel):
         return len(request.ids) + request.new_tokens + (self.arch == "ar")
 
     def _request(
-        self, prompt: Prompt, max_new_tokens: int, settings: RequestSettings, suffix: Prompt | None = None
-    ) -> tuple[Request, Transcript]:
-        if suffix is not None:
-            raise ColadaError(f"suffix={shown(suffix)}, but {ARCHITECTURES[self.arch]} fills no holes")
-        max_new_tokens = require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
-        stop, end_ids = self.endings(settings)
-        ids = self.prompt_ids(prompt)
-        request = Request(tuple(ids), max_new_tokens, settings)
-        whole = settings.whole_sentences
-        return request, Transcript(self.tokenizer, 0, max_new_tokens, stop, end_ids, ids, whole)
+        self, ids: Sequence[int], max_new_tokens: int, settings: RequestSettings
+    ) -> tuple[Request, int]:
+        return Request(tuple(ids), max_new_tokens, settings), 0
 
 
 class DecoderWriter(Writer[S]):

@@ -18,11 +18,10 @@ from colada.errors import ColadaError
 from colada.generate.noise import block_generator
 from colada.generate.reference import TransportStep
 from colada.generate.sampling import pick
-from colada.generate.settings import Prompt, RequestSettings
+from colada.generate.settings import RequestSettings
 from colada.generate.writer import Request, Slot
 from colada.models.decoder import DEFAULTS, DecoderLM, DecoderWriter
 from colada.networks.decoder import Decoder
-from colada.text.transcript import Transcript
 
 ACTIVATIONS = 6
 """Vectors of either width that a pass holds at once for a token."""
@@ -109,13 +108,13 @@ class MaskedLM(DecoderLM):
         return MaskWriter(self.decoder, capacity, slots, self._room, self.origin)
 
     def _request(
-        self, prompt: Prompt, max_new_tokens: int, settings: RequestSettings, suffix: Prompt | None = None
-    ) -> tuple[Request, Transcript]:
+        self, ids: Sequence[int], max_new_tokens: int, settings: RequestSettings
+    ) -> tuple[Request, int]:
         size = self.decoder.config.block_size
         steps = size if settings.steps is None else settings.steps
         if steps > size:
             raise ColadaError(f"steps={steps}, expected at most the {size} tokens of a block")
-        return super()._request(prompt, max_new_tokens, replace(settings, steps=steps), suffix)
+        return super()._request(ids, max_new_tokens, replace(settings, steps=steps))
 
 
 def transfers(tokens: int, steps: int) -> list[int]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from colada.data.rows import Batch
 from colada.errors import ColadaError
+from colada.generate.settings import with_built_in
 from colada.models.base import LanguageModel
-from colada.models.cola import ColaDLM, as_distilled
+from colada.models.cola import ColaDLM
 from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
 from colada.networks.pictures import with_pictures
@@ -132,10 +133,10 @@ class ColaSystem(System):
         return ColaDLM(vae, dit, image=image if dit.config.img_channels else None, **parts)
 
 
-def _stored(inside: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _stored(built_in: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings stored with a distilled model: its teacher's, as far as they are still true."""
     defaults = ColaDLM.defaults
-    chosen = as_distilled(inside, {**defaults, **settings}, {})
+    chosen = with_built_in({**defaults, **settings}, {}, built_in)
     told = {"steps", "guidance", "solver", "schedule"}
     return {name: value for name, value in chosen.items() if name in told or value != defaults[name]}
 
