@@ -57,6 +57,14 @@ class Running:
     def get(self, path: str, **headers: str) -> Answer:
         return asyncio.run(ask(self.port, path, method="GET", headers=headers))
 
+    def metrics(self) -> dict[str, float]:
+        """What ``/metrics`` says, by name and labels as they are written there."""
+        lines = self.get("/metrics").body.decode().splitlines()
+        return {
+            name: float(value)
+            for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")
+        }
+
     def empty(self, seconds: float = 10.0) -> None:
         """Wait until nothing is under way, and nothing is held."""
         driver = self.service.driver

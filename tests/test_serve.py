@@ -437,6 +437,43 @@ def test_health_metrics_and_the_description_are_told(server: Running) -> None:
     assert "422" not in json.dumps(described["paths"])
 
 
+def grown(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    return {
+        name: value - before.get(name, 0) for name, value in after.items() if value != before.get(name, 0)
+    }
+
+
+def test_metrics_count_what_is_written(server: Running) -> None:
+    before = server.metrics()
+    colada = {"guesses": True, "steps": 5, "guidance": 1.0}
+    body = {"prompt": "abcd", "max_tokens": 8, "n": 2, "ignore_eos": True, "stream": True, "colada": colada}
+    answer = server.post("/v1/completions", body)
+    guesses = sum(
+        event != "[DONE]" and event.get("colada", {}).get("type") == "guess" for event in answer.events
+    )
+    server.empty()
+    more = grown(before, server.metrics())
+    # Two choices of two blocks in five steps; the second may begin a block after the first.
+    assert more["colada_blocks_total"] == 4
+    assert more["colada_rows_per_pass_sum"] == 4 * 5
+    assert more["colada_rows_per_pass_count"] == more["colada_solver_steps_total"]
+    assert 10 <= more["colada_solver_steps_total"] <= 20
+    assert more['colada_guesses_total{what="sent"}'] == guesses == 4 * 5
+    assert more["colada_queue_seconds_count"] == 2
+    assert more["colada_first_block_seconds_count"] == more["colada_block_interval_seconds_count"] == 2
+    assert more['colada_tokens_total{kind="completion",model="bytes"}'] == 16
+    assert more['colada_tokens_total{kind="prompt",model="bytes"}'] == 4
+    assert more['colada_choices_total{finish="length",model="bytes"}'] == 2
+    assert more["colada_wakeups_total"] <= more["colada_step_seconds_count"]
+    now = server.metrics()
+    (info,) = [name for name in now if name.startswith("colada_info{")]
+    for label in ('model="bytes"', 'device="cpu"', 'dtype="float32"', 'fingerprint="colada-', 'version="'):
+        assert label in info
+    assert now[info] == 1
+    assert now["process_resident_memory_bytes"] > 2**20
+    assert "colada_engine_restarts_total" in now
+
+
 def test_every_answer_has_an_id(server: Running) -> None:
     assert server.get("/live", x_request_id="my-id.5").headers["x-request-id"] == "my-id.5"
     for odd in ("a b", "x" * 129, "né"):

@@ -16,7 +16,7 @@ import pytest
 
 from colada.models.cola import ColaDLM
 from colada.serve.admission import Limits, Policy, Refusal
-from colada.serve.driver import News, Ticket
+from colada.serve.driver import MOST_GUESSES, News, Ticket
 from colada.serve.edge import MOST_BODY
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import Chunk
@@ -341,6 +341,7 @@ def test_who_waits_too_long_is_refused_and_the_others_go_on() -> None:
         assert (second.status, second.error["code"]) == (503, "queue_timeout")
         assert "retry-after" in second.headers
         server.empty()
+        assert server.metrics()['colada_cancelled_total{when="waiting",why="deadline"}'] == 1
 
 
 # --- an engine that fails ------------------------------------------------------------------------
@@ -352,6 +353,17 @@ async def beside(server: Running, body: Json) -> tuple[Answer, Answer]:
         ask(server.port, "/v1/completions", GOOD), ask(server.port, "/v1/completions", body)
     )
     return good, other
+
+
+def test_guesses_that_a_reader_is_too_slow_for_are_replaced() -> None:
+    guess, block = Chunk(0, 0, 1, "a", (1,)), Chunk(0, 0, None, "a", (1,))
+    ticket = Ticket("bytes", [{}])
+    for _ in range(MOST_GUESSES + 10):
+        ticket.put([(0, guess)])
+    ticket.put([(0, guess), (0, block)])
+    told = [ticket.news.get_nowait() for _ in range(ticket.news.qsize())]
+    assert told == [[(0, guess)]] * MOST_GUESSES + [[(0, block)]]
+    assert ticket.replaced == 11
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -447,6 +459,7 @@ def test_a_round_that_fails_ends_who_is_in_it_and_the_next_ones_are_served(
             bad = server.post("/v1/completions", {"prompt": "a", "max_tokens": 8})
             assert (bad.status, bad.error["code"]) == (500, "internal")
         assert server.get("/health").status == 200
+        assert server.metrics()["colada_engine_restarts_total"] == 1
         check_answer(server.post("/v1/completions", GOOD), GOOD, alone(byte_model(), GOOD))
         server.empty()
 
@@ -519,6 +532,9 @@ def test_a_request_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> 
         stream = server.post("/v1/completions", {**body, "stream": True})
         assert stream.events[-1]["error"]["code"] == "deadline"
         server.empty()
+        metrics = server.metrics()
+        assert metrics['colada_cancelled_total{when="running",why="deadline"}'] == 2
+        assert metrics['colada_refusals_total{code="deadline"}'] == 2
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,12 @@ def test_who_leaves_the_queue_is_never_written() -> None:
         assert [answer.status for answer in answers] == [200] * 10
         server.empty()
         assert sorted(submitted) == [*range(1, 20, 2), 1000]
+        metrics = server.metrics()
+        assert metrics['colada_cancelled_total{when="waiting",why="client"}'] == 10
+        assert metrics['colada_cancelled_total{when="running",why="client"}'] == 1
+        assert metrics["colada_queue_seconds_count"] == 11
+        for state in ("waiting", "running"):
+            assert metrics[f'colada_choices_open{{model="bytes",state="{state}"}}'] == 0
 
 
 @pytest.mark.parametrize("part", [b"", b"POST /v1/comp", b"{"], ids=["nothing", "half a head", "half a body"])

@@ -45,13 +45,14 @@ class Session:
 
     Attributes:
         submitted: how many requests, so far.
+        failed: how many rounds have ended all who were in them.
     """
 
     def __init__(
         self, engine: Writer[Any], open_request: Open, at_end: Callable[[Any], None] | None = None
     ) -> None:
         self.engine, self._open, self._at_end = engine, open_request, at_end
-        self.submitted = 0
+        self.submitted = self.failed = 0
         self._entries: dict[int, _Entry] = {}  # By the request's identity: equal ones may be submitted twice.
         self._round: Iterator[TransportStep] | None = None  # The one under way.
         self._pending: deque[Chunk] = deque()  # Of the last step, not yet taken from chunks().
@@ -168,6 +169,7 @@ class Session:
             self._round = None  # After an interrupt, the block is begun again.
             if not isinstance(error, Exception) or not self.engine.under_way:  # Nobody to be told.
                 raise
+            self.failed += 1
             for slot in self.engine.under_way:
                 slot.error = slot.error or failure(f"block {slot.blocks} failed", error)
             return None

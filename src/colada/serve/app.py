@@ -27,7 +27,7 @@ from colada.errors import ColadaError
 from colada.serve import protocol
 from colada.serve.admission import Admission, Limits, Policy, Refusal, as_refusal, invalid
 from colada.serve.answers import Job, Writer, as_json, open_job
-from colada.serve.driver import Driver, Models, News
+from colada.serve.driver import Driver, Models, News, Ticket
 from colada.serve.edge import Body, Edge, refused
 from colada.serve.metrics import Metrics
 from colada.serve.models import Served
@@ -121,7 +121,7 @@ class Service:
         self.admission.take(job.latents, job.watching)
         on_end.callback(self.admission.give_back, job.latents, job.watching)
         self.driver.submit(job.ticket)
-        on_end.callback(self.driver.close, job.ticket)
+        on_end.callback(self._close, job.ticket, request)
         headers = {"x-colada-ignored": ", ".join(map(ascii, job.ignored))} if job.ignored else {}
         writer = Writer(job)
         if not body.stream:
@@ -130,6 +130,10 @@ class Service:
         # Within a step; who goes away meanwhile is noticed behind it.
         await job.ticket.accepted(self.limits.queue)
         return _Stream(self._parts(job, writer, request), self.limits.reader, headers)
+
+    def _close(self, ticket: Ticket, request: Request) -> None:
+        self.driver.close(ticket)
+        self.metrics.closed(ticket.begun, ticket.replaced, request.state.log)
 
     async def _collect(self, job: Job, writer: Writer, request: Request) -> None:
         await job.ticket.accepted(self.limits.queue)
@@ -143,7 +147,9 @@ class Service:
         async for news in job.ticket.steps(self.limits.ping or None, self.limits.timeout):
             for number, chunk in news:
                 writer.add(number, chunk)
-                if chunk.step is None:
+                if chunk.step is not None:
+                    self.metrics.guesses.labels("sent").inc()
+                else:
                     now = time.monotonic()
                     seconds = self.metrics.between if number in begun else self.metrics.first
                     seconds.observe(now - last[number])
@@ -292,7 +298,7 @@ def create_app(
         on_end: called when the engine has ended, also where it has failed.
     """
     metrics = Metrics()
-    driver = Driver(open_models, limits, metrics.step, on_end)
+    driver = Driver(open_models, limits, metrics, on_end)
     service = Service(driver, limits, metrics, policy, lenient)
 
     @asynccontextmanager

@@ -17,6 +17,7 @@ from colada.errors import ColadaError
 from colada.serve.admission import Limits, Refusal, as_refusal
 
 if TYPE_CHECKING:
+    from colada.serve.metrics import Metrics
     from colada.serve.models import Served
     from colada.text.transcript import Chunk
 
@@ -45,6 +46,8 @@ class Ticket:
             work beside them (:meth:`Driver.aside`), its result; or why it fails.
         indices: of the choices in the session; the engine thread's own.
         since: when it was submitted.
+        begun: whether a choice has left the queue.
+        replaced: guesses that were left out for newer ones.
     """
 
     model: str
@@ -53,11 +56,14 @@ class Ticket:
     news: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     indices: list[int] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
+    begun: bool = False
+    replaced: int = 0
 
     def put(self, news: News) -> None:
         """Take what choices grow by in a step."""
         if self.news.qsize() >= MOST_GUESSES:
-            news = [(number, chunk) for number, chunk in news if chunk.step is None]
+            blocks = [(number, chunk) for number, chunk in news if chunk.step is None]
+            self.replaced, news = self.replaced + len(news) - len(blocks), blocks
         if news:
             self.news.put_nowait(news)
 
@@ -105,7 +111,7 @@ class Driver:
     Args:
         open_models: loads them; called in the thread.
         limits: of the server.
-        count: told the seconds of a step, and the blocks that it has finished.
+        metrics: count what the thread does.
         on_end: called on the loop when the thread has ended, also where it failed.
     """
 
@@ -113,14 +119,15 @@ class Driver:
         self,
         open_models: Callable[[], Models],
         limits: Limits,
-        count: Callable[[float, int], None],
+        metrics: Metrics,
         on_end: Callable[[], None],
     ) -> None:
-        self._open, self._limits, self._count, self._on_end = open_models, limits, count, on_end
+        self._open, self._limits, self._metrics, self._on_end = open_models, limits, metrics, on_end
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._side: deque[Callable[[], None]] = deque()
         self._sessions: dict[str, Any] = {}
         self._places: dict[tuple[str, int], tuple[Ticket, int]] = {}
+        self._queue: dict[str, deque[tuple[int, Ticket]]] = {}
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._state = "loading"
@@ -208,7 +215,8 @@ class Driver:
             for name, served in self.models.items():
                 model: Any = served.model
                 session = model.session(history=self._limits.history, slots=self._limits.slots)
-                self._sessions[name] = session
+                self._sessions[name], self._queue[name] = session, deque()
+                self._show(name, served, session)
                 # What first requests would wait for.
                 for scale in [{"guidance": 1.0}, {"guidance": 2.0}] if "guidance" in model.defaults else [{}]:
                     session.submit([0] * WARM_TOKENS, WARM_TOKENS, end_ids=(), **scale)
@@ -221,7 +229,7 @@ class Driver:
                 for name, session in self._sessions.items():
                     if session.busy:
                         self._step(name, session)
-                        self._refuse_late(name, session)
+                        self._refuse_late(name)
                 if self._side:
                     self._side.popleft()()
             self._state = "stopped"
@@ -231,6 +239,16 @@ class Driver:
                 logger.critical("the engine thread has failed", exc_info=error)
         finally:
             self._post(self._ended)
+
+    def _show(self, name: str, served: Served, session: Any) -> None:
+        """Let the metrics know a model, and look at who waits for it and is under way."""
+        self._metrics.info.labels(name, *served.marks).set(1)
+        writer = session.engine
+        for state, count in {
+            "waiting": lambda: len(writer.waiting),
+            "running": lambda: len(writer.under_way) + len(getattr(writer, "joining", ())),
+        }.items():
+            self._metrics.under_way.labels(name, state).set_function(count)
 
     def _take(self) -> bool:
         """Do what the inbox holds, and wait for it where there is nothing else. False: the thread may end."""
@@ -249,8 +267,10 @@ class Driver:
         accepted: Refusal | None = None
         try:
             for number, choice in enumerate(ticket.choices):
-                ticket.indices.append(self._sessions[ticket.model].submit(**choice))
-                self._places[ticket.model, ticket.indices[-1]] = ticket, number
+                index = self._sessions[ticket.model].submit(**choice)
+                ticket.indices.append(index)
+                self._places[ticket.model, index] = ticket, number
+                self._queue[ticket.model].append((index, ticket))
         except Exception as error:
             self._cancel(ticket)
             accepted = as_refusal(error)
@@ -273,9 +293,13 @@ class Driver:
 
     def _step(self, name: str, session: Any) -> None:
         """Do a step of a model's session, and tell the loop what is new, if anything is."""
-        begin = time.monotonic()
-        chunks: list[Chunk] = session.step()
+        begin, failed = time.monotonic(), session.failed
+        chunks: list[Chunk] = session.step(lambda step: self._metrics.pass_of(len(step.latents)))
         self.heartbeat = time.monotonic()
+        self._metrics.steps.observe(self.heartbeat - begin)
+        self._metrics.blocks.inc(sum(chunk.step is None for chunk in chunks))
+        self._metrics.restarts.inc(session.failed - failed)
+        self._note_begun(name, session)
         news: dict[Ticket, list[tuple[int, Chunk]]] = {}
         for chunk in chunks:
             place = self._places.get((name, chunk.index))
@@ -292,18 +316,24 @@ class Driver:
                 chunk = replace(chunk, latents=picture)  # type: ignore[arg-type]
             news.setdefault(ticket, []).append((number, chunk))
         if news:
+            self._metrics.wakeups.inc()
             self._post(partial(_deliver, news))
-        self._count(self.heartbeat - begin, sum(chunk.step is None for chunk in chunks))
 
-    def _refuse_late(self, name: str, session: Any) -> None:
-        """End requests of which no choice has begun for too long; those that wait are in order."""
-        for index in session.waiting():
-            if (place := self._places.get((name, index))) is None:
-                continue
-            ticket, number = place
+    def _note_begun(self, name: str, session: Any) -> None:
+        """Note whose wait has ended; those that wait are in order, and so are their numbers."""
+        queue, first = self._queue[name], next(session.waiting(), None)
+        while queue and (first is None or queue[0][0] < first):
+            index, ticket = queue.popleft()
+            if (name, index) in self._places:  # Else it is cancelled.
+                ticket.begun = True
+                self._metrics.queue.observe(time.monotonic() - ticket.since)
+
+    def _refuse_late(self, name: str) -> None:
+        """End requests of which no choice has begun for too long."""
+        for index, ticket in self._queue[name]:
             if time.monotonic() - ticket.since < self._limits.queue:
                 return
-            if number == 0:
+            if not ticket.begun and (name, index) in self._places:
                 self._cancel(ticket)
                 self._post(partial(ticket.news.put_nowait, _late(self._limits.queue)))
 

@@ -45,6 +45,11 @@ class Served:
         return f"colada-{__version__}-{self.sha256[:12]}-{self._dtype}-{self.model.device.type}"
 
     @property
+    def marks(self) -> tuple[str, str, str, str]:
+        """The version, the fingerprint, and the type and device of the weights."""
+        return __version__, self.fingerprint, self._dtype, self.model.device.type
+
+    @property
     def sizes(self) -> tuple[int, int]:
         """Tokens in a latent, and latents in a block; 1 where there are no such things."""
         config = self.model.vae.config if self._cola else None
