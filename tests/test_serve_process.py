@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import re
 import signal
@@ -14,10 +15,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from colada.cli import main as cli
+from colada.cli.serve import KERNELS, KEYS_VARIABLE, serve
 from serving import Answer, ask, byte_model
 
 
@@ -182,6 +185,105 @@ def test_what_cannot_be_served_is_one_line(
     error = capsys.readouterr().err
     assert named in error
     assert error.count("\n") == 1
+
+
+# By option: what is written, where it is to be found in what is served, and what stands there.
+NAMES = ["localhost", "127.0.0.1", "[::1]", "mine"]
+WIRED: dict[str, tuple[str, str, Any]] = {
+    "models": ("one={saved}", "opened", [("one", "{saved}", None, None, "cpu", None)]),
+    "host": ("--host localhost", "host", "localhost"),
+    "port": ("--port 81", "port", 81),
+    "api_key_file": ("--api-key-file {keys}", "policy.keys", ["first", "second"]),
+    "api_key_file, away": ("--api-key-file {keys} --host 0.0.0.0", "policy.hosts", ["*"]),
+    "allowed_host, keys": ("--api-key-file {keys} --host 0.0.0.0 --allowed-host Mine", "policy.hosts", NAMES),
+    "no_key": ("--host 0.0.0.0 --no-key", "policy.hosts", ["*"]),
+    "allowed_host": ("--allowed-host Mine", "policy.hosts", NAMES),
+    "cors_origin": (
+        "--cors-origin http://a --cors-origin http://b",
+        "policy.origins",
+        ("http://a", "http://b"),
+    ),
+    "slots": ("--slots 3", "limits.slots", 3),
+    "history": ("--history 5", "limits.history", 5),
+    "max_waiting": ("--max-waiting 0", "limits.waiting", 0),
+    "max_context": ("--max-context 7", "limits.context", 7),
+    "max_tokens": ("--max-tokens 9", "limits.max_tokens", 9),
+    "max_steps": ("--max-steps 11", "limits.max_steps", 11),
+    "watchers": ("--watchers 0", "limits.watchers", 0),
+    "timeout": ("--timeout 13.5", "limits.timeout", 13.5),
+    "queue_timeout": ("--queue-timeout 15", "limits.queue", 15.0),
+    "reader_timeout": ("--reader-timeout 17", "limits.reader", 17.0),
+    "max_connections": ("--max-connections 19", "policy.connections", 19),
+    "ping": ("--ping 0", "limits.ping", 0.0),
+    "stall": ("--stall 21", "limits.stall", 21.0),
+    "drain": ("--drain 0", "limits.drain", 0.0),
+    "threads": ("--threads 2", "threads", 2),
+    "reproducible": ("--reproducible --slots 5", "limits.slots", 1),
+    "lenient": ("--lenient", "lenient", True),
+    "metrics_public": ("--metrics-public", "policy.public_metrics", True),
+    "metrics_port": ("--metrics-port 82", "metrics_port", 82),
+    "log": ("--log json", "policy.log", "json"),
+    "log_prompts": ("--log-prompts", "policy.log_prompts", True),
+    "forwarded_allow_ips": ("--forwarded-allow-ips 10.0.0.1,10.0.0.2", "proxies", "10.0.0.1,10.0.0.2"),
+    "root_path": ("--root-path /llm", "root_path", "/llm"),
+    "open_page": ("--open", "page", True),
+    "dtype": ("--dtype float32", "opened", [(None, None, None, "float32", "cpu", None)]),
+    "device": ("--device cpu", "opened", [(None, None, None, None, "cpu", None)]),
+    "quantise": ("--quantise int8", "opened", [(None, None, None, None, "cpu", "int8")]),
+}
+
+
+@pytest.mark.parametrize("option", {**inspect.signature(serve).parameters, **WIRED})
+def test_every_option_comes_to_where_it_counts(
+    option: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from colada.serve import models, run
+
+    (tmp_path / "keys").write_text("first # the one\nsecond\n")
+    places = {"{saved}": str(saved), "{keys}": str(tmp_path / "keys")}
+    served: dict[str, Any] = {}
+
+    def take(listener: Any, open_models: Any, limits: Any, policy: Any, **more: Any) -> int:
+        served.update(host=listener[0], port=listener[1], opened=open_models(), limits=limits, policy=policy)
+        served.update(more)
+        return 0
+
+    monkeypatch.setattr(run, "listen", lambda *address: address)
+    monkeypatch.setattr(run, "run", take)
+    monkeypatch.setattr(models, "open_served", lambda *asked: asked)
+    for name in (KERNELS[0], KEYS_VARIABLE):
+        monkeypatch.setenv(name, "")
+    written, place, wanted = WIRED[option]
+    assert (
+        cli.main(
+            ["serve", *[places.get(word, word.replace("{saved}", str(saved))) for word in written.split()]]
+        )
+        == 0
+    )
+    name, _, attribute = place.partition(".")
+    value = getattr(served[name], attribute) if attribute else served[name]
+    if option == "models":
+        wanted = [tuple(places.get(str(one), one) for one in wanted[0])]
+    assert value == wanted
+    assert type(value) is type(wanted)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_proxys_headers_count_if_it_is_trusted(saved: Path, trusted: bool) -> None:
+    """Behind a proxy that takes TLS and a prefix off, links lead back through both."""
+    args = ["--root-path", "/llm", *["--forwarded-allow-ips", "127.0.0.1"] * trusted]
+    with process(str(saved), *args, env={"COLADA_API_KEYS": "one"}) as (_, port):
+
+        def asked(path: str, **headers: str) -> Answer:
+            return asyncio.run(ask(port, path, method="GET", headers=headers))
+
+        page = asked("/playground", Host="mine.example", X_Forwarded_Proto="https")
+        scheme = "https" if trusted else "http"
+        assert (page.status, page.headers["location"]) == (307, f"{scheme}://mine.example/llm/playground/")
+        assert asked("/playground/").status == asked("/").status == asked("/ready").status == 200
+        assert asked("/v1/models").status == 401
+        elsewhere = asked("/v1/embeddings", Authorization="Bearer one")
+        assert (elsewhere.status, elsewhere.error["code"]) == (404, "not_supported")
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def serve(
         stall=stall,
     )
     hosts = [*LOOPBACK_HOSTS, *(name.lower() for name in allowed_host or [])]
-    if not local and (keys or not allowed_host):
+    if not allowed_host and (keys or not local):  # Other pages may know the name, not the key.
         hosts = ["*"]
     policy = Policy(keys, hosts, tuple(cors_origin or ()), metrics_public, log, log_prompts, max_connections)
     status = run(
