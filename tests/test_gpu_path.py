@@ -34,7 +34,7 @@ def attend_twice(layout: Layout) -> None:
     """As the layers of one pass do: all cells ask, and in the last layer the noisy ones alone."""
     q, k, v = torch.randn(3, len(layout), 2, 16, generator=torch.Generator().manual_seed(0))
     attend(q, k, v, layout)
-    attend(q[layout.noisy_cells()], k, v, layout)
+    attend(q[layout.noisy], k, v, layout)
 
 
 @pytest.fixture

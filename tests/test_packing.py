@@ -164,7 +164,7 @@ def test_tiles_of_training_rows_hold_what_the_definition_says_and_no_large_mask(
     assert torch.equal(written_in_full(layout.groups[0], history)[0], expected)
     clean = int((row.copy == 0).sum()) if copies else 0
     assert torch.equal(written_in_full(layout.noisy_groups[0], history)[0], expected[clean:])
-    cells = layout.noisy_cells()
+    cells = layout.noisy
     assert (cells is None) == (clean == 0)
     assert cells is None or torch.equal(cells, torch.arange(clean, len(row.copy)))
     widest = max(block, 76) * (copies + 1)
@@ -218,7 +218,7 @@ def test_the_block_mask_of_a_gpu_is_the_dense_mask(
     assert not bool(tiles.all())
     q, k, v = torch.randn(3, len(dense), 2, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(attend(q, k, v, flex), attend(q, k, v, dense), rtol=1e-5, atol=1e-5)
-    noisy = dense.noisy_cells()
+    noisy = dense.noisy
     if noisy is not None:  # The last layer's: the noisy cells ask alone.
         out = attend(q[noisy], k, v, flex)
         torch.testing.assert_close(out, attend(q, k, v, dense)[noisy], rtol=1e-5, atol=1e-5)

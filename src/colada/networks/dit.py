@@ -29,6 +29,7 @@ from colada.networks.layers import (
     rotations,
 )
 from colada.networks.packing import Layout
+from colada.networks.ragged import MOST_CELLS, needed_layout
 
 TIMESTEP_FEATURES = 256
 ROPE_THETA = 10000.0
@@ -343,6 +344,28 @@ class DiT(nn.Module):
             alone,
         )
 
+    def needed_layout(
+        self, needed: Tensor, copies: int, sample: Tensor | None = None, alone: Tensor | None = None
+    ) -> tuple[Layout, Tensor] | None:
+        """Return the packing of rows' needed cells alone, and which latents these are, bool (rows, cells).
+
+        None where whole rows are as well: if all is needed, on a GPU and in compiled blocks, which want
+        shapes that stay the same, and for rows whose masks would be large.
+
+        Args:
+            needed: bool (rows, blocks), noisy blocks whose output is wanted.
+            copies, sample, alone: as :meth:`two_copy_layout` takes them.
+        """
+        patch, size = self.config.patch_size, self.config.block_size
+        cells = ((1 + copies) * needed.shape[1] - 1) * size // patch
+        compiled = any(block._compiled_call_impl is not None for block in self.blocks)
+        same = needed.device.type != "cpu" or compiled or cells > MOST_CELLS
+        if same or bool(needed.all()) or not bool(needed.any()):
+            return None
+        of_patches = None if sample is None else sample[:, patch - 1 :: patch]
+        layout, kept = needed_layout(needed, size // patch, copies, of_patches, alone)
+        return layout, kept.repeat_interleave(patch, 1)
+
     def embed(self, latents: Tensor, guess: Tensor | None = None) -> Tensor:
         """Return the first layer's input (N / patch_size, dim), see :meth:`forward` for latents and guess."""
         width, dtype = self.txt_in.proj.in_features, self.txt_in.proj.weight.dtype
@@ -435,7 +458,7 @@ class DiT(nn.Module):
         table = self.rotations(layout.positions, pictures)
         masks = None if dropout is None else dropout.masks(len(x))
         shared = Pass(layout, table, histories, committing, masks)
-        noisy = layout.noisy_cells() if noisy_only else None
+        noisy = layout.noisy if noisy_only else None
         for layer, block in enumerate(self.blocks):
             x = block(x, emb, row, shared, layer, noisy if layer + 1 == len(self.blocks) else None)
         if noisy is not None:

@@ -202,11 +202,14 @@ def attend(
     outputs = []
     groups = layout.groups if len(q) == len(k) else layout.noisy_groups
     for group in groups:
+        asking = group.index if group.queries is None else group.queries
         gq, gk, gv = (
-            (x if group.index is None else x[group.index])
-            .unflatten(0, (len(group.samples), length))
-            .transpose(1, 2)
-            for x, length in ((q, group.asking), (k, group.length), (v, group.length))
+            (x if index is None else x[index]).unflatten(0, (len(group.samples), length)).transpose(1, 2)
+            for x, index, length in (
+                (q, asking, group.asking),
+                (k, group.index, group.length),
+                (v, group.index, group.length),
+            )
         )
         if histories is not None and layout.history[group.samples[0]] > 0:
             past = [histories[sample].layers[layer] for sample in group.samples]  # type: ignore[union-attr]
@@ -226,7 +229,7 @@ def attend(
         return torch.empty_like(q)
     if len(outputs) == 1:
         return outputs[0]
-    order = torch.cat([group.index for group in groups])  # type: ignore[misc]
+    order = torch.cat([group.index if group.queries is None else group.queries for group in groups])  # type: ignore[misc]
     return torch.cat(outputs)[order.argsort()]
 
 

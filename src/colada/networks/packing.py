@@ -176,7 +176,8 @@ class Group:
     """Samples of one shape: their numbers, their tiles, and where their new positions are packed.
 
     ``length`` are the new positions of each; ``asking`` of them have queries, the last ones. ``index`` is
-    (B_group * length,), or None when the group is the whole batch in order.
+    (B_group * length,), or None when the group is the whole batch in order; ``queries`` the same of those
+    that ask, where not all do.
     """
 
     samples: tuple[int, ...]
@@ -184,6 +185,7 @@ class Group:
     asking: int
     tiles: tuple[Tile, ...]
     index: Tensor | None
+    queries: Tensor | None = None
 
 
 def _causal_tiles(length: int, history: int, block_size: int, device: torch.device) -> tuple[Tile, ...]:
@@ -196,6 +198,12 @@ def _causal_tiles(length: int, history: int, block_size: int, device: torch.devi
         tiles.append(Tile(((start, end),), ((0, history + end),), mask))
         start = end
     return tuple(tiles)
+
+
+def _after(rows: int, cells: int, clean: int, device: torch.device) -> Tensor | None:
+    """Return the packed positions of what follows the first ``clean`` cells of rows; None if all does."""
+    numbers = torch.arange(rows * cells, device=device).view(rows, cells)
+    return numbers[:, clean:].flatten() if clean else None
 
 
 class Layout:
@@ -212,10 +220,11 @@ class Layout:
         groups: samples that attend together, and how.
         noisy_groups: the same with queries of noisy cells only, for the last layer of a pass whose
             clean outputs nobody reads; ``groups`` where there are no noisy cells.
-        clean: clean cells at the beginning of each row, if there are noisy ones after them.
+        noisy: int64, packed positions of noisy cells; None where there are no clean ones before them.
         pictures: bool (N,), the positions that hold latents of pictures; None where all are text.
     """
 
+    noisy: Tensor | None = None
     pictures: Tensor | None = None
 
     def __init__(
@@ -234,7 +243,7 @@ class Layout:
             or [torch.zeros(0, dtype=torch.long)]
         ).to(self.device)
         self.groups = self._group(list(zip(self.lengths, self.history, strict=True)))
-        self.noisy_groups, self.clean = self.groups, 0
+        self.noisy_groups = self.groups
 
     @classmethod
     def rows(
@@ -292,14 +301,15 @@ class Layout:
         layout.lengths, layout.history = (len(cells.position),) * rows, (history,) * rows
         layout.block_size, layout.device = block_size, device
         layout.positions = (cells.position + history).repeat(rows)
-        layout.clean = length - block_size if copies else 0
+        clean = length - block_size if copies else 0
+        layout.noisy = _after(rows, len(cells.position), clean, device)
         visibility = _Visibility(rows, cells, sample, history, alone)
         make = visibility.block_mask if flex else partial(visibility.tiles, length, copies, block_size)
         group = partial(Group, tuple(range(rows)), len(cells.position), index=None)
         layout.groups = (group(asking=len(cells.position), tiles=make(0)),)
         layout.noisy_groups = layout.groups
-        if layout.clean:
-            layout.noisy_groups = (group(asking=copies * length, tiles=make(layout.clean)),)
+        if clean:
+            layout.noisy_groups = (group(asking=copies * length, tiles=make(clean)),)
         return layout
 
     @classmethod
@@ -326,7 +336,8 @@ class Layout:
         seen = ((seen & ~hidden[:, None] & ~hidden[:, :, None]) | itself)[:, None]
         layout = cls.__new__(cls)
         layout.lengths, layout.history = (length,) * rows, (0,) * rows
-        layout.block_size, layout.device, layout.clean = block_size, hidden.device, clean
+        layout.block_size, layout.device = block_size, hidden.device
+        layout.noisy = _after(rows, length, clean, hidden.device)
         layout.positions = cells.position.flatten()
         layout.pictures = ((cells.kind == Kind.SHOWN) | (cells.kind == Kind.DRAWN)).flatten()
 
@@ -359,13 +370,6 @@ class Layout:
             for n in (group.length,)
         )
         return layout
-
-    def noisy_cells(self) -> Tensor | None:
-        """Return the packed positions of noisy cells, int64; None where there is no clean one."""
-        if not self.clean:
-            return None
-        cells = torch.arange(len(self), device=self.device).view(len(self.lengths), -1)
-        return cells[:, self.clean :].flatten()
 
     def __len__(self) -> int:
         """Return the number N of packed positions."""

@@ -87,6 +87,7 @@ def predict(
     """Return the network's output (B, K, M, C) for noisy copies of rows, all blocks at once.
 
     One pass over ``[clean | noisy 1 | ... | noisy K]``: every noisy block follows the clean blocks before it.
+    The output of a block that is wholly pinned is not wanted, and may be 0.
 
     Args:
         z: (B, K, M, C), pinned latents in place, see :func:`place`.
@@ -109,14 +110,21 @@ def predict(
     if pinned is not None:
         row = row.masked_fill(pinned.where[:, None], 0)
     history = clean[:, : length - size]
+    needed = None
+    if pinned is not None and dropout is None:
+        needed = dit.needed_layout(~pinned.where.unflatten(1, (-1, size)).all(2), copies, sample, alone)
+    layout, kept = needed or (dit.two_copy_layout(rows, length, copies, sample, alone=alone), None)
 
     def packed(of_clean: Tensor, of_noisy: Tensor) -> Tensor:
-        return torch.cat([of_clean, of_noisy.flatten(1, 2)], 1).flatten(0, 1)
+        cells = torch.cat([of_clean, of_noisy.flatten(1, 2)], 1)
+        return cells.flatten(0, 1) if kept is None else cells[kept]
 
     steps = Timesteps(times, packed(row.new_zeros(history.shape[:2]), row), ends)
-    layout = dit.two_copy_layout(rows, length, copies, sample, alone=alone)
     seen = None if guess is None else packed(torch.zeros_like(history), guess)
     output: Tensor = dit(packed(history, z), steps, layout, noisy_only=True, guess=seen, dropout=dropout)
+    if kept is not None:
+        where = kept[:, history.shape[1] :].flatten().nonzero().flatten()
+        output = output.new_zeros(rows * copies * length, output.shape[1]).index_copy(0, where, output)
     return output.view_as(z)
 
 
