@@ -28,7 +28,7 @@ from colada.networks.vae import TextVAE
 from colada.train.cost import Work
 from colada.train.kinds import FlowTerms, TextVAETerms
 from colada.train.losses import prior_loss, vae_loss
-from colada.train.noise import draw_randomness
+from colada.train.noise import draw_noise
 from colada.train.parallel import compile_blocks, recompute
 
 LR, CLIP = 1e-4, 1.0
@@ -110,7 +110,7 @@ class Step:
             compile_blocks(self.dit)
         self.weights = TextVAETerms()
         rows = [torch.Generator().manual_seed(row) for row in range(case.batch)]
-        self.draws = draw_randomness(
+        self.noise = draw_noise(
             rows,
             vae_config,
             case.length,
@@ -123,11 +123,11 @@ class Step:
 
     def loss(self) -> Tensor:
         """Return the loss of the batch; it is copied to the device, as in a run."""
-        rows, draws = self.batch.to(self.device), self.draws.to(self.device)
+        rows, noise = self.batch.to(self.device), self.noise.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bfloat16"):
             if self.case.stage == 1:
-                return vae_loss(self.vae, rows, draws, self.weights).total
-            return prior_loss(self.vae, self.dit, rows, draws, 0).total
+                return vae_loss(self.vae, rows, noise, self.weights).total
+            return prior_loss(self.vae, self.dit, rows, noise, 0).total
 
     def __call__(self) -> None:
         """Take one optimiser step: loss, gradients, clipping, fused AdamW."""

@@ -24,7 +24,7 @@ from colada.data.rows import Batch
 from colada.text.tokenizer import END_OF_TEXT, Tokenizer
 from colada.train.kinds import FlowTerms, TextVAETerms
 from colada.train.losses import Loss, prior_loss, readable, vae_loss
-from colada.train.noise import Draws, draw_randomness
+from colada.train.noise import StepNoise, draw_noise
 
 STORIES = Path(__file__).parents[1] / "tests" / "data" / "stories.txt"
 LENGTH = 64  # tokens a row
@@ -144,9 +144,9 @@ def main(arguments: Iterable[str] | None = None) -> ColaDLM:
         f"{len(stream):,} tokens, {sum(p.numel() for n in (vae, dit) for p in n.parameters()):,} parameters"
     )
 
-    def draws(terms: TextVAETerms | None, flow: FlowTerms | None) -> Draws:
+    def noise(terms: TextVAETerms | None, flow: FlowTerms | None) -> StepNoise:
         # Everything random in a loss is drawn first: the loss is then a plain function.
-        return draw_randomness([generator] * ROWS, vae.config, LENGTH, terms, flow)
+        return draw_noise([generator] * ROWS, vae.config, LENGTH, terms, flow)
 
     # Stage 1: -log p(x | z0) + beta KL(q(z0 | x) || N(0, I)) + lambda_mask L_mask
     train(
@@ -154,7 +154,7 @@ def main(arguments: Iterable[str] | None = None) -> ColaDLM:
         vae,
         options.steps[0],
         4e-3,
-        lambda: vae_loss(vae, draw_rows(stream, generator), draws(terms, None), terms),
+        lambda: vae_loss(vae, draw_rows(stream, generator), noise(terms, None), terms),
     )
 
     # Stage 2: || v(z_t, t; z0 of the blocks before) - (z1 - z0) ||^2 over the latents of the frozen Text VAE
@@ -165,7 +165,7 @@ def main(arguments: Iterable[str] | None = None) -> ColaDLM:
         options.steps[1],
         3e-3,
         lambda: prior_loss(
-            vae, dit, draw_rows(stream, generator), draws(None, FlowTerms()), tokenizer.pad_id
+            vae, dit, draw_rows(stream, generator), noise(None, FlowTerms()), tokenizer.pad_id
         ),
         averaged=0.98,
     )

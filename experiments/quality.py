@@ -25,7 +25,7 @@ from colada.train.losses import (
     reconstruction,
     rows_layout,
 )
-from colada.train.noise import draw_randomness, sample_of_latents
+from colada.train.noise import draw_noise, sample_of_latents
 
 LEVELS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Noise levels a = t / T at which guesses are looked at."""
@@ -128,10 +128,10 @@ def validation_losses(model: ColaDLM, rows: StreamRows, batches: int, size: int)
         numbers = range(number * size, (number + 1) * size)
         some = batch(rows, numbers)
         generators = [torch.Generator().manual_seed(row) for row in numbers]
-        draws = draw_randomness(generators, vae.config, rows.length, flow=flow)
+        noise = draw_noise(generators, vae.config, rows.length, flow=flow)
         layout = rows_layout(vae, some)
         _, right = reconstruction(vae, encode(vae, some.ids, layout).mean, some, layout)
-        terms = readable(prior_loss(vae, model.dit, some, draws, model.pad_id).terms)
+        terms = readable(prior_loss(vae, model.dit, some, noise, model.pad_id).terms)
         sums.update(  # type: ignore[call-overload]  # it counts floats
             reconstruction_accuracy=float(right) / some.ids.numel(),
             flow_loss=terms["flow"],

@@ -32,7 +32,7 @@ from colada.train.cost import (
     training_flops,
     two_copy_pairs,
 )
-from colada.train.decoder_losses import MaskDraws, decoder_loss, draw_masks
+from colada.train.decoder_losses import MaskNoise, decoder_loss, draw_masks
 from colada.train.peak import mfu, peak_flops
 from colada.train.plan import Plan, configs_of, plan_run, resolve
 from colada.train.recipe import Recipe, load_recipe
@@ -492,12 +492,12 @@ def test_useful_flops_of_a_decoder_are_those_that_run(objective: str) -> None:
     decoder = Decoder(config)
     decoder.init_weights(torch.Generator().manual_seed(0))
     batch = Batch(torch.randint(40, (rows, length), generator=torch.Generator().manual_seed(0)))
-    draws = MaskDraws()
+    noise = MaskNoise()
     if objective == "llada":
         drawn = draw_masks([torch.Generator().manual_seed(i) for i in range(rows)], length, 0.0)
-        draws = MaskDraws(torch.full((rows,), 0.5), drawn.order, drawn.length)  # just half of the tokens
+        noise = MaskNoise(torch.full((rows,), 0.5), drawn.order, drawn.length)  # just half of the tokens
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        decoder_loss(decoder, batch, draws).total.backward()
+        decoder_loss(decoder, batch, noise).total.backward()
     parts = decoder_flops(config, rows, length)
     # Causal attention runs dense: all pairs where half are useful.
     pairs = length**2 - (length * (length + 1) // 2 if objective == "ar" else length**2)

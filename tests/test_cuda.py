@@ -16,7 +16,7 @@ from colada.networks import layers
 from colada.train.flow_matching import flow_errors
 from colada.train.kinds import FlowTerms, JointSection, TextVAETerms
 from colada.train.losses import joint_loss, vae_loss
-from colada.train.noise import Draws, draw_randomness
+from colada.train.noise import StepNoise, draw_noise
 from colada.train.parallel import compile_blocks
 from colada.train.trainer import MODEL, Trainer
 from helpers import tiny_dit, tiny_model, tiny_vae
@@ -95,7 +95,7 @@ def test_flow_errors_of_block_masks_equal_those_of_dense_masks(copies: int, samp
     same(on_gpu[1:], on_cpu[1:])
 
 
-def conversations() -> tuple[Batch, Draws]:
+def conversations() -> tuple[Batch, StepNoise]:
     """Two rows of samples, one with a prompt that ends in a block, and some filling."""
     ids = torch.arange(128).view(2, 64) % 49 + 1
     sample = torch.tensor([[0] * 40 + [1] * 24, [0] * 52 + [FILLING] * 12])
@@ -103,18 +103,18 @@ def conversations() -> tuple[Batch, Draws]:
     trained[0, :10] = False
     settings = FlowTerms(copies=2, prefix_share=0.05)
     generators = [torch.Generator().manual_seed(row) for row in range(2)]
-    return Batch(ids, sample, trained), draw_randomness(
+    return Batch(ids, sample, trained), draw_noise(
         generators, tiny_vae(**VAE).config, 64, TextVAETerms(), settings
     )
 
 
 def test_both_losses_have_the_same_gradients_on_the_gpu() -> None:
-    batch, draws = conversations()
+    batch, noise = conversations()
 
     def found(device: str) -> list[Tensor]:
         vae, dit = tiny_vae(**VAE).to(device), tiny_dit(**DIT).to(device)
         reference, place = tiny_vae(1, **VAE).to(device), torch.device(device)
-        rows, drawn = batch.to(place), draws.to(place)
+        rows, drawn = batch.to(place), noise.to(place)
         first = vae_loss(vae, rows, drawn, TextVAETerms())
         second = joint_loss(vae, dit, reference, rows, drawn, JointSection(), 0)
         total = first.total + second.total
@@ -127,9 +127,9 @@ def test_both_losses_have_the_same_gradients_on_the_gpu() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_losses_under_autocast_are_near_those_in_float32(compiled: bool) -> None:
-    batch, draws = conversations()
+    batch, noise = conversations()
     place = torch.device("cuda")
-    rows, drawn = batch.to(place), draws.to(place)
+    rows, drawn = batch.to(place), noise.to(place)
 
     def found(precision: torch.dtype, compiled: bool) -> tuple[float, list[Tensor]]:
         vae, dit, reference = (

@@ -32,7 +32,7 @@ from colada.train.export import export, system_of
 from colada.train.flow_matching import pin
 from colada.train.kinds import FlowTerms
 from colada.train.losses import draw, encode, rows_layout
-from colada.train.noise import draw_randomness
+from colada.train.noise import draw_noise
 from colada.train.plan import plan_run
 from colada.train.recipe import Recipe, load_recipe
 from colada.train.solver import integrate
@@ -251,18 +251,18 @@ def test_trajectories_are_those_of_the_readable_loop(prediction: str, solver: st
     trained[0, 12:] = trained[1, :6] = False
     rows = Batch(taken, sample, trained)
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-    draws = draw_randomness(generators, vae.config, 16, flow=FlowTerms(prefix_share=0.25))
+    noise = draw_noise(generators, vae.config, 16, flow=FlowTerms(prefix_share=0.25))
     section = kept_files.TrajectorySection(path="", grid=(1.0, 0.6, 0.3, 0.0), substeps=2, solver=solver)
     settings = sampler(section, 3.0, 1.1, 0.5)
-    states = roll_out(vae, dit, rows, draws, settings, section.grid, 0)
+    states = roll_out(vae, dit, rows, noise, settings, section.grid, 0)
     grid = fine_grid(section)
     assert len(grid) == 7
     assert set(section.grid) < set(grid)
     evaluations = evaluations_of(solver, grid, 6)
     layout = rows_layout(vae, rows)
-    clean = vae.normalise(draw(encode(vae, rows.ids, layout), draws.posterior)).view(3, 16, -1)
-    pinned = pin(vae, rows, draws, layout, 0)
-    assert draws.noise is not None
+    clean = vae.normalise(draw(encode(vae, rows.ids, layout), noise.posterior)).view(3, 16, -1)
+    pinned = pin(vae, rows, noise, layout, 0)
+    assert noise.z1 is not None
     assert pinned is not None
     with torch.inference_mode():
         for row, begin, end in ((0, 0, 4), (0, 4, 12), (1, 0, 16), (2, 0, 16)):
@@ -270,8 +270,8 @@ def test_trajectories_are_those_of_the_readable_loop(prediction: str, solver: st
             for start in range(begin, end, size):
                 block = slice(start, start + size)
                 arguments = (pinned.where[row : row + 1, block], pinned.latents[row : row + 1, block], [3.0])
-                noise = draws.noise[row : row + 1, 0, block]
-                steps = transport(dit, noise, [history], *arguments, evaluations, settings)
+                z1 = noise.z1[row : row + 1, 0, block]
+                steps = transport(dit, z1, [history], *arguments, evaluations, settings)
                 reached = [z for z, _ in steps]
                 # Where the path is after both steps of an interval.
                 each = len(reached) / 3 if solver != "heun" else None
@@ -280,7 +280,7 @@ def test_trajectories_are_those_of_the_readable_loop(prediction: str, solver: st
                     torch.testing.assert_close(
                         states[row, block, column], reached[number][0], rtol=1e-5, atol=1e-5
                     )
-                assert torch.equal(states[row, block, 0], noise[0])
+                assert torch.equal(states[row, block, 0], z1[0])
                 layout = dit.layout([size], [history])
                 dit(clean[row, block], torch.zeros(()), layout, [history], committing=True)
     assert not states[0, 12:].any()

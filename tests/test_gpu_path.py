@@ -78,18 +78,18 @@ def test_the_losses_of_block_masks_are_those_of_dense_masks(
     loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward only: FlexAttention has no backward pass on a CPU; tests/test_cuda.py has the gradients."""
-    batch, draws = conversations()
+    batch, noise = conversations()
     vae, dit, reference = tiny_vae(**VAE, log_snr=2.0), tiny_dit(**DIT), tiny_vae(1, **VAE, log_snr=2.0)
     weights, masks = JointSection(), []
 
     @torch.no_grad()
     def found() -> dict[str, Tensor]:
         if loss == "stage 1":
-            made = vae_loss(vae, batch, draws, weights)
+            made = vae_loss(vae, batch, noise, weights)
         elif loss == "frozen":
-            made = prior_loss(vae, dit, batch, draws, 0)
+            made = prior_loss(vae, dit, batch, noise, 0)
         else:
-            made = joint_loss(vae, dit, reference, batch, draws, weights, 0)
+            made = joint_loss(vae, dit, reference, batch, noise, weights, 0)
         return {"total": made.total, **made.terms}
 
     dense = found()

@@ -27,7 +27,7 @@ from colada.train.flow_matching import (
 )
 from colada.train.kinds import FlowTerms, PriorTerms
 from colada.train.losses import encode, rows_layout
-from colada.train.noise import count, draw_randomness
+from colada.train.noise import count, draw_noise
 from colada.train.timesteps import BINS, adapted, bin_of, density, new_memory, remember
 from colada.train.trainer import Trainer
 from helpers import tiny_dit, tiny_vae
@@ -112,12 +112,12 @@ def test_consistency_has_no_error_where_latents_are_pinned_and_adds_to_the_loss(
 
     batch = Batch(torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(1)))
     generators = [torch.Generator().manual_seed(row) for row in range(2)]
-    draws = draw_randomness(generators, vae.config, 16, flow=FlowTerms())
+    noise = draw_noise(generators, vae.config, 16, flow=FlowTerms())
     layout = rows_layout(vae, batch)
-    z0, counts = encode(vae, batch.ids, layout).mean, count(batch, draws, vae.config)
-    plain, _ = flow_matching(vae, dit, batch, draws, z0, layout, 0, counts)
+    z0, counts = encode(vae, batch.ids, layout).mean, count(batch, noise, vae.config)
+    plain, _ = flow_matching(vae, dit, batch, noise, z0, layout, 0, counts)
     step = FlowStep(consistency=Consistency(teacher, 0.3, 4))
-    total, terms = flow_matching(vae, dit, batch, draws, z0, layout, 0, counts, step)
+    total, terms = flow_matching(vae, dit, batch, noise, z0, layout, 0, counts, step)
     torch.testing.assert_close(total, plain + 0.3 * terms["consistency"])
     assert float(terms["consistency"].detach()) > 0
 
@@ -142,19 +142,21 @@ LAW = TimestepLaw(1.69, 0.8)
 
 
 def test_a_laws_quantiles_are_those_of_its_draws() -> None:
-    draws = LAW.sample((200_000,), torch.Generator().manual_seed(0))
-    logits = np.log(draws.double().numpy() / (1000 - draws.double().numpy()))
+    timesteps = LAW.sample((200_000,), torch.Generator().manual_seed(0))
+    logits = np.log(timesteps.double().numpy() / (1000 - timesteps.double().numpy()))
     expected = [0.5 * (1 + math.erf((x - 1.69) / 0.8 / math.sqrt(2))) for x in logits[:2000]]
-    np.testing.assert_allclose(LAW.quantile(draws.double()[:2000]).numpy(), expected, rtol=0, atol=1e-4)
-    shares = torch.histc(LAW.quantile(draws), 20, 0, 1) / len(draws)
+    np.testing.assert_allclose(LAW.quantile(timesteps.double()[:2000]).numpy(), expected, rtol=0, atol=1e-4)
+    shares = torch.histc(LAW.quantile(timesteps), 20, 0, 1) / len(timesteps)
     torch.testing.assert_close(shares, torch.full((20,), 0.05), rtol=0, atol=3e-3)
-    torch.testing.assert_close(LAW.at(LAW.quantile(draws.double())), draws.double(), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(
+        LAW.at(LAW.quantile(timesteps.double())), timesteps.double(), rtol=1e-4, atol=1e-2
+    )
 
 
 def test_timesteps_are_drawn_in_proportion_to_the_fall_of_the_loss() -> None:
     memory, rng = new_memory(), np.random.default_rng(0)
-    draws = LAW.sample((400_000,), torch.Generator().manual_seed(0))
-    torch.testing.assert_close(adapted(LAW, memory, draws), draws, rtol=1e-4, atol=1e-2)  # Nothing is known.
+    timesteps = LAW.sample((400_000,), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(adapted(LAW, memory, timesteps), timesteps, rtol=1e-4, atol=1e-2)
     losses = 2 - np.tanh(np.linspace(-3, 3, BINS))
     kept, weight = np.zeros(BINS), np.zeros(BINS)
     for step in range(40):
@@ -166,8 +168,10 @@ def test_timesteps_are_drawn_in_proportion_to_the_fall_of_the_loss() -> None:
     slope = np.abs(np.gradient(kept / weight))
     expected = 0.8 * slope / slope.sum() + 0.2 / BINS
     np.testing.assert_allclose(density(memory).numpy(), expected, rtol=1e-9)
-    bins = bin_of(LAW, adapted(LAW, memory, draws))
-    np.testing.assert_allclose(np.bincount(bins.numpy(), minlength=BINS) / len(draws), expected, atol=3e-3)
+    bins = bin_of(LAW, adapted(LAW, memory, timesteps))
+    np.testing.assert_allclose(
+        np.bincount(bins.numpy(), minlength=BINS) / len(timesteps), expected, atol=3e-3
+    )
     assert expected.max() > 5 * expected.min()
 
 
@@ -241,12 +245,12 @@ def test_dropout_is_for_training_alone() -> None:
     batch = Batch(torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(1)))
     generators = [torch.Generator().manual_seed(row) for row in range(2)]
     settings = PriorTerms(dropout=0.4)
-    draws = draw_randomness(generators, vae.config, 16, flow=settings)
+    noise = draw_noise(generators, vae.config, 16, flow=settings)
     layout = rows_layout(vae, batch)
-    z0, counts = encode(vae, batch.ids, layout).mean.detach(), count(batch, draws, vae.config)
+    z0, counts = encode(vae, batch.ids, layout).mean.detach(), count(batch, noise, vae.config)
 
     def flow(dropout: float) -> float:
-        own = draws if dropout else replace(draws, dropout=None)
+        own = noise if dropout else replace(noise, dropout=None)
         total, _ = flow_matching(vae, dit, batch, own, z0, layout, 0, counts, FlowStep(dropout=dropout))
         return float(total)
 

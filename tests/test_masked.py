@@ -20,7 +20,7 @@ from colada.models.masked import MaskedLM, transfers
 from colada.networks.config import DecoderConfig, matched_config
 from colada.networks.decoder import Decoder
 from colada.networks.packing import Layout
-from colada.train.decoder_losses import MaskDraws, decoder_loss, draw_masks, first_tokens
+from colada.train.decoder_losses import MaskNoise, decoder_loss, draw_masks, first_tokens
 
 
 def nats(
@@ -222,7 +222,7 @@ def test_every_kind_of_model_is_measured_by_one_function() -> None:
 def test_the_ar_loss_is_exact_likelihood_per_token() -> None:
     decoder = tiny("ar", vocab_size=30)
     ids = torch.randint(30, (3, 7), generator=torch.Generator().manual_seed(2))
-    loss = decoder_loss(decoder, Batch(ids), MaskDraws())
+    loss = decoder_loss(decoder, Batch(ids), MaskNoise())
     exact = nats(AutoregressiveLM(decoder), [[]] * 3, ids.tolist())
     assert float(loss.total.detach()) == pytest.approx(-sum(exact) / ids.numel(), rel=1e-5)
 
@@ -235,7 +235,7 @@ def test_samples_of_a_row_and_what_is_given_are_kept_apart() -> None:
     assert first_tokens(Batch(ids, sample)).tolist() == [
         [True, False, False, True, False, False, True, False]
     ]
-    loss = decoder_loss(decoder, Batch(ids, sample, trained), MaskDraws())
+    loss = decoder_loss(decoder, Batch(ids, sample, trained), MaskNoise())
     model = AutoregressiveLM(decoder)
     exact = nats(model, [[5], []], [[6, 7], [8, 9, 1]])
     assert float(loss.total.detach()) == pytest.approx(-sum(exact) / 5, rel=1e-5)
@@ -248,7 +248,7 @@ def test_the_masked_loss_by_hand() -> None:
     trained[0, :2] = False  # a prompt: never masked
     order = torch.tensor([[0.0, 0.1, 0.2, 0.9, 0.8, 0.3], [0.5, 0.1, 0.6, 0.7, 0.2, 0.0]])
     share, length = torch.tensor([0.4, 0.3]), torch.tensor([6, 5])
-    loss = decoder_loss(decoder, Batch(ids, None, trained), MaskDraws(share, order, length))
+    loss = decoder_loss(decoder, Batch(ids, None, trained), MaskNoise(share, order, length))
     mask, expected = decoder.config.mask_id, 0.0
     # Two of four tokens: ceil(0.4 * 4). Two of five, the last being cut off: ceil(0.3 * 5).
     first = [ids[0, 0], ids[0, 1], mask, ids[0, 3], ids[0, 4], mask]
@@ -262,8 +262,8 @@ def test_the_masked_loss_by_hand() -> None:
 def test_the_masked_losss_mean_is_the_bound_per_token() -> None:
     decoder, text = tiny("llada", vocab_size=4), [1, 2, 3, 0, 2]
     rows = 2000
-    draws = draw_masks([torch.Generator().manual_seed(row) for row in range(rows)], len(text), 0.0)
-    loss = decoder_loss(decoder, Batch(torch.tensor([text] * rows)), draws)
+    noise = draw_masks([torch.Generator().manual_seed(row) for row in range(rows)], len(text), 0.0)
+    loss = decoder_loss(decoder, Batch(torch.tensor([text] * rows)), noise)
     mean, variance = enumerated_bound(decoder, [], text)
     error = math.sqrt(variance / rows) / len(text)
     assert abs(float(loss.total.detach()) + mean / len(text)) < 4 * error
@@ -291,9 +291,9 @@ def test_training_learns_what_can_be_predicted(objective: str) -> None:
     starts = torch.Generator().manual_seed(0)
     for _ in range(150 if objective == "ar" else 1000):
         ids = (torch.randint(12, (16, 1), generator=starts) + 5 * torch.arange(12)) % 12
-        draws = draw_masks(generators, 12, 0.0) if objective == "llada" else MaskDraws()
+        noise = draw_masks(generators, 12, 0.0) if objective == "llada" else MaskNoise()
         optimiser.zero_grad()
-        decoder_loss(decoder, Batch(ids), draws).total.backward()
+        decoder_loss(decoder, Batch(ids), noise).total.backward()
         optimiser.step()
     kind = MaskedLM if objective == "llada" else AutoregressiveLM
     (made,) = kind(decoder.eval()).generate([[0, 5, 10, 3]], 8)

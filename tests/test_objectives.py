@@ -33,7 +33,7 @@ from colada.train.losses import (
     rows_layout,
     vae_loss,
 )
-from colada.train.noise import Counts, Draws, count, draw_randomness
+from colada.train.noise import Counts, StepNoise, count, draw_noise
 from helpers import tiny_dit, tiny_dit_config, tiny_vae, tiny_vae_config
 
 PAD = 0
@@ -53,15 +53,15 @@ def token_rows(rows: int, length: int, seed: int = 0) -> Batch:
     return Batch(torch.randint(1, 50, (rows, length), generator=seeded(seed)))
 
 
-def draws_for(
+def noise_for(
     vae: TextVAE,
     batch: Batch,
     flow: FlowTerms | None = None,
     seed: int = 0,
     weights: TextVAETerms = WEIGHTS,
-) -> Draws:
+) -> StepNoise:
     generators = [seeded(1000 * seed + row) for row in range(len(batch))]
-    return draw_randomness(generators, vae.config, batch.ids.shape[1], weights, flow)
+    return draw_noise(generators, vae.config, batch.ids.shape[1], weights, flow)
 
 
 def same(ours: Tensor, plain: Tensor) -> None:
@@ -115,28 +115,28 @@ def packed_rows(patch: int = 1, seed: int = 0) -> tuple[Batch, list[Piece]]:
     return Batch(ids, sample, trained), pieces
 
 
-def packed_draws(vae: TextVAE, batch: Batch, settings: FlowTerms = SETTINGS, seed: int = 0) -> Draws:
+def packed_draws(vae: TextVAE, batch: Batch, settings: FlowTerms = SETTINGS, seed: int = 0) -> StepNoise:
     """Draws with a prefix in a document (row 0) and one in a sample that has a prompt (row 1)."""
     prefix = torch.zeros(2, 24, dtype=torch.bool)
     prefix[0, 16:18] = prefix[1, 20:22] = True
-    return replace(draws_for(vae, batch, settings, seed), prefix=prefix)
+    return replace(noise_for(vae, batch, settings, seed), prefix=prefix)
 
 
-def alone(batch: Batch, draws: Draws, piece: Piece, patch: int) -> tuple[Batch, Draws]:
+def alone(batch: Batch, noise: StepNoise, piece: Piece, patch: int) -> tuple[Batch, StepNoise]:
     """Return one sample as a row of its own."""
     row, tokens = slice(piece.row, piece.row + 1), piece.tokens
     latents = slice(tokens.start // patch, tokens.stop // patch)
 
     def own(name: str) -> Tensor | None:
-        value = getattr(draws, name)
+        value = getattr(noise, name)
         if value is None:
             return None
         at = tokens if name == "masked" else latents
-        return value[row, :, at] if name in ("timestep", "noise") else value[row, at]
+        return value[row, :, at] if name in ("timestep", "z1") else value[row, at]
 
     assert batch.trained is not None
-    return Batch(batch.ids[row, tokens], None, batch.trained[row, tokens]), Draws(
-        **{field.name: own(field.name) for field in fields(Draws)}
+    return Batch(batch.ids[row, tokens], None, batch.trained[row, tokens]), StepNoise(
+        **{field.name: own(field.name) for field in fields(StepNoise)}
     )
 
 
@@ -164,14 +164,14 @@ def plain_nll(vae: TextVAE, z0: Tensor, row: Tensor) -> Tensor:
 def test_stage1_terms_equal_a_per_token_computation(patch: int) -> None:
     vae = tiny_vae(patch_size=patch, scaling_factor=1.7, shifting_factor=0.2)
     batch = token_rows(3, 16)
-    draws = draws_for(vae, batch)
-    loss = vae_loss(vae, batch, draws, WEIGHTS)
-    assert draws.masked is not None
-    assert draws.masked_posterior is not None
+    noise = noise_for(vae, batch)
+    loss = vae_loss(vae, batch, noise, WEIGHTS)
+    assert noise.masked is not None
+    assert noise.masked_posterior is not None
     nll = kl = mask = torch.zeros(())
     right = 0
     for row, e, hidden, masked_e in zip(
-        batch.ids, draws.posterior, draws.masked, draws.masked_posterior, strict=True
+        batch.ids, noise.posterior, noise.masked, noise.masked_posterior, strict=True
     ):
         q = posterior_of(vae, row)
         z0 = q.mean + q.stddev * e
@@ -181,7 +181,7 @@ def test_stage1_terms_equal_a_per_token_computation(patch: int) -> None:
         right += int((vae.decode(seen, [len(seen)]).argmax(-1) == row).sum())
         q = posterior_of(vae, torch.tensor([50 if h else int(t) for t, h in zip(row, hidden, strict=True)]))
         mask = mask + plain_nll(vae, q.mean + q.stddev * masked_e, row)
-    assert 0 < draws.masked.sum() < 48
+    assert 0 < noise.masked.sum() < 48
     for name, plain in (("nll", nll), ("kl", kl), ("masked", mask)):
         same(loss.terms[name], plain.detach() / 48)
     same(loss.total, (nll + 0.3 * kl + 0.7 * mask) / 48)
@@ -190,10 +190,10 @@ def test_stage1_terms_equal_a_per_token_computation(patch: int) -> None:
 
 def test_without_a_mask_weight_nothing_is_masked() -> None:
     vae, batch, weights = tiny_vae(), token_rows(2, 8), TextVAETerms(beta=0.5, mask=0.0)
-    draws = draws_for(vae, batch, weights=weights)
-    loss = vae_loss(vae, batch, draws, weights)
+    noise = noise_for(vae, batch, weights=weights)
+    loss = vae_loss(vae, batch, noise, weights)
     assert "masked" not in loss.terms
-    assert draws.masked is draws.masked_posterior is None
+    assert noise.masked is noise.masked_posterior is None
     torch.testing.assert_close(loss.total.detach(), loss.terms["nll"] + 0.5 * loss.terms["kl"])
 
 
@@ -213,13 +213,13 @@ def test_kl_and_entropy_are_those_of_the_distributions() -> None:
 def test_a_deterministic_encoder_has_no_kl_no_entropy_and_infinite_snr() -> None:
     vae, reference = (tiny_vae(seed, use_variation=False) for seed in (0, 5))
     batch = token_rows(3, 8)
-    draws = draws_for(vae, batch, SETTINGS)
-    terms = vae_loss(vae, batch, draws, WEIGHTS).terms
+    noise = noise_for(vae, batch, SETTINGS)
+    terms = vae_loss(vae, batch, noise, WEIGHTS).terms
     assert float(terms["kl"]) == 0
     assert readable(terms)["log_snr"] == math.inf
-    redrawn = replace(draws, posterior=draws.posterior + 1)
+    redrawn = replace(noise, posterior=noise.posterior + 1)
     assert torch.equal(vae_loss(vae, batch, redrawn, WEIGHTS).terms["nll"], terms["nll"])
-    terms = joint_loss(vae, tiny_dit(), reference, batch, draws, joint_weights(), PAD).terms
+    terms = joint_loss(vae, tiny_dit(), reference, batch, noise, joint_weights(), PAD).terms
     assert float(terms["log_q"]) == 0
     means = [
         torch.stack([net.encode(row, [8]).mean for row in batch.ids]).detach() for net in (vae, reference)
@@ -237,9 +237,9 @@ def test_a_fixed_log_snr_is_exactly_that_of_every_latent(wanted: float) -> None:
     ratio = (q.mean**2).mean(-1) / q.logvar.exp().mean(-1)
     torch.testing.assert_close(ratio.log(), torch.full((32,), wanted), rtol=0, atol=1e-5)
     torch.testing.assert_close(q.mean, free.mean)
-    terms = vae_loss(fixed, batch, draws_for(vae, batch), WEIGHTS).terms
+    terms = vae_loss(fixed, batch, noise_for(vae, batch), WEIGHTS).terms
     assert readable(terms)["log_snr"] == pytest.approx(wanted, abs=1e-5)
-    terms = vae_loss(vae, batch, draws_for(vae, batch), WEIGHTS).terms
+    terms = vae_loss(vae, batch, noise_for(vae, batch), WEIGHTS).terms
     assert readable(terms)["log_snr"] != pytest.approx(wanted, abs=0.1)
 
 
@@ -362,9 +362,9 @@ def test_a_new_networks_second_input_changes_nothing_and_learns() -> None:
 def test_a_loss_space_weighs_the_errors_of_the_velocity_by_a_power_of_a(space: str, power: int) -> None:
     vae, dit = tiny_vae(), tiny_dit()
     batch, pieces = packed_rows()
-    draws = packed_draws(vae, batch, SETTINGS.model_copy(update={"loc": -1.0, "scale": 2.0}))
-    loss = prior_loss(vae, dit, batch, draws, PAD, step=FlowStep(space))
-    times, errors = brute_force_flow(vae, dit, batch, draws, pieces)
+    noise = packed_draws(vae, batch, SETTINGS.model_copy(update={"loc": -1.0, "scale": 2.0}))
+    loss = prior_loss(vae, dit, batch, noise, PAD, step=FlowStep(space))
+    times, errors = brute_force_flow(vae, dit, batch, noise, pieces)
     a = times.numpy() / 1000
     assert (a < 0.1).any()
     weights = np.where(a < 0.1, 0.1, a) ** power
@@ -493,7 +493,7 @@ def flow_errors_at(dit: DiT, z0: Tensor, noise: Tensor, timestep: Tensor, start:
 def test_history_dropout_is_drawn_block_by_block_and_leaves_the_other_draws_alone() -> None:
     config = tiny_vae_config()
     without, dropped = (
-        draw_randomness(
+        draw_noise(
             [seeded(row) for row in range(200)],
             config,
             64,
@@ -506,7 +506,7 @@ def test_history_dropout_is_drawn_block_by_block_and_leaves_the_other_draws_alon
     assert dropped.alone is not None
     assert dropped.alone.shape == (200, 2, 64 // config.block_tokens)
     assert float(dropped.alone.float().mean()) == pytest.approx(0.25, abs=0.03)
-    assert torch.equal(without.noise, dropped.noise)  # type: ignore[arg-type]
+    assert torch.equal(without.z1, dropped.z1)  # type: ignore[arg-type]
     assert torch.equal(without.timestep, dropped.timestep)  # type: ignore[arg-type]
 
 
@@ -561,11 +561,11 @@ def test_logits_in_parts_give_the_loss_and_gradients_of_all_at_once(monkeypatch:
     vae = tiny_vae()
     ids = torch.randint(0, vae.config.vocab_size, (3, 16), generator=seeded(0))
     batch, weights = Batch(ids), TextVAETerms()
-    draws = draw_randomness([seeded(row) for row in range(3)], vae.config, 16, weights)
+    noise = draw_noise([seeded(row) for row in range(3)], vae.config, 16, weights)
 
     def outcome() -> tuple[float, list[Tensor]]:
         vae.zero_grad()
-        loss = vae_loss(vae, batch, draws, weights)
+        loss = vae_loss(vae, batch, noise, weights)
         loss.total.backward()
         return float(loss.total.detach()), [p.grad.clone() for p in vae.parameters() if p.grad is not None]
 
@@ -605,8 +605,8 @@ def test_the_exact_prior_of_a_gaussian_chain_has_its_closed_form_loss(prediction
 # --- what is drawn -------------------------------------------------------------------------------
 
 
-def assert_same_draws(ours: Draws, theirs: Draws) -> None:
-    for field in fields(Draws):
+def assert_same_draws(ours: StepNoise, theirs: StepNoise) -> None:
+    for field in fields(StepNoise):
         mine, other = getattr(ours, field.name), getattr(theirs, field.name)
         assert (mine is None) == (other is None), field.name
         assert mine is None or torch.equal(mine, other), field.name
@@ -615,8 +615,8 @@ def assert_same_draws(ours: Draws, theirs: Draws) -> None:
 def test_the_draws_of_a_row_do_not_depend_on_its_batch() -> None:
     config, settings = tiny_vae_config(), FlowTerms(copies=3, prefix_share=0.2)
 
-    def draw(seeds: list[int]) -> Draws:
-        return draw_randomness([seeded(seed) for seed in seeds], config, 16, WEIGHTS, settings)
+    def draw(seeds: list[int]) -> StepNoise:
+        return draw_noise([seeded(seed) for seed in seeds], config, 16, WEIGHTS, settings)
 
     whole = draw([3, 5, 8, 13])
     assert_same_draws(whole.rows(1, 3), draw([5, 8]))
@@ -628,44 +628,42 @@ def test_the_draws_of_a_row_do_not_depend_on_its_batch() -> None:
 def test_the_draws_of_a_stage_have_its_shapes() -> None:
     config = tiny_vae_config(patch_size=2)
     generators = [seeded(0), seeded(1)]
-    first = draw_randomness(generators, config, 16, WEIGHTS)
+    first = draw_noise(generators, config, 16, WEIGHTS)
     assert first.posterior.shape == (2, 8, 8)
     assert first.masked is not None
     assert first.masked.shape == (2, 16)
-    assert first.timestep is first.noise is first.prefix is None
-    frozen = draw_randomness(generators, config, 16, None, FlowTerms(copies=3))
+    assert first.timestep is first.z1 is first.prefix is None
+    frozen = draw_noise(generators, config, 16, None, FlowTerms(copies=3))
     assert frozen.masked is frozen.masked_posterior is None
     assert frozen.timestep is not None
-    assert frozen.noise is not None
+    assert frozen.z1 is not None
     assert frozen.prefix is not None
     assert frozen.timestep.shape == (2, 3, 8)
-    assert frozen.noise.shape == (2, 3, 8, 8)
+    assert frozen.z1.shape == (2, 3, 8, 8)
     assert frozen.prefix.shape == (2, 8)
 
 
 def test_noise_is_standard_normal_of_its_own_everywhere_and_tokens_are_masked_by_their_ratio() -> None:
-    draws = draw_randomness(
+    noise = draw_noise(
         [seeded(row) for row in range(50)], tiny_vae_config(), 64, WEIGHTS, FlowTerms(copies=2)
     )
-    assert draws.noise is not None
-    assert draws.masked is not None
-    assert draws.masked_posterior is not None
-    parts = [draws.posterior, draws.masked_posterior, draws.noise[:, 0], draws.noise[:, 1]]
+    assert noise.z1 is not None
+    assert noise.masked is not None
+    assert noise.masked_posterior is not None
+    parts = [noise.posterior, noise.masked_posterior, noise.z1[:, 0], noise.z1[:, 1]]
     numbers = torch.stack([part.flatten() for part in parts]).double()
     error = 4 / math.sqrt(numbers.shape[1])
     assert float(numbers.mean(1).abs().max()) < error
     assert torch.allclose(numbers.corrcoef(), torch.eye(4, dtype=torch.float64), atol=error)
     assert torch.allclose(numbers.std(1), torch.ones(4, dtype=torch.float64), atol=error)
-    share = float(draws.masked.double().mean())
-    assert share == pytest.approx(0.4, abs=4 * math.sqrt(0.4 * 0.6 / draws.masked.numel()))
+    share = float(noise.masked.double().mean())
+    assert share == pytest.approx(0.4, abs=4 * math.sqrt(0.4 * 0.6 / noise.masked.numel()))
 
 
 @pytest.mark.parametrize("per_block", [True, False])
 def test_timesteps_are_shared_within_a_block_or_a_row_and_not_by_copies(per_block: bool) -> None:
     settings = FlowTerms(timestep_per="block" if per_block else "row", copies=2)
-    drawn = draw_randomness(
-        [seeded(row) for row in range(50)], tiny_vae_config(), 12, WEIGHTS, settings
-    ).timestep
+    drawn = draw_noise([seeded(row) for row in range(50)], tiny_vae_config(), 12, WEIGHTS, settings).timestep
     assert drawn is not None
     shared = drawn.view(50, 2, 3, 4) if per_block else drawn.view(50, 2, 1, 12)
     assert torch.equal(shared, shared[..., :1].expand_as(shared))
@@ -675,7 +673,7 @@ def test_timesteps_are_shared_within_a_block_or_a_row_and_not_by_copies(per_bloc
 @pytest.mark.parametrize(("loc", "scale"), [(1.0, 1.0), (2.0, 0.5)])
 def test_the_law_of_timesteps_reaches_the_loss(loc: float, scale: float) -> None:
     settings = FlowTerms(loc=loc, scale=scale, copies=2)
-    drawn = draw_randomness(
+    drawn = draw_noise(
         [seeded(row) for row in range(1000)], tiny_vae_config(), 16, WEIGHTS, settings
     ).timestep
     assert drawn is not None
@@ -693,7 +691,7 @@ def test_the_law_of_timesteps_reaches_the_loss(loc: float, scale: float) -> None
 def drawn_prefixes(rows: int, share: float, **over: int) -> Tensor | None:
     generators = [seeded(row) for row in range(rows)]
     settings = FlowTerms(prefix_share=share)
-    return draw_randomness(generators, tiny_vae_config(**over), 8, WEIGHTS, settings).prefix
+    return draw_noise(generators, tiny_vae_config(**over), 8, WEIGHTS, settings).prefix
 
 
 def test_the_share_of_blocks_with_a_prefix_is_the_one_asked_for() -> None:
@@ -722,28 +720,28 @@ def test_no_share_or_blocks_of_one_latent_mean_no_prefixes() -> None:
 # --- pinned latents ------------------------------------------------------------------------------
 
 
-def pins_of(vae: TextVAE, batch: Batch, draws: Draws) -> Pinned:
-    pinned = pin(vae, batch, draws, rows_layout(vae, batch), PAD)
+def pins_of(vae: TextVAE, batch: Batch, noise: StepNoise) -> Pinned:
+    pinned = pin(vae, batch, noise, rows_layout(vae, batch), PAD)
     assert pinned is not None
     return pinned
 
 
-def given(batch: Batch, draws: Draws, piece: Piece, patch: int) -> int:
+def given(batch: Batch, noise: StepNoise, piece: Piece, patch: int) -> int:
     """How many of a sample's tokens come before what the flow generates in a partly given block, if any."""
     latents = slice(piece.tokens.start // patch, piece.tokens.stop // patch)
-    if piece.prompt or draws.prefix is None or not bool(draws.prefix[piece.row, latents].any()):
+    if piece.prompt or noise.prefix is None or not bool(noise.prefix[piece.row, latents].any()):
         return piece.prompt
-    return patch * (int(draws.prefix[piece.row, latents].nonzero().max()) + 1)
+    return patch * (int(noise.prefix[piece.row, latents].nonzero().max()) + 1)
 
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_a_clean_prefix_is_encoded_as_a_prompt_that_ends_there(patch: int) -> None:
     vae, dit = tiny_vae(patch_size=patch, scaling_factor=1.3), tiny_dit()
     batch = token_rows(24, 12 * patch)
-    draws = draws_for(vae, batch, FlowTerms(prefix_share=0.2))
-    pinned = pins_of(vae, batch, draws)
-    assert draws.prefix is not None
-    assert torch.equal(pinned.where, draws.prefix)
+    noise = noise_for(vae, batch, FlowTerms(prefix_share=0.2))
+    pinned = pins_of(vae, batch, noise)
+    assert noise.prefix is not None
+    assert torch.equal(pinned.where, noise.prefix)
     assert 0 < int(pinned.where.any(1).sum()) < 24
     for row in range(24):
         where = pinned.where[row].nonzero().flatten().tolist()
@@ -757,13 +755,13 @@ def test_a_clean_prefix_is_encoded_as_a_prompt_that_ends_there(patch: int) -> No
 def test_a_block_that_is_part_prompt_is_conditioned_as_in_generation(patch: int) -> None:
     vae, dit = tiny_vae(patch_size=patch, scaling_factor=1.3), tiny_dit()
     batch, pieces = packed_rows(patch)
-    draws = packed_draws(vae, batch)
-    pinned = pins_of(vae, batch, draws)
+    noise = packed_draws(vae, batch)
+    pinned = pins_of(vae, batch, noise)
     engine = BlockGenerator(vae, dit)
     for piece in pieces:
         first = piece.tokens.start // patch
         own = slice(first, piece.tokens.stop // patch)
-        tokens = given(batch, draws, piece, patch)
+        tokens = given(batch, noise, piece, patch)
         kept = -(-tokens // patch)
         if not kept:
             assert not bool(pinned.where[piece.row, own].any())
@@ -786,49 +784,49 @@ def test_a_block_that_is_part_prompt_is_conditioned_as_in_generation(patch: int)
 def test_pinned_latents_know_nothing_of_what_follows_them(patch: int) -> None:
     vae = tiny_vae(patch_size=patch)
     batch, pieces = packed_rows(patch)
-    draws = packed_draws(vae, batch)
-    pinned = pins_of(vae, batch, draws)
+    noise = packed_draws(vae, batch)
+    pinned = pins_of(vae, batch, noise)
     for piece in pieces:
-        tokens = given(batch, draws, piece, patch)
+        tokens = given(batch, noise, piece, patch)
         if not tokens:
             continue
         begin, end = piece.tokens.start, piece.tokens.stop
         latents = slice(begin // patch, begin // patch - (-tokens // patch))
         ids = batch.ids.clone()
         ids[piece.row, begin + tokens : end] = 49 - ids[piece.row, begin + tokens : end]
-        other = pins_of(vae, replace(batch, ids=ids), draws)
+        other = pins_of(vae, replace(batch, ids=ids), noise)
         assert torch.equal(other.where, pinned.where)
         assert torch.equal(other.latents[piece.row, latents], pinned.latents[piece.row, latents])
         # They do depend on the prompt's last token.
         ids[piece.row, begin + tokens - 1] = 49 - ids[piece.row, begin + tokens - 1]
-        third = pins_of(vae, replace(batch, ids=ids), draws).latents[piece.row, latents]
+        third = pins_of(vae, replace(batch, ids=ids), noise).latents[piece.row, latents]
         assert not torch.equal(third[-1], pinned.latents[piece.row, latents][-1])
 
 
 def test_batches_without_prompts_or_prefixes_have_no_pins() -> None:
     vae, batch = tiny_vae(), token_rows(2, 8)
-    draws = draws_for(vae, batch, FlowTerms(prefix_share=0.0))
-    assert pin(vae, batch, draws, rows_layout(vae, batch), PAD) is None
+    noise = noise_for(vae, batch, FlowTerms(prefix_share=0.0))
+    assert pin(vae, batch, noise, rows_layout(vae, batch), PAD) is None
 
 
 # --- stage 2 -------------------------------------------------------------------------------------
 
 
 def brute_force_flow(
-    vae: TextVAE, dit: DiT, batch: Batch, draws: Draws, pieces: list[Piece]
+    vae: TextVAE, dit: DiT, batch: Batch, noise: StepNoise, pieces: list[Piece]
 ) -> tuple[Tensor, Tensor]:
     """Timestep and error (n,) of every noisy latent that has a loss: a sample, a copy, a block at a time."""
     patch = vae.config.patch_size
-    assert draws.timestep is not None
-    assert draws.noise is not None
+    assert noise.timestep is not None
+    assert noise.z1 is not None
     times, errors = [], []
     for piece in pieces:
         row, ids = piece.row, batch.ids[piece.row, piece.tokens]
         latents = slice(piece.tokens.start // patch, piece.tokens.stop // patch)
         q = posterior_of(vae, ids)
-        z0 = q.mean + q.stddev * draws.posterior[row, latents]
+        z0 = q.mean + q.stddev * noise.posterior[row, latents]
         z0 = (z0 - vae.config.shifting_factor) * vae.config.scaling_factor
-        tokens = given(batch, draws, piece, patch)
+        tokens = given(batch, noise, piece, patch)
         kept = -(-tokens // patch)
         where = torch.arange(len(z0)) < kept
         values = torch.zeros_like(z0)
@@ -837,9 +835,9 @@ def brute_force_flow(
             values[:kept] = encoded[:kept].detach()
         if not piece.prompt:
             where &= torch.arange(len(z0)) >= kept // 4 * 4  # a prefix is of its block alone
-        for k in range(draws.timestep.shape[1]):
-            t = draws.timestep[row, k, latents]
-            found = block_by_block(dit, z0, draws.noise[row, k, latents], t, where, values)
+        for k in range(noise.timestep.shape[1]):
+            t = noise.timestep[row, k, latents]
+            found = block_by_block(dit, z0, noise.z1[row, k, latents], t, where, values)
             times.append(t[~where])
             errors.append(found[~where])
     return torch.cat(times), torch.cat(errors)
@@ -851,11 +849,11 @@ def test_the_flow_loss_of_conversations_equals_brute_force(prediction: str, patc
     vae = tiny_vae(patch_size=patch, scaling_factor=0.5, shifting_factor=-1.0)
     dit = tiny_dit(prediction=prediction)
     batch, pieces = packed_rows(patch)
-    draws = packed_draws(vae, batch, SETTINGS.model_copy(update={"loc": 2.0, "scale": 0.5}))
-    loss = prior_loss(vae, dit, batch, draws, PAD)
-    times, errors = brute_force_flow(vae, dit, batch, draws, pieces)
+    noise = packed_draws(vae, batch, SETTINGS.model_copy(update={"loc": 2.0, "scale": 0.5}))
+    loss = prior_loss(vae, dit, batch, noise, PAD)
+    times, errors = brute_force_flow(vae, dit, batch, noise, pieces)
     assert float(times.min()) > 100
-    assert count(batch, draws, vae.config) == Counts(44 * patch, 44, len(errors))
+    assert count(batch, noise, vae.config) == Counts(44 * patch, 44, len(errors))
     same(loss.total, errors.mean())
     same_gradients(gradients(loss.total, dit), gradients(errors.mean(), dit))
 
@@ -863,10 +861,10 @@ def test_the_flow_loss_of_conversations_equals_brute_force(prediction: str, patc
 def test_the_joint_loss_of_conversations_has_the_gradients_of_brute_force() -> None:
     vae, dit = tiny_vae(), tiny_dit()
     batch, pieces = packed_rows()
-    draws = packed_draws(vae, batch)
+    noise = packed_draws(vae, batch)
     weights = joint_weights(lambda_vae=0.0, lambda_fm=1.0, lambda_ref=0.0)
-    loss = joint_loss(vae, dit, tiny_vae(5), batch, draws, weights, PAD).total
-    _, errors = brute_force_flow(vae, dit, batch, draws, pieces)
+    loss = joint_loss(vae, dit, tiny_vae(5), batch, noise, weights, PAD).total
+    _, errors = brute_force_flow(vae, dit, batch, noise, pieces)
     same(loss, errors.mean())
     same_gradients(gradients(loss, vae, dit), gradients(errors.mean(), vae, dit))
 
@@ -874,11 +872,11 @@ def test_the_joint_loss_of_conversations_has_the_gradients_of_brute_force() -> N
 def test_flow_by_t_is_the_mean_error_of_equal_bins_of_t() -> None:
     vae, dit = tiny_vae(), tiny_dit()
     batch, pieces = packed_rows()
-    draws = packed_draws(vae, batch, SETTINGS.model_copy(update={"loc": 0.0, "scale": 1.0}))
-    assert draws.timestep is not None
-    draws.timestep[0, 0, 8:12] = T  # the end of the path belongs to the last bin
-    values = readable(prior_loss(vae, dit, batch, draws, PAD).terms)
-    times, errors = (x.detach().numpy() for x in brute_force_flow(vae, dit, batch, draws, pieces))
+    noise = packed_draws(vae, batch, SETTINGS.model_copy(update={"loc": 0.0, "scale": 1.0}))
+    assert noise.timestep is not None
+    noise.timestep[0, 0, 8:12] = T  # the end of the path belongs to the last bin
+    values = readable(prior_loss(vae, dit, batch, noise, PAD).terms)
+    times, errors = (x.detach().numpy() for x in brute_force_flow(vae, dit, batch, noise, pieces))
     by_bin = [[] for _ in range(10)]
     for t, error in zip(times, errors, strict=True):
         by_bin[min(9, math.floor(t / 100))].append(error)
@@ -891,7 +889,7 @@ def test_flow_by_t_is_the_mean_error_of_equal_bins_of_t() -> None:
         assert ours is None or ours == pytest.approx(np.mean(own), rel=1e-5)
 
 
-Compute = Callable[[TextVAE, DiT, Batch, Draws, Counts | None], Loss]
+Compute = Callable[[TextVAE, DiT, Batch, StepNoise, Counts | None], Loss]
 
 
 @lru_cache
@@ -899,21 +897,21 @@ def _reference(patch: int, last_ln: bool) -> TextVAE:
     return tiny_vae(5, patch_size=patch, encoder_last_ln=last_ln)
 
 
-def _joint(vae: TextVAE, dit: DiT, batch: Batch, draws: Draws, counts: Counts | None = None) -> Loss:
+def _joint(vae: TextVAE, dit: DiT, batch: Batch, noise: StepNoise, counts: Counts | None = None) -> Loss:
     weights = joint_weights(lambda_vae=0.6, lambda_fm=1.9, lambda_ref=0.25)
     reference = _reference(vae.config.patch_size, vae.config.encoder_last_ln)
-    return joint_loss(vae, dit, reference, batch, draws, weights, PAD, counts)
+    return joint_loss(vae, dit, reference, batch, noise, weights, PAD, counts)
 
 
-def _fixed_snr(vae: TextVAE, dit: DiT, batch: Batch, draws: Draws, counts: Counts | None = None) -> Loss:
+def _fixed_snr(vae: TextVAE, dit: DiT, batch: Batch, noise: StepNoise, counts: Counts | None = None) -> Loss:
     vae.encoder.config = replace(vae.encoder.config, log_snr=1.0)
-    return vae_loss(vae, batch, draws, WEIGHTS, counts)
+    return vae_loss(vae, batch, noise, WEIGHTS, counts)
 
 
 LOSSES: dict[str, Compute] = {
-    "stage 1": lambda vae, dit, batch, draws, counts=None: vae_loss(vae, batch, draws, WEIGHTS, counts),
+    "stage 1": lambda vae, dit, batch, noise, counts=None: vae_loss(vae, batch, noise, WEIGHTS, counts),
     "stage 1, fixed SNR": _fixed_snr,
-    "frozen": lambda vae, dit, batch, draws, counts=None: prior_loss(vae, dit, batch, draws, PAD, counts),
+    "frozen": lambda vae, dit, batch, noise, counts=None: prior_loss(vae, dit, batch, noise, PAD, counts),
     "joint": _joint,
 }
 every_loss = pytest.mark.parametrize("compute", LOSSES.values(), ids=LOSSES.keys())
@@ -940,10 +938,10 @@ def same_loss(ours: Loss, theirs: Loss) -> None:
 def test_samples_of_a_row_add_up_to_its_loss(compute: Compute, patch: int) -> None:
     vae, dit = tiny_vae(patch_size=patch, encoder_last_ln=False), tiny_dit()
     batch, pieces = packed_rows(patch)
-    draws = packed_draws(vae, batch)
-    counts = count(batch, draws, vae.config)
-    whole = compute(vae, dit, batch, draws, None)
-    samples = [alone(batch, draws, piece, patch) for piece in pieces]
+    noise = packed_draws(vae, batch)
+    counts = count(batch, noise, vae.config)
+    whole = compute(vae, dit, batch, noise, None)
+    samples = [alone(batch, noise, piece, patch) for piece in pieces]
     parts = summed([compute(vae, dit, *sample, counts) for sample in samples])
     same_loss(whole, parts)
     own = [count(*sample, vae.config) for sample in samples]
@@ -955,12 +953,12 @@ def test_samples_of_a_row_add_up_to_its_loss(compute: Compute, patch: int) -> No
 def test_what_rows_are_filled_up_with_changes_nothing(compute: Compute) -> None:
     vae, dit = tiny_vae(encoder_last_ln=False), tiny_dit()
     batch, _ = packed_rows()
-    draws = packed_draws(vae, batch)
+    noise = packed_draws(vae, batch)
     assert batch.sample is not None
     filling = batch.sample == FILLING
     assert bool(filling.any())
     other = replace(batch, ids=torch.where(filling, 49 - batch.ids, batch.ids))
-    losses = [compute(vae, dit, rows, draws, None) for rows in (batch, other)]
+    losses = [compute(vae, dit, rows, noise, None) for rows in (batch, other)]
     same_loss(*losses)
     same_gradients(*(gradients(loss.total, vae, dit) for loss in losses))
 
@@ -971,14 +969,14 @@ def test_micro_batches_add_up_to_the_loss_of_the_step(compute: Compute) -> None:
     rows = [packed_rows(seed=seed)[0] for seed in (0, 1)]
     assert all(row.sample is not None and row.trained is not None for row in rows)
     batch = Batch(*(torch.cat([getattr(row, name) for row in rows]) for name in ("ids", "sample", "trained")))
-    draws = draws_for(vae, batch, FlowTerms(copies=2, prefix_share=0.2))
-    counts = count(batch, draws, vae.config)
+    noise = noise_for(vae, batch, FlowTerms(copies=2, prefix_share=0.2))
+    counts = count(batch, noise, vae.config)
     cuts = [(0, 1), (1, 3), (3, 4)]
-    parts = [(batch.rows(b, e), draws.rows(b, e)) for b, e in cuts]
+    parts = [(batch.rows(b, e), noise.rows(b, e)) for b, e in cuts]
     own = [count(*part, vae.config) for part in parts]
     assert len({each.noisy for each in own}) > 1
     assert own[0] + own[1] + own[2] == counts
-    whole = compute(vae, dit, batch, draws, None)
+    whole = compute(vae, dit, batch, noise, None)
     added = summed([compute(vae, dit, *part, counts) for part in parts])
     same_loss(whole, added)
     same_gradients(gradients(whole.total, vae, dit), gradients(added.total, vae, dit))
@@ -991,7 +989,7 @@ def test_micro_batches_add_up_to_the_loss_of_the_step(compute: Compute) -> None:
 def test_the_log_snr_that_is_logged_is_that_of_all_samples() -> None:
     vae = tiny_vae(encoder_last_ln=False)
     batch, pieces = packed_rows()
-    terms = vae_loss(vae, batch, draws_for(vae, batch), WEIGHTS).terms
+    terms = vae_loss(vae, batch, noise_for(vae, batch), WEIGHTS).terms
     posteriors = [posterior_of(vae, batch.ids[piece.row, piece.tokens]) for piece in pieces]
     mean, variance = (
         torch.cat([getattr(q, name) for q in posteriors]).detach().double().numpy()
@@ -1004,16 +1002,16 @@ def test_the_log_snr_that_is_logged_is_that_of_all_samples() -> None:
 def test_the_loss_of_several_copies_is_the_mean_over_single_ones(compute: Compute) -> None:
     vae, dit = tiny_vae(), tiny_dit()
     batch, _ = packed_rows()
-    draws = packed_draws(vae, batch, SETTINGS.model_copy(update={"copies": 3}))
-    assert draws.timestep is not None
-    assert draws.noise is not None
-    together = compute(vae, dit, batch, draws, None).total
+    noise = packed_draws(vae, batch, SETTINGS.model_copy(update={"copies": 3}))
+    assert noise.timestep is not None
+    assert noise.z1 is not None
+    together = compute(vae, dit, batch, noise, None).total
     single = [
         compute(
             vae,
             dit,
             batch,
-            replace(draws, timestep=draws.timestep[:, k : k + 1], noise=draws.noise[:, k : k + 1]),
+            replace(noise, timestep=noise.timestep[:, k : k + 1], z1=noise.z1[:, k : k + 1]),
             None,
         ).total
         for k in range(3)
@@ -1026,8 +1024,8 @@ def test_the_loss_of_several_copies_is_the_mean_over_single_ones(compute: Comput
 
 def joint(vae: TextVAE, dit: DiT, reference: TextVAE, weights: JointSection, seed: int = 0) -> Loss:
     batch = token_rows(3, 12)
-    draws = draws_for(vae, batch, SETTINGS, seed)
-    return joint_loss(vae, dit, reference, batch, draws, weights, PAD)
+    noise = noise_for(vae, batch, SETTINGS, seed)
+    return joint_loss(vae, dit, reference, batch, noise, weights, PAD)
 
 
 def test_the_joint_loss_is_the_weighted_sum_of_its_terms() -> None:
@@ -1052,7 +1050,7 @@ def test_the_joint_terms_equal_those_of_the_distributions() -> None:
     same(terms["log_q"], -entropy.detach() / 36)
     same(terms["kl_ref"], kl.detach() / 36)
     # What the Text VAE's terms have in common with stage 1.
-    first = vae_loss(vae, batch, draws_for(vae, batch, SETTINGS), WEIGHTS).terms
+    first = vae_loss(vae, batch, noise_for(vae, batch, SETTINGS), WEIGHTS).terms
     for name in ("nll", "masked", "accuracy"):
         torch.testing.assert_close(terms[name], first[name])
 
@@ -1083,7 +1081,7 @@ def test_the_flow_term_trains_the_encoder_and_not_the_decoder() -> None:
 def test_a_frozen_vae_gets_no_gradient() -> None:
     vae, dit = tiny_vae(), tiny_dit()
     batch = token_rows(3, 12)
-    loss = prior_loss(vae, dit, batch, draws_for(vae, batch, SETTINGS), PAD)
+    loss = prior_loss(vae, dit, batch, noise_for(vae, batch, SETTINGS), PAD)
     loss.total.backward()
     assert all(parameter.grad is None for parameter in vae.parameters())
     assert moved(dit)
@@ -1095,7 +1093,7 @@ def test_a_loss_is_a_pure_function_of_networks_batch_and_draws(compute: Compute)
     vae, dit, batch = tiny_vae(), tiny_dit(), token_rows(4, 12)
 
     def once(seed: int) -> Tensor:
-        return compute(vae, dit, batch, draws_for(vae, batch, SETTINGS, seed), None).total
+        return compute(vae, dit, batch, noise_for(vae, batch, SETTINGS, seed), None).total
 
     torch.manual_seed(0)
     first = once(7)
@@ -1113,7 +1111,7 @@ SMALL = TextVAETerms(beta=1e-4)
 
 
 def overfit(networks: list[torch.nn.Module], loss: Callable[[], Loss]) -> tuple[Loss, Loss]:
-    """Return the losses before and after 120 steps on one batch with fixed draws."""
+    """Return the losses before and after 120 steps on one batch with fixed noise."""
     parameters = [parameter for network in networks for parameter in network.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=5e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, 120)
@@ -1128,8 +1126,8 @@ def overfit(networks: list[torch.nn.Module], loss: Callable[[], Loss]) -> tuple[
 
 def test_stage_1_overfits_a_batch() -> None:
     vae, batch = tiny_vae(log_snr=2.0), packed_rows()[0]
-    draws = draws_for(vae, batch, weights=SMALL)
-    before, after = overfit([vae], lambda: vae_loss(vae, batch, draws, SMALL))
+    noise = noise_for(vae, batch, weights=SMALL)
+    before, after = overfit([vae], lambda: vae_loss(vae, batch, noise, SMALL))
     assert float(before.terms["nll"]) > 3
     assert float(after.terms["nll"]) < 0.02
     assert float(after.terms["accuracy"]) == pytest.approx(1)
@@ -1139,8 +1137,8 @@ def test_stage_1_overfits_a_batch() -> None:
 def test_stage_2_overfits_a_batch(prediction: str) -> None:
     vae, dit = tiny_vae(log_snr=2.0), tiny_dit(prediction=prediction)
     batch, _ = packed_rows()
-    draws = packed_draws(vae, batch)
-    before, after = overfit([dit], lambda: prior_loss(vae, dit, batch, draws, PAD))
+    noise = packed_draws(vae, batch)
+    before, after = overfit([dit], lambda: prior_loss(vae, dit, batch, noise, PAD))
     assert float(before.terms["flow"]) > 1
     assert float(after.terms["flow"]) < 0.05 * float(before.terms["flow"])
 
@@ -1148,10 +1146,10 @@ def test_stage_2_overfits_a_batch(prediction: str) -> None:
 def test_joint_training_overfits_a_batch() -> None:
     vae, dit, reference = tiny_vae(log_snr=2.0), tiny_dit(), tiny_vae(log_snr=2.0)
     batch, _ = packed_rows()
-    draws, weights = packed_draws(vae, batch), JointSection(beta=1e-4, lambda_ref=1e-3)
+    noise, weights = packed_draws(vae, batch), JointSection(beta=1e-4, lambda_ref=1e-3)
     before, after = overfit(
         [vae, dit],
-        lambda: joint_loss(vae, dit, reference, batch, draws, weights, PAD),
+        lambda: joint_loss(vae, dit, reference, batch, noise, weights, PAD),
     )
     assert float(before.terms["nll"]) > 3
     assert float(after.terms["nll"]) < 0.02

@@ -31,7 +31,7 @@ from colada.train.logs import read_samples
 from colada.train.noise import Counts
 from colada.train.pairs import open_pairs
 from colada.train.picture_cost import CAPTION
-from colada.train.pictures import PicturesStage, TaskDraws
+from colada.train.pictures import PicturesStage, TaskNoise
 from colada.train.plan import plan_run
 from colada.train.recipe import Recipe, load_recipe
 from colada.train.stages import VALIDATION_ROW, make_stage
@@ -144,16 +144,16 @@ def test_draws_of_a_row_do_not_depend_on_its_batch(stage: PicturesStage) -> None
 @pytest.mark.parametrize("task", ["draw", "describe"])
 def test_a_loss_is_the_mean_of_pairs_one_by_one(stage: PicturesStage, task: str) -> None:
     drawn = stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2))
-    draws = TaskDraws(**{task: getattr(drawn, task)})
+    noise = TaskNoise(**{task: getattr(drawn, task)})
     rows = Batch(torch.zeros(2, 16, dtype=torch.int64))
-    counts = stage.count(rows, draws)
-    loss = stage.loss(stage.networks, rows, draws, counts, 0)
-    pairs = getattr(draws, task)
+    counts = stage.count(rows, noise)
+    loss = stage.loss(stage.networks, rows, noise, counts, 0)
+    pairs = getattr(noise, task)
     totals = []
     for row in range(2):
         for pair in range(2):
             one = pairs.map(lambda x, row=row, pair=pair: x[row : row + 1, pair : pair + 1])
-            own = TaskDraws(**{task: one})
+            own = TaskNoise(**{task: one})
             totals.append(
                 float(stage.loss(stage.networks, rows.rows(0, 1), own, Counts(1, 1, 1, 1, 1, 1), 0).total)
             )
@@ -174,13 +174,13 @@ def test_a_loss_is_the_mean_of_pairs_one_by_one(stage: PicturesStage, task: str)
 def test_micro_batches_change_no_gradient(stage: PicturesStage) -> None:
     rows = Batch(torch.zeros(2, 16, dtype=torch.int64))
     drawn = stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2))
-    draws = TaskDraws(draw=drawn.draw, describe=drawn.describe)
-    counts, gradients = stage.count(rows, draws), []
+    noise = TaskNoise(draw=drawn.draw, describe=drawn.describe)
+    counts, gradients = stage.count(rows, noise), []
     for parts in ([(0, 2)], [(0, 1), (1, 2)]):
         stage.networks.zero_grad()
         for begin, end in parts:
             stage.loss(
-                stage.networks, rows.rows(begin, end), draws.rows(begin, end), counts, 0
+                stage.networks, rows.rows(begin, end), noise.rows(begin, end), counts, 0
             ).total.backward()
         gradients.append([parameter.grad.clone() for parameter in stage.networks.parameters()])
     for one, other in zip(*gradients, strict=True):
@@ -189,9 +189,9 @@ def test_micro_batches_change_no_gradient(stage: PicturesStage) -> None:
 
 def test_steps_of_text_give_pictures_the_gradient_nothing(stage: PicturesStage) -> None:
     rows = Batch(torch.randint(4, 200, (2, 16), generator=torch.Generator().manual_seed(0)))
-    draws = TaskDraws(text=stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2)).text)
+    noise = TaskNoise(text=stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2)).text)
     stage.networks.zero_grad()
-    stage.loss(stage.networks, rows, draws, stage.count(rows, draws), 0).total.backward()
+    stage.loss(stage.networks, rows, noise, stage.count(rows, noise), 0).total.backward()
     for name, parameter in stage.networks.named_parameters():
         assert parameter.grad is not None, name
         assert bool((parameter.grad == 0).all()) == (".img_" in name), name
@@ -281,13 +281,13 @@ def test_flops_of_drawing_are_those_that_run(whole: Path, dual: int) -> None:
     assert drawn is not None
     # Captions of the nominal length, all with timesteps of their own.
     ids = torch.full((2, 2, CAPTION), 5)
-    noise = torch.zeros(2, 2, CAPTION, stage.vae.config.latent_dim)
+    z1 = torch.zeros(2, 2, CAPTION, stage.vae.config.latent_dim)
     times = torch.rand(2, 2, CAPTION // 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2)
-    draws = TaskDraws(
-        draw=replace(drawn, text=ids, lengths=torch.full((2, 2), CAPTION), noise=noise, timestep=900 * times)
+    noise = TaskNoise(
+        draw=replace(drawn, text=ids, lengths=torch.full((2, 2), CAPTION), noise=z1, timestep=900 * times)
     )
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        stage.loss(stage.networks, rows, draws, stage.count(rows, draws), 0).total.backward()
+        stage.loss(stage.networks, rows, noise, stage.count(rows, noise), 0).total.backward()
     phase, dit, vae = plan_run(made).phases[1], stage.system.networks["dit"], stage.vae.config
     assert isinstance(dit, DiT)
     rows_of = 4

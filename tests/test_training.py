@@ -731,10 +731,10 @@ class Spoilt(Trainer):
 
     bad: tuple[int, ...] = ()
 
-    def _step(self, stage: Any, step: int, own: Any, draws: Any) -> Any:
+    def _step(self, stage: Any, step: int, own: Any, noise: Any) -> Any:
         if stage.name == "vae" and step in self.bad:
-            draws = draws.map(lambda x: x * math.inf if x.is_floating_point() else x)
-        return super()._step(stage, step, own, draws)
+            noise = noise.map(lambda x: x * math.inf if x.is_floating_point() else x)
+        return super()._step(stage, step, own, noise)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from colada.train.kinds import (
 )
 from colada.train.lineage import built_in
 from colada.train.losses import Loss, decoder_loss, joint_loss, prior_loss, vae_loss
-from colada.train.noise import Counts, Draws, count, draw_randomness, timestep_law
+from colada.train.noise import Counts, StepNoise, count, draw_noise, timestep_law
 from colada.train.pairs import open_pairs
 from colada.train.recipe import Recipe
 from colada.train.stages import LayOut, Stage, System, copied, drawn, row_generator
@@ -165,8 +165,8 @@ class ColaStage(Stage):
         assert isinstance(vae, TextVAE)
         return vae
 
-    def count(self, rows: Batch, draws: Draws) -> Counts:
-        return count(rows, draws, self.vae.config)
+    def count(self, rows: Batch, noise: StepNoise) -> Counts:
+        return count(rows, noise, self.vae.config)
 
     @classmethod
     @abstractmethod
@@ -189,15 +189,15 @@ class TextVAEStage(ColaStage):
     writes = False
     section: TextVAESection
 
-    def draw(self, rows: Sequence[int]) -> Draws:
-        return draw_randomness(self.generators(rows), self.vae.config, self.section.length, self.section)
+    def draw(self, rows: Sequence[int]) -> StepNoise:
+        return draw_noise(self.generators(rows), self.vae.config, self.section.length, self.section)
 
-    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
+    def loss(self, networks: nn.ModuleDict, rows: Batch, noise: StepNoise, counts: Counts, step: int) -> Loss:
         vae = networks["vae"]
         assert isinstance(vae, TextVAE)
         if self.phase_of(step):
-            return decoder_loss(vae, rows, draws, counts)
-        return vae_loss(vae, rows, draws, self.section, counts)
+            return decoder_loss(vae, rows, noise, counts)
+        return vae_loss(vae, rows, noise, self.section, counts)
 
     def phase_of(self, step: int) -> int:
         """Return 1 where the decoder learns alone, else 0."""
@@ -237,13 +237,13 @@ class FlowStage(ColaStage):
         guesses, law = _guesses(self, section, step), self._law if self._adapts and learns else None
         return FlowStep(section.space, guesses, section.dropout, consistency, law)
 
-    def rollouts(self, step: int, rows: Batch, draws: Any) -> tuple[Batch, Any]:
-        """Return rows and draws, with timesteps where the steps before have found most to learn."""
+    def rollouts(self, step: int, rows: Batch, noise: Any) -> tuple[Batch, Any]:
+        """Return rows and noise, with timesteps where the steps before have found most to learn."""
         if not self._adapts:
-            return rows, draws
-        assert draws.timestep is not None
-        timestep = adapted(self._law, self.memory["timesteps"], draws.timestep)
-        return rows, replace(draws, timestep=timestep)
+            return rows, noise
+        assert noise.timestep is not None
+        timestep = adapted(self._law, self.memory["timesteps"], noise.timestep)
+        return rows, replace(noise, timestep=timestep)
 
     def learnt(self, step: int, terms: Mapping[str, Tensor], add_up: Callable[[Tensor], Tensor]) -> None:
         """Remember the errors by quantile of the timestep law."""
@@ -259,15 +259,15 @@ class PriorStage(FlowStage):
     uses: ClassVar[tuple[str, ...]] = ("vae",)
     section: PriorSection | InstructSection
 
-    def draw(self, rows: Sequence[int]) -> Draws:
+    def draw(self, rows: Sequence[int]) -> StepNoise:
         section = self.section
-        return draw_randomness(self.generators(rows), self.vae.config, section.length, flow=section)
+        return draw_noise(self.generators(rows), self.vae.config, section.length, flow=section)
 
-    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
+    def loss(self, networks: nn.ModuleDict, rows: Batch, noise: StepNoise, counts: Counts, step: int) -> Loss:
         dit = networks["dit"]
         assert isinstance(dit, DiT)
         flow = self.flow_step(step)
-        return prior_loss(self.vae, dit, rows, draws, self.system.pad_id, counts, flow)
+        return prior_loss(self.vae, dit, rows, noise, self.system.pad_id, counts, flow)
 
     @classmethod
     def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
@@ -286,20 +286,20 @@ class JointStage(FlowStage):
     def rate(self, network: str) -> float:
         return self.section.lr * (self.section.vae_lr if network == "vae" else 1.0)
 
-    def draw(self, rows: Sequence[int]) -> Draws:
+    def draw(self, rows: Sequence[int]) -> StepNoise:
         section = self.section
-        return draw_randomness(self.generators(rows), self.vae.config, section.length, section, section)
+        return draw_noise(self.generators(rows), self.vae.config, section.length, section, section)
 
-    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
+    def loss(self, networks: nn.ModuleDict, rows: Batch, noise: StepNoise, counts: Counts, step: int) -> Loss:
         vae, dit, reference = networks["vae"], networks["dit"], self.frozen["reference"]
         assert isinstance(vae, TextVAE)
         assert isinstance(dit, DiT)
         section, pad_id = self.section, self.system.pad_id
         flow = self.flow_step(step)
         if not section.joint_at(step):
-            return prior_loss(vae, dit, rows, draws, pad_id, counts, flow)
+            return prior_loss(vae, dit, rows, noise, pad_id, counts, flow)
         assert isinstance(reference, TextVAE)
-        return joint_loss(vae, dit, reference, rows, draws, section, pad_id, counts, flow)
+        return joint_loss(vae, dit, reference, rows, noise, section, pad_id, counts, flow)
 
     @classmethod
     def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:

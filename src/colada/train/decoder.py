@@ -15,7 +15,7 @@ from colada.models.load import MODELS
 from colada.networks.decoder import Decoder
 from colada.text.tokenizer import Tokenizer
 from colada.train.cost import Phase, Placement, decoder_phase
-from colada.train.decoder_losses import MaskDraws, count, decoder_loss, draw_masks
+from colada.train.decoder_losses import MaskNoise, count, decoder_loss, draw_masks
 from colada.train.kinds import DecoderSection
 from colada.train.losses import Loss
 from colada.train.noise import Counts
@@ -65,19 +65,19 @@ class DecoderStage(Stage):
     learns = ("decoder",)
     section: DecoderSection
 
-    def draw(self, rows: Sequence[int]) -> MaskDraws:
+    def draw(self, rows: Sequence[int]) -> MaskNoise:
         """Return what the loss of rows with these numbers draws: masks for LLaDA, nothing for AR."""
         if self.recipe.model.arch == "ar":
-            return MaskDraws()
+            return MaskNoise()
         return draw_masks(self.generators(rows), self.section.length, self.section.random_length)
 
-    def count(self, rows: Batch, draws: MaskDraws) -> Counts:
-        return count(rows, draws)
+    def count(self, rows: Batch, noise: MaskNoise) -> Counts:
+        return count(rows, noise)
 
-    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: MaskDraws, counts: Counts, step: int) -> Loss:
+    def loss(self, networks: nn.ModuleDict, rows: Batch, noise: MaskNoise, counts: Counts, step: int) -> Loss:
         decoder = networks["decoder"]
         assert isinstance(decoder, Decoder)
-        return decoder_loss(decoder, rows, draws, counts)
+        return decoder_loss(decoder, rows, noise, counts)
 
     @classmethod
     def phases(

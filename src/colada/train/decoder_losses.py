@@ -23,11 +23,11 @@ from colada.data.rows import FILLING, Batch
 from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
 from colada.train.losses import Loss
-from colada.train.noise import Counts, Drawn
+from colada.train.noise import Counts, RowTensors
 
 
 @dataclass(frozen=True)
-class MaskDraws(Drawn):
+class MaskNoise(RowTensors):
     """Everything random in the loss of a LLaDA batch; an AR one has nothing random.
 
     Attributes:
@@ -41,7 +41,7 @@ class MaskDraws(Drawn):
     length: Tensor | None = None
 
 
-def draw_masks(generators: Sequence[torch.Generator], length: int, random_length: float) -> MaskDraws:
+def draw_masks(generators: Sequence[torch.Generator], length: int, random_length: float) -> MaskNoise:
     """Draw shares, orders and lengths, each row from a CPU generator of its own.
 
     Args:
@@ -56,23 +56,23 @@ def draw_masks(generators: Sequence[torch.Generator], length: int, random_length
         cut = torch.rand((), generator=own) < random_length
         shorter = torch.randint(1, length + 1, (), generator=own)
         lengths.append(torch.where(cut, shorter, length))
-    return MaskDraws(torch.stack(shares), torch.stack(orders), torch.stack(lengths))
+    return MaskNoise(torch.stack(shares), torch.stack(orders), torch.stack(lengths))
 
 
-def learnt_tokens(batch: Batch, draws: MaskDraws) -> Tensor:
+def learnt_tokens(batch: Batch, noise: MaskNoise) -> Tensor:
     """Return which tokens are learnt, masked or not: bool (B, L), no prompts, filling, or what is cut off."""
     learnt = torch.ones_like(batch.ids, dtype=torch.bool) if batch.trained is None else batch.trained
     if batch.sample is not None:
         learnt = learnt & (batch.sample != FILLING)
-    if draws.length is not None:
+    if noise.length is not None:
         position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-        learnt = learnt & (position < draws.length[:, None])
+        learnt = learnt & (position < noise.length[:, None])
     return learnt
 
 
-def count(batch: Batch, draws: MaskDraws) -> Counts:
+def count(batch: Batch, noise: MaskNoise) -> Counts:
     """Return a batch's share in the counts of its step: tokens with a loss."""
-    return Counts(float(learnt_tokens(batch, draws).sum()), 0.0, 0.0)
+    return Counts(float(learnt_tokens(batch, noise).sum()), 0.0, 0.0)
 
 
 def first_tokens(batch: Batch) -> Tensor:
@@ -84,24 +84,24 @@ def first_tokens(batch: Batch) -> Tensor:
     return first
 
 
-def decoder_loss(decoder: Decoder, batch: Batch, draws: MaskDraws, counts: Counts | None = None) -> Loss:
+def decoder_loss(decoder: Decoder, batch: Batch, noise: MaskNoise, counts: Counts | None = None) -> Loss:
     """Return the loss of rows by the decoder's objective.
 
     Args:
         batch: rows of L tokens.
-        draws: of :func:`draw_masks` for "llada", empty for "ar".
+        noise: of :func:`draw_masks` for "llada", empty for "ar".
         counts: of the whole step; None where the batch is the step.
     """
-    counts = counts or count(batch, draws)
+    counts = counts or count(batch, noise)
     config, (rows, length) = decoder.config, batch.ids.shape
-    learnt = learnt_tokens(batch, draws)
-    inputs, where, weights = _visible(config, batch, draws, learnt)
+    learnt = learnt_tokens(batch, noise)
+    inputs, where, weights = _visible(config, batch, noise, learnt)
     sample = batch.sample
-    if draws.length is not None and bool((draws.length < length).any()):
+    if noise.length is not None and bool((noise.length < length).any()):
         # What is cut off is a sample of its own, that the rest does not see.
         own = torch.zeros_like(batch.ids) if sample is None else sample
         position = torch.arange(length, device=own.device)
-        sample = own.masked_fill(position >= draws.length[:, None], FILLING)
+        sample = own.masked_fill(position >= noise.length[:, None], FILLING)
     layout = decoder.rows_layout(rows, length, sample)
     at = where.flatten().nonzero().squeeze(1)
     ids = batch.ids.flatten()[at]
@@ -113,17 +113,17 @@ def decoder_loss(decoder: Decoder, batch: Batch, draws: MaskDraws, counts: Count
 
 
 def _visible(
-    config: DecoderConfig, batch: Batch, draws: MaskDraws, learnt: Tensor
+    config: DecoderConfig, batch: Batch, noise: MaskNoise, learnt: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what the decoder reads (B, L), which outputs have a loss, bool, and how much each counts."""
     if config.objective == "ar":
         inputs = batch.ids.roll(1, 1).masked_fill(first_tokens(batch), config.bos_token_id)
         return inputs, learnt, torch.ones_like(learnt, dtype=torch.float32)
-    assert draws.order is not None
-    assert draws.share is not None
+    assert noise.order is not None
+    assert noise.share is not None
     tokens = learnt.sum(1)
-    count = (draws.share * tokens).ceil()
-    rank = draws.order.masked_fill(~learnt, 2.0).argsort(1).argsort(1)
+    count = (noise.share * tokens).ceil()
+    rank = noise.order.masked_fill(~learnt, 2.0).argsort(1).argsort(1)
     masked = learnt & (rank < count[:, None])
     inputs = batch.ids.masked_fill(masked, config.mask_id)
     return inputs, masked, (tokens / count.clamp(min=1))[:, None].expand(batch.ids.shape)

@@ -26,7 +26,7 @@ from colada.train.losses import Loss, draw, encode, log_snr_terms, rows_layout
 from colada.train.noise import Counts, sample_of_latents, timestep_law
 from colada.train.recipe import Recipe
 from colada.train.stages import LayOut, System, row_generator
-from colada.train.taught import Taught, TaughtStage
+from colada.train.taught import TaughtNoise, TaughtStage
 
 
 class Interval(NamedTuple):
@@ -62,32 +62,39 @@ class DistilStage(TaughtStage):
         super().__init__(system, name, lay_out)
         self._intervals = intervals(self.section)
 
-    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Taught, counts: Counts, step: int) -> Loss:  # type: ignore[override]
+    def loss(
+        self,
+        networks: nn.ModuleDict,
+        rows: Batch,
+        noise: TaughtNoise,  # type: ignore[override]
+        counts: Counts,
+        step: int,
+    ) -> Loss:
         """Return the loss of rows in a step, with the network that learns or its average."""
         student, teacher, section = networks["dit"], self.frozen["teacher"], self.section
         assert isinstance(student, DiT)
         assert isinstance(teacher, DiT)
-        assert draws.timestep is not None
-        assert draws.noise is not None
+        assert noise.timestep is not None
+        assert noise.z1 is not None
         cap = section.guidance_cap or math.inf
         guided = Guided(teacher, section.guidance, cap, section.guidance_rescale)
         with torch.no_grad():
             layout = rows_layout(self.vae, rows)
             q = encode(self.vae, rows.ids, layout)
-            z0 = self.vae.normalise(draw(q, draws.posterior))
+            z0 = self.vae.normalise(draw(q, noise.posterior))
             clean = z0.view(len(rows), -1, self.vae.config.latent_dim)
-            pinned = pin(self.vae, rows, draws, layout, self.system.pad_id)
+            pinned = pin(self.vae, rows, noise, layout, self.system.pad_id)
             sample = sample_of_latents(rows, self.vae.config.patch_size)
-            timestep, end, substeps = self._drawn(draws.timestep)
-            if draws.states is not None:
-                z, landed = (place(self._at(draws.states, at), pinned) for at in (timestep, end))
+            timestep, end, substeps = self._drawn(noise.timestep)
+            if noise.states is not None:
+                z, landed = (place(self._at(noise.states, at), pinned) for at in (timestep, end))
                 target = target_of(z, landed, timestep, end)
             else:
                 if self._on_trajectory(step):
-                    noise, begin = place(draws.noise, pinned), torch.full_like(timestep, T)
-                    z = landing(guided, noise, begin, timestep, clean, pinned, sample, section.rollout)
+                    z1, begin = place(noise.z1, pinned), torch.full_like(timestep, T)
+                    z = landing(guided, z1, begin, timestep, clean, pinned, sample, section.rollout)
                 else:
-                    z = place(interpolate(clean[:, None], draws.noise, timestep / T), pinned)
+                    z = place(interpolate(clean[:, None], noise.z1, timestep / T), pinned)
                 if section.grids is None:
                     target = guided.guess(z, timestep, clean, pinned, sample)
                 else:
@@ -117,7 +124,7 @@ class DistilStage(TaughtStage):
         """Return whether a step's states are the teacher's own; in a validation, never."""
         if not torch.is_grad_enabled():
             return False
-        # A number that no row has, see the draws of self-conditioning.
+        # A number that no row has, see self-conditioning.
         generator = row_generator(self.recipe.seed, self.number, 2**42 + step)
         return bool(torch.rand((), generator=generator) < self.section.trajectory)
 

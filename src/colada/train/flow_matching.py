@@ -16,7 +16,7 @@ from colada.networks.dit import DiT, Timesteps
 from colada.networks.dropout import Dropout
 from colada.networks.packing import Layout
 from colada.networks.vae import TextVAE
-from colada.train.noise import Counts, Draws, given_tokens, pinned_latents, sample_of_latents
+from colada.train.noise import Counts, StepNoise, given_tokens, pinned_latents, sample_of_latents
 from colada.train.timesteps import BINS, bin_of
 
 TIME_BINS = 10  # Equal bins of [0, T) for the flow loss by timestep.
@@ -231,17 +231,17 @@ def consistency_errors(
 
 
 @torch.no_grad()
-def pin(vae: TextVAE, batch: Batch, draws: Draws, layout: Layout, pad_id: int) -> Pinned | None:
+def pin(vae: TextVAE, batch: Batch, noise: StepNoise, layout: Layout, pad_id: int) -> Pinned | None:
     """Return the pinned latents of a batch, None if it cannot have any.
 
     The clean part of a block is encoded as a prompt that ends there: with
     padding to the end of its block, as the posterior mean. Encoded with the tokens that
     follow, it would tell the DiT about them.
     """
-    if draws.prefix is None and batch.trained is None:
+    if noise.prefix is None and batch.trained is None:
         return None
     block, patch = vae.config.block_tokens, vae.config.patch_size
-    given = given_tokens(batch, draws, patch)
+    given = given_tokens(batch, noise, patch)
     follows = given.unflatten(1, (-1, block)).any(-1).repeat_interleave(block, 1) & ~given
     # Encoded even if nothing follows in any block, so that all ranks of a sharded network run alike.
     mean = vae.normalise(vae.encoder(batch.ids.masked_fill(follows, pad_id).flatten(), layout).mean)
@@ -252,7 +252,7 @@ def flow_matching(
     vae: TextVAE,
     dit: DiT,
     batch: Batch,
-    draws: Draws,
+    noise: StepNoise,
     z0: Tensor,
     layout: Layout,
     pad_id: int,
@@ -264,22 +264,22 @@ def flow_matching(
     Args:
         z0: (B * M, C) as sampled, not normalised.
     """
-    assert draws.timestep is not None
-    assert draws.noise is not None
-    noise, timestep, alone = draws.noise, draws.timestep, draws.alone
+    assert noise.timestep is not None
+    assert noise.z1 is not None
+    z1, timestep, alone = noise.z1, noise.timestep, noise.alone
     z0 = vae.normalise(z0).view(len(batch), -1, vae.config.latent_dim)
-    pinned = pin(vae, batch, draws, layout, pad_id)
+    pinned = pin(vae, batch, noise, layout, pad_id)
     sample = sample_of_latents(batch, vae.config.patch_size)
     z, clean, guesses = (
-        place(interpolate(z0[:, None], noise, timestep / T), pinned),
+        place(interpolate(z0[:, None], z1, timestep / T), pinned),
         z0.detach(),
         step.self_conditioned,
     )
     dropout = None
-    if draws.dropout is not None and torch.is_grad_enabled():
-        dropout = Dropout(draws.dropout, step.dropout)
+    if noise.dropout is not None and torch.is_grad_enabled():
+        dropout = Dropout(noise.dropout, step.dropout)
     output = noisy_pass(dit, z, timestep, clean, pinned, sample, alone, guesses, dropout)
-    errors = _errors(dit, output, clean, noise, timestep, pinned)
+    errors = _errors(dit, output, clean, z1, timestep, pinned)
     total, terms = weighed(errors, timestep, pinned, counts, step.space)
     if step.consistency is not None:
         seen = (timestep, clean, pinned, sample, alone, guesses)

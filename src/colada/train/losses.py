@@ -4,7 +4,7 @@ Units: likelihood, KL and entropy terms are nats per token; the flow term is
 the squared velocity error per latent number. Rows all have the same length:
 a batch is (B, L) tokens and (B, M, C) latents, M = L / patch_size.
 
-A loss is a plain function of networks, batch and draws (:mod:`colada.train.noise`). What it sums over is
+A loss is a plain function of networks, batch and noise (:mod:`colada.train.noise`). What it sums over is
 divided by counts of the whole step: contributions of micro-batches and ranks add up to the loss of the
 undivided batch.
 """
@@ -27,7 +27,7 @@ from colada.networks.packing import Layout
 from colada.networks.vae import Posterior, TextVAE
 from colada.train.flow_matching import PLAIN, FlowStep, flow_matching
 from colada.train.kinds import JointSection, TextVAETerms
-from colada.train.noise import Counts, Draws, count, sample_of_latents
+from colada.train.noise import Counts, StepNoise, count, sample_of_latents
 
 LOGITS_AT_ONCE = 2**26
 """Logits held at once, 268 MB: those of a batch of the released size are 4.5 GB, and their gradient too."""
@@ -128,12 +128,12 @@ def _spell(vae: TextVAE, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, ids, reduction="none"), (logits.argmax(-1) == ids).float()
 
 
-def masked_reconstruction(vae: TextVAE, batch: Batch, layout: Layout, draws: Draws) -> Tensor:
+def masked_reconstruction(vae: TextVAE, batch: Batch, layout: Layout, noise: StepNoise) -> Tensor:
     """Return L_mask, summed over tokens: -log p_theta(x | z0 of partly masked tokens); no KL here."""
-    assert draws.masked is not None
-    assert draws.masked_posterior is not None
-    posterior = encode(vae, batch.ids.masked_fill(draws.masked, vae.config.mask_id), layout)
-    return reconstruction(vae, draw(posterior, draws.masked_posterior), batch, layout)[0]
+    assert noise.masked is not None
+    assert noise.masked_posterior is not None
+    posterior = encode(vae, batch.ids.masked_fill(noise.masked, vae.config.mask_id), layout)
+    return reconstruction(vae, draw(posterior, noise.masked_posterior), batch, layout)[0]
 
 
 def kl_standard_normal(q: Posterior) -> Tensor:
@@ -166,13 +166,13 @@ def log_snr_terms(q: Posterior, batch: Batch, counts: Counts) -> dict[str, Tenso
     return {"mean2": mean2, "variance": within(batch, variance.mean(-1)) / counts.latents}
 
 
-def decoder_loss(vae: TextVAE, batch: Batch, draws: Draws, counts: Counts | None = None) -> Loss:
+def decoder_loss(vae: TextVAE, batch: Batch, noise: StepNoise, counts: Counts | None = None) -> Loss:
     """L = -E log p_theta(x | z0) under a frozen encoder; arguments as :func:`vae_loss`."""
-    counts = counts or count(batch, draws, vae.config)
+    counts = counts or count(batch, noise, vae.config)
     layout = rows_layout(vae, batch)
     with torch.no_grad():
         q = encode(vae, batch.ids, layout)
-        z0 = draw(q, draws.posterior)
+        z0 = draw(q, noise.posterior)
     nll, right = reconstruction(vae, z0, batch, layout)
     terms = {"nll": nll / counts.tokens, "kl": within(batch, kl_standard_normal(q)) / counts.tokens}
     terms |= {"accuracy": right / counts.tokens, **log_snr_terms(q, batch, counts)}
@@ -184,7 +184,7 @@ def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vae_loss(
-    vae: TextVAE, batch: Batch, draws: Draws, weights: TextVAETerms, counts: Counts | None = None
+    vae: TextVAE, batch: Batch, noise: StepNoise, weights: TextVAETerms, counts: Counts | None = None
 ) -> Loss:
     """L = -E log p_theta(x | z0) + beta KL(q_phi(z0 | x) || N(0, I)) + lambda_mask L_mask.
 
@@ -192,14 +192,14 @@ def vae_loss(
         batch: rows of L tokens, L a multiple of patch_size * block_size.
         counts: of the whole step; None where the batch is the step.
     """
-    counts = counts or count(batch, draws, vae.config)
+    counts = counts or count(batch, noise, vae.config)
     layout = rows_layout(vae, batch)
     q = encode(vae, batch.ids, layout)
-    nll, right = reconstruction(vae, draw(q, draws.posterior), batch, layout)
+    nll, right = reconstruction(vae, draw(q, noise.posterior), batch, layout)
     terms = {"nll": nll / counts.tokens, "kl": within(batch, kl_standard_normal(q)) / counts.tokens}
     total = terms["nll"] + weights.beta * terms["kl"]
     if weights.mask > 0:
-        terms["masked"] = masked_reconstruction(vae, batch, layout, draws) / counts.tokens
+        terms["masked"] = masked_reconstruction(vae, batch, layout, noise) / counts.tokens
         total = total + weights.mask * terms["masked"]
     terms |= {"accuracy": right / counts.tokens, **log_snr_terms(q, batch, counts)}
     return Loss(total, _detached(terms))
@@ -212,18 +212,18 @@ def prior_loss(
     vae: TextVAE,
     dit: DiT,
     batch: Batch,
-    draws: Draws,
+    noise: StepNoise,
     pad_id: int,
     counts: Counts | None = None,
     step: FlowStep = PLAIN,
 ) -> Loss:
     """L = L_FM over the latents of a frozen Text VAE; see :func:`flow_matching`."""
-    counts = counts or count(batch, draws, vae.config)
+    counts = counts or count(batch, noise, vae.config)
     with torch.no_grad():
         layout = rows_layout(vae, batch)
         q = encode(vae, batch.ids, layout)
-        z0 = draw(q, draws.posterior)
-    flow, terms = flow_matching(vae, dit, batch, draws, z0, layout, pad_id, counts, step)
+        z0 = draw(q, noise.posterior)
+    flow, terms = flow_matching(vae, dit, batch, noise, z0, layout, pad_id, counts, step)
     return Loss(flow, _detached(terms | log_snr_terms(q, batch, counts)))
 
 
@@ -232,7 +232,7 @@ def joint_loss(
     dit: DiT,
     reference: TextVAE,
     batch: Batch,
-    draws: Draws,
+    noise: StepNoise,
     weights: JointSection,
     pad_id: int,
     counts: Counts | None = None,
@@ -243,20 +243,20 @@ def joint_loss(
     L = lambda_vae (-E log p_theta(x | z0) + beta E log q_phi(z0 | x) + lambda_mask L_mask)
         + lambda_fm L_FM + lambda_ref KL(q_phi(z0 | x) || q_ref(z0 | x)), q_ref the frozen stage-1 encoder.
     """
-    counts = counts or count(batch, draws, vae.config)
+    counts = counts or count(batch, noise, vae.config)
     layout = rows_layout(vae, batch)
     q = encode(vae, batch.ids, layout)
-    z0 = draw(q, draws.posterior)
+    z0 = draw(q, noise.posterior)
     nll, right = reconstruction(vae, z0, batch, layout)
     log_q = within(batch, expected_log_q(q)) / counts.tokens
-    flow, terms = flow_matching(vae, dit, batch, draws, z0, layout, pad_id, counts, step)
+    flow, terms = flow_matching(vae, dit, batch, noise, z0, layout, pad_id, counts, step)
     with torch.no_grad():
         q_ref = encode(reference, batch.ids, layout)
     kl_ref = within(batch, kl_between(q, q_ref)) / counts.tokens
     terms |= {"nll": nll / counts.tokens, "log_q": log_q, "kl_ref": kl_ref}
     of_vae = terms["nll"] + weights.beta * log_q
     if weights.mask > 0:
-        terms["masked"] = masked_reconstruction(vae, batch, layout, draws) / counts.tokens
+        terms["masked"] = masked_reconstruction(vae, batch, layout, noise) / counts.tokens
         of_vae = of_vae + weights.mask * terms["masked"]
     total = weights.lambda_vae * of_vae + weights.lambda_fm * flow + weights.lambda_ref * kl_ref
     terms |= {"accuracy": right / counts.tokens, **log_snr_terms(q, batch, counts)}

@@ -1,7 +1,7 @@
 """What a training step draws of a batch, and what the sums of its loss are divided by.
 
 Everything random is drawn first, row by row, each from a generator of its own (:func:`draw_randomness`), so
-that a loss is a plain function of networks, batch and draws, and a row's draws depend neither on the batch
+that a loss is a plain function of networks, batch and noise, and a row's noise depends neither on the batch
 it is in nor on the device. B rows of L tokens are (B, M, C) latents, M = L / patch_size.
 """
 
@@ -26,16 +26,17 @@ def timestep_law(flow: FlowTerms, latent_dim: int) -> TimestepLaw:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RowTensors:
     """Tensors (B, ...), others of these, or None, that belong to the rows of a batch."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return them with a function applied to each."""
-        there = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
-        return replace(
-            self,
-            **{name: x.map(function) if isinstance(x, Drawn) else function(x) for name, x in there.items()},
-        )
+        values = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        mapped = {
+            name: value.map(function) if isinstance(value, RowTensors) else function(value)
+            for name, value in values.items()
+        }
+        return replace(self, **mapped)
 
     def to(self, device: torch.device) -> Self:
         """Return them on a device."""
@@ -47,7 +48,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Draws(Drawn):
+class StepNoise(RowTensors):
     """Everything random in the loss of a batch; K is the number of noisy copies.
 
     Attributes:
@@ -55,7 +56,7 @@ class Draws(Drawn):
         masked: bool (B, L), encoder input tokens that L_mask hides; None without that term.
         masked_posterior: (B, M, C), noise of that stream.
         timestep: (B, K, M) in 0..1000, constant within a block; None where no DiT learns.
-        noise: (B, K, M, C), z1.
+        z1: (B, K, M, C), the end of each copy's path.
         prefix: bool (B, M), latents that stay clean at the beginning of a block.
         alone: bool (B, K, M / block_size), noisy blocks that lose sight of all clean cells; None without
             history dropout.
@@ -66,34 +67,34 @@ class Draws(Drawn):
     masked: Tensor | None = None
     masked_posterior: Tensor | None = None
     timestep: Tensor | None = None
-    noise: Tensor | None = None
+    z1: Tensor | None = None
     prefix: Tensor | None = None
     alone: Tensor | None = None
     dropout: Tensor | None = None
 
 
-def draw_randomness(
+def draw_noise(
     generators: Sequence[torch.Generator],
     config: TextVAEConfig,
     length: int,
     terms: TextVAETerms | None = None,
     flow: FlowTerms | None = None,
-) -> Draws:
+) -> StepNoise:
     """Draw what the loss of a batch needs, each row from a CPU generator of its own.
 
-    A row's draws therefore depend neither on the batch it is in nor on the device.
+    A row's noise therefore depends neither on the batch it is in nor on the device.
 
     Args:
         generators: one a row.
         length: tokens a row.
-        terms: for a Text VAE that learns; L_mask has draws if it has a weight.
+        terms: for a Text VAE that learns; L_mask has noise if it has a weight.
         flow: for a DiT that learns. At most one block a row keeps a clean prefix, so no more than 1 in
             M / block_size, and none in samples with a prompt of their own.
     """
     latents, block = length // config.patch_size, config.block_size
     shape = (latents, config.latent_dim)
     law = timestep_law(flow or FlowTerms(), config.latent_dim)
-    drawn: dict[str, list[Tensor]] = {f.name: [] for f in fields(Draws)}
+    drawn: dict[str, list[Tensor]] = {f.name: [] for f in fields(StepNoise)}
     for own in generators:
         drawn["posterior"].append(torch.randn(shape, generator=own))
         if terms is not None and terms.mask > 0:
@@ -103,7 +104,7 @@ def draw_randomness(
             times = law.sample((flow.copies, latents // block if flow.timestep_per == "block" else 1), own)
             times = times.expand(flow.copies, latents // block)
             drawn["timestep"].append(times.repeat_interleave(block, 1))
-            drawn["noise"].append(torch.randn((flow.copies, *shape), generator=own))
+            drawn["z1"].append(torch.randn((flow.copies, *shape), generator=own))
             if flow.prefix_share > 0:
                 drawn["prefix"].append(_draw_prefix(latents, block, flow.prefix_share, own))
             if flow.history_dropout > 0:
@@ -111,7 +112,7 @@ def draw_randomness(
                 drawn["alone"].append(chances < flow.history_dropout)
             if isinstance(flow, PriorTerms) and flow.dropout > 0:
                 drawn["dropout"].append(torch.randint(2**31, (), generator=own, dtype=torch.int32))
-    return Draws(**{name: torch.stack(parts) for name, parts in drawn.items() if parts})
+    return StepNoise(**{name: torch.stack(parts) for name, parts in drawn.items() if parts})
 
 
 def _draw_prefix(latents: int, block: int, share: float, generator: torch.Generator) -> Tensor:
@@ -146,23 +147,23 @@ class Counts:
         return Counts(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
 
-def count(batch: Batch, draws: Draws, config: TextVAEConfig) -> Counts:
+def count(batch: Batch, noise: StepNoise, config: TextVAEConfig) -> Counts:
     """Return a batch's share in the counts of its step."""
-    free = ~pinned_latents(given_tokens(batch, draws, config.patch_size), config.patch_size)
-    copies = 0 if draws.timestep is None else draws.timestep.shape[1]
+    free = ~pinned_latents(given_tokens(batch, noise, config.patch_size), config.patch_size)
+    copies = 0 if noise.timestep is None else noise.timestep.shape[1]
     tokens = batch.ids.numel() if batch.sample is None else int((batch.sample >= 0).sum())
     return Counts(tokens, tokens / config.patch_size, int(free.sum()) * copies)
 
 
-def given_tokens(batch: Batch, draws: Draws, patch: int) -> Tensor:
+def given_tokens(batch: Batch, noise: StepNoise, patch: int) -> Tensor:
     """Return which tokens are not the flow's to generate: prompts, filling, drawn prefixes; bool (B, L).
 
     A prefix in a sample with a prompt is left out: it would be encoded after the prompt's padding.
     """
     given = torch.zeros_like(batch.ids, dtype=torch.bool) if batch.trained is None else ~batch.trained
-    if draws.prefix is None:
+    if noise.prefix is None:
         return given
-    prefix = draws.prefix.repeat_interleave(patch, 1)
+    prefix = noise.prefix.repeat_interleave(patch, 1)
     if batch.trained is not None:
         sample = torch.zeros_like(batch.ids) if batch.sample is None else batch.sample
         around = sample == sample.gather(1, prefix.int().argmax(1, keepdim=True))

@@ -24,7 +24,7 @@ from colada.train.cola import ColaSystem, PriorStage, codec_of
 from colada.train.cost import Phase, Placement
 from colada.train.kinds import PicturesSection, PictureVAESection
 from colada.train.losses import Loss
-from colada.train.noise import Counts, Drawn, Draws, timestep_law
+from colada.train.noise import Counts, RowTensors, StepNoise, timestep_law
 from colada.train.pairs import Pairs, PairSplits, open_pairs
 from colada.train.picture_cost import codec_phase, picture_phases
 from colada.train.picture_flow import describing_errors, drawing_errors
@@ -38,7 +38,7 @@ _TASK = 2**43
 
 
 @dataclass(frozen=True)
-class PairDraws(Drawn):
+class PictureNoise(RowTensors):
     """What a step draws of pairs, each (B, G, ...).
 
     Attributes:
@@ -67,12 +67,12 @@ class PairDraws(Drawn):
 
 
 @dataclass(frozen=True)
-class TaskDraws(Drawn):
+class TaskNoise(RowTensors):
     """What a step draws for its task; a validation has all of them."""
 
-    text: Draws | None = None
-    draw: PairDraws | None = None
-    describe: PairDraws | None = None
+    text: StepNoise | None = None
+    draw: PictureNoise | None = None
+    describe: PictureNoise | None = None
 
 
 class PicturesStage(PriorStage):
@@ -114,26 +114,26 @@ class PicturesStage(PriorStage):
             place -= share
         return next(task for task, share in tasks.items() if share)  # Rounding alone leads here.
 
-    def draw(self, rows: Sequence[int]) -> TaskDraws:  # type: ignore[override]
+    def draw(self, rows: Sequence[int]) -> TaskNoise:  # type: ignore[override]
         validated = rows[0] >= VALIDATION_ROW
         tasks = [self.task(rows[0] // self.section.batch)]
         if validated:
             tasks = [task for task, share in self.section.tasks.items() if share]
-        drawn: dict[str, Drawn] = {}
+        drawn: dict[str, RowTensors] = {}
         for task in tasks:
             if task == "text":
                 drawn[task] = super().draw(rows)
             elif not validated or self.splits.validation is not None:
                 drawn[task] = self._draw_pairs(rows, describes=task == "describe")
-        return TaskDraws(**drawn)  # type: ignore[arg-type]
+        return TaskNoise(**drawn)  # type: ignore[arg-type]
 
-    def _draw_pairs(self, rows: Sequence[int], describes: bool) -> PairDraws:
+    def _draw_pairs(self, rows: Sequence[int], describes: bool) -> PictureNoise:
         """Draw the pairs of rows, each row from its own generator."""
         section, vae, tokenizer = self.section, self.vae.config, self.system.tokenizer
         law = timestep_law(section, vae.latent_dim)
         picture_law = TimestepLaw(section.picture_loc, section.picture_scale)
         pairs, first = _pairs_of(self.splits, rows)
-        drawn: dict[str, list[Tensor]] = {field.name: [] for field in fields(PairDraws)}
+        drawn: dict[str, list[Tensor]] = {field.name: [] for field in fields(PictureNoise)}
         texts, prompts = list[list[int]](), list[list[int]]()
         for row, generator in zip(rows, self.generators(rows), strict=True):
             for number in range(section.pairs):
@@ -164,7 +164,7 @@ class PicturesStage(PriorStage):
         drawn["noise"] = [nn.functional.pad(one, (0, 0, 0, longest - len(one))) for one in drawn["noise"]]
         drawn["timestep"] = [nn.functional.pad(one, (0, longest - len(one))) for one in drawn["timestep"]]
         stacked = {name: torch.stack(parts) for name, parts in drawn.items() if parts}
-        return PairDraws(**{name: one.unflatten(0, (len(rows), -1)) for name, one in stacked.items()})
+        return PictureNoise(**{name: one.unflatten(0, (len(rows), -1)) for name, one in stacked.items()})
 
     def _ids(self, text: str, kept: int = 0) -> list[int]:
         """Return a text's tokens, at most the section's number less some that are kept for others."""
@@ -182,39 +182,39 @@ class PicturesStage(PriorStage):
 
     # --- what is minimised -----------------------------------------------------------------
 
-    def count(self, rows: Batch, draws: TaskDraws) -> Counts:  # type: ignore[override]
-        counts = Counts(0, 0, 0) if draws.text is None else super().count(rows, draws.text)
-        if draws.draw is not None:
-            assert draws.draw.lengths is not None
-            assert draws.draw.picture_noise is not None
-            captions, latents = int(draws.draw.lengths.sum()), draws.draw.picture_noise[..., 0].numel()
+    def count(self, rows: Batch, noise: TaskNoise) -> Counts:  # type: ignore[override]
+        counts = Counts(0, 0, 0) if noise.text is None else super().count(rows, noise.text)
+        if noise.draw is not None:
+            assert noise.draw.lengths is not None
+            assert noise.draw.picture_noise is not None
+            captions, latents = int(noise.draw.lengths.sum()), noise.draw.picture_noise[..., 0].numel()
             counts = replace(counts, captions=captions, pictures=latents)
-        if draws.describe is not None:
-            assert draws.describe.lengths is not None
-            counts = replace(counts, answers=int(draws.describe.lengths.sum()))
+        if noise.describe is not None:
+            assert noise.describe.lengths is not None
+            counts = replace(counts, answers=int(noise.describe.lengths.sum()))
         return counts
 
     def loss(
         self,
         networks: nn.ModuleDict,
         rows: Batch,
-        draws: TaskDraws,  # type: ignore[override]
+        noise: TaskNoise,  # type: ignore[override]
         counts: Counts,
         step: int,
     ) -> Loss:
         dit = networks["dit"]
         assert isinstance(dit, DiT)
         total, terms = torch.zeros((), device=rows.ids.device), dict[str, Tensor]()
-        if draws.text is not None:
-            text = super().loss(networks, rows, draws.text, counts, step)
+        if noise.text is not None:
+            text = super().loss(networks, rows, noise.text, counts, step)
             total, terms = total + text.total + _nothing_of_pictures(dit), text.terms
-        if draws.draw is not None:
-            total = total + self._drawing(dit, draws.draw, counts, terms)
-        if draws.describe is not None:
-            total = total + self._describing(dit, draws.describe, counts, terms)
+        if noise.draw is not None:
+            total = total + self._drawing(dit, noise.draw, counts, terms)
+        if noise.describe is not None:
+            total = total + self._describing(dit, noise.describe, counts, terms)
         return Loss(total, terms)
 
-    def _drawing(self, dit: DiT, pairs: PairDraws, counts: Counts, terms: dict[str, Tensor]) -> Tensor:
+    def _drawing(self, dit: DiT, pairs: PictureNoise, counts: Counts, terms: dict[str, Tensor]) -> Tensor:
         """Return the loss of pictures and their captions; its terms are added."""
         assert pairs.lengths is not None
         assert pairs.noise is not None
@@ -241,7 +241,7 @@ class PicturesStage(PriorStage):
         drawn = self._weighed(picture, picture_times[:, None]) / counts.pictures
         return drawn + self.section.caption_weight * self._weighed(caption, times) / counts.captions
 
-    def _describing(self, dit: DiT, pairs: PairDraws, counts: Counts, terms: dict[str, Tensor]) -> Tensor:
+    def _describing(self, dit: DiT, pairs: PictureNoise, counts: Counts, terms: dict[str, Tensor]) -> Tensor:
         """Return the loss of answers; its terms are added."""
         assert pairs.lengths is not None
         assert pairs.noise is not None
@@ -318,7 +318,7 @@ class PictureVAEStage(Stage):
         """The recipe's pictures."""
         return _splits(self.recipe)
 
-    def draw(self, rows: Sequence[int]) -> PairDraws:
+    def draw(self, rows: Sequence[int]) -> PictureNoise:
         pairs, first = _pairs_of(self.splits, rows)
         count, config = self.section.pairs, codec_of(self.system).config
         pictures, noise = [], []
@@ -326,17 +326,19 @@ class PictureVAEStage(Stage):
             numbers = range((row - first) * count, (row - first + 1) * count)
             pictures.append(torch.stack([torch.from_numpy(pairs.pair(n).picture) for n in numbers]))
             noise.append(torch.randn(count, config.latents, config.channels, generator=generator))
-        return PairDraws(torch.stack(pictures), picture_noise=torch.stack(noise))
+        return PictureNoise(torch.stack(pictures), picture_noise=torch.stack(noise))
 
-    def count(self, rows: Batch, draws: PairDraws) -> Counts:
-        return Counts(0, 0, 0, pictures=draws.pictures.shape[0] * draws.pictures.shape[1])
+    def count(self, rows: Batch, noise: PictureNoise) -> Counts:
+        return Counts(0, 0, 0, pictures=noise.pictures.shape[0] * noise.pictures.shape[1])
 
-    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: PairDraws, counts: Counts, step: int) -> Loss:
+    def loss(
+        self, networks: nn.ModuleDict, rows: Batch, noise: PictureNoise, counts: Counts, step: int
+    ) -> Loss:
         codec = networks["image"]
         assert isinstance(codec, ConvVAE)
-        assert draws.picture_noise is not None
-        pixels = draws.pictures.flatten(0, 1).float() / 255
-        total, terms = codec.loss(pixels, draws.picture_noise.flatten(0, 1), self.section.kl)
+        assert noise.picture_noise is not None
+        pixels = noise.pictures.flatten(0, 1).float() / 255
+        total, terms = codec.loss(pixels, noise.picture_noise.flatten(0, 1), self.section.kl)
         share = len(pixels) / counts.pictures
         return Loss(total * share, {name: term * share for name, term in terms.items()})
 

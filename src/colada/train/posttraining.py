@@ -1,6 +1,6 @@
 """Losses after pretraining: preferences between answers (Flow-DPO), and rewards of answers (DiffusionNFT).
 
-Both are made of flow matching's errors at the same draws under two or three networks: the one that learns, a
+Both are made of flow matching's errors at the same noise under two or three networks: the one that learns, a
 frozen reference, and for rewards the policy that wrote the answers. Latents that are pinned (prompts) have no
 error and take no part. In the notation of the papers f is a network's prediction, here as a velocity, and u
 the velocity of the data.
@@ -37,7 +37,7 @@ def preference_loss(
     """Return the loss of Flow-DPO (arXiv:2501.13918) of pairs, summed, and its terms summed.
 
     L = -log sigmoid(-beta / 2 [D(chosen) - D(rejected)]) + anchor e(chosen), D the mean error (P,) less that
-    of the reference at the same draws. The anchor keeps the model from learning only to unlearn.
+    of the reference at the same noise. The anchor keeps the model from learning only to unlearn.
 
     Args:
         chosen, rejected: :func:`mean_error` of the network that learns, (P,).

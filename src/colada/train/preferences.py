@@ -1,6 +1,6 @@
 """Preferences between answers as a stage: Flow-DPO on pairs of rows; the loss is in ``posttraining``.
 
-A pair is two rows, the chosen answer before the rejected one, with the same draws: equal blocks of the two
+A pair is two rows, the chosen answer before the rejected one, with the same noise: equal blocks of the two
 have equal timesteps and noise, under the network that learns and under the first weights alike. Latents are
 drawn from the Text VAE's posterior, where what the model writes lies; the history of each answer is its own.
 """
@@ -26,9 +26,9 @@ from colada.train.kinds import PreferencesSection
 from colada.train.losses import Loss, draw, encode, rows_layout
 from colada.train.noise import (
     Counts,
-    Draws,
+    StepNoise,
     count,
-    draw_randomness,
+    draw_noise,
     given_tokens,
     pinned_latents,
     sample_of_latents,
@@ -42,7 +42,7 @@ PAIR = 2
 
 
 @dataclass(frozen=True)
-class PairDraws(Draws):
+class PairNoise(StepNoise):
     """Draws of rows, two a pair, and the pair's number in the stage (B,)."""
 
     pair: Tensor | None = None
@@ -80,50 +80,50 @@ class PreferencesStage(ColaStage):
         with torch.no_grad(), beginning.display.task("errors of the first weights", len(own)):
             for start in range(0, len(own), size):
                 numbers = own[start : start + size]
-                some, draws = batch(rows, numbers).to(device), self.draw(numbers).to(device)
+                some, noise = batch(rows, numbers).to(device), self.draw(numbers).to(device)
                 with self.system.autocast(device):  # As in the steps: what is learnt is a small difference.
-                    made[numbers] = self._errors(dit, some, draws)[0].view(-1, PAIR).float().cpu()
+                    made[numbers] = self._errors(dit, some, noise)[0].view(-1, PAIR).float().cpu()
                 beginning.display.advance(start + len(numbers), len(own))
         stored.copy_(added_up(made))
 
-    def draw(self, rows: Sequence[int]) -> PairDraws:
-        """Return the draws of pairs by number, the same for both rows of each."""
+    def draw(self, rows: Sequence[int]) -> PairNoise:
+        """Return the noise of pairs by number, the same for both rows of each."""
         section = self.section
-        once = draw_randomness(self.generators(rows), self.vae.config, section.length, flow=section).map(
+        once = draw_noise(self.generators(rows), self.vae.config, section.length, flow=section).map(
             lambda x: x.repeat_interleave(PAIR, 0)
         )
-        values = {field.name: getattr(once, field.name) for field in fields(Draws)}
-        return PairDraws(**values, pair=torch.tensor(rows).repeat_interleave(PAIR))
+        values = {field.name: getattr(once, field.name) for field in fields(StepNoise)}
+        return PairNoise(**values, pair=torch.tensor(rows).repeat_interleave(PAIR))
 
-    def count(self, rows: Batch, draws: Draws) -> Counts:
+    def count(self, rows: Batch, noise: StepNoise) -> Counts:
         """Return tokens and latents, and in place of noisy latents how many pairs there are."""
-        return replace(count(rows, draws, self.vae.config), noisy=len(rows) / PAIR)
+        return replace(count(rows, noise, self.vae.config), noisy=len(rows) / PAIR)
 
-    def _errors(self, dit: DiT, rows: Batch, draws: PairDraws) -> tuple[Tensor, Tensor]:
+    def _errors(self, dit: DiT, rows: Batch, noise: PairNoise) -> tuple[Tensor, Tensor]:
         """Return the mean flow error of each row (B,), and of how many latents it is."""
-        assert draws.timestep is not None
-        assert draws.noise is not None
+        assert noise.timestep is not None
+        assert noise.z1 is not None
         vae: TextVAE = self.vae
         with torch.no_grad():
             layout = rows_layout(vae, rows)
             q = encode(vae, rows.ids, layout)
-            latents = draw(q, draws.posterior) if self.section.latents == "sample" else q.mean
+            latents = draw(q, noise.posterior) if self.section.latents == "sample" else q.mean
             z0 = vae.normalise(latents).view(len(rows), -1, vae.config.latent_dim)
-            pinned = pin(vae, rows, draws, layout, self.system.pad_id)
+            pinned = pin(vae, rows, noise, layout, self.system.pad_id)
         sample = sample_of_latents(rows, vae.config.patch_size)
-        errors = flow_errors(dit, z0, draws.noise, draws.timestep, pinned, sample, draws.alone)
+        errors = flow_errors(dit, z0, noise.z1, noise.timestep, pinned, sample, noise.alone)
         patch = vae.config.patch_size
-        free = ~pinned_latents(given_tokens(rows, draws, patch), patch)
+        free = ~pinned_latents(given_tokens(rows, noise, patch), patch)
         return mean_error(errors, free), free.sum(1)
 
-    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: PairDraws, counts: Counts, step: int) -> Loss:
+    def loss(self, networks: nn.ModuleDict, rows: Batch, noise: PairNoise, counts: Counts, step: int) -> Loss:
         """Return the loss of pairs in a step, with the network that learns or its average."""
         dit = networks["dit"]
         assert isinstance(dit, DiT)
-        assert draws.pair is not None
-        errors, lengths = self._errors(dit, rows, draws)
+        assert noise.pair is not None
+        errors, lengths = self._errors(dit, rows, noise)
         learns = torch.is_grad_enabled()
-        reference = self._reference(rows, draws)
+        reference = self._reference(rows, noise)
         pairs = errors.view(-1, PAIR)
         known = reference if reference is not None else pairs.detach()
         beta = self._beta(step)
@@ -134,7 +134,7 @@ class PreferencesStage(ColaStage):
         if learns and "gains" in self.memory and (step + 1) * self.section.batch <= len(self.memory["gains"]):
             gains = ((known[:, 0] - known[:, 1]) - (pairs[:, 0] - pairs[:, 1])).detach().cpu()
             new = torch.zeros_like(self.memory["gains"])
-            new[draws.pair[::PAIR].cpu()] = gains
+            new[noise.pair[::PAIR].cpu()] = gains
             self.memory["gains"] += added_up(new)
         terms |= {"beta": beta * errors.new_tensor(len(pairs))}
         sizes = lengths.view(-1, PAIR).float()
@@ -143,16 +143,16 @@ class PreferencesStage(ColaStage):
             terms = {"flow": terms["flow"]}
         return Loss(total / counts.noisy, {name: term / counts.noisy for name, term in terms.items()})
 
-    def _reference(self, rows: Batch, draws: PairDraws) -> Tensor | None:
+    def _reference(self, rows: Batch, noise: PairNoise) -> Tensor | None:
         """Return the first weights' errors of pairs (P, 2), None for those that none are stored of."""
-        assert draws.pair is not None
+        assert noise.pair is not None
         stored = self.memory.get("reference")
         if stored is None:
             dit = self.frozen["reference"]
             assert isinstance(dit, DiT)
             with torch.no_grad():
-                return self._errors(dit, rows, draws)[0].view(-1, PAIR)
-        numbers = draws.pair[::PAIR].cpu()
+                return self._errors(dit, rows, noise)[0].view(-1, PAIR)
+        numbers = noise.pair[::PAIR].cpu()
         if int(numbers.max()) >= len(stored):
             return None
         return stored[numbers].to(rows.ids.device)

@@ -37,8 +37,8 @@ from colada.train.kinds import RaftSection, RewardSection
 from colada.train.losses import Loss, draw, encode, rows_layout
 from colada.train.noise import (
     Counts,
-    Draws,
-    draw_randomness,
+    StepNoise,
+    draw_noise,
     given_tokens,
     pinned_latents,
     sample_of_latents,
@@ -49,12 +49,12 @@ from colada.train.recipe import Recipe
 from colada.train.stages import Beginning, LayOut, System, modes_kept
 
 REPLAY = 4  # One row of the data for so many answers.
-_ANSWERS = 2**43  # Rows of answers, in the seeds of draws: rows that no data has.
+_ANSWERS = 2**43  # Rows of answers, in the seeds of noise: rows that no data has.
 _MARK = "\x00"
 
 
 @dataclass(frozen=True)
-class AnswerDraws(Draws):
+class AnswerNoise(StepNoise):
     """Draws of a step's rows: answers, and rows of the data.
 
     Attributes:
@@ -115,7 +115,7 @@ class RolloutStage(ColaStage):
 
     # --- rounds ----------------------------------------------------------------------------------
 
-    def rollouts(self, step: int, rows: Batch, draws: Draws) -> tuple[Batch, AnswerDraws]:
+    def rollouts(self, step: int, rows: Batch, noise: StepNoise) -> tuple[Batch, AnswerNoise]:
         """Return this rank's answers of a step, and a quarter of its rows of the data."""
         section, ranks = self.section, self._beginning.ranks
         number, update = divmod(step, section.updates)
@@ -128,15 +128,15 @@ class RolloutStage(ColaStage):
         places = [update * section.batch + at for at in ranks.share(section.batch)]
         some = [answers[self._order(number, place, len(answers))] for place in places]
         numbers = [_ANSWERS + step * section.batch + at for at in ranks.share(section.batch)]
-        replayed, again = rows.rows(0, len(rows), REPLAY), draws.rows(0, len(rows), REPLAY)
+        replayed, again = rows.rows(0, len(rows), REPLAY), noise.rows(0, len(rows), REPLAY)
         drawn = self.draw(numbers)
         values: dict[str, Any] = {}
-        for field in fields(Draws):
+        for field in fields(StepNoise):
             one, other = getattr(drawn, field.name), getattr(again, field.name)
             values[field.name] = None if one is None else torch.cat([one, other])
         zeros = torch.zeros(len(replayed))
         latents = torch.stack([own.latents for own in some])
-        return joined([*(own.row for own in some), replayed]), AnswerDraws(
+        return joined([*(own.row for own in some), replayed]), AnswerNoise(
             **values,
             written=torch.cat([torch.ones(len(some), dtype=torch.bool), zeros.bool()]),
             latents=torch.cat([latents, latents.new_zeros(len(replayed), *latents.shape[1:])]),
@@ -225,50 +225,50 @@ class RolloutStage(ColaStage):
 
     # --- the loss --------------------------------------------------------------------------------
 
-    def draw(self, rows: Sequence[int]) -> Draws:
-        """Return the draws of rows by number."""
-        return draw_randomness(self.generators(rows), self.vae.config, self.section.length, flow=self.section)
+    def draw(self, rows: Sequence[int]) -> StepNoise:
+        """Return the noise of rows by number."""
+        return draw_noise(self.generators(rows), self.vae.config, self.section.length, flow=self.section)
 
-    def _parts(self, rows: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+    def _parts(self, rows: Batch, noise: StepNoise) -> tuple[Tensor, Tensor]:
         """Return which latents are learnt of answers, and which of rows of the data: bool (B, M) each."""
         patch = self.vae.config.patch_size
-        free = ~pinned_latents(given_tokens(rows, draws, patch), patch)
-        if not isinstance(draws, AnswerDraws) or draws.written is None or draws.share is None:
+        free = ~pinned_latents(given_tokens(rows, noise, patch), patch)
+        if not isinstance(noise, AnswerNoise) or noise.written is None or noise.share is None:
             return torch.zeros_like(free), free
-        return free & (draws.written & ~draws.share.isnan())[:, None], free & ~draws.written[:, None]
+        return free & (noise.written & ~noise.share.isnan())[:, None], free & ~noise.written[:, None]
 
-    def count(self, rows: Batch, draws: Draws) -> Counts:
+    def count(self, rows: Batch, noise: StepNoise) -> Counts:
         """Return tokens; in place of latents the noisy ones of rows of the data; and those of answers."""
-        copies = 1 if draws.timestep is None else draws.timestep.shape[1]
-        answers, others = (int(part.sum()) * copies for part in self._parts(rows, draws))
+        copies = 1 if noise.timestep is None else noise.timestep.shape[1]
+        answers, others = (int(part.sum()) * copies for part in self._parts(rows, noise))
         tokens = rows.ids.numel() if rows.sample is None else int((rows.sample >= 0).sum())
         return Counts(tokens, others, answers)
 
-    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Draws, counts: Counts, step: int) -> Loss:
+    def loss(self, networks: nn.ModuleDict, rows: Batch, noise: StepNoise, counts: Counts, step: int) -> Loss:
         """Return the loss of answers and rows of the data in a step, with what learns or its average."""
         dit, vae, section = networks["dit"], self.vae, self.section
         assert isinstance(dit, DiT)
-        assert draws.timestep is not None
-        assert draws.noise is not None
-        answers, others = (part[:, None].float() for part in self._parts(rows, draws))
+        assert noise.timestep is not None
+        assert noise.z1 is not None
+        answers, others = (part[:, None].float() for part in self._parts(rows, noise))
         with torch.no_grad():
             layout = rows_layout(vae, rows)
             q = encode(vae, rows.ids, layout)
-            z0 = vae.normalise(draw(q, draws.posterior)).view(len(rows), -1, vae.config.latent_dim)
-            pinned = pin(vae, rows, draws, layout, self.system.pad_id)
-            if isinstance(draws, AnswerDraws) and draws.written is not None:
-                assert draws.latents is not None
-                z0 = torch.where(draws.written[:, None, None], draws.latents, z0)
-            z = place(interpolate(z0[:, None], draws.noise, draws.timestep / T), pinned)
+            z0 = vae.normalise(draw(q, noise.posterior)).view(len(rows), -1, vae.config.latent_dim)
+            pinned = pin(vae, rows, noise, layout, self.system.pad_id)
+            if isinstance(noise, AnswerNoise) and noise.written is not None:
+                assert noise.latents is not None
+                z0 = torch.where(noise.written[:, None, None], noise.latents, z0)
+            z = place(interpolate(z0[:, None], noise.z1, noise.timestep / T), pinned)
         sample = sample_of_latents(rows, vae.config.patch_size)
 
         def velocity_errors(network: nn.Module) -> Tensor:
             assert isinstance(network, DiT)
-            assert draws.timestep is not None
-            assert draws.noise is not None
-            output = predict(network, z, draws.timestep, z0, pinned, sample, draws.alone)
+            assert noise.timestep is not None
+            assert noise.z1 is not None
+            output = predict(network, z, noise.timestep, z0, pinned, sample, noise.alone)
             error = PREDICTIONS[network.config.prediction].error
-            return error(output, z0[:, None], draws.noise, draws.timestep / T)
+            return error(output, z0[:, None], noise.z1, noise.timestep / T)
 
         policy = velocity_errors(dit)
         with torch.no_grad():
@@ -281,13 +281,13 @@ class RolloutStage(ColaStage):
             "flow": (flow * others).sum() / counts.latents,
             "drift": (pull * others).sum() / counts.latents,
         }
-        if isinstance(draws, AnswerDraws) and draws.share is not None and draws.reward is not None:
+        if isinstance(noise, AnswerNoise) and noise.share is not None and noise.reward is not None:
             with torch.no_grad():
                 old = velocity_errors(self.frozen["old"]) if self.needs_old else None
-            push = self.errors(policy, old, draws.share.nan_to_num(0.5))
+            push = self.errors(policy, old, noise.share.nan_to_num(0.5))
             terms["push"] = (push * answers).sum() / counts.noisy
             terms["pull"] = (pull * answers).sum() / counts.noisy
-            terms["reward"] = draws.reward.sum() / section.batch
+            terms["reward"] = noise.reward.sum() / section.batch
             total = total + terms["push"] + section.pull * terms["pull"]
         return Loss(total, {name: term.detach() for name, term in terms.items()})
 

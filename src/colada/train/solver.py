@@ -20,10 +20,10 @@ from colada.train.distillation import Guided
 from colada.train.flow_matching import Pinned, pin, place
 from colada.train.kinds import SolverSection
 from colada.train.losses import Loss, draw, encode, rows_layout
-from colada.train.noise import Counts, Draws, sample_of_latents
+from colada.train.noise import Counts, StepNoise, sample_of_latents
 from colada.train.recipe import Recipe
 from colada.train.stages import LayOut, System
-from colada.train.taught import Taught, TaughtStage
+from colada.train.taught import TaughtNoise, TaughtStage
 
 _HELD = 8
 """One of so many kept rows is for validation."""
@@ -76,33 +76,40 @@ class SolverStage(TaughtStage):
             return [self._kept.rows - held + own % held for own in number.tolist()]
         return [own % rest for own in number.tolist()]
 
-    def count(self, rows: Batch, draws: Draws) -> Counts:
+    def count(self, rows: Batch, noise: StepNoise) -> Counts:
         """Return a batch's share in the counts of its step; in a validation, that of the kept rows."""
-        assert isinstance(draws, Taught)
-        if draws.states is None:
-            rows, draws = self.rollouts(0, rows, draws)
-        return super().count(rows, draws)
+        assert isinstance(noise, TaughtNoise)
+        if noise.states is None:
+            rows, noise = self.rollouts(0, rows, noise)
+        return super().count(rows, noise)
 
-    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Taught, counts: Counts, step: int) -> Loss:  # type: ignore[override]
+    def loss(
+        self,
+        networks: nn.ModuleDict,
+        rows: Batch,
+        noise: TaughtNoise,  # type: ignore[override]
+        counts: Counts,
+        step: int,
+    ) -> Loss:
         """Return E||z_N - z_teacher||^2 per latent number that is free."""
         solver, dit, vae = networks["solver"], self.frozen["dit"], self.vae
         assert isinstance(solver, LearntSolver)
         assert isinstance(dit, DiT)
-        if draws.states is None:  # In a validation.
+        if noise.states is None:  # In a validation.
             device = rows.ids.device
-            rows, draws = self.rollouts(step, rows, draws)
-            rows, draws = rows.to(device), draws.to(device)
-        assert draws.states is not None
+            rows, noise = self.rollouts(step, rows, noise)
+            rows, noise = rows.to(device), noise.to(device)
+        assert noise.states is not None
         scale, cap, rescale = solver.guidance.tolist()
         with torch.no_grad():
             layout = rows_layout(vae, rows)
-            z0 = vae.normalise(draw(encode(vae, rows.ids, layout), draws.posterior))
+            z0 = vae.normalise(draw(encode(vae, rows.ids, layout), noise.posterior))
             clean = z0.view(len(rows), -1, vae.config.latent_dim)
-            pinned = pin(vae, rows, draws, layout, self.system.pad_id)
+            pinned = pin(vae, rows, noise, layout, self.system.pad_id)
             sample = sample_of_latents(rows, vae.config.patch_size)
-            noise, goal = draws.states[:, None, :, 0], draws.states[:, None, :, -1]
+            z1, goal = noise.states[:, None, :, 0], noise.states[:, None, :, -1]
         guided = Guided(dit, scale, cap or math.inf, rescale)
-        errors = (integrate(solver, guided, noise, clean, pinned, sample) - goal).square().mean(-1)
+        errors = (integrate(solver, guided, z1, clean, pinned, sample) - goal).square().mean(-1)
         if pinned is not None:
             errors = errors.masked_fill(pinned.where[:, None], 0.0)
         total = errors.sum() / counts.noisy

@@ -28,7 +28,7 @@ from colada.train.display import Display
 from colada.train.kinds import FlowTerms, StageSection
 from colada.train.lora import choose
 from colada.train.losses import Loss
-from colada.train.noise import Counts, Drawn
+from colada.train.noise import Counts, RowTensors
 from colada.train.optimisation import make_optimisers
 from colada.train.parallel import Ranks, compile_blocks, fill, recompute
 from colada.train.recipe import Recipe
@@ -274,24 +274,24 @@ class Stage(ABC):
         """Make what the steps need, once weights and memory are those of the first or the resumed step."""
 
     @abstractmethod
-    def draw(self, rows: Sequence[int]) -> Drawn:
-        """Return what the loss of rows with these numbers draws; B is their number."""
+    def draw(self, rows: Sequence[int]) -> RowTensors:
+        """Return the noise of the loss of rows with these numbers; B is their number."""
 
     @abstractmethod
-    def count(self, rows: Batch, draws: Any) -> Counts:
+    def count(self, rows: Batch, noise: Any) -> Counts:
         """Return a batch's share in the counts of its step."""
 
     @abstractmethod
-    def loss(self, networks: nn.ModuleDict, rows: Batch, draws: Any, counts: Counts, step: int) -> Loss:
+    def loss(self, networks: nn.ModuleDict, rows: Batch, noise: Any, counts: Counts, step: int) -> Loss:
         """Return the loss of rows in a step, with the networks that learn or their average."""
 
-    def rollouts(self, step: int, rows: Batch, draws: Any) -> tuple[Batch, Any]:
-        """Return what a step learns from, given this rank's rows of the data and their draws.
+    def rollouts(self, step: int, rows: Batch, noise: Any) -> tuple[Batch, Any]:
+        """Return what a step learns from, given this rank's rows of the data and their noise.
 
         By default those themselves. It is called when the step before is done, so what the networks of now
         write may be in it. To resume exactly it must follow from them, ``memory`` and the step alone.
         """
-        return rows, draws
+        return rows, noise
 
     def learnt(self, step: int, terms: Mapping[str, Tensor], add_up: Callable[[Tensor], Tensor]) -> None:
         """Take what a step came to into ``memory``; by default nothing.

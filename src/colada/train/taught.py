@@ -18,7 +18,7 @@ from colada.networks.vae import TextVAE
 from colada.train.cola import PriorStage
 from colada.train.kinds import TaughtSection
 from colada.train.lineage import SAME
-from colada.train.noise import Draws, draw_randomness
+from colada.train.noise import StepNoise, draw_noise
 from colada.train.recipe import source_weights
 from colada.train.stages import Beginning, LayOut, System, row_generator
 from colada.train.trajectories import Trajectories, digest, roll_out, sampler
@@ -27,7 +27,7 @@ _FIXED = 2**20  # In place of a stage's number, in the seeds of rows whose traje
 
 
 @dataclass(frozen=True)
-class Taught(Draws):
+class TaughtNoise(StepNoise):
     """Draws of rows, and what is kept of the teacher's trajectories over them.
 
     Attributes:
@@ -59,10 +59,10 @@ class TaughtStage(PriorStage):
             system.teacher = system.frozen_copy(network, lay_out, None if where == SAME else where)
         return system.teacher
 
-    def draw(self, rows: Sequence[int]) -> Taught:
+    def draw(self, rows: Sequence[int]) -> TaughtNoise:
         """Return what the loss draws, and the rows' numbers."""
-        draws = super().draw(rows)
-        return Taught(**vars(draws), number=torch.tensor(rows))
+        noise = super().draw(rows)
+        return TaughtNoise(**vars(noise), number=torch.tensor(rows))
 
     def begin(self, beginning: Beginning) -> None:
         """Make what is missing of the trajectories, on the first rank, which checks those that are there."""
@@ -106,32 +106,32 @@ class TaughtStage(PriorStage):
                 if beginning.stopped():
                     return
                 numbers = files.numbers(part)
-                some, draws = batch(rows, numbers), self._fixed(numbers)
+                some, noise = batch(rows, numbers), self._fixed(numbers)
                 networks = vae.to(device), teacher.to(device)
                 states = roll_out(
-                    *networks, some.to(device), draws.to(device), settings, kept.grid, self.system.pad_id
+                    *networks, some.to(device), noise.to(device), settings, kept.grid, self.system.pad_id
                 )
                 files.keep(part, some, states)
                 done += len(numbers)
                 beginning.display.advance(done, kept.rows)
 
-    def _fixed(self, numbers: Sequence[int]) -> Draws:
+    def _fixed(self, numbers: Sequence[int]) -> StepNoise:
         """Return what is drawn for rows whose trajectories are kept: the same whenever they are used."""
         config, section = self.vae.config, self.section
         flow = section.model_copy(update={"copies": 1})
         generators = [row_generator(self.recipe.seed, _FIXED, number) for number in numbers]
-        return draw_randomness(generators, config, section.length, flow=flow)
+        return draw_noise(generators, config, section.length, flow=flow)
 
-    def rollouts(self, step: int, rows: Batch, draws: Taught) -> tuple[Batch, Taught]:
+    def rollouts(self, step: int, rows: Batch, noise: TaughtNoise) -> tuple[Batch, TaughtNoise]:
         """Return rows whose trajectories are kept, in place of this step's own, where it learns from them."""
         if self._kept is None or not self._on_trajectory(step):
-            return rows, draws
-        assert draws.number is not None
-        numbers = self._numbers(draws.number)
+            return rows, noise
+        assert noise.number is not None
+        numbers = self._numbers(noise.number)
         fixed = self._fixed(numbers)
         kept, states = self._kept.read(numbers)
         own = dataclasses.replace(
-            draws, posterior=fixed.posterior, prefix=fixed.prefix, states=states.float()
+            noise, posterior=fixed.posterior, prefix=fixed.prefix, states=states.float()
         )
         return kept, own
 

@@ -52,7 +52,7 @@ from colada.train.export import DTYPES, system_of, write_model
 from colada.train.inputs import chat_template, make_tokenizer, prepare_inputs
 from colada.train.logs import Monitors, Point, make_monitors, write_drawings
 from colada.train.losses import add_terms, readable
-from colada.train.noise import Counts, Drawn
+from colada.train.noise import Counts, RowTensors
 from colada.train.optimisation import average_weights, learning_rate, set_learning_rate
 from colada.train.parallel import Ranks, allocate, lay_out, run_device
 from colada.train.plan import Plan, check_memory, plan_run, planned, resolve
@@ -284,13 +284,13 @@ class Trainer:
         stage.best = best
         meter = Meter(self.ranks, DTYPES[run.precision])
         with self.display.task(stage.name, section.steps, progress.step):
-            for step, (own, draws) in self._ahead(stage, rows, progress.step):
+            for step, (own, noise) in self._ahead(stage, rows, progress.step):
                 try:
-                    own, draws = stage.rollouts(step, own, draws)
+                    own, noise = stage.rollouts(step, own, noise)
                 except ColadaError as error:
                     self._save(stage, average, progress, wait=True)
                     raise ColadaError(f"{stage.name} step {step + 1}: {error}; saved") from None
-                terms, norm = self._step(stage, step, own, draws)
+                terms, norm = self._step(stage, step, own, noise)
                 if norm is None:
                     progress.skipped += 1
                     self.display.say(f"{stage.name} step {step + 1}: not finite, skipped")
@@ -341,11 +341,11 @@ class Trainer:
         average.module.load_state_dict(stage.networks.state_dict())
         return average
 
-    def _ahead(self, stage: Stage, rows: Rows, start: int) -> Iterator[tuple[int, tuple[Batch, Drawn]]]:
-        """Yield each step with this rank's rows and draws, made while the step before computes."""
+    def _ahead(self, stage: Stage, rows: Rows, start: int) -> Iterator[tuple[int, tuple[Batch, RowTensors]]]:
+        """Yield each step with this rank's rows and noise, made while the step before computes."""
         size = stage.section.batch
 
-        def make(step: int) -> tuple[Batch, Drawn]:
+        def make(step: int) -> tuple[Batch, RowTensors]:
             numbers = [step * size + i for i in self.ranks.share(size)]
             return batch(rows, numbers), stage.draw(numbers)
 
@@ -357,32 +357,32 @@ class Trainer:
                     coming = worker.submit(make, step + 1)
                 yield step, ready
 
-    def _passes(self, stage: Stage, own: Batch, draws: Drawn) -> Iterator[tuple[Batch, Drawn]]:
+    def _passes(self, stage: Stage, own: Batch, noise: RowTensors) -> Iterator[tuple[Batch, RowTensors]]:
         """Yield the micro-batches of a step on the device."""
         size = (stage.section.micro_batch or len(own)) * (stage.section.group or 1)
         for begin in range(0, len(own), size):
             end = min(begin + size, len(own))
-            yield own.rows(begin, end).to(self.device), draws.rows(begin, end).to(self.device)
+            yield own.rows(begin, end).to(self.device), noise.rows(begin, end).to(self.device)
 
-    def _counts(self, stage: Stage, own: Batch, draws: Drawn) -> Counts:
+    def _counts(self, stage: Stage, own: Batch, noise: RowTensors) -> Counts:
         """Return the counts of the whole step, over all ranks."""
-        counts = stage.count(own, draws)
+        counts = stage.count(own, noise)
         values = self.ranks.sum(torch.tensor(astuple(counts), dtype=torch.float64))
         return Counts(*(max(1.0, value) for value in values.tolist()))
 
     def _step(
-        self, stage: Stage, step: int, own: Batch, draws: Drawn
+        self, stage: Stage, step: int, own: Batch, noise: RowTensors
     ) -> tuple[dict[str, Tensor], float | None]:
         """Take one optimiser step.
 
         Returns: the loss terms, and the gradient's norm; None where the step was skipped because
             the loss or the norm is not finite.
         """
-        counts = self._counts(stage, own, draws)
+        counts = self._counts(stage, own, noise)
         stage.networks.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)
-        for rows, drawn in self._passes(stage, own, draws):
+        for rows, drawn in self._passes(stage, own, noise):
             with self.system.autocast(self.device):
                 loss = stage.loss(stage.networks, rows, drawn, counts, step)
             # Gradients are averaged over the ranks, the losses are to be summed.
@@ -408,9 +408,9 @@ class Trainer:
         """Return the mean of each loss term over the same validation rows, noise and timesteps every time."""
         number = max(1, self.recipe.run.validation_rows // self.ranks.size) * self.ranks.size
         numbers = self.ranks.share(number)
-        own, draws = batch(rows, numbers), stage.draw([VALIDATION_ROW + row for row in numbers])
-        counts, terms = self._counts(stage, own, draws), dict[str, Tensor]()
-        for part, drawn in self._passes(stage, own, draws):
+        own, noise = batch(rows, numbers), stage.draw([VALIDATION_ROW + row for row in numbers])
+        counts, terms = self._counts(stage, own, noise), dict[str, Tensor]()
+        for part, drawn in self._passes(stage, own, noise):
             with self.system.autocast(self.device):
                 add_terms(terms, stage.loss(networks, part, drawn, counts, step).terms)
         values = self._readable(terms)

@@ -33,7 +33,7 @@ from colada.networks.vae import TextVAE
 from colada.train.flow_matching import Pinned, pin
 from colada.train.kinds import TrajectorySection
 from colada.train.losses import draw, encode, rows_layout
-from colada.train.noise import Draws, sample_of_latents
+from colada.train.noise import StepNoise, sample_of_latents
 
 PART = 32
 """Rows of a file, which are made together."""
@@ -146,7 +146,7 @@ def roll_out(
     vae: TextVAE,
     dit: DiT,
     batch: Batch,
-    draws: Draws,
+    noise: StepNoise,
     settings: RequestSettings,
     stops: Sequence[float],
     pad_id: int,
@@ -158,19 +158,19 @@ def roll_out(
 
     Args:
         batch: B rows.
-        draws: of these rows; of the noise the first copy.
+        noise: of these rows; of z1 the first copy.
         settings: of the solver and its guidance.
         stops: from 1 to 0, of the solver's grid.
 
     Returns: (B, M, P, C), 0 in filling.
     """
-    assert draws.noise is not None
+    assert noise.z1 is not None
     layout = rows_layout(vae, batch)
     q = encode(vae, batch.ids, layout)
     width, size, patch = vae.config.latent_dim, vae.config.block_size, dit.config.patch_size
-    clean = vae.normalise(draw(q, draws.posterior)).view(len(batch), -1, width)
-    pinned = pin(vae, batch, draws, layout, pad_id)
-    noise, length = draws.noise[:, 0], clean.shape[1]
+    clean = vae.normalise(draw(q, noise.posterior)).view(len(batch), -1, width)
+    pinned = pin(vae, batch, noise, layout, pad_id)
+    z1, length = noise.z1[:, 0], clean.shape[1]
     config, weight = dit.config, dit.txt_in.proj.weight
     memory = Memory(
         *(config.num_layers, len(batch) * length // patch, config.heads, config.head_dim),
@@ -188,7 +188,7 @@ def roll_out(
     for number in range(max((slot.wanted for slot, _, _ in slots), default=0)):
         going = [own for own in slots if number < own[0].wanted]
         here = [(row, slice(begin + number * size, begin + (number + 1) * size)) for _, row, begin in going]
-        z = torch.stack([noise[row, block] for row, block in here])
+        z = torch.stack([z1[row, block] for row, block in here])
         for column, kept in enumerate(_along(transport, [slot for slot, _, _ in going], z, stops)):
             for (row, block), latents in zip(here, kept, strict=True):
                 states[row, block, column] = latents
