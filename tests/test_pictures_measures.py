@@ -25,6 +25,7 @@ from experiments.pictures.drawn import (
     ABLATIONS,
     describing_table,
     drawing_row,
+    gallery,
     of_held_out,
     round_trip_table,
     seen,
@@ -113,6 +114,15 @@ def test_what_is_drawn_right_is_counted_and_what_is_empty_is_not() -> None:
     text = table.markdown()
     assert text.count("0.750 [") == 5  # Right, count, things, sizes and relations of nine in twelve.
     assert text.count("0.000 [") == 1  # Nothing is swapped.
+
+
+def test_a_gallery_says_of_each_drawing_what_is_wrong_with_it() -> None:
+    figure = gallery(cast(ColaDLM, Perfect(1)), 4, 3, False, {})
+    said = [text.get_text() for axes in figure.axes for text in axes.texts]
+    titles = [axes.get_title().replace("\n", " ") for axes in figure.axes]
+    assert titles == [*(one.caption for one in seen(4)), "", ""]
+    assert said.count("right") == 3
+    assert len(said) == 4
 
 
 def test_held_out_scenes_hold_their_combination() -> None:

@@ -148,6 +148,27 @@ def sweep(model: Model = None, count: Drawn = 300, grid: Grid = False, markdown:
 
 
 @pictures_app.command()
+def gallery(
+    out: Annotated[Path, typer.Argument(help="PNG to write.")],
+    model: Annotated[str | None, typer.Option(help="A model that has pictures.")] = None,
+    count: Annotated[int, typer.Option(min=1, max=256, help="Captions; no training draws them.")] = 16,
+    columns: Annotated[int, typer.Option(min=1, max=16, help="In a row.")] = 4,
+    grid: Grid = False,
+    guidance: Guidance = None,
+    steps: Steps = None,
+) -> None:
+    """Show drawings with their captions and what the reader says of each, seeds in order, none left out."""
+    from colada.models.load import load_cola
+    from colada.report.style import require_matplotlib, styled
+    from experiments.pictures import drawn
+
+    require_matplotlib("a gallery")
+    settings = {"guidance": guidance, "steps": steps}
+    with styled():
+        drawn.gallery(load_cola(model), count, columns, grid, settings).savefig(out)
+
+
+@pictures_app.command()
 def retrieval(
     package: Annotated[Path, typer.Argument(help="npm's emoji-datasource-twitter, packed or unpacked.")],
     model: Annotated[str | None, typer.Option(help="A model that has learnt the Twemoji.")] = None,

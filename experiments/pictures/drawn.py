@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,8 +17,12 @@ from colada.pictures import twemoji
 from colada.pictures.reader import Verdict, judge, read
 from colada.pictures.shapes import COLOURS, HELD_OUT, Description, Example, Picture, example, held_out, parse
 from colada.pictures.sources import Files
+from colada.report.style import GREEN, RED
 from colada.report.table import Table
 from experiments.pictures.measures import VALIDATION, scenes, share
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GUIDANCE, STEPS = (1.0, 2.0, 3.0, 5.0), (1, 2, 4, 8, 16)
 SEEDS = 16
@@ -100,6 +106,28 @@ def drawing_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str,
     shuffled = [judge(read(one.picture), parse(others[n - 1].caption)).right for n, one in enumerate(others)]
     table.row("chance: another's caption", share(sum(shuffled), count), *[""] * 6)
     return table
+
+
+def gallery(model: ColaDLM, count: int, columns: int, grid: bool, settings: Mapping[str, Any]) -> Figure:
+    """Return drawings of the first captions, each with its caption and what is wrong with it."""
+    from matplotlib.figure import Figure
+
+    examples = seen(count, grid=grid)
+    drawn = model.draw([one.caption for one in examples], seed=0, **settings)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(1.9 * columns, 2.45 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    for place in places:
+        place.set_axis_off()
+    for place, picture, verdict, one in zip(places, drawn, verdicts(drawn, examples), examples, strict=False):
+        place.imshow(picture, interpolation="nearest")
+        place.set_title(textwrap.fill(one.caption, 30), fontsize=7, fontweight="normal", loc="center")
+        said = "right" if verdict.right else textwrap.fill(", ".join(verdict.reasons), 32)
+        colour = GREEN if verdict.right else RED
+        place.text(
+            0.5, -0.04, said, transform=place.transAxes, ha="center", va="top", fontsize=7, color=colour
+        )
+    return figure
 
 
 def sweep_table(model: ColaDLM, count: int, grid: bool) -> Table:
