@@ -25,6 +25,7 @@ from colada.errors import ColadaError, failure, nearest, shown
 from colada.files import read_text
 from colada.text.tokenizer import IM_END, IM_START, Tokenizer
 
+ANSWERING = "assistant"  # The role whose turns are learnt.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
     f"{IM_START}{{{{ message['role'] }}}}\n{{{{ message['content'] }}}}{IM_END}\n"
@@ -32,8 +33,14 @@ DEFAULT_TEMPLATE = (
     f"{{% if add_generation_prompt %}}{IM_START}assistant\n{{% endif %}}"
 )
 """ChatML."""
-
-ANSWERING = "assistant"  # The role whose turns are learnt.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    f"{{{{ eos_token if message['role'] == '{ANSWERING}' else '' }}}}\n"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{ANSWERING.capitalize()}:\n{{% endif %}}"
+)
+"""Roles as words, and end-of-text after answers: for models that were pretrained on text alone."""
 _MOST_TEMPLATE = 2**20  # Bytes; the longest known have a tenth of it.
 # Python's own compiler, which reads what Jinja makes of a template, has limits of its own.
 _TEMPLATE_ERRORS = (TemplateError, RecursionError, MemoryError, SyntaxError, ValueError, OverflowError)

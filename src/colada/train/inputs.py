@@ -13,9 +13,10 @@ from colada.data.sources import Source, hold_out, read_texts
 from colada.data.stream import TokenStream
 from colada.errors import ColadaError
 from colada.models.base import LanguageModel
-from colada.text.chat import DEFAULT_TEMPLATE, read_template
+from colada.models.cola import ColaDLM
+from colada.text.chat import ANSWERING, DEFAULT_TEMPLATE, PLAIN_TEMPLATE, encode_messages, read_template
 from colada.text.tokenizer import IM_END, Tokenizer
-from colada.train.kinds import RolloutSection, StageSection
+from colada.train.kinds import JointSection, RolloutSection, StageSection, TextVAESection
 from colada.train.pairs import open_pairs
 from colada.train.recipe import Recipe, source_weights
 
@@ -83,17 +84,54 @@ class Inputs:
         return StreamRows(stream, length, seed=seed, align=data.align, name=name)
 
 
-def chat_template(recipe: Recipe, own: str | None) -> str | None:
-    """Return the recipe's chat template, or the model's ``own``; ChatML where conversations need one.
+def chat_template(recipe: Recipe, tokenizer: Tokenizer, start: LanguageModel | None) -> str | None:
+    """Return the recipe's chat template, or that of the model to continue from; for conversations there is one.
+
+    It is ChatML. Without tokens for that, or where a frozen Text VAE has never learnt them, roles are words.
 
     Raises:
-        ColadaError: if the file cannot be read or is no template.
+        ColadaError: if the file cannot be read or is no template, or answers would end with what a frozen
+            Text VAE does not spell, and so never.
     """
+    template = start.chat_template if start is not None else None
     if recipe.data.chat_template is not None:
-        return read_template(Path(recipe.data.chat_template))
-    if own is not None:
-        return own
-    return DEFAULT_TEMPLATE if recipe.data.chats else None
+        template = read_template(Path(recipe.data.chat_template))
+    if template is None and not recipe.data.chats:
+        return None
+    end = tokenizer.id_of(IM_END)
+    if template is None and end is None:
+        return PLAIN_TEMPLATE
+    if not recipe.data.chats or not isinstance(start, ColaDLM) or _learns_tokens(recipe):
+        return template or DEFAULT_TEMPLATE
+    turns = [{"role": "user", "content": "a"}, {"role": ANSWERING, "content": "b"}]
+    ((ids, _),) = encode_messages(turns, tokenizer, template or DEFAULT_TEMPLATE, "the chat template")
+    # One that does not spell the end of a text either has learnt nothing yet.
+    if _spells(start, ids[-1]) or not _spells(start, tokenizer.eos_id):
+        return template or DEFAULT_TEMPLATE
+    if template is None:
+        return PLAIN_TEMPLATE
+    end_text, eos_text = (
+        repr(tokenizer.decode([token], skip_special=False)) for token in (ids[-1], tokenizer.eos_id)
+    )
+    raise ColadaError(
+        f"the chat template ends answers with {end_text}, which the Text VAE of"
+        f" model.init={recipe.model.init} does not spell: they would never end; give a data.chat_template"
+        f" that ends them with {eos_text}"
+    )
+
+
+def _learns_tokens(recipe: Recipe) -> bool:
+    return any(
+        isinstance(section, TextVAESection | JointSection)
+        for section in recipe.trained.values()
+        if section.steps
+    )
+
+
+def _spells(model: ColaDLM, token: int) -> bool:
+    """Return whether a Text VAE reads a token back from its latent."""
+    ids = [token] * model.vae.config.patch_size
+    return model.decode(model.encode(ids)) == ids
 
 
 def held_out(recipe: Recipe, source: Source) -> Holdout:
@@ -156,11 +194,9 @@ def prepare_inputs(
     """Tokenise what is not yet in ``cache``, and open the shards.
 
     Raises:
-        ColadaError: for unusable sources, or ChatML without its tokens.
+        ColadaError: for unusable sources.
     """
     data = recipe.data
-    if data.chats and template == DEFAULT_TEMPLATE and tokenizer.id_of(IM_END) is None:
-        raise ColadaError(f"the tokenizer has no {IM_END}, which ChatML needs: give data.chat_template")
     streams = []
     for source in data.sources:
         validation = held_out(recipe, source)

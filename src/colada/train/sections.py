@@ -47,7 +47,9 @@ class DataSection(Section):
         0.5, ge=0, le=1, description="Share of stream rows moved to begin with a document's first token."
     )
     chat_template: str | None = Field(
-        None, description="Jinja file for conversations; unset: ChatML, or that of model.init."
+        None,
+        description="Jinja file for conversations; unset: that of model.init, else ChatML, or roles as words"
+        " where its tokens are not there or not spelled.",
     )
     cache: str | None = Field(
         None,

@@ -130,8 +130,8 @@ class Trainer:
             save_recipe(recipe, out / RECIPE)
         start = load(recipe.model.init) if recipe.model.init is not None else None
         self.generation = {**(start.generation if start is not None else {}), **recipe.own_generation}
-        self.template = chat_template(recipe, start.chat_template if start is not None else None)
         self.tokenizer = self._tokenizer(start)
+        self.template = chat_template(recipe, self.tokenizer, start)
         cache = Path(recipe.data.cache) if recipe.data.cache is not None else out / "shards"
         with self.display.task("tokenising", 1, passing=True):
             self.inputs = prepare_inputs(
