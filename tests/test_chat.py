@@ -8,10 +8,18 @@ import pytest
 
 import colada
 from colada.errors import ColadaError
-from colada.text.chat import DEFAULT_TEMPLATE, encode_messages, encode_pair, read_template, render
+from colada.text.chat import (
+    DEFAULT_TEMPLATE,
+    PLAIN_TEMPLATE,
+    encode_messages,
+    encode_pair,
+    read_template,
+    render,
+)
 from colada.text.tokenizer import Tokenizer
+from colada.train.inputs import chat_template
 from colada.train.logs import read_samples
-from colada.train.recipe import load_recipe
+from colada.train.recipe import Recipe, load_recipe
 from colada.train.trainer import Trainer
 from runs import DEBUG
 
@@ -198,18 +206,49 @@ def test_a_file_that_is_no_template_is_refused_by_name(tmp_path: Path) -> None:
         read_template(tmp_path / "absent.jinja")
 
 
-def test_chatml_needs_its_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_where_roles_are_words_turns_follow_one_another_and_answers_end(tokenizer: Tokenizer) -> None:
+    samples = encode_messages(said("hello", "hi you", "and?", "bye"), tokenizer, PLAIN_TEMPLATE, "here")
+    first = "User:\nhello\nAssistant:\n"
+    second = first + "hi you<|endoftext|>\nUser:\nand?\nAssistant:\n"
+    for (ids, start), (prompt, answer) in zip(samples, [(first, "hi you"), (second, "bye")], strict=True):
+        assert tokenizer.decode(ids[:start], skip_special=False) == prompt
+        assert ids[start:] == [*tokenizer.encode(answer), tokenizer.eos_id]
+
+
+def _recipe_of_chats(tmp_path: Path, *overrides: str) -> Recipe:
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": said("a", "b")}) + "\n")
+    source = f"data.sources=[{{path: {tmp_path / 'chats.jsonl'}, format: messages}}]"
+    return load_recipe(DEBUG, [source, "data.packing=samples", *overrides])
+
+
+def test_without_tokens_for_chatml_roles_are_words(tokenizer: Tokenizer, tmp_path: Path) -> None:
     plain = json.loads(tokenizer.to_json())
     plain["added_tokens"] = [own for own in plain["added_tokens"] if "im_" not in own["content"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": said("a", "b")}) + "\n")
-    overrides = [
-        f"data.sources=[{{path: {tmp_path / 'chats.jsonl'}, format: messages}}]",
-        "data.packing=samples",
-        f"tokenizer.file={tmp_path / 'tokenizer.json'}",
-    ]
-    with pytest.raises(ColadaError, match=r"no <\|im_end\|>, which ChatML needs: give data\.chat_template"):
-        Trainer(load_recipe(DEBUG, overrides), tmp_path / "run")
+    recipe = _recipe_of_chats(tmp_path)
+    assert chat_template(recipe, Tokenizer.from_file(tmp_path / "tokenizer.json"), None) == PLAIN_TEMPLATE
+    assert chat_template(recipe, tokenizer, None) == DEFAULT_TEMPLATE
+
+
+def test_answers_end_with_what_a_frozen_text_vae_spells(tmp_path: Path) -> None:
+    model = colada.load()
+    assert model.tokenizer is not None
+    end = model.tokenizer.id_of("<|im_end|>")
+    assert end is not None
+    assert model.decode(model.encode([end])) != [end]  # Its text had none.
+    frozen = "stages={instruct: {steps: 1}}"
+    recipe = _recipe_of_chats(tmp_path, "model={init: bundled}", frozen)
+    assert chat_template(recipe, model.tokenizer, model) == PLAIN_TEMPLATE
+    learnt = _recipe_of_chats(
+        tmp_path, "model={init: bundled}", "stages={vae: {steps: 1}, instruct: {steps: 1}}"
+    )
+    assert chat_template(learnt, model.tokenizer, model) == DEFAULT_TEMPLATE
+    (tmp_path / "chatml.jinja").write_text(DEFAULT_TEMPLATE)
+    recipe = _recipe_of_chats(
+        tmp_path, "model={init: bundled}", frozen, f"data.chat_template={tmp_path / 'chatml.jinja'}"
+    )
+    with pytest.raises(ColadaError, match=r"ends answers with '<\|im_end\|>', which the Text VAE of model"):
+        chat_template(recipe, model.tokenizer, model)
 
 
 # --- a model that has learnt four answers --------------------------------------------------------

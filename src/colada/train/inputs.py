@@ -85,7 +85,7 @@ class Inputs:
 
 
 def chat_template(recipe: Recipe, tokenizer: Tokenizer, start: LanguageModel | None) -> str | None:
-    """Return the recipe's chat template, or that of the model to continue from; for conversations there is one.
+    """Return the recipe's chat template, or that of the model to continue from; conversations have one.
 
     It is ChatML. Without tokens for that, or where a frozen Text VAE has never learnt them, roles are words.
 
