@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ import torch
 import colada
 import rules
 from colada.cli.main import main
+from colada.data.rows import Batch
+from colada.data.rows import batch as batch_of
+from colada.device import plain_torch
 from colada.errors import ColadaError
+from colada.generate.engine.engine import Engine
 from colada.generate.settings import TextRequest
 from colada.models.cola import ColaDLM
 from colada.models.rollouts import roll_out
+from colada.train.parallel import Ranks
 from colada.train.plan import plan_run
 from colada.train.preflight import preflight
 from colada.train.recipe import Recipe, commented, load_recipe
-from colada.train.rewards import plain_prompt
+from colada.train.rewards import AnswerNoise, RolloutStage, plain_prompt
+from colada.train.stages import Beginning, Stage, make_stage
 from colada.train.trainer import Interrupted, Trainer
 from helpers import reference, request, tiny_model
 from runs import STORIES, TINY, At, assert_same_run, final_state, logged, metrics, recipe, same
@@ -201,6 +208,103 @@ def test_a_run_that_is_stopped_in_a_round_ends_in_the_same_weights(
             Trainer(rewarding(start, tmp_path, kind=kind), out, At(kind, step)).run()
         Trainer(rewarding(start, tmp_path, kind=kind), out).run()
         assert_same_run(out, whole)
+
+
+def steps_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Batch, AnswerNoise]]:
+    """What steps will learn from, as they come."""
+    came: list[tuple[Batch, AnswerNoise]] = []
+    step = Trainer._step
+
+    def kept(self: Trainer, stage: Stage, number: int, rows: Batch, noise: Any) -> Any:
+        came.append((rows, noise))
+        return step(self, stage, number, rows, noise)
+
+    monkeypatch.setattr(Trainer, "_step", kept)
+    return came
+
+
+def test_blocks_after_the_one_that_met_the_rule_have_an_even_share(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came = steps_of(monkeypatch)
+    some = ["reward=rules:vowels", "credit=until_met", "new_tokens=24", "samples=8", "prompts=4", "steps=4"]
+    Trainer(rewarding(start, tmp_path, *(f"stages.reward.{own}" for own in some)), tmp_path / "run").run()
+    tokenizer = colada.load(start).tokenizer
+    assert tokenizer is not None
+    later = whole = 0
+    for rows, noise in came:
+        assert rows.trained is not None
+        assert noise.written is not None
+        assert noise.share is not None
+        for row in noise.written.nonzero().flatten().tolist():
+            first = int(rows.trained[row].int().argmax())
+            end = int(rows.trained[row].sum()) + first
+            share, ids = noise.share[row], rows.ids[row]
+            counts = []
+            for stop in range(first // 4 * 4 + 4, end + 1, 4):
+                written = ids[first:stop].tolist()
+                ended = [n for n, token in enumerate(written) if token in tokenizer.end_ids]
+                text = tokenizer.decode(written[: ended[0]] if ended else written)
+                counts.append(len(set(text) & set("aeiou")))
+            met = next((n for n, count in enumerate(counts) if count == counts[-1] > 0), len(counts) - 1)
+            stop = first // 4 * 4 + 4 * (met + 1)
+            assert len(set(share[:stop].tolist())) == 1
+            assert set(share[stop:end].tolist()) <= {0.5}
+            later += stop < end and float(share[0]) != 0.5
+            whole += stop >= end
+    assert later > 5
+    assert whole > 0
+
+
+def test_an_engine_whose_passes_are_replayed_serves_all_rounds(
+    start: Path, rewarded_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with the weights of each round."""
+    engines: list[Engine] = []
+
+    def engine(self: ColaDLM, capacity: int, slots: int | None, pad_id: int) -> Engine:
+        with plain_torch(inference=False):
+            made = Engine(self.vae, self.dit, capacity=1024, slots=slots, pad_id=pad_id, bucket=8)
+        engines.append(made)
+        return made
+
+    monkeypatch.setattr(ColaDLM, "_engine", engine)
+    Trainer(rewarding(start, tmp_path), tmp_path / "run").run()
+    assert len(engines) == 1
+    for record, again in zip(logged(rewarded_run), logged(tmp_path / "run"), strict=True):
+        for key in {"loss", "push", "drift", "reward"} & record.keys():
+            assert again[key] == pytest.approx(record[key], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch", [4, 8])
+def test_rows_that_are_replayed_do_not_depend_on_the_ranks(start: Path, tmp_path: Path, batch: int) -> None:
+    made_of: dict[int, list[tuple[float, ...]]] = {}
+    for size in (1, 2, 4):
+        replayed, counts = list[tuple[float, ...]](), set[int]()
+        for rank in range(size):
+            run = rewarding(start, tmp_path, "stages.reward.prompts=4", f"stages.reward.batch={batch}")
+            ranks = Ranks(rank, size, torch.device("cpu"))
+            trainer = Trainer(run, tmp_path / f"{batch}-{size}-{rank}")
+            stage = make_stage(trainer.system, "reward", trainer._lay_out)
+            assert isinstance(stage, RolloutStage)
+            rows_from = partial(trainer.inputs.rows, "train", stage.section, block=4)
+            more: Any = (trainer._whole, trainer._model, ranks, trainer.display, lambda: False)
+            stage.begin(Beginning(rows_from, [], *more))
+            numbers = ranks.share(batch)
+            own, noise = batch_of(rows_from(3), numbers), stage.draw(numbers)
+            rows, drawn = stage.rollouts(0, own, noise)
+            trainer._unlock()
+            counts.add(len(rows))
+            _, others = stage._parts(rows, drawn)
+            assert drawn.z1 is not None
+            for row in range(len(rows)):
+                if bool(others[row].any()):
+                    first = drawn.z1[row].flatten()[:3].tolist()
+                    replayed.append((*first, *rows.ids[row].tolist(), int(others[row].sum())))
+        assert len(counts) == 1  # Else sharded ranks would wait for each other.
+        made_of[size] = sorted(replayed)
+    assert len(made_of[1]) == batch // 4
+    assert made_of[1] == made_of[2] == made_of[4]
 
 
 @pytest.mark.parametrize("kind", ["reward", "raft"])

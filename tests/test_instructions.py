@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from colada.data.instructions import (
     sentences_of,
     story_questions,
 )
-from colada.data.rules import rewarded
+from colada.data.rules import met_in, rewarded
 from colada.errors import ColadaError
 
 STORIES = (Path(__file__).parent / "data" / "stories.txt").read_text().split("\n\n")
@@ -183,3 +184,19 @@ def test_a_rule_of_ones_own_is_found_by_name_and_its_faults_are_named(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ColadaError, match=r"cannot import 'broken_rule': .*syntax"):
         reward_of("broken_rule:f")
+
+
+def test_what_met_a_rule_is_the_last_piece_that_changed_the_reward() -> None:
+    """Words that are wanted, in pieces of a text that end anywhere: against a search from the beginning."""
+    wanted, prompt = {"dog", "red", "jump"}, "Write a story with the words: dog, red, jump."
+    chance, rule, found = random.Random(0), reward_of("words"), set[int | None]()
+    known = ["a", "dogs", "dog", "redder", "red", "ran", "jump", "jumped", "the", "cat", "sat"]
+    for _ in range(300):
+        text = " ".join(chance.choice(known) for _ in range(9))
+        cuts = [*sorted(chance.sample(range(1, len(text)), 5)), len(text)]
+        shares = [len(wanted & set(text[:cut].split(" "))) for cut in cuts]
+        expected = next(n for n in range(6) if len(set(shares[n:])) == 1) if shares[-1] else None
+        met = met_in(lambda answer: rule(prompt, answer), [text[:cut] for cut in cuts])
+        assert met == expected
+        found.add(met)
+    assert found == {None, *range(6)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from colada.checks import is_number, plain
@@ -39,3 +39,15 @@ def rewarded(reward: Reward, name: str, prompt: str, answer: str) -> float:
     if not is_number(value):
         raise ColadaError(f"the reward {name} of prompt {shown(prompt)} is {shown(value)}, expected a number")
     return float(value)
+
+
+def met_in(reward: Callable[[str], float], texts: Sequence[str]) -> int | None:
+    """Return which of texts, each the beginning of the next, met what the reward asks for.
+
+    That is the first from which on the reward is that of the last: what is written after it has changed
+    nothing. None if the last one's is that of no text at all: nothing was met.
+    """
+    value = reward(texts[-1])
+    if reward("") == value:
+        return None
+    return next((n for n in range(len(texts) - 1, 0, -1) if reward(texts[n - 1]) != value), 0)

@@ -66,6 +66,7 @@ def roll_out(model: ColaDLM, requests: Sequence[TextRequest], batch: int = 64) -
             one.transcript.add(slot.ids)
             if one.transcript.finish_reason is not None:
                 engine.leave(slot)
+    model._keep(engine)
     return [
         Rollout(
             one.transcript.completion(one.request.settings.seed),

@@ -422,6 +422,11 @@ class RewardSection(RolloutSection):
         0.1, ge=SMALLEST, le=LARGEST, description="Deviation of a group's rewards that counts as full, least."
     )
     adaptive: bool = Field(True, description="Divide each error by its own mean size.")
+    credit: Literal["answer", "until_met"] = Field(
+        "answer",
+        description="What of an answer its reward is credited to: all; or its blocks up to the one that met"
+        " the rule, after which no block has changed the reward. The others are held where they are.",
+    )
     keep: Share = Field(0.5, description="How much of the old weights stays as answers are renewed, at most.")
     keep_rise: Weight = Field(0.001, description="And by how much more with each round, from 0.")
 

@@ -109,13 +109,17 @@ def of_all(value: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def gathered(network: Network) -> Network:
-    """Return a network that is whole on every rank: itself, or a copy of one that lies over the ranks."""
+def gathered(network: Network, copy: Network | None = None) -> Network:
+    """Return a network that is whole on every rank: itself, or a copy of one that lies over the ranks.
+
+    Args:
+        copy: what an earlier call has returned, to take the weights of now.
+    """
     parts = dict(network.named_parameters())
     if not any(isinstance(part, DTensor) for part in parts.values()):
         return network
     device = next(iter(parts.values())).device
-    whole: Network = type(network)(network.config).to(device)
+    whole: Network = type(network)(network.config).to(device) if copy is None else copy
     for name, parameter in whole.named_parameters():
         part = parts[name]
         parameter.copy_(part.full_tensor() if isinstance(part, DTensor) else part)

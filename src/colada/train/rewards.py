@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from colada.data.instructions import reward_of
 from colada.data.rows import FILLING, Batch, Rows, joined
-from colada.data.rules import rewarded
+from colada.data.rules import met_in, rewarded
 from colada.errors import ColadaError
 from colada.flow import PREDICTIONS, T, evaluations_of, interpolate
 from colada.generate.settings import TextRequest
@@ -30,6 +30,7 @@ from colada.models.rollouts import roll_out
 from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
 from colada.text.chat import render
+from colada.text.transcript import Completion
 from colada.train.cola import ColaStage
 from colada.train.cost import Phase, Placement, Work, networks, position_entries
 from colada.train.flow_matching import pin, place, predict
@@ -60,7 +61,7 @@ class AnswerNoise(StepNoise):
     Attributes:
         written: bool (B,), which rows are answers.
         latents: (B, M, C), theirs.
-        share: (B,), r: how good an answer is among those to its prompt.
+        share: (B, M), r: how good an answer is among those to its prompt; NaN where nothing is to be learnt.
         reward: (B,).
     """
 
@@ -72,13 +73,30 @@ class AnswerNoise(StepNoise):
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of a round, to be learnt: its row (1, L), latents (M, C), reward, and r in 0..1."""
+    """An answer of a round, to be learnt.
+
+    Attributes:
+        row: (1, L).
+        latents: (M, C).
+        reward: as the rule says.
+        ended: by an end token.
+        credited: how many of the latents, the first ones, the reward is credited to.
+        share: r in 0..1 of these; NaN if nothing is to be learnt.
+    """
 
     row: Batch
     latents: Tensor
     reward: float
     ended: bool
+    credited: int
     share: float = 0.5
+
+    @property
+    def shares(self) -> Tensor:
+        """Return r of each latent (M,): even where nothing is credited."""
+        shares = torch.full((len(self.latents),), 0.5 if self.share == self.share else self.share)
+        shares[: self.credited] = self.share
+        return shares
 
 
 class RolloutStage(ColaStage):
@@ -94,6 +112,7 @@ class RolloutStage(ColaStage):
         questions = self.section.questions
         self._reward = reward_of(self.section.reward, None if questions is None else Path(questions))
         self._written: tuple[int, list[Answer]] | None = None
+        self._writer: ColaDLM | None = None
 
     def begin(self, beginning: Beginning) -> None:
         """Take what writes answers, and the prompts."""
@@ -111,7 +130,7 @@ class RolloutStage(ColaStage):
 
     @abstractmethod
     def errors(self, policy: Tensor, old: Tensor | None, share: Tensor) -> Tensor:
-        """Return the loss (B, K, M) of answers, by the errors of velocities (B, K, M, C) and shares (B,)."""
+        """Return the loss (B, K, M) of answers by errors of velocities (B, K, M, C) and shares (B, M)."""
 
     # --- rounds ----------------------------------------------------------------------------------
 
@@ -125,23 +144,32 @@ class RolloutStage(ColaStage):
         if self._written is None or self._written[0] != number:
             self._written = number, self._round(number)
         answers = self._written[1]
-        places = [update * section.batch + at for at in ranks.share(section.batch)]
+        own = ranks.share(section.batch)
+        places = [update * section.batch + at for at in own]
         some = [answers[self._order(number, place, len(answers))] for place in places]
-        numbers = [_ANSWERS + step * section.batch + at for at in ranks.share(section.batch)]
-        replayed, again = rows.rows(0, len(rows), REPLAY), noise.rows(0, len(rows), REPLAY)
-        drawn = self.draw(numbers)
+        drawn = self.draw([_ANSWERS + step * section.batch + at for at in own])
+        # Of the step's rows, whoever has them; every rank has as many, some of no weight.
+        first, end = -own.start % REPLAY, len(own)
+        parts = [(first, end, REPLAY), (0, -(-end // REPLAY) - len(range(first, end, REPLAY)), 1)]
+        replayed, without = (rows.rows(*part) for part in parts)
         values: dict[str, Any] = {}
         for field in fields(StepNoise):
-            one, other = getattr(drawn, field.name), getattr(again, field.name)
-            values[field.name] = None if one is None else torch.cat([one, other])
-        zeros = torch.zeros(len(replayed))
-        latents = torch.stack([own.latents for own in some])
-        return joined([*(own.row for own in some), replayed]), AnswerNoise(
+            one, others = (
+                getattr(drawn, field.name),
+                [getattr(noise.rows(*part), field.name) for part in parts],
+            )
+            values[field.name] = None if one is None else torch.cat([one, *others])
+        latents = torch.stack([answer.latents for answer in some])
+        share = torch.stack([answer.shares for answer in some])
+        count, weightless = len(replayed), len(without)
+        return joined([*(answer.row for answer in some), replayed, without]), AnswerNoise(
             **values,
-            written=torch.cat([torch.ones(len(some), dtype=torch.bool), zeros.bool()]),
-            latents=torch.cat([latents, latents.new_zeros(len(replayed), *latents.shape[1:])]),
-            share=torch.cat([torch.tensor([own.share for own in some]), zeros]),
-            reward=torch.cat([torch.tensor([own.reward for own in some]), zeros]),
+            written=torch.cat([torch.ones(end), torch.zeros(count), torch.ones(weightless)]).bool(),
+            latents=torch.cat([latents, latents.new_zeros(count + weightless, *latents.shape[1:])]),
+            share=torch.cat([share, share.new_full((count + weightless, share.shape[1]), torch.nan)]),
+            reward=torch.cat(
+                [torch.tensor([answer.reward for answer in some]), torch.zeros(count + weightless)]
+            ),
         )
 
     def _order(self, number: int, place: int, answers: int) -> int:
@@ -154,11 +182,9 @@ class RolloutStage(ColaStage):
         """Write a round's answers with the old weights, on all ranks together, and reward them."""
         section, ranks = self.section, self._beginning.ranks
         prompts = [number * section.prompts + at for at in ranks.share(section.prompts)]
-        old, vae = gathered(self.frozen["old"]), gathered(self.vae)
-        model = self._beginning.model({**self.system.networks, "dit": old, "vae": vae})
-        assert isinstance(model, ColaDLM)
         groups, error = list[list[Answer]](), None
-        with modes_kept([old, vae]):
+        with modes_kept([self.frozen["old"], self.vae]):
+            model = self._writing()
             try:
                 groups = self._groups(model, number, prompts)
             except ColadaError as failed:  # The others wait for this rank's answers.
@@ -179,6 +205,19 @@ class RolloutStage(ColaStage):
         )
         # Where there is nothing to learn, the rows are there and have no weight.
         return learnt or [replace(answer, share=float("nan")) for answer in flat]
+
+    def _writing(self) -> ColaDLM:
+        """Return the model of the old weights: one for all rounds, whose engine is kept where that pays."""
+        old = self.frozen["old"]
+        if self._writer is None:
+            networks = {**self.system.networks, "dit": gathered(old), "vae": gathered(self.vae)}
+            model = self._beginning.model(networks)
+            assert isinstance(model, ColaDLM)
+            self._writer = model
+        gathered(old, self._writer.dit)
+        self._writer.dit.eval()
+        self._writer.vae.eval()
+        return self._writer
 
     def _groups(self, model: ColaDLM, number: int, prompts: Sequence[int]) -> list[list[Answer]]:
         """Return the answers of a model to prompts, several to each."""
@@ -201,12 +240,30 @@ class RolloutStage(ColaStage):
             asked = plain_prompt(model, start)
             group = []
             for own in done[at * section.samples : (at + 1) * section.samples]:
-                text = own.completion.text
-                value = rewarded(self._reward, section.reward, asked, text)
+                value = rewarded(self._reward, section.reward, asked, own.completion.text)
                 ended = own.completion.finish_reason == "end"
-                group.append(Answer(*self._row(start, own.ids, own.latents), value, ended))
+                row, latents = self._row(start, own.ids, own.latents)
+                credited = self._credited(model, asked, len(start), own.completion) or len(latents)
+                group.append(Answer(row, latents, value, ended, credited))
             groups.append(group)
         return groups
+
+    def _credited(self, model: ColaDLM, asked: str, prompt: int, answer: Completion) -> int | None:
+        """Return the latents of a row up to the block that met the rule; None if all are credited."""
+        section, config = self.section, model.vae.config
+        if not isinstance(section, RewardSection) or section.credit == "answer" or not answer.tokens:
+            return None
+        assert model.tokenizer is not None
+        pinned = -(-prompt // config.patch_size)
+        first = (pinned // config.block_size + 1) * config.block_size  # Where the answer's first block ends.
+        ends = range(
+            (first - pinned) * config.patch_size,
+            len(answer.tokens) + config.block_tokens,
+            config.block_tokens,
+        )
+        texts = [model.tokenizer.decode(answer.tokens[:end]) for end in ends]
+        met = met_in(lambda text: rewarded(self._reward, section.reward, asked, text), texts)
+        return None if met is None else first + met * config.block_size
 
     def _row(self, prompt: Sequence[int], ids: Sequence[int], latents: Tensor) -> tuple[Batch, Tensor]:
         """Return an answer as a row of the stage's length, and its latents."""
@@ -235,7 +292,7 @@ class RolloutStage(ColaStage):
         free = ~pinned_latents(given_tokens(rows, noise, patch), patch)
         if not isinstance(noise, AnswerNoise) or noise.written is None or noise.share is None:
             return torch.zeros_like(free), free
-        return free & (noise.written & ~noise.share.isnan())[:, None], free & ~noise.written[:, None]
+        return free & noise.written[:, None] & ~noise.share.isnan(), free & ~noise.written[:, None]
 
     def count(self, rows: Batch, noise: StepNoise) -> Counts:
         """Return tokens; in place of latents the noisy ones of rows of the data; and those of answers."""
@@ -347,7 +404,7 @@ class RewardStage(RolloutStage):
         assert old is not None
         nothing = torch.zeros_like(policy)
         beta, adaptive = self.section.beta, self.section.adaptive
-        return reward_errors(policy, old, nothing, share[:, None, None], beta, adaptive)
+        return reward_errors(policy, old, nothing, share[:, None], beta, adaptive)
 
 
 class RaftStage(RolloutStage):
