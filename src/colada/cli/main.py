@@ -37,7 +37,7 @@ from colada.cli.options import (
     read_texts,
 )
 from colada.cli.pictures import describe, draw
-from colada.cli.rewards import reward
+from colada.cli.rewards import pairs, reward
 from colada.cli.serve import serve
 from colada.cli.write import chat, generate
 from colada.errors import ColadaError, ColadaWarning
@@ -78,7 +78,7 @@ eval_app.command("reward")(reward)
 app.add_typer(eval_app, name="eval")
 for command in (generate, chat, draw, describe, serve):
     app.command()(command)
-for of_runs in (train.train, train.recipe, train.report, train.export, train.cost, train.distil):
+for of_runs in (train.train, train.recipe, train.report, train.export, train.cost, train.distil, pairs):
     app.command()(of_runs)
 
 # typer exports no other name for click's usage errors, and only newer versions carry their own click.

@@ -1,4 +1,4 @@
-"""``colada eval reward``: how well a chat model does what it is asked, by rules."""
+"""``colada eval reward`` and ``colada pairs``: how well chat models do what rules ask, and better by them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from colada.checks import MOST_TOKENS, require_count
-from colada.cli.evaluate import BatchOption, PageOption, QuietOption, check_counts, existing_paths
+from colada.cli.evaluate import (
+    BatchOption,
+    PageOption,
+    QuietOption,
+    StepsOption,
+    check_counts,
+    existing_paths,
+)
 from colada.cli.measure import ResultOption, write_result
 from colada.cli.options import (
     DeviceOption,
@@ -17,8 +24,17 @@ from colada.cli.options import (
     RevisionOption,
     check_model_options,
     load_model,
+    number_option,
 )
 from colada.errors import ColadaError
+from colada.generate.settings import check_settings
+
+TasksOption = Annotated[
+    str | None, typer.Option(metavar="NAME,...", help="Which tasks. Default: all that need no questions.")
+]
+QuestionsOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Questions on stories, for the task story_questions.")
+]
 
 
 def reward(
@@ -37,12 +53,8 @@ def reward(
     judge: Annotated[
         str | None, typer.Option(metavar="WHERE", help="A model that says how likely the answers are.")
     ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Which tasks. Default: all that need no questions.")
-    ] = None,
-    questions: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Questions on stories, for the task story_questions.")
-    ] = None,
+    tasks: TasksOption = None,
+    questions: QuestionsOption = None,
     prompts: Annotated[int, typer.Option(help="Of each task, as far as there are any.")] = 300,
     seeds: Annotated[int, typer.Option(help="Answers to each prompt.")] = 3,
     samples: Annotated[
@@ -145,3 +157,78 @@ def reward(
     if html is not None:
         write_rewards_page(html, network.origin, result, flows, facts)
         print(f"wrote {html}")
+
+
+def pairs(
+    stories: Annotated[
+        Path,
+        typer.Argument(help="Texts that samples of tasks are cut from, as in training: a file or folder."),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="The .jsonl of pairs; gone on with if it is there.")
+    ],
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    tasks: TasksOption = None,
+    questions: QuestionsOption = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION", help="A rule in place of the tasks' own, of prompt and answer."
+        ),
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="Of each task, as far as there are any.")] = 500,
+    samples: Annotated[int, typer.Option(min=2, help="Answers to each prompt.")] = 8,
+    new_tokens: Annotated[int, typer.Option(help="Of an answer at most.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts and answers.")] = 0,
+    steps: StepsOption = None,
+    guidance: Annotated[
+        float | None, number_option("--guidance", "-g", help="Guidance scale. Default: the model's own.")
+    ] = None,
+    batch: BatchOption = 64,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Make preferences of a chat model's own answers: to each prompt the best one and the worst, by a rule.
+
+    Stopped at any moment, the same command goes on where it was.
+    """
+    from rich.console import Console
+
+    from colada.data.instructions import check_tasks, default_tasks
+    from colada.data.rules import imported
+    from colada.train.display import Display
+
+    names = tuple(name.strip() for name in tasks.split(",")) if tasks else default_tasks(questions)
+    check_tasks(names, questions)
+    check_counts(prompts=prompts, samples=samples, batch=batch)
+    require_count("new_tokens", new_tokens, MOST_TOKENS)
+    check_settings({"steps": steps, "guidance": guidance, "seed": seed})
+    existing_paths([str(stories)])
+    check_model_options(model, revision, dtype, device)
+    if reward is not None:
+        imported(reward)
+
+    from colada.data.sources import stories as read
+    from colada.evaluate.preferences import taught_prompts, write_pairs
+
+    display = Display(Console(stderr=True, quiet=quiet))
+    asked = taught_prompts(read(stories), names, prompts, seed, questions)
+    settings = {
+        name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None
+    }
+    network = load_model(model, revision, dtype, device)
+    with display.task("pairs", total=len(asked), unit="prompts"):
+        count = write_pairs(
+            *(out, network, asked),
+            questions=questions,
+            reward=reward,
+            progress=display.advance,
+            samples=samples,
+            new_tokens=new_tokens,
+            seed=seed,
+            settings=settings,
+            batch=batch,
+        )
+    print(f"wrote {out}: {count:,} pairs of {len(asked):,} prompts; answers to the others are all as good")

@@ -1,0 +1,153 @@
+"""Preferences that rules make: of a model's own answers to a prompt, the best one and the worst.
+
+Answer i to a prompt has a seed of the prompt's number and i, so the same pairs are made wherever a file of
+them is gone on with. An answer that did not end by itself is in no pair: training puts an end after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from colada.data.instructions import instructions, reward_of
+from colada.data.jsonl import get, read_lines
+from colada.data.rules import Reward, rewarded
+from colada.errors import ColadaError
+from colada.files import write_text
+from colada.generate.settings import Settings, TextRequest
+from colada.models.base import LanguageModel
+from colada.text.transcript import Completion
+from colada.train.trajectories import digest
+
+AT_ONCE = 32
+"""Prompts whose answers are written together, and whose pairs are then in the file."""
+
+
+def taught_prompts(
+    stories: Sequence[str], tasks: Sequence[str], number: int, seed: int = 0, questions: Path | None = None
+) -> list[tuple[str, str]]:
+    """Return task and prompt of so many different prompts of each task that may be trained on.
+
+    Raises:
+        ColadaError: if there is none.
+    """
+    prompts = [
+        (task, prompt)
+        for task in tasks
+        for prompt in dict.fromkeys(
+            own.prompt for own in instructions(stories, task, number, seed, questions=questions)
+        )
+    ]
+    if not prompts:
+        raise ColadaError(f"no prompt of {', '.join(tasks)} comes of {len(stories)} stories, expected some")
+    return prompts
+
+
+def best_and_worst(
+    answers: Sequence[Completion], rewards: Sequence[float]
+) -> tuple[Completion, Completion] | None:
+    """Return the best answer and the worst, the first ones of equals; None if none is better than another.
+
+    Answers that did not end by themselves, or say nothing, do not count.
+    """
+    ended = [n for n, own in enumerate(answers) if own.finish_reason == "end" and own.text.strip()]
+    if not ended:
+        return None
+    best, worst = (choose(ended, key=lambda n: rewards[n]) for choose in (max, min))
+    return (answers[best], answers[worst]) if rewards[best] > rewards[worst] else None
+
+
+def own_pairs(
+    model: LanguageModel,
+    prompts: Sequence[tuple[str, str]],
+    rules: Mapping[str, Reward],
+    *,
+    samples: int,
+    new_tokens: int,
+    seed: int = 0,
+    settings: Settings | None = None,
+    batch: int = 64,
+    start: int = 0,
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yield how many prompts are done, and the pairs of the last ones of these, as lines of a file.
+
+    Args:
+        prompts: task and prompt of each.
+        rules: by task.
+        samples: answers to a prompt.
+        new_tokens: of an answer at most.
+        seed: of all answers' seeds.
+        settings: of generation, over the model's own.
+        start: the first prompt whose answers are written.
+
+    Raises:
+        ColadaError: if the model has no chat template, or a rule fails.
+    """
+    for begin in range(start, len(prompts), AT_ONCE):
+        numbers = range(begin, min(begin + AT_ONCE, len(prompts)))
+        requests = []
+        for number in numbers:
+            asked = model.chat_prompt([{"role": "user", "content": prompts[number][1]}])
+            for sample in range(samples):
+                state = np.random.SeedSequence([seed, number, sample]).generate_state(1, np.uint64)[0]
+                own: Any = {**(settings or {}), "seed": int(state >> 2)}
+                requests.append(TextRequest(asked, new_tokens, own))
+        done = model.generate(requests, batch=batch)
+        pairs = []
+        for place, number in enumerate(numbers):
+            (task, prompt), answers = prompts[number], done[place * samples : (place + 1) * samples]
+            rewards = [rewarded(rules[task], task, prompt, own.text) for own in answers]
+            chosen = best_and_worst(answers, rewards)
+            if chosen is not None:
+                texts = dict(zip(("chosen", "rejected"), (own.text for own in chosen), strict=True))
+                reward = [rewards[answers.index(own)] for own in chosen]
+                pairs.append({"prompt": prompt, **texts, "task": task, "number": number, "reward": reward})
+        yield numbers.stop, pairs
+
+
+def write_pairs(
+    path: Path,
+    model: LanguageModel,
+    prompts: Sequence[tuple[str, str]],
+    *,
+    questions: Path | None = None,
+    reward: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    batch: int = 64,
+    **made: Any,
+) -> int:
+    """Write the pairs of a model's answers as lines of a file, or go on with one; return how many it has.
+
+    Args:
+        path: each line has ``prompt``, ``chosen``, ``rejected``, as ``format: preferences`` reads them;
+            task, number and rewards; and in ``of`` a digest of model, prompts and settings.
+        reward: a rule in place of the tasks' own, ``package.module:function``.
+        progress: called with how many prompts are done, and of how many.
+        batch, made: see :func:`own_pairs`.
+
+    Raises:
+        ColadaError: as :func:`own_pairs`; if the file holds other pairs, or cannot be written.
+    """
+    rules = {task: reward_of(reward or task, questions) for task in dict(prompts)}
+    weights = {name: digest(network) for name, network in model.networks.items()}
+    about = [weights, model.chat_template, model.chosen(made.get("settings") or {}), prompts, reward, made]
+    of = hashlib.sha256(json.dumps(about, sort_keys=True, default=list).encode()).hexdigest()[:16]
+    lines = list(read_lines(path)) if path.exists() else []
+    for place, line in lines:
+        if line.get("of") != of:
+            raise ColadaError(
+                f"{place} is of another model, other prompts or settings: expected the same, or another --out"
+            )
+    pairs = [line for _, line in lines]
+    start = 1 + get(pairs[-1], "number", "a whole number", lines[-1][0]) if pairs else 0
+    for done, new in own_pairs(model, prompts, rules, start=start, batch=batch, **made):
+        pairs += [{**pair, "of": of} for pair in new]
+        write_text(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+        if progress is not None:
+            progress(done, len(prompts))
+    return len(pairs)

@@ -1,0 +1,133 @@
+"""Preferences that rules make of a model's own answers: which, the same ones again, and learnt from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rules
+from colada.cli.main import main
+from colada.errors import ColadaError
+from colada.evaluate import preferences
+from colada.evaluate.preferences import best_and_worst, own_pairs, taught_prompts
+from colada.models.base import LanguageModel
+from colada.text.transcript import Completion
+from colada.train.trainer import Trainer
+from runs import STORIES, metrics
+from test_answers import made
+from test_rewards import TEXTS, chatting
+
+
+def answer(text: str, seed: int = 0, reason: str = "end") -> Completion:
+    return Completion(text, tuple(text.encode()), reason, seed)
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[list[Completion]]:
+    """Lets answers of a model that has learnt nothing end by themselves, but for every fifth; keeps them."""
+    generate, came = LanguageModel.generate, list[list[Completion]]()
+
+    def ended(self: LanguageModel, *args: Any, **options: Any) -> list[Completion]:
+        done = generate(self, *args, **options)
+        came.append(
+            [dataclasses.replace(own, finish_reason="end" if own.seed % 5 else "length") for own in done]
+        )
+        return came[-1]
+
+    monkeypatch.setattr(LanguageModel, "generate", ended)
+    return came
+
+
+def test_the_best_and_the_worst_of_those_that_ended() -> None:
+    some = [answer("a"), answer("b", 1, "length"), answer("c", 2), answer(" ", 3), answer("d", 4)]
+    assert best_and_worst(some, [0.5, 1.0, 0.2, 0.0, 0.9]) == (some[4], some[2])
+    assert best_and_worst(some, [0.9, 0.0, 0.9, 0.0, 0.2]) == (some[0], some[4])
+    assert best_and_worst(some, [0.5, 1.0, 0.5, 0.0, 0.5]) is None
+    assert best_and_worst(some[1:2], [1.0]) is None
+
+
+def test_prompts_are_different_and_may_be_trained_on() -> None:
+    prompts = taught_prompts(TEXTS, ["sums", "greeting"], 60)
+    assert len(set(prompts)) == len(prompts) > 60
+    assert {task for task, _ in prompts} == {"sums", "greeting"}
+    assert ("greeting", "Hi, how are you?") not in prompts
+    assert not any(prompt.startswith("If you have") for _, prompt in prompts)
+    with pytest.raises(ColadaError, match="no prompt of name comes of 0 stories"):
+        taught_prompts([], ["name"], 60)
+
+
+def test_pairs_are_of_the_answers_to_their_prompt(ends: list[list[Completion]]) -> None:
+    model, prompts = chatting(), taught_prompts(TEXTS, ["greeting"], 60)
+    told: dict[str, Any] = {"rules": {"greeting": rules.letters}, "samples": 5, "new_tokens": 6}
+    made_of = [pair for _, pairs in own_pairs(model, prompts, **told) for pair in pairs]
+    assert 0 < len(made_of) <= len(prompts)
+    (every,) = ends
+    for pair in made_of:
+        own = every[5 * pair["number"] : 5 * pair["number"] + 5]
+        worth = {done.text: rules.letters("", done.text) for done in own if done.finish_reason == "end"}
+        values = {text: value for text, value in worth.items() if text.strip()}
+        assert pair["prompt"] == prompts[pair["number"]][1]
+        assert pair["reward"] == [max(values.values()), min(values.values())]
+        assert [values[pair[name]] for name in ("chosen", "rejected")] == pair["reward"]
+    later = [pair for _, pairs in own_pairs(model, prompts, **told, start=2) for pair in pairs]
+    assert later == [pair for pair in made_of if pair["number"] >= 2]
+
+
+def test_a_file_of_pairs_is_gone_on_with_and_learnt_from(
+    ends: list[list[Completion]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chatting().save(tmp_path / "model")
+    monkeypatch.setattr(preferences, "AT_ONCE", 3)
+    common = [
+        "pairs",
+        str(STORIES),
+        "--model",
+        str(tmp_path / "model"),
+        "--quiet",
+        "--reward",
+        "rules:letters",
+    ]
+    common += ["--tasks", "greeting,sums", "--prompts", "6", "--samples", "4", "--new-tokens", "6"]
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    assert main([*common, "--out", str(whole)]) == 0
+    lines = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert len(lines) > 3
+    assert f"wrote {whole}: {len(lines)} pairs of 9 prompts; " in capsys.readouterr().out
+    calls = len(ends)
+
+    def at_the_third(prompt: str, text: str) -> float:
+        if len(ends) == calls + 3:
+            raise KeyboardInterrupt
+        return rules_letters(prompt, text)
+
+    rules_letters = rules.letters
+    with monkeypatch.context() as patched:
+        patched.setattr(rules, "letters", at_the_third)
+        assert main([*common, "--out", str(stopped)]) == 130
+    assert 0 < len(stopped.read_text().splitlines()) < len(lines)
+    assert main([*common, "--out", str(stopped)]) == 0
+    assert stopped.read_bytes() == whole.read_bytes()
+    capsys.readouterr()
+    for more in (["--seed", "1"], ["--guidance", "2"], ["--prompts", "5"]):
+        assert main([*common, "--out", str(whole), *more]) == 2
+        assert "whole.jsonl:1 is of another model, other prompts or settings" in capsys.readouterr().err
+    assert main([*common, "--out", str(whole), "--reward", "rules:lettres"]) == 2
+    assert "has no function 'lettres'" in capsys.readouterr().err
+
+    source = f"{{path: {whole}, format: preferences}}"
+    Trainer(
+        made(
+            *(tmp_path / "model", tmp_path, "preferences", source),
+            *("stages.preferences.batch=2", "stages.preferences.steps=2", "stages.preferences.beta=1"),
+        ),
+        tmp_path / "run",
+    ).run()
+    records = [record for record in metrics(tmp_path / "run") if record["split"] == "train"]
+    assert [record["margin"] == 0 for record in records] == [True, False]
