@@ -249,8 +249,10 @@ def _named(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 
-def write_result(path: Path | None, model: LanguageModel, record: Mapping[str, Any]) -> None:
-    """Write what was measured of a model, if a file is named."""
+def write_result(
+    path: Path | None, model: LanguageModel, record: Mapping[str, Any], said: bool = True
+) -> None:
+    """Write what was measured of a model, if a file is named, and say so."""
     if path is None:
         return
     from colada.files import write_text
@@ -258,4 +260,5 @@ def write_result(path: Path | None, model: LanguageModel, record: Mapping[str, A
 
     made_with = {"model": model.origin, "made_with": provenance(model.device)}
     write_text(path, json.dumps({**made_with, **record}, indent=2) + "\n")
-    print(f"wrote {path}")
+    if said:
+        print(f"wrote {path}")

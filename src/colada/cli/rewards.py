@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,12 @@ from colada.cli.options import (
 from colada.errors import ColadaError
 from colada.generate.settings import check_settings
 
+WIDTH = 150
+"""Characters of a line of the tables, which a narrower terminal would cut."""
+
+StoriesArgument = Annotated[
+    Path, typer.Argument(help="Texts that samples of tasks are cut from, as in training: a file or folder.")
+]
 TasksOption = Annotated[
     str | None, typer.Option(metavar="NAME,...", help="Which tasks. Default: all that need no questions.")
 ]
@@ -38,16 +45,20 @@ QuestionsOption = Annotated[
 
 
 def reward(
-    stories: Annotated[
-        Path,
-        typer.Argument(help="Texts that samples of tasks are cut from, as in training: a file or folder."),
-    ],
-    model: ModelOption = None,
-    revision: RevisionOption = None,
+    stories: StoriesArgument,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            *("--model", "-m"),
+            metavar="WHERE",
+            help="As of other commands; may be given several times. One without a chat template is asked by"
+            " that of another.",
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="WHERE", help="Another model: who wins, and how far the flow has gone from its."
+            metavar="WHERE", help="The model that the others are to win against, one of them or not."
         ),
     ] = None,
     judge: Annotated[
@@ -68,102 +79,117 @@ def reward(
     html: PageOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Ask a chat model what rules can check, on prompts kept from training: rewards, wins, drift, variety."""
+    """Ask chat models what rules can check, on prompts kept from training: rewards, wins, drift, variety."""
     from rich.console import Console
 
-    from colada.data.instructions import check_tasks, default_tasks
     from colada.report.style import require_matplotlib
     from colada.train.display import Display
 
-    names = tuple(name.strip() for name in tasks.split(",")) if tasks else default_tasks(questions)
-    check_tasks(names, questions)
+    names = _tasks(tasks, questions)
     check_counts(prompts=prompts, seeds=seeds, samples=samples, batch=batch)
     require_count("new_tokens", new_tokens, MOST_TOKENS)
+    if against is not None and seeds < 2:
+        raise ColadaError(f"seeds={seeds} with --against, expected at least 2: wins are over other seeds")
     existing_paths([str(stories)])
-    for where in (model, against, judge):
-        check_model_options(where, revision if where is model else None, dtype, device)
+    listed = models or ["bundled"]
+    places = listed if against is None or against in listed else [against, *listed]
+    if len(set(places)) < len(places):
+        raise ColadaError(f"models {', '.join(places)}: one is there twice")
+    for where in (*places, judge):
+        check_model_options(where, None, dtype, device)
     if html is not None:
         require_matplotlib("a page")
 
     from colada.data.sources import stories as read
+    from colada.evaluate import rewards as measures
     from colada.evaluate.generative import ModelJudge
-    from colada.evaluate.rewards import (
-        answered_samples,
-        drift,
-        encoded_again,
-        evaluate_rewards,
-        held_out_prompts,
-        plain_samples,
-    )
     from colada.evaluate.texts import require_tokenizer
     from colada.models.cola import ColaDLM
     from colada.models.likelihood import bound_settings
-    from colada.report.rewards import flow_table, rewards_table, write_rewards_page
+    from colada.report.rewards import flow_table, rewards_table, variety_table, write_rewards_page
 
     display = Display(Console(stderr=True, quiet=quiet))
     texts = read(stories)
-    network = load_model(model, revision, dtype, device)
-    other = None if against is None else load_model(against, None, dtype, device)
-    for own in (network, other):
-        if own is not None and own.chat_template is None:
-            raise ColadaError(f"{own.origin} has no chat template, expected a model of conversations")
-    tokenizer = require_tokenizer(network, "a chat is text")
-    asked = held_out_prompts(texts, names, prompts, questions)
-    flows: dict[str, Any] = {}
-    if isinstance(network, ColaDLM) and isinstance(other, ColaDLM):
-        some = answered_samples(network, texts, names, max(1, 200 // len(names)), questions)
-        flows["answers"] = drift(network, other, some)
-        flows["plain stories"] = drift(network, other, plain_samples(network, texts, 100))
+    named = dict(
+        zip(_names(places), (load_model(where, None, dtype, device) for where in places), strict=True)
+    )
+    reference = None if against is None else list(named)[places.index(against)]
+    first = next(iter(named.values()))
+    templates = [own.chat_template for own in named.values() if own.chat_template is not None]
+    if not templates:
+        raise ColadaError(f"{first.origin} has no chat template, expected a model of conversations")
+    asked_by_another = [name for name, own in named.items() if own.chat_template is None]
+    for name in asked_by_another:
+        named[name].chat_template = templates[0]
+    tokenizer = require_tokenizer(first, "a chat is text")
+    asked = measures.held_out_prompts(texts, names, prompts, questions)
+    fields, flows = measures.with_fields(named), dict[str, Any]()
+    if len(fields) > 1:
+        one = next(iter(fields.values()))
+        some = measures.answered_samples(one, texts, names, max(1, 200 // len(names)), questions)
+        flows["answers"] = measures.compare_flows(fields, some)
+        flows["plain stories"] = measures.compare_flows(fields, measures.plain_samples(one, texts, 100))
     reader = None
     if judge is not None:
         judging = load_model(judge, None, dtype, device)
         reader = ModelJudge(judging, tokenizer, **bound_settings(judging), batch=batch)
-    settings: dict[str, Any] = {
-        "prompts": prompts,
-        "seeds": seeds,
-        "samples": samples,
-        "new_tokens": new_tokens,
-    }
-    with display.task("answers", total=len(asked), unit="texts"):
-        result = evaluate_rewards(
-            network,
-            asked,
-            against=other,
-            judge=reader,
-            seeds=seeds,
-            samples=samples,
-            new_tokens=new_tokens,
-            batch=batch,
-            questions=questions,
-            progress=display.advance,
-        )
-    again = None
-    if isinstance(network, ColaDLM):
-        again = encoded_again(network, [own.prompts[0] for own in asked], new_tokens, batch)
-    console = Console(highlight=False)
-    rewards_table(result).print(console)
-    if flows:
-        flow_table(flows).print(console)
+    settings: dict[str, Any] = {"seeds": seeds, "samples": samples, "new_tokens": new_tokens}
     facts = {
-        "model": network.origin,
-        "against": None if other is None else other.origin,
+        "models": {name: own.origin for name, own in named.items()},
+        "reference": reference,
+        "asked_by_the_template_of_another": asked_by_another,
         "judge": judge,
         "stories": str(stories),
-        "generation": network.chosen({}),
-        "latents_encoded_again": again,
+        "prompts": prompts,
+        "generation": {name: own.chosen({}) for name, own in named.items()},
         **settings,
     }
-    write_result(out, network, {**facts, **result, "flows": flows})
+    with display.task("answers", total=sum(len(own.prompts) for own in asked) * len(named), unit="prompts"):
+        result = measures.evaluate_rewards(
+            named,
+            asked,
+            reference=reference,
+            judge=reader,
+            questions=questions,
+            batch=batch,
+            progress=display.advance,
+            keep=lambda far: write_result(out, first, {**facts, **far, "flows": flows}, said=False),
+            **settings,
+        )
+    facts["latents_encoded_again"] = {
+        name: measures.encoded_again(own, [one.prompts[0] for one in asked], new_tokens, batch)
+        for name, own in named.items()
+        if isinstance(own, ColaDLM)
+    }
+    console = Console(highlight=False, width=WIDTH)
+    rewards_table(result).print(console)
+    if result["best_of"]:
+        variety_table(result).print(console)
+    if flows:
+        flow_table(flows).print(console)
+    write_result(out, first, {**facts, **result, "flows": flows})
     if html is not None:
-        write_rewards_page(html, network.origin, result, flows, facts)
+        write_rewards_page(html, ", ".join(named), result, flows, facts)
         print(f"wrote {html}")
 
 
+def _tasks(tasks: str | None, questions: Path | None) -> tuple[str, ...]:
+    """Return the tasks that options name; raises ColadaError if they cannot be."""
+    from colada.data.instructions import check_tasks, default_tasks
+
+    names = tuple(name.strip() for name in tasks.split(",")) if tasks else default_tasks(questions)
+    check_tasks(names, questions)
+    return names
+
+
+def _names(places: Sequence[str]) -> list[str]:
+    """Return what models are called in tables: the ends of their paths, where that tells them apart."""
+    short = [Path(where).parent.name if Path(where).name == "model" else Path(where).name for where in places]
+    return short if len(set(short)) == len(short) and all(short) else list(places)
+
+
 def pairs(
-    stories: Annotated[
-        Path,
-        typer.Argument(help="Texts that samples of tasks are cut from, as in training: a file or folder."),
-    ],
+    stories: StoriesArgument,
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="The .jsonl of pairs; gone on with if it is there.")
     ],
@@ -196,12 +222,10 @@ def pairs(
     """
     from rich.console import Console
 
-    from colada.data.instructions import check_tasks, default_tasks
     from colada.data.rules import imported
     from colada.train.display import Display
 
-    names = tuple(name.strip() for name in tasks.split(",")) if tasks else default_tasks(questions)
-    check_tasks(names, questions)
+    names = _tasks(tasks, questions)
     check_counts(prompts=prompts, samples=samples, batch=batch)
     require_count("new_tokens", new_tokens, MOST_TOKENS)
     check_settings({"steps": steps, "guidance": guidance, "seed": seed})

@@ -9,12 +9,13 @@ however many seeds each has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from colada.data.instructions import Instruction, instructions, reward_of
 from colada.data.rules import rewarded
@@ -83,7 +84,6 @@ def answers(
     seeds: Sequence[int],
     new_tokens: int,
     batch: int,
-    progress: Progress | None = None,
 ) -> list[list[Completion]]:
     """Return what a model answers to prompts, for each seed; prompt i has the seed ``1000003 seed + i``."""
     requests = [
@@ -95,7 +95,7 @@ def answers(
         for seed in seeds
         for number, prompt in enumerate(prompts)
     ]
-    done = model.generate(requests, batch=batch, progress=progress)
+    done = model.generate(requests, batch=batch)
     return [done[at : at + len(prompts)] for at in range(0, len(done), len(prompts))]
 
 
@@ -112,19 +112,24 @@ def of_prompts(successes: Sequence[float]) -> dict[str, Any]:
 
 
 def wins(own: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Return the share of a model's answers that are better than another's to the same prompt, ties half."""
-    shares = [
-        sum(0.5 * ((a > b) + (a >= b)) for a in one for b in two) / (len(one) * len(two))
-        for one, two in zip(zip(*own, strict=True), zip(*other, strict=True), strict=True)
-    ]
+    """Return the share of a model's answers that are better than another's to the same prompt, ties half.
+
+    Args:
+        own, other: rewards by seed, of each prompt. Answers of one seed, whose noise is the same, are not
+            compared; so there are two at least.
+    """
+    shares = []
+    for one, two in zip(zip(*own, strict=True), zip(*other, strict=True), strict=True):
+        pairs = [(a, b) for i, a in enumerate(one) for j, b in enumerate(two) if i != j]
+        shares.append(sum(0.5 * ((a > b) + (a >= b)) for a, b in pairs) / len(pairs))
     return of_prompts(shares)
 
 
 def evaluate_rewards(
-    model: LanguageModel,
+    models: Mapping[str, LanguageModel],
     asked: Sequence[Asked],
     *,
-    against: LanguageModel | None = None,
+    reference: str | None = None,
     judge: Judge | None = None,
     seeds: int = 3,
     samples: int = 16,
@@ -133,43 +138,55 @@ def evaluate_rewards(
     batch: int = 64,
     questions: Path | None = None,
     progress: Progress | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Return rewards of a model's answers with all that stands beside them, for JSON.
+    """Return rewards of models' answers with all that stands beside them, for JSON.
 
     Args:
-        against: another model, whose answers have other seeds.
+        models: by the names that they have in what is returned.
+        reference: which of them the others are to win against.
         judge: who reads the answers, without their prompts.
         seeds: answers to each prompt.
         samples, sampled: so many answers to each of so many prompts of a task, for the best of K and for how
             alike they are.
         new_tokens: of an answer at most.
-        progress: called with how many answers are written, and of how many, of each part.
+        progress: called with how many prompts a model has answered, and of how many there are.
+        keep: takes what there is so far after each task.
     """
-    tasks, best = list[dict[str, Any]](), dict[str, Any]()
-    conversations: list[dict[str, Any]] = []
+    tasks, best, conversations = list[dict[str, Any]](), dict[str, Any](), list[dict[str, Any]]()
+    result = {"tasks": tasks, "best_of": best, "conversations": conversations}
+    total, done = len(models) * sum(len(own.prompts) for own in asked), 0
     for own in asked:
         rule = reward_of(own.task, questions)
-        written = answers(model, own.prompts, range(seeds), new_tokens, batch, progress)
-        scores = _scores(rule, own, written)
+        written, scores = dict[str, list[list[Completion]]](), dict[str, list[list[float]]]()
+        for name, model in models.items():
+            written[name] = answers(model, own.prompts, range(seeds), new_tokens, batch)
+            scores[name] = _scores(rule, own, written[name])
+            done += len(own.prompts)
+            if progress is not None:
+                progress(done, total)
         point: dict[str, Any] = {"task": own.task, "split": own.split, "name": own.name}
-        point |= _described(model, written, scores, judge)
-        if against is not None:
-            others = answers(against, own.prompts, range(seeds, 2 * seeds), new_tokens, batch, progress)
-            other = _scores(rule, own, others)
-            point["wins"] = wins(scores, other)
-            point["against"] = _described(against, others, other, judge)
+        point["models"] = {
+            name: _described(model, written[name], scores[name], judge) for name, model in models.items()
+        }
+        if reference is not None:
+            for name in models:
+                point["models"][name]["wins"] = wins(scores[name], scores[reference])
         tasks.append(point)
-        conversations += [
-            {"prompt": prompt, "answer": done.text, "reward": score}
-            for prompt, done, score in zip(own.prompts[:3], written[0], scores[0], strict=False)
-        ]
+        for at, prompt in enumerate(own.prompts[:3]):
+            said = {
+                name: {"answer": written[name][0][at].text, "reward": scores[name][0][at]} for name in models
+            }
+            conversations.append({"prompt": prompt, "answers": said})
         if own.split != "seen" and samples > 1:
             some = Asked(own.task, own.split, own.prompts[:sampled])
-            best[own.name] = _sampled(model, rule, some, samples, new_tokens, batch, progress)
-            if against is not None:
-                theirs = _sampled(against, rule, some, samples, new_tokens, batch, progress)
-                best[own.name]["against"] = theirs
-    return {"tasks": tasks, "best_of": best, "conversations": conversations}
+            best[own.name] = {
+                name: _sampled(model, rule, some, samples, new_tokens, batch)
+                for name, model in models.items()
+            }
+        if keep is not None:
+            keep(result)
+    return result
 
 
 def _scores(rule: Any, asked: Asked, written: Sequence[Sequence[Completion]]) -> list[list[float]]:
@@ -222,10 +239,12 @@ def _sampled(
     samples: int,
     new_tokens: int,
     batch: int,
-    progress: Progress | None,
 ) -> dict[str, Any]:
-    """Return the best of K, and how alike the answers to one prompt are."""
-    written = answers(model, asked.prompts, range(1000, 1000 + samples), new_tokens, batch, progress)
+    """Return the best of K, and how varied the answers to one prompt are.
+
+    ``overlap`` is of the sets of tokens of two answers, the mean over all pairs.
+    """
+    written = answers(model, asked.prompts, range(1000, 1000 + samples), new_tokens, batch)
     scores = _scores(rule, asked, written)
     each = list(zip(*scores, strict=True))
     curve = {k: sum(best_of(one, k) for one in each) / len(each) for k in BEST_OF if k <= samples}
@@ -233,7 +252,7 @@ def _sampled(
     flat = [tokens for one in texts for tokens in one]
     return {
         "curve": {str(k): value for k, value in curve.items()},
-        "overlap": variety.overlap(texts),
+        "overlap": variety.overlap(texts, 1),
         "distinct_2": variety.distinct(flat, 2),
         "entropy": variety.entropy([token for tokens in flat for token in tokens]),
     }
@@ -265,67 +284,98 @@ def encoded_again(model: ColaDLM, prompts: Sequence[str], new_tokens: int, batch
 # --- what has become of the flow ------------------------------------------------------------------
 
 
+def with_fields(models: Mapping[str, LanguageModel]) -> dict[str, ColaDLM]:
+    """Return those of models whose flows can be told apart at any time.
+
+    That is those with the Text VAE of the first, without grids of a few steps built in: such a network knows
+    no other times.
+    """
+    fields = {
+        name: model
+        for name, model in models.items()
+        if isinstance(model, ColaDLM) and not (model.dit.config.distilled or {}).get("grids")
+    }
+    first = next(iter(fields.values()), None)
+    return {name: model for name, model in fields.items() if first is not None and model.shares_vae(first)}
+
+
 @torch.no_grad()
-def drift(
-    model: ColaDLM,
-    base: ColaDLM,
+def compare_flows(
+    models: Mapping[str, ColaDLM],
     samples: Sequence[tuple[Sequence[int], int]],
     length: int = 64,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return how far a model's flow has gone from another's, on the same noisy samples, by time.
+    """Return the flows of models and how far each has gone from each other, on the same noisy samples.
 
-    ``drift`` is E||f - f_base||^2 / E||f_base - target||^2 of velocities; ``flow`` and ``base_flow`` are the
-    two errors themselves: on plain texts their ratio is what was forgotten.
+    ``flow`` has each model's error, which of plain texts tells what was forgotten. ``drift`` has, by model
+    and by the other that it is compared with, E||f - f_other||^2 / E||f_other - target||^2 of velocities, and
+    the same by equal bins of time, ``by_time``.
 
     Args:
+        models: of one Text VAE, see :func:`with_fields`.
         samples: ids, and how many of them are a prompt, which is clean and does not count.
         length: tokens a row; longer samples are cut.
 
     Raises:
-        ColadaError: if the two have other Text VAEs, or there is no sample.
+        ColadaError: if there is no sample.
     """
-    config = model.vae.config
-    if not model.shares_vae(base):
-        raise ColadaError(f"{model.origin} and {base.origin} have other Text VAEs: no drift between them")
     some = [(list(ids[:length]), prompt) for ids, prompt in samples if prompt < min(len(ids), length)]
     if not some:
         raise ColadaError(f"none of {len(samples)} samples has anything after its prompt in {length} tokens")
-    patch, width, device = config.patch_size, config.latent_dim, model.device
-    sums = torch.zeros(4, TIME_BINS, dtype=torch.float64)
+    count = len(models)
+    moved = torch.zeros(count, count, TIME_BINS, dtype=torch.float64)
+    own = torch.zeros(count, TIME_BINS, dtype=torch.float64)
+    numbers = torch.zeros(TIME_BINS, dtype=torch.float64)
     for number, (ids, prompt) in enumerate(some):
-        whole = -(-len(ids) // config.block_tokens) * config.block_tokens
-        row = torch.full((1, whole), model.pad_id, device=device)
-        row[0, : len(ids)] = torch.tensor(ids)
-        layout = model.vae.layout([whole // patch])
-        z0 = model.vae.normalise(model.vae.encoder(row.flatten(), layout).mean).view(1, -1, width).float()
-        generator = row_generator(seed, 0, number)
-        a = (torch.arange(TIME_BINS) + torch.rand(TIME_BINS, generator=generator)) / TIME_BINS
-        noise = torch.randn(1, TIME_BINS, z0.shape[1], width, generator=generator).to(device)
-        timestep = (T * a)[None, :, None].expand(1, TIME_BINS, z0.shape[1]).to(device)
-        given = torch.arange(whole, device=device) < prompt
-        where = given.view(1, -1, patch).any(-1)
-        prefix = row.masked_fill(~given, model.pad_id)
-        clean = model.vae.normalise(model.vae.encoder(prefix.flatten(), layout).mean).view_as(z0).float()
-        pinned = Pinned(where, clean)
-        z = place(interpolate(z0[:, None], noise, timestep / T), pinned)
-        errors = []
-        for own in (model, base):
-            output = predict(own.dit, z, timestep, z0, pinned)
-            error = PREDICTIONS[own.dit.config.prediction].error(output, z0[:, None], noise, timestep / T)
-            errors.append(error)
-        free = (~where)[:, None].double()
-        for at, value in enumerate((errors[0] - errors[1], errors[0], errors[1])):
-            sums[at] += (value.double().square().mean(-1) * free).sum((0, 2)).cpu()
-        sums[3] += free.sum().cpu()
-    moved, flow, base_flow, count = sums
-    return {
-        "drift": float(moved.sum() / base_flow.sum()),
-        "by_time": (moved / base_flow).tolist(),
-        "flow": float((flow / count).mean()),
-        "base_flow": float((base_flow / count).mean()),
-        "samples": len(some),
+        errors, free = _errors(list(models.values()), ids, prompt, row_generator(seed, 0, number))
+        own += (errors.square().mean(-1) * free).sum(-1)
+        moved += ((errors[:, None] - errors).square().mean(-1) * free).sum(-1)
+        numbers += free.sum()
+    drift = {
+        name: {
+            other: {
+                "drift": float(moved[i, j].sum() / own[j].sum()),
+                "by_time": (moved[i, j] / own[j]).tolist(),
+            }
+            for j, other in enumerate(models)
+            if i != j
+        }
+        for i, name in enumerate(models)
     }
+    flow = {name: float((own[i] / numbers).mean()) for i, name in enumerate(models)}
+    return {"flow": flow, "drift": drift, "samples": len(some)}
+
+
+def _errors(
+    models: Sequence[ColaDLM], ids: Sequence[int], prompt: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return errors of models' velocities at a time in each bin, and the latents that count.
+
+    Both float64: (models, bins, M, C), and (M,), 0 or 1.
+    """
+    vae, device = models[0].vae, models[0].device
+    patch, width = vae.config.patch_size, vae.config.latent_dim
+    whole = -(-len(ids) // vae.config.block_tokens) * vae.config.block_tokens
+    row = torch.full((1, whole), models[0].pad_id, device=device)
+    row[0, : len(ids)] = torch.tensor(ids)
+    layout = vae.layout([whole // patch])
+    z0 = vae.normalise(vae.encoder(row.flatten(), layout).mean).view(1, -1, width).float()
+    a = (torch.arange(TIME_BINS) + torch.rand(TIME_BINS, generator=generator)) / TIME_BINS
+    noise = torch.randn(1, TIME_BINS, z0.shape[1], width, generator=generator).to(device)
+    timestep = (T * a)[None, :, None].expand(1, TIME_BINS, z0.shape[1]).to(device)
+    given = torch.arange(whole, device=device) < prompt
+    where = given.view(1, -1, patch).any(-1)
+    prefix = row.masked_fill(~given, models[0].pad_id)
+    clean = vae.normalise(vae.encoder(prefix.flatten(), layout).mean).view_as(z0).float()
+    pinned = Pinned(where, clean)
+    z = place(interpolate(z0[:, None], noise, timestep / T), pinned)
+    errors = []
+    for model in models:
+        output = predict(model.dit, z, timestep, z0, pinned)
+        error = PREDICTIONS[model.dit.config.prediction].error(output, z0[:, None], noise, timestep / T)
+        errors.append(error[0].double().cpu())
+    return torch.stack(errors), (~where)[0].double().cpu()
 
 
 def answered_samples(
