@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -76,7 +77,7 @@ def run(
         for variant in names:
             if (variant, seed) in done:
                 continue
-            directory = out / f"{list(VARIANTS).index(variant)}-{seed}"
+            directory = out / f"{folder(variant)}-{seed}"
             made = load_recipe(recipe, [f"seed={seed}", *VARIANTS[variant]])
             Trainer(made, directory, Display(Console(stderr=True))).run()
             model = load_cola(directory / "model")
@@ -88,6 +89,11 @@ def run(
         out,
         {"variant": "real continuations", "seed": 0, "guidance": None, **figures(real, judge, known)},
     )
+
+
+def folder(variant: str) -> str:
+    """Return a variant's name as one of a directory: variants before it may come and go."""
+    return re.sub("[^a-z0-9]+", "-", variant.lower()).strip("-")
 
 
 def _validation(recipe: Recipe) -> list[str]:

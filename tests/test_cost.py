@@ -459,7 +459,13 @@ def test_a_plan_adds_up_and_prints_what_it_holds() -> None:
         cola_phase("vae", 10, vae, dit, one, Placement(8)),
         cola_phase("prior", 5, vae, dit, two, Placement(2, 2)),
     )
-    whole = Plan.of("cola", parameter_counts(vae, dit), phases)
+    whole, four = (Plan.of("cola", parameter_counts(vae, dit), phases, ranks) for ranks in (1, 4))
+    cards = [plan.lines()[-1] for plan in (whole, four)]
+    assert [title for title, _ in cards] == [
+        f"{own} at 40% MFU" for own in ("one 80 GB H100", "4 80 GB H100s")
+    ]
+    hours = [float(said.removeprefix("fits, ").removesuffix(" h")) for _, said in cards]
+    assert hours[0] == pytest.approx(4 * hours[1], rel=0.05)  # Two digits are shown.
     values = whole.to_dict()
     assert values["tokens"] == 10 * 8 * 16 + 5 * 4 * 32
     flops = [sum(training_flops(vae, dit, work).values()) for work in (one, two)]

@@ -201,6 +201,14 @@ def test_what_undoes_a_distillation_is_refused(tmp_path: Path, teacher: Path) ->
         ({"fold": fold, "prior": prior}, "stages.prior trains the flow of data, which undoes"),
         ({"fold": fold, "again": fold}, r"stages.again.guidance=3: its teacher has 3 built in, expected 1"),
         ({"few": rounds(tmp_path)["few"]}, "teacher=same, but no stage with one is before it"),
+        (
+            {"four": "{kind: solver, evaluations: 4}", "six": "{kind: solver, evaluations: 6}"},
+            r"stages.four.evaluations=4, stages.six.evaluations=6: a model has one learnt solver",
+        ),
+        (
+            {"prior": "{kind: prior, length: 16, train: adaln, self_conditioning: 0.5}"},
+            r"stages.prior.train='adaln', but the DiT has not learnt its own guess as an input before",
+        ),
     ):
         with pytest.raises(ColadaError, match=words):
             plan_run(made(teacher, tmp_path, stages))

@@ -242,6 +242,7 @@ def test_a_model_of_text_learns_pictures_and_one_of_pictures_goes_on(whole: Path
     model = load_cola(narrow / "model")
     assert (model.dit.config.img_channels, model.dit.config.img_grid) == (6, [8, 8])
     start[-1] = f"model.init={narrow / 'model'}"
+    plan_run(recipe(*PICTURES, *start, "stages.pictures.train=lora"))
     again = run(tmp_path / "again", *start, "stages.pictures.steps=2", "stages.pictures.tasks={draw: 1}")
     after = load_cola(again / "model")
     assert after.image is not None
@@ -343,6 +344,10 @@ def test_a_plan_names_tasks_and_counts_all_parameters() -> None:
             "stages.picture_vae is the last of pictures, expected one of kind 'pictures' after it",
         ),
         (["stages.pictures.dual_layers=9"], "dual_layers=9"),
+        (
+            ["stages.pictures.train=lora"],
+            "stages.pictures.train='lora', but the DiT has not learnt pictures before: new layers would stay",
+        ),
     ],
 )
 def test_what_a_run_with_pictures_is_refused_for(overrides: list[str], message: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
 from colada.train.recipe import load_recipe
 from experiments import model_card, pilot
-from experiments.ablations import VARIANTS
+from experiments.ablations import VARIANTS, folder
 from experiments.ablations import app as ablations
 from experiments.quality import Trigrams, figures, guesses_by_noise, named_child, pronouns
 from helpers import tiny_model
@@ -126,6 +126,8 @@ def test_every_ablation_is_a_recipe(variant: str) -> None:
     recipe = Path(__file__).parents[1] / "recipes/study.yaml"
     base, changed = load_recipe(recipe), load_recipe(recipe, VARIANTS[variant])
     assert (changed == base) == (not VARIANTS[variant])
+    assert folder("Width 16, with the shift of 64") == "width-16-with-the-shift-of-64"
+    assert len({folder(own) for own in VARIANTS}) == len(VARIANTS)
 
 
 def test_the_ablations_table_has_means_and_errors_over_seeds(tmp_path: Path) -> None:

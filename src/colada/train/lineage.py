@@ -12,10 +12,12 @@ from colada.networks.config import DiTConfig
 from colada.train.kinds import (
     DistilSection,
     FlowSection,
+    FlowTerms,
     JointSection,
     PicturesSection,
     PreferencesSection,
     RolloutSection,
+    SolverSection,
     StageSection,
     TaughtSection,
 )
@@ -89,9 +91,12 @@ def check_order(recipe: Recipe, dit: DiTConfig) -> None:
         dit: of that model, or a new one's.
 
     Raises:
-        ColadaError: as :func:`built_in`; or for a stage that trains the flow of data after a distillation, or
-            a teacher that takes its own last guess, which a student of other steps has never seen.
+        ColadaError: as :func:`built_in`; or for a stage that trains the flow of data after a distillation,
+            a teacher that takes its own last guess, which a student of other steps has never seen, a stage
+            that leaves new layers as they are drawn, or a second learnt solver of another size.
     """
+    _check_new_layers(recipe, dit)
+    _check_solvers(recipe)
     start = dit.distilled
     distilled = start is not None
     for name, section in recipe.trained.items():
@@ -111,3 +116,37 @@ def check_order(recipe: Recipe, dit: DiTConfig) -> None:
                 f"recipe: stages.{name} trains the flow of data, which undoes what a distilled model has"
                 " built in: fine-tune first, distil after"
             )
+
+
+def _check_new_layers(recipe: Recipe, dit: DiTConfig) -> None:
+    """Raise ColadaError for a first stage of something new to the DiT that does not train all of it."""
+    start = None if recipe.model.init is None else read_configs(locate(recipe.model.init))[1]
+    pictures = start is not None and start.img_channels > 0
+    guesses = start is not None and start.self_conditioning
+    for name, section in recipe.trained.items():
+        if not section.steps or not isinstance(section, FlowTerms):
+            continue
+        needed = {
+            "pictures": isinstance(section, PicturesSection) and not pictures,
+            "its own guess as an input": section.self_conditioning > 0 and not guesses,
+        }
+        new = [what for what, is_new in needed.items() if is_new]
+        if new and section.train != "all":
+            raise ColadaError(
+                f"recipe: stages.{name}.train={section.train!r}, but the DiT has not learnt {new[0]} before:"
+                " new layers would stay as they are drawn, expected 'all'"
+            )
+        pictures |= isinstance(section, PicturesSection)
+        guesses |= section.self_conditioning > 0
+
+
+def _check_solvers(recipe: Recipe) -> None:
+    """Raise ColadaError for learnt solvers of two sizes: a model has one."""
+    sizes = {
+        name: section.evaluations
+        for name, section in recipe.trained.items()
+        if isinstance(section, SolverSection) and section.steps
+    }
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"stages.{name}.evaluations={size}" for name, size in sizes.items())
+        raise ColadaError(f"recipe: {said}: a model has one learnt solver, expected equal numbers")

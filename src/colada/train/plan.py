@@ -77,13 +77,15 @@ class Plan:
     Attributes:
         cost: of all steps.
         phases: in order. Joint and frozen steps that take turns are two; the memory of the joint one counts.
+        ranks: that it is on.
     """
 
     cost: Cost
     phases: tuple[Phase, ...]
+    ranks: int = 1
 
     @classmethod
-    def of(cls, arch: str, parameters: Mapping[str, int], phases: Sequence[Phase]) -> Plan:
+    def of(cls, arch: str, parameters: Mapping[str, int], phases: Sequence[Phase], ranks: int) -> Plan:
         """Add up phases."""
         flops = {
             f"{phase.name}: {part}": phase.steps * value
@@ -92,7 +94,7 @@ class Plan:
         }
         tokens = sum(phase.steps * phase.tokens for phase in phases)
         narrow = sum(phase.steps * phase.narrow_flops for phase in phases)
-        return cls(Cost(arch, parameters, flops, tokens, narrow), tuple(phases))
+        return cls(Cost(arch, parameters, flops, tokens, narrow), tuple(phases), ranks)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values: counts, FLOPs, and bytes of memory."""
@@ -128,11 +130,12 @@ class Plan:
         return [*lines, self._on_a_card()]
 
     def _on_a_card(self) -> tuple[str, str]:
-        """Return whether one GPU of 80 GB holds it, and how long it would take there."""
+        """Return whether a GPU of 80 GB for each rank holds it, and how long it would take there."""
         most = max((sum(phase.memory.values()) for phase in self.phases), default=0.0)
-        hours = self.cost.total_flops / (CARD_MFU * CARD_FLOPS) / 3600
+        hours = self.cost.total_flops / (self.ranks * CARD_MFU * CARD_FLOPS) / 3600
         held = "fits" if most < CARD_BYTES else f"{most / CARD_BYTES:.1f} times its memory"
-        return f"one 80 GB H100 at {CARD_MFU:.0%} MFU", f"{held}, {hours:,.2g} h"
+        cards = "one 80 GB H100" if self.ranks == 1 else f"{self.ranks:,} 80 GB H100s"
+        return f"{cards} at {CARD_MFU:.0%} MFU", f"{held}, {hours:,.2g} h"
 
 
 def _with_total(parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +176,7 @@ def plan_run(recipe: Recipe, ranks: int = 1) -> Plan:
     else:
         assert isinstance(configs["decoder"], DecoderConfig)
         parameters = {"decoder": configs["decoder"].parameters}
-    return Plan.of(arch, parameters, _phases(recipe, recipe.trained, configs, ranks))
+    return Plan.of(arch, parameters, _phases(recipe, recipe.trained, configs, ranks), ranks)
 
 
 def _phases(
