@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +25,15 @@ from colada.errors import ColadaError
 from colada.generate.engine.engine import Engine
 from colada.generate.settings import TextRequest
 from colada.models.cola import ColaDLM
-from colada.models.rollouts import roll_out
+from colada.models.rollouts import Rollout, roll_out
+from colada.train import rewards
+from colada.train.kinds import RaftSection, RewardSection
 from colada.train.parallel import Ranks
 from colada.train.plan import plan_run
+from colada.train.preferences import PairNoise
 from colada.train.preflight import preflight
 from colada.train.recipe import Recipe, commented, load_recipe
-from colada.train.rewards import AnswerNoise, RolloutStage, plain_prompt
+from colada.train.rewards import Answer, AnswerNoise, RaftStage, RewardStage, RolloutStage, plain_prompt
 from colada.train.stages import Beginning, Stage, make_stage
 from colada.train.trainer import Interrupted, Trainer
 from helpers import reference, request, tiny_model
@@ -144,6 +149,22 @@ def test_how_pairs_are_grouped_changes_nothing(
             assert again[key] == pytest.approx(record[key], rel=1e-3, abs=2e-5)
 
 
+def test_both_answers_of_a_pair_have_the_same_noise(start: Path, pairs: Path, tmp_path: Path) -> None:
+    trainer = Trainer(preferring(start, pairs), tmp_path / "run")
+    stage = make_stage(trainer.system, "preferences", trainer._lay_out)
+    noise, alone = stage.draw([3, 7]), stage.draw([7])
+    trainer._unlock()
+    assert isinstance(noise, PairNoise)
+    assert isinstance(alone, PairNoise)
+    assert noise.pair is not None
+    assert noise.pair.tolist() == [3, 3, 7, 7]
+    for name in ("posterior", "timestep", "z1"):
+        values = getattr(noise, name)
+        assert torch.equal(values[0], values[1])
+        assert not torch.equal(values[0], values[2])
+        assert torch.equal(values[2:], getattr(alone, name))
+
+
 def test_means_are_other_latents(start: Path, pairs: Path, preferred: Path, tmp_path: Path) -> None:
     mean = preferring(start, pairs, "stages.preferences.latents=mean", "stages.preferences.steps=1")
     Trainer(mean, tmp_path / "run").run()
@@ -170,8 +191,25 @@ def test_a_pair_that_is_none_is_named(start: Path, tmp_path: Path) -> None:
 # --- rewards -------------------------------------------------------------------------------------
 
 
+def test_what_is_learnt_of_groups_by_hand() -> None:
+    groups = [[0.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [0.25, 0.75, 0.25, 0.75]]
+    empty = Batch(torch.zeros(1, 4).long())
+    answers = [[Answer(empty, torch.zeros(4, 2), worth, True, 4) for worth in group] for group in groups]
+    for margin, rewarded in ((0.5, [1.0, 0.75]), (1.0, [1.0, 0.75]), (1.5, [1.0]), (2.0, [])):
+        stage: Any = SimpleNamespace(section=RaftSection(margin=margin))
+        learnt = RaftStage.chosen(stage, answers)
+        assert [(own.reward, own.share) for own in learnt] == [(worth, 1.0) for worth in rewarded]
+    stage = SimpleNamespace(section=RewardSection())
+    learnt = RewardStage.chosen(stage, answers)
+    assert [own.reward for own in learnt] == [*groups[0], *groups[2]]  # Equal ones teach nothing.
+    assert [own.share for own in learnt[4:]] == [0.0, 1.0, 0.0, 1.0]
+    assert [RewardStage.keep(stage, n) for n in (0, 1, 100, 1000)] == [0.0, 0.001, 0.1, 0.5]
+    assert RaftStage.keep(stage, 7) == 0.0
+
+
 def rewarding(start: Path, folder: Path, *overrides: str, kind: str = "reward") -> Recipe:
-    some = ["batch=8", "prompts=2", "samples=3", "updates=2", "new_tokens=8", "reward=rules:letters"]
+    some = ["batch=8", "prompts=2", "samples=3", "updates=2", "new_tokens=8", "unended=0"]
+    some += ["reward=rules:letters"]
     some += ["sampler={steps: 2, guidance: 1.0}"]
     mine = [f"stages.{kind}.{own}" for own in some]
     return made(start, folder, kind, TASKS, *mine, "run.validate_every=3", *overrides)
@@ -307,6 +345,34 @@ def test_rows_that_are_replayed_do_not_depend_on_the_ranks(start: Path, tmp_path
     assert made_of[1] == made_of[2] == made_of[4]
 
 
+def test_an_answer_that_does_not_end_is_worth_less(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second one does, whatever it says."""
+    came, write = steps_of(monkeypatch), rewards.roll_out
+
+    def some_end(*args: Any) -> list[Rollout]:
+        done = write(*args)
+        reasons = ("end", "length") * len(done)
+        return [
+            replace(own, completion=replace(own.completion, finish_reason=reason))
+            for own, reason in zip(done, reasons, strict=False)
+        ]
+
+    monkeypatch.setattr(rewards, "roll_out", some_end)
+    some = ["reward=rules:equal", "unended=0.125", "samples=4", "steps=1"]
+    Trainer(rewarding(start, tmp_path, *(f"stages.reward.{own}" for own in some)), tmp_path / "run").run()
+    ((_, noise),) = came
+    assert noise.written is not None
+    assert noise.reward is not None
+    assert noise.share is not None
+    earned = noise.reward[noise.written].tolist()
+    assert set(earned) == {0.25, 0.125}
+    # Half of a group lies 1/16 above its mean, half below: less than the deviation that counts as full, 0.1.
+    expected = [0.5 + 0.5 * (0.625 if own == 0.25 else -0.625) for own in earned]
+    assert noise.share[noise.written][:, 0].tolist() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("kind", ["reward", "raft"])
 def test_rewards_that_are_all_equal_teach_nothing(start: Path, tmp_path: Path, kind: str) -> None:
     flat = rewarding(start, tmp_path, f"stages.{kind}.reward=rules:equal", kind=kind)
@@ -436,6 +502,12 @@ def test_guided_answers_are_planned_as_two_rows(start: Path, tmp_path: Path) -> 
         for scale in (1.0, 3.0)
     ]
     assert flops[1] / flops[0] == pytest.approx(5 / 3)
+
+
+def test_each_rank_has_all_weights_that_write(start: Path, tmp_path: Path) -> None:
+    alone, two = (plan_run(rewarding(start, tmp_path), ranks).phases[0].memory for ranks in (1, 2))
+    assert "whole networks" not in alone
+    assert two["whole networks"] == pytest.approx(alone["weights"] + alone["frozen networks"], rel=0.01)
 
 
 # --- several ranks -------------------------------------------------------------------------------

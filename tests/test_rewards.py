@@ -74,7 +74,9 @@ def test_what_is_asked_was_kept_from_training() -> None:
         ("greeting", "wording"),
     ]
     for own in asked:
-        assert len(set(own.prompts)) == len(own.prompts) <= 30
+        many = len(set(own.prompts)) >= 20
+        assert len(own.prompts) == (len(set(own.prompts)) if many else 30)
+        assert own.task != "greeting" or len(set(own.prompts)) == 1
         assert all((prompt in taught) == (own.split == "seen") for prompt in own.prompts)
     assert len({own.name for own in asked}) == len(asked)
     with pytest.raises(ColadaError, match="no prompt of name"):

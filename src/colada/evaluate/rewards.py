@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +37,8 @@ from colada.train.stages import row_generator
 Progress = Callable[[int, int], None]
 SPLITS = ("seen", "wording", "fact")
 """What was kept from training of a prompt: nothing, its wording, or the fact it asks for."""
+FEW = 20
+"""Different prompts of a task, below which their number says nothing of how sure a reward is."""
 TIME_BINS = 10
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 
@@ -59,6 +62,8 @@ def held_out_prompts(
 ) -> list[Asked]:
     """Return different prompts of tasks, so many of each split as far as there are any, in random order.
 
+    Fewer than :data:`FEW`, such as those for so many sentences, are asked again and again, with other seeds.
+
     Raises:
         ColadaError: if there is none.
     """
@@ -71,6 +76,8 @@ def held_out_prompts(
                 seen if split == "seen" else [own for own in kept if own.held_out == split]
             )
             prompts = tuple(dict.fromkeys(own.prompt for own in some))[:number]
+            if prompts and len(prompts) < FEW:
+                prompts = tuple(islice(cycle(prompts), number))
             if prompts and (split != "seen" or task in ("questions", "sums")):
                 asked.append(Asked(task, split, prompts))
     if not asked:

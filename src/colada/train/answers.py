@@ -50,6 +50,9 @@ class RewardTerms(Section):
     samples: int = Field(8, ge=2, le=1024, description="Answers to each prompt.")
     updates: Count = Field(32, description="Steps of a round: they learn from the same answers.")
     new_tokens: Count = Field(32, description="Tokens of an answer at most.")
+    unended: Weight = Field(
+        0.3, description="What the reward of an answer is less by that does not end by itself within these."
+    )
     sampler: dict[str, Any] = Field(
         SAMPLER, description="Generation settings of the answers; what is left out is as here."
     )

@@ -242,6 +242,7 @@ class RolloutStage(ColaStage):
             for own in done[at * section.samples : (at + 1) * section.samples]:
                 value = rewarded(self._reward, section.reward, asked, own.completion.text)
                 ended = own.completion.finish_reason == "end"
+                value -= 0.0 if ended else section.unended
                 row, latents = self._row(start, own.ids, own.latents)
                 credited = self._credited(model, asked, len(start), own.completion) or len(latents)
                 group.append(Answer(row, latents, value, ended, credited))
@@ -252,6 +253,8 @@ class RolloutStage(ColaStage):
         """Return the latents of a row up to the block that met the rule; None if all are credited."""
         section, config = self.section, model.vae.config
         if not isinstance(section, RewardSection) or section.credit == "answer" or not answer.tokens:
+            return None
+        if section.unended and answer.finish_reason != "end":  # What all blocks have part in.
             return None
         assert model.tokenizer is not None
         pinned = -(-prompt // config.patch_size)
@@ -364,7 +367,10 @@ class RolloutStage(ColaStage):
     def phases(
         cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
     ) -> list[Phase]:
-        """Return the steps, with what the answers of a round cost in each, and two frozen copies."""
+        """Return the steps, with what the answers of a round cost in each, and two frozen copies.
+
+        Where weights lie over ranks, each has all of those that write.
+        """
         section, vae, dit = recipe.stages[name], configs["vae"], configs["dit"]
         assert isinstance(section, RewardSection | RaftSection)
         (phase,) = super().phases(recipe, name, configs, placement)
@@ -376,7 +382,11 @@ class RolloutStage(ColaStage):
         positions = section.prompts * section.samples * blocks * passes * (dit.block_size // dit.patch_size)
         written = 2.0 * positions * position_entries(networks(vae, dit)[1]) / section.updates
         flops = {**phase.flops, "frozen passes": (1 + cls.needs_old) * forward, "answers": written}
-        return [replace(phase, flops=flops, memory={**phase.memory, "copies": 2 * phase.memory["weights"]})]
+        memory = {**phase.memory, "copies": 2 * phase.memory["weights"]}
+        if placement.shards > 1:
+            own = phase.memory["weights"] + phase.memory["frozen networks"]
+            memory["whole networks"] = placement.shards * own
+        return [replace(phase, flops=flops, memory=memory)]
 
 
 class RewardStage(RolloutStage):
