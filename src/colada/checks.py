@@ -105,8 +105,8 @@ def check_ids(prompt: Any, vocab_size: int, what: str = "prompt") -> list[int]:
     if len(ids) > MOST_TOKENS:
         raise ColadaError(f"{what} of {len(ids)} tokens, expected at most {MOST_TOKENS}")
     checked = []
-    for given in ids:
-        token = plain(given)
+    for value in ids:
+        token = plain(value)
         if not is_whole(token) or not 0 <= token < vocab_size:
             raise ColadaError(f"{what} id {shown(token)}, expected whole numbers from 0 to {vocab_size - 1}")
         checked.append(token)

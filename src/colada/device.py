@@ -149,15 +149,18 @@ def memory_of(device: torch.device) -> int | None:
     return min(bounds)
 
 
-def require_memory(wanted: int, device: torch.device, what: str) -> None:
+def require_memory(needed_bytes: int, device: torch.device, what: str) -> None:
     """Raise ColadaError if a device has fewer bytes (a CPU: unused ones), saying what wants them."""
     known = [memory_of(device)]
     if device.type == "cpu" and sys.platform == "linux":
         entries = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         known.append(1024 * int(entries["MemAvailable"].split()[0]))
-    there = min((size for size in known if size is not None), default=wanted)
-    if wanted > there:
-        size, bound = f"{wanted / 2**30:.1f} GiB of memory", f"the {there / 2**30:.1f} that {device} has"
+    there = min((size for size in known if size is not None), default=needed_bytes)
+    if needed_bytes > there:
+        size, bound = (
+            f"{needed_bytes / 2**30:.1f} GiB of memory",
+            f"the {there / 2**30:.1f} that {device} has",
+        )
         raise ColadaError(f"{what} takes {size}, expected at most {bound}")
 
 

@@ -184,12 +184,12 @@ class Evaluation(NamedTuple):
     Attributes:
         a: at which it asks for the velocity of z.
         weights: z moves by the sum of ``weights[k]`` times the velocity k evaluations ago, this one's first.
-        kept: None; or what z is multiplied by, and the weights are of the z0 that velocities point at.
+        z_factor: None; or what z is multiplied by, and the weights are of the z0 that velocities point at.
     """
 
     a: float
     weights: tuple[float, ...]
-    kept: float | None = None
+    z_factor: float | None = None
 
     @property
     def end(self) -> float:
@@ -273,9 +273,9 @@ def evaluations_of(
     if not isinstance(solver, str):
         return learnt(solver)
     *grid, end = SCHEDULES[schedule](steps).tolist() if isinstance(schedule, str) else schedule
-    kept = [a for a in grid if a >= early_end] or grid[:1]
-    evaluations = SOLVERS[solver]([*kept, end])
-    if len(kept) < len(grid):
+    evaluated = [a for a in grid if a >= early_end] or grid[:1]
+    evaluations = SOLVERS[solver]([*evaluated, end])
+    if len(evaluated) < len(grid):
         evaluations[-1] = Evaluation(evaluations[-1].a, (end - evaluations[-1].a,))
     return evaluations
 

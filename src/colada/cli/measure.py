@@ -102,7 +102,7 @@ def likelihood(
     if result["parts_per_token"]:
         print("nats per token: " + ", ".join(f"{k} {v:.3f}" for k, v in result["parts_per_token"].items()))
     print(_named(settings))
-    records = [{"origin": text.origin, **asdict(own)} for text, own in zip(texts, scores, strict=True)]
+    records = [{"origin": text.origin, **asdict(score)} for text, score in zip(texts, scores, strict=True)]
     write_result(out, network, {**result, "settings": settings, "records": records})
 
 

@@ -162,14 +162,14 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
         command(**{name: value for name, value in arguments.items() if name not in left_out})
 
     keyword = inspect.Parameter.KEYWORD_ONLY
-    *own, _ = inspect.signature(command, eval_str=True).parameters.values()
-    own = [parameter.replace(kind=keyword) for parameter in own]
+    *parameters, _ = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [parameter.replace(kind=keyword) for parameter in parameters]
     settings = [
         inspect.Parameter(name, keyword, default=None, annotation=option)
         for name, option in _SETTINGS.items()
     ]
-    after = 1 + [parameter.name for parameter in own].index("max_new_tokens")
-    signature = inspect.Signature([*own[:after], *settings, *own[after:]])
+    after = 1 + [parameter.name for parameter in parameters].index("max_new_tokens")
+    signature = inspect.Signature([*parameters[:after], *settings, *parameters[after:]])
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
 

@@ -23,14 +23,14 @@ from colada.networks.checkpoint import open_weights, read_dit, read_vae
 from colada.networks.packing import pad_to_multiple
 
 
-def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
+def relative_error(tensors: list[Tensor], expected: list[Tensor]) -> float:
     """Return max |a - b| / max |b| over lists of tensors; infinite if shapes differ or a value is NaN."""
-    if any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
+    if any(a.shape != b.shape for a, b in zip(tensors, expected, strict=True)):
         return math.inf
-    ours = [a.to(b.device) for a, b in zip(ours, theirs, strict=True)]
+    tensors = [a.to(b.device) for a, b in zip(tensors, expected, strict=True)]
     # Tensor maxima, because Python's max() may pass over a NaN.
-    difference = torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]).max()
-    size = torch.stack([b.abs().max() for b in theirs]).max()
+    difference = torch.stack([(a - b).abs().max() for a, b in zip(tensors, expected, strict=True)]).max()
+    size = torch.stack([b.abs().max() for b in expected]).max()
     if difference == 0:
         return 0.0
     error = float(difference / size)
@@ -100,8 +100,8 @@ def _compare(
     noises = [partial(_noise, noise, number) for number in range(len(prompts))]
     loop = BlockGenerator(vae, dit, **chosen)
     requests = [
-        Request(tuple(ids), len(noise) * vae.config.block_tokens, loop.settings, noise=own)
-        for ids, own in zip(prompts, noises, strict=True)
+        Request(tuple(ids), len(noise) * vae.config.block_tokens, loop.settings, noise=noise_of)
+        for ids, noise_of in zip(prompts, noises, strict=True)
     ]
     guidance = [loop.settings.guidance] * len(prompts)
     samples = loop.start(prompts, noises, [0] * len(prompts), guidance, pad_id)
@@ -119,12 +119,12 @@ def _compare(
     for kind, generated in made.items():
         for part in ("latents", "logits"):
             ours = [torch.cat([getattr(block, part) for block in blocks]) for blocks in generated]
-            theirs = [expected[f"generate.{part}.{b}"] for b in blocks_of]
-            errors[kind + part] = relative_error(ours, theirs)
+            reference = [expected[f"generate.{part}.{b}"] for b in blocks_of]
+            errors[kind + part] = relative_error(ours, reference)
         for number, ids in enumerate(prompts):
-            own = [token for blocks in generated for token in blocks[number].ids]
+            token_ids = [token for blocks in generated for token in blocks[number].ids]
             tail = max(0, len(ids) - -(-len(ids) // patch) // size * size * patch)
-            equal.append(own[tail:] == case["generated"][number])
+            equal.append(token_ids[tail:] == case["generated"][number])
     errors["tokens_equal"] = all(equal)
     return errors
 

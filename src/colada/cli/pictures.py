@@ -83,14 +83,14 @@ def draw(
 
     from colada.pictures.show import MOST_SCALE, png, sheet, sheet_width
 
-    given: Settings = {
+    settings: Settings = {
         "steps": steps,
         "guidance": guidance,
         "solver": solver,
         "schedule": schedule,
         "seed": seed,
     }
-    check_settings(given)
+    check_settings(settings)
     require_count("batch", batch)
     require_count("scale", scale, MOST_SCALE)
     rows, columns = _grid(grid)
@@ -112,7 +112,7 @@ def draw(
     if out is None and width > console.width:
         where = f"a sheet of {width} columns, more than the terminal's {console.width}"
         raise ColadaError(f"{where}: give -o FILE, or fewer pictures in a row with --grid")
-    chunks = network.stream_drawing(captions, batch=batch, guesses=live, **given)
+    chunks = network.stream_drawing(captions, batch=batch, guesses=live, **settings)
     drawn = _watched(chunks, captions, columns, console if live else None)
     if out is None:
         return
@@ -194,15 +194,15 @@ def describe(
     ] = False,
 ) -> None:
     """Say what is in pictures; what is cut off or scaled of one is said on standard error."""
-    given: Settings = {"steps": steps, "guidance": guidance, "seed": seed}
-    check_settings(given)
+    settings: Settings = {"steps": steps, "guidance": guidance, "seed": seed}
+    check_settings(settings)
     require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
     check_model_options(model, revision, dtype, device)
     for path in pictures:  # Before a model is loaded.
         require_file(path, "a picture")
     network = load_cola(model, revision, dtype, device)
     loaded = [_read(network, path) for path in pictures]
-    done = network.describe([one for one, _ in loaded], max_new_tokens, prompt=prompt, **given)
+    done = network.describe([one for one, _ in loaded], max_new_tokens, prompt=prompt, **settings)
     for path, (_, changes), answer in zip(pictures, loaded, done, strict=True):
         if as_json:
             fields: dict[str, Any] = {"picture": str(path), "text": answer.text, "changes": changes}

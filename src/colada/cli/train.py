@@ -101,8 +101,8 @@ def train(
     if out is None:
         kind = settings.model.arch
         out = Path("runs") / (recipe.stem if kind == "cola" else f"{recipe.stem}-{kind}")
-    for name, given in (("--ranks", ranks), ("--json", as_json or None)):
-        if given is not None and not dry_run:
+    for name, value in (("--ranks", ranks), ("--json", as_json or None)):
+        if value is not None and not dry_run:
             raise ColadaError(f"{name} without --dry-run: it says what a run would take")
     # Before torch is imported, which takes seconds.
     notes = preflight(settings, out)
@@ -143,13 +143,13 @@ def _plan(recipe: Recipe, ranks: int, as_json: bool, notes: list[str]) -> None:
     recipe = resolve(recipe)
     plan, surveys = plan_run(recipe, ranks), survey(recipe)
     if as_json:
-        print(json.dumps({**plan.to_dict(), "data": [asdict(own) for own in surveys]}, indent=2))
+        print(json.dumps({**plan.to_dict(), "data": [asdict(entry) for entry in surveys]}, indent=2))
         return
     for name, value in plan.lines():
         print(f"{name:<32}{value:>14}")
-    for own in surveys:
-        print(f"data {own.name}: {own}")
-    tokens = [own.tokens for own in surveys if own.tokens is not None]
+    for entry in surveys:
+        print(f"data {entry.name}: {entry}")
+    tokens = [entry.tokens for entry in surveys if entry.tokens is not None]
     if sum(tokens) and len(tokens) == len(surveys):
         print(f"{'passes over the data':<32}{plan.cost.tokens / sum(tokens):>14,.1f}")
     for note in notes:
@@ -271,15 +271,17 @@ def cost(
         for name in names
     ]
     if as_json:
-        print(json.dumps([{"recipe": str(path), **own.to_dict()} for path, own in costs], indent=2))
+        print(json.dumps([{"recipe": str(path), **run_cost.to_dict()} for path, run_cost in costs], indent=2))
         return
     table = Table(("Recipe, model", "Parameters", "Tokens", "FLOPs", "6 N D"))
-    for path, own in costs:
-        flops, narrow = scaled(own.total_flops, "FLOP"), scaled(own.narrow_flops, "FLOP")
-        model = f"{escape(path.stem)}, {ARCHITECTURES[own.arch]}"
-        table.row(model, f"{own.total_parameters:,}", f"{own.tokens:,}", flops, narrow)
-        for part, value in own.flops.items():
-            table.row(f"[dim]  {part}[/dim]", "", "", f"[dim]{100 * value / own.total_flops:.1f}%[/dim]", "")
+    for path, run_cost in costs:
+        flops, narrow = scaled(run_cost.total_flops, "FLOP"), scaled(run_cost.narrow_flops, "FLOP")
+        model = f"{escape(path.stem)}, {ARCHITECTURES[run_cost.arch]}"
+        table.row(model, f"{run_cost.total_parameters:,}", f"{run_cost.tokens:,}", flops, narrow)
+        for part, value in run_cost.flops.items():
+            table.row(
+                f"[dim]  {part}[/dim]", "", "", f"[dim]{100 * value / run_cost.total_flops:.1f}%[/dim]", ""
+            )
     table.print(Console(highlight=False))
 
 

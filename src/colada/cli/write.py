@@ -71,9 +71,9 @@ def generate(
     On a terminal a single text is shown as it forms: what is finished, and the
     block under way as it would read after each solver step.
     """
-    given = cast(Settings, {**settings, "seed": seed})
+    asked_settings = cast(Settings, {**settings, "seed": seed})
     # All that can be refused is, before torch is imported.
-    check_settings(given)
+    check_settings(asked_settings)
     require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
     require_count("batch", batch)
     check_model_options(model, revision, dtype, device, quantise)
@@ -85,15 +85,15 @@ def generate(
     if chat:
         prompts = [network.chat_prompt([{"role": "user", "content": text}]) for text in texts]
 
-    chosen = {**network.chosen(given), "max_new_tokens": max_new_tokens}
+    chosen = {**network.chosen(asked_settings), "max_new_tokens": max_new_tokens}
     del chosen["seed"]  # Every prompt has its own.
     if len(prompts) == 1 and not as_json and not no_stream:
         shown = "" if chat else prompts[0]
-        _stream(network, prompts[0], shown, max_new_tokens, given)
+        _stream(network, prompts[0], shown, max_new_tokens, asked_settings)
         return
     errors: dict[int, str] = {}  # by prompt; the others are finished and printed first
     cut = 0
-    chunks = network.stream(prompts, max_new_tokens, batch=batch, **given)
+    chunks = network.stream(prompts, max_new_tokens, batch=batch, **asked_settings)
     for number, done in enumerate(_in_order(chunks)):
         if done.error is not None:
             errors[number] = done.error

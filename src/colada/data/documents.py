@@ -240,16 +240,16 @@ def _parquet_records(part: Part, columns: Sequence[str]) -> _Records:
     with _open_parquet(part.where, lambda: number) as file:
         names = list(file.schema_arrow.names)
         check_columns(part.where, columns, names)
-        wanted = [*columns, *(["split"] if "split" in names and "split" not in columns else [])]
-        for name in wanted:
+        column_names = [*columns, *(["split"] if "split" in names and "split" not in columns else [])]
+        for name in column_names:
             if names.count(name) > 1:
                 raise ColadaError(f"{part.where}: the column {name!r} is there twice")
         groups = range(file.num_row_groups)[part.begin : part.end]
-        for batch in file.iter_batches(batch_size=_PARQUET_BATCH, row_groups=groups, columns=wanted):
+        for batch in file.iter_batches(batch_size=_PARQUET_BATCH, row_groups=groups, columns=column_names):
             # By name: with several columns, the file's order is not that of the asking.
-            for cells in zip(*(batch.column(name) for name in wanted), strict=True):
+            for cells in zip(*(batch.column(name) for name in column_names), strict=True):
                 number += 1
-                row = zip(wanted, cells, strict=True)
+                row = zip(column_names, cells, strict=True)
                 yield number, {name: _value(cell, name, f"{part.place}{number}") for name, cell in row}
 
 

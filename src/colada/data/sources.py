@@ -281,9 +281,12 @@ def _task_records(source: Source, part: Part, validation_share: Holdout) -> Iter
     texts = stories(Path(part.where), source.include, source.columns[0])
     questions = None if source.questions is None else Path(source.questions)
     made = [
-        [{"role": "user", "content": own.prompt}, {"role": "assistant", "content": own.answer}]
+        [
+            {"role": "user", "content": instruction.prompt},
+            {"role": "assistant", "content": instruction.answer},
+        ]
         for task in source.tasks or default_tasks(questions)
-        for own in instructions(texts, task, source.samples, questions=questions)
+        for instruction in instructions(texts, task, source.samples, questions=questions)
     ]
     for number, turns in enumerate(made):
         # Some follow another: what was said before is no reason to answer otherwise.
@@ -345,14 +348,14 @@ def hold_out(source: Source, share: float, least: int) -> Holdout:
         held_out += len(text) * (record.split == "validation")
         if record.stated or least <= held_out <= 4 * share * total:
             return share
-    wanted = max(least, round(share * total))
-    if wanted > total / 4:
+    least_characters = max(least, round(share * total))
+    if least_characters > total / 4:
         return share if held_out <= total / 2 else 0.0
-    size = max(1, min(wanted // 4, 2**15))
+    size = max(1, min(least_characters // 4, 2**15))
     pieces = sorted((fraction(piece), len(piece)) for text, _ in texts(0.0) for piece in cut(text, size))
     held_out = 0
     for place, length in pieces:
-        if held_out >= wanted:
+        if held_out >= least_characters:
             return Cut(size, place)
         held_out += length
     return share

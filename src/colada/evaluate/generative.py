@@ -88,10 +88,11 @@ class ModelJudge:
     def score(self, passages: Sequence[Passage], progress: Progress | None = None) -> list[TextScore]:
         """See :class:`Judge`."""
         pairs: list[tuple[Prompt, Prompt]] = [
-            (own.prompt_ids, own.ids) if self._same else (own.prompt, own.text) for own in passages
+            (passage.prompt_ids, passage.ids) if self._same else (passage.prompt, passage.text)
+            for passage in passages
         ]
-        given, texts = [prompt for prompt, _ in pairs], [text for _, text in pairs]
-        return measure(self.model, texts, given, progress=progress, **self.settings)
+        contexts, texts = [prompt for prompt, _ in pairs], [text for _, text in pairs]
+        return measure(self.model, texts, contexts, progress=progress, **self.settings)
 
 
 class TransformersJudge:

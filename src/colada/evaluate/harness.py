@@ -94,8 +94,8 @@ class HarnessLM(LM):  # type: ignore[misc]
                 raise ColadaError(f"{name}={settings[name]!r}: the tasks say where a text ends")
         check_settings(settings)
         if not isinstance(model, LanguageModel):
-            wanted: Any = None if dtype is None else getattr(torch, dtype, dtype)
-            model = load(model, revision=revision, device=device, dtype=wanted)
+            torch_dtype: Any = None if dtype is None else getattr(torch, dtype, dtype)
+            model = load(model, revision=revision, device=device, dtype=torch_dtype)
         self.model = model
         self.encoding = require_tokenizer(self.model, "tasks are text")
         self.batch_size, self.seed, self.max_length, self.settings = int(size), seed, max_length, settings
@@ -115,15 +115,17 @@ class HarnessLM(LM):  # type: ignore[misc]
         A continuation without tokens has likelihood 1.
         """
         pairs = [split_pair(self.encoding, *request.args) for request in requests]
-        asked = [(self._cut(context, len(own)), own) for context, own in pairs]
+        pairs = [(self._cut(context, len(text)), text) for context, text in pairs]
         seeds = [self._seed("loglikelihood", *request.args) for request in requests]
-        some = [number for number, (_, own) in enumerate(asked) if own]
-        spoken = [asked[number] for number in some]
-        found = zip(
-            self._measure(spoken, [seeds[number] for number in some]), self._greedy(spoken), strict=True
+        numbers = [number for number, (_, text) in enumerate(pairs) if text]
+        measured = [pairs[number] for number in numbers]
+        scored = zip(
+            self._measure(measured, [seeds[number] for number in numbers]),
+            self._greedy(measured),
+            strict=True,
         )
-        known = dict(zip(some, found, strict=True))
-        results = [known.get(number, (0.0, True)) for number in range(len(requests))]
+        result_of = dict(zip(numbers, scored, strict=True))
+        results = [result_of.get(number, (0.0, True)) for number in range(len(requests))]
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, result)
         return results
@@ -144,16 +146,16 @@ class HarnessLM(LM):  # type: ignore[misc]
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def _greedy(self, asked: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
+    def _greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
         """Return whether each text is what is written greedily after its context: once a context.
 
         What a LLaDA model writes first depends on how many masks follow: once a context and length there.
         """
         masks = self.model.arch == "llada"
-        keys = [(tuple(context), len(own) if masks else 0) for context, own in asked]
+        keys = [(tuple(context), len(text) if masks else 0) for context, text in pairs]
         lengths: dict[tuple[tuple[int, ...], int], int] = {}
-        for key, (_, own) in zip(keys, asked, strict=True):
-            lengths[key] = max(len(own), lengths.get(key, 0))
+        for key, (_, text) in zip(keys, pairs, strict=True):
+            lengths[key] = max(len(text), lengths.get(key, 0))
         fixed = {**self.settings, "temperature": 0.0, "stop": (), "end_ids": ()}
         completions = self._complete(
             [
@@ -162,18 +164,18 @@ class HarnessLM(LM):  # type: ignore[misc]
             ]
         )
         written = {key: done.tokens for key, done in zip(lengths, completions, strict=True)}
-        return [written[key][: len(own)] == tuple(own) for key, (_, own) in zip(keys, asked, strict=True)]
+        return [written[key][: len(text)] == tuple(text) for key, (_, text) in zip(keys, pairs, strict=True)]
 
-    def _complete(self, wanted: Sequence[tuple[Sequence[int], int, dict[str, Any]]]) -> list[Completion]:
+    def _complete(self, contexts: Sequence[tuple[Sequence[int], int, dict[str, Any]]]) -> list[Completion]:
         """Return the completions of contexts, each with a number of tokens and settings."""
-        requests = [TextRequest(ids, length, cast(Settings, settings)) for ids, length, settings in wanted]
+        requests = [TextRequest(ids, length, cast(Settings, settings)) for ids, length, settings in contexts]
         return self.model.generate(requests, batch=self.batch_size)
 
-    def _measure(self, asked: Sequence[tuple[list[int], list[int]]], seeds: Sequence[int]) -> list[float]:
-        if not asked:
+    def _measure(self, pairs: Sequence[tuple[list[int], list[int]]], seeds: Sequence[int]) -> list[float]:
+        if not pairs:
             return []
-        texts, given = [own for _, own in asked], [context for context, _ in asked]
-        scores = measure(self.model, texts, given, seed=seeds, batch=self.batch_size, **self._bound)
+        texts, contexts = [text for _, text in pairs], [context for context, _ in pairs]
+        scores = measure(self.model, texts, contexts, seed=seeds, batch=self.batch_size, **self._bound)
         return [score.log_likelihood for score in scores]
 
     def _windows(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:

@@ -119,11 +119,11 @@ def find_tasks(names: str | None) -> list[Task]:
     Raises:
         ColadaError: for an unknown task, or one that is there twice.
     """
-    wanted = list(THE_EIGHT) if names is None else [name.strip() for name in names.split(",")]
-    for name in wanted:
-        if wanted.count(name) > 1:
+    task_names = list(THE_EIGHT) if names is None else [name.strip() for name in names.split(",")]
+    for name in task_names:
+        if task_names.count(name) > 1:
             raise ColadaError(f"--tasks {names}: {name!r} is there twice")
-    return [find_task(name) for name in wanted]
+    return [find_task(name) for name in task_names]
 
 
 # --- records -------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Guidance(NamedTuple):
     @classmethod
     def of(cls, settings: Sequence[RequestSettings], device: torch.device) -> Guidance:
         """Return how requests are guided, in the order of rows."""
-        numbers = [(own.guidance, own.guidance_cap or math.inf, own.guidance_rescale) for own in settings]
+        numbers = [(one.guidance, one.guidance_cap or math.inf, one.guidance_rescale) for one in settings]
         table = on_device(numbers, device, torch.float32).view(len(numbers), 3, 1, 1)
         return cls(*table.unbind(1))
 

@@ -166,9 +166,11 @@ def transport(
         bounds = free if is_bounded(settings) else None
         velocity, z0 = estimate(z, a, conditional, unconditional, rows, scales, bounds)
         guess = torch.where(mask, pinned, z - a * conditional)
-        kept = evaluation.kept
-        past = [velocity if kept is None else z0, *past][: memory(evaluations)]
-        z = torch.where(mask, pinned, advance(z if kept is None else kept * z, past, evaluation.weights))
+        z_factor = evaluation.z_factor
+        past = [velocity if z_factor is None else z0, *past][: memory(evaluations)]
+        z = torch.where(
+            mask, pinned, advance(z if z_factor is None else z_factor * z, past, evaluation.weights)
+        )
         yield z, torch.where(mask, pinned, z0)
 
 
@@ -189,8 +191,8 @@ class BlockGenerator:
     def __init__(self, vae: TextVAE, dit: DiT, **settings: Unpack[Settings]) -> None:
         self.vae, self.dit = vae, dit
         self.settings = RequestSettings(**check_settings(settings))
-        own = self.settings
-        self.evaluations = evaluations_of(own.solver, own.schedule, own.steps, own.early_end)
+        checked = self.settings
+        self.evaluations = evaluations_of(checked.solver, checked.schedule, checked.steps, checked.early_end)
 
     @property
     def device(self) -> torch.device:
@@ -213,12 +215,12 @@ class BlockGenerator:
         latents = self.encode(prompts, pad_id)
         samples, prefixes = [], []
         for number, ids in enumerate(prompts):
-            kept = latents[number][: -(-len(ids) // patch)]
-            prefix = len(kept) // size * size
-            tail = kept[prefix:]
+            prompt_latents = latents[number][: -(-len(ids) // patch)]
+            prefix = len(prompt_latents) // size * size
+            tail = prompt_latents[prefix:]
             known = torch.ones(len(tail), dtype=torch.bool, device=self.device)
             samples.append(Sample(noises[number], seeds[number], guidance[number], known, tail))
-            prefixes.append(kept[:prefix])
+            prefixes.append(prompt_latents[:prefix])
         self.prefix_pass(samples, prefixes)
         return samples
 
@@ -275,14 +277,14 @@ class BlockGenerator:
         for number, (sample, logits_of) in enumerate(zip(samples, candidates, strict=True)):
             free = ~pins[number * count][0].repeat_interleave(patch)
             chosen = surest(logits_of, free)
-            latents, own = z[number * count + chosen], logits_of[chosen]
+            latents, block_logits = z[number * count + chosen], logits_of[chosen]
             sample.decoder_history = histories[number * count + chosen]
             generator = block_generator(sample.seed, sample.blocks, 1)
             try:
-                ids = pick(own, self.settings, sample.seen, generator).tolist()
+                ids = pick(block_logits, self.settings, sample.seen, generator).tolist()
             except ColadaError as error:
                 sample.error = failure(f"block {sample.blocks} has no tokens", error)
                 continue
             sample.seen.update(ids)
-            sample.block = Block(latents, own, ids)
+            sample.block = Block(latents, block_logits, ids)
             sample.blocks += 1

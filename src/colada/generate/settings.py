@@ -131,7 +131,7 @@ class RequestSettings:
     noise: str = "per-sample"
 
 
-RELEASED_SETTINGS: dict[str, Any] = {own.name: own.default for own in fields(RequestSettings)}
+RELEASED_SETTINGS: dict[str, Any] = {field.name: field.default for field in fields(RequestSettings)}
 """What a model without a ``generation_config.json`` of its own uses."""
 
 
@@ -176,7 +176,7 @@ def _is_learnt(value: Any) -> bool:
     if not isinstance(value, Mapping) or set(value) != {"kind", "grid", "alpha", "beta"}:
         return False
     grid, alpha, beta = (value[name] for name in ("grid", "alpha", "beta"))
-    lists = all(isinstance(own, list | tuple) for own in (grid, alpha, beta))
+    lists = all(isinstance(numbers, list | tuple) for numbers in (grid, alpha, beta))
     if value["kind"] != "bns" or not lists or not 1 <= len(grid) <= MOST_LEARNT or not _is_grid([*grid, 0]):
         return False
     if not len(grid) == len(alpha) == len(beta) or not all(map(is_number, alpha)):
@@ -253,13 +253,13 @@ def check_settings(settings: Mapping[str, Any], origin: str = "") -> dict[str, A
     if not isinstance(settings, Mapping):
         raise ColadaError(f"{where}settings are {shown(settings)}, expected names and values")
     checked: dict[str, Any] = {}
-    for name, given in settings.items():
+    for name, raw in settings.items():
         if not isinstance(name, str) or name not in RELEASED_SETTINGS:
             hint = nearest(name, RELEASED_SETTINGS) if isinstance(name, str) else ""
             raise ColadaError(f"{where}unknown generation setting {shown(name)}{hint}")
-        if given is None:
+        if raw is None:
             continue
-        value = plain(given)
+        value = plain(raw)
         if name in _LISTS:
             _check_list(name, value, where)
         elif isinstance(value, list | tuple) and _RULES[name].several:

@@ -119,7 +119,7 @@ class Writer(ABC, Generic[S]):
         slot's ``error``.
         """
 
-    def guesses(self, step: TransportStep, wanted: Collection[S]) -> dict[S, Guess]:
+    def guesses(self, step: TransportStep, asking: Collection[S]) -> dict[S, Guess]:
         """Return how the coming blocks of slots would read now, of models that have such a thing."""
         return {}
 

@@ -85,8 +85,8 @@ class KeyValueCache:
         """Go on with the samples of another one behind these."""
         positions = max(self.keys.shape[2], other.keys.shape[2])
 
-        def joined(ours: Tensor, theirs: Tensor) -> Tensor:
-            padded = (F.pad(own, (0, 0, 0, 0, 0, positions - own.shape[2])) for own in (ours, theirs))
+        def joined(first: Tensor, second: Tensor) -> Tensor:
+            padded = (F.pad(part, (0, 0, 0, 0, 0, positions - part.shape[2])) for part in (first, second))
             return torch.cat(list(padded), 1)
 
         self.keys, self.values = joined(self.keys, other.keys), joined(self.values, other.values)

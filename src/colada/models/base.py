@@ -49,16 +49,16 @@ def find_archs(names: str) -> tuple[str, ...]:
     Raises:
         ColadaError: for an unknown one, with the nearest, or one that is there twice.
     """
-    wanted = tuple(name.strip() for name in names.split(","))
-    for name in wanted:
+    archs = tuple(name.strip() for name in names.split(","))
+    for name in archs:
         if name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ColadaError(
                 f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)}, expected some of {known}"
             )
-        if wanted.count(name) > 1:
+        if archs.count(name) > 1:
             raise ColadaError(f"architectures {names}: {name!r} is there twice")
-    return wanted
+    return archs
 
 
 def require_kind(name: str, value: object, kind: type, optional: bool = False) -> None:

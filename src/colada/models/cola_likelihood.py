@@ -93,7 +93,7 @@ def cola_bounds(
     config = model.vae.config
     if not config.use_variation:
         raise ColadaError("a deterministic encoder (use_variation false) has no density, so no bound")
-    shapes = [_shape(*own, config) for own in zip(contexts, texts, strict=True)]
+    shapes = [_shape(*pair, config) for pair in zip(contexts, texts, strict=True)]
     for shape in shapes:
         _check_memory(model, shape)
     exact = samples > 1 or config.block_size * config.latent_dim <= EXACT_NUMBERS
@@ -117,13 +117,13 @@ def cola_bounds(
         terms |= dict(zip(rows, rows_terms, strict=True))
     bounds, parts = [], []
     for number in range(len(texts)):
-        own = torch.stack([terms[number, sample] for sample in range(samples)])
-        bounds.append(own.sum(-1).logsumexp(0).item() - math.log(samples))
+        sums = torch.stack([terms[number, sample] for sample in range(samples)])
+        bounds.append(sums.sum(-1).logsumexp(0).item() - math.log(samples))
         if not math.isfinite(bounds[-1]):
             raise ColadaError(
                 f"text {number} has a bound of {bounds[-1]}: the model's velocities are not finite"
             )
-        parts.append(dict(zip(("reconstruction", "prior", "entropy"), own.mean(0).tolist(), strict=True)))
+        parts.append(dict(zip(("reconstruction", "prior", "entropy"), sums.mean(0).tolist(), strict=True)))
     return bounds, parts
 
 
@@ -216,15 +216,20 @@ class _Measurement:
         whole = [[*pad_to_multiple(context, patch, model.pad_id), *text] for context, text in asked]
         padded = torch.tensor([pad_to_multiple(ids, config.block_tokens, model.pad_id) for ids in whole])
         with torch.no_grad():
-            known = encode(vae, [context for context, _ in asked], model.pad_id)
-            clean = torch.stack([own[:prefix] for own in known])
-            tails = [own[prefix : prefix + one.tail] for own, one in zip(known, shapes, strict=True)]
+            context_latents = encode(vae, [context for context, _ in asked], model.pad_id)
+            clean = torch.stack([latents[:prefix] for latents in context_latents])
+            tails = [
+                latents[prefix : prefix + one.tail]
+                for latents, one in zip(context_latents, shapes, strict=True)
+            ]
             pins = Pins.first(tails, length)
             q = vae.encode(padded.flatten().to(device), [padded.shape[1]] * rows)
             assert q.logvar is not None
-            noise = torch.stack([torch.randn(length, width, generator=own) for own in generators]).to(device)
+            noise = torch.stack(
+                [torch.randn(length, width, generator=generator) for generator in generators]
+            ).to(device)
             mean, logvar = (
-                own.view(rows, -1, width)[:, prefix:] for own in (vae.normalise(q.mean), q.logvar)
+                tensor.view(rows, -1, width)[:, prefix:] for tensor in (vae.normalise(q.mean), q.logvar)
             )
             sigma = (0.5 * logvar).exp() * config.scaling_factor
             deviation = ((1 - at) ** 2 * sigma**2 + at**2).sqrt()
@@ -239,24 +244,26 @@ class _Measurement:
             grid = [at * (1 - step / count) for step in range(count + 1)]
             share = FINISHING * config.block_size / length
             finished = flow.finish(z, grid, adams_bashforth2, prefix, pins, lambda number: advance(share))
-            begin = [(prefix + own.tail) * patch for own in shapes]
+            begin = [(prefix + shape.tail) * patch for shape in shapes]
             end = [len(ids) for ids in whole]
             latents = torch.cat([clean, finished], 1)
             reconstruction = spelled(vae, latents, padded.to(device), begin, end)
         # Unit vectors of a block in all blocks at once, or random signs: see divergence.
         group, signs = _group(rows, config.block_size), None
         if not self.exact:
-            signs = torch.stack([torch.randint(2, (length, width), generator=own) for own in generators])
+            signs = torch.stack(
+                [torch.randint(2, (length, width), generator=generator) for generator in generators]
+            )
             signs = (2.0 * signs - 1).to(device)
         prior = torch.zeros(rows, dtype=torch.float64, device=device)
         for start in range(0, length, group):
-            own = z[:, start : start + group]
-            share = (1 - FINISHING) * own.shape[1] / length / self.steps
+            group_latents = z[:, start : start + group]
+            share = (1 - FINISHING) * group_latents.shape[1] / length / self.steps
             here = pins.part(start, start + group)
             prior += log_prior(
-                flow.velocity(prefix + start, own.shape[1], here.where),
-                own,
-                _unit_probes(config.block_size, own)
+                flow.velocity(prefix + start, group_latents.shape[1], here.where),
+                group_latents,
+                _unit_probes(config.block_size, group_latents)
                 if signs is None
                 else signs[None, :, start : start + group],
                 self.steps,
@@ -287,7 +294,7 @@ def spelled(vae: TextVAE, latents: Tensor, ids: Tensor, begin: Sequence[int], en
     histories = [History() for _ in range(rows)]
     total = torch.zeros(rows, dtype=torch.float64, device=latents.device)
     group = _group(rows, size)
-    first, last = (torch.tensor(own, device=latents.device)[:, None] for own in (begin, end))
+    first, last = (torch.tensor(bounds, device=latents.device)[:, None] for bounds in (begin, end))
     for start in range(0, latents.shape[1], group):
         part = latents[:, start : start + group]
         layout = vae.layout([part.shape[1]] * rows, histories)

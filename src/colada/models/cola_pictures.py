@@ -94,8 +94,8 @@ class PictureModel(LanguageModel):
         Raises:
             ColadaError: as :meth:`draw`.
         """
-        (own,) = settings_of_each(self._chosen_for_pictures("drawing", settings), 1)
-        return self._drawing(caption, own)
+        (request_settings,) = settings_of_each(self._chosen_for_pictures("drawing", settings), 1)
+        return self._drawing(caption, request_settings)
 
     def _drawing(self, caption: Prompt, settings: RequestSettings) -> tuple[Request, Canvas]:
         codec = self.codec()
@@ -114,7 +114,10 @@ class PictureModel(LanguageModel):
         self, captions: Any, batch: int, settings: Mapping[str, Any], guesses: bool
     ) -> Session:
         batch, chosen = require_count("batch", batch), self._chosen_for_pictures("drawing", settings)
-        opened = [self._drawing(caption, own) for caption, own in requests_of(captions, chosen)]
+        opened = [
+            self._drawing(caption, request_settings)
+            for caption, request_settings in requests_of(captions, chosen)
+        ]
         return self._session_for(opened, batch, guesses)
 
     # --- describing ------------------------------------------------------------------------
@@ -156,8 +159,8 @@ class PictureModel(LanguageModel):
         chosen = self._chosen_for_pictures("describing", settings)
         each = settings_of_each(chosen, len(listed))
         opened = [
-            self._describing(picture, max_new_tokens, prompt, own)
-            for picture, own in zip(listed, each, strict=True)
+            self._describing(picture, max_new_tokens, prompt, request_settings)
+            for picture, request_settings in zip(listed, each, strict=True)
         ]
         return self._session_for(opened, batch).completions(callback, progress)
 
@@ -174,8 +177,8 @@ class PictureModel(LanguageModel):
         Raises:
             ColadaError: as :meth:`describe`.
         """
-        (own,) = settings_of_each(self._chosen_for_pictures("describing", settings), 1)
-        return self._describing(picture, max_new_tokens, prompt, own)
+        (request_settings,) = settings_of_each(self._chosen_for_pictures("describing", settings), 1)
+        return self._describing(picture, max_new_tokens, prompt, request_settings)
 
     def _describing(
         self, picture: Any, max_new_tokens: int, prompt: Prompt, settings: RequestSettings
@@ -220,10 +223,10 @@ class PictureModel(LanguageModel):
         usual: Mapping[str, Any] = DRAWING if task == "drawing" else DESCRIBING
         if self.dit.config.distilled is not None:  # It has guidance and steps built in.
             usual = {}
-        given = self.check(settings)
-        if task == "drawing" and given.get("candidates", 1) != 1:
+        asked = self.check(settings)
+        if task == "drawing" and asked.get("candidates", 1) != 1:
             raise ColadaError(
-                f"candidates={given['candidates']} of a picture, expected 1: only text has more"
+                f"candidates={asked['candidates']} of a picture, expected 1: only text has more"
             )
-        own = self.check(stored or {}, f"{self.origin}: cola_image: {task}")
-        return self.chosen({**usual, "candidates": 1, **own, **given})
+        stored_settings = self.check(stored or {}, f"{self.origin}: cola_image: {task}")
+        return self.chosen({**usual, "candidates": 1, **stored_settings, **asked})

@@ -92,19 +92,21 @@ def _sums(
     """Return the sum of log p of the chosen tokens of each text, float64 (B,); texts end where rows do."""
     device = model.device
     ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
-    where = torch.cat([end - len(text) + own for end, text, own in zip(ends, texts, chosen, strict=True)]).to(
-        device
-    )
-    wanted = torch.cat([torch.tensor(text)[own] for text, own in zip(texts, chosen, strict=True)]).to(device)
+    where = torch.cat(
+        [end - len(text) + indices for end, text, indices in zip(ends, texts, chosen, strict=True)]
+    ).to(device)
+    targets = torch.cat(
+        [torch.tensor(text)[indices] for text, indices in zip(texts, chosen, strict=True)]
+    ).to(device)
     packed = torch.tensor([token for row in rows for token in row], device=device)
     layout = model.decoder.layout([len(row) for row in rows])
     hidden = model.decoder.run(packed, Pass(layout, model.decoder.table(layout.positions)))
     # A few at a time: of a long text, logits over the whole vocabulary would take most of the memory.
-    parts = zip(hidden.index_select(0, where).split(LOGITS_ROWS), wanted.split(LOGITS_ROWS), strict=True)
+    parts = zip(hidden.index_select(0, where).split(LOGITS_ROWS), targets.split(LOGITS_ROWS), strict=True)
     each = torch.cat(
         [
-            -F.cross_entropy(model.decoder.logits(own).double(), ids, reduction="none").cpu()
-            for own, ids in parts
+            -F.cross_entropy(model.decoder.logits(hidden_part).double(), ids, reduction="none").cpu()
+            for hidden_part, ids in parts
         ]
     )
-    return torch.stack([own.sum() for own in each.split([len(own) for own in chosen])])
+    return torch.stack([losses.sum() for losses in each.split([len(losses) for losses in chosen])])

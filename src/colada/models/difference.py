@@ -64,10 +64,10 @@ def save_difference(model: ColaDLM, base: ColaDLM, name: str, directory: Path, r
     if there and (not directory.is_dir() or os.listdir(directory)):
         raise ColadaError(f"{directory} holds something else, expected a new directory for a difference")
     plain = dict.fromkeys(_EXTENSIONS)
-    configs = [dataclasses.replace(own.dit.config, **plain) for own in (model, base)]  # type: ignore[arg-type]
+    configs = [dataclasses.replace(either.dit.config, **plain) for either in (model, base)]  # type: ignore[arg-type]
     if configs[0] != configs[1]:
         raise ColadaError(f"{model.origin} and {base.origin} have DiTs of other shapes, expected the same")
-    texts = [None if own.tokenizer is None else own.tokenizer.to_json() for own in (model, base)]
+    texts = [None if either.tokenizer is None else either.tokenizer.to_json() for either in (model, base)]
     if not model.shares_vae(base) or texts[0] != texts[1]:
         raise ColadaError(
             f"{model.origin} and {base.origin} have other Text VAEs or tokenizers, expected the same"
@@ -128,5 +128,5 @@ def apply_difference(base: LanguageModel, directory: Path, origin: str) -> ColaD
         parameters[key].data = parameters[key] + made.to(parameters[key])  # What is mapped stays as it is.
     _, base.dit.config = read_configs(directory)
     parts = {key: value for key, value in read_parts(directory).items() if value is not None}
-    given: dict[str, Any] = {"generation": base.generation, "chat_template": base.chat_template, **parts}
-    return ColaDLM(base.vae, base.dit, image=base.image, origin=origin, **given)
+    own_parts: dict[str, Any] = {"generation": base.generation, "chat_template": base.chat_template, **parts}
+    return ColaDLM(base.vae, base.dit, image=base.image, origin=origin, **own_parts)

@@ -87,15 +87,15 @@ def measure(
     streams: list[tuple[int, ...]] = (
         [(seed, number) for number in range(len(texts))]
         if isinstance(seed, int)
-        else [(own,) for own in seed]
+        else [(number,) for number in seed]
     )
     if len(streams) != len(texts):
         raise ColadaError(f"{len(streams)} values of seed for {len(texts)} texts, expected one, or one each")
     if isinstance(model, ColaDLM) and model.dit.config.distilled is not None:
         raise ColadaError("this model is distilled: its prior is no flow, and has no likelihood")
     ids, contexts = [model.ids(text) for text in texts], [model.ids(context) for context in given]
-    for number, own in enumerate(ids):
-        if not own:
+    for number, token_ids in enumerate(ids):
+        if not token_ids:
             raise ColadaError(f"text {number} has no tokens")
     sizes = [len(text.encode(errors="surrogatepass")) if isinstance(text, str) else 0 for text in texts]
     if isinstance(model, DecoderLM):

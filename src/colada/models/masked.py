@@ -65,12 +65,12 @@ class MaskWriter(DecoderWriter[MaskSlot]):
         for step in range(max(map(len, schedules.values()), default=0)):
             going = [slot for slot in self.under_way if step < len(schedules[slot])]
             logits = self._logits(going, [len(blocks[slot]) for slot in going])
-            for slot, own in zip(going, logits, strict=True):
+            for slot, slot_logits in zip(going, logits, strict=True):
                 settings, block = slot.request.settings, blocks[slot]
                 generator = block_generator(settings.seed, slot.blocks * size + step, 1)
                 try:
                     where, shares = fill(
-                        block, own, mask, schedules[slot][step], settings, slot.seen, generator
+                        block, slot_logits, mask, schedules[slot][step], settings, slot.seen, generator
                     )
                 except Exception as error:  # Its own: the others have their tokens.
                     self.fail(slot, error)

@@ -134,22 +134,22 @@ class BlockFlow:
         forward, evaluations = self._passes.fast, solver(grid)
         finished: list[Tensor] = []
         for number, block in enumerate(z.split(size, 1)):
-            own = pins.part(number * size, (number + 1) * size)
+            block_pins = pins.part(number * size, (number + 1) * size)
             table = forward.modulation.rows({0.0, *(T * evaluation.a for evaluation in evaluations)})
             spans = self._spans(start // size + number)
             plan = Plan(self._memory, [], spans, 0, self._size)
             turns = forward.rotations(plan.positions)
-            pinned = bool(own.where.any())
+            pinned = bool(block_pins.where.any())
             velocities: list[Tensor] = []
             if finished:
                 self.commit(finished[-1], start + (number - 1) * size)
             for a, weights, _ in evaluations:
-                block = own.put(block) if pinned else block
-                row = self._row(table, a, own.where if pinned else None)
+                block = block_pins.put(block) if pinned else block
+                row = self._row(table, a, block_pins.where if pinned else None)
                 output = forward(block.flatten(0, 1), row, plan, turns)
                 velocities = [self._velocity_of(block, output, a), *velocities][: memory(evaluations)]
                 block = advance(block, velocities, weights)
-            finished.append(own.put(block) if pinned else block)
+            finished.append(block_pins.put(block) if pinned else block)
             if done is not None:
                 done(number + 1)
         return torch.cat(finished, 1)
@@ -208,7 +208,7 @@ class _Blocks:
         # One block sees all there is.
         self._mask = None if count == size else F.pad(mask, (first, 0), value=True)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, kept: int = 0) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, silent: int = 0) -> Tensor:
         """Attend: q, k, v (B * count, K, D) -> the same."""
         q, k, v = (x.unflatten(0, (self._rows, self._count)).transpose(1, 2) for x in (q, k, v))
         past = (

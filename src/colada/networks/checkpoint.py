@@ -208,9 +208,9 @@ def check_one_save(directory: Path) -> None:
         raise ColadaError(f"{directory} mixes two models: {said}; save or export it again")
 
 
-def _check_names(folder: Path, files: Mapping[str, Path], wanted: Mapping[str, Tensor]) -> None:
-    missing = sorted(wanted.keys() - files.keys())
-    extra = sorted(files.keys() - wanted.keys())
+def _check_names(folder: Path, files: Mapping[str, Path], expected: Mapping[str, Tensor]) -> None:
+    missing = sorted(expected.keys() - files.keys())
+    extra = sorted(files.keys() - expected.keys())
     problems = [
         f"{kind} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         for kind, names in (("misses tensor", missing), ("has the unknown tensor", extra))
@@ -321,10 +321,13 @@ def _write_networks(directory: Path, networks: Mapping[str, nn.Module]) -> None:
 
 def _order_metadata(file: Path, save: str) -> None:
     """Put the two entries of a safetensors file's metadata in one order: the library's varies."""
-    wanted, other = f'{{"format":"pt","{_SAVE}":"{save}"}}', f'{{"{_SAVE}":"{save}","format":"pt"}}'
+    sorted_entries, unsorted = (
+        f'{{"format":"pt","{_SAVE}":"{save}"}}',
+        f'{{"{_SAVE}":"{save}","format":"pt"}}',
+    )
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        header = stream.read(size).replace(other.encode(), wanted.encode(), 1)
+        header = stream.read(size).replace(unsorted.encode(), sorted_entries.encode(), 1)
         stream.seek(8)
         stream.write(header)
 

@@ -363,8 +363,8 @@ class DiT(nn.Module):
         if same or bool(needed.all()) or not bool(needed.any()):
             return None
         of_patches = None if sample is None else sample[:, patch - 1 :: patch]
-        layout, kept = needed_layout(needed, size // patch, copies, of_patches, alone)
-        return layout, kept.repeat_interleave(patch, 1)
+        layout, cells_needed = needed_layout(needed, size // patch, copies, of_patches, alone)
+        return layout, cells_needed.repeat_interleave(patch, 1)
 
     def embed(self, latents: Tensor, guess: Tensor | None = None) -> Tensor:
         """Return the first layer's input (N / patch_size, dim), see :meth:`forward` for latents and guess."""
@@ -407,8 +407,8 @@ class DiT(nn.Module):
         if pictures is not None and config.img_grid is not None and config.img_axial:
             rows, columns = config.img_grid
             number = torch.arange(len(pictures), device=positions.device) % (rows * columns)
-            own = torch.stack([number // columns, number % columns], 1)
-            places = own.new_zeros(len(positions), 2).index_copy(0, pictures, own)
+            cells = torch.stack([number // columns, number % columns], 1)
+            places = cells.new_zeros(len(positions), 2).index_copy(0, pictures, cells)
         return rotations(positions, config.rope_dim, config.head_dim, ROPE_THETA, places)
 
     def unembed_pictures(self, h: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ class Masks:
         """
         channels = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device) * _CHANNEL
         hashed = _mixed((self.keys ^ (_SITE * (site + 1) % 2**31))[:, None] + channels)
-        kept = hashed >= round(self.share * 2**32) - 2**31
-        return torch.where(kept, x / (1 - self.share), torch.zeros((), dtype=x.dtype, device=x.device))
+        stays = hashed >= round(self.share * 2**32) - 2**31
+        return torch.where(stays, x / (1 - self.share), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 @dataclass(frozen=True)

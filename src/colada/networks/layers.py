@@ -161,9 +161,9 @@ class _Pieces:
     up one tensor of the whole length for each range.
     """
 
-    def __init__(self, x: Tensor, wanted: Iterable[Sequence[Range]]) -> None:
+    def __init__(self, x: Tensor, ranges_of: Iterable[Sequence[Range]]) -> None:
         self._x = x
-        ends = sorted({end for ranges in wanted for both in ranges for end in both} | {0, x.shape[2]})
+        ends = sorted({end for ranges in ranges_of for both in ranges for end in both} | {0, x.shape[2]})
         self._starts = {start: number for number, start in enumerate(ends)}
         sizes = [end - start for start, end in pairwise(ends)]
         self._parts = x.split(sizes, 2) if x.requires_grad and len(sizes) > 1 else None

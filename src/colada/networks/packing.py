@@ -444,10 +444,10 @@ class _Visibility:
         for start in range(0, length, segment):
             end = min(start + segment, length)
             noisy = [(clean + copy * length + start, clean + copy * length + end) for copy in range(copies)]
-            own = [(start, min(end, clean)), *noisy] if start < clean else noisy
+            block_ranges = [(start, min(end, clean)), *noisy] if start < clean else noisy
             keys = [(0, min(end, clean)), *noisy] if clean else noisy
-            masked = keys if self.differs else own
-            queries = [part for part in own if part[0] >= first]
+            masked = keys if self.differs else block_ranges
+            queries = [part for part in block_ranges if part[0] >= first]
             if not queries:
                 continue
             mask = self.mask(self._cells(queries), self._cells(masked))

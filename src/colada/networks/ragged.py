@@ -38,14 +38,14 @@ def needed_cells(
     cells = two_copy_cells(blocks * block_size, block_size, copies).to(needed.device)
     seen = sees(cells.at((slice(None), None)), cells).expand(rows, -1, -1)
     if sample is not None:
-        own = sample[:, cells.position]
-        seen = seen & (own[:, :, None] == own[:, None])
+        sample_of = sample[:, cells.position]
+        seen = seen & (sample_of[:, :, None] == sample_of[:, None])
     noisy = cells.kind == Kind.NOISY
     if alone is not None:
         hidden = alone[:, (cells.copy - 1).clamp_min(0), cells.block] & noisy
         seen = seen & ~(hidden[:, :, None] & ~noisy)
-    wanted = needed[:, cells.block] & noisy
-    return wanted | ((seen & wanted[:, :, None]).any(1) & ~noisy), seen
+    noisy_needed = needed[:, cells.block] & noisy
+    return noisy_needed | ((seen & noisy_needed[:, :, None]).any(1) & ~noisy), seen
 
 
 def needed_layout(
@@ -59,33 +59,33 @@ def needed_layout(
 
     Arguments as :func:`needed_cells`.
     """
-    kept, seen = needed_cells(needed, block_size, copies, sample, alone)
+    cells_needed, seen = needed_cells(needed, block_size, copies, sample, alone)
     rows, length, device = len(needed), needed.shape[1] * block_size, needed.device
     clean = length - block_size
     cells = two_copy_cells(length, block_size, copies).to(device)
-    lengths, before = kept.sum(1).tolist(), kept[:, :clean].sum(1).tolist()
+    lengths, before = cells_needed.sum(1).tolist(), cells_needed[:, :clean].sum(1).tolist()
     layout = Layout.__new__(Layout)
     layout.lengths, layout.history = tuple(lengths), (0,) * rows
     layout.block_size, layout.device = block_size, device
-    layout.positions = cells.position.expand(rows, -1)[kept]
-    layout.noisy = (cells.kind == Kind.NOISY).expand(rows, -1)[kept].nonzero().flatten()
+    layout.positions = cells.position.expand(rows, -1)[cells_needed]
+    layout.noisy = (cells.kind == Kind.NOISY).expand(rows, -1)[cells_needed].nonzero().flatten()
     alike: dict[tuple[int, int], list[int]] = {}
     for row, shape in enumerate(zip(lengths, before, strict=True)):
         if shape[0]:
             alike.setdefault(shape, []).append(row)
-    ends, noisy_ends = kept.sum(1).cumsum(0), kept[:, clean:].sum(1).cumsum(0)
+    ends, noisy_ends = cells_needed.sum(1).cumsum(0), cells_needed[:, clean:].sum(1).cumsum(0)
     groups, noisy_groups = list[Group](), list[Group]()
     for (count, first), members in alike.items():
-        own = torch.tensor(members, device=device)
-        where = kept[own].nonzero()[:, 1].view(len(members), count)
-        mask = seen[own[:, None, None], where[:, :, None], where[:, None]][:, None]
-        index, asking = _packed(ends[own], count), count - first
+        rows_alike = torch.tensor(members, device=device)
+        where = cells_needed[rows_alike].nonzero()[:, 1].view(len(members), count)
+        mask = seen[rows_alike[:, None, None], where[:, :, None], where[:, None]][:, None]
+        index, asking = _packed(ends[rows_alike], count), count - first
         every, noisy = (Tile(((0, n),), ((0, count),), mask[:, :, count - n :]) for n in (count, asking))
         groups.append(Group(tuple(members), count, count, (every,), index))
-        queries = _packed(noisy_ends[own], asking)
+        queries = _packed(noisy_ends[rows_alike], asking)
         noisy_groups.append(Group(tuple(members), count, asking, (noisy,), index, queries))
     layout.groups, layout.noisy_groups = tuple(groups), tuple(noisy_groups)
-    return layout, kept
+    return layout, cells_needed
 
 
 def _packed(ends: Tensor, count: int) -> Tensor:

@@ -58,6 +58,6 @@ class LearntSolver(nn.Module):
         """Return the settings of generation that say it."""
         grid, alpha, beta = self()
         values = {"grid": grid.tolist(), "alpha": alpha.tolist(), "beta": [row.tolist() for row in beta]}
-        scale, cap, rescale = (round(own, 6) for own in self.guidance.tolist())
+        scale, cap, rescale = (round(value, 6) for value in self.guidance.tolist())
         bounds = {"guidance_cap": cap, "guidance_rescale": rescale, "early_end": 0.0}
         return {"solver": {"kind": "bns", **values}, "steps": self.config, "guidance": scale, **bounds}

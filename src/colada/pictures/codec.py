@@ -273,12 +273,14 @@ def check_codec(codec: CodecConfig | None, dit: DiTConfig, origin: str = "model"
                 f"{origin}: cola_dit img_channels={dit.img_channels}, but {IMAGE_DIR}/ is missing"
             )
         return
-    for name, own, other in (
+    for name, stored, expected in (
         ("channels", codec.channels, dit.img_channels),
         ("grid", list(codec.grid), dit.img_grid),
     ):
-        if own != other:
-            raise ColadaError(f"{origin}: {IMAGE_DIR} {name}={own} contradicts cola_dit img_{name}={other}")
+        if stored != expected:
+            raise ColadaError(
+                f"{origin}: {IMAGE_DIR} {name}={stored} contradicts cola_dit img_{name}={expected}"
+            )
 
 
 def psnr(pictures: Tensor, others: Tensor) -> float:

@@ -221,11 +221,11 @@ def _wrong(caption: Description, choice: _Choice) -> tuple[list[str], list[str],
         if item is not None and thing.size not in (None, item.thing.size)
     ]
     relations = []
-    for wanted, (one, other) in zip(caption.relations, pairwise(choice), strict=True):
+    for named, (one, other) in zip(caption.relations, pairwise(choice), strict=True):
         if one is not None and other is not None:
             actual = describe((one, other)).relations[0]
-            if actual != wanted:
-                relations.append(f"the {one.thing} is {actual} the {other.thing}, expected {wanted}")
+            if actual != named:
+                relations.append(f"the {one.thing} is {actual} the {other.thing}, expected {named}")
     return missing, sizes, relations
 
 

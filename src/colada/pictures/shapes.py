@@ -230,8 +230,8 @@ def _draw(generator: np.random.Generator, things: int | None, unseen: bool | Non
         if unseen is not None and (held_out(drawn) is not None) != unseen:
             continue
         radius = np.array([generator.uniform(*radii[size]) for size in sizes])
-        wanted = [RELATIONS[n] for n in generator.integers(len(RELATIONS), size=count - 1)]
-        places = _places(generator, sizes, radius, wanted, on_grid)
+        relations = [RELATIONS[n] for n in generator.integers(len(RELATIONS), size=count - 1)]
+        places = _places(generator, sizes, radius, relations, on_grid)
         if places is not None:
             break
     shades = np.array([COLOURS[colour] for colour in colours])
@@ -245,7 +245,7 @@ def _draw(generator: np.random.Generator, things: int | None, unseen: bool | Non
 
 
 def _places(
-    generator: np.random.Generator, sizes: list[str], radius: Floats, wanted: list[str], on_grid: bool
+    generator: np.random.Generator, sizes: list[str], radius: Floats, relations: list[str], on_grid: bool
 ) -> Floats | None:
     """Return places (things, 2) that are as far apart as things must be and lie as wanted, if any was drawn.
 
@@ -265,7 +265,7 @@ def _places(
             suits &= apart.max(-1) >= radius[one] + radius[other] + _GAP
             suits &= np.abs(apart[:, 0] - apart[:, 1]) >= _CLEARER
     for number in np.flatnonzero(suits):
-        if [relation(*one, *other) for one, other in pairwise(tries[number])] == wanted:
+        if [relation(*one, *other) for one, other in pairwise(tries[number])] == relations:
             return tries[number]
     return None
 

@@ -181,12 +181,12 @@ def _examples(score: Score, outputs: Sequence[Output]) -> list[tuple[str, str]]:
     """Return some right and some wrong outputs: what is said of each, and its text."""
     judgements = judge(score.task, outputs)
     examples = []
-    for wanted in (True, False):
-        for output in [output for output in outputs if judgements[output.id].correct is wanted][:_EXAMPLES]:
+    for is_right in (True, False):
+        for output in [output for output in outputs if judgements[output.id].correct is is_right][:_EXAMPLES]:
             prompt = output.prompt
             if len(prompt) > _SHOWN_PROMPT:
                 prompt = f"… {prompt[-_SHOWN_PROMPT:]}"
             written = output.generate.strip() or "(nothing)"
             said = f"{prompt}\n\nwritten: {written}\nanswer: {output.ground_truth}"
-            examples.append((f"item {output.id}: {'right' if wanted else 'wrong'}", said))
+            examples.append((f"item {output.id}: {'right' if is_right else 'wrong'}", said))
     return examples

@@ -302,8 +302,8 @@ class Transcript:
         count, characters, before = next(
             settled for settled in reversed(self._settlements) if settled[1] <= at
         )
-        settled, wanted = self.text[:characters], self.text
-        while len(self.tokens) > count and not wanted.startswith(
+        settled, whole_text = self.text[:characters], self.text
+        while len(self.tokens) > count and not whole_text.startswith(
             settled + self._decode(before, self.tokens[count:])
         ):
             self.tokens.pop()

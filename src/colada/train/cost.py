@@ -342,8 +342,8 @@ def dit_position_bytes(dit: DiTConfig, placement: Placement, dropout: bool = Fal
     dim, width, entry = dit.txt_dim, dit.heads * dit.head_dim, 2 if placement.bfloat16 else 4
     layer = entry * ((12 + 2 * dit.expand_ratio) * dim + 6 * width) + (4 - entry) * 4 * (dim + width)
     layer += 2 * dim * dropout
-    kept = dit.num_layers * entry * dim + layer if placement.checkpointing else dit.num_layers * layer
-    return kept + 4 * entry * dim
+    stored_bytes = dit.num_layers * entry * dim + layer if placement.checkpointing else dit.num_layers * layer
+    return stored_bytes + 4 * entry * dim
 
 
 def _muon_entries(network: nn.Module) -> int:
@@ -389,13 +389,13 @@ def decoder_memory(config: DecoderConfig, length: int, placement: Placement) -> 
     """
     entry = 2 if placement.bfloat16 else 4
     layer = entry * (11 * config.dim + 4 * config.ffn_dim) + (4 - entry) * 6 * config.dim
-    kept = config.num_layers * layer
+    stored_bytes = config.num_layers * layer
     if placement.checkpointing:
-        kept = config.num_layers * entry * config.dim + layer
+        stored_bytes = config.num_layers * entry * config.dim + layer
     rows = placement.micro_batch
     return {
         **state_bytes([_decoder(config)], placement),
-        "activations": float(rows * length * kept),
+        "activations": float(rows * length * stored_bytes),
         "logits": float(rows * length * config.vocab_size * (entry + 8 if placement.bfloat16 else 8)),
     }
 

@@ -38,8 +38,8 @@ class DecoderSystem(System):
             config = recipe.decoder_config(tokenizer.vocab_size, tokenizer.end_ids[0])
         else:
             if not isinstance(start, DecoderLM) or start.arch != recipe.model.arch:
-                wanted = recipe.model.arch
-                raise ColadaError(f"model.init={recipe.model.init} is {start.arch}, model.arch is {wanted!r}")
+                arch = recipe.model.arch
+                raise ColadaError(f"model.init={recipe.model.init} is {start.arch}, model.arch is {arch!r}")
             config = start.decoder.config
             if start.vocab_size != tokenizer.vocab_size:
                 raise ColadaError(

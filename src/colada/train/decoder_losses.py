@@ -50,11 +50,11 @@ def draw_masks(generators: Sequence[torch.Generator], length: int, random_length
         random_length: share of rows that are cut to a length uniform on 1..length.
     """
     shares, orders, lengths = [], [], []
-    for own in generators:
-        shares.append(1 - torch.rand((), generator=own))
-        orders.append(torch.rand(length, generator=own))
-        cut = torch.rand((), generator=own) < random_length
-        shorter = torch.randint(1, length + 1, (), generator=own)
+    for generator in generators:
+        shares.append(1 - torch.rand((), generator=generator))
+        orders.append(torch.rand(length, generator=generator))
+        cut = torch.rand((), generator=generator) < random_length
+        shorter = torch.randint(1, length + 1, (), generator=generator)
         lengths.append(torch.where(cut, shorter, length))
     return MaskNoise(torch.stack(shares), torch.stack(orders), torch.stack(lengths))
 
@@ -99,9 +99,9 @@ def decoder_loss(decoder: Decoder, batch: Batch, noise: MaskNoise, counts: Count
     sample = batch.sample
     if noise.length is not None and bool((noise.length < length).any()):
         # What is cut off is a sample of its own, that the rest does not see.
-        own = torch.zeros_like(batch.ids) if sample is None else sample
-        position = torch.arange(length, device=own.device)
-        sample = own.masked_fill(position >= noise.length[:, None], FILLING)
+        sample_of = torch.zeros_like(batch.ids) if sample is None else sample
+        position = torch.arange(length, device=sample_of.device)
+        sample = sample_of.masked_fill(position >= noise.length[:, None], FILLING)
     layout = decoder.rows_layout(rows, length, sample)
     at = where.flatten().nonzero().squeeze(1)
     ids = batch.ids.flatten()[at]

@@ -135,11 +135,13 @@ class DistilStage(TaughtStage):
         """Return the steps, with the teacher's passes, and what making the trajectories takes."""
         (phase,), section = super().phases(recipe, name, configs, placement), recipe.stages[name]
         assert isinstance(section, DistilSection)
-        vae, dit, kept = configs["vae"], configs["dit"], section.trajectories
-        passes = float(max((own.substeps for own in intervals(section) if own.share), default=1))
+        vae, dit, trajectories = configs["vae"], configs["dit"], section.trajectories
+        passes = float(
+            max((interval.substeps for interval in intervals(section) if interval.share), default=1)
+        )
         passes = (
             passes + section.trajectory * section.rollout
-            if kept is None
+            if trajectories is None
             else passes * (1 - section.trajectory)
         )
         return with_trajectories(with_teacher(phase, vae, dit, section, passes), recipe, name, vae, dit)

@@ -54,13 +54,15 @@ def with_trajectories(
     """Return a stage's steps and, if it is the first to use them, what making its trajectories takes."""
     section = recipe.stages[name]
     assert isinstance(section, TaughtSection)
-    kept, trained = section.trajectories, recipe.trained.items()
+    trajectories, trained = section.trajectories, recipe.trained.items()
     users = [
         other
-        for other, own in trained
-        if isinstance(own, TaughtSection) and own.steps and own.trajectories == kept
+        for other, other_section in trained
+        if isinstance(other_section, TaughtSection)
+        and other_section.steps
+        and other_section.trajectories == trajectories
     ]
-    if kept is None or name != next(iter(users), None):
+    if trajectories is None or name != next(iter(users), None):
         return [phase]
     return [phase, trajectories_phase(f"{name}, trajectories", vae, dit, section, phase.placement)]
 
@@ -73,11 +75,11 @@ def trajectories_phase(
     A block takes a row of positions for each evaluation, two where it is guided, and one for the history;
     the modulation is a table. A step is a row; none of its tokens is trained on.
     """
-    kept, guided = section.trajectories, section.guidance != 1
-    assert kept is not None
+    trajectories, guided = section.trajectories, section.guidance != 1
+    assert trajectories is not None
     text, prior = networks(vae, dit)
-    grid = fine_grid(kept)
-    evaluations = len(evaluations_of(kept.solver, grid, len(grid) - 1))
+    grid = fine_grid(trajectories)
+    evaluations = len(evaluations_of(trajectories.solver, grid, len(grid) - 1))
     blocks, size = section.length // vae.block_tokens, dit.block_size // dit.patch_size
     passes = evaluations * (1 + guided) + 1
     pairs = (evaluations + 1) * block_causal_pairs(blocks, size) + evaluations * guided * blocks * size**2
@@ -89,4 +91,4 @@ def trajectories_phase(
     memory = {"frozen networks": 4.0 * counts["Text VAE"], "teacher": 4.0 * counts["DiT"]}
     work = {"evaluations": evaluations, "guided": guided, "length": section.length}
     flops = {"encoder": float(encoder), "DiT": float(products + attention)}
-    return Phase(name, kept.rows, 0, flops, memory, placement, work, 0.0)
+    return Phase(name, trajectories.rows, 0, flops, memory, placement, work, 0.0)

@@ -103,8 +103,8 @@ def predict(
     rows, copies, length, _ = z.shape
     size = dit.config.block_size
     # One table row for t = 0, then one per block of each copy.
-    at = [None if own is None else own[..., ::size].flatten() for own in (timestep, end)]
-    times, ends = (None if own is None else torch.cat([own.new_zeros(1), own]) for own in at)
+    at = [None if moments is None else moments[..., ::size].flatten() for moments in (timestep, end)]
+    times, ends = (None if moments is None else torch.cat([moments.new_zeros(1), moments]) for moments in at)
     assert times is not None
     row = torch.arange(1, len(times), device=times.device).view(rows, copies, -1).repeat_interleave(size, 2)
     if pinned is not None:
@@ -113,17 +113,17 @@ def predict(
     needed = None
     if pinned is not None and dropout is None:
         needed = dit.needed_layout(~pinned.where.unflatten(1, (-1, size)).all(2), copies, sample, alone)
-    layout, kept = needed or (dit.two_copy_layout(rows, length, copies, sample, alone=alone), None)
+    layout, cells_needed = needed or (dit.two_copy_layout(rows, length, copies, sample, alone=alone), None)
 
     def packed(of_clean: Tensor, of_noisy: Tensor) -> Tensor:
         cells = torch.cat([of_clean, of_noisy.flatten(1, 2)], 1)
-        return cells.flatten(0, 1) if kept is None else cells[kept]
+        return cells.flatten(0, 1) if cells_needed is None else cells[cells_needed]
 
     steps = Timesteps(times, packed(row.new_zeros(history.shape[:2]), row), ends)
     seen = None if guess is None else packed(torch.zeros_like(history), guess)
     output: Tensor = dit(packed(history, z), steps, layout, noisy_only=True, guess=seen, dropout=dropout)
-    if kept is not None:
-        where = kept[:, history.shape[1] :].flatten().nonzero().flatten()
+    if cells_needed is not None:
+        where = cells_needed[:, history.shape[1] :].flatten().nonzero().flatten()
         output = output.new_zeros(rows * copies * length, output.shape[1]).index_copy(0, where, output)
     return output.view_as(z)
 
@@ -241,11 +241,11 @@ def pin(vae: TextVAE, batch: Batch, noise: StepNoise, layout: Layout, pad_id: in
     if noise.prefix is None and batch.trained is None:
         return None
     block, patch = vae.config.block_tokens, vae.config.patch_size
-    given = given_tokens(batch, noise, patch)
-    follows = given.unflatten(1, (-1, block)).any(-1).repeat_interleave(block, 1) & ~given
+    given_mask = given_tokens(batch, noise, patch)
+    follows = given_mask.unflatten(1, (-1, block)).any(-1).repeat_interleave(block, 1) & ~given_mask
     # Encoded even if nothing follows in any block, so that all ranks of a sharded network run alike.
     mean = vae.normalise(vae.encoder(batch.ids.masked_fill(follows, pad_id).flatten(), layout).mean)
-    return Pinned(pinned_latents(given, patch), mean.view(len(batch), -1, vae.config.latent_dim))
+    return Pinned(pinned_latents(given_mask, patch), mean.view(len(batch), -1, vae.config.latent_dim))
 
 
 def flow_matching(

@@ -156,11 +156,11 @@ def make_tokenizer(recipe: Recipe, start: LanguageModel | None, say: Callable[[s
         if start.tokenizer is None:
             raise ColadaError(f"model.init={recipe.model.init} has no tokenizer: give tokenizer.file")
         return start.tokenizer
-    wanted = recipe.tokenizer.vocab_size
-    say(f"training a tokenizer of {wanted} entries")
+    entries = recipe.tokenizer.vocab_size
+    say(f"training a tokenizer of {entries} entries")
     tokenizer = train_tokenizer(recipe)
-    if tokenizer.vocab_size < wanted:
-        say(f"the text is too little for {wanted} entries: {tokenizer.vocab_size}")
+    if tokenizer.vocab_size < entries:
+        say(f"the text is too little for {entries} entries: {tokenizer.vocab_size}")
     return tokenizer
 
 

@@ -89,12 +89,12 @@ class Files:
         for path in (self._metrics, self._samples):
             if path.is_fifo():  # Who writes to it would wait.
                 raise ColadaError(f"{path} is a named pipe, expected a regular file or none")
-        kept = [
+        files = [
             (path, read(path))
             for path, read in ((self._metrics, read_records), (self._samples, read_samples))
             if path.is_file()
         ]
-        for path, records in kept:
+        for path, records in files:
             with atomic_writer(path) as file:  # The old file or the new one at any moment.
                 for record in records:
                     if resume_at is not None and resume_at.covers(record["stage"], record["step"]):

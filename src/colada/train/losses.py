@@ -114,11 +114,11 @@ def reconstruction(vae: TextVAE, z0: Tensor, batch: Batch, layout: Layout) -> tu
     rows = max(LOGITS_AT_ONCE // vae.config.vocab_size, 1)
     parts = zip(hidden.split(rows), batch.ids.flatten().split(rows), strict=True)
     # Where the logits are many, the backward pass makes them again, a part at a time.
-    kept = len(hidden) <= rows or not torch.is_grad_enabled()
+    whole = len(hidden) <= rows or not torch.is_grad_enabled()
     spelled = [
-        _spell(vae, *part) if kept else checkpoint(_spell, vae, *part, use_reentrant=False) for part in parts
+        _spell(vae, *part) if whole else checkpoint(_spell, vae, *part, use_reentrant=False) for part in parts
     ]
-    nll, right = (torch.cat(own) for own in zip(*spelled, strict=True))
+    nll, right = (torch.cat(parts_of) for parts_of in zip(*spelled, strict=True))
     return within(batch, nll), within(batch, right)
 
 

@@ -95,23 +95,25 @@ def draw_noise(
     shape = (latents, config.latent_dim)
     law = timestep_law(flow or FlowTerms(), config.latent_dim)
     drawn: dict[str, list[Tensor]] = {f.name: [] for f in fields(StepNoise)}
-    for own in generators:
-        drawn["posterior"].append(torch.randn(shape, generator=own))
+    for generator in generators:
+        drawn["posterior"].append(torch.randn(shape, generator=generator))
         if terms is not None and terms.mask > 0:
-            drawn["masked"].append(torch.rand(length, generator=own) < terms.mask_ratio)
-            drawn["masked_posterior"].append(torch.randn(shape, generator=own))
+            drawn["masked"].append(torch.rand(length, generator=generator) < terms.mask_ratio)
+            drawn["masked_posterior"].append(torch.randn(shape, generator=generator))
         if flow is not None:
-            times = law.sample((flow.copies, latents // block if flow.timestep_per == "block" else 1), own)
+            times = law.sample(
+                (flow.copies, latents // block if flow.timestep_per == "block" else 1), generator
+            )
             times = times.expand(flow.copies, latents // block)
             drawn["timestep"].append(times.repeat_interleave(block, 1))
-            drawn["z1"].append(torch.randn((flow.copies, *shape), generator=own))
+            drawn["z1"].append(torch.randn((flow.copies, *shape), generator=generator))
             if flow.prefix_share > 0:
-                drawn["prefix"].append(_draw_prefix(latents, block, flow.prefix_share, own))
+                drawn["prefix"].append(_draw_prefix(latents, block, flow.prefix_share, generator))
             if flow.history_dropout > 0:
-                chances = torch.rand(flow.copies, latents // block, generator=own)
+                chances = torch.rand(flow.copies, latents // block, generator=generator)
                 drawn["alone"].append(chances < flow.history_dropout)
             if isinstance(flow, PriorTerms) and flow.dropout > 0:
-                drawn["dropout"].append(torch.randint(2**31, (), generator=own, dtype=torch.int32))
+                drawn["dropout"].append(torch.randint(2**31, (), generator=generator, dtype=torch.int32))
     return StepNoise(**{name: torch.stack(parts) for name, parts in drawn.items() if parts})
 
 
@@ -160,20 +162,20 @@ def given_tokens(batch: Batch, noise: StepNoise, patch: int) -> Tensor:
 
     A prefix in a sample with a prompt is left out: it would be encoded after the prompt's padding.
     """
-    given = torch.zeros_like(batch.ids, dtype=torch.bool) if batch.trained is None else ~batch.trained
+    given_mask = torch.zeros_like(batch.ids, dtype=torch.bool) if batch.trained is None else ~batch.trained
     if noise.prefix is None:
-        return given
+        return given_mask
     prefix = noise.prefix.repeat_interleave(patch, 1)
     if batch.trained is not None:
         sample = torch.zeros_like(batch.ids) if batch.sample is None else batch.sample
         around = sample == sample.gather(1, prefix.int().argmax(1, keepdim=True))
-        prefix = prefix & ~(given & around).any(1, keepdim=True)
-    return given | prefix
+        prefix = prefix & ~(given_mask & around).any(1, keepdim=True)
+    return given_mask | prefix
 
 
-def pinned_latents(given: Tensor, patch: int) -> Tensor:
+def pinned_latents(given_mask: Tensor, patch: int) -> Tensor:
     """Return which latents are clean and have no flow loss, bool (B, M): those with a given token."""
-    return given.unflatten(1, (-1, patch)).any(-1)
+    return given_mask.unflatten(1, (-1, patch)).any(-1)
 
 
 def sample_of_latents(batch: Batch, patch: int) -> Tensor | None:

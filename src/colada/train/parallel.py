@@ -72,8 +72,8 @@ class Ranks:
         """
         if count % self.size:
             raise ColadaError(f"a batch of {count} rows, expected a multiple of the {self.size} ranks")
-        own = count // self.size
-        return range(self.rank * own, (self.rank + 1) * own)
+        each = count // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over ranks."""

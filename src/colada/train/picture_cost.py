@@ -114,8 +114,8 @@ def codec_phase(name: str, section: PictureVAESection, image: CodecConfig, place
     pairs, (encoder, decoder) = section.batch * section.pairs, _codec_flops(image)
     memory = state_bytes([nn.ModuleDict({"codec": codec})], placement)
     # Each layer's input and output, and its norm's, at each resolution; features double as sides are halved.
-    kept = 4 * 10 * image.width * image.size**2 * 2
-    memory["activations"] = float(placement.micro_batch * section.pairs * kept)
+    stored_bytes = 4 * 10 * image.width * image.size**2 * 2
+    memory["activations"] = float(placement.micro_batch * section.pairs * stored_bytes)
     flops = {"encoder": 3.0 * pairs * encoder, "decoder": 3.0 * pairs * decoder}
     return Phase(name, section.steps, 0, flops, memory, placement, asdict(image) | {"rows": pairs}, 0.0)
 

@@ -166,9 +166,9 @@ class PicturesStage(PriorStage):
         stacked = {name: torch.stack(parts) for name, parts in drawn.items() if parts}
         return PictureNoise(**{name: one.unflatten(0, (len(rows), -1)) for name, one in stacked.items()})
 
-    def _ids(self, text: str, kept: int = 0) -> list[int]:
+    def _ids(self, text: str, reserved: int = 0) -> list[int]:
         """Return a text's tokens, at most the section's number less some that are kept for others."""
-        ids = self.system.tokenizer.encode(text)[: self.section.caption_length - kept]
+        ids = self.system.tokenizer.encode(text)[: self.section.caption_length - reserved]
         return ids or [self.system.pad_id]
 
     def _padded(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:

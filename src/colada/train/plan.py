@@ -279,12 +279,12 @@ def _matched_steps(recipe: Recipe, name: str) -> int:
         raise ColadaError(f"recipe: stages.{name}.steps=0 with model.init, expected a number of steps")
     vae, dit = _cola_configs(recipe)
     cola = _phases(recipe, recipe.stages_of("cola"), {"vae": vae, "dit": dit}, 1)
-    wanted = sum(phase.steps * sum(phase.flops.values()) for phase in cola)
-    if wanted == 0:
+    cola_flops = sum(phase.steps * sum(phase.flops.values()) for phase in cola)
+    if cola_flops == 0:
         raise ColadaError(f"recipe: stages.{name}.steps=0 with no steps of Cola DLM's stages to match")
     one = {name: recipe.stages[name].model_copy(update={"steps": 1})}
     (phase,) = _phases(_with_stages(recipe, one), one, configs_of(recipe), 1)
-    return max(1, round(wanted / sum(phase.flops.values())))
+    return max(1, round(cola_flops / sum(phase.flops.values())))
 
 
 def configs_of(recipe: Recipe) -> dict[str, NetworkConfig]:
@@ -299,8 +299,8 @@ def configs_of(recipe: Recipe) -> dict[str, NetworkConfig]:
             vae, dit = _cola_configs(recipe)
         else:
             vae, dit = read_configs(locate(init))
-            own = recipe.tokenizer.file is None
-            dit = recipe.check_configs(vae, dit, vae.vocab_size if own else vocab_size(recipe))
+            of_model = recipe.tokenizer.file is None
+            dit = recipe.check_configs(vae, dit, vae.vocab_size if of_model else vocab_size(recipe))
         image = recipe.image_config(vae)
         if init is not None and (locate(init) / IMAGE_DIR).is_dir():
             image = read_codec_config(locate(init))

@@ -16,19 +16,19 @@ _PACKAGES = ("numpy", "tokenizers", "safetensors", "pyarrow", "datasets")
 
 def provenance(device: torch.device) -> dict[str, str]:
     """Return versions, the source's commit where it is a git checkout, and the device, by name."""
-    found = {"colada": colada.__version__, "python": platform.python_version()}
-    found["torch"] = torch.__version__  # What is installed may not say for which device it was built.
+    versions = {"colada": colada.__version__, "python": platform.python_version()}
+    versions["torch"] = torch.__version__  # What is installed may not say for which device it was built.
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
     commit = _commit()
     if commit is not None:
-        found["commit"] = commit
+        versions["commit"] = commit
     cuda = device.type == "cuda"
-    found["device"] = torch.cuda.get_device_name(device) if cuda else platform.machine()
-    return found
+    versions["device"] = torch.cuda.get_device_name(device) if cuda else platform.machine()
+    return versions
 
 
 def _commit() -> str | None:

@@ -174,8 +174,8 @@ class Recipe(Section):
         config = DecoderConfig.from_dict({**filled, **self.model.decoder}, "recipe: model.decoder")
         for name, value in (("vocab_size", vocab_size), ("objective", self.model.arch)):
             if getattr(config, name) != value:
-                found = getattr(config, name)
-                raise ColadaError(f"recipe: model.decoder.{name}={found!r}, expected {value!r}")
+                value_there = getattr(config, name)
+                raise ColadaError(f"recipe: model.decoder.{name}={value_there!r}, expected {value!r}")
         return config
 
     def check_configs(self, vae: TextVAEConfig, dit: DiTConfig, vocab_size: int) -> DiTConfig:
@@ -264,10 +264,10 @@ def source_weights(section: StageSection, sources: Sequence[Source], where: str 
     reads = [source.format in section.formats for source in sources]
     weights = [weight if read else 0.0 for weight, read in zip(weights, reads, strict=True)]
     plain = [source.format == "text" for source in sources]
-    texts = sum(weight for weight, own in zip(weights, plain, strict=True) if own)
+    texts = sum(weight for weight, is_text in zip(weights, plain, strict=True) if is_text)
     others = sum(weights) - texts
     if isinstance(section, InstructSection) and texts and others:
-        shares = [section.replay / texts if own else (1 - section.replay) / others for own in plain]
+        shares = [section.replay / texts if is_text else (1 - section.replay) / others for is_text in plain]
         weights = [weight * share for weight, share in zip(weights, shares, strict=True)]
     return weights
 
@@ -398,8 +398,8 @@ def _dumped(name: str, value: Any, indent: str) -> list[str]:
 def difference(old: Recipe, new: Recipe) -> str | None:
     """Return the first key that makes ``new`` another run than ``old``, with both values, or None."""
     network = {"vae", "dit", "image"} if new.model.arch == "cola" else {"decoder"}
-    kept: Any = {"seed": True, "data": True, "tokenizer": True, "model": {"arch", "init"} | network}
-    before, after = (recipe.model_dump(mode="json", include=kept) for recipe in (old, new))
+    compared: Any = {"seed": True, "data": True, "tokenizer": True, "model": {"arch", "init"} | network}
+    before, after = (recipe.model_dump(mode="json", include=compared) for recipe in (old, new))
     for values, recipe in ((before, old), (after, new)):
         # Its rate is resolved to lr, and its settings are of the model; only LLaDA cuts rows.
         unused = {"llada_lr", "generation"} | ({"random_length"} if new.model.arch == "ar" else set())
@@ -422,8 +422,8 @@ def _difference(path: str, before: Any, after: Any) -> str | None:
         return None if before == after else f"{path} was {before!r} and is now {after!r}"
     # Where shards lie and who makes them changes nothing; nor does how a batch is cut.
     keys = (key for key in inner if key not in ("cache", "workers", "micro_batch"))
-    found = (_difference(f"{path}.{key}".lstrip("."), before[key], after[key]) for key in keys)
-    return next((words for words in found if words), None)
+    differences = (_difference(f"{path}.{key}".lstrip("."), before[key], after[key]) for key in keys)
+    return next((words for words in differences if words), None)
 
 
 def _set(values: dict[str, Any], key: str, value: Any, override: str) -> None:

@@ -40,10 +40,10 @@ def integrate(
     """Return where a solver takes noise (B, K, M, C); other arguments as :func:`predict`."""
     grid, alpha, beta = solver()
     z, guesses = place(noise, pinned), list[Tensor]()
-    for a, kept, weights in zip(grid, alpha, beta, strict=True):
+    for a, z_factor, weights in zip(grid, alpha, beta, strict=True):
         timestep = (T * a).expand(z.shape[:-1])
         guesses.append(guided.guess(z, timestep, clean, pinned, sample))
-        moved = kept * z
+        moved = z_factor * z
         for weight, guess in zip(weights, guesses, strict=True):
             moved = moved + weight * guess
         z = place(moved, pinned)
@@ -63,9 +63,9 @@ class SolverStage(TaughtStage):
         assert isinstance(dit, DiT)
         # A network with guidance built in is not guided; any other one as its teacher is.
         alone = dit.config.distilled is not None
-        own = (section.guidance, section.guidance_cap, section.guidance_rescale)
+        guidance = (section.guidance, section.guidance_cap, section.guidance_rescale)
         solver.fitted.fill_(True)
-        solver.guidance.copy_(torch.tensor((1.0, 0.0, 0.0) if alone else own))
+        solver.guidance.copy_(torch.tensor((1.0, 0.0, 0.0) if alone else guidance))
 
     def _numbers(self, number: Tensor) -> list[int]:
         """Return kept rows: of the last ones in a validation, else of the others."""
@@ -73,8 +73,8 @@ class SolverStage(TaughtStage):
         held = max(1, self._kept.rows // _HELD)
         rest = max(1, self._kept.rows - held)
         if not torch.is_grad_enabled():
-            return [self._kept.rows - held + own % held for own in number.tolist()]
-        return [own % rest for own in number.tolist()]
+            return [self._kept.rows - held + row % held for row in number.tolist()]
+        return [row % rest for row in number.tolist()]
 
     def count(self, rows: Batch, noise: StepNoise) -> Counts:
         """Return a batch's share in the counts of its step; in a validation, that of the kept rows."""

@@ -239,21 +239,22 @@ class Stage(ABC):
     def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
         self.system, self.recipe, self.name = system, system.recipe, name
         self.section, self.number = self.recipe.stages[name], self.recipe.number(name)
-        self.networks = nn.ModuleDict({own: system.ready(own, lay_out) for own in self.learns})
+        self.networks = nn.ModuleDict({network: system.ready(network, lay_out) for network in self.learns})
         for network in self.networks.values():
             train = self.section.train if isinstance(self.section, FlowTerms) else "all"
             choose(network, train, getattr(self.section, "landing_time", False))
         self.frozen = {
-            own: system.ready(own, lay_out).requires_grad_(False) for own in frozen_in(self.recipe, name)
+            network: system.ready(network, lay_out).requires_grad_(False)
+            for network in frozen_in(self.recipe, name)
         }
-        for own, of in self.teachers.items():
-            self.frozen[own] = self.teacher(of, lay_out)
+        for role, teacher_of in self.teachers.items():
+            self.frozen[role] = self.teacher(teacher_of, lay_out)
         self.memory: dict[str, Tensor] = {}
         self.best = self.networks
         self.optimisers: list[torch.optim.Optimizer] = []
-        for own, network in self.networks.items():
-            self.optimisers += make_optimisers(network, self.section, self.rate(own))
-        configs = {own: network.config for own, network in system.networks.items()}
+        for network_name, network in self.networks.items():
+            self.optimisers += make_optimisers(network, self.section, self.rate(network_name))
+        configs = {network_name: network.config for network_name, network in system.networks.items()}
         phases = self.phases(self.recipe, name, configs, Placement(1))
         self._flops = [sum(phase.flops.values()) for phase in phases]
         self._tokens = [phase.tokens for phase in phases]
@@ -325,8 +326,8 @@ class Stage(ABC):
 def stage_class(section: StageSection) -> type[Stage]:
     """Return the class of a stage's kind."""
     module, _, name = section.stage.partition(":")
-    found: type[Stage] = getattr(import_module(module), name)
-    return found
+    kind: type[Stage] = getattr(import_module(module), name)
+    return kind
 
 
 def frozen_in(recipe: Recipe, name: str) -> list[str]:
@@ -338,7 +339,7 @@ def frozen_in(recipe: Recipe, name: str) -> list[str]:
             break
         if section.steps:
             names |= dict.fromkeys(stage_class(section).learns)
-    return [own for own in names if own not in kind.learns]
+    return [network for network in names if network not in kind.learns]
 
 
 def make_stage(system: System, name: str, lay_out: LayOut) -> Stage:

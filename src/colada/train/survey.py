@@ -46,24 +46,24 @@ def survey(recipe: Recipe) -> list[Survey]:
     if recipe.tokenizer.file is not None:
         tokenizer = Tokenizer.from_file(recipe.tokenizer.file)
     elif recipe.model.init is not None:
-        own = find_tokenizer(locate(recipe.model.init))
-        tokenizer = None if own is None else Tokenizer.from_file(own)
+        file = find_tokenizer(locate(recipe.model.init))
+        tokenizer = None if file is None else Tokenizer.from_file(file)
     elif texts:
         try:
             tokenizer = Tokenizer.train(texts, recipe.tokenizer.vocab_size, fewer=True)
         except ColadaError:
             if all(share == 1 for _, share, _ in samples):
                 raise  # The sample is all there is: the run would end here too.
-    found = []
+    surveys = []
     for source, (name, share, sample) in zip(recipe.data.sources, samples, strict=True):
         if source.hub is not None:
-            found.append(Survey(name, None, None))
+            surveys.append(Survey(name, None, None))
             continue
         # Where no tokenizer can be had, as many as a large one makes of English.
         lengths = [len(tokenizer.encode(text)) if tokenizer else len(text) // 4 for text in sample]
         tokens = sum(lengths) + len(sample)
-        found.append(Survey(name, round(len(sample) / share), round(tokens / share)))
-    return found
+        surveys.append(Survey(name, round(len(sample) / share), round(tokens / share)))
+    return surveys
 
 
 def _sample(recipe: Recipe, source: Source) -> tuple[str, float, list[str]]:

@@ -66,42 +66,47 @@ class TaughtStage(PriorStage):
 
     def begin(self, beginning: Beginning) -> None:
         """Make what is missing of the trajectories, on the first rank, which checks those that are there."""
-        kept = self.section.trajectories
-        if kept is None:
+        trajectories = self.section.trajectories
+        if trajectories is None:
             return
         whole = beginning.whole({"vae": self.vae, "teacher": self.frozen["teacher"]})
         if whole is not None:
             self._make(beginning, whole)
         beginning.ranks.wait()
-        self._kept = Trajectories(Path(kept.path), kept.rows, {})
+        self._kept = Trajectories(Path(trajectories.path), trajectories.rows, {})
 
     def _made_of(self, beginning: Beginning, whole: Mapping[str, nn.Module]) -> dict[str, Any]:
-        section, kept = self.section, self.section.trajectories
-        assert kept is not None
+        section, trajectories = self.section, self.section.trajectories
+        assert trajectories is not None
         return {
             "teacher": digest(whole["teacher"]),
             "Text VAE": digest(whole["vae"]),
             **{key: getattr(section, key) for key in ("guidance", "guidance_cap", "guidance_rescale")},
             **{key: getattr(section, key) for key in ("length", "prefix_share")},
-            **{key: getattr(kept, key) for key in ("rows", "substeps", "solver")},
-            "grid": list(kept.grid),
+            **{key: getattr(trajectories, key) for key in ("rows", "substeps", "solver")},
+            "grid": list(trajectories.grid),
             "seed": self.recipe.seed,
             "text": beginning.text,
             "weights": source_weights(section, self.recipe.data.sources),
         }
 
     def _make(self, beginning: Beginning, whole: Mapping[str, nn.Module]) -> None:
-        section, kept, vae, teacher = self.section, self.section.trajectories, whole["vae"], whole["teacher"]
-        assert kept is not None
+        section, trajectories, vae, teacher = (
+            self.section,
+            self.section.trajectories,
+            whole["vae"],
+            whole["teacher"],
+        )
+        assert trajectories is not None
         assert isinstance(vae, TextVAE)
         assert isinstance(teacher, DiT)
-        files = Trajectories(Path(kept.path), kept.rows, self._made_of(beginning, whole))
+        files = Trajectories(Path(trajectories.path), trajectories.rows, self._made_of(beginning, whole))
         missing, rows = files.missing, beginning.rows(self.recipe.seed)
-        settings = sampler(kept, section.guidance, section.guidance_cap, section.guidance_rescale)
+        settings = sampler(trajectories, section.guidance, section.guidance_cap, section.guidance_rescale)
         device = beginning.ranks.device
-        done = kept.rows - sum(len(files.numbers(part)) for part in missing)
+        done = trajectories.rows - sum(len(files.numbers(part)) for part in missing)
         title = f"{self.name}: trajectories"
-        with beginning.display.task(title, kept.rows, done, passing=True, unit="rows"):
+        with beginning.display.task(title, trajectories.rows, done, passing=True, unit="rows"):
             for part in missing:
                 if beginning.stopped():
                     return
@@ -109,11 +114,16 @@ class TaughtStage(PriorStage):
                 some, noise = batch(rows, numbers), self._fixed(numbers)
                 networks = vae.to(device), teacher.to(device)
                 states = roll_out(
-                    *networks, some.to(device), noise.to(device), settings, kept.grid, self.system.pad_id
+                    *networks,
+                    some.to(device),
+                    noise.to(device),
+                    settings,
+                    trajectories.grid,
+                    self.system.pad_id,
                 )
                 files.keep(part, some, states)
                 done += len(numbers)
-                beginning.display.advance(done, kept.rows)
+                beginning.display.advance(done, trajectories.rows)
 
     def _fixed(self, numbers: Sequence[int]) -> StepNoise:
         """Return what is drawn for rows whose trajectories are kept: the same whenever they are used."""
@@ -129,22 +139,22 @@ class TaughtStage(PriorStage):
         assert noise.number is not None
         numbers = self._numbers(noise.number)
         fixed = self._fixed(numbers)
-        kept, states = self._kept.read(numbers)
-        own = dataclasses.replace(
+        stored_rows, states = self._kept.read(numbers)
+        stored_noise = dataclasses.replace(
             noise, posterior=fixed.posterior, prefix=fixed.prefix, states=states.float()
         )
-        return kept, own
+        return stored_rows, stored_noise
 
     def _numbers(self, number: Tensor) -> list[int]:
         """Return which kept rows rows of these numbers take: after the last one the first again."""
         assert self._kept is not None
-        return [own % self._kept.rows for own in number.tolist()]
+        return [row % self._kept.rows for row in number.tolist()]
 
     def _at(self, states: Tensor, timestep: Tensor) -> Tensor:
         """Return states (B, M, P, C) at timesteps (B, K, M) of the kept ones: (B, K, M, C)."""
         assert self.section.trajectories is not None
-        kept = T * torch.tensor(self.section.trajectories.grid, dtype=timestep.dtype, device=timestep.device)
-        place_of = (timestep[..., None] - kept).abs().argmin(-1)
+        times = T * torch.tensor(self.section.trajectories.grid, dtype=timestep.dtype, device=timestep.device)
+        place_of = (timestep[..., None] - times).abs().argmin(-1)
         copies = states[:, None].expand(-1, timestep.shape[1], -1, -1, -1)
         index = place_of[..., None, None].expand(*place_of.shape, 1, states.shape[-1])
         return copies.gather(3, index).squeeze(3)

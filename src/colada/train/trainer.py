@@ -284,13 +284,13 @@ class Trainer:
         stage.best = best
         meter = Meter(self.ranks, DTYPES[run.precision])
         with self.display.task(stage.name, section.steps, progress.step):
-            for step, (own, noise) in self._ahead(stage, rows, progress.step):
+            for step, (own_rows, noise) in self._ahead(stage, rows, progress.step):
                 try:
-                    own, noise = stage.rollouts(step, own, noise)
+                    own_rows, noise = stage.rollouts(step, own_rows, noise)
                 except ColadaError as error:
                     self._save(stage, average, progress, wait=True)
                     raise ColadaError(f"{stage.name} step {step + 1}: {error}; saved") from None
-                terms, norm = self._step(stage, step, own, noise)
+                terms, norm = self._step(stage, step, own_rows, noise)
                 if norm is None:
                     progress.skipped += 1
                     self.display.say(f"{stage.name} step {step + 1}: not finite, skipped")
@@ -357,32 +357,32 @@ class Trainer:
                     coming = worker.submit(make, step + 1)
                 yield step, ready
 
-    def _passes(self, stage: Stage, own: Batch, noise: RowTensors) -> Iterator[tuple[Batch, RowTensors]]:
+    def _passes(self, stage: Stage, own_rows: Batch, noise: RowTensors) -> Iterator[tuple[Batch, RowTensors]]:
         """Yield the micro-batches of a step on the device."""
-        size = (stage.section.micro_batch or len(own)) * (stage.section.group or 1)
-        for begin in range(0, len(own), size):
-            end = min(begin + size, len(own))
-            yield own.rows(begin, end).to(self.device), noise.rows(begin, end).to(self.device)
+        size = (stage.section.micro_batch or len(own_rows)) * (stage.section.group or 1)
+        for begin in range(0, len(own_rows), size):
+            end = min(begin + size, len(own_rows))
+            yield own_rows.rows(begin, end).to(self.device), noise.rows(begin, end).to(self.device)
 
-    def _counts(self, stage: Stage, own: Batch, noise: RowTensors) -> Counts:
+    def _counts(self, stage: Stage, own_rows: Batch, noise: RowTensors) -> Counts:
         """Return the counts of the whole step, over all ranks."""
-        counts = stage.count(own, noise)
+        counts = stage.count(own_rows, noise)
         values = self.ranks.sum(torch.tensor(astuple(counts), dtype=torch.float64))
         return Counts(*(max(1.0, value) for value in values.tolist()))
 
     def _step(
-        self, stage: Stage, step: int, own: Batch, noise: RowTensors
+        self, stage: Stage, step: int, own_rows: Batch, noise: RowTensors
     ) -> tuple[dict[str, Tensor], float | None]:
         """Take one optimiser step.
 
         Returns: the loss terms, and the gradient's norm; None where the step was skipped because
             the loss or the norm is not finite.
         """
-        counts = self._counts(stage, own, noise)
+        counts = self._counts(stage, own_rows, noise)
         stage.networks.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)
-        for rows, drawn in self._passes(stage, own, noise):
+        for rows, drawn in self._passes(stage, own_rows, noise):
             with self.system.autocast(self.device):
                 loss = stage.loss(stage.networks, rows, drawn, counts, step)
             # Gradients are averaged over the ranks, the losses are to be summed.
@@ -408,9 +408,9 @@ class Trainer:
         """Return the mean of each loss term over the same validation rows, noise and timesteps every time."""
         number = max(1, self.recipe.run.validation_rows // self.ranks.size) * self.ranks.size
         numbers = self.ranks.share(number)
-        own, noise = batch(rows, numbers), stage.draw([VALIDATION_ROW + row for row in numbers])
-        counts, terms = self._counts(stage, own, noise), dict[str, Tensor]()
-        for part, drawn in self._passes(stage, own, noise):
+        own_rows, noise = batch(rows, numbers), stage.draw([VALIDATION_ROW + row for row in numbers])
+        counts, terms = self._counts(stage, own_rows, noise), dict[str, Tensor]()
+        for part, drawn in self._passes(stage, own_rows, noise):
             with self.system.autocast(self.device):
                 add_terms(terms, stage.loss(networks, part, drawn, counts, step).terms)
         values = self._readable(terms)

@@ -115,7 +115,7 @@ class Trajectories:
         rows = [number % self.rows for number in numbers]
         each = [self._row(row // PART, row % PART) for row in rows]
         names = each[0].keys()
-        tensors = {name: torch.stack([own[name] for own in each]) for name in names}
+        tensors = {name: torch.stack([row_tensors[name] for row_tensors in each]) for name in names}
         return Batch(tensors["ids"], tensors.get("sample"), tensors.get("trained")), tensors["states"]
 
     def _row(self, part: int, row: int) -> dict[str, Tensor]:
@@ -183,14 +183,16 @@ def roll_out(
     for row, begin, end in _samples(batch, vae.config.patch_size):
         slot = _slot(row * length + begin, end - begin, size, settings, clean[row, :0], pinned, row, begin)
         slots.append((slot, row, begin))
-    slots.sort(key=lambda own: -own[0].wanted)  # Equal histories are neighbours, which attend in one call.
+    slots.sort(
+        key=lambda member: -member[0].block_count
+    )  # Equal histories are neighbours, which attend in one call.
     states = clean.new_zeros(len(batch), length, len(stops), width)
-    for number in range(max((slot.wanted for slot, _, _ in slots), default=0)):
-        going = [own for own in slots if number < own[0].wanted]
+    for number in range(max((slot.block_count for slot, _, _ in slots), default=0)):
+        going = [member for member in slots if number < member[0].block_count]
         here = [(row, slice(begin + number * size, begin + (number + 1) * size)) for _, row, begin in going]
         z = torch.stack([z1[row, block] for row, block in here])
-        for column, kept in enumerate(_along(transport, [slot for slot, _, _ in going], z, stops)):
-            for (row, block), latents in zip(here, kept, strict=True):
+        for column, states_at in enumerate(_along(transport, [slot for slot, _, _ in going], z, stops)):
+            for (row, block), latents in zip(here, states_at, strict=True):
                 states[row, block, column] = latents
         for (slot, _, _), (row, block) in zip(going, here, strict=True):
             # What follows sees the row's own latents, not what was made here.
@@ -210,18 +212,18 @@ def _slot(
     begin: int,
 ) -> LatentSlot:
     """Return a sample of a row as a request without prompt, which is under way."""
-    own = slice(begin, begin + length)
-    where = nothing.new_zeros(0, dtype=torch.bool) if pinned is None else pinned.where[row, own]
+    span = slice(begin, begin + length)
+    where = nothing.new_zeros(0, dtype=torch.bool) if pinned is None else pinned.where[row, span]
     return LatentSlot(
         Request((), length, settings),
         start=start,
         length=length,
         prefix=0,
         tail=len(where),
-        wanted=length // size,
+        block_count=length // size,
         where=where,
         prompt=len(where),
-        latents=nothing if pinned is None else pinned.latents[row, own],
+        latents=nothing if pinned is None else pinned.latents[row, span],
     )
 
 

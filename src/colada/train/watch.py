@@ -86,10 +86,10 @@ def _continued(recipe: Recipe, model: LanguageModel) -> dict[str, str]:
             done = model.generate(asked, run.sample_tokens, seed=recipe.seed)
         except GenerationError as error:
             return {
-                prompt: own.text if own is not None else f" [no sample: {error.errors[number]}]"
-                for number, (prompt, own) in enumerate(zip(prompts, error.completions, strict=True))
+                prompt: completion.text if completion is not None else f" [no sample: {error.errors[number]}]"
+                for number, (prompt, completion) in enumerate(zip(prompts, error.completions, strict=True))
             }
-    return {prompt: own.text for prompt, own in zip(prompts, done, strict=True)}
+    return {prompt: completion.text for prompt, completion in zip(prompts, done, strict=True)}
 
 
 def drawings(recipe: Recipe, model: LanguageModel) -> tuple[bytes, dict[str, str]] | None:

@@ -51,7 +51,9 @@ GPU_BUCKET = 128
 
 def capacity_for(requests: Iterable[Request], config: TextVAEConfig, slots: int | None = None) -> int:
     """Return the latents of history that the ``slots`` largest of some requests take together, or all."""
-    rooms = sorted((room_of(own, config.patch_size, config.block_size) for own in requests), reverse=True)
+    rooms = sorted(
+        (room_of(request, config.patch_size, config.block_size) for request in requests), reverse=True
+    )
     return sum(rooms[:slots])
 
 
@@ -392,7 +394,7 @@ class Engine(Writer[LatentSlot]):
 
     def _prefixes(self, parts: Iterable[tuple[int, int, Tensor]]) -> list[list[Piece]]:
         """Return what the decoder's histories lack, pass by pass; arguments as :meth:`Transport.commit`."""
-        all_pieces = [piece for own in parts for piece in pieces(*own, self._size, 1, COMMITTED_ROWS)]
+        all_pieces = [piece for part in parts for piece in pieces(*part, self._size, 1, COMMITTED_ROWS)]
         return in_parts(all_pieces, COMMITTED_ROWS)
 
     def _decode_alone(self, prefixes: Iterable[Sequence[Piece]]) -> None:
@@ -442,34 +444,34 @@ class Engine(Writer[LatentSlot]):
         return surest(logits, ~where.repeat_interleave(self._patch))
 
     @plain_torch()
-    def guesses(self, step: TransportStep, wanted: Collection[LatentSlot]) -> dict[LatentSlot, Guess]:
+    def guesses(self, step: TransportStep, asking: Collection[LatentSlot]) -> dict[LatentSlot, Guess]:
         """Return how the blocks of slots would read after this step; one that is not finite does not.
 
         Nothing is committed: the block's own positions of the decoder's memory are written again.
         """
         finite = step.z0.isfinite().flatten(1).all(1).tolist()
-        there = {
+        rows_of = {
             slot: rows
             for slot, rows in _rows_of(self._going).items()
-            if slot in wanted and any(finite[row] for row in rows) and slot.step <= len(slot.evaluations)
+            if slot in asking and any(finite[row] for row in rows) and slot.step <= len(slot.evaluations)
         }
-        if not there:
+        if not rows_of:
             return {}
-        if next(iter(there)).request.draws:
+        if next(iter(rows_of)).request.draws:
             return {
                 slot: Guess(
-                    slot.step, len(slot.evaluations), [], (), step.latents[own.start], step.z0[own.start]
+                    slot.step, len(slot.evaluations), [], (), step.latents[rows.start], step.z0[rows.start]
                 )
-                for slot, own in there.items()
+                for slot, rows in rows_of.items()
             }
-        z0 = step.z0[[row for rows in there.values() for row in rows]]
-        logits = self._logits(list(there), z0)
+        z0 = step.z0[[row for rows in rows_of.values() for row in rows]]
+        logits = self._logits(list(rows_of), z0)
         guesses = {}
-        for slot, spelled in _rows_of(list(there)).items():
+        for slot, spelled in _rows_of(list(rows_of)).items():
             chosen = self._surest(slot, logits[spelled.start : spelled.stop])
-            own, steps = logits[spelled[chosen]], len(slot.evaluations)
-            ids, latents = own.argmax(-1), step.latents[there[slot][chosen]]
-            guesses[slot] = Guess(slot.step, steps, ids.tolist(), confidence(own, ids), latents)
+            slot_logits, steps = logits[spelled[chosen]], len(slot.evaluations)
+            ids, latents = slot_logits.argmax(-1), step.latents[rows_of[slot][chosen]]
+            guesses[slot] = Guess(slot.step, steps, ids.tolist(), confidence(slot_logits, ids), latents)
         return guesses
 
 

@@ -84,8 +84,8 @@ class Graphs:
     def _weights(self) -> list[tuple[int, int]]:
         """Return which parameters there are and where; a quantised one has no place of its own."""
         return [
-            (id(own), own.data_ptr() if type(own) in (Tensor, nn.Parameter) else 0)
-            for own in self._prior.dit.parameters()
+            (id(weight), weight.data_ptr() if type(weight) in (Tensor, nn.Parameter) else 0)
+            for weight in self._prior.dit.parameters()
         ]
 
     def refresh(self) -> None:

@@ -77,10 +77,10 @@ def packed_weight(layer: nn.Linear) -> Tensor:
     with _PACKING, torch.inference_mode(False), torch.no_grad():
         # Outside inference mode, so that those who compute outside it may share the copy.
         sample = _sample(weight)
-        kept = _PACKED.get(layer)
-        fresh = kept is not None and (kept.place, kept.version) == (weight.data_ptr(), version)
-        if kept is not None and fresh and torch.equal(kept.sample, sample):
-            return kept.weight
+        stored = _PACKED.get(layer)
+        fresh = stored is not None and (stored.place, stored.version) == (weight.data_ptr(), version)
+        if stored is not None and fresh and torch.equal(stored.sample, sample):
+            return stored.weight
         _PACKED.pop(layer, None)
         if sum(other.bytes for other in _PACKED.values()) + weight.nbytes > PACKED_BYTES:
             _PACKED.clear()

@@ -84,8 +84,8 @@ class Memory:
 
     def move(self, source: int, target: int, count: int) -> None:
         """Copy the keys and values of so many positions to others, in all layers."""
-        for own in (self.keys, self.values):
-            own[:, target : target + count] = own[:, source : source + count].clone()
+        for store in (self.keys, self.values):
+            store[:, target : target + count] = store[:, source : source + count].clone()
 
     @property
     def bytes(self) -> int:
@@ -279,36 +279,36 @@ class Plan(Rows):
         """Return what is added to the scores of a group, 0 or -inf, (own, length); None where all is seen."""
         if group.blocks == 1:
             return None
-        own = group.blocks * self.size
-        seen = block_causal(own, own, self.size)
+        count = group.blocks * self.size
+        seen = block_causal(count, count, self.size)
         hidden = ~(seen & seen.T if group.apart else seen).to(self.memory.keys.device)
-        mask = self.memory.keys.new_zeros(own, group.length)
-        mask[:, group.length - own :].masked_fill_(hidden, -torch.inf)
+        mask = self.memory.keys.new_zeros(count, group.length)
+        mask[:, group.length - count :].masked_fill_(hidden, -torch.inf)
         return mask
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, kept: int = 0) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, silent: int = 0) -> Tensor:
         """Write keys and values (N, K, D) of one layer to memory, and attend.
 
         Args:
-            q: of the rows from ``kept`` on.
-            kept: 0, or ``clean_rows`` where the clean ones are not needed any more.
+            q: of the rows from ``silent`` on.
+            silent: 0, or ``clean_rows`` where the clean ones are not needed any more.
 
         Returns: (N - kept, K, D).
         """
         keys, values = self.write(k, v, layer)
-        if kept == len(self):
+        if silent == len(self):
             return q
         groups = [*self._clean_groups, *self._groups]
         if layer not in self._views:
             self._views[layer] = [(self._seen(keys, group), self._seen(values, group)) for group in groups]
         outputs = []
         begin = 0
-        first = len(self._clean_groups) if kept else 0
+        first = len(self._clean_groups) if silent else 0
         seen = zip(groups[first:], self._views[layer][first:], self._masks[first:], strict=True)
         for group, (past_keys, past_values), mask in seen:
             end = begin + group.count * group.blocks * self.size
-            own = q[begin:end].unflatten(0, (group.count, -1)).transpose(1, 2)
-            out = F.scaled_dot_product_attention(own, past_keys, past_values, attn_mask=mask)
+            queries = q[begin:end].unflatten(0, (group.count, -1)).transpose(1, 2)
+            out = F.scaled_dot_product_attention(queries, past_keys, past_values, attn_mask=mask)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
             begin = end
         if self.alone:
@@ -363,7 +363,7 @@ class PaddedPlan(Rows):
             for span in [*clean, *noisy]
             for k in range(span.blocks)
         ]
-        first, begin, gap = on_device([[*own] for own in places], device).T[:, :, None]
+        first, begin, gap = on_device([[*place] for place in places], device).T[:, :, None]
         index = first + torch.arange(length, device=device)
         index, last = index + gap * (index >= begin), begin + gap + size
         self.mask = (index < last)[:, None, None]
@@ -387,18 +387,18 @@ class PaddedPlan(Rows):
         self.index.copy_(other.index)
         self.mask.copy_(other.mask)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, kept: int = 0) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, silent: int = 0) -> Tensor:
         """Write keys and values of one layer to memory, and attend; see :meth:`Plan.attend`."""
         keys, values = self.write(k, v, layer)
-        if kept == len(self):
+        if silent == len(self):
             return q
-        first = kept // self.size
+        first = silent // self.size
         index, mask = self.index[first:], self.mask[first:]
         past_keys, past_values = (
             x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
             for x in (keys, values)
         )
-        own = q[: self.written_rows - kept].unflatten(0, (len(index), -1)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(own, past_keys, past_values, attn_mask=mask)
+        queries = q[: self.written_rows - silent].unflatten(0, (len(index), -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(queries, past_keys, past_values, attn_mask=mask)
         out = out.transpose(1, 2).flatten(0, 1)
         return torch.cat([out, self.see_themselves(q, k, v)]) if self.alone else out

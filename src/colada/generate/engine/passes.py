@@ -62,11 +62,11 @@ class Modulation:
 
     def rows(self, moments: Iterable[Moment]) -> dict[Moment, int]:
         """Return the table row of each moment, computing those that are not there."""
-        wanted = set(moments)
-        missing = sorted(wanted - self._row.keys(), key=_pair)
+        asked = set(moments)
+        missing = sorted(asked - self._row.keys(), key=_pair)
         if missing and len(self._row) + len(missing) > max(_KEPT_TIMESTEPS, len(self._output)):
             self._row = {}
-            missing = sorted(wanted, key=_pair)
+            missing = sorted(asked, key=_pair)
         if missing:
             self._add(missing)
         return self._row
@@ -75,7 +75,7 @@ class Modulation:
     def _add(self, moments: list[Moment]) -> None:
         dit, first = self._dit, len(self._row)
         timestep, landing = torch.tensor(
-            [_pair(own) for own in moments], device=dit.txt_in.proj.weight.device
+            [_pair(moment) for moment in moments], device=dit.txt_in.proj.weight.device
         ).unbind(1)
         emb = dit.embed_times(timestep, landing)
         layers = [self._layer(block, emb) for block in blocks_of(dit, self._pictures)]
@@ -141,7 +141,7 @@ class Rows(Protocol):
 
     clean_rows: int
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, kept: int = 0) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, silent: int = 0) -> Tensor:
         """See :meth:`colada.generate.engine.memory.Plan.attend`."""
 
 
@@ -165,14 +165,14 @@ class PriorPass:
         """Take the weights as they are now: what was computed from earlier ones is made anew when wanted."""
         self._blocks = blocks_of(self.dit, self._text is not None)
         layers = [matrices(block) for block in self._blocks]
-        packed = fits_packed([layer for own in layers for layer in own])
+        packed = fits_packed([layer for of_block in layers for layer in of_block])
         make = plain_product if self._differentiable else partial(product, packed=packed)
         shared = self._text._products if self._text is not None else []
         self._products = [
             shared[layer]
             if shared and not isinstance(self.dit.blocks[layer], DualBlock)
-            else tuple(make(one, gelu=number == 2) for number, one in enumerate(own))
-            for layer, own in enumerate(layers)
+            else tuple(make(one, gelu=number == 2) for number, one in enumerate(of_block))
+            for layer, of_block in enumerate(layers)
         ]
         self._refresh_norms()
         self.modulation.forget()
@@ -229,9 +229,9 @@ class PriorPass:
         return x.reshape(-1, config.txt_out_channels).float()
 
     def _block(
-        self, x: Tensor, row: int | Tensor, plan: Rows, rotations: Tensor, layer: int, kept: int
+        self, x: Tensor, row: int | Tensor, plan: Rows, rotations: Tensor, layer: int, silent: int
     ) -> Tensor:
-        """One layer; rows before ``kept`` only leave their keys and values."""
+        """One layer; rows before ``silent`` only leave their keys and values."""
         config = self.dit.config
         to_qkv, from_heads, expand, contract = self._products[layer]
         modulation = self.modulation.at(row, layer)
@@ -240,10 +240,10 @@ class PriorPass:
         weight, bias = self._qk_norms[layer]
         q, k = _turned(qkv[:, :2], weight, bias, config.norm_eps, rotations).unbind(1)
         v = qkv[:, 2]
-        if kept:
-            x, q = x[kept:], q[kept:]
-            modulation = tuple(part[kept:] if part.ndim == 2 else part for part in modulation)
-        attended = plan.attend(q, k, v, layer, kept)
+        if silent:
+            x, q = x[silent:], q[silent:]
+            modulation = tuple(part[silent:] if part.ndim == 2 else part for part in modulation)
+        attended = plan.attend(q, k, v, layer, silent)
         if not len(x):
             return x
         x = torch.addcmul(x, modulation[2], from_heads(attended.flatten(-2)))

@@ -81,7 +81,7 @@ class LatentSlot(Slot):
 
     Attributes:
         start, length: its region of the memory, in latents.
-        prefix, tail, wanted: see :func:`latents_of`.
+        prefix, tail, block_count: see :func:`latents_of`.
         where: bool (tail,), which of the latents still to come are pinned.
         prompt: how many latents its prompt takes, whole blocks.
         latents: (L, C), those of them that are read.
@@ -98,7 +98,7 @@ class LatentSlot(Slot):
     length: int
     prefix: int
     tail: int
-    wanted: int
+    block_count: int
     where: Tensor
     prompt: int
     latents: Tensor
@@ -115,7 +115,7 @@ class LatentSlot(Slot):
     def of(cls, request: Request, start: int, length: int, vae: TextVAE, device: torch.device) -> Self:
         """Return a request that has a region of the memory, before any of its prompt is read."""
         size, none = vae.config.block_size, torch.zeros(0, vae.config.latent_dim, device=device)
-        prefix, tail, wanted = latents_of(request, vae.config.patch_size, size)
+        prefix, tail, block_count = latents_of(request, vae.config.patch_size, size)
         where = torch.ones(tail, dtype=torch.bool, device=device)
         if request.hole is not None:
             where[request.hole[0] - prefix : request.hole[1] - prefix] = False
@@ -129,7 +129,7 @@ class LatentSlot(Slot):
             length=length,
             prefix=prefix,
             tail=tail,
-            wanted=wanted,
+            block_count=block_count,
             where=where,
             prompt=prompt,
             latents=none,
@@ -144,8 +144,8 @@ class LatentSlot(Slot):
     @cached_property
     def evaluations(self) -> list[Evaluation]:
         """All that a block takes."""
-        own = self.request.settings
-        return evaluations_of(own.solver, own.schedule, own.steps, own.early_end)
+        settings = self.request.settings
+        return evaluations_of(settings.solver, settings.schedule, settings.steps, settings.early_end)
 
     @property
     def candidates(self) -> int:
@@ -168,7 +168,7 @@ class LatentSlot(Slot):
     @property
     def done(self) -> bool:
         """Whether nothing more comes."""
-        return self.error is not None or self.blocks == self.wanted
+        return self.error is not None or self.blocks == self.block_count
 
     def pinned_block(self, size: int) -> tuple[Tensor, Tensor]:
         """Return which latents of the coming block are pinned (size,), and to what (size, C)."""

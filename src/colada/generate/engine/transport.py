@@ -101,8 +101,8 @@ class _Pass(NamedTuple):
 
 def _numbers(evaluation: Evaluation, width: int) -> list[float]:
     """Return an evaluation as numbers, with so many weights."""
-    kept = 1.0 if evaluation.kept is None else evaluation.kept
-    return [evaluation.a, kept, *evaluation.weights, *[0.0] * (width - len(evaluation.weights))]
+    z_factor = 1.0 if evaluation.z_factor is None else evaluation.z_factor
+    return [evaluation.a, z_factor, *evaluation.weights, *[0.0] * (width - len(evaluation.weights))]
 
 
 def _is_guided(slot: LatentSlot, a: float) -> bool:
@@ -118,8 +118,8 @@ def _last_velocities(slots: Sequence[LatentSlot], none: Tensor) -> list[Tensor]:
     return [
         torch.cat(
             [
-                own[age] if age < len(own) else none.expand(slot.candidates, -1, -1)
-                for slot, own in zip(slots, begun, strict=True)
+                velocities[age] if age < len(velocities) else none.expand(slot.candidates, -1, -1)
+                for slot, velocities in zip(slots, begun, strict=True)
             ]
         )
         for age in range(max(map(len, begun)))
@@ -182,8 +182,8 @@ class Transport:
         riding = self._commit(slots)
         committed = [latents for _, latents in riding]
         pins = [slot.pinned_block(self._size) for slot in members]
-        where = torch.stack([own for own, _ in pins])
-        pinned = torch.stack([own for _, own in pins])
+        where = torch.stack([pin for pin, _ in pins])
+        pinned = torch.stack([pin for _, pin in pins])
         any_pinned = any(slot.tail > slot.blocks * self._size for slot in slots)
         passes = self._passes(members, [span for span, _ in riding], where, any_pinned)
         mask = where[..., None]
@@ -211,14 +211,14 @@ class Transport:
             conditional, unconditional = output[: shape.active], output[shape.rows :]
             if shape.guided is not None:
                 unconditional = unconditional[: len(shape.guided)]
-            a, kept, *weights = numbers
+            a, z_factor, *weights = numbers
             free = ~where[: shape.active] if shape.bounded else None
             velocity, z0 = estimate(now, a, conditional, unconditional, shape.guided, shape.guidance, free)
             if guess is not None:
                 guess = torch.where(mask[: shape.active], pinned[: shape.active], now - a * conditional)
-            past = [own[: shape.active] for own in velocities]
+            past = [velocity_before[: shape.active] for velocity_before in velocities]
             if pointed is not None:
-                velocity, now = torch.where(pointed, z0, velocity), kept * now
+                velocity, now = torch.where(pointed, z0, velocity), z_factor * now
             velocities = [velocity, *past][: len(weights)]
             z, z0 = torch.cat([advance(now, velocities, weights), finished]), torch.cat([z0, finished])
             if any_pinned:
@@ -231,7 +231,7 @@ class Transport:
             if slot.left <= len(passes):
                 slot.begun = None
             else:
-                last = [own[rows_of] for own in velocities]
+                last = [velocity_before[rows_of] for velocity_before in velocities]
                 slot.begun = Begun(done, z[rows_of], last, None if guess is None else guess[rows_of])
 
     def _with_guesses(self, latents: Tensor, guess: Tensor, shape: _Shape) -> Tensor:
@@ -258,9 +258,9 @@ class Transport:
         riding: list[Piece] = []
         for slot in slots:
             new = slot.start, slot.history, slot.uncommitted
-            own = pieces(*new, self._size, patch, COMMITTED_ROWS, slot.shift)
+            new_pieces = pieces(*new, self._size, patch, COMMITTED_ROWS, slot.shift)
             fits = self._bucket is None or len(slot.uncommitted) == self._size
-            (riding if fits else alone).extend(own)
+            (riding if fits else alone).extend(new_pieces)
         if self._bucket is None:
             *parts, riding = in_parts(riding, COMMITTED_ROWS) or [[]]
         else:
@@ -277,8 +277,8 @@ class Transport:
                 (L, C) that follow.
         """
         patch = self.dit.config.patch_size
-        own = [piece for part in parts for piece in pieces(*part, self._size, patch, COMMITTED_ROWS)]
-        for some in in_parts(own, COMMITTED_ROWS):
+        all_pieces = [piece for part in parts for piece in pieces(*part, self._size, patch, COMMITTED_ROWS)]
+        for some in in_parts(all_pieces, COMMITTED_ROWS):
             self._commit_alone(some)
 
     def _commit_alone(self, part: Sequence[Piece]) -> None:
@@ -297,13 +297,18 @@ class Transport:
         count = min(round_steps(slots), slots[0].left)
         coming = [slot.evaluations[len(slot.evaluations) - slot.left :][:count] for slot in slots]
         moment = self._prior.modulation.moment
-        table = self._prior.modulation.rows([0.0, *(moment(each) for own in coming for each in own)])
+        table = self._prior.modulation.rows(
+            [0.0, *(moment(each) for evaluations in coming for each in evaluations)]
+        )
         width = max(map(memory, coming))
         # Of every evaluation and row its numbers; nothing for those who have ended.
-        padded = [[_numbers(own, width) for own in every] for every in coming]
+        padded = [[_numbers(evaluation, width) for evaluation in evaluations] for evaluations in coming]
         none = [0.0] * (2 + width)
         numbers = on_device(
-            [[own[number] if number < len(own) else none for own in padded] for number in range(count)],
+            [
+                [row_numbers[number] if number < len(row_numbers) else none for row_numbers in padded]
+                for number in range(count)
+            ],
             device,
             torch.float32,
         )
@@ -311,9 +316,9 @@ class Transport:
         shapes: dict[tuple[int, int, tuple[int, ...]], _Shape] = {}
         passes = []
         for number in range(count):
-            now = [own[number] for own in coming if number < len(own)]
+            now = [evaluations[number] for evaluations in coming if number < len(evaluations)]
             active = len(now)
-            guided = [row for row, own in enumerate(now) if _is_guided(slots[row], own.a)]
+            guided = [row for row, evaluation in enumerate(now) if _is_guided(slots[row], evaluation.a)]
             commits = clean if number == 0 else []
             key = (len(commits), active, tuple(guided))
             if key not in shapes:
@@ -324,16 +329,18 @@ class Transport:
             where_now = where[:active] if shape.everyone is None else where[shape.everyone]
             row: int | Tensor = table[moment(now[0])]
             if len(set(map(moment, now))) > 1 or commits or any_pinned or self._bucket is not None:
-                own_rows = on_device([table[moment(own)] for own in each], device)[:, None]
+                own_rows = on_device([table[moment(evaluation)] for evaluation in each], device)[:, None]
                 own_rows = torch.where(where_now[:, patch - 1 :: patch], table[0.0], own_rows)
                 row = torch.cat([own_rows.new_full((shape.plan.clean_rows,), table[0.0]), own_rows.flatten()])
             of_latents = None
             if self.dit.config.prediction != "velocity":
-                times = on_device([own.a for own in each], device, torch.float32)
+                times = on_device([evaluation.a for evaluation in each], device, torch.float32)
                 of_latents = (times[:, None] * ~where_now).flatten()
             pointed = None
-            if any(own.kept is not None for own in now):
-                pointed = on_device([own.kept is not None for own in now], device, torch.bool)[:, None, None]
+            if any(evaluation.z_factor is not None for evaluation in now):
+                pointed = on_device(
+                    [evaluation.z_factor is not None for evaluation in now], device, torch.bool
+                )[:, None, None]
             passes.append(_Pass(shape, numbers[number][:, :active], pointed, row, of_latents))
         return passes
 
