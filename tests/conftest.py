@@ -15,6 +15,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from colada.models.cola import ColaDLM
+from colada.text.tokenizer import Tokenizer
+from faults import TEXTS
+from helpers import tiny_dit, tiny_model, tiny_vae
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "parity"
@@ -27,3 +32,22 @@ def parity_cases() -> list[Path]:
     if not cases:
         pytest.skip("no parity fixtures beside the repository (../shared/fixtures/parity)")
     return cases
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(TEXTS, 290)
+
+
+@pytest.fixture(scope="module")
+def speaker(tokenizer: Tokenizer) -> ColaDLM:
+    """A small model with a tokenizer."""
+    return ColaDLM(
+        tiny_vae(3, vocab_size=290), tiny_dit(4), tokenizer, generation={"steps": 2, "guidance": 2.0}
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> ColaDLM:
+    """A small model without one."""
+    return tiny_model(generation={"steps": 2})

@@ -126,3 +126,33 @@ class CrashAt(At):
 
     def act(self) -> None:
         raise ZeroDivisionError("the machine was switched off")
+
+
+SHORT = ["stages.prior.steps=0", "run.sample_every=0"]
+JOINT = ["stages.prior.kind=joint", "stages.prior.vae_lr=0.1", "stages.vae.ema=0.9", "stages.prior.ema=0.95"]
+VARIANTS = {
+    "frozen": ["stages.prior.ema=0"],
+    "joint": [*JOINT, "stages.vae.micro_batch=2", "stages.prior.micro_batch=3"],
+    "interval": [
+        *JOINT,
+        "stages.prior.kind=joint",
+        "stages.prior.interval=[2, 1]",
+        "stages.prior.copies=2",
+        "stages.prior.schedule=wsd",
+    ],
+    "levers": [
+        "stages.vae.ema=0.8",
+        "stages.prior.self_conditioning=0.5",
+        "stages.prior.history_dropout=0.3",
+        "stages.prior.space=half",
+    ],
+    "more levers": [
+        "stages.vae.decoder_only=0.5",
+        "stages.prior.ema=0.9",
+        "stages.prior.consistency=0.7",
+        "stages.prior.consistency_ramp=0.5",
+        "stages.prior.adaptive_timesteps=true",
+        "stages.prior.dropout=0.2",
+    ],
+    "muon": [*JOINT, "stages.vae.optimiser=muon", "stages.prior.optimiser=muon"],
+}

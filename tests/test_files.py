@@ -16,16 +16,9 @@ import pytest
 
 from colada import files, strict_yaml
 from colada.errors import ColadaError
+from faults import refused
 
 yaml = pytest.importorskip("yaml", reason="needs colada-lm[train]")
-
-
-def refused(call: Callable[[], object]) -> str:
-    """What is said, in one line."""
-    with pytest.raises(ColadaError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 READERS = [
