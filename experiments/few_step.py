@@ -33,7 +33,7 @@ from colada.evaluate.variety import words
 from colada.files import write_json
 from colada.flow import evaluations_of
 from colada.generate.settings import TextRequest
-from colada.models.bound import Kind, TextScore
+from colada.models.bound import LikelihoodKind, TextScore
 from colada.models.cola import ColaDLM
 from colada.models.load import load, load_cola
 from colada.report.style import INK, SERIES, styled
@@ -59,7 +59,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 class TrigramJudge:
     """The trigram model where there is no other judge; its tokens are words."""
 
-    kind: Kind = "exact"
+    kind: LikelihoodKind = "exact"
 
     def __init__(self, trigrams: Trigrams) -> None:
         self.trigrams, self.origin = trigrams, "word trigrams"

@@ -17,7 +17,7 @@ from colada.errors import ColadaError
 from colada.generate import noise as noise_rules
 from colada.generate.engine import kernels
 from colada.generate.engine.engine import Engine
-from colada.generate.engine.memory import Memory, Plan, Regions, Span
+from colada.generate.engine.memory import Memory, Regions, Span, ViewRows
 from colada.generate.engine.passes import Modulation
 from colada.generate.engine.slots import room_of
 from colada.generate.noise import sample_noise
@@ -402,7 +402,7 @@ def test_a_plan_attends_as_a_dense_mask_does() -> None:
         [Span(0, 2), Span(0, 4), Span(30, 36)],
         [Span(0, 6), Span(10, 16), Span(20, 26), Span(30, 38)],
     )
-    plan = Plan(memory, clean, noisy, 2, size)
+    plan = ViewRows(memory, clean, noisy, 2, size)
     q, k, v = torch.randn(3, len(plan), 3, 4, generator=generator).unbind()
     assert plan.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 4, 5, 4, 5, 6, 7, 0, 1, 0, 1]
 

@@ -21,7 +21,7 @@ from colada.cli.evaluate import eval_app
 from colada.errors import ColadaError
 from colada.evaluate.data import Benchmark, load_benchmark, load_prompts
 from colada.evaluate.outputs import read_outputs
-from colada.evaluate.run import RESULTS_FILE, Part, Results, evaluate, fingerprint, item_seed
+from colada.evaluate.run import RESULTS_FILE, EvaluationRank, Results, evaluate, fingerprint, item_seed
 from colada.evaluate.statistics import average, score, wilson
 from colada.evaluate.tasks import TASKS, Item
 from colada.generate.settings import TextRequest
@@ -283,7 +283,7 @@ def test_ranks_share_the_items_and_the_last_joins_them(
     asked: list[str] = []
     for turn, rank in enumerate(order):
         model = Parrot()
-        results = evaluate(model, [colours], tmp_path / "three", part=Part(rank, 3), batch=2)
+        results = evaluate(model, [colours], tmp_path / "three", part=EvaluationRank(rank, 3), batch=2)
         assert (results is not None) == (turn == 2)
         expected = [item.prefix + item.prompt for item in colours.items[rank::3]]
         assert sorted(model.asked) == sorted(expected)
@@ -299,7 +299,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, colours: Ben
     out = tmp_path / "out"
     for rank in (0, 1):
         with pytest.raises(KeyboardInterrupt):
-            evaluate(Parrot(fails_after=1), [colours], out, part=Part(rank, 2), batch=2)
+            evaluate(Parrot(fails_after=1), [colours], out, part=EvaluationRank(rank, 2), batch=2)
     # The second was stopped within a line.
     half = out / "obqa.rank1of2.jsonl"
     half.write_bytes(half.read_bytes()[:-7])
@@ -311,7 +311,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, colours: Ben
 
 def test_a_rank_outside_the_world() -> None:
     with pytest.raises(ColadaError, match="rank 2 of 2, expected 0 to 1"):
-        Part(2, 2)
+        EvaluationRank(2, 2)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from colada.generate.engine import kernels, slots
 from colada.generate.engine.engine import Engine
 from colada.generate.engine.kernels import packed_weight
-from colada.generate.engine.memory import Memory, PaddedPlan, Plan, Span
+from colada.generate.engine.memory import Memory, PaddedRows, Span, ViewRows
 from colada.generate.engine.slots import LatentSlot, shares
 from colada.generate.engine.transport import round_steps
 from colada.generate.settings import TextRequest
@@ -301,7 +301,7 @@ def test_a_padded_pass_attends_once_a_layer_however_many_samples_there_are(
 
 
 def _dense(
-    plan: Plan | PaddedPlan,
+    plan: ViewRows | PaddedRows,
     spans: list[Span],
     rows: list[int],
     q: torch.Tensor,
@@ -337,7 +337,7 @@ def test_spans_of_several_blocks_attend_as_a_dense_mask_does() -> None:
     memory = _random_memory(40)
     clean = [Span(0, 2), Span(0, 8, 3), Span(20, 24, 2), Span(20, 28, 2)]
     noisy = [Span(0, 10), Span(20, 30)]
-    plan = Plan(memory, clean, noisy, 1, 2)
+    plan = ViewRows(memory, clean, noisy, 1, 2)
     assert plan.positions.tolist() == [0, 1, *range(2, 8), *range(4), *range(4, 8), 8, 9, 8, 9, 0, 1]
     q, k, v = torch.randn(3, len(plan), 3, 4, generator=torch.Generator().manual_seed(1)).unbind()
     expected = _dense(plan, [*clean, *noisy], list(range(plan.written_rows)), q, k, v)
@@ -349,7 +349,7 @@ def test_spans_of_several_blocks_attend_as_a_dense_mask_does() -> None:
 def test_padded_plans_attend_as_a_dense_mask_does_and_read_nothing_of_others() -> None:
     memory = _random_memory(40, spare=3)
     clean, noisy = [Span(0, 4)], [Span(0, 6), Span(10, 14), Span(20, 30)]
-    plan = PaddedPlan(memory, clean, noisy, 2, 2, 2, 4, 16)
+    plan = PaddedRows(memory, clean, noisy, 2, 2, 2, 4, 16)
     assert plan.shape == (4, 12, 2, 2, 16)
     q, k, v = torch.randn(3, len(plan), 3, 4, generator=torch.Generator().manual_seed(1)).unbind()
     rows = [0, 1, *range(4, 10)]

@@ -23,7 +23,7 @@ import colada
 from colada.checks import MOST_CHARACTERS
 from colada.errors import ColadaError
 from colada.evaluate.data import Benchmark, load_benchmark
-from colada.evaluate.run import Part, evaluate, fingerprint
+from colada.evaluate.run import EvaluationRank, evaluate, fingerprint
 from colada.evaluate.tasks import TASKS, find_task
 from colada.evaluate.texts import read_texts
 from colada.generate.settings import TextRequest
@@ -226,15 +226,15 @@ def write_lines(path: Path, *records: object) -> Path:
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        (Part(), Part()),
-        (Part(0, 2), Part(0, 2)),
-        (Part(0, 2), Part()),
-        (Part(), Part(1, 2)),
-        (Part(0, 2), Part(2, 3)),
+        (EvaluationRank(), EvaluationRank()),
+        (EvaluationRank(0, 2), EvaluationRank(0, 2)),
+        (EvaluationRank(0, 2), EvaluationRank()),
+        (EvaluationRank(), EvaluationRank(1, 2)),
+        (EvaluationRank(0, 2), EvaluationRank(2, 3)),
     ],
 )
 def test_a_second_run_in_a_directory_is_refused_and_the_first_is_whole(
-    tmp_path: Path, colours: Benchmark, first: Part, second: Part
+    tmp_path: Path, colours: Benchmark, first: EvaluationRank, second: EvaluationRank
 ) -> None:
     out, refused = tmp_path / "out", []
 
@@ -308,7 +308,10 @@ def test_b5_benchmarks_asked_for_wrongly_are_refused_in_one_line(
     tmp_path: Path, name: str, values: list[Any]
 ) -> None:
     path = write_lines(tmp_path / "colours.jsonl", {"id": 1, **RECORD})
-    asks: dict[str, Callable[[Any], object]] = {"task": find_task, "part": lambda value: Part(*value)}
+    asks: dict[str, Callable[[Any], object]] = {
+        "task": find_task,
+        "part": lambda value: EvaluationRank(*value),
+    }
     other = lambda value: load_benchmark(TASKS["obqa"], **{"data": path, name: value})  # noqa: E731
     for value in values:
         with pytest.raises(ColadaError):
@@ -317,8 +320,8 @@ def test_b5_benchmarks_asked_for_wrongly_are_refused_in_one_line(
 
 def test_other_ranks_of_the_same_run_are_let_in(tmp_path: Path, colours: Benchmark) -> None:
     out = tmp_path / "out"
-    other = partial(evaluate, Reader(), [colours], out, part=Part(1, 2))
-    assert evaluate(Reader(other), [colours], out, part=Part(0, 2)) is not None
+    other = partial(evaluate, Reader(), [colours], out, part=EvaluationRank(1, 2))
+    assert evaluate(Reader(other), [colours], out, part=EvaluationRank(0, 2)) is not None
 
 
 def test_an_item_that_fails_is_named_and_the_others_are_kept(tmp_path: Path, colours: Benchmark) -> None:

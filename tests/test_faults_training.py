@@ -30,7 +30,7 @@ from colada.train.checkpoints import Place, find, places
 from colada.train.export import export
 from colada.train.inputs import train_tokenizer
 from colada.train.kinds import StageSection
-from colada.train.logs import Files, read_samples
+from colada.train.logs import LogFiles, read_samples
 from colada.train.optimisation import learning_rate
 from colada.train.parallel import Ranks
 from colada.train.recipe import load_recipe
@@ -412,7 +412,7 @@ def test_b4_a_log_that_is_a_named_pipe_keeps_nobody_waiting(tmp_path: Path) -> N
 
 
 def test_b10_a_sample_with_half_a_character_is_written(tmp_path: Path) -> None:
-    Files(tmp_path).text("prior", 1, "a\udc80", "b\ud800")
+    LogFiles(tmp_path).text("prior", 1, "a\udc80", "b\ud800")
     (sample,) = read_samples(tmp_path / "samples.jsonl")
     assert (sample["title"], sample["text"]) == ("a\udc80", "b\ud800")
 

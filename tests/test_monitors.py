@@ -12,7 +12,7 @@ import pytest
 
 from colada.errors import ColadaError
 from colada.train.logs import (
-    Files,
+    LogFiles,
     Monitor,
     Monitors,
     Point,
@@ -88,7 +88,7 @@ def test_metrics_keep_what_was_logged_up_to_the_point_of_resumption(
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(LINES) + torn)
-    monitor = Files(tmp_path, resume_at)
+    monitor = LogFiles(tmp_path, resume_at)
     assert path.read_text() == "".join(LINES[:kept])
     monitor.log(record("prior", 60, nll=1.0))
     assert path.read_text() == "".join(LINES[:kept]) + json.dumps(record("prior", 60, nll=1.0)) + "\n"
@@ -96,7 +96,7 @@ def test_metrics_keep_what_was_logged_up_to_the_point_of_resumption(
 
 
 def test_metrics_are_in_the_file_at_once_and_read_back(tmp_path: Path) -> None:
-    monitor = Files(tmp_path)
+    monitor = LogFiles(tmp_path)
     for number, one in enumerate(HISTORY, 1):
         monitor.log(one)
         assert read_records(tmp_path / "metrics.jsonl") == HISTORY[:number]
@@ -110,7 +110,7 @@ def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     path = tmp_path / "metrics.jsonl"
-    Files(tmp_path).log(
+    LogFiles(tmp_path).log(
         record("vae", 1, nll=math.nan, kl=math.inf, flow_by_t=[1.0, -math.inf, None], skipped=2)
     )
     written = json.loads(path.read_text(), parse_constant=refuse)
@@ -140,7 +140,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: bytes, said: str) -> None
     path = tmp_path / "metrics.jsonl"
     content = LINES[0].encode() + line + b"\n" + LINES[1].encode()
     path.write_bytes(content)
-    for read in (lambda: read_records(path), lambda: Files(tmp_path, Point(("vae",), 40))):
+    for read in (lambda: read_records(path), lambda: LogFiles(tmp_path, Point(("vae",), 40))):
         with pytest.raises(ColadaError, match=f"^{re.escape(str(path))}, line 2: {said}") as caught:
             read()
         assert "\n" not in str(caught.value)
@@ -153,16 +153,16 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to("/dev/full")
     full = f"cannot write to .*{os.strerror(errno.ENOSPC)}"
     with pytest.raises(ColadaError, match=full):
-        Files(tmp_path).log(HISTORY[0])
+        LogFiles(tmp_path).log(HISTORY[0])
     with pytest.raises(ColadaError, match=full):
-        Files(tmp_path).text("vae", 1, "a", "b")
+        LogFiles(tmp_path).text("vae", 1, "a", "b")
 
 
 # --- samples.jsonl -----------------------------------------------------------------------------------
 
 
 def test_samples_are_read_back_and_cut_at_the_point_of_resumption(tmp_path: Path) -> None:
-    path, monitor = tmp_path / "samples.jsonl", Files(tmp_path)
+    path, monitor = tmp_path / "samples.jsonl", LogFiles(tmp_path)
     texts = ["Once\n\nupon ☕\r\n", '"}\n{"stage": "a quotation"', "", "\u2028\x85end\n"]
     said = [("prior", number // 2 + 1, f"prompt\n{number}", text) for number, text in enumerate(texts)]
     for one in said:
@@ -174,15 +174,15 @@ def test_samples_are_read_back_and_cut_at_the_point_of_resumption(tmp_path: Path
     with path.open("a") as file:
         file.write('{"stage": "pri')
     assert len(read_samples(path)) == 4
-    Files(tmp_path, Point(("vae", "prior"), 1))
+    LogFiles(tmp_path, Point(("vae", "prior"), 1))
     assert [tuple(sample.values()) for sample in read_samples(path)] == said[:2]
-    Files(tmp_path, Point(("vae",), 500))
+    LogFiles(tmp_path, Point(("vae",), 500))
     assert path.read_bytes() == b""
 
 
 def test_a_damaged_samples_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
-    Files(tmp_path).text("vae", 1, "a", "two\nlines")
+    LogFiles(tmp_path).text("vae", 1, "a", "two\nlines")
     with path.open("a") as file:
         file.write('{"stage": "vae", "step": 1, "title": "a"}\n')
     with pytest.raises(ColadaError, match=r"samples\.jsonl, line 2: text=None, expected a text"):
@@ -244,7 +244,7 @@ def test_a_monitor_of_ones_own_is_told_everything(tmp_path: Path) -> None:
     recipe = {"seed": 3}
     monitors = make_monitors([f"{__name__}:Recorder", f"{__name__}:Recorder", "jsonl"], tmp_path, recipe)
     files, own = monitors.monitors
-    assert isinstance(files, Files)
+    assert isinstance(files, LogFiles)
     assert isinstance(own, Recorder)
     assert own.made_with == (tmp_path, recipe)
     monitors.log(HISTORY[0])
@@ -295,6 +295,6 @@ def test_ranks_that_do_not_write_have_no_monitors(tmp_path: Path) -> None:
 
 
 def test_what_is_built_in_is_a_monitor(tmp_path: Path) -> None:
-    for made in (Files(tmp_path), Monitors([])):
+    for made in (LogFiles(tmp_path), Monitors([])):
         assert isinstance(made, Monitor)
     assert isinstance(load_monitor(f"{__name__}:Recorder", tmp_path, {}), Recorder)

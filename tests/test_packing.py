@@ -14,9 +14,9 @@ from colada.errors import ColadaError
 from colada.networks import layers, packing
 from colada.networks.layers import attend
 from colada.networks.packing import (
+    CellKind,
     Cells,
     Group,
-    Kind,
     Layout,
     block_causal,
     pad_to_multiple,
@@ -102,7 +102,7 @@ def may_see_in(task: str, query: Cell, key: Cell) -> bool:
 @pytest.mark.parametrize("copies", [1, 2])
 def test_who_sees_whom_is_the_sources_table(task: str, block: int, copies: int) -> None:
     row = task_cells(task, 3, block, 5, copies)
-    table = torch.tensor([(number, b, getattr(Kind, kind), c) for number, (kind, b, c) in enumerate(row)])
+    table = torch.tensor([(number, b, getattr(CellKind, kind), c) for number, (kind, b, c) in enumerate(row)])
     cells = Cells(*table.unbind(1))
     mask = sees(cells.at((slice(None), None)), cells)
     assert mask.tolist() == [[may_see_in(task, query, key) for key in row] for query in row]

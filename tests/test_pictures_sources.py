@@ -26,7 +26,7 @@ from colada.errors import ColadaError
 from colada.pictures import twemoji
 from colada.pictures.load import Loaded, decode_picture, load_picture
 from colada.pictures.shapes import example
-from colada.pictures.sources import Files, Scenes, open_source
+from colada.pictures.sources import PictureFiles, Scenes, open_source
 
 FRAMES = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
 WHITE = "laid on white where it is transparent"
@@ -342,7 +342,7 @@ def test_generated_scenes_by_name() -> None:
 def test_about_a_share_of_files_validates_and_equal_pairs_stay_together() -> None:
     captions = tuple(f"picture {n // 2}" for n in range(1000))
     pictures = np.zeros((1000, 2, 2, 3), np.uint8)
-    training, validation = Files("f", captions, pictures).split(0.1)
+    training, validation = PictureFiles("f", captions, pictures).split(0.1)
     assert validation is not None
     assert 60 < validation.count < 140
     assert training.count + validation.count == 1000
@@ -441,7 +441,7 @@ def test_ranks_count_the_pictures_that_are_nearer() -> None:
 def test_no_side_of_a_split_is_empty_and_equal_pairs_are_on_one(share: float, count: int) -> None:
     pictures = np.stack([np.full((2, 2, 3), number // 2 * 2, np.uint8) for number in range(2 * count)])
     captions = tuple(str(number // 2) for number in range(2 * count))  # Each pair twice.
-    training, validation = Files("f", captions, pictures).split(share)
+    training, validation = PictureFiles("f", captions, pictures).split(share)
     assert validation is not None
     assert training.count > 0
     assert validation.count > 0
@@ -450,7 +450,7 @@ def test_no_side_of_a_split_is_empty_and_equal_pairs_are_on_one(share: float, co
 
 
 def test_what_cannot_be_split_is_refused_and_no_share_is_no_validation() -> None:
-    one = Files("f", ("a", "a"), np.zeros((2, 2, 2, 3), np.uint8))
+    one = PictureFiles("f", ("a", "a"), np.zeros((2, 2, 2, 3), np.uint8))
     with pytest.raises(ColadaError, match="f: one picture, expected a second one to validate with"):
         one.split(0.1)
     training, validation = one.split(0)
@@ -462,7 +462,7 @@ def test_what_cannot_be_split_is_refused_and_no_share_is_no_validation() -> None
 
 def test_digests_and_words_are_of_what_is_there() -> None:
     pictures = np.zeros((1, 2, 2, 3), np.uint8)
-    one, other = Files("f", ("A cat, 2 dogs",), pictures), Files("f", ("A cat",), pictures)
+    one, other = PictureFiles("f", ("A cat, 2 dogs",), pictures), PictureFiles("f", ("A cat",), pictures)
     assert one.words == {"a", "cat", "dogs"}
-    assert one.digest != other.digest != Files("f", ("A cat",), pictures + 1).digest
+    assert one.digest != other.digest != PictureFiles("f", ("A cat",), pictures + 1).digest
     assert Scenes("shapes:", 0).digest != Scenes("shapes:", 1).digest

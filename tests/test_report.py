@@ -14,7 +14,7 @@ from colada.errors import ColadaError
 from colada.report import training as report
 from colada.report.style import STYLE, save_figure, styled
 from colada.report.training import QUANTITIES, Curve, smooth, write_report
-from colada.train.logs import Files, Point
+from colada.train.logs import LogFiles, Point
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
@@ -29,7 +29,7 @@ def record(stage: str, step: int, split: str = "train", **numbers: Any) -> dict[
 
 def write_run(out: Path, records: list[dict[str, Any]]) -> Path:
     out.mkdir(exist_ok=True)
-    monitor = Files(out)
+    monitor = LogFiles(out)
     for one in records:
         monitor.log(one)
     return out
@@ -228,7 +228,7 @@ def test_facts_table_and_skipped_steps(whole: tuple[Path, Page]) -> None:
 
 def test_the_last_samples_are_shown_as_they_are(tmp_path: Path) -> None:
     run = write_run(tmp_path, [record("prior", 10, flow=1.0)])
-    samples = Files(run, Point(("prior",), 10))
+    samples = LogFiles(run, Point(("prior",), 10))
     attack = "</pre><script>alert('&amp;')</script>\n  <img src=//x>"
     samples.text("prior", 5, "old", "old")
     samples.text("prior", 10, "<i>Once", attack)

@@ -13,7 +13,7 @@ from colada.evaluate.data import HubSource, load_benchmark, load_prompts, read_h
 from colada.evaluate.tasks import (
     TASKS,
     THE_EIGHT,
-    Record,
+    TaskRecord,
     choose_demonstrations,
     find_task,
     own_demonstrations,
@@ -352,7 +352,7 @@ def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", HUB_ROWS)
 def test_the_hubs_columns_become_the_same_records(local_hub: Path, name: str) -> None:
     _, (found,) = read_hub(TASKS[name])
-    expected = Record.of(record(name, HUB_ROWS[name].get("id", 0)), TASKS[name], "")
+    expected = TaskRecord.of(record(name, HUB_ROWS[name].get("id", 0)), TASKS[name], "")
     assert found == expected
     assert load_benchmark(TASKS[name], "hub", shots=0).items[0].prompt == PROMPTS[name][1]
 

@@ -69,11 +69,11 @@ def twemoji(
     markdown: Markdown = False,
 ) -> None:
     """Measure what linear codecs keep of the Twemoji, and how often a moved one is the nearest to itself."""
-    from colada.pictures.sources import TWEMOJI, Files, open_source
+    from colada.pictures.sources import TWEMOJI, PictureFiles, open_source
     from experiments.pictures.measures import twemoji_table
 
     source = open_source(f"{TWEMOJI}{package}")
-    assert isinstance(source, Files)
+    assert isinstance(source, PictureFiles)
     show(twemoji_table(source, fitted_on), markdown)
 
 
@@ -176,12 +176,12 @@ def retrieval(
 ) -> None:
     """Measure how often the Twemoji that is named is the nearest to what is drawn of its name."""
     from colada.models.load import load_cola
-    from colada.pictures.sources import TWEMOJI, Files, open_source
+    from colada.pictures.sources import TWEMOJI, PictureFiles, open_source
     from experiments.pictures.drawn import retrieval_table
 
     network = load_cola(model)
     source = open_source(f"{TWEMOJI}{package}", network.codec().config.size)
-    assert isinstance(source, Files)
+    assert isinstance(source, PictureFiles)
     show(retrieval_table(network, source), markdown)
 
 

@@ -16,7 +16,7 @@ from colada.models.cola import ColaDLM
 from colada.pictures import twemoji
 from colada.pictures.reader import Verdict, judge, read
 from colada.pictures.shapes import COLOURS, HELD_OUT, Description, Example, Picture, example, held_out, parse
-from colada.pictures.sources import Files
+from colada.pictures.sources import PictureFiles
 from colada.report.style import GREEN, RED
 from colada.report.table import Table
 from experiments.pictures.measures import VALIDATION, scenes, share
@@ -217,7 +217,7 @@ def round_trip_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[s
 
 
 @torch.no_grad()
-def retrieval_table(model: ColaDLM, source: Files) -> Table:
+def retrieval_table(model: ColaDLM, source: PictureFiles) -> Table:
     """Return how often the named picture is the nearest of all to what is drawn of its name."""
     codec = model.codec()
     drawn = torch.from_numpy(np.stack(model.draw(list(source.captions), seed=0)))

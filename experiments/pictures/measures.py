@@ -16,7 +16,7 @@ from colada.pictures.codec import Codec, fit, psnr
 from colada.pictures.config import CodecConfig
 from colada.pictures.reader import judge, read
 from colada.pictures.shapes import Example, example, parse
-from colada.pictures.sources import Files
+from colada.pictures.sources import PictureFiles
 from colada.report.table import Table
 
 NOISE = (0.0, 0.1, 0.2, 0.3)
@@ -128,7 +128,7 @@ def codec_table(fitted_on: int, count: int, whitening: float, codecs: Sequence[C
 
 
 @torch.no_grad()
-def twemoji_table(source: Files, fitted_on: int) -> Table:
+def twemoji_table(source: PictureFiles, fitted_on: int) -> Table:
     """Return what linear codecs keep of the Twemoji, and how often a moved one is nearest to itself.
 
     They are fitted to the Twemoji and as many scenes as make them a half of all pictures, or fewer.

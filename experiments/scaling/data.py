@@ -17,7 +17,7 @@ from typing import Any
 from colada.errors import ColadaError, reason
 from colada.evaluate.data import find_file, fingerprint
 from colada.evaluate.scoring import normalise
-from colada.evaluate.tasks import THE_EIGHT, Item, Record, build_items, find_task, read_records
+from colada.evaluate.tasks import THE_EIGHT, Item, TaskRecord, build_items, find_task, read_records
 from colada.files import write_text
 
 RECORD_FILE = "in-domain.json"
@@ -143,5 +143,5 @@ def write_documents(
     return written
 
 
-def _question(record: Record) -> str:
+def _question(record: TaskRecord) -> str:
     return normalise(f"{record.context} {record.question}")

@@ -113,11 +113,11 @@ def run(
 
     from rich.console import Console
 
-    from colada.evaluate.run import Part, evaluate
+    from colada.evaluate.run import EvaluationRank, evaluate
     from colada.report.evaluation import print_tables, write_page
     from colada.train.display import Display
 
-    part = Part(*place)
+    part = EvaluationRank(*place)
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun's processes take a GPU each.
     network = load_model(model, revision, dtype, device, quantise)

@@ -51,7 +51,7 @@ Unit = Sequence[Part]
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """What all units of a source share."""
 
     source: Source
@@ -99,7 +99,7 @@ def prepare(
         "template": template if source.format not in ("text", "pairs") else None,
     }
     fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    job = Job(source, cache / fingerprint, validation_share, template)
+    job = ShardJob(source, cache / fingerprint, validation_share, template)
     try:
         units = _planned(job.directory)
         # What is complete stays so: only its makers need the lock, and its readers no right to write.
@@ -121,7 +121,7 @@ def prepare(
 
 
 @contextmanager
-def _only_one(job: Job, say: Callable[[str], None]) -> Iterator[None]:
+def _only_one(job: ShardJob, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the directory's lock, waiting for it if need be; the system frees it however its holder ends."""
     lock = FileLock(job.directory / "lock")
     try:
@@ -139,7 +139,7 @@ def _only_one(job: Job, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _make(
-    job: Job,
+    job: ShardJob,
     tokenizer: Tokenizer,
     made_from: dict[str, Any],
     workers: int | None,
@@ -178,7 +178,7 @@ def _group(pieces: Iterable[Part]) -> list[Unit]:
     return units
 
 
-def _made(job: Job, units: Sequence[Unit], todo: Sequence[int], processes: int) -> Iterator[None]:
+def _made(job: ShardJob, units: Sequence[Unit], todo: Sequence[int], processes: int) -> Iterator[None]:
     """Make units, and yield after each."""
     if processes == 1:
         for number in todo:
@@ -215,7 +215,7 @@ def _start_worker() -> None:
     Thread(target=end_with_parent, daemon=True).start()
 
 
-def _tokenise(job: Job, number: int, unit: Unit) -> None:
+def _tokenise(job: ShardJob, number: int, unit: Unit) -> None:
     """Write a unit: its files in a directory of its own, then those in place, then its manifest."""
     tokenizer = _tokenizer(job.directory / _TOKENIZER)
     sizes = dict.fromkeys(_SPLITS, 0)
@@ -245,7 +245,7 @@ def _tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.from_file(path)
 
 
-def _samples(job: Job, part: Part, tokenizer: Tokenizer) -> Iterator[tuple[Record, list[int], int]]:
+def _samples(job: ShardJob, part: Part, tokenizer: Tokenizer) -> Iterator[tuple[Record, list[int], int]]:
     """Yield a part's samples: the record, the ids with the end token, and how many of them are a prompt."""
     source, records = job.source, read(job.source, part, job.validation_share)
     if source.format == "text":

@@ -16,8 +16,8 @@ from colada.errors import ColadaError, shown
 from colada.evaluate.outputs import read_outputs
 from colada.evaluate.tasks import (
     Item,
-    Record,
     Task,
+    TaskRecord,
     build_items,
     choose_demonstrations,
     read_records,
@@ -136,10 +136,10 @@ def fingerprint(records: Iterable[Fields]) -> str:
     return digest.hexdigest()
 
 
-def _shuffled(records: Sequence[Record], seed: str) -> list[Record]:
+def _shuffled(records: Sequence[TaskRecord], seed: str) -> list[TaskRecord]:
     """Return records in a random order that does not depend on the file's; subjects, if any, take turns."""
 
-    def key(record: Record) -> bytes:
+    def key(record: TaskRecord) -> bytes:
         return hashlib.sha256(f"{seed}/{record.id}".encode()).digest()
 
     by_subject: defaultdict[str | None, int] = defaultdict(int)
@@ -233,7 +233,7 @@ HUB_SOURCES: dict[str, HubSource] = {
 numbers, as in the released records, where a row has none of its own."""
 
 
-def read_hub(task: Task) -> tuple[str, list[Record]]:
+def read_hub(task: Task) -> tuple[str, list[TaskRecord]]:
     """Return the name and the records of a task's public data set.
 
     Raises:
@@ -263,5 +263,5 @@ def read_hub(task: Task) -> tuple[str, list[Record]]:
             raise ColadaError(
                 f"{place}: not a record of {task.name} ({error!r}), columns there: {there}"
             ) from None
-        records.append(Record.of(fields, task, place))
+        records.append(TaskRecord.of(fields, task, place))
     return name, records

@@ -18,7 +18,7 @@ from colada.evaluate.statistics import ratio_error
 from colada.evaluate.texts import TRANSFORMERS, Text, check_lengths, require_tokenizer
 from colada.generate.settings import Prompt, Settings, TextRequest
 from colada.models.base import LanguageModel
-from colada.models.bound import Kind, TextScore
+from colada.models.bound import LikelihoodKind, TextScore
 from colada.models.likelihood import kind, measure
 from colada.text.tokenizer import Tokenizer
 
@@ -59,7 +59,7 @@ class Judge(Protocol):
     """
 
     origin: str
-    kind: Kind
+    kind: LikelihoodKind
     settings: dict[str, Any]
 
     def score(self, passages: Sequence[Passage], progress: Progress | None = None) -> list[TextScore]:
@@ -106,7 +106,7 @@ class TransformersJudge:
         ColadaError: without that library, or if the model cannot be loaded.
     """
 
-    kind: Kind = "exact"
+    kind: LikelihoodKind = "exact"
 
     def __init__(self, where: str, device: torch.device) -> None:
         try:

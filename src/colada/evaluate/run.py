@@ -45,7 +45,7 @@ _SAMPLED_WEIGHTS = 256  # of each tensor, for the fingerprint
 
 
 @dataclass(frozen=True)
-class Part:
+class EvaluationRank:
     """One of the processes that share a run: rank ``rank`` takes items rank, rank + world, ..."""
 
     rank: int = 0
@@ -93,7 +93,7 @@ def evaluate(
     seed: int = 0,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch: int = 16,
-    part: Part | None = None,
+    part: EvaluationRank | None = None,
     display: Display | None = None,
     **settings: Any,
 ) -> Results | None:
@@ -116,8 +116,8 @@ def evaluate(
         ColadaError: if the tokenizer does not fit, if ``out`` was begun with other settings or has outputs of
             other items, or cannot be written.
     """
-    part, display = Part() if part is None else part, display or Display()
-    require_kind("part", part, Part)
+    part, display = EvaluationRank() if part is None else part, display or Display()
+    require_kind("part", part, EvaluationRank)
     if not isinstance(benchmarks, list | tuple):
         raise ColadaError(f"benchmarks={shown(benchmarks)}, expected a list of Benchmark")
     for benchmark in benchmarks:
@@ -275,7 +275,7 @@ def _write_outputs(
 
 
 @contextmanager
-def _locked(out: Path, part: Part) -> Iterator[None]:
+def _locked(out: Path, part: EvaluationRank) -> Iterator[None]:
     """Hold a directory as one of the processes that share it: alone, or as a rank of as many.
 
     Raises:
@@ -328,7 +328,9 @@ def _begin(out: Path, benchmark: Benchmark, made_with: Mapping[str, Any]) -> Non
         raise ColadaError(f"{path}: {'; '.join(changed)}: keep the settings, or choose another directory")
 
 
-def _waiting(out: Path, benchmark: Benchmark, seed: int, part: Part, display: Display) -> list[Item]:
+def _waiting(
+    out: Path, benchmark: Benchmark, seed: int, part: EvaluationRank, display: Display
+) -> list[Item]:
     """Return the items of this process that no file has; a half-written line of its own file is dropped."""
     task = benchmark.task
     file = part.file(out, task)

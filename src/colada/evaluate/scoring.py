@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Literal
 
-Rule = Literal["first word", "text", "option"]
+ScoringRule = Literal["first word", "text", "option"]
 """How a task is scored: the answer's first word, its whole text, or the option that is named."""
 
 NEAR = 0.9
@@ -52,7 +52,7 @@ def similarity(a: str, b: str) -> float:
     return SequenceMatcher(None, normalise(a), normalise(b)).ratio()
 
 
-def is_correct(rule: Rule, output: str, answer: str, choices: Sequence[str] = ()) -> bool:
+def is_correct(rule: ScoringRule, output: str, answer: str, choices: Sequence[str] = ()) -> bool:
     """Return whether an output, cut already, gives the answer."""
     if rule == "first word":
         return normalise(output).split()[:1] == normalise(answer).split()[:1]

@@ -17,7 +17,7 @@ from string import ascii_uppercase
 from colada.checks import is_whole
 from colada.data.jsonl import Fields, get, get_texts, read_lines
 from colada.errors import ColadaError, nearest, shown
-from colada.evaluate.scoring import Rule
+from colada.evaluate.scoring import ScoringRule
 
 DEMONSTRATIONS = Path(__file__).parent / "demonstrations.jsonl"
 
@@ -45,7 +45,7 @@ class Task:
     name: str
     title: str
     split: str
-    rule: Rule
+    rule: ScoringRule
     shots: int
     options: int
     published: float | None
@@ -130,7 +130,7 @@ def find_tasks(names: str | None) -> list[Task]:
 
 
 @dataclass(frozen=True)
-class Record:
+class TaskRecord:
     """One question of a task.
 
     Attributes:
@@ -152,7 +152,7 @@ class Record:
     subject: str | None = None
 
     @classmethod
-    def of(cls, fields: Fields, task: Task, place: str) -> Record:
+    def of(cls, fields: Fields, task: Task, place: str) -> TaskRecord:
         """Return the record of a task that some fields hold.
 
         Raises:
@@ -188,7 +188,7 @@ def check_options(task: Task, choices: Sequence[str], place: str) -> None:
         raise ColadaError(f"{place}: {len(choices)} choices, expected {expected} for {task.name}")
 
 
-def read_records(path: Path, task: Task) -> list[Record]:
+def read_records(path: Path, task: Task) -> list[TaskRecord]:
     """Return the records of a file, in its order.
 
     Raises:
@@ -197,7 +197,7 @@ def read_records(path: Path, task: Task) -> list[Record]:
     places: dict[str, str] = {}
     records = []
     for place, fields in read_lines(path):
-        record = Record.of(fields, task, place)
+        record = TaskRecord.of(fields, task, place)
         if record.id in places:
             raise ColadaError(f"{place}: id {record.id!r} is that of {places[record.id]} too")
         places[record.id] = place
@@ -229,7 +229,9 @@ class Item:
     choices: tuple[str, ...]
 
 
-def build_items(task: Task, records: Iterable[Record], demonstrations: Sequence[Record]) -> tuple[Item, ...]:
+def build_items(
+    task: Task, records: Iterable[TaskRecord], demonstrations: Sequence[TaskRecord]
+) -> tuple[Item, ...]:
     """Return the items of some records, all with the same demonstrations."""
     shown = [
         f"{task.lead}{_fill(task.shown or task.body, record)}{task.cue} {record.answer}\n\n"
@@ -242,22 +244,22 @@ def build_items(task: Task, records: Iterable[Record], demonstrations: Sequence[
     )
 
 
-def _fill(body: str, record: Record) -> str:
+def _fill(body: str, record: TaskRecord) -> str:
     options = "\n".join(map("({}) {}".format, ascii_uppercase, record.choices))
     return body.format(context=record.context, question=record.question, options=options)
 
 
 @cache
-def own_demonstrations(task: Task) -> tuple[Record, ...]:
+def own_demonstrations(task: Task) -> tuple[TaskRecord, ...]:
     """Return the demonstrations written for this project: of no benchmark's records."""
     return tuple(
-        Record.of(fields, task, place)
+        TaskRecord.of(fields, task, place)
         for place, fields in read_lines(DEMONSTRATIONS)
         if fields["task"] == task.data
     )
 
 
-def choose_demonstrations(task: Task, shots: int | None, seed: int) -> tuple[Record, ...]:
+def choose_demonstrations(task: Task, shots: int | None, seed: int) -> tuple[TaskRecord, ...]:
     """Return so many demonstrations: the first ones for the task's own number, else drawn with the seed.
 
     Raises:

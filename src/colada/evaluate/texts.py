@@ -13,7 +13,7 @@ from colada.data.documents import read_records, split_file, text_of
 from colada.data.listing import find_files
 from colada.errors import ColadaError, shown
 from colada.evaluate.statistics import ratio_error
-from colada.models.bound import Kind, TextScore
+from colada.models.bound import LikelihoodKind, TextScore
 
 if TYPE_CHECKING:
     from colada.text.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def check_lengths(prompt_tokens: Any, new_tokens: Any) -> None:
         raise ColadaError(f"prompt_tokens={shown(prompt_tokens)}, expected {expected}")
 
 
-def summarise(scores: Sequence[TextScore], kind: Kind) -> dict[str, Any]:
+def summarise(scores: Sequence[TextScore], kind: LikelihoodKind) -> dict[str, Any]:
     """Return the figures of some texts, all bytes counting alike, for JSON.
 
     ``bits_per_byte`` is -log2 p(x) over all texts / their bytes, an upper bound where ``kind`` is "bound";

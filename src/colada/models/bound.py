@@ -9,7 +9,7 @@ from colada.checks import is_number, require_count
 from colada.errors import ColadaError, shown
 from colada.generate.settings import MOST_STEPS
 
-Kind = Literal["bound", "exact"]
+LikelihoodKind = Literal["bound", "exact"]
 """What a log-likelihood is: a lower bound on log p(x), or log p(x) itself."""
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -9,14 +9,14 @@ from colada.checks import require_count, require_function
 from colada.errors import ColadaError
 from colada.generate.settings import Prompt, check_settings, several
 from colada.models.base import ARCHITECTURES, LanguageModel, require_kind
-from colada.models.bound import SETTINGS, Kind, TextScore, check_bound
+from colada.models.bound import SETTINGS, LikelihoodKind, TextScore, check_bound
 from colada.models.cola import ColaDLM
 from colada.models.cola_likelihood import cola_bounds
 from colada.models.decoder import DecoderLM
 from colada.models.decoder_likelihood import decoder_likelihoods
 
 
-def kind(model: LanguageModel) -> Kind:
+def kind(model: LanguageModel) -> LikelihoodKind:
     """Return what :func:`measure` finds of a model: "bound", or "exact"."""
     return "exact" if model.arch == "ar" else "bound"
 

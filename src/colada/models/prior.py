@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colada.flow import PREDICTIONS, Solver, T, advance, memory
-from colada.generate.engine.memory import Memory, Plan, Span
+from colada.generate.engine.memory import Memory, Span, ViewRows
 from colada.generate.engine.passes import Moment, PriorPass
 from colada.generate.engine.transport import COMMITTED_ROWS
 from colada.networks.dit import DiT
@@ -107,7 +107,7 @@ class BlockFlow:
             part = latents[:, begin : begin + each]
             last = (start + begin + part.shape[1]) // size - 1
             spans = [Span(span.start, span.end, part.shape[1] // size) for span in self._spans(last)]
-            plan = Plan(self._memory, spans, [], 0, self._size)
+            plan = ViewRows(self._memory, spans, [], 0, self._size)
             forward(part.flatten(0, 1), clean, plan, forward.rotations(plan.positions))
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ class BlockFlow:
             block_pins = pins.part(number * size, (number + 1) * size)
             table = forward.modulation.rows({0.0, *(T * evaluation.a for evaluation in evaluations)})
             spans = self._spans(start // size + number)
-            plan = Plan(self._memory, [], spans, 0, self._size)
+            plan = ViewRows(self._memory, [], spans, 0, self._size)
             turns = forward.rotations(plan.positions)
             pinned = bool(block_pins.where.any())
             velocities: list[Tensor] = []

@@ -22,7 +22,7 @@ _METADATA_KEYS |= {"transformers_version", "_name_or_path"}
 _MOST = {"ffn_dim": 2**31, "vocab_size": 2**24, "pad_token_id": 2**24, "bos_token_id": 2**24}
 _MOST |= dict.fromkeys(("num_layers", "encoder_num_blocks", "decoder_num_blocks"), 1000)
 
-Rule = tuple[str, Callable[[Any], bool], str]
+ConfigRule = tuple[str, Callable[[Any], bool], str]
 """A key, whether a configuration ``c`` is right in it, and what is expected, with values of ``c``."""
 
 
@@ -54,7 +54,7 @@ class NetworkConfig:
     """Keys whose other values the released model never uses and nobody has defined."""
     positive: ClassVar[str] = ""
     """Keys of numbers above 0."""
-    rules: ClassVar[Sequence[Rule]] = ()
+    rules: ClassVar[Sequence[ConfigRule]] = ()
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -173,7 +173,7 @@ class DiTConfig(NetworkConfig):
         "txt_in_channels txt_dim heads head_dim expand_ratio num_layers norm_eps patch_size rope_dim"
         " block_size"
     )
-    rules: ClassVar[Sequence[Rule]] = (
+    rules: ClassVar[Sequence[ConfigRule]] = (
         ("emb_dim", lambda c: c.emb_dim == c.txt_dim, "txt_dim={c.txt_dim}"),
         (
             "txt_out_channels",
@@ -254,7 +254,7 @@ class TextVAEConfig(NetworkConfig):
         "vocab_size encoder_num_blocks decoder_num_blocks dim ffn_dim latent_dim patch_size num_heads"
         " layer_norm_eps rope_theta block_size init_std init_cutoff_factor"
     )
-    rules: ClassVar[Sequence[Rule]] = (
+    rules: ClassVar[Sequence[ConfigRule]] = (
         ("dim", lambda c: c.dim % c.num_heads == 0, "a multiple of num_heads={c.num_heads}"),
         ("dim", lambda c: c.dim // c.num_heads % 2 == 0, "an even width per head"),
         ("scaling_factor", lambda c: c.scaling_factor != 0, "a number other than 0"),
@@ -357,7 +357,7 @@ class DecoderConfig(NetworkConfig):
     positive: ClassVar[str] = (
         "vocab_size dim num_layers num_heads ffn_dim norm_eps rope_theta init_std block_size"
     )
-    rules: ClassVar[Sequence[Rule]] = (
+    rules: ClassVar[Sequence[ConfigRule]] = (
         ("objective", lambda c: c.objective in OBJECTIVES, "'ar' or 'llada'"),
         (
             "bos_token_id",

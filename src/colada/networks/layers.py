@@ -243,11 +243,11 @@ def commit(
             history.append(layer, k, v)
 
 
-Table = TypeVar("Table", covariant=True)
+TableT = TypeVar("TableT", covariant=True)
 """The rotary positions of a pass: cosines and sines of :func:`rotary_table`, or :func:`rotations`."""
 
 
-class Shared(Protocol[Table]):
+class Shared(Protocol[TableT]):
     """What all layers of one pass share, however its rows are arranged.
 
     Attributes:
@@ -255,15 +255,15 @@ class Shared(Protocol[Table]):
     """
 
     @property
-    def table(self) -> Table:
-        """See :data:`Table`."""
+    def table(self) -> TableT:
+        """See :data:`TableT`."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Attend in one layer: q, k, v (N, K, D) -> (N, K, D)."""
 
 
 @dataclass(frozen=True)
-class Pass(Generic[Table]):
+class Pass(Generic[TableT]):
     """What all layers of one forward pass share.
 
     Attributes:
@@ -275,7 +275,7 @@ class Pass(Generic[Table]):
     """
 
     layout: Layout
-    table: Table
+    table: TableT
     histories: Sequence[History | None] | None = None
     committing: bool = False
     dropout: Masks | None = None

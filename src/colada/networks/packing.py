@@ -29,7 +29,7 @@ def block_causal(queries: int, keys: int, block_size: int) -> Tensor:
     return block[keys - queries :, None] >= block[None, :]
 
 
-class Kind:
+class CellKind:
     """What a cell of a row holds; :data:`RULES` says which kinds see each other.
 
     Plain numbers: traced by torch.compile, a comparison with a member of an IntEnum is always False.
@@ -47,7 +47,7 @@ class Kind:
     """A noisy picture, one block, which is to be predicted from the clean text before it."""
 
 
-class Rule:
+class Sight:
     """Of cells of one kind, those that a cell of another kind sees."""
 
     NONE = 0
@@ -60,15 +60,15 @@ class Rule:
     """Those of its own block and copy."""
 
 
-# A row of the table is a query's kind, a column a key's, both in the order of Kind. What it sees of text is
+# A row of the table is a query's kind, a column a key's, both as CellKind has them. What it sees of text is
 # section 2 of the paper (arXiv:2605.06548), of pictures its section on unified text and images.
 RULES = torch.tensor(
     [
-        [Rule.ALL, Rule.NONE, Rule.NONE, Rule.ALL, Rule.NONE],  # PROMPT
-        [Rule.ALL, Rule.UP_TO, Rule.NONE, Rule.ALL, Rule.NONE],  # CLEAN
-        [Rule.ALL, Rule.BEFORE, Rule.OWN, Rule.ALL, Rule.NONE],  # NOISY
-        [Rule.ALL, Rule.NONE, Rule.NONE, Rule.ALL, Rule.NONE],  # SHOWN
-        [Rule.NONE, Rule.BEFORE, Rule.NONE, Rule.NONE, Rule.OWN],  # DRAWN
+        [Sight.ALL, Sight.NONE, Sight.NONE, Sight.ALL, Sight.NONE],  # PROMPT
+        [Sight.ALL, Sight.UP_TO, Sight.NONE, Sight.ALL, Sight.NONE],  # CLEAN
+        [Sight.ALL, Sight.BEFORE, Sight.OWN, Sight.ALL, Sight.NONE],  # NOISY
+        [Sight.ALL, Sight.NONE, Sight.NONE, Sight.ALL, Sight.NONE],  # SHOWN
+        [Sight.NONE, Sight.BEFORE, Sight.NONE, Sight.NONE, Sight.OWN],  # DRAWN
     ],
     dtype=torch.int8,
 )
@@ -80,7 +80,7 @@ class Cells(NamedTuple):
     Attributes:
         position: in the sample, which rotary positions are of.
         block: number of the block in the sample.
-        kind: a :class:`Kind`.
+        kind: a :class:`CellKind`.
         copy: 0 for what is clean, 1, 2, ... for noisy copies, which do not see each other.
     """
 
@@ -103,10 +103,10 @@ def sees(query: Cells, key: Cells) -> Tensor:
     rule = RULES.to(query.kind.device)[query.kind, key.kind]
     same = (key.block == query.block) & (key.copy == query.copy)
     return (
-        (rule == Rule.ALL)
-        | ((rule == Rule.UP_TO) & (key.block <= query.block))
-        | ((rule == Rule.BEFORE) & (key.block < query.block))
-        | ((rule == Rule.OWN) & same)
+        (rule == Sight.ALL)
+        | ((rule == Sight.UP_TO) & (key.block <= query.block))
+        | ((rule == Sight.BEFORE) & (key.block < query.block))
+        | ((rule == Sight.OWN) & same)
     )
 
 
@@ -124,7 +124,9 @@ def two_copy_cells(length: int, block_size: int, copies: int = 1) -> Cells:
     clean = length - block_size if copies else length
     position = torch.cat([torch.arange(clean), *[torch.arange(length)] * copies])
     copy = torch.cat([torch.zeros(clean).long(), torch.arange(copies).repeat_interleave(length) + 1])
-    return Cells(position, position // block_size, torch.where(copy > 0, Kind.NOISY, Kind.CLEAN), copy)
+    return Cells(
+        position, position // block_size, torch.where(copy > 0, CellKind.NOISY, CellKind.CLEAN), copy
+    )
 
 
 def two_copy(length: int, block_size: int, copies: int = 1) -> Tensor:
@@ -331,7 +333,9 @@ class Layout:
         query, key = cells.at((slice(None), slice(None), None)), cells.at((slice(None), None))
         seen = sees(query, key)
         if alone is not None:
-            seen = seen & ~(alone[:, None, None] & (query.kind == Kind.DRAWN) & (key.kind == Kind.CLEAN))
+            seen = seen & ~(
+                alone[:, None, None] & (query.kind == CellKind.DRAWN) & (key.kind == CellKind.CLEAN)
+            )
         itself = torch.eye(length, dtype=torch.bool, device=hidden.device)
         seen = ((seen & ~hidden[:, None] & ~hidden[:, :, None]) | itself)[:, None]
         layout = cls.__new__(cls)
@@ -339,7 +343,7 @@ class Layout:
         layout.block_size, layout.device = block_size, hidden.device
         layout.noisy = _after(rows, length, clean, hidden.device)
         layout.positions = cells.position.flatten()
-        layout.pictures = ((cells.kind == Kind.SHOWN) | (cells.kind == Kind.DRAWN)).flatten()
+        layout.pictures = ((cells.kind == CellKind.SHOWN) | (cells.kind == CellKind.DRAWN)).flatten()
 
         def groups(first: int) -> tuple[Group, ...]:
             asking, keys = ((0, length - first),), ((0, length),)
@@ -416,9 +420,9 @@ class _Visibility:
         if self.sample is not None:
             seen = seen & (self.sample[row, asking.position] == self.sample[row, asked.position])
         if self.alone is not None:
-            noisy = asking.kind == Kind.NOISY
+            noisy = asking.kind == CellKind.NOISY
             alone = noisy & self.alone[row, (asking.copy - 1).clamp_min(0), asking.block]
-            seen = seen & ~(alone & (asked.kind == Kind.CLEAN))
+            seen = seen & ~(alone & (asked.kind == CellKind.CLEAN))
         return seen
 
     @property

@@ -20,7 +20,7 @@ from torch import Tensor
 from colada.errors import ColadaError
 from colada.networks.config import DiTConfig
 from colada.networks.dit import DiT, DualBlock
-from colada.networks.packing import Cells, Kind, Layout
+from colada.networks.packing import CellKind, Cells, Layout
 
 
 def drawing_layout(lengths: Tensor, length: int, latents: int, block_size: int, alone: Tensor) -> Layout:
@@ -47,8 +47,8 @@ def drawing_cells(lengths: Tensor, length: int, latents: int, block_size: int) -
     """Return the cells (B, n) of such rows."""
     rows = len(lengths)
     text = _text(rows, length, lengths.new_zeros(rows), block_size)
-    picture = _picture(rows, latents, lengths, length // block_size, Kind.DRAWN)
-    return _joined(_as(text, Kind.CLEAN, 0), picture, _as(text, Kind.NOISY, 1))
+    picture = _picture(rows, latents, lengths, length // block_size, CellKind.DRAWN)
+    return _joined(_as(text, CellKind.CLEAN, 0), picture, _as(text, CellKind.NOISY, 1))
 
 
 def describing_layout(
@@ -81,11 +81,14 @@ def describing_cells(
     """Return the cells (B, n) of such rows."""
     rows = len(lengths)
     before = _text(rows, prompt, prompts.new_zeros(rows), block_size)
-    picture = _picture(rows, latents, prompts, 0, Kind.SHOWN)
+    picture = _picture(rows, latents, prompts, 0, CellKind.SHOWN)
     answer = _text(rows, length, prompts + block_size, block_size)
     history = answer.at((slice(None), slice(length - block_size)))
     return _joined(
-        _as(before, Kind.PROMPT, 0), picture, _as(history, Kind.CLEAN, 0), _as(answer, Kind.NOISY, 1)
+        _as(before, CellKind.PROMPT, 0),
+        picture,
+        _as(history, CellKind.CLEAN, 0),
+        _as(answer, CellKind.NOISY, 1),
     )
 
 

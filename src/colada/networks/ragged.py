@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colada.networks.packing import Group, Kind, Layout, Tile, sees, two_copy_cells
+from colada.networks.packing import CellKind, Group, Layout, Tile, sees, two_copy_cells
 
 MOST_CELLS = 1024
 """Cells of a whole row, at most: masks are over all cells of a row, and those of longer ones are large."""
@@ -40,7 +40,7 @@ def needed_cells(
     if sample is not None:
         sample_of = sample[:, cells.position]
         seen = seen & (sample_of[:, :, None] == sample_of[:, None])
-    noisy = cells.kind == Kind.NOISY
+    noisy = cells.kind == CellKind.NOISY
     if alone is not None:
         hidden = alone[:, (cells.copy - 1).clamp_min(0), cells.block] & noisy
         seen = seen & ~(hidden[:, :, None] & ~noisy)
@@ -68,7 +68,7 @@ def needed_layout(
     layout.lengths, layout.history = tuple(lengths), (0,) * rows
     layout.block_size, layout.device = block_size, device
     layout.positions = cells.position.expand(rows, -1)[cells_needed]
-    layout.noisy = (cells.kind == Kind.NOISY).expand(rows, -1)[cells_needed].nonzero().flatten()
+    layout.noisy = (cells.kind == CellKind.NOISY).expand(rows, -1)[cells_needed].nonzero().flatten()
     alike: dict[tuple[int, int], list[int]] = {}
     for row, shape in enumerate(zip(lengths, before, strict=True)):
         if shape[0]:

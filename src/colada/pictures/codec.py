@@ -25,7 +25,7 @@ from colada.networks.checkpoint import read_weights
 from colada.networks.config import DiTConfig
 from colada.pictures.config import CodecConfig
 from colada.pictures.shapes import Picture
-from colada.pictures.vae import Decoder, Encoder
+from colada.pictures.vae import PictureDecoder, PictureEncoder
 
 
 def _check(pictures: Tensor, size: int) -> None:
@@ -129,8 +129,8 @@ class ConvVAE(Codec):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__(config)
-        self.encoder = Encoder(config.width, config.patch, config.channels)
-        self.decoder = Decoder(config.width, config.patch, config.channels)
+        self.encoder = PictureEncoder(config.width, config.patch, config.channels)
+        self.decoder = PictureDecoder(config.width, config.patch, config.channels)
         self.register_buffer("mean", torch.zeros(config.channels))
         self.register_buffer("scale", torch.ones(()))
 

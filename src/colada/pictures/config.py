@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from colada.networks.config import NetworkConfig, Rule, extension
+from colada.networks.config import ConfigRule, NetworkConfig, extension
 
 GROUPS = 8
 """Of a convolutional codec's GroupNorm; its features are a multiple of it."""
@@ -38,7 +38,7 @@ class CodecConfig(NetworkConfig):
     model_type: ClassVar[str] = "cola_image_codec"
     architecture: ClassVar[str] = "ColaImageCodec"
     positive: ClassVar[str] = "size patch channels"
-    rules: ClassVar[Sequence[Rule]] = (
+    rules: ClassVar[Sequence[ConfigRule]] = (
         ("kind", lambda c: c.kind in KINDS, " or ".join(map(repr, KINDS))),
         ("size", lambda c: c.size <= MOST_SIZE, f"at most {MOST_SIZE}"),
         ("patch", lambda c: c.size % c.patch == 0, "a divisor of size={c.size}"),

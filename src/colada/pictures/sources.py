@@ -82,7 +82,7 @@ class Scenes:
 
 
 @dataclass(frozen=True)
-class Files:
+class PictureFiles:
     """Pairs that were read from files.
 
     Attributes:
@@ -121,7 +121,7 @@ class Files:
         number %= len(self.captions)
         return Pair(self.captions[number], self.pictures[number], self.captions[number])
 
-    def split(self, share: float) -> tuple[Files, Files | None]:
+    def split(self, share: float) -> tuple[PictureFiles, PictureFiles | None]:
         """Return what is trained on, and what to validate with: what the file says, or about a share.
 
         Equal pairs land on the same side. Where a share would leave a side without any, it has one that is
@@ -150,16 +150,16 @@ class Files:
         content = self.captions[number].encode() + self.pictures[number].tobytes()
         return int.from_bytes(sha1(content, usedforsecurity=False).digest(), "big") / 2**160
 
-    def _of(self, chosen: Iterable[bool]) -> Files:
+    def _of(self, chosen: Iterable[bool]) -> PictureFiles:
         numbers = [number for number, one in enumerate(chosen) if one]
         captions = tuple(self.captions[number] for number in numbers)
         return replace(self, captions=captions, pictures=self.pictures[numbers], validation=None)
 
 
-Source = Scenes | Files
+PairSource = Scenes | PictureFiles
 
 
-def open_source(name: str, size: int = SIZE, seed: int = 0) -> Source:
+def open_source(name: str, size: int = SIZE, seed: int = 0) -> PairSource:
     """Return the pairs of a source, by what users call it.
 
     ``shapes:`` are generated scenes; ``shapes:one,grid`` those of one thing (or ``two``, ``three``) on the
@@ -209,7 +209,7 @@ def _scenes(name: str, size: int, seed: int) -> Scenes:
     return Scenes(name, seed, count, "unseen" in words, "grid" in words)
 
 
-def _folder(name: str, folder: Path, size: int) -> Files:
+def _folder(name: str, folder: Path, size: int) -> PictureFiles:
     captions = _read_captions(folder)
     there = {
         path.relative_to(folder).as_posix(): path
@@ -252,7 +252,7 @@ def _read_captions(folder: Path) -> dict[str, tuple[int, str]]:
     return captions
 
 
-def _parquet(name: str, tables: list[Path], size: int) -> Files:
+def _parquet(name: str, tables: list[Path], size: int) -> PictureFiles:
     captions, loaded, splits, stated = list[str](), list[Loaded](), list[bool](), False
     for path in tables:
         for part in split_file(path):
@@ -275,7 +275,7 @@ def _parquet(name: str, tables: list[Path], size: int) -> Files:
     return replace(_files(name, captions, loaded), validation=tuple(splits) if stated else None)
 
 
-def _files(name: str, captions: list[str], loaded: list[Loaded]) -> Files:
+def _files(name: str, captions: list[str], loaded: list[Loaded]) -> PictureFiles:
     kinds = Counter(change.kind for one in loaded for change in one.changes)
     notes = tuple(f"{count} of {len(loaded)} pictures {kind}" for kind, count in kinds.items())
-    return Files(name, tuple(captions), np.stack([one.picture for one in loaded]), notes)
+    return PictureFiles(name, tuple(captions), np.stack([one.picture for one in loaded]), notes)

@@ -42,7 +42,7 @@ def _head(width: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.GroupNorm(GROUPS, width), nn.SiLU(), _conv(width, outputs))
 
 
-class Encoder(nn.Sequential):
+class PictureEncoder(nn.Sequential):
     """Pixels (B, 3, S, S) -> (B, 2C, S / patch, S / patch): mean and log variance of each latent number."""
 
     def __init__(self, width: int, patch: int, channels: int) -> None:
@@ -53,7 +53,7 @@ class Encoder(nn.Sequential):
         super().__init__(*layers, ResidualBlock(widths[-1]), _head(widths[-1], 2 * channels))
 
 
-class Decoder(nn.Sequential):
+class PictureDecoder(nn.Sequential):
     """Latents (B, C, S / patch, S / patch) -> pixels (B, 3, S, S)."""
 
     def __init__(self, width: int, patch: int, channels: int) -> None:

@@ -52,7 +52,7 @@ SHEETS = 6
 """Of drawings, spread over a run."""
 REPORT_DIR, REPORT_FILE = "report", "report.html"
 
-Record = dict[str, Any]
+MetricsRecord = dict[str, Any]
 
 
 class Quantity(NamedTuple):
@@ -105,7 +105,7 @@ class Curve(NamedTuple):
     values: np.ndarray
 
     @classmethod
-    def of(cls, records: Sequence[Record], name: str, factor: float) -> Curve:
+    def of(cls, records: Sequence[MetricsRecord], name: str, factor: float) -> Curve:
         """Return the curve of the records that have the number."""
         points = [record for record in records if name in record]
         values = [math.nan if record[name] is None else record[name] * factor for record in points]
@@ -167,7 +167,7 @@ def plot_curves(quantity: Quantity, train: Curve, validation: Curve) -> Figure:
     return figure
 
 
-def plot_flow_by_t(train: Sequence[Record], validation: Sequence[Record]) -> Figure:
+def plot_flow_by_t(train: Sequence[MetricsRecord], validation: Sequence[MetricsRecord]) -> Figure:
     """Return the flow loss over the timestep: means over each fifth of the stage, and the last validation."""
     across = "timestep t (0: data, 1000: noise)"
     figure, axes = _figure("Flow loss by timestep", across, QUANTITIES["flow"].unit, above=10)
@@ -212,7 +212,7 @@ def _bin_centres(values: np.ndarray) -> np.ndarray:
     return (np.arange(len(values)) + 0.5) * T / len(values)
 
 
-def draw_plots(records: Sequence[Record]) -> dict[str, Figure]:
+def draw_plots(records: Sequence[MetricsRecord]) -> dict[str, Figure]:
     """Return the plots of the records of one stage, by name, in the order of the report.
 
     A number that is in no record, or finite in none, has no plot.
@@ -229,12 +229,12 @@ def draw_plots(records: Sequence[Record]) -> dict[str, Figure]:
     return figures
 
 
-def _splits(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+def _splits(records: Sequence[MetricsRecord]) -> tuple[list[MetricsRecord], list[MetricsRecord]]:
     train = [record for record in records if record["split"] == "train"]
     return train, [record for record in records if record["split"] == "validation"]
 
 
-def _curves(records: Sequence[Record]) -> dict[str, tuple[Quantity, Curve, Curve]]:
+def _curves(records: Sequence[MetricsRecord]) -> dict[str, tuple[Quantity, Curve, Curve]]:
     """Return the curves of some records, by name: the known ones in their order, then the others."""
     items = (item for record in records for item in record.items())
     names = dict.fromkeys(name for name, value in items if name not in STATED and not isinstance(value, list))
@@ -292,7 +292,7 @@ def write_report(out: Path) -> Path:
     return directory / REPORT_FILE
 
 
-def _facts(records: Sequence[Record], out: Path) -> dict[str, str]:
+def _facts(records: Sequence[MetricsRecord], out: Path) -> dict[str, str]:
     """Return what is true of the whole run: terms and values."""
     times = [record["time"] for record in records]
     clock = timedelta(seconds=round(max(times) - min(times)))
@@ -307,7 +307,7 @@ def _facts(records: Sequence[Record], out: Path) -> dict[str, str]:
     return facts | ({"Seed": str(recipe["seed"])} if "seed" in recipe else {})
 
 
-def _add_stage(page: Page, stage: str, records: Sequence[Record], directory: Path) -> None:
+def _add_stage(page: Page, stage: str, records: Sequence[MetricsRecord], directory: Path) -> None:
     """Add a stage's table and plots to the page, and write the plots into a directory."""
     said = f"{max(record['step'] for record in records):,} steps"
     skipped = [record["skipped"] for record in records if record.get("skipped") is not None]

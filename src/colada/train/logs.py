@@ -73,7 +73,7 @@ class Monitor(Protocol):
 # --- files ---------------------------------------------------------------------------------------
 
 
-class Files:
+class LogFiles:
     """Appends metrics and samples to a file each, a record a line of JSON; NaN and infinities become null.
 
     Args:
@@ -343,4 +343,4 @@ def make_monitors(
     others: list[Monitor] = [load_monitor(name, out, recipe) for name in chosen if ":" in name]
     if "tensorboard" in chosen:
         others.append(TensorBoard(out / TENSORBOARD_DIR))
-    return Monitors([Files(out, resume_at), *others])
+    return Monitors([LogFiles(out, resume_at), *others])

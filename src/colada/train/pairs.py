@@ -9,7 +9,7 @@ from functools import lru_cache
 from colada.data.order import Permutation, turn_of
 from colada.errors import ColadaError
 from colada.pictures.shapes import SIZE
-from colada.pictures.sources import Pair, Source, open_source
+from colada.pictures.sources import Pair, PairSource, open_source
 from colada.train.recipe import Recipe
 
 
@@ -22,7 +22,7 @@ class Pairs:
         seed: of the order in which they come.
     """
 
-    sources: tuple[tuple[Source, float], ...]
+    sources: tuple[tuple[PairSource, float], ...]
     seed: int
 
     def pair(self, number: int) -> Pair:
@@ -77,8 +77,8 @@ def open_pairs(recipe: Recipe) -> PairSplits | None:
 @lru_cache(maxsize=2)
 def _opened(named: Sequence[tuple[str, float]], size: int, seed: int, share: float) -> PairSplits:
     opened = [(open_source(name, size, seed), weight) for name, weight in named]
-    training: list[tuple[Source, float]] = []
-    validation: list[tuple[Source, float]] = []
+    training: list[tuple[PairSource, float]] = []
+    validation: list[tuple[PairSource, float]] = []
     for source, weight in opened:
         first, second = source.split(share)
         training.append((first, weight))

@@ -66,7 +66,7 @@ MODEL = "model"
 
 
 @dataclass
-class Progress:
+class StageProgress:
     """How far a stage is: steps and tokens done, and steps skipped for non-finite losses or gradients."""
 
     step: int = 0
@@ -270,10 +270,10 @@ class Trainer:
         if run.validate_every:
             validation = self.inputs.validation_rows(section, self.recipe.seed, block, self.display.say)
         average = self._average(stage) if section.ema else None
-        progress = Progress()
+        progress = StageProgress()
         if saved is not None:
             self._restore(stage, average)
-            progress = Progress(saved["step"], saved["tokens"], saved["skipped"])
+            progress = StageProgress(saved["step"], saved["tokens"], saved["skipped"])
             self.display.say(f"resuming {stage.name} at step {progress.step}")
         text, stopped = [digest for _, digest in self.inputs.digests()], lambda: self._stop
         stage.begin(Beginning(rows_from, text, self._whole, self._model, self.ranks, self.display, stopped))
@@ -470,7 +470,7 @@ class Trainer:
         with disk_errors(self.out):
             monitors.log({"stage": stage.name, "step": step, "split": split, "time": time.time(), **values})
 
-    def _save(self, stage: Stage, average: AveragedModel | None, progress: Progress, wait: bool) -> None:
+    def _save(self, stage: Stage, average: AveragedModel | None, progress: StageProgress, wait: bool) -> None:
         state = {"stage": stage.name, **asdict(progress), "made_with": self.made_with}
         state |= self.system.configs()
         state |= {"data": [digest for _, digest in self.inputs.digests()], "generation": self.generation}

@@ -22,11 +22,11 @@ from colada.generate.engine.graphs import Graphs
 from colada.generate.engine.kernels import fits_packed, product
 from colada.generate.engine.memory import (
     Memory,
-    PaddedPlan,
+    PaddedRows,
     Piece,
-    Plan,
     Regions,
     Span,
+    ViewRows,
     in_parts,
     pieces,
     round_up,
@@ -369,12 +369,12 @@ class Engine(Writer[LatentSlot]):
         for slot in slots:
             end = slot.start + max(slot.decoded, slot.prefix) + slot.candidates * self._size
             noisy.append(Span(slot.start, end, slot.candidates, apart=slot.candidates > 1))
-        plan: Plan | PaddedPlan
+        plan: ViewRows | PaddedRows
         if self._padded:
             length = max(span.seen(self._size) for span in noisy)
-            plan = PaddedPlan(self._decoder_memory, [], noisy, 0, self._size, 0, len(latents), length)
+            plan = PaddedRows(self._decoder_memory, [], noisy, 0, self._size, 0, len(latents), length)
         else:
-            plan = Plan(self._decoder_memory, clean, noisy, 0, self._size)
+            plan = ViewRows(self._decoder_memory, clean, noisy, 0, self._size)
         rows = torch.cat([*(latents for _, latents in riding), latents.flatten(0, 1)])
         hidden = decoder.unpatch(decoder.run(rows, self._decoder_pass(plan))[plan.clean_rows :])
         for slot in slots:
@@ -400,10 +400,10 @@ class Engine(Writer[LatentSlot]):
     def _decode_alone(self, prefixes: Iterable[Sequence[Piece]]) -> None:
         """Write prefixes into the decoder's histories in passes of their own."""
         for part in prefixes:
-            plan = Plan(self._decoder_memory, [span for span, _ in part], [], 0, self._size)
+            plan = ViewRows(self._decoder_memory, [span for span, _ in part], [], 0, self._size)
             self.vae.decoder.run(torch.cat([latents for _, latents in part]), self._decoder_pass(plan))
 
-    def _decoder_pass(self, plan: Plan | PaddedPlan) -> _DecoderPass:
+    def _decoder_pass(self, plan: ViewRows | PaddedRows) -> _DecoderPass:
         config = self.vae.config
         frequencies = kept_frequencies(config.dim // config.num_heads, config.rope_theta, self.device)
         return _DecoderPass(plan, rotary_table(plan.positions, frequencies))
@@ -488,7 +488,7 @@ def _rows_of(slots: Sequence[LatentSlot]) -> dict[LatentSlot, range]:
 class _DecoderPass:
     """What the decoder's layers share; see :class:`colada.networks.layers.Shared`."""
 
-    plan: Plan | PaddedPlan
+    plan: ViewRows | PaddedRows
     table: tuple[Tensor, Tensor]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

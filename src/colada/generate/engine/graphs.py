@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colada.generate.engine.memory import PaddedPlan
+from colada.generate.engine.memory import PaddedRows
 from colada.generate.engine.passes import PriorPass
 
 _KEPT_GRAPHS = 128
@@ -28,7 +28,7 @@ class _Graph:
         prior: PriorPass,
         latents: Tensor,
         row: Tensor,
-        plan: PaddedPlan,
+        plan: PaddedRows,
         rotations: Tensor,
         pool: Any,
     ) -> None:
@@ -50,7 +50,7 @@ class _Graph:
     def _run(self) -> Tensor:
         return self._prior(self._latents, self._row, self._plan, self._rotations)
 
-    def __call__(self, latents: Tensor, row: Tensor, plan: PaddedPlan, rotations: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, row: Tensor, plan: PaddedRows, rotations: Tensor) -> Tensor:
         self._latents.copy_(latents)
         self._row.copy_(row)
         if plan is not self._taken:
@@ -98,7 +98,7 @@ class Graphs:
         """Return the number of passes that are kept."""
         return len(self._kept)
 
-    def __call__(self, latents: Tensor, row: Tensor, plan: PaddedPlan, rotations: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, row: Tensor, plan: PaddedRows, rotations: Tensor) -> Tensor:
         """Run a pass, with a modulation row each; arguments and result as :class:`PriorPass`."""
         key = plan.shape, self._prior.modulation.version
         if key in self._kept:

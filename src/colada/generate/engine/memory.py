@@ -54,7 +54,7 @@ class Memory:
     """Keys and values by position, rotated and normalised as they are used.
 
     Args:
-        spare: positions beyond the others, for what :class:`PaddedPlan` writes for nobody.
+        spare: positions beyond the others, for what :class:`PaddedRows` writes for nobody.
 
     Attributes:
         keys, values: (layers, positions + spare, K, D) in the compute type.
@@ -190,7 +190,7 @@ def _grouped(spans: Sequence[Span]) -> list[_Group]:
     return groups
 
 
-class Rows:
+class PassRows:
     """The rows of a pass: where they are written, and their positions.
 
     They are those of the clean spans, of the noisy spans, and of blocks that see only themselves and
@@ -254,7 +254,7 @@ class Rows:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
 
 
-class Plan(Rows):
+class ViewRows(PassRows):
     """Rows that see their spans as views of the memory: nothing is copied, one attention call for a group.
 
     Spans of one block need no mask, because they see all of their span; of those of several, the mask is
@@ -326,7 +326,7 @@ class Plan(Rows):
         )
 
 
-class PaddedPlan(Rows):
+class PaddedRows(PassRows):
     """Rows that all attend in one call a layer, in a pass whose shape hardly ever changes.
 
     Spans, of one block each or of blocks apart, are padded to a number of blocks and a length; where these
@@ -335,7 +335,7 @@ class PaddedPlan(Rows):
 
     Args:
         memory: with ``size + 1`` spare positions.
-        clean, noisy, alone, size: as :class:`Rows`.
+        clean, noisy, alone, size: as :class:`PassRows`.
         clean_blocks, noisy_blocks: how many to pad to.
         length: that a block sees at most, what all are padded to.
     """
@@ -374,14 +374,14 @@ class PaddedPlan(Rows):
         """What passes must share to be replayed one for another: all but what :meth:`take` takes."""
         return self.clean_rows, self.written_rows, self.alone, self.size, self.index.shape[1]
 
-    def copy(self) -> PaddedPlan:
+    def copy(self) -> PaddedRows:
         """Return a plan of the same rows with tensors of its own."""
         plan = copy(self)
         plan.slots, plan.positions = self.slots.clone(), self.positions.clone()
         plan.index, plan.mask = self.index.clone(), self.mask.clone()
         return plan
 
-    def take(self, other: PaddedPlan) -> None:
+    def take(self, other: PaddedRows) -> None:
         """Take over what another plan of the same shape writes to and sees, in place."""
         self.slots.copy_(other.slots)
         self.index.copy_(other.index)

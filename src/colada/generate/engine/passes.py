@@ -132,8 +132,8 @@ def matrices(block: DiTBlock) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linea
     return block.msa.proj_qkv, block.msa.proj_out, block.mlp.proj_in, block.mlp.proj_out
 
 
-class Rows(Protocol):
-    """Which rows a pass has and what they see: a :class:`~colada.generate.engine.memory.Plan`, or the like.
+class AttendingRows(Protocol):
+    """Which rows a pass has and what they see: :class:`~colada.generate.engine.memory.ViewRows`, or the like.
 
     Attributes:
         clean_rows: how many rows, the first ones, are not needed after their keys and values are written.
@@ -142,7 +142,7 @@ class Rows(Protocol):
     clean_rows: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, silent: int = 0) -> Tensor:
-        """See :meth:`colada.generate.engine.memory.Plan.attend`."""
+        """See :meth:`colada.generate.engine.memory.ViewRows.attend`."""
 
 
 class PriorPass:
@@ -201,7 +201,7 @@ class PriorPass:
             pictures = torch.arange(len(positions), device=positions.device)
         return self.dit.rotations(positions, pictures)
 
-    def __call__(self, latents: Tensor, row: int | Tensor, plan: Rows, rotations: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, row: int | Tensor, plan: AttendingRows, rotations: Tensor) -> Tensor:
         """Run the network.
 
         Args:
@@ -229,7 +229,7 @@ class PriorPass:
         return x.reshape(-1, config.txt_out_channels).float()
 
     def _block(
-        self, x: Tensor, row: int | Tensor, plan: Rows, rotations: Tensor, layer: int, silent: int
+        self, x: Tensor, row: int | Tensor, plan: AttendingRows, rotations: Tensor, layer: int, silent: int
     ) -> Tensor:
         """One layer; rows before ``silent`` only leave their keys and values."""
         config = self.dit.config

@@ -14,10 +14,10 @@ from colada.flow import PREDICTIONS, Evaluation, advance, memory
 from colada.generate.engine.graphs import Graphs
 from colada.generate.engine.memory import (
     Memory,
-    PaddedPlan,
+    PaddedRows,
     Piece,
-    Plan,
     Span,
+    ViewRows,
     doubled_to,
     in_parts,
     pieces,
@@ -69,7 +69,7 @@ class _Shape:
         bounded: whether any of their guesses is.
     """
 
-    plan: Plan | PaddedPlan
+    plan: ViewRows | PaddedRows
     rotations: Tensor
     active: int
     rows: int
@@ -241,7 +241,7 @@ class Transport:
         return torch.cat([latents, torch.cat([clean, noisy.flatten(0, 1)])], -1)
 
     def _forward(self, latents: Tensor, row: int | Tensor, shape: _Shape) -> Tensor:
-        if isinstance(shape.plan, Plan):
+        if isinstance(shape.plan, ViewRows):
             return self._prior(latents, row, shape.plan, shape.rotations)
         assert self.graphs is not None
         assert isinstance(row, Tensor)
@@ -283,7 +283,9 @@ class Transport:
 
     def _commit_alone(self, part: Sequence[Piece]) -> None:
         """Write finished blocks into the DiT's history in a pass of their own."""
-        plan = Plan(self._memory, [span for span, _ in part], [], 0, self._size // self.dit.config.patch_size)
+        plan = ViewRows(
+            self._memory, [span for span, _ in part], [], 0, self._size // self.dit.config.patch_size
+        )
         clean = self._prior.modulation.rows([0.0])[0.0]
         self._prior(
             torch.cat([latents for _, latents in part]), clean, plan, self._prior.rotations(plan.positions)
@@ -362,13 +364,13 @@ class Transport:
         rows = active if self._bucket is None else doubled_to(active)
         members = self._members(rows, active, guided)
         alone, size = len(members) - rows, self._size // patch
-        plan: Plan | PaddedPlan
+        plan: ViewRows | PaddedRows
         if self._bucket is None:
-            plan = Plan(self._memory, commits, noisy, alone, size, self._pictures)
+            plan = ViewRows(self._memory, commits, noisy, alone, size, self._pictures)
         else:
             length = doubled_to(max(span.seen(size) for span in noisy), self._bucket)
             clean_blocks = doubled_to(len(set(slots))) if commits else 0
-            plan = PaddedPlan(self._memory, commits, noisy, alone, size, clean_blocks, rows, length)
+            plan = PaddedRows(self._memory, commits, noisy, alone, size, clean_blocks, rows, length)
         settings = [slots[row].request.settings for row in guided]
         return _Shape(
             plan,
