@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from colada.errors import ColadaError
-from colada.pictures import twemoji
 from colada.pictures.load import Loaded, decode_picture, load_picture
 from colada.pictures.shapes import example
 from colada.pictures.sources import PictureFiles, Scenes, open_source
+from experiments.pictures import twemoji
 
 FRAMES = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
 WHITE = "laid on white where it is transparent"
@@ -295,8 +295,7 @@ def test_tables_that_hold_something_else(columns: dict[str, Any], message: str, 
             r"shapes:onne: 'onne' \(did you mean 'one'\?\), expected some of one, two",
         ),
         ("shapes:one,two", "shapes:one,two: one and two, expected one of them"),
-        ("nowhere", "nowhere: no such file, expected a folder of pictures, a .parquet file, shapes:"),
-        ("twemoji:nowhere", "nowhere: no such file, expected an npm package or its folder"),
+        ("nowhere", "nowhere: no such file, expected a folder of pictures, a .parquet file or shapes:"),
         ("", "expected"),
     ],
 )
@@ -382,12 +381,16 @@ def unpack(place: Path, files: dict[str, bytes]) -> Path:
 @pytest.mark.parametrize("write", [pack, unpack])
 def test_the_package_is_read_packed_or_unpacked(write: Callable[..., Path], tmp_path: Path) -> None:
     place = write(tmp_path / "package.tgz", package(tmp_path, ["hammer", "drum"]))
-    source = open_source(f"twemoji:{place}")
+    source = twemoji.read_twemoji(place)
     assert [source.pair(n).caption for n in range(2)] == ["hammer", "drum"]
     assert source.pair(1).picture.shape == (32, 32, 3)
     assert source.pair(1).picture[0, 0].tolist() == [40, 0, 0]
     assert source.pair(1).picture[31, 0].tolist() == [255, 255, 255]
     assert "laid on white" in source.notes[0]
+    twemoji.write_folder(source, tmp_path / "folder")
+    again = open_source(str(tmp_path / "folder"))
+    assert [again.pair(n).caption for n in range(2)] == ["hammer", "drum"]
+    assert all(np.array_equal(again.pair(n).picture, source.pair(n).picture) for n in range(2))
 
 
 def test_packages_that_are_none(tmp_path: Path) -> None:
@@ -402,10 +405,10 @@ def test_packages_that_are_none(tmp_path: Path) -> None:
     ]
     for number, (content, message) in enumerate(cases):
         with pytest.raises(ColadaError, match=message):
-            open_source(f"twemoji:{pack(tmp_path / f'{number}.tgz', content)}")
+            twemoji.read_twemoji(pack(tmp_path / f"{number}.tgz", content))
     (tmp_path / "cut.tgz").write_bytes(pack(tmp_path / "whole.tgz", files).read_bytes()[:200])
     with pytest.raises(ColadaError, match=r"cut.tgz is no readable npm package"):
-        open_source(f"twemoji:{tmp_path / 'cut.tgz'}")
+        twemoji.read_twemoji(tmp_path / "cut.tgz")
 
 
 def test_a_moved_picture_is_the_picture_nearly_where_it_was() -> None:

@@ -69,12 +69,24 @@ def twemoji(
     markdown: Markdown = False,
 ) -> None:
     """Measure what linear codecs keep of the Twemoji, and how often a moved one is the nearest to itself."""
-    from colada.pictures.sources import TWEMOJI, PictureFiles, open_source
     from experiments.pictures.measures import twemoji_table
+    from experiments.pictures.twemoji import read_twemoji
 
-    source = open_source(f"{TWEMOJI}{package}")
-    assert isinstance(source, PictureFiles)
-    show(twemoji_table(source, fitted_on), markdown)
+    show(twemoji_table(read_twemoji(package), fitted_on), markdown)
+
+
+@pictures_app.command("twemoji-folder")
+def twemoji_folder(
+    package: Annotated[Path, typer.Argument(help="npm's emoji-datasource-twitter, packed or unpacked.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, for a recipe's data.pictures.")],
+    size: Annotated[int, typer.Option(min=1, max=64, help="Pixels of a picture's side.")] = 32,
+) -> None:
+    """Write the Twemoji as a folder of pictures with captions, to train on."""
+    from experiments.pictures.twemoji import CREDIT, read_twemoji, write_folder
+
+    source = read_twemoji(package, size)
+    write_folder(source, out)
+    print(f"wrote {out}: {source.count} pictures. {CREDIT}")
 
 
 @pictures_app.command()
@@ -176,13 +188,11 @@ def retrieval(
 ) -> None:
     """Measure how often the Twemoji that is named is the nearest to what is drawn of its name."""
     from colada.models.load import load_cola
-    from colada.pictures.sources import TWEMOJI, PictureFiles, open_source
     from experiments.pictures.drawn import retrieval_table
+    from experiments.pictures.twemoji import read_twemoji
 
     network = load_cola(model)
-    source = open_source(f"{TWEMOJI}{package}", network.codec().config.size)
-    assert isinstance(source, PictureFiles)
-    show(retrieval_table(network, source), markdown)
+    show(retrieval_table(network, read_twemoji(package, network.codec().config.size)), markdown)
 
 
 @pictures_app.command()

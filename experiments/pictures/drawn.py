@@ -13,12 +13,12 @@ import torch
 
 from colada.errors import ColadaError
 from colada.models.cola import ColaDLM
-from colada.pictures import twemoji
 from colada.pictures.reader import Verdict, judge, read
 from colada.pictures.shapes import COLOURS, HELD_OUT, Description, Example, Picture, example, held_out, parse
 from colada.pictures.sources import PictureFiles
 from colada.report.style import GREEN, RED
 from colada.report.table import Table
+from experiments.pictures import twemoji
 from experiments.pictures.measures import VALIDATION, scenes, share
 
 if TYPE_CHECKING:

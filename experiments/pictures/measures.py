@@ -11,13 +11,13 @@ from torch import Tensor
 
 from colada.evaluate.statistics import wilson
 from colada.models.cola import ColaDLM
-from colada.pictures import twemoji
 from colada.pictures.codec import Codec, fit, psnr
 from colada.pictures.config import CodecConfig
 from colada.pictures.reader import judge, read
 from colada.pictures.shapes import Example, example, parse
 from colada.pictures.sources import PictureFiles
 from colada.report.table import Table
+from experiments.pictures import twemoji
 
 NOISE = (0.0, 0.1, 0.2, 0.3)
 """Of the latents, whose mean square is 1."""

@@ -1,4 +1,4 @@
-"""Pictures with captions to train on: a folder, parquet files, the Twemoji, or generated scenes.
+"""Pictures with captions to train on: a folder, parquet files, or generated scenes.
 
 Files are read whole before anything else is done, so that what is wrong with one is said at once.
 """
@@ -21,12 +21,11 @@ from colada.files import as_path, decode, read_lines, require_file
 from colada.pictures.config import words_of
 from colada.pictures.load import Loaded, decode_picture, load_picture
 from colada.pictures.shapes import SIZE, VOCABULARY, Picture, example
-from colada.pictures.twemoji import read_twemoji
 
 CAPTIONS = "captions.tsv"
 """The file of a folder that has a line for each picture: its name, a tab, its caption."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-SHAPES, TWEMOJI = "shapes:", "twemoji:"
+SHAPES = "shapes:"
 _THINGS = {"one": 1, "two": 2, "three": 3}
 _SCENE_WORDS = (*_THINGS, "grid", "unseen")
 _VALIDATION = 2**62
@@ -163,10 +162,9 @@ def open_source(name: str, size: int = SIZE, seed: int = 0) -> PairSource:
     """Return the pairs of a source, by what users call it.
 
     ``shapes:`` are generated scenes; ``shapes:one,grid`` those of one thing (or ``two``, ``three``) on the
-    patch grid, ``unseen`` those with a combination that is held out. ``twemoji:PLACE`` are those of an npm
-    package, see :mod:`colada.pictures.twemoji`. Anything else is a folder of pictures with a
-    ``captions.tsv``, a parquet file with columns ``image`` (a picture file's bytes) and ``caption``, or a
-    folder of such.
+    patch grid, ``unseen`` those with a combination that is held out. Anything else is a folder of pictures
+    with a ``captions.tsv``, a parquet file with columns ``image`` (a picture file's bytes) and ``caption``,
+    or a folder of such.
 
     Args:
         name: of the source.
@@ -178,12 +176,9 @@ def open_source(name: str, size: int = SIZE, seed: int = 0) -> PairSource:
     """
     if name.startswith(SHAPES):
         return _scenes(name, size, seed)
-    if name.startswith(TWEMOJI):
-        names, loaded = read_twemoji(as_path(name.removeprefix(TWEMOJI)), size)
-        return _files(name, names, loaded)
     place = as_path(name)
     if not place.is_dir():
-        expected = "a folder of pictures, a .parquet file, shapes: or twemoji:"
+        expected = "a folder of pictures, a .parquet file or shapes:"
         require_file(place, expected)
         if place.suffix.lower() != ".parquet":
             raise ColadaError(f"{place}, expected {expected}")
@@ -225,7 +220,7 @@ def _folder(name: str, folder: Path, size: int) -> PictureFiles:
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
         raise ColadaError(f"{folder}: {shown(without[0])}{more} without a caption in {CAPTIONS}")
     loaded = [load_picture(there[picture], size) for picture in captions]
-    return _files(name, [caption for _, caption in captions.values()], loaded)
+    return files_of(name, [caption for _, caption in captions.values()], loaded)
 
 
 def _read_captions(folder: Path) -> dict[str, tuple[int, str]]:
@@ -272,10 +267,11 @@ def _parquet(name: str, tables: list[Path], size: int) -> PictureFiles:
                 stated |= record.stated
     if not captions:
         raise ColadaError(f"{name} holds no pictures, expected some")
-    return replace(_files(name, captions, loaded), validation=tuple(splits) if stated else None)
+    return replace(files_of(name, captions, loaded), validation=tuple(splits) if stated else None)
 
 
-def _files(name: str, captions: list[str], loaded: list[Loaded]) -> PictureFiles:
+def files_of(name: str, captions: list[str], loaded: list[Loaded]) -> PictureFiles:
+    """Return pairs that were read from files, with how many pictures were changed in what way."""
     kinds = Counter(change.kind for one in loaded for change in one.changes)
     notes = tuple(f"{count} of {len(loaded)} pictures {kind}" for kind, count in kinds.items())
     return PictureFiles(name, tuple(captions), np.stack([one.picture for one in loaded]), notes)

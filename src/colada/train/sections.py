@@ -15,7 +15,7 @@ class PictureSource(Section):
 
     path: str = Field(
         min_length=1,
-        description="Folder with captions.tsv, .parquet file or folder of such, shapes: or twemoji:PLACE.",
+        description="Folder with captions.tsv, .parquet file or folder of such, or shapes:",
     )
     weight: float = Field(1.0, gt=0, le=1e6, description="Its share of the pictures.")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colada.errors import ColadaError, reason
-from colada.files import open_file, parse_json, require_file
-from colada.pictures.load import Loaded, decode_picture
-from colada.pictures.shapes import Picture
+from colada.files import parse_json, require_file, write_text
+from colada.pictures.load import decode_picture
+from colada.pictures.shapes import SIZE, Picture
+from colada.pictures.show import png
+from colada.pictures.sources import CAPTIONS, PictureFiles, files_of
 
 CREDIT = "Emoji graphics by Twitter, Inc and other contributors (Twemoji), CC BY 4.0"
 """What must stand beside them, and in the card of a model that was trained on them."""
@@ -27,8 +29,8 @@ CATEGORIES = ("Animals & Nature", "Food & Drink", "Objects")
 _NAMES, _PICTURES = "emoji.json", "img/twitter/64"
 
 
-def read_twemoji(place: Path, size: int) -> tuple[list[str], list[Loaded]]:
-    """Return names, in lower case, and pictures of the Twemoji of :data:`CATEGORIES`, in the package's order.
+def read_twemoji(place: Path, size: int = SIZE) -> PictureFiles:
+    """Return the Twemoji of :data:`CATEGORIES` with their names, in lower case, in the package's order.
 
     Args:
         place: the npm package: ``.tgz``, or the folder that holds emoji.json.
@@ -37,53 +39,53 @@ def read_twemoji(place: Path, size: int) -> tuple[list[str], list[Loaded]]:
     Raises:
         ColadaError: for what is no such package.
     """
-    files = _read_folder(place) if place.is_dir() else _read_package(place)
-    where = f"{place}: {_NAMES}"
-    try:
-        entries = [
-            (str(entry["name"]).lower(), str(entry["image"]))
-            for entry in parse_json(files(_NAMES), where)
-            if entry["category"] in CATEGORIES
-        ]
-    except (TypeError, KeyError) as error:
-        raise ColadaError(f"{where} is no list of emoji ({reason(error)})") from None
-    if not entries:
-        raise ColadaError(f"{where} has no emoji of {', '.join(CATEGORIES)}")
-    pictures = [
-        decode_picture(files(f"{_PICTURES}/{image}"), size, f"{place}: {image}") for _, image in entries
-    ]
-    return [name for name, _ in entries], pictures
+    contents = {} if place.is_dir() else _unpacked(place)
 
-
-def _read_folder(place: Path) -> Callable[[str], bytes]:
-    """Return what reads a file of an unpacked package."""
-
-    def read(name: str) -> bytes:
-        with open_file(place / name) as file:
-            return file.read()
-
-    return read
-
-
-def _read_package(place: Path) -> Callable[[str], bytes]:
-    """Return what reads a file of a packed package, all of which is gone through now."""
-    contents: dict[str, bytes] = {}
-    try:
-        with tarfile.open(require_file(place, "an npm package or its folder"), "r|gz") as package:
-            for member in package:
-                name = member.name.removeprefix("package/")
-                if member.isfile() and (name == _NAMES or name.startswith(f"{_PICTURES}/")):
-                    part = package.extractfile(member)
-                    contents[name] = part.read() if part is not None else b""
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise ColadaError(f"{place} is no readable npm package ({reason(error)})") from None
-
-    def read(name: str) -> bytes:
+    def content(name: str) -> bytes:
+        if place.is_dir():
+            return require_file(place / name).read_bytes()
         if name not in contents:
             raise ColadaError(f"{place}: {name} is missing, expected the package emoji-datasource-twitter")
         return contents[name]
 
-    return read
+    where = f"{place}: {_NAMES}"
+    try:
+        images = [
+            (str(entry["name"]).lower(), str(entry["image"]))
+            for entry in parse_json(content(_NAMES), where)
+            if entry["category"] in CATEGORIES
+        ]
+    except (TypeError, KeyError) as error:
+        raise ColadaError(f"{where} is no list of emoji ({reason(error)})") from None
+    if not images:
+        raise ColadaError(f"{where} has no emoji of {', '.join(CATEGORIES)}")
+    loaded = [
+        decode_picture(content(f"{_PICTURES}/{image}"), size, f"{place}: {image}") for _, image in images
+    ]
+    return files_of(str(place), [name for name, _ in images], loaded)
+
+
+def _unpacked(place: Path) -> dict[str, bytes]:
+    """Return names and pictures of a packed package."""
+    try:
+        with tarfile.open(require_file(place, "an npm package or its folder"), "r|gz") as package:
+            return {
+                member.name.removeprefix("package/"): part.read()
+                for member in package
+                if (part := package.extractfile(member)) is not None
+            }
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise ColadaError(f"{place} is no readable npm package ({reason(error)})") from None
+
+
+def write_folder(source: PictureFiles, folder: Path) -> None:
+    """Write pictures and their names as a folder that a recipe's ``data.pictures`` takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{number:04d}.png" for number in range(source.count)]
+    for name, picture in zip(names, source.pictures, strict=True):
+        (folder / name).write_bytes(png(picture))
+    lines = [f"{name}\t{caption}\n" for name, caption in zip(names, source.captions, strict=True)]
+    write_text(folder / CAPTIONS, "".join(lines))
 
 
 def moved(picture: Picture, generator: np.random.Generator) -> Picture:
