@@ -142,6 +142,20 @@ def matrix_entries(module: nn.Module) -> int:
     return sum(product.weight.numel() for product in products)
 
 
+def encoder_flops(config: TextVAEConfig, text: TextVAE, blocks: int) -> int:
+    """Return the FLOPs of encoding a row of so many blocks."""
+    products = 2 * blocks * config.block_size * matrix_entries(text.encoder)
+    pairs = block_causal_pairs(blocks, config.block_size)
+    return products + config.encoder_num_blocks * 4 * config.dim * pairs
+
+
+def prior_flops(prior: DiT, positions: int, pairs: int) -> int:
+    """Return the FLOPs of the DiT's pass over a row, by its positions and visible pairs; without AdaLN."""
+    config = prior.config
+    attention = 4 * config.num_layers * config.heads * config.head_dim * pairs
+    return 2 * positions * position_entries(prior) + attention
+
+
 def training_flops(vae: TextVAEConfig, dit: DiTConfig, work: Work) -> dict[str, float]:
     """Return the useful FLOPs of a step by part; they add up to the step's.
 
@@ -167,7 +181,7 @@ def training_flops(vae: TextVAEConfig, dit: DiTConfig, work: Work) -> dict[str, 
     attention = 4 * vae.dim * block_causal_pairs(blocks, vae.block_size)
     head_entries = matrix_entries(text.decoder.final_layer)
     decoder_entries = matrix_entries(text.decoder) - head_entries
-    encoder = work.rows * (2 * latents * matrix_entries(text.encoder) + vae.encoder_num_blocks * attention)
+    encoder = work.rows * encoder_flops(vae, text, blocks)
     decoder = work.rows * (2 * latents * decoder_entries + vae.decoder_num_blocks * attention)
     head = 2 * work.tokens * head_entries
     parts: dict[str, float] = {"encoder": encoder}
@@ -185,8 +199,7 @@ def training_flops(vae: TextVAEConfig, dit: DiTConfig, work: Work) -> dict[str, 
     size = dit.block_size // dit.patch_size
     pairs = two_copy_pairs(blocks, size, work.copies)
     timestep_entries = adaln_entries(prior)
-    products = 2 * _dit_positions(dit, work, blocks) * position_entries(prior)
-    parts["DiT"] = 3 * work.rows * (products + 4 * dit.num_layers * dit.heads * dit.head_dim * pairs)
+    parts["DiT"] = 3 * work.rows * prior_flops(prior, _dit_positions(dit, work, blocks), pairs)
     timesteps = work.rows * work.copies * (blocks if work.per_block else 1) + (blocks > 1)
     parts["AdaLN"] = 3 * 2 * timesteps * timestep_entries
     if work.guesses:

@@ -15,10 +15,10 @@ from colada.train.cost import (
     Placement,
     adaln_entries,
     block_causal_pairs,
-    matrix_entries,
+    encoder_flops,
     networks,
     parameter_counts,
-    position_entries,
+    prior_flops,
     two_copy_pairs,
 )
 from colada.train.kinds import TaughtSection
@@ -33,8 +33,7 @@ def teacher_pass(vae: TextVAEConfig, dit: DiTConfig, section: TaughtSection) -> 
     blocks, size = section.length // vae.block_tokens, dit.block_size // dit.patch_size
     copies = section.copies * (1 + guided)
     pairs = two_copy_pairs(blocks, size, section.copies) + guided * section.copies * blocks * size**2
-    row = 2 * (blocks - 1 + copies * blocks) * size * position_entries(prior)
-    row += 4 * dit.num_layers * dit.heads * dit.head_dim * pairs
+    row = prior_flops(prior, (blocks - 1 + copies * blocks) * size, pairs)
     timesteps = section.batch * copies * (blocks if section.timestep_per == "block" else 1) + (blocks > 1)
     return section.batch * row + 2 * timesteps * adaln_entries(prior)
 
@@ -83,12 +82,9 @@ def trajectories_phase(
     blocks, size = section.length // vae.block_tokens, dit.block_size // dit.patch_size
     passes = evaluations * (1 + guided) + 1
     pairs = (evaluations + 1) * block_causal_pairs(blocks, size) + evaluations * guided * blocks * size**2
-    encoder = 2 * blocks * vae.block_size * matrix_entries(text.encoder)
-    encoder += vae.encoder_num_blocks * 4 * vae.dim * block_causal_pairs(blocks, vae.block_size)
-    products = 2 * blocks * size * passes * position_entries(prior)
-    attention = 4 * dit.num_layers * dit.heads * dit.head_dim * pairs
     counts = parameter_counts(vae, dit)
     memory = {"frozen networks": 4.0 * counts["Text VAE"], "teacher": 4.0 * counts["DiT"]}
     work = {"evaluations": evaluations, "guided": guided, "length": section.length}
-    flops = {"encoder": float(encoder), "DiT": float(products + attention)}
+    prior_part = prior_flops(prior, blocks * size * passes, pairs)
+    flops = {"encoder": float(encoder_flops(vae, text, blocks)), "DiT": float(prior_part)}
     return Phase(name, trajectories.rows, 0, flops, memory, placement, work, 0.0)

@@ -24,13 +24,12 @@ from colada.train.cost import (
     Placement,
     Work,
     adaln_entries,
-    block_causal_pairs,
     cola_phase,
     dit_position_bytes,
-    matrix_entries,
+    encoder_flops,
     networks,
     parameters_of,
-    position_entries,
+    prior_flops,
     state_bytes,
 )
 from colada.train.kinds import PicturesSection, PictureVAESection
@@ -83,16 +82,10 @@ def _pair_phase(
         cells = drawing_cells(torch.tensor([length]), length, image.latents, size)
     (positions,) = cells.kind[0].shape
     visible = int(sees(cells.at((0, slice(None), None)), cells.at(0)).sum())
-    encoder = 0.0
-    for count in (blocks, before):
-        products = 2 * count * size * matrix_entries(text.encoder)
-        encoder += products + vae.encoder_num_blocks * 4 * vae.dim * block_causal_pairs(count, size)
-    products = 2 * positions * position_entries(prior)
-    attention = 4 * dit.num_layers * dit.heads * dit.head_dim * visible
     timesteps = pairs * (blocks + (not describes)) + 1
     flops = {
-        "encoder": pairs * encoder,
-        "DiT": 3.0 * pairs * (products + attention),
+        "encoder": float(pairs * sum(encoder_flops(vae, text, count) for count in (blocks, before))),
+        "DiT": 3.0 * pairs * prior_flops(prior, positions, visible),
         "AdaLN": 3.0 * 2 * timesteps * adaln_entries(prior, pictures=True),
         "picture codec": pairs * _codec_flops(image)[0],
     }
