@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -232,6 +233,38 @@ async def read_answer(reader: asyncio.StreamReader, stop_after: int | None = Non
                     answer.times.append(time.monotonic())
         if stop_after is not None and len(answer.events) >= stop_after:
             return answer
+
+
+# --- requests of many kinds ----------------------------------------------------------------------
+
+MALFORMED = [b"{", b'{"prompt": 5}', b'{"temperature": 1e-320}', b'{"colada": {"steps": 1000000}}', b"[]"]
+
+
+def some_body(draw: random.Random, words: str) -> Json:
+    """A request of any settings, in few solver steps."""
+    body: Json = {
+        "prompt": words * draw.randint(0, 20),
+        "max_tokens": draw.randint(1, 60),
+        "seed": draw.randrange(2**40),
+        "stream": draw.random() < 0.7,
+        "colada": {
+            "steps": draw.choice([1, 2, 4, 8]),
+            "guidance": draw.choice([0.0, 1.0, 3.0]),
+            "solver": draw.choice(["euler", "ab2"]),
+            "schedule": draw.choice(["uniform", "front-loaded"]),
+        },
+    }
+    if draw.random() < 0.5:
+        body |= {"temperature": draw.choice([0.5, 1.0]), "top_p": draw.choice([0.8, 1.0]), "top_k": 50}
+    if draw.random() < 0.3:
+        body |= {"repetition_penalty": 1.3}
+    if draw.random() < 0.3:
+        body |= {"stop": [draw.choice(["a", "é", "the", ".", " "])]}
+    if body["stream"] and draw.random() < 0.3:
+        body["colada"]["guesses"] = True
+    if draw.random() < 0.2:
+        body["n"] = 2
+    return body
 
 
 # --- what answers should be ----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -183,3 +184,21 @@ def test_the_fixtures_hold_on_the_gpu(parity_cases: list[Path]) -> None:
         assert errors.pop("tokens_equal")
         # Sums are in another order than the reference's.
         assert max(errors.values()) < 1e-4, directory
+
+
+def test_a_server_on_the_gpu_answers_as_the_cpu_writes() -> None:
+    import asyncio
+
+    serving = pytest.importorskip("serving", reason="the extra `serve` is not installed")
+    body = {"max_tokens": 40, "ignore_eos": True, "stream": True}
+    bodies = [{**body, "prompt": "ab" * number, "seed": number} for number in range(24)]
+    with serving.running({"bytes": serving.byte_model().to("cuda")}) as server:
+
+        async def all_of_them() -> list[Any]:
+            return await asyncio.gather(*[serving.ask(server.port, "/v1/completions", one) for one in bodies])
+
+        answers = asyncio.run(all_of_them())
+        server.empty()
+    on_cpu = serving.byte_model()
+    for one, answer in zip(bodies, answers, strict=True):
+        serving.check_answer(answer, one, serving.alone(on_cpu, one))

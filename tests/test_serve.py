@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -531,3 +532,13 @@ def test_a_baseline_is_served_too(arch: str) -> None:
         assert server.post("/colada/encode", {"input": "a"}).error["param"] == "model"
         assert server.get("/v1/models").json["data"][0]["colada"]["arch"] == arch
         server.empty()
+
+
+def test_the_tests_that_the_page_names_are_there() -> None:
+    tests = Path(__file__).parent
+    named = re.findall(r"`(test_\w+)`", (tests.parent / "docs" / "serving.md").read_text())
+    there = set(
+        re.findall(r"^def (test_\w+)", "".join(file.read_text() for file in tests.glob("test_*.py")), re.M)
+    )
+    assert named
+    assert set(named) <= there

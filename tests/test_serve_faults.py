@@ -367,20 +367,29 @@ def test_guesses_that_a_reader_is_too_slow_for_are_replaced() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("what", ["noise", "pick"])
 def test_what_fails_for_one_request_ends_that_one_alone(
-    server: Running, model: ColaDLM, monkeypatch: pytest.MonkeyPatch, stream: bool
+    server: Running, model: ColaDLM, monkeypatch: pytest.MonkeyPatch, what: str, stream: bool
 ) -> None:
     from colada.generate.engine import engine
 
     pick = engine.pick
 
-    def failing(logits: Any, settings: Any, *arguments: Any) -> Any:
+    def failing_pick(logits: Any, settings: Any, *arguments: Any) -> Any:
         if settings.top_k == 17:
             raise RuntimeError("broken")
         return pick(logits, settings, *arguments)
 
-    monkeypatch.setattr(engine, "pick", failing)
-    body = {"prompt": "a", "max_tokens": 20, "top_k": 17, "temperature": 1.0, "stream": stream}
+    def failing_noise(*arguments: Any) -> Any:
+        raise RuntimeError("broken")
+
+    body = {"prompt": "a", "max_tokens": 20, "stream": stream}
+    if what == "pick":
+        monkeypatch.setattr(engine, "pick", failing_pick)
+        body |= {"top_k": 17, "temperature": 1.0}
+    else:
+        monkeypatch.setitem(engine.NOISE_RULES, "released", failing_noise)
+        body |= {"colada": {"noise": "released"}}
     good, bad = asyncio.run(beside(server, body))
     check_answer(good, GOOD, alone(model, GOOD))
     if stream:  # An error is the last event: no [DONE], and a body that ends.
@@ -659,6 +668,22 @@ def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer.body.count(b": ping\n\n") >= 2
     monkeypatch.undo()
     check_answer(answer, body, alone(byte_model(), body))
+
+
+def test_a_loop_that_is_held_up_loses_nothing_and_tells_its_lag(model: ColaDLM) -> None:
+    with running({"bytes": byte_model()}, LIMITS) as server:
+
+        async def hold_up() -> Answer:
+            stream = asyncio.ensure_future(ask(server.port, "/v1/completions", GOOD))
+            while not server.service.driver.tickets:
+                await asyncio.sleep(0.005)
+            server.service.driver._loop.call_soon_threadsafe(time.sleep, 2.0)
+            return await stream
+
+        check_answer(asyncio.run(hold_up()), GOOD, alone(model, GOOD))
+        wait_for(lambda: server.metrics()["colada_loop_lag_seconds"] > 1.5)
+        assert server.get("/health").status == 200
+        server.empty()
 
 
 def test_while_models_load_requests_are_told_to_come_again() -> None:

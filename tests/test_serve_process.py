@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +23,7 @@ import pytest
 
 from colada.cli import main as cli
 from colada.cli.serve import KERNELS, KEYS_VARIABLE, serve
-from serving import Answer, ask, byte_model
+from serving import MALFORMED, Answer, ask, byte_model, some_body
 
 
 @pytest.fixture(scope="module")
@@ -277,10 +279,11 @@ def test_a_proxys_headers_count_if_it_is_trusted(saved: Path, trusted: bool) -> 
         def asked(path: str, **headers: str) -> Answer:
             return asyncio.run(ask(port, path, method="GET", headers=headers))
 
-        page = asked("/playground", Host="mine.example", X_Forwarded_Proto="https")
+        sent = {"Host": "mine.example", "Authorization": "Bearer one"}
+        moved = asked("/ready/", X_Forwarded_Proto="https", **sent)
         scheme = "https" if trusted else "http"
-        assert (page.status, page.headers["location"]) == (307, f"{scheme}://mine.example/llm/playground/")
-        assert asked("/playground/").status == asked("/").status == asked("/ready").status == 200
+        assert (moved.status, moved.headers["location"]) == (307, f"{scheme}://mine.example/llm/ready")
+        assert asked("/playground/playground.js").status == asked("/").status == asked("/ready").status == 200
         assert asked("/v1/models").status == 401
         elsewhere = asked("/v1/embeddings", Authorization="Bearer one")
         assert (elsewhere.status, elsewhere.error["code"]) == (404, "not_supported")
@@ -311,6 +314,97 @@ def test_settings_are_checked_before_torch_is_imported() -> None:
         "assert not {'torch', 'fastapi', 'uvicorn'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="there is no /proc here")
+def test_requests_for_hours_leave_no_memory_behind_and_are_no_slower(saved: Path) -> None:
+    """Of all kinds, a quarter of them cancelled and a tenth malformed: smaller numbers of a soak."""
+    count, at_once, draw = 1200, 20, random.Random(0)
+    seconds: list[float] = []
+    resident: list[float] = []
+
+    async def one(port: int) -> None:
+        malformed, leaving = draw.random() < 0.1, draw.random() < 0.25
+        body = draw.choice(MALFORMED) if malformed else some_body(draw, "né🙂")
+        begin = time.monotonic()
+        asked = asyncio.ensure_future(ask(port, "/v1/completions", body))
+        if leaving:
+            await asyncio.sleep(draw.random() / 10)
+            asked.cancel()
+            return
+        answer = await asked
+        assert answer.status == (400 if malformed else 200), answer.body
+        assert answer.complete
+        if not malformed:
+            seconds.append(time.monotonic() - begin)
+
+    with process(str(saved), "--log", "off", "--watchers", "20") as (server, port):
+
+        async def soak() -> None:
+            for _ in range(count // at_once):
+                await asyncio.gather(*[one(port) for _ in range(at_once)])
+                pages = int(Path(f"/proc/{server.pid}/statm").read_text().split()[1])
+                resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+
+        asyncio.run(soak())
+        assert status(port) == 200
+    third, quarter = len(resident) // 3, len(seconds) // 4
+    assert resident[-1] - resident[-third] < 1.0 * count / 3 / 1000 + 1
+    slowest = [sorted(some)[len(some) * 99 // 100] for some in (seconds[:quarter], seconds[-quarter:])]
+    assert slowest[1] < 2 * slowest[0]  # A fifth more on an idle machine.
+
+
+@pytest.mark.slow
+def test_behind_nginx_streams_come_event_by_event_and_only_a_killed_replicas_are_lost(
+    saved: Path, tmp_path: Path
+) -> None:
+    nginx = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
+    if nginx is None:
+        pytest.skip("nginx is not installed")
+    front = free_port()
+    with process(str(saved)) as (first, one), process(str(saved)) as (_, two):
+        config = (Path(__file__).parents[1] / "deploy" / "nginx.conf").read_text()
+        for shipped, own in {"8001": one, "8002": two, "8080": front}.items():
+            config = config.replace(shipped, str(own))
+        file = tmp_path / "nginx.conf"
+        file.write_text(config.replace("/tmp/colada-nginx.pid", str(tmp_path / "pid")))
+        subprocess.run([nginx, "-t", "-c", file], check=True, capture_output=True)
+        with subprocess.Popen([nginx, "-c", file, "-g", "daemon off;"], stderr=subprocess.DEVNULL) as proxy:
+            try:
+                end = time.monotonic() + 20
+                while status(front) != 200:
+                    assert time.monotonic() < end
+                    time.sleep(0.1)
+                asyncio.run(lose_one(front, (one, two), first))
+                assert asyncio.run(ask(front, "/metrics", method="GET")).status == 403
+            finally:
+                proxy.terminate()
+
+
+async def lose_one(front: int, replicas: tuple[int, int], first: subprocess.Popen[str]) -> None:
+    """Stream through a proxy, and kill the first of the two replicas behind it."""
+    body = {"prompt": "a", "max_tokens": 600, "ignore_eos": True, "stream": True, "colada": {"steps": 16}}
+    alone = await ask(front, "/v1/completions", body)
+    assert alone.events[-1] == "[DONE]"
+    began, ended = alone.times[0], alone.times[-1]
+    assert sum(began + (ended - began) / 4 < at < ended - (ended - began) / 4 for at in alone.times) > 20
+    asked = [asyncio.ensure_future(ask(front, "/v1/completions", body)) for _ in range(8)]
+
+    async def running() -> list[int]:
+        return [(await ask(port, "/ready", method="GET")).json["running"] for port in replicas]
+
+    while sum(shares := await running()) < 8:
+        await asyncio.sleep(0.02)
+    assert 0 < shares[0] < 8
+    first.kill()
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    whole = [
+        one for one in answers if isinstance(one, Answer) and one.complete and one.events[-1:] == ["[DONE]"]
+    ]
+    assert len(whole) == shares[1]
+    later = [ask(front, "/v1/completions", {"prompt": "a", "max_tokens": 4}) for _ in range(8)]
+    assert [answer.status for answer in await asyncio.gather(*later)] == [200] * 8
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")

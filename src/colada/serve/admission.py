@@ -19,7 +19,7 @@ logger = logging.getLogger("colada.serve")
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 PROBES = ("/health", "/ready", "/live")
-OPEN_PATHS = (*PROBES, "/openapi.json", "/", "/playground")
+OPEN_PATHS = (*PROBES, "/openapi.json", "/")
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "stop")
 EXTENSION = (
     *("steps", "guidance", "guidance_interval", "guidance_cap", "guidance_rescale", "early_end"),

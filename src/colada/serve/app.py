@@ -347,7 +347,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     for path in ELSEWHERE:
         app.router.add_route(path, partial(_elsewhere, path), ["GET", "POST"], include_in_schema=False)
     if PLAYGROUND.is_dir():
-        pages = _Pages(directory=PLAYGROUND, html=True)
+        pages = _Pages(directory=PLAYGROUND)
         app.mount("/playground", pages)
         app.router.add_route("/", pages.index, ["GET"], include_in_schema=False)
 
