@@ -240,11 +240,11 @@ async def read_answer(reader: asyncio.StreamReader, stop_after: int | None = Non
 MALFORMED = [b"{", b'{"prompt": 5}', b'{"temperature": 1e-320}', b'{"colada": {"steps": 1000000}}', b"[]"]
 
 
-def some_body(draw: random.Random, words: str) -> Json:
+def some_body(draw: random.Random, words: str, most: int = 60) -> Json:
     """A request of any settings, in few solver steps."""
     body: Json = {
         "prompt": words * draw.randint(0, 20),
-        "max_tokens": draw.randint(1, 60),
+        "max_tokens": draw.randint(1, most),
         "seed": draw.randrange(2**40),
         "stream": draw.random() < 0.7,
         "colada": {

@@ -347,3 +347,53 @@ def test_places_are_counted_and_given_back() -> None:
     admission.take([300], watching=True)
     with pytest.raises(Refusal, match="400 latents"):
         admission.take([101], watching=False)
+
+
+# --- for ever ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="there is no /proc here")
+def test_requests_for_hours_leave_no_memory_behind_and_are_no_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all kinds, a quarter of them cancelled and a tenth malformed: smaller numbers of a soak.
+
+    Without oneDNN, which keeps a kernel for every size of product that it has seen: with it, memory is flat
+    only once all are there.
+    """
+    from colada.generate.engine import kernels
+
+    monkeypatch.setattr(kernels, "ONEDNN", False)
+    waves, at_once, draw = 60, 20, random.Random(0)
+    resident: list[float] = []
+    cpu: list[float] = []
+
+    async def one(port: int) -> None:
+        malformed, leaving = draw.random() < 0.1, draw.random() < 0.25
+        body = draw.choice(MALFORMED) if malformed else some_body(draw, "né🙂", most=8)
+        asked = asyncio.ensure_future(ask(port, "/v1/completions", body))
+        if leaving:
+            await asyncio.sleep(draw.random() / 10)
+            asked.cancel()
+            return
+        answer = await asked
+        assert answer.status == (400 if malformed else 200), answer.body
+        assert answer.complete
+
+    async def wave(port: int) -> None:
+        await asyncio.gather(*[one(port) for _ in range(at_once)])
+
+    with (
+        torch.backends.mkldnn.flags(enabled=False),
+        running({"bytes": byte_model()}, Limits(watchers=at_once)) as server,
+    ):
+        for _ in range(waves):
+            asyncio.run(wave(server.port))
+            metrics = server.metrics()
+            resident.append(metrics["process_resident_memory_bytes"] / 2**20)
+            cpu.append(metrics["process_cpu_seconds_total"])
+        server.empty()
+    third, quarter = waves // 3, waves // 4
+    assert resident[-1] - resident[-third] < 2.0, resident
+    assert cpu[-1] - cpu[-quarter] < 1.5 * (cpu[quarter] - cpu[1]), (
+        cpu
+    )  # Seconds on a clock depend on others.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-import random
 import re
 import shutil
 import signal
@@ -23,7 +22,7 @@ import pytest
 
 from colada.cli import main as cli
 from colada.cli.serve import KERNELS, KEYS_VARIABLE, serve
-from serving import MALFORMED, Answer, ask, byte_model, some_body
+from serving import Answer, ask, byte_model
 
 
 @pytest.fixture(scope="module")
@@ -314,45 +313,6 @@ def test_settings_are_checked_before_torch_is_imported() -> None:
         "assert not {'torch', 'fastapi', 'uvicorn'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="there is no /proc here")
-def test_requests_for_hours_leave_no_memory_behind_and_are_no_slower(saved: Path) -> None:
-    """Of all kinds, a quarter of them cancelled and a tenth malformed: smaller numbers of a soak."""
-    count, at_once, draw = 1200, 20, random.Random(0)
-    seconds: list[float] = []
-    resident: list[float] = []
-
-    async def one(port: int) -> None:
-        malformed, leaving = draw.random() < 0.1, draw.random() < 0.25
-        body = draw.choice(MALFORMED) if malformed else some_body(draw, "né🙂")
-        begin = time.monotonic()
-        asked = asyncio.ensure_future(ask(port, "/v1/completions", body))
-        if leaving:
-            await asyncio.sleep(draw.random() / 10)
-            asked.cancel()
-            return
-        answer = await asked
-        assert answer.status == (400 if malformed else 200), answer.body
-        assert answer.complete
-        if not malformed:
-            seconds.append(time.monotonic() - begin)
-
-    with process(str(saved), "--log", "off", "--watchers", "20") as (server, port):
-
-        async def soak() -> None:
-            for _ in range(count // at_once):
-                await asyncio.gather(*[one(port) for _ in range(at_once)])
-                pages = int(Path(f"/proc/{server.pid}/statm").read_text().split()[1])
-                resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
-
-        asyncio.run(soak())
-        assert status(port) == 200
-    third, quarter = len(resident) // 3, len(seconds) // 4
-    assert resident[-1] - resident[-third] < 1.0 * count / 3 / 1000 + 1
-    slowest = [sorted(some)[len(some) * 99 // 100] for some in (seconds[:quarter], seconds[-quarter:])]
-    assert slowest[1] < 2 * slowest[0]  # A fifth more on an idle machine.
 
 
 @pytest.mark.slow

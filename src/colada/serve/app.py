@@ -9,12 +9,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from prometheus_client import generate_latest
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -55,13 +55,19 @@ ELSEWHERE = {
 
 
 class _Route(APIRoute):
-    """Reads bodies with bounds."""
+    """Reads bodies by itself, with bounds and without the library's way through forms."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
+        if (model := get_type_hints(self.endpoint).get("body")) is None:
+            return super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            return await handler(Body(request.scope, request.receive))
+            request = Body(request.scope, request.receive)
+            try:
+                body = model.model_validate(await request.json())
+            except ValidationError as error:
+                raise protocol.field_refused(error.errors(include_url=False)) from None
+            return await self.endpoint(request, body)
 
         return handle
 
@@ -183,14 +189,14 @@ class Service:
 
     # --- tokens and latents --------------------------------------------------------------------
 
-    async def tokenize(self, body: protocol.TokenizeRequest) -> Response:
+    async def tokenize(self, request: Request, body: protocol.TokenizeRequest) -> Response:
         """Return a text's tokens."""
         served = self.served(body.model)
         tokens = await run_in_threadpool(_ids, served, body.prompt, "prompt")
         context = served.context(self.limits)
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": context})
 
-    async def detokenize(self, body: protocol.DetokenizeRequest) -> Response:
+    async def detokenize(self, request: Request, body: protocol.DetokenizeRequest) -> Response:
         """Return the text of tokens, special ones included."""
         served = self.served(body.model)
         return JSONResponse({"prompt": _text(served, _ids(served, body.tokens, "tokens"))})
@@ -314,7 +320,6 @@ def create_app(
     app.router.route_class = _Route
     _add_routes(app, service)
     app.add_exception_handler(HTTPException, _refuse)
-    app.add_exception_handler(RequestValidationError, _refuse)
     closed = lambda: None if service.status == "ready" else service.status  # noqa: E731
     app.add_middleware(Edge, policy=policy, closed=closed, count=metrics.request)
     if policy.origins:
@@ -369,11 +374,9 @@ class _Pages(StaticFiles):
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    """Answer with an error: ours, of a field, or the router's."""
+    """Answer with an error: ours, or the router's."""
     refusal = error
-    if isinstance(error, RequestValidationError):
-        refusal = protocol.field_refused(error.errors())
-    elif isinstance(error, HTTPException) and not isinstance(error, Refusal):
+    if isinstance(error, HTTPException) and not isinstance(error, Refusal):
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_value")
         text = f"{request.method} {request.url.path[:100]}: {error.detail}"
         refusal = Refusal(error.status_code, code, ascii(text)[1:-1], None, **(error.headers or {}))

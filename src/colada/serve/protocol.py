@@ -212,6 +212,8 @@ ErrorAnswer = create_model("ErrorAnswer", error=_Error)
 
 def read_json(body: bytes) -> dict[str, Any]:
     """Return what a body says. Raises Refusal for what is no JSON object of text and finite numbers."""
+    if not body:
+        raise Refusal(400, "missing_parameter", "the body is missing, expected a JSON object")
 
     def number(text: str) -> float:
         if not math.isfinite(value := float(text)):
@@ -243,20 +245,20 @@ def field_refused(errors: Sequence[Mapping[str, Any]]) -> Refusal:
     """Return the refusal of what pydantic says of a request's fields: of the first one."""
     first, name = errors[0], _field_name(errors[0]["loc"])
     if first["type"] == "missing":
-        return Refusal(400, "missing_parameter", f"{name or 'the body'} is missing, expected it", name)
+        return Refusal(400, "missing_parameter", f"{name} is missing, expected it", name)
     if first["type"] == "extra_forbidden":
-        return unknown_field(str(name))
+        return unknown_field(name)
     # A field of several types has an error for each.
     said = dict.fromkeys(error["msg"] for error in errors if _field_name(error["loc"]) == name)
     expected = " or ".join(text.removeprefix("Input should be ") for text in said)
-    return invalid(str(name), first["input"], expected)
+    return invalid(name, first["input"], expected)
 
 
-def _field_name(place: Sequence[str | int]) -> str | None:
-    parts = [str(part) for part in place if part != "body"]
+def _field_name(place: Sequence[str | int]) -> str:
+    parts = [str(part) for part in place]
     while len(parts) > 1 and re.search(r"[^a-z_0-9]|^(str|int|float|bool|list|tagged)$", parts[-1]):
         parts.pop()  # Which of a field's types.
-    return ".".join(parts) or None
+    return ".".join(parts)
 
 
 def unknown_field(name: str) -> Refusal:
