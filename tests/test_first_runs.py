@@ -32,7 +32,8 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     find_spec = importlib.util.find_spec
     missing = lambda name, *args: None if name == package else find_spec(name, *args)  # noqa: E731
     for module in ("train.preflight", "cli.train"):
-        monkeypatch.setattr(f"colada.{module}.find_spec", missing)
+        # The module that others have imported: another test may have had it imported anew.
+        monkeypatch.setattr(sys.modules[f"colada.{module}"], "find_spec", missing)
 
 
 def test_a_run_without_matplotlib_says_at_the_start_that_there_will_be_no_report(
