@@ -20,6 +20,7 @@ from colada.text.tokenizer import Tokenizer
 from faults import TEXTS
 from helpers import tiny_dit, tiny_model, tiny_vae
 
+pytest.register_assert_rewrite("playground")  # It has fixtures.
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "parity"
