@@ -606,18 +606,16 @@ def test_who_leaves_before_it_is_not_encoded_for(monkeypatch: pytest.MonkeyPatch
 
 def test_a_ticket_is_accepted_refused_or_not_taken_in_time() -> None:
     async def told(news: list[Any], most: float) -> None:
-        ticket = Ticket("bytes", [{}])
+        ticket = Ticket("bytes", [{}], since=time.monotonic() - 1)
         for one in news:
             ticket.news.put_nowait(one)
-        await ticket.accepted(most)
+        await asyncio.wait_for(ticket.accepted(most), 5)
 
-    begin = time.monotonic()
-    asyncio.run(told([None, [(0, Chunk(0, 0, None, "a", (1,)))]], 60))
+    asyncio.run(told([[], None, [(0, Chunk(0, 0, None, "a", (1,)))]], 60))
     with pytest.raises(Refusal, match="no such thing"):
         asyncio.run(told([Refusal(400, "invalid_value", "no such thing")], 60))
-    assert time.monotonic() - begin < 5
     with pytest.raises(Refusal) as late:
-        asyncio.run(told([], 0.1))
+        asyncio.run(told([[], None], 0.1))
     assert (late.value.status_code, late.value.code) == (503, "queue_timeout")
     assert late.value.headers is not None
     assert "Retry-After" in late.value.headers
@@ -649,7 +647,7 @@ def test_a_deadline_does_not_interrupt_who_sends() -> None:
         ticket = Ticket("bytes", [{}])
         for _ in range(3):
             ticket.put([(0, begun)])
-        async for news in ticket.steps(None, 0.05):
+        async for news in ticket.steps(0.05):
             await asyncio.sleep(0.1)
             sent.append(news)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MOST_CHOICES, MOST_STOPS, LONGEST_STOP = 64, 16, 256
 REASONS = {"length": "length", "end": "stop", "stop": "stop"}
+_ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 EXACT_SEED = 2**53
 """Seeds that are drawn are below it: JavaScript reads them exactly."""
 
@@ -186,6 +187,7 @@ class Writer:
             "model": job.served.name,
             "system_fingerprint": job.served.fingerprint,
         }
+        self._begun = as_json(self._head)[:-1]  # Of every event: written once.
 
     def add(self, number: int, chunk: Chunk) -> None:
         """Take what a choice grows by."""
@@ -261,9 +263,9 @@ class Writer:
         return [*usage, "[DONE]"]
 
     def _event(self, choices: Sequence[Mapping[str, Any]], told: Mapping[str, Any] | None = None) -> str:
-        usage = {"usage": None} if self._usage_wanted else {}
-        extra = {} if told is None else {"colada": told}
-        return as_json({**self._head, "choices": choices, **usage, **extra})
+        usage = ',"usage":null' if self._usage_wanted else ""
+        extra = "" if told is None else f',"colada":{as_json(told)}'
+        return f'{self._begun},"choices":{as_json(choices)}{usage}{extra}}}'
 
     def _last(self, number: int, content: Mapping[str, Any]) -> dict[str, Any]:
         """Return a choice with why it has ended, and what is needed to repeat it."""
@@ -312,4 +314,4 @@ def _choice(number: int, content: Mapping[str, Any], reason: str | None = None) 
 
 def as_json(value: Any) -> str:
     """Return a value as JSON on one line."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _ENCODE(value)

@@ -150,7 +150,7 @@ class Service:
         """Yield what each step adds once the writer has it, and count it; nothing after silence."""
         last = dict.fromkeys(range(len(job.ticket.choices)), time.monotonic())
         begun = set[int]()
-        async for news in job.ticket.steps(self.limits.ping or None, self.limits.timeout):
+        async for news in job.ticket.steps(self.limits.timeout):
             for number, chunk in news:
                 writer.add(number, chunk)
                 if chunk.step is not None:
@@ -276,14 +276,15 @@ class Service:
         """Return what is counted, for Prometheus."""
         return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4")
 
-    async def watch_lag(self) -> None:
-        """Measure once a second by how much the loop was late at most."""
+    async def watch(self) -> None:
+        """Look at who waits, ten times a second, and measure by how much the loop was late at most."""
         while True:
             worst = 0.0
             for _ in range(10):
                 begin = time.monotonic()
                 await asyncio.sleep(0.1)
                 worst = max(worst, time.monotonic() - begin - 0.1)
+                self.driver.look()
             self.metrics.lag.set(worst)
 
 
@@ -310,9 +311,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         driver.start()
-        lag = asyncio.create_task(service.watch_lag())
+        watch = asyncio.create_task(service.watch())
         yield
-        lag.cancel()
+        watch.cancel()
         await run_in_threadpool(driver.stop)
 
     app = FastAPI(title="Colada", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)

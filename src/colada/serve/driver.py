@@ -26,8 +26,6 @@ logger = logging.getLogger("colada.serve")
 MOST_GUESSES = 64
 """Of what waits for a request's reader: while it is more, newer guesses are left out."""
 WARM_TOKENS = 8
-LOOK = 0.5
-"""Seconds after which who waits for work beside the steps looks whether the engine goes on."""
 ENDED = ("stopped", "engine_dead")
 
 Models = Mapping[str, "Served"]
@@ -42,10 +40,12 @@ class Ticket:
     Attributes:
         choices: arguments of :meth:`colada.generate.session.Session.submit`.
         latents: "pca" or "full": how guesses show them.
-        news: None once it is accepted, then what a step has brought: numbers of choices with their chunks; of
-            work beside them (:meth:`Driver.aside`), its result; or why it fails.
+        news: None once it is accepted, then what a step has brought: numbers of choices with their chunks,
+            none where :meth:`Driver.look` finds it silent; of work beside them (:meth:`Driver.aside`), its
+            result in a list; or why it fails.
         indices: of the choices in the session; the engine thread's own.
         since: when it was submitted.
+        told: when there last was news.
         begun: whether a choice has left the queue.
         replaced: guesses that were left out for newer ones.
     """
@@ -56,6 +56,7 @@ class Ticket:
     news: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     indices: list[int] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)
     begun: bool = False
     replaced: int = 0
 
@@ -65,38 +66,30 @@ class Ticket:
             blocks = [(number, chunk) for number, chunk in news if chunk.step is None]
             self.replaced, news = self.replaced + len(news) - len(blocks), blocks
         if news:
+            self.told = time.monotonic()
             self.news.put_nowait(news)
 
     async def accepted(self, most: float) -> None:
         """Wait until the session has it. Raises Refusal where it refuses, or has said nothing for so long."""
-        try:
-            async with asyncio.timeout(most):
-                news = await self.news.get()
-        except TimeoutError:
-            raise _late(most) from None
-        if isinstance(news, Refusal):
-            raise news
+        while (news := await self.news.get()) is not None:
+            if isinstance(news, Refusal):
+                raise news
+            if time.monotonic() - self.since > most:
+                raise _late(most)
 
-    async def steps(self, patience: float | None, most: float) -> AsyncIterator[News]:
+    async def steps(self, most: float) -> AsyncIterator[News]:
         """Yield what choices grow by until all are finished, and nothing after some seconds of silence.
 
         Raises:
             Refusal: once one has failed, or where all takes more seconds than ``most``.
         """
-        # Each wait has its own limit: one around a yield would interrupt whatever its reader waits for.
-        end, left = time.monotonic() + most, len(self.choices)
+        left = len(self.choices)
         while left:
-            rest = end - time.monotonic()
-            if rest <= 0:
-                raise _overdue(most)
-            try:
-                async with asyncio.timeout(rest if patience is None else min(patience, rest)):
-                    news = await self.news.get()
-            except TimeoutError:
-                yield []
-                continue
+            news = await self.news.get()
             if isinstance(news, Refusal):
                 raise news
+            if time.monotonic() - self.since > most:
+                raise _overdue(most)
             for _, chunk in news:
                 if chunk.error is not None:
                     code = "not_finite" if "not finite" in chunk.error else "internal"
@@ -184,24 +177,35 @@ class Driver:
             Refusal: where the work does, the engine dies or stalls, or it has not come to it within the time
                 that a request may take.
         """
-        ticket, end = Ticket("", ()), time.monotonic() + self._limits.timeout
+        ticket = Ticket("", ())
         self._hand_over(ticket, partial(self._side.append, partial(self._do, ticket, work)))
         try:
-            while (rest := end - time.monotonic()) > 0:
-                try:
-                    async with asyncio.timeout(min(LOOK, rest)):
-                        result = await ticket.news.get()
-                except TimeoutError:
-                    if self.status == "engine_stalled":
-                        text = f"the engine has done nothing for {self._limits.stall:g} s"
-                        raise Refusal(503, "engine_stalled", text, Retry_After="5") from None
-                    continue
-                if isinstance(result, Refusal):
-                    raise result
-                return result
-            raise _overdue(self._limits.timeout)
+            while not (news := await ticket.news.get()):
+                if self.status == "engine_stalled":
+                    text = f"the engine has done nothing for {self._limits.stall:g} s"
+                    raise Refusal(503, "engine_stalled", text, Retry_After="5")
+                if time.monotonic() - ticket.since > self._limits.timeout:
+                    raise _overdue(self._limits.timeout)
+            if isinstance(news, Refusal):
+                raise news
+            return news[0]
         finally:
             self.close(ticket)
+
+    def look(self) -> None:
+        """Let those look at the clock who have had no news for long; to be called several times a second.
+
+        One look at all is cheaper than a timer for each wait of each: a stream waits at every block.
+        """
+        now, limits, stalled = time.monotonic(), self._limits, self.status == "engine_stalled"
+        for ticket in self.tickets:
+            silent = now - ticket.told > limits.ping > 0
+            late = now - ticket.since > (
+                limits.timeout if ticket.indices else min(limits.timeout, limits.queue)
+            )
+            if ticket.news.empty() and (silent or late or (stalled and not ticket.choices)):
+                ticket.told = now
+                ticket.news.put_nowait([])
 
     def _ended(self) -> None:
         self.fail_all(_gone())
@@ -280,11 +284,11 @@ class Driver:
         if ticket not in self.tickets:  # Whoever asked for it has gone.
             return
         try:
-            result = work()
+            news: Any = [work()]
         except Exception as error:
-            result = as_refusal(error)
+            news = as_refusal(error)
         self.heartbeat = time.monotonic()
-        self._post(partial(ticket.news.put_nowait, result))
+        self._post(partial(ticket.news.put_nowait, news))
 
     def _cancel(self, ticket: Ticket) -> None:
         for index in ticket.indices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -91,6 +92,9 @@ def run(
         if len(models) < len(served):
             names = ", ".join(repr(one.name) for one in served)
             raise ColadaError(f"models called {names}, expected different names, as NAME=WHERE")
+        # What is loaded stays: to look through all of it for garbage would hold every stream up.
+        gc.collect()
+        gc.freeze()
         return models
 
     app = create_app(named_models, limits, policy, lenient=lenient, on_end=lambda: end())
