@@ -118,6 +118,13 @@ def test_a_file_of_pairs_is_gone_on_with_and_learnt_from(
     for more in (["--seed", "1"], ["--guidance", "2"], ["--prompts", "5"]):
         assert main([*common, "--out", str(whole), *more]) == 2
         assert "whole.jsonl:1 is of another model, other prompts or settings" in capsys.readouterr().err
+    assert main([*common, "--out", str(tmp_path / "none.jsonl"), "--reward", "rules:equal"]) == 2
+    assert (
+        "to none of 9 prompts two answers end by themselves and differ in reward" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "none.jsonl").exists()
+    assert main([*common, "--out", str(tmp_path / "no" / "x.jsonl")]) == 2
+    assert f"there is no directory {tmp_path / 'no'}" in capsys.readouterr().err
     assert main([*common, "--out", str(whole), "--reward", "rules:lettres"]) == 2
     assert "has no function 'lettres'" in capsys.readouterr().err
 

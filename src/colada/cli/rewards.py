@@ -255,4 +255,10 @@ def pairs(
             settings=settings,
             batch=batch,
         )
-    print(f"wrote {out}: {count:,} pairs of {len(asked):,} prompts; answers to the others are all as good")
+    if not count:
+        raise ColadaError(
+            f"{network.origin}: to none of {len(asked)} prompts two answers end by themselves and differ in"
+            " reward, expected a model that has learnt to answer"
+        )
+    left = "to the others no two answers that end differ in reward"
+    print(f"wrote {out}: {count:,} pairs of {len(asked):,} prompts; {left}")

@@ -133,6 +133,8 @@ def write_pairs(
     Raises:
         ColadaError: as :func:`own_pairs`; if the file holds other pairs, or cannot be written.
     """
+    if not path.parent.is_dir():
+        raise ColadaError(f"{path}: there is no directory {path.parent}, expected a place for a file")
     rules = {task: reward_of(reward or task, questions) for task in dict(prompts)}
     weights = {name: digest(network) for name, network in model.networks.items()}
     about = [weights, model.chat_template, model.chosen(made.get("settings") or {}), prompts, reward, made]
@@ -147,7 +149,8 @@ def write_pairs(
     start = 1 + get(pairs[-1], "number", "a whole number", lines[-1][0]) if pairs else 0
     for done, new in own_pairs(model, prompts, rules, start=start, batch=batch, **made):
         pairs += [{**pair, "of": of} for pair in new]
-        write_text(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+        if pairs:
+            write_text(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
         if progress is not None:
             progress(done, len(prompts))
     return len(pairs)
