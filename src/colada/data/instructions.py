@@ -244,8 +244,8 @@ def _listed(text: str) -> list[str]:
 
 
 def _words(asked: Sequence[str], answer: str) -> float:
-    wanted = [word.lower() for word in _listed(asked[0])]
-    share = sum(word in set(words_of(answer)) for word in wanted) / len(wanted)
+    asked_words = [word.lower() for word in _listed(asked[0])]
+    share = sum(word in set(words_of(answer)) for word in asked_words) / len(asked_words)
     return max(0.0, share - PENALTY * (distinct_pairs(answer) < REPETITIVE))
 
 
@@ -260,9 +260,9 @@ def names_of(text: str) -> Counter[str]:
 
 
 def _name(asked: Sequence[str], answer: str) -> float:
-    wanted, names = asked[1], names_of(answer)
-    count = len(re.findall(rf"\b{re.escape(wanted)}\b", answer))
-    others = max((number for name, number in names.items() if name != wanted), default=0)
+    asked_name, names = asked[1], names_of(answer)
+    count = len(re.findall(rf"\b{re.escape(asked_name)}\b", answer))
+    others = max((number for name, number in names.items() if name != asked_name), default=0)
     if count < 2 or others > count:
         return 0.5 * (count >= 1 and others <= count)
     return max(0.0, 1.0 - PENALTY * (distinct_pairs(answer) < REPETITIVE))
@@ -270,10 +270,10 @@ def _name(asked: Sequence[str], answer: str) -> float:
 
 def _sentences(asked: Sequence[str], answer: str) -> float:
     number = asked[0].split()[0].lower()
-    wanted = 1 if number in ("a", "one", "1") else _number(number)
-    if wanted is None:
+    count = 1 if number in ("a", "one", "1") else _number(number)
+    if count is None:
         raise ColadaError(f"{shown(asked[0])} sentences, expected a number to twenty")
-    return {0: 1.0, 1: 0.5}.get(abs(len(sentences_of(answer)) - wanted), 0.0)
+    return {0: 1.0, 1: 0.5}.get(abs(len(sentences_of(answer)) - count), 0.0)
 
 
 def _number(word: str) -> int | None:
@@ -286,8 +286,8 @@ def _sums(asked: Sequence[str], answer: str) -> float:
     parts = [_number(word.lower()) for word in asked]
     if None in parts:
         raise ColadaError(f"{shown(' + '.join(asked))}, expected numbers to twenty")
-    found = [number for word in words_of(answer) if (number := _number(word)) is not None]
-    return float(bool(found) and found[-1] == sum(number for number in parts if number is not None))
+    numbers = [number for word in words_of(answer) if (number := _number(word)) is not None]
+    return float(bool(numbers) and numbers[-1] == sum(number for number in parts if number is not None))
 
 
 def _questions(asked: Sequence[str], answer: str) -> float:
@@ -297,14 +297,14 @@ def _questions(asked: Sequence[str], answer: str) -> float:
 
 def word_f1(right: str, answer: str) -> float:
     """Return the harmonic mean of precision and recall of an answer's words."""
-    wanted, said = Counter(words_of(right)), Counter(words_of(answer))
-    common = (wanted & said).total()
-    return 2 * common / (wanted.total() + said.total()) if common else 0.0
+    right_words, answer_words = Counter(words_of(right)), Counter(words_of(answer))
+    common = (right_words & answer_words).total()
+    return 2 * common / (right_words.total() + answer_words.total()) if common else 0.0
 
 
 def _set_answer(task: str) -> Callable[[Sequence[str], str], float]:
-    wanted = words_of(SET_ANSWERS[task])
-    return lambda asked, answer: float(words_of(answer) == wanted)
+    answer_words = words_of(SET_ANSWERS[task])
+    return lambda asked, answer: float(words_of(answer) == answer_words)
 
 
 RULES: dict[str, Callable[[Sequence[str], str], float]] = {
@@ -435,7 +435,7 @@ def _passage(context: str, answers: Sequence[str]) -> str | None:
         run
         for run in runs
         if len(run.split()) <= PASSAGE
-        and any(f" {' '.join(words_of(own))} " in f" {' '.join(words_of(run))} " for own in answers)
+        and any(f" {' '.join(words_of(right))} " in f" {' '.join(words_of(run))} " for right in answers)
     ]
     return min(holds, key=len, default=None)
 

@@ -70,12 +70,16 @@ def held_out_prompts(
     asked = []
     for task in tasks:
         seen = list(instructions(stories, task, number, seed=1, questions=questions))
-        kept = list(instructions(stories, task, 20 * number, seed=1, held_out=True, questions=questions))
+        held_out_ones = list(
+            instructions(stories, task, 20 * number, seed=1, held_out=True, questions=questions)
+        )
         for split in SPLITS:
             some: list[Instruction] = (
-                seen if split == "seen" else [own for own in kept if own.held_out == split]
+                seen
+                if split == "seen"
+                else [instruction for instruction in held_out_ones if instruction.held_out == split]
             )
-            prompts = tuple(dict.fromkeys(own.prompt for own in some))[:number]
+            prompts = tuple(dict.fromkeys(instruction.prompt for instruction in some))[:number]
             if prompts and len(prompts) < FEW:
                 prompts = tuple(islice(cycle(prompts), number))
             if prompts and (split != "seen" or task in ("questions", "sums")):
@@ -118,15 +122,15 @@ def of_prompts(successes: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "interval": list(wilson(sum(successes), len(successes))), "prompts": len(successes)}
 
 
-def wins(own: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> dict[str, Any]:
+def wins(rewards: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Return the share of a model's answers that are better than another's to the same prompt, ties half.
 
     Args:
-        own, other: rewards by seed, of each prompt. Answers of one seed, whose noise is the same, are not
+        rewards, others: by seed, of each prompt. Answers of one seed, whose noise is the same, are not
             compared; so there are two at least.
     """
     shares = []
-    for one, two in zip(zip(*own, strict=True), zip(*other, strict=True), strict=True):
+    for one, two in zip(zip(*rewards, strict=True), zip(*others, strict=True), strict=True):
         pairs = [(a, b) for i, a in enumerate(one) for j, b in enumerate(two) if i != j]
         shares.append(sum(0.5 * ((a > b) + (a >= b)) for a, b in pairs) / len(pairs))
     return of_prompts(shares)
@@ -162,17 +166,17 @@ def evaluate_rewards(
     """
     tasks, best, conversations = list[dict[str, Any]](), dict[str, Any](), list[dict[str, Any]]()
     result = {"tasks": tasks, "best_of": best, "conversations": conversations}
-    total, done = len(models) * sum(len(own.prompts) for own in asked), 0
-    for own in asked:
-        rule = reward_of(own.task, questions)
+    total, done = len(models) * sum(len(prompt_set.prompts) for prompt_set in asked), 0
+    for prompt_set in asked:
+        rule = reward_of(prompt_set.task, questions)
         written, scores = dict[str, list[list[Completion]]](), dict[str, list[list[float]]]()
         for name, model in models.items():
-            written[name] = answers(model, own.prompts, range(seeds), new_tokens, batch)
-            scores[name] = _scores(rule, own, written[name])
-            done += len(own.prompts)
+            written[name] = answers(model, prompt_set.prompts, range(seeds), new_tokens, batch)
+            scores[name] = _scores(rule, prompt_set, written[name])
+            done += len(prompt_set.prompts)
             if progress is not None:
                 progress(done, total)
-        point: dict[str, Any] = {"task": own.task, "split": own.split, "name": own.name}
+        point: dict[str, Any] = {"task": prompt_set.task, "split": prompt_set.split, "name": prompt_set.name}
         point["models"] = {
             name: _described(model, written[name], scores[name], judge) for name, model in models.items()
         }
@@ -180,14 +184,14 @@ def evaluate_rewards(
             for name in models:
                 point["models"][name]["wins"] = wins(scores[name], scores[reference])
         tasks.append(point)
-        for at, prompt in enumerate(own.prompts[:3]):
+        for at, prompt in enumerate(prompt_set.prompts[:3]):
             said = {
                 name: {"answer": written[name][0][at].text, "reward": scores[name][0][at]} for name in models
             }
             conversations.append({"prompt": prompt, "answers": said})
-        if own.split != "seen" and samples > 1:
-            some = Asked(own.task, own.split, own.prompts[:sampled])
-            best[own.name] = {
+        if prompt_set.split != "seen" and samples > 1:
+            some = Asked(prompt_set.task, prompt_set.split, prompt_set.prompts[:sampled])
+            best[prompt_set.name] = {
                 name: _sampled(model, rule, some, samples, new_tokens, batch)
                 for name, model in models.items()
             }
@@ -275,12 +279,13 @@ def encoded_again(model: ColaDLM, prompts: Sequence[str], new_tokens: int, batch
     asked = [model.chat_prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
     ids = [model.prompt_ids(prompt) for prompt in asked]
     requests = [
-        TextRequest(own, new_tokens, cast(Settings, {"seed": number})) for number, own in enumerate(ids)
+        TextRequest(token_ids, new_tokens, cast(Settings, {"seed": number}))
+        for number, token_ids in enumerate(ids)
     ]
     distance = size = count = 0.0
-    for own, written in zip(ids, roll_out(model, requests, batch), strict=True):
-        again = model.encode([*own, *written.ids]).float().cpu()
-        first = -(-len(own) // model.vae.config.patch_size)
+    for token_ids, written in zip(ids, roll_out(model, requests, batch), strict=True):
+        again = model.encode([*token_ids, *written.ids]).float().cpu()
+        first = -(-len(token_ids) // model.vae.config.patch_size)
         committed, encoded = written.latents[first:], again[first : len(written.latents)]
         distance += float((committed - encoded).square().sum())
         size += float(encoded.square().sum())
@@ -332,25 +337,25 @@ def compare_flows(
         raise ColadaError(f"none of {len(samples)} samples has anything after its prompt in {length} tokens")
     count = len(models)
     moved = torch.zeros(count, count, TIME_BINS, dtype=torch.float64)
-    own = torch.zeros(count, TIME_BINS, dtype=torch.float64)
+    errors_of = torch.zeros(count, TIME_BINS, dtype=torch.float64)
     numbers = torch.zeros(TIME_BINS, dtype=torch.float64)
     for number, (ids, prompt) in enumerate(some):
         errors, free = _errors(list(models.values()), ids, prompt, row_generator(seed, 0, number))
-        own += (errors.square().mean(-1) * free).sum(-1)
+        errors_of += (errors.square().mean(-1) * free).sum(-1)
         moved += ((errors[:, None] - errors).square().mean(-1) * free).sum(-1)
         numbers += free.sum()
     drift = {
         name: {
             other: {
-                "drift": float(moved[i, j].sum() / own[j].sum()),
-                "by_time": (moved[i, j] / own[j]).tolist(),
+                "drift": float(moved[i, j].sum() / errors_of[j].sum()),
+                "by_time": (moved[i, j] / errors_of[j]).tolist(),
             }
             for j, other in enumerate(models)
             if i != j
         }
         for i, name in enumerate(models)
     }
-    flow = {name: float((own[i] / numbers).mean()) for i, name in enumerate(models)}
+    flow = {name: float((errors_of[i] / numbers).mean()) for i, name in enumerate(models)}
     return {"flow": flow, "drift": drift, "samples": len(some)}
 
 
@@ -371,9 +376,9 @@ def _errors(
     a = (torch.arange(TIME_BINS) + torch.rand(TIME_BINS, generator=generator)) / TIME_BINS
     noise = torch.randn(1, TIME_BINS, z0.shape[1], width, generator=generator).to(device)
     timestep = (T * a)[None, :, None].expand(1, TIME_BINS, z0.shape[1]).to(device)
-    given = torch.arange(whole, device=device) < prompt
-    where = given.view(1, -1, patch).any(-1)
-    prefix = row.masked_fill(~given, models[0].pad_id)
+    given_mask = torch.arange(whole, device=device) < prompt
+    where = given_mask.view(1, -1, patch).any(-1)
+    prefix = row.masked_fill(~given_mask, models[0].pad_id)
     clean = vae.normalise(vae.encoder(prefix.flatten(), layout).mean).view_as(z0).float()
     pinned = Pinned(where, clean)
     z = place(interpolate(z0[:, None], noise, timestep / T), pinned)
@@ -393,8 +398,11 @@ def answered_samples(
     assert model.chat_template is not None
     samples = []
     for task in tasks:
-        for own in instructions(stories, task, number, seed=2, held_out=True, questions=questions):
-            turns = [{"role": "user", "content": own.prompt}, {"role": "assistant", "content": own.answer}]
+        for instruction in instructions(stories, task, number, seed=2, held_out=True, questions=questions):
+            turns = [
+                {"role": "user", "content": instruction.prompt},
+                {"role": "assistant", "content": instruction.answer},
+            ]
             samples += encode_messages(turns, model.tokenizer, model.chat_template, task)
     return samples
 

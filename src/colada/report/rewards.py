@@ -23,21 +23,23 @@ def rewards_table(result: Mapping[str, Any]) -> Table:
     titles = ("reward, %", "95%", "wins, %", "95%", "ended, %", "tokens", "distinct-2", "judge")
     table = Table(("Task", "model", "prompts", *titles), texts=2)
     for point in result["tasks"]:
-        for place, (name, own) in enumerate(point["models"].items()):
-            table.row("" if place else point["name"], name, str(own["reward"]["prompts"]), *_row(own))
+        for place, (name, measured) in enumerate(point["models"].items()):
+            table.row(
+                "" if place else point["name"], name, str(measured["reward"]["prompts"]), *_row(measured)
+            )
     return table
 
 
-def _row(own: Mapping[str, Any]) -> list[str]:
-    wins, judge = own.get("wins"), own.get("judge")
+def _row(measured: Mapping[str, Any]) -> list[str]:
+    wins, judge = measured.get("wins"), measured.get("judge")
     return [
-        f"{100 * own['reward']['mean']:.1f}",
-        _interval(own["reward"]),
+        f"{100 * measured['reward']['mean']:.1f}",
+        _interval(measured["reward"]),
         "" if wins is None else f"{100 * wins['mean']:.1f}",
         "" if wins is None else _interval(wins),
-        f"{100 * own['ended']:.1f}",
-        f"{own['tokens']:.1f}",
-        f"{own['distinct_2']:.3f}",
+        f"{100 * measured['ended']:.1f}",
+        f"{measured['tokens']:.1f}",
+        f"{measured['distinct_2']:.3f}",
         "–" if judge is None else f"{judge:.2f}",
     ]
 
@@ -54,9 +56,9 @@ def variety_table(result: Mapping[str, Any]) -> Table:
     best = [f"best of {k}, %" for k in counts]
     table = Table(("Answers to one prompt", "distinct-2", "shared tokens, %", "entropy, bits", *best))
     for name in tasks[0]:
-        own = [task[name] for task in tasks]
-        values = (_mean([one[key] for one in own]) for key in ("distinct_2", "overlap", "entropy"))
-        curve = [f"{100 * _mean([one['curve'][k] for one in own]):.1f}" for k in counts]
+        of_tasks = [task[name] for task in tasks]
+        values = (_mean([one[key] for one in of_tasks]) for key in ("distinct_2", "overlap", "entropy"))
+        curve = [f"{100 * _mean([one['curve'][k] for one in of_tasks]):.1f}" for k in counts]
         distinct, overlap, entropy = values
         table.row(name, f"{distinct:.3f}", f"{100 * overlap:.1f}", f"{entropy:.2f}", *curve)
     return table
@@ -69,15 +71,15 @@ def _mean(values: Sequence[float]) -> float:
 def flow_table(flows: Mapping[str, Any]) -> Table:
     """Return flows on texts of each kind, and of each model what it differs by from those before it."""
     table = Table(("Flow on", "model", "flow", "before it", "change, %", "drift, %"), texts=2)
-    for kind, own in flows.items():
-        names = list(own["flow"])
+    for kind, flow in flows.items():
+        names = list(flow["flow"])
         for place, name in enumerate(names):
-            cells = (kind if place == 0 else "", name, f"{own['flow'][name]:.4f}")
+            cells = (kind if place == 0 else "", name, f"{flow['flow'][name]:.4f}")
             if place == 0:
                 table.row(*cells, "", "", "")
             for number, other in enumerate(names[:place]):
-                change = 100 * (own["flow"][name] / own["flow"][other] - 1)
-                gone = 100 * own["drift"][name][other]["drift"]
+                change = 100 * (flow["flow"][name] / flow["flow"][other] - 1)
+                gone = 100 * flow["drift"][name][other]["drift"]
                 said = ("", "", "") if number else cells
                 table.row(*said, other, f"{change:+.2f}", f"{gone:.2f}")
     return table
@@ -109,8 +111,8 @@ def draw_drift(flows: Mapping[str, Any], reference: str) -> Figure:
         xlabel="timestep t (0: data, 1000: noise)", ylabel="drift, % of the flow's error"
     )
     axes.set_title(f"Drift from {reference}")
-    for (kind, own), style in zip(flows.items(), ("o-", "s--"), strict=True):
-        models = [(name, drift[reference]) for name, drift in own["drift"].items() if reference in drift]
+    for (kind, flow), style in zip(flows.items(), ("o-", "s--"), strict=True):
+        models = [(name, drift[reference]) for name, drift in flow["drift"].items() if reference in drift]
         for colour, (name, drift) in zip(SERIES * 3, models, strict=False):
             size = T / len(drift["by_time"])
             at = [(n + 0.5) * size for n in range(len(drift["by_time"]))]
@@ -154,7 +156,9 @@ def write_rewards_page(
     step = max(1, len(result["conversations"]) // SHOWN)
     page.section("Answers, unselected")
     for one in result["conversations"][::step][:SHOWN]:
-        said = [f"{name} ({own['reward']:.2f}): {own['answer']}" for name, own in one["answers"].items()]
+        said = [
+            f"{name} ({answer['reward']:.2f}): {answer['answer']}" for name, answer in one["answers"].items()
+        ]
         page.texts([(one["prompt"], "\n".join(said))])
     page.provenance(facts)
     page.write(path)

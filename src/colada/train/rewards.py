@@ -144,12 +144,12 @@ class RolloutStage(ColaStage):
         if self._written is None or self._written[0] != number:
             self._written = number, self._round(number)
         answers = self._written[1]
-        own = ranks.share(section.batch)
-        places = [update * section.batch + at for at in own]
+        span = ranks.share(section.batch)
+        places = [update * section.batch + at for at in span]
         some = [answers[self._order(number, place, len(answers))] for place in places]
-        drawn = self.draw([_ANSWERS + step * section.batch + at for at in own])
+        drawn = self.draw([_ANSWERS + step * section.batch + at for at in span])
         # Of the step's rows, whoever has them; every rank has as many, some of no weight.
-        first, end = -own.start % REPLAY, len(own)
+        first, end = -span.start % REPLAY, len(span)
         parts = [(first, end, REPLAY), (0, -(-end // REPLAY) - len(range(first, end, REPLAY)), 1)]
         replayed, without = (rows.rows(*part) for part in parts)
         values: dict[str, Any] = {}
@@ -198,7 +198,7 @@ class RolloutStage(ColaStage):
         rewards = [answer.reward for answer in flat]
         learnt = self.chosen(every)
         ended = sum(answer.ended for answer in flat) / len(flat)
-        best = np.mean([max(own.reward for own in group) for group in every])
+        best = np.mean([max(answer.reward for answer in group) for group in every])
         self._beginning.display.say(
             f"{self.name} round {number + 1}: reward {np.mean(rewards):.3f}, best of each prompt {best:.3f},"
             f" {100 * ended:.0f}% ended, {len(learnt)} of {len(flat)} answers to learn from"
@@ -226,9 +226,9 @@ class RolloutStage(ColaStage):
         starts, requests = list[list[int]](), list[TextRequest]()
         for prompt, row in zip(prompts, rows, strict=True):
             assert row.trained is not None
-            given = int(row.trained[0].int().argmax())
-            starts.append(row.ids[0, :given].tolist())
-            room = section.length - -(-given // stretch) * stretch
+            prompt_length = int(row.trained[0].int().argmax())
+            starts.append(row.ids[0, :prompt_length].tolist())
+            room = section.length - -(-prompt_length // stretch) * stretch
             for sample in range(section.samples):
                 seeds = np.random.SeedSequence([self.recipe.seed, self.number, number, prompt, sample])
                 seed = int(seeds.generate_state(1, np.uint64)[0] >> 2)
@@ -239,12 +239,12 @@ class RolloutStage(ColaStage):
         for at, start in enumerate(starts):
             asked = plain_prompt(model, start)
             group = []
-            for own in done[at * section.samples : (at + 1) * section.samples]:
-                value = rewarded(self._reward, section.reward, asked, own.completion.text)
-                ended = own.completion.finish_reason == "end"
+            for rollout in done[at * section.samples : (at + 1) * section.samples]:
+                value = rewarded(self._reward, section.reward, asked, rollout.completion.text)
+                ended = rollout.completion.finish_reason == "end"
                 value -= 0.0 if ended else section.unended
-                row, latents = self._row(start, own.ids, own.latents)
-                credited = self._credited(model, asked, len(start), own.completion) or len(latents)
+                row, latents = self._row(start, rollout.ids, rollout.latents)
+                credited = self._credited(model, asked, len(start), rollout.completion) or len(latents)
                 group.append(Answer(row, latents, value, ended, credited))
             groups.append(group)
         return groups
@@ -384,8 +384,8 @@ class RolloutStage(ColaStage):
         flops = {**phase.flops, "frozen passes": (1 + cls.needs_old) * forward, "answers": written}
         memory = {**phase.memory, "copies": 2 * phase.memory["weights"]}
         if placement.shards > 1:
-            own = phase.memory["weights"] + phase.memory["frozen networks"]
-            memory["whole networks"] = placement.shards * own
+            network_bytes = phase.memory["weights"] + phase.memory["frozen networks"]
+            memory["whole networks"] = placement.shards * network_bytes
         return [replace(phase, flops=flops, memory=memory)]
 
 
@@ -400,12 +400,12 @@ class RewardStage(RolloutStage):
 
     def chosen(self, answers: Sequence[Sequence[Answer]]) -> list[Answer]:
         """Return the answers of groups whose rewards differ, with r."""
-        rewards = torch.tensor([[own.reward for own in group] for group in answers])
+        rewards = torch.tensor([[answer.reward for answer in group] for group in answers])
         shares = rewards_to_shares(rewards, self.section.least_spread)
         return [
-            replace(own, share=float(share))
+            replace(answer, share=float(share))
             for group, of_group in zip(answers, shares, strict=True)
-            for own, share in zip(group, of_group, strict=True)
+            for answer, share in zip(group, of_group, strict=True)
             if len({one.reward for one in group}) > 1
         ]
 
@@ -431,13 +431,13 @@ class RaftStage(RolloutStage):
         """Return the best of each group that has one."""
         best = []
         for group in answers:
-            rewards = np.array([own.reward for own in group])
-            own = group[int(rewards.argmax())]
+            rewards = np.array([answer.reward for answer in group])
+            best_answer = group[int(rewards.argmax())]
             if (
-                own.reward > rewards.mean()
-                and own.reward >= rewards.mean() + self.section.margin * rewards.std()
+                best_answer.reward > rewards.mean()
+                and best_answer.reward >= rewards.mean() + self.section.margin * rewards.std()
             ):
-                best.append(replace(own, share=1.0))
+                best.append(replace(best_answer, share=1.0))
         return best
 
     def errors(self, policy: Tensor, old: Tensor | None, share: Tensor) -> Tensor:
