@@ -155,11 +155,11 @@ def require_memory(needed_bytes: int, device: torch.device, what: str) -> None:
     if device.type == "cpu" and sys.platform == "linux":
         entries = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         known.append(1024 * int(entries["MemAvailable"].split()[0]))
-    there = min((size for size in known if size is not None), default=needed_bytes)
-    if needed_bytes > there:
+    most_bytes = min((size for size in known if size is not None), default=needed_bytes)
+    if needed_bytes > most_bytes:
         size, bound = (
             f"{needed_bytes / 2**30:.1f} GiB of memory",
-            f"the {there / 2**30:.1f} that {device} has",
+            f"the {most_bytes / 2**30:.1f} that {device} has",
         )
         raise ColadaError(f"{what} takes {size}, expected at most {bound}")
 
@@ -170,7 +170,7 @@ def on_device(
     dtype: torch.dtype = torch.int64,
 ) -> torch.Tensor:
     """Return numbers, or nested lists of such, as a tensor on a device, without waiting for it."""
-    made = torch.tensor(values, dtype=dtype)
+    tensor = torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
-        return made.to(device)
-    return made.pin_memory().to(device, non_blocking=True)
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

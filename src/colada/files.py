@@ -260,9 +260,9 @@ def atomic_directory(final: Path) -> Iterator[Path]:
     """
     beginning = f".{final.name[:50]}."
     final.parent.mkdir(parents=True, exist_ok=True)
-    for left in final.parent.glob(f"{glob.escape(beginning)}*-*.partial"):
-        if not _runs(left.name.removeprefix(beginning).partition("-")[0]):
-            shutil.rmtree(left)
+    for leftover in final.parent.glob(f"{glob.escape(beginning)}*-*.partial"):
+        if not _runs(leftover.name.removeprefix(beginning).partition("-")[0]):
+            shutil.rmtree(leftover)
     partial = final.with_name(f"{beginning}{os.getpid()}-{next(_counter)}.partial")
     partial.mkdir()
     try:

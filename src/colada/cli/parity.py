@@ -108,15 +108,15 @@ def _compare(
     engine = Engine(vae, dit, capacity=capacity_for(requests, vae.config), pad_id=pad_id, keep_logits=True)
     for request in requests:
         engine.submit(request)
-    made: dict[str, list[list[Block]]] = {"": [], "engine_": []}
+    written_blocks: dict[str, list[list[Block]]] = {"": [], "engine_": []}
     for _ in blocks_of:
         for _ in loop.next_block(samples):
             pass
-        made[""].append([sample.block for sample in samples if sample.block is not None])
+        written_blocks[""].append([sample.block for sample in samples if sample.block is not None])
         _next_blocks(engine)
-        made["engine_"].append([slot.block for slot in engine.news if slot.block is not None])
+        written_blocks["engine_"].append([slot.block for slot in engine.news if slot.block is not None])
     equal = []
-    for kind, generated in made.items():
+    for kind, generated in written_blocks.items():
         for part in ("latents", "logits"):
             ours = [torch.cat([getattr(block, part) for block in blocks]) for blocks in generated]
             reference = [expected[f"generate.{part}.{b}"] for b in blocks_of]

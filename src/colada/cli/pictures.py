@@ -151,13 +151,13 @@ def _watched(
 
     from colada.pictures.show import half_blocks, sheet
 
-    there: dict[int, Picture] = {}
+    drawn: dict[int, Picture] = {}
     errors: dict[int, str] = {}
     finished = 0
     with nullcontext() if console is None else Live(console=console, auto_refresh=False) as view:
         for chunk in chunks:
             if chunk.picture is not None:
-                there[chunk.index] = chunk.picture
+                drawn[chunk.index] = chunk.picture
             if chunk.error is not None:
                 errors[chunk.index] = chunk.error
             finished += chunk.completion is not None
@@ -166,14 +166,14 @@ def _watched(
             step = f"step {chunk.step}/{chunk.steps}" if chunk.step is not None else captions[chunk.index]
             count = f" · {finished}/{len(captions)}" if len(captions) > 1 else ""
             lines = [Text(step + count, "dim")]
-            page = sheet([there[number] for number in sorted(there)], columns) if there else None
+            page = sheet([drawn[number] for number in sorted(drawn)], columns) if drawn else None
             if page is not None and page.shape[1] <= console.width:
                 lines.insert(0, half_blocks(page))
             view.update(Group(*lines), refresh=True)
     if errors:
         which, why = min(errors.items())
         raise ColadaError(f"{len(errors)} of {len(captions)} drawings failed, first number {which}: {why}")
-    return [there[number] for number in range(len(captions))]
+    return [drawn[number] for number in range(len(captions))]
 
 
 def describe(

@@ -216,8 +216,8 @@ def _require_checkpoint(path: Path) -> None:
     if (path / "state.json").exists():
         return
     runs = (path / "checkpoints", path, path.parent)
-    there = [file.parent for run in runs for file in sorted(run.glob("*-*/state.json"))]
-    hint = f" (did you mean {there[-1]}?)" if there else ""
+    candidates = [file.parent for run in runs for file in sorted(run.glob("*-*/state.json"))]
+    hint = f" (did you mean {candidates[-1]}?)" if candidates else ""
     reason = "no such directory" if not path.exists() else "no checkpoint: it has no state.json"
     raise ColadaError(f"{path}: {reason}, expected a directory below checkpoints/ of a run{hint}")
 

@@ -319,7 +319,7 @@ def check_columns(where: str, columns: Sequence[str], names: Sequence[str]) -> N
     """Raise ColadaError if a column is missing, with the nearest name of those that are there."""
     for column in columns:
         if column not in names:
-            there = ", ".join(names) or "none"
+            known = ", ".join(names) or "none"
             raise ColadaError(
-                f"{where}: no column {column!r}{nearest(column, names)}, columns there: {there}"
+                f"{where}: no column {column!r}{nearest(column, names)}, columns there: {known}"
             )

@@ -291,8 +291,8 @@ def _sums(asked: Sequence[str], answer: str) -> float:
 
 
 def _questions(asked: Sequence[str], answer: str) -> float:
-    said = f" {' '.join(words_of(answer))} "
-    return float(any(f" {' '.join(words_of(right))} " in said for right in asked))
+    answer_words = f" {' '.join(words_of(answer))} "
+    return float(any(f" {' '.join(words_of(right))} " in answer_words for right in asked))
 
 
 def word_f1(right: str, answer: str) -> float:
@@ -482,8 +482,12 @@ def _cut(
             return None
         return (", ".join(chance.sample(known, min(len(known), chance.randint(1, 3)))),), answer
     name, number = next(iter(names_of(answer).most_common(1)), ("", 0))
-    said = Counter(words_of(answer))
-    child = max(_CHILDREN, key=lambda child: sum(said[word] for word in _CHILDREN[child]))
-    if number < 2 or not any(said[word] for word in _CHILDREN[child]) or _name((child, name), answer) < 1:
+    answer_words = Counter(words_of(answer))
+    child = max(_CHILDREN, key=lambda child: sum(answer_words[word] for word in _CHILDREN[child]))
+    if (
+        number < 2
+        or not any(answer_words[word] for word in _CHILDREN[child])
+        or _name((child, name), answer) < 1
+    ):
         return None
     return (child, name), answer

@@ -54,8 +54,8 @@ def get(fields: Fields, name: str, kind: str, place: str) -> Any:
         ColadaError: naming place and field.
     """
     if name not in fields:
-        there = ", ".join(fields) or "none"
-        raise ColadaError(f"{place}: no field {name!r}{nearest(name, fields)}, fields there: {there}")
+        known = ", ".join(fields) or "none"
+        raise ColadaError(f"{place}: no field {name!r}{nearest(name, fields)}, fields there: {known}")
     value = fields[name]
     if not isinstance(value, _KINDS[kind]) or isinstance(value, bool):
         raise ColadaError(f"{place}: {name!r} is {_shown(value)}, expected {kind}")

@@ -310,22 +310,22 @@ def pack(sizes: _Ids, capacity: int) -> _Ids:
     bounds = np.searchsorted(-sizes[by_size], np.arange(-capacity, 1))
     for size in range(capacity, 0, -1):
         waiting = by_size[bounds[capacity - size] : bounds[capacity - size + 1]]
-        for left in (*(n for n in range(size, capacity) if len(room[n])), capacity):
+        for least_room in (*(n for n in range(size, capacity) if len(room[n])), capacity):
             if not len(waiting):
                 break
             # The fullest bin with room takes as many as it holds: after each it is the fullest still.
-            each = left // size
+            each = least_room // size
             used = -(-len(waiting) // each)
-            if left == capacity:  # New bins.
-                room[left] = np.arange(number, number + used)
+            if least_room == capacity:  # New bins.
+                room[least_room] = np.arange(number, number + used)
                 number += used
-            chosen, room[left] = room[left][:used], room[left][used:]
+            chosen, room[least_room] = room[least_room][:used], room[least_room][used:]
             placed = min(len(waiting), len(chosen) * each)
             bins[waiting[:placed]] = np.repeat(chosen, each)[:placed]
             waiting = waiting[placed:]
             full, over = divmod(placed, each)
-            room[left - each * size] = np.append(room[left - each * size], chosen[:full])
-            room[left - over * size] = np.append(room[left - over * size], chosen[full:])
+            room[least_room - each * size] = np.append(room[least_room - each * size], chosen[:full])
+            room[least_room - over * size] = np.append(room[least_room - over * size], chosen[full:])
     return bins
 
 

@@ -22,8 +22,8 @@ def imported(name: str) -> Reward:
     if not callable(getattr(module, function, None)):
         hint = nearest(function, vars(module))
         raise ColadaError(f"reward {name!r}: {module_name} has no function {function!r}{hint}")
-    made: Reward = getattr(module, function)
-    return made
+    reward: Reward = getattr(module, function)
+    return reward
 
 
 def rewarded(reward: Reward, name: str, prompt: str, answer: str) -> float:

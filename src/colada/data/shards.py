@@ -148,8 +148,8 @@ def _make(
 ) -> list[Unit]:
     """Make the units that are missing, and the plan if there is none; return it."""
     directory = job.directory
-    for left in directory.glob("making-*"):  # By a process that was killed.
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in directory.glob("making-*"):  # By a process that was killed.
+        shutil.rmtree(leftover, ignore_errors=True)
     units = _planned(directory)
     if units is None:
         units = _group(parts(job.source, UNIT_BYTES))

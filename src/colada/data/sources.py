@@ -280,7 +280,7 @@ def _task_records(source: Source, part: Part, validation_share: Holdout) -> Iter
     """Yield the samples of tasks as conversations, cut from the texts of a source."""
     texts = stories(Path(part.where), source.include, source.columns[0])
     questions = None if source.questions is None else Path(source.questions)
-    made = [
+    turns_of = [
         [
             {"role": "user", "content": instruction.prompt},
             {"role": "assistant", "content": instruction.answer},
@@ -288,9 +288,9 @@ def _task_records(source: Source, part: Part, validation_share: Holdout) -> Iter
         for task in source.tasks or default_tasks(questions)
         for instruction in instructions(texts, task, source.samples, questions=questions)
     ]
-    for number, turns in enumerate(made):
+    for number, turns in enumerate(turns_of):
         # Some follow another: what was said before is no reason to answer otherwise.
-        before = made[number * 7919 % len(made)] if number % TURNS == 0 else []
+        before = turns_of[number * 7919 % len(turns_of)] if number % TURNS == 0 else []
         fields = {source.columns[0]: [*before, *turns]}
         yield from records_of(fields, part, number + 1, source.columns, validation_share)
 

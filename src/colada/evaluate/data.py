@@ -167,8 +167,8 @@ def find_file(where: Path, stems: Sequence[str]) -> Path:
     for name in names:
         if (where / name).is_file():
             return where / name
-    there = ", ".join(sorted(path.name for path in where.glob("*.jsonl*"))) or "none"
-    raise ColadaError(f"{where}: no {' or '.join(names)}, data files there: {there}")
+    known = ", ".join(sorted(path.name for path in where.glob("*.jsonl*"))) or "none"
+    raise ColadaError(f"{where}: no {' or '.join(names)}, data files there: {known}")
 
 
 # --- the hub -------------------------------------------------------------------------------------
@@ -259,9 +259,9 @@ def read_hub(task: Task) -> tuple[str, list[TaskRecord]]:
         try:
             fields = {"id": number, **source.fields(row)}
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            there = ", ".join(row)
+            columns = ", ".join(row)
             raise ColadaError(
-                f"{place}: not a record of {task.name} ({error!r}), columns there: {there}"
+                f"{place}: not a record of {task.name} ({error!r}), columns there: {columns}"
             ) from None
         records.append(TaskRecord.of(fields, task, place))
     return name, records

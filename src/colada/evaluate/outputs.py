@@ -154,10 +154,10 @@ def find_outputs(paths: Sequence[Path], name: str | None) -> list[tuple[Task, Pa
             files.append((_task_of(path, name), path))
             continue
         names = [path / f"{task}{suffix}" for task in TASKS for suffix in (".jsonl", ".jsonl.gz")]
-        there = [(_task_of(file, None), file) for file in names if file.is_file()]
-        if not there:
+        of_directory = [(_task_of(file, None), file) for file in names if file.is_file()]
+        if not of_directory:
             raise ColadaError(f"{path}: no <task>.jsonl or <task>.jsonl.gz in this directory")
-        files += there
+        files += of_directory
     if name is not None and len(files) > 1:
         raise ColadaError(f"--task {name} with {len(files)} files, expected one")
     for task, _ in files:

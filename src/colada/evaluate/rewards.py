@@ -185,10 +185,10 @@ def evaluate_rewards(
                 point["models"][name]["wins"] = wins(scores[name], scores[reference])
         tasks.append(point)
         for at, prompt in enumerate(prompt_set.prompts[:3]):
-            said = {
+            by_model = {
                 name: {"answer": written[name][0][at].text, "reward": scores[name][0][at]} for name in models
             }
-            conversations.append({"prompt": prompt, "answers": said})
+            conversations.append({"prompt": prompt, "answers": by_model})
         if prompt_set.split != "seen" and samples > 1:
             some = Asked(prompt_set.task, prompt_set.split, prompt_set.prompts[:sampled])
             best[prompt_set.name] = {

@@ -165,11 +165,11 @@ def _check_memory(model: ColaDLM, shape: _Shape) -> None:
     width = config.num_layers * config.heads * config.head_dim + vae.decoder_num_blocks * vae.dim
     latents = shape.prefix + shape.length
     needed = 2 * latents * width * model.dit.txt_in.proj.weight.element_size()
-    there = memory_of(model.device)
-    if there is not None and needed > there / 2:
+    memory = memory_of(model.device)
+    if memory is not None and needed > memory / 2:
         raise ColadaError(
             f"a text of {latents * vae.patch_size:,} tokens needs {needed / 2**30:.1f} GiB for its keys"
-            f" and values, expected at most half of the {there / 2**30:.1f} GiB there are: cut it up"
+            f" and values, expected at most half of the {memory / 2**30:.1f} GiB there are: cut it up"
         )
 
 

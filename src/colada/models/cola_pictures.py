@@ -102,9 +102,9 @@ class PictureModel(LanguageModel):
         ids = self.ids(caption)
         unseen = self.unseen(caption) if isinstance(caption, str) else []
         if unseen:
-            said = ", ".join(map(repr, unseen))
+            unknown_words = ", ".join(map(repr, unseen))
             warnings.warn(
-                f"caption {shown(caption)}: in none that the model has learnt from: {said}",
+                f"caption {shown(caption)}: in none that the model has learnt from: {unknown_words}",
                 ColadaWarning,
                 stacklevel=3,
             )

@@ -34,10 +34,10 @@ _EXTENSIONS = ("distilled", "training_length")  # Keys of the configuration that
 
 def digest(dit: DiT) -> str:
     """Return what tells the weights of one DiT from those of another, in any type they are exact in."""
-    made = hashlib.sha256()
+    digester = hashlib.sha256()
     for name, tensor in sorted(dit.named_parameters()):
-        made.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return made.hexdigest()[:16]
+        digester.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digester.hexdigest()[:16]
 
 
 def low_rank(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -60,8 +60,8 @@ def save_difference(model: ColaDLM, base: ColaDLM, name: str, directory: Path, r
     Raises:
         ColadaError: if the two have other shapes, tokenizers or Text VAEs, or it cannot be written.
     """
-    there = os.path.lexists(directory) and not os.path.lexists(directory / DIFFERENCE_FILE)
-    if there and (not directory.is_dir() or os.listdir(directory)):
+    is_other = os.path.lexists(directory) and not os.path.lexists(directory / DIFFERENCE_FILE)
+    if is_other and (not directory.is_dir() or os.listdir(directory)):
         raise ColadaError(f"{directory} holds something else, expected a new directory for a difference")
     plain = dict.fromkeys(_EXTENSIONS)
     configs = [dataclasses.replace(either.dit.config, **plain) for either in (model, base)]  # type: ignore[arg-type]
@@ -85,8 +85,8 @@ def save_difference(model: ColaDLM, base: ColaDLM, name: str, directory: Path, r
         whole += float(difference.square().sum())
         left_out += float((difference - made).square().sum())
     config = model.dit.config.to_dict()
-    said = {key: config[key] for key in _EXTENSIONS if key in config}
-    about = {"base": name, "base_dit": digest(base.dit), "rank": rank, "dit": said}
+    extensions = {key: config[key] for key in _EXTENSIONS if key in config}
+    about = {"base": name, "base_dit": digest(base.dit), "rank": rank, "dit": extensions}
     try:
         with atomic_directory(directory) as partial:
             write_json(partial / DIFFERENCE_FILE, about)
@@ -117,10 +117,10 @@ def apply_difference(base: LanguageModel, directory: Path, origin: str) -> ColaD
         )
     parameters = dict(base.dit.named_parameters())
     with open_weights(file) as handle:
-        there = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - it is no dict
-    for key in sorted({key.removesuffix(UP).removesuffix(DOWN) for key in there}):
-        up, down = there.get(key + UP), there.get(key + DOWN)
-        made = there.get(key) if up is None or down is None else up.float() @ down.float()
+        tensors_read = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - it is no dict
+    for key in sorted({key.removesuffix(UP).removesuffix(DOWN) for key in tensors_read}):
+        up, down = tensors_read.get(key + UP), tensors_read.get(key + DOWN)
+        made = tensors_read.get(key) if up is None or down is None else up.float() @ down.float()
         if made is None or key not in parameters or made.shape != parameters[key].shape:
             raise ColadaError(f"{file}: {key} is no difference to a tensor of {about.get('base')!r}")
         if not bool(made.isfinite().all()):

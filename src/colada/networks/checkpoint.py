@@ -204,8 +204,8 @@ def check_one_save(directory: Path) -> None:
         if isinstance(metadata, dict) and metadata.get(_SAVE) is not None:
             saves[part] = str(metadata[_SAVE])
     if len(set(saves.values())) > 1:
-        said = " and ".join(f"{part}/ is of save {save}" for part, save in saves.items())
-        raise ColadaError(f"{directory} mixes two models: {said}; save or export it again")
+        saves_named = " and ".join(f"{part}/ is of save {save}" for part, save in saves.items())
+        raise ColadaError(f"{directory} mixes two models: {saves_named}; save or export it again")
 
 
 def _check_names(folder: Path, files: Mapping[str, Path], expected: Mapping[str, Tensor]) -> None:
@@ -338,16 +338,16 @@ def check_replaceable(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise ColadaError(f"{directory} is a file, expected a directory for a model")
-    there = [part for part in FOLDERS if (directory / part / "config.json").is_file()]
-    for part in FOLDERS if there else ():
-        if os.path.lexists(directory / part) and part not in there:
+    parts = [part for part in FOLDERS if (directory / part / "config.json").is_file()]
+    for part in FOLDERS if parts else ():
+        if os.path.lexists(directory / part) and part not in parts:
             raise ColadaError(f"{directory / part} is no part of a model, and would be removed")
     others = sorted(name for name in os.listdir(directory) if name != ".new")
-    if not there and others and not (directory / ".new").is_dir():  # Not one whose saving was stopped.
+    if not parts and others and not (directory / ".new").is_dir():  # Not one whose saving was stopped.
         raise ColadaError(
             f"{directory} holds {others[0]!r} and no model, expected an empty or new directory, or a model"
         )
-    for part in there:
+    for part in parts:
         for name in sorted(os.listdir(directory / part)):
             if not _MODEL_FILE.fullmatch(name):
                 raise ColadaError(f"{directory / part / name} is no file of a model, and would be removed")

@@ -206,20 +206,20 @@ def _scenes(name: str, size: int, seed: int) -> Scenes:
 
 def _folder(name: str, folder: Path, size: int) -> PictureFiles:
     captions = _read_captions(folder)
-    there = {
+    paths = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     }
     for picture, (number, _) in captions.items():
-        if picture not in there:
+        if picture not in paths:
             where = f"{folder / CAPTIONS}:{number}"
-            raise ColadaError(f"{where}: no picture {shown(picture)}{nearest(picture, there)} in {folder}")
-    without = [picture for picture in there if picture not in captions]
+            raise ColadaError(f"{where}: no picture {shown(picture)}{nearest(picture, paths)} in {folder}")
+    without = [picture for picture in paths if picture not in captions]
     if without:
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
         raise ColadaError(f"{folder}: {shown(without[0])}{more} without a caption in {CAPTIONS}")
-    loaded = [load_picture(there[picture], size) for picture in captions]
+    loaded = [load_picture(paths[picture], size) for picture in captions]
     return files_of(name, [caption for _, caption in captions.values()], loaded)
 
 

@@ -187,6 +187,6 @@ def _examples(score: Score, outputs: Sequence[Output]) -> list[tuple[str, str]]:
             if len(prompt) > _SHOWN_PROMPT:
                 prompt = f"… {prompt[-_SHOWN_PROMPT:]}"
             written = output.generate.strip() or "(nothing)"
-            said = f"{prompt}\n\nwritten: {written}\nanswer: {output.ground_truth}"
-            examples.append((f"item {output.id}: {'right' if is_right else 'wrong'}", said))
+            text = f"{prompt}\n\nwritten: {written}\nanswer: {output.ground_truth}"
+            examples.append((f"item {output.id}: {'right' if is_right else 'wrong'}", text))
     return examples

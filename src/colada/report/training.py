@@ -309,16 +309,16 @@ def _facts(records: Sequence[MetricsRecord], out: Path) -> dict[str, str]:
 
 def _add_stage(page: Page, stage: str, records: Sequence[MetricsRecord], directory: Path) -> None:
     """Add a stage's table and plots to the page, and write the plots into a directory."""
-    said = f"{max(record['step'] for record in records):,} steps"
+    sentence = f"{max(record['step'] for record in records):,} steps"
     skipped = [record["skipped"] for record in records if record.get("skipped") is not None]
     if skipped:
-        said += f", {skipped[-1] or 'none'} of them skipped"
+        sentence += f", {skipped[-1] or 'none'} of them skipped"
     table = Table(("", "unit", "train, first", "train, last tenth", "validation, last"), texts=2)
     for quantity, train, validation in _curves(records).values():
         first = next(iter(train.finite), math.nan)
         values = map(_number, (first, train.last(0.1), validation.last()))
         table.row(quantity.title, quantity.unit, *values)
-    page.section(f"Stage {stage}", f"{said}.").table(table)
+    page.section(f"Stage {stage}", f"{sentence}.").table(table)
     for name, figure in draw_plots(records).items():
         stem = f"{stage}_" + re.sub(r"\W", "_", name)
         page.figure(figure, stem)

@@ -127,8 +127,8 @@ class Checkpoints:
             self._number += 1
             texts[STATE] = json.dumps({**state, "number": self._number}, indent=2)
             with disk_errors(self.directory):
-                for left in self.directory.glob(".*"):  # By runs that were killed while they wrote.
-                    shutil.rmtree(left)
+                for leftover in self.directory.glob(".*"):  # By runs that were killed while they wrote.
+                    shutil.rmtree(leftover)
                 partial.mkdir(parents=True, exist_ok=True)  # Another rank's writer may have made it already.
         self._finished.clear()
         writing = async_save(
@@ -196,7 +196,7 @@ def places(directory: Path) -> list[Place]:
 
 def _written(directory: Path) -> list[tuple[int, Place]]:
     """Return the complete checkpoints' places with their numbers, in order of these."""
-    there = []
+    complete = []
     for path in directory.glob("*-*"):
         match = _NAME.fullmatch(path.name)
         if not match or not os.path.lexists(path / STATE):
@@ -207,8 +207,8 @@ def _written(directory: Path) -> list[tuple[int, Place]]:
             if path.exists():
                 raise
             continue  # It was pruned meanwhile.
-        there.append((number, Place(match[1], int(match[2]))))
-    return sorted(there, key=lambda entry: entry[0])
+        complete.append((number, Place(match[1], int(match[2]))))
+    return sorted(complete, key=lambda entry: entry[0])
 
 
 def find(out: Path, resume: str) -> Path | None:
@@ -223,16 +223,16 @@ def find(out: Path, resume: str) -> Path | None:
         ColadaError: if there is no such checkpoint.
     """
     directory = out / "checkpoints"
-    there = places(directory)
+    known_places = places(directory)
     if resume == "auto":
-        return directory / there[-1].name if there else None
+        return directory / known_places[-1].name if known_places else None
     if resume.isdecimal():
-        matching = [place for place in there if place.step == int(resume)]
+        matching = [place for place in known_places if place.step == int(resume)]
         chosen = directory / matching[-1].name if matching else None
     else:
         chosen = next((path for path in (directory / resume, Path(resume)) if (path / STATE).is_file()), None)
     if chosen is None:
-        names = ", ".join(place.name for place in there) or "none"
+        names = ", ".join(place.name for place in known_places) or "none"
         raise ColadaError(f"no checkpoint {resume!r}, expected a step, a directory or one of: {names}")
     return chosen
 

@@ -224,9 +224,9 @@ def consistency_errors(
     with torch.no_grad():
         below = (torch.ceil(timestep / T * steps) - 1).clamp_min(0) * (T / steps)
         ratio = (below / timestep.clamp_min(1e-6))[..., None]
-        there, seen = place(torch.lerp(guess, z, ratio), pinned), guess if self_conditioned else None
-        later = predict(consistency.teacher, there, below, clean, pinned, sample, alone, seen)
-        target = guess_of_z0(consistency.teacher, there, later, below, pinned)
+        stepped, seen = place(torch.lerp(guess, z, ratio), pinned), guess if self_conditioned else None
+        later = predict(consistency.teacher, stepped, below, clean, pinned, sample, alone, seen)
+        target = guess_of_z0(consistency.teacher, stepped, later, below, pinned)
     return _free((guess - target).square().mean(-1), pinned)
 
 

@@ -173,11 +173,11 @@ def train_tokenizer(recipe: Recipe) -> Tokenizer:
 
     def texts() -> Iterator[str]:
         for source in recipe.data.sources:
-            left = share
+            room = share
             for text in read_texts(source, held_out(recipe, source)):
-                yield text[:left]
-                left -= len(text)
-                if left <= 0:
+                yield text[:room]
+                room -= len(text)
+                if room <= 0:
                     break
 
     return Tokenizer.train(texts(), recipe.tokenizer.vocab_size, fewer=True)
@@ -202,7 +202,7 @@ def prepare_inputs(
         validation = held_out(recipe, source)
         if isinstance(validation, Cut):
             say(f"{source.name}: few documents, or long ones: parts of them are the validation text")
-        made = prepare(
+        split_streams = prepare(
             source,
             cache,
             tokenizer,
@@ -212,7 +212,7 @@ def prepare_inputs(
             progress=progress,
             say=say,
         )
-        for split, stream in made.items():
+        for split, stream in split_streams.items():
             say(f"{source.name}: {split}: {len(stream):,} tokens in {len(stream.starts):,} samples")
-        streams.append((source, made))
+        streams.append((source, split_streams))
     return Inputs(recipe, tokenizer.pad_id, streams)

@@ -148,5 +148,5 @@ def _check_solvers(recipe: Recipe) -> None:
         if isinstance(section, SolverSection) and section.steps
     }
     if len(set(sizes.values())) > 1:
-        said = ", ".join(f"stages.{name}.evaluations={size}" for name, size in sizes.items())
-        raise ColadaError(f"recipe: {said}: a model has one learnt solver, expected equal numbers")
+        sizes_named = ", ".join(f"stages.{name}.evaluations={size}" for name, size in sizes.items())
+        raise ColadaError(f"recipe: {sizes_named}: a model has one learnt solver, expected equal numbers")

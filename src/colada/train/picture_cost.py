@@ -47,11 +47,11 @@ def picture_phases(
         work: of a step of text.
     """
     vae, dit, image = configs["vae"], configs["dit"], configs["image"]
-    total, left = sum(section.tasks.values()), section.steps
+    total, rest = sum(section.tasks.values()), section.steps
     phases = []
     for number, (task, share) in enumerate(section.tasks.items(), start=1):
-        steps = left if number == len(section.tasks) else min(left, round(section.steps * share / total))
-        left -= steps
+        steps = rest if number == len(section.tasks) else min(rest, round(section.steps * share / total))
+        rest -= steps
         title = f"{name}, {task}"
         if task == "text":
             phases.append(cola_phase(title, steps, vae, dit, work, placement))

@@ -218,14 +218,14 @@ def planned(recipe: Recipe, plan: Plan, ranks: Ranks, out: Path) -> list[str]:
 
 def check_memory(plan: Plan, device: torch.device) -> None:
     """Raise ColadaError if a rank needs more memory than its device has."""
-    there = memory_of(device)
+    memory = memory_of(device)
     ranks = ranks_here() if device.type == "cpu" else 1
     for phase in plan.phases:
         needed = ranks * sum(phase.memory.values())
-        if there is not None and needed > there:
+        if memory is not None and needed > memory:
             raise ColadaError(
                 f"{phase.name} would take about {scaled(needed, 'B')} of memory, but {device} has "
-                f"{scaled(there, 'B')}: expected a smaller batch or micro_batch, length, vocabulary or model"
+                f"{scaled(memory, 'B')}: expected a smaller batch or micro_batch, length, vocabulary or model"
             )
 
 

@@ -110,9 +110,9 @@ class Recipe(Section):
             if not any(source_weights(section, self.data.sources, f"stages.{name}.weights")):
                 if section.weights is not None:
                     raise ColadaError(f"stages.{name}.weights={section.weights}, expected one above 0")
-                there = ", ".join(dict.fromkeys(source.format for source in self.data.sources))
+                names = ", ".join(dict.fromkeys(source.format for source in self.data.sources))
                 raise ColadaError(
-                    f"stages.{name}: sources of format {there}, expected some of {', '.join(section.formats)}"
+                    f"stages.{name}: sources of format {names}, expected some of {', '.join(section.formats)}"
                 )
         return self
 

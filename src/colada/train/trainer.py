@@ -199,12 +199,12 @@ class Trainer:
         return Tokenizer.from_file(file)
 
     def _lay_out(self, networks: dict[str, nn.Module]) -> nn.ModuleDict:
-        made = nn.ModuleDict(networks)
-        lay_out(made, self.ranks, DTYPES[self.recipe.run.precision])
+        networks_read = nn.ModuleDict(networks)
+        lay_out(networks_read, self.ranks, DTYPES[self.recipe.run.precision])
         if self.ranks.mesh is None:
-            return made.to(self.device)
-        allocate(made, self.device)
-        return made
+            return networks_read.to(self.device)
+        allocate(networks_read, self.device)
+        return networks_read
 
     # --- the stages ------------------------------------------------------------------------
 

@@ -76,10 +76,10 @@ class Trajectories:
                 raise ColadaError(f"{directory} holds no {_HEADER}, expected trajectories, or nothing")
             directory.mkdir(parents=True, exist_ok=True)
             write_json(header, made_of)
-        there = read_json_object(header)
+        header_read = read_json_object(header)
         for name, now in made_of.items():
-            if there.get(name) != now:
-                was = f"{name} {shown(there.get(name))}"
+            if header_read.get(name) != now:
+                was = f"{name} {shown(header_read.get(name))}"
                 raise ColadaError(
                     f"{directory} holds trajectories of {was}, this stage's are of {shown(now)}:"
                     " give another path, or remove them"

@@ -108,11 +108,11 @@ def drawings(recipe: Recipe, model: LanguageModel) -> tuple[bytes, dict[str, str
     except Exception as error:  # As with texts.
         reason = " ".join(str(error).split()) or type(error).__name__
         return None if not captions else (b"", dict.fromkeys(captions, f"no drawing: {reason}"))
-    said = {
+    verdicts = {
         f"{number}: {caption}": verdict(picture, caption)
         for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True), start=1)
     }
-    return png(sheet(pictures, DRAWN_IN_A_ROW), 3), said
+    return png(sheet(pictures, DRAWN_IN_A_ROW), 3), verdicts
 
 
 def verdict(picture: Picture, caption: str) -> str:
