@@ -100,7 +100,7 @@ def packed_rows(patch: int = 1, seed: int = 0) -> tuple[Batch, list[Piece]]:
 
 
 def packed_draws(vae: TextVAE, batch: Batch, settings: FlowTerms = SETTINGS, seed: int = 0) -> StepNoise:
-    """Draws with a prefix in a document (row 0) and one in a sample that has a prompt (row 1)."""
+    """Noise with a prefix in a document (row 0) and one in a sample that has a prompt (row 1)."""
     prefix = torch.zeros(2, 24, dtype=torch.bool)
     prefix[0, 16:18] = prefix[1, 20:22] = True
     return replace(noise_for(vae, batch, settings, seed), prefix=prefix)

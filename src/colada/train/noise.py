@@ -1,6 +1,6 @@
 """What a training step draws of a batch, and what the sums of its loss are divided by.
 
-Everything random is drawn first, row by row, each from a generator of its own (:func:`draw_randomness`), so
+Everything random is drawn first, row by row, each from a generator of its own (:func:`draw_noise`), so
 that a loss is a plain function of networks, batch and noise, and a row's noise depends neither on the batch
 it is in nor on the device. B rows of L tokens are (B, M, C) latents, M = L / patch_size.
 """

@@ -43,7 +43,7 @@ PAIR = 2
 
 @dataclass(frozen=True)
 class PairNoise(StepNoise):
-    """Draws of rows, two a pair, and the pair's number in the stage (B,)."""
+    """Noise of rows, two a pair, and the pair's number in the stage (B,)."""
 
     pair: Tensor | None = None
 

@@ -56,7 +56,7 @@ _MARK = "\x00"
 
 @dataclass(frozen=True)
 class AnswerNoise(StepNoise):
-    """Draws of a step's rows: answers, and rows of the data.
+    """Noise of a step's rows: answers, and rows of the data.
 
     Attributes:
         written: bool (B,), which rows are answers.

@@ -28,7 +28,7 @@ _FIXED = 2**20  # In place of a stage's number, in the seeds of rows whose traje
 
 @dataclass(frozen=True)
 class TaughtNoise(StepNoise):
-    """Draws of rows, and what is kept of the teacher's trajectories over them.
+    """Noise of rows, and what is kept of the teacher's trajectories over them.
 
     Attributes:
         number: int64 (B,), of the rows.
