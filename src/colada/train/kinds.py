@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import AfterValidator, Field, model_validator
 
 from colada.data.sources import Section
-from colada.train.answers import PreferenceTerms, RewardTerms
+from colada.train.answers import PreferenceTerms, RewardTerms, Weight
 from colada.train.picture_terms import CodecTerms, PictureTerms
 
 MOST_STEPS = 10**9
@@ -24,7 +24,6 @@ SMALLEST, LARGEST = 1e-12, 1e6
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
-Weight = Annotated[float, Field(ge=0, le=LARGEST)]
 
 
 class StageSection(Section):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
 from colada.data.sources import Section
-
-Weight = Annotated[float, Field(ge=0, le=1e6)]
+from colada.train.answers import Weight
 
 
 class PictureTerms(Section):
