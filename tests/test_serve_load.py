@@ -196,7 +196,7 @@ def test_who_reads_slowly_or_never_is_given_up_and_disturbs_nobody() -> None:
     endless = {"prompt": "a", "max_tokens": 400, "n": 8, "ignore_eos": True, "stream": True, "colada": colada}
     with running({"bytes": byte_model()}, limits) as server:
         slow = []
-        for _ in range(6):
+        for _ in range(4):
             client = socket.socket()
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", server.port))
@@ -211,7 +211,7 @@ def test_who_reads_slowly_or_never_is_given_up_and_disturbs_nobody() -> None:
                     await asyncio.sleep(0.2)
 
         async def beside() -> list[Answer]:
-            trickling = [asyncio.ensure_future(trickle(client)) for client in slow[:3]]
+            trickling = [asyncio.ensure_future(trickle(client)) for client in slow[:2]]
             answers = await asyncio.gather(*[ask(server.port, "/v1/completions", good) for _ in range(6)])
             while server.service.admission.places:
                 await asyncio.sleep(0.05)
@@ -220,11 +220,11 @@ def test_who_reads_slowly_or_never_is_given_up_and_disturbs_nobody() -> None:
             return answers
 
         wanted = alone(byte_model(), good)
-        for answer in asyncio.run(asyncio.wait_for(beside(), 60)):
+        for answer in asyncio.run(asyncio.wait_for(beside(), 240)):
             check_answer(answer, good, wanted)
         server.empty(20.0)
         metrics = server.metrics()
-        assert metrics['colada_cancelled_total{when="running",why="reader"}'] == 6
+        assert metrics['colada_cancelled_total{when="running",why="reader"}'] == 4
         assert metrics["process_resident_memory_bytes"] - before < 2**26
         for client in slow:
             client.close()
