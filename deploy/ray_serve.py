@@ -17,7 +17,7 @@ from colada.serve.models import open_served
 
 LIMITS = Limits()
 MODEL = os.environ.get("COLADA_MODEL")  # A directory or a hub id; the bundled one if there is none.
-KEYS = tuple(filter(None, os.environ.get("COLADA_API_KEYS", "").split(",")))
+KEYS = list(filter(None, os.environ.get("COLADA_API_KEYS", "").split(",")))
 
 
 def build() -> Any:
