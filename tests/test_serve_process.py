@@ -288,6 +288,22 @@ def test_a_proxys_headers_count_if_it_is_trusted(saved: Path, trusted: bool) -> 
         assert (elsewhere.status, elsewhere.error["code"]) == (404, "not_supported")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_open_files_are_allowed_for_as_many_connections_or_it_is_said() -> None:
+    code = (
+        "import resource, sys, logging; logging.basicConfig();"
+        "from colada.serve.run import allow_connections;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 500));"
+        "allow_connections(int(sys.argv[1])); print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    for count, most, said in [(100, "456", False), (200, "500", False), (1024, "500", True)]:
+        ended = subprocess.run(
+            [sys.executable, "-c", code, str(count)], capture_output=True, text=True, timeout=120, check=True
+        )
+        assert ended.stdout.strip() == most
+        assert ("too few for 1024 connections" in ended.stderr) == said
+
+
 @pytest.mark.slow
 def test_two_models_of_one_name_and_a_broken_one_end_with_status_2(saved: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"

@@ -25,6 +25,9 @@ from colada.serve.models import Served
 
 logger = logging.getLogger("colada.serve")
 
+SPARE_FILES = 256
+"""Open files of the process beside its connections, at most."""
+
 
 class Server(uvicorn.Server):
     """At the first signal, takes no more requests and lets those finish that it has; at the second, ends."""
@@ -111,6 +114,7 @@ def run(
         timeout_graceful_shutdown=5,
     )
     server = Server(config, app)
+    allow_connections(policy.connections)
 
     def end() -> None:
         server.should_exit = True
@@ -141,6 +145,21 @@ def run(
     if isinstance(error, ColadaError):
         raise error
     return 0 if error is None else 1
+
+
+def allow_connections(count: int) -> None:
+    """Let this process have so many connections, idle ones and files beside them, or say that it may not."""
+    if sys.platform == "win32":  # There, no such limit.
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * count + SPARE_FILES
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < count + SPARE_FILES:
+        logger.warning("the system allows %d open files, too few for %d connections", most, count)
 
 
 def listen(host: str, port: int) -> socket.socket:
