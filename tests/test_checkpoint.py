@@ -25,6 +25,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import colada
 from colada import load
@@ -276,6 +278,62 @@ def test_tokenizer_and_settings_are_written_beside_the_networks(tmp_path: Path) 
     )
     assert find_tokenizer(tmp_path / "model") == tmp_path / "model" / "tokenizer.json"
     assert json.loads((tmp_path / "model" / "generation_config.json").read_text()) == {"steps": 4}
+
+
+# --- int8 by row --------------------------------------------------------------------------------
+
+
+def test_matrices_in_int8_are_off_by_half_a_step_of_their_row_and_half_as_large(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.dit.blocks[0].msa.proj_qkv.weight[0] = 0  # A row without a largest weight.
+    model.save(tmp_path / "small", int8=True)
+    loaded, file = load(tmp_path / "small"), tmp_path / "small" / "cola_dit" / "model.safetensors"
+    with safe_open(file, framework="pt") as handle:
+        kinds = {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118
+    assert {kinds[name] for name in kinds if name + "_scale" in kinds} == {"I8"}
+    assert loaded.dit.config == model.dit.config
+    for (name, value), exact in zip(loaded.dit.named_parameters(), model.dit.parameters(), strict=True):
+        assert value.dtype == torch.float32
+        if kinds[name] == "I8":
+            largest = [max(map(abs, row)) for row in exact.tolist()]
+            for row, expected, most in zip(value.tolist(), exact.tolist(), largest, strict=True):
+                assert max(abs(a - b) for a, b in zip(row, expected, strict=True)) <= 0.501 * most / 127, name
+        else:
+            assert torch.equal(value, exact.bfloat16().float()), name
+    assert "I8" not in {kinds[name] for name in kinds if "blocks." not in name}
+    bf16 = load(tmp_path / "small", dtype=torch.bfloat16)
+    assert {p.dtype for p in bf16.dit.parameters()} == {torch.bfloat16}
+    loaded.save(tmp_path / "again", int8=True)  # Its rows keep their largest weight, and so their steps.
+    for one, two in zip(load(tmp_path / "again").dit.parameters(), loaded.dit.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        ("missing", "is without .*_scale, as only int8 has"),
+        ("wide", r"is float32 \(2, 1\), expected floats"),
+        ("float", "is of type F32 with .*_scale, as only int8 has"),
+        ("infinite", "holds values that are not finite"),
+    ],
+)
+def test_int8_without_scales_that_fit_it_is_refused(tmp_path: Path, damage: str, why: str) -> None:
+    tiny_model().save(tmp_path, int8=True)
+    file = tmp_path / "cola_dit" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name + "_scale" in tensors)
+    if damage == "missing":
+        del tensors[name + "_scale"]
+    elif damage == "wide":
+        tensors[name + "_scale"] = torch.ones(2, 1)
+    elif damage == "float":
+        tensors[name] = tensors[name].float()
+    else:
+        tensors[name + "_scale"][0] = torch.inf
+    save_file(tensors, file)
+    with pytest.raises(ColadaError, match=why):
+        load(tmp_path)
 
 
 def test_the_tokenizer_is_found_beside_the_networks_or_one_level_up(tmp_path: Path) -> None:

@@ -74,6 +74,23 @@ def test_a_model_of_low_rank_is_made_again(tmp_path: Path, capsys: pytest.Captur
     assert size < 0.5 * (tmp_path / "base" / "cola_dit" / "model.safetensors").stat().st_size
 
 
+def test_a_whole_difference_is_made_again_to_half_a_step_of_each_row(tmp_path: Path) -> None:
+    base = tiny_model()
+    base.save(tmp_path / "base")
+    model = moved(base, 4)
+    model.save(tmp_path / "model")
+    arguments = [str(tmp_path / "model"), str(tmp_path / "small"), "--base", str(tmp_path / "base"), "--int8"]
+    assert main(["export", *arguments]) == 0
+    again = colada.load(tmp_path / "small")
+    assert isinstance(again, ColaDLM)
+    start = dict(base.dit.named_parameters())
+    for (name, value), expected in zip(again.dit.named_parameters(), model.dit.parameters(), strict=True):
+        wide = expected.ndim == 2
+        steps = (expected - start[name]).abs().amax(1, keepdim=True) / 127 if wide else torch.zeros(1)
+        assert bool(((value - expected).abs() <= 0.501 * steps + 1e-6).all()), name
+    assert main(["export", *arguments, "--rank", "2"]) == 2
+
+
 def test_less_than_its_rank_leaves_out_what_it_says(tmp_path: Path) -> None:
     base = tiny_model()
     base.save(tmp_path / "base")

@@ -256,6 +256,15 @@ def test_bfloat16_trains_and_saves(tmp_path: Path) -> None:
     assert len(model.generate("One morning", 6, end_ids=())[0].tokens) == 6
 
 
+def test_a_run_saves_its_matrices_in_int8(tmp_path: Path) -> None:
+    Trainer(recipe("run.save_dtype=int8", "stages.prior.ema=0"), tmp_path).run()
+    stored, trained = colada.load(tmp_path / "model"), final_state(tmp_path)["dit"]
+    for name, value in stored.dit.state_dict().items():
+        torch.testing.assert_close(
+            value, trained[name], rtol=0.004, atol=float(trained[name].abs().max()) / 250
+        )
+
+
 def test_a_tokenizer_of_ones_own_is_used(tmp_path: Path) -> None:
     own = Tokenizer.train([make_stories.corpus()], 290)
     own.save(tmp_path / "own.json")

@@ -169,15 +169,22 @@ def report(
 
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A directory below checkpoints/ of a run.")
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A directory below checkpoints/ of a run; or a model, to write anew."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="MODEL", help="The model directory to write.")],
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="Store matrices as int8 by row: half of bfloat16's bytes."),
+    ] = False,
     base: Annotated[
         str | None,
         typer.Option(
             metavar="WHERE",
-            help="Write only what CHECKPOINT, or a model in its place, differs by from this model ('bundled',"
-            " say): products of low rank, which load with it.",
+            help="Write only what CHECKPOINT differs by from this model, 'bundled' say, which it loads with:"
+            " products of low rank, or with --int8 the whole difference.",
         ),
     ] = None,
     rank: Annotated[
@@ -185,41 +192,42 @@ def export(
     ] = None,
 ) -> None:
     """Write a checkpoint of a run as a model in the released format, with averaged weights if it has them."""
-    if base is None:
-        if rank is not None:
-            raise ColadaError(f"--rank {rank} without --base: it is of the difference to that model")
-        _require_checkpoint(checkpoint)
-        with training_extra():
-            from colada.train.export import export as write
-
-        print(f"wrote {out}: {write(checkpoint, out)}")
-        return
-    local(base)
-    if not (checkpoint / "state.json").exists():
-        local(checkpoint)
+    if rank is not None and (base is None or int8):
+        why = "without --base: it is of the difference to that model" if base is None else "with --int8"
+        raise ColadaError(f"--rank {rank} {why}")
+    if base is not None:
+        local(base)
+    trained = (checkpoint / "state.json").exists()
+    if not trained:
+        _require_model(checkpoint)
     from colada.models.difference import save_difference
-    from colada.models.load import load_cola
+    from colada.models.load import load, load_cola
 
     with TemporaryDirectory() as folder:
-        model = checkpoint
-        if (checkpoint / "state.json").exists():
+        model, words = checkpoint, str(checkpoint)
+        if trained:
             with training_extra():
                 from colada.train.export import export as write
-            model = Path(folder) / "model"
-            write(checkpoint, model)
-        left_out = save_difference(load_cola(model), load_cola(base), base, out, rank or 16)
-    print(f"wrote {out}: the difference to {base}, without {100 * left_out:.2g}% of its square")
+            model = Path(folder) / "model" if base is not None or int8 else out
+            words = write(checkpoint, model)
+        if base is not None:
+            left_out = save_difference(
+                load_cola(model), load_cola(base), base, out, None if int8 else rank or 16
+            )
+            words = f"the difference to {base}, without {100 * left_out:.2g}% of its square"
+        elif model != out:
+            load(model).save(out, int8)
+    print(f"wrote {out}: {words}")
 
 
-def _require_checkpoint(path: Path) -> None:
-    """Raise ColadaError unless there is a checkpoint, with a hint at the last one of the run."""
-    if (path / "state.json").exists():
-        return
+def _require_model(path: Path) -> None:
+    """Raise ColadaError for what is no model, with a hint at the last checkpoint of a run."""
     runs = (path / "checkpoints", path, path.parent)
     candidates = [file.parent for run in runs for file in sorted(run.glob("*-*/state.json"))]
-    hint = f" (did you mean {candidates[-1]}?)" if candidates else ""
-    reason = "no such directory" if not path.exists() else "no checkpoint: it has no state.json"
-    raise ColadaError(f"{path}: {reason}, expected a directory below checkpoints/ of a run{hint}")
+    if candidates:
+        reason = "is neither a checkpoint, which has a state.json, nor a model"
+        raise ColadaError(f"{path} {reason} (did you mean {candidates[-1]}?)")
+    local(path)
 
 
 def recipe(

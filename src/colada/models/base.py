@@ -150,13 +150,17 @@ class LanguageModel(ABC):
             network.to(place, None if folder == IMAGE_DIR else dtype)
         return self
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, int8: bool = False) -> None:
         """Write a directory that :func:`colada.load` reads; see :func:`checkpoint.write_model`.
+
+        Args:
+            int8: in half of bfloat16's bytes: the matrices of the DiT's or a baseline's blocks by row.
 
         Raises:
             ColadaError: if it cannot be written.
         """
-        write_model(as_path(directory), self.networks, self.tokenizer, self.generation, self.chat_template)
+        parts = (self.tokenizer, self.generation, self.chat_template)
+        write_model(as_path(directory), self.networks, *parts, int8)
 
     # --- writing ---------------------------------------------------------------------------
 

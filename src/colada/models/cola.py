@@ -115,15 +115,15 @@ class ColaDLM(PictureModel):
         self.quantised = name
         return self
 
-    def save(self, directory: str | Path) -> None:
-        """Write the model in the released format, with its tokenizer; see :func:`checkpoint.write_model`.
+    def save(self, directory: str | Path, int8: bool = False) -> None:
+        """Write the model in the released format, with its tokenizer; see :meth:`LanguageModel.save`.
 
         Raises:
             ColadaError: for a quantised model, which the format cannot hold; or as ``write_model``.
         """
         if self.quantised is not None:
             raise ColadaError(f"a model quantised to {self.quantised} cannot be saved: save it before")
-        super().save(directory)
+        super().save(directory, int8)
 
     def shares_vae(self, other: ColaDLM) -> bool:
         """Return whether another model has the same Text VAE, in any type that both are exact in."""

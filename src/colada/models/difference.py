@@ -1,8 +1,9 @@
-"""A model as what it differs by from another: for each matrix of the DiT a product of low rank.
+"""A model as what it differs by from another: for each matrix of the DiT a product of low rank, or int8.
 
 ``difference.json`` says which model that is (``base``), a digest of its DiT, and what differs in the DiT's
 configuration; ``difference.safetensors`` has, for each matrix W of the base, ``W.up`` (outputs, rank) and
-``W.down`` (rank, inputs), and other tensors' whole differences. Generation settings and a chat template lie
+``W.down`` (rank, inputs), or its whole difference as int8 and the scales of its rows, and other tensors'
+whole differences. Generation settings and a chat template lie
 beside them, the tokenizer and the Text VAE are the base's. A model that was trained with ``train: lora``
 differs by no more than that; of another this is the nearest of its rank (Eckart and Young, 1936).
 """
@@ -25,8 +26,9 @@ from colada.files import atomic_directory, read_json_object, write_json, write_t
 from colada.locate import CHAT_TEMPLATE_FILE, DIFFERENCE_FILE, DIFFERENCE_WEIGHTS, GENERATION_FILE
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
-from colada.networks.checkpoint import open_weights, read_configs, read_parts
+from colada.networks.checkpoint import SCALE, open_weights, read_configs, read_parts
 from colada.networks.dit import DiT
+from colada.networks.quantise import dequantise_rows, quantise_rows
 
 UP, DOWN = ".up", ".down"
 _EXTENSIONS = ("distilled", "training_length")  # Keys of the configuration that change no tensor's shape.
@@ -48,14 +50,14 @@ def low_rank(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def save_difference(model: ColaDLM, base: ColaDLM, name: str, directory: Path, rank: int) -> float:
+def save_difference(model: ColaDLM, base: ColaDLM, name: str, directory: Path, rank: int | None) -> float:
     """Write what a model differs by from another.
 
     Args:
         name: of the other, as it will be found when this is loaded.
-        rank: of each matrix's product.
+        rank: of each matrix's product; None for whole differences, as int8 by row.
 
-    Returns: the share of the squared difference that the products leave out.
+    Returns: the share of the squared difference that products or rounding leave out.
 
     Raises:
         ColadaError: if the two have other shapes, tokenizers or Text VAEs, or it cannot be written.
@@ -77,7 +79,10 @@ def save_difference(model: ColaDLM, base: ColaDLM, name: str, directory: Path, r
         difference = new.float() - old.float()
         if not bool(difference.any()):
             continue
-        if difference.ndim == 2 and rank < min(difference.shape):
+        if difference.ndim == 2 and rank is None:
+            tensors[key], tensors[key + SCALE] = quantise_rows(difference)
+            made = dequantise_rows(tensors[key], tensors[key + SCALE])
+        elif difference.ndim == 2 and rank is not None and rank < min(difference.shape):
             tensors[key + UP], tensors[key + DOWN] = (x.bfloat16() for x in low_rank(difference, rank))
             made = tensors[key + UP].float() @ tensors[key + DOWN].float()
         else:
@@ -118,9 +123,11 @@ def apply_difference(base: LanguageModel, directory: Path, origin: str) -> ColaD
     parameters = dict(base.dit.named_parameters())
     with open_weights(file) as handle:
         tensors_read = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - it is no dict
-    for key in sorted({key.removesuffix(UP).removesuffix(DOWN) for key in tensors_read}):
-        up, down = tensors_read.get(key + UP), tensors_read.get(key + DOWN)
+    for key in sorted({key.removesuffix(UP).removesuffix(DOWN).removesuffix(SCALE) for key in tensors_read}):
+        up, down, scales = (tensors_read.get(key + suffix) for suffix in (UP, DOWN, SCALE))
         made = tensors_read.get(key) if up is None or down is None else up.float() @ down.float()
+        if made is not None and scales is not None and scales.shape == (len(made), 1):
+            made = dequantise_rows(made, scales)
         if made is None or key not in parameters or made.shape != parameters[key].shape:
             raise ColadaError(f"{file}: {key} is no difference to a tensor of {about.get('base')!r}")
         if not bool(made.isfinite().all()):

@@ -3,7 +3,8 @@
 A model directory holds ``cola_dit/`` and ``cola_vae/``, and a ``tokenizer.json``
 beside them or one level up; that of a baseline holds ``decoder/`` instead. Beside them are extensions:
 ``cola_image/``, the codec of a model that has pictures; ``generation_config.json``, the settings with which
-this model measures best; and ``chat_template.jinja``, how it writes conversations.
+this model measures best; and ``chat_template.jinja``, how it writes conversations. A matrix ``name`` may be
+stored as int8 with the scales of its rows, ``name_scale``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
@@ -41,6 +42,7 @@ from colada.locate import (
 from colada.networks.config import DiTConfig, NetworkConfig, TextVAEConfig, check_pair
 from colada.networks.dit import ROPE_THETA, DiT
 from colada.networks.layers import inverse_frequencies
+from colada.networks.quantise import dequantise_rows, quantise_rows
 from colada.networks.vae import TextVAE
 from colada.text.chat import read_template
 from colada.text.tokenizer import Tokenizer
@@ -49,6 +51,8 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 FOLDERS = (DIT_DIR, VAE_DIR, DECODER_DIR, IMAGE_DIR)
 PARTS = (*FOLDERS, TOKENIZER_FILE, GENERATION_FILE, CHAT_TEMPLATE_FILE)
 _MODEL_FILE = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+SCALE = "_scale"
+"""What follows a matrix's name in that of its rows' scales, (rows, 1), where it is stored as int8."""
 _SAVE = "save"  # The key of the weights' metadata that says which were saved together.
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -117,7 +121,8 @@ def read_weights(
 
     Tensors that already have the wanted type are mapped from the file. Others
     are converted one by one, so that memory peaks at the result's size plus one tensor.
-    Without ``dtype``, tensors of several types become the widest of these, in which none loses anything.
+    Without ``dtype``, tensors of several types become the widest of these, in which none loses anything;
+    of int8 and scales that is float32.
 
     Raises:
         ColadaError: for a missing, extra or misshapen tensor, a truncated or corrupt file, or values that
@@ -127,9 +132,11 @@ def read_weights(
         network = build()
     expected = network.state_dict()
     files = _weight_files(folder)
-    _check_names(folder, files, expected)
+    scales = {name: name + SCALE for name in files if name + SCALE in files.keys() - expected.keys()}
+    _check_names(folder, files.keys() - scales.values(), expected)
     names_of = {
-        file: [name for name in files if files[name] == file] for file in dict.fromkeys(files.values())
+        file: [name for name in expected if files[name] == file]
+        for file in dict.fromkeys(files[name] for name in expected)
     }
     stored: dict[str, torch.dtype] = {}
     for file, names in names_of.items():
@@ -139,6 +146,10 @@ def read_weights(
                 if tuple(part.get_shape()) != shape:
                     shapes = f"has shape {tuple(part.get_shape())}, its config expects {shape}"
                     raise ColadaError(f"{file}: tensor {name} {shapes}")
+                is_int8 = part.get_dtype() == "I8"
+                if is_int8 != (name in scales):
+                    without = "without" if is_int8 else f"of type {part.get_dtype()} with"
+                    raise ColadaError(f"{file}: tensor {name} is {without} {name + SCALE}, as only int8 has")
                 if part.get_dtype() not in _TYPES:
                     raise ColadaError(
                         f"{file}: tensor {name} is of type {part.get_dtype()}, expected a float"
@@ -148,14 +159,21 @@ def read_weights(
     tensors: dict[str, Tensor] = {}
     for file, names in names_of.items():
         with open_weights(file) as handle:
-            mapped = {name: handle.get_tensor(name) for name in names if stored[name] == dtype}
+            mapped = {
+                name: handle.get_tensor(name)
+                for name in names
+                if stored[name] == dtype and name not in scales
+            }
         tensors |= mapped
         large = sum(tensor.nbytes for tensor in mapped.values()) > MOST_READ_AT_LOAD
         for name in names:
             if name not in mapped:
                 # Opened anew for each tensor: the pages of the last one leave memory with its handle.
                 with open_weights(file) as handle:
-                    tensors[name] = handle.get_tensor(name).to(dtype)
+                    tensor = handle.get_tensor(name)
+                if name in scales:
+                    tensor = dequantise_rows(tensor, _scales(files[name], scales[name], tensor))
+                tensors[name] = tensor.to(dtype)
             elif large:
                 continue
             # NaN is the least and the greatest value of what holds it.
@@ -172,6 +190,19 @@ MOST_READ_AT_LOAD = 2**30
 """Bytes of mapped tensors that are read through while a file is loaded; a larger file's come when needed."""
 
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_TYPES["I8"] = torch.float32  # What int8 and its scales stand for.
+
+
+def _scales(file: Path, name: str, matrix: Tensor) -> Tensor:
+    """Return the scales of an int8 matrix's rows. Raises ColadaError for ones that do not fit it."""
+    with open_weights(file) as handle:
+        scales: Tensor = handle.get_tensor(name)
+    if not scales.is_floating_point() or scales.shape != (len(matrix), 1):
+        kind = str(scales.dtype).removeprefix("torch.")
+        raise ColadaError(
+            f"{file}: tensor {name} is {kind} {tuple(scales.shape)}, expected floats ({len(matrix)}, 1)"
+        )
+    return scales
 
 
 def _weight_files(folder: Path) -> dict[str, Path]:
@@ -208,9 +239,9 @@ def check_one_save(directory: Path) -> None:
         raise ColadaError(f"{directory} mixes two models: {saves_named}; save or export it again")
 
 
-def _check_names(folder: Path, files: Mapping[str, Path], expected: Mapping[str, Tensor]) -> None:
-    missing = sorted(expected.keys() - files.keys())
-    extra = sorted(files.keys() - expected.keys())
+def _check_names(folder: Path, stored: Set[str], expected: Mapping[str, Tensor]) -> None:
+    missing = sorted(expected.keys() - stored)
+    extra = sorted(stored - expected.keys())
     problems = [
         f"{kind} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         for kind, names in (("misses tensor", missing), ("has the unknown tensor", extra))
@@ -259,6 +290,7 @@ def write_model(
     tokenizer: Tokenizer | None = None,
     generation: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
+    int8: bool = False,
 ) -> None:
     """Write networks in the released format; an older model there is replaced at once when all is written.
 
@@ -267,6 +299,8 @@ def write_model(
 
     Args:
         networks: by folder; each has a ``config``.
+        int8: store the matrices of the DiT's or a baseline's blocks as int8 with a scale a row, and what else
+            there is in bfloat16.
 
     Raises:
         ColadaError: if the directory cannot be written (no space, no permission), or holds something else
@@ -277,7 +311,7 @@ def write_model(
         check_replaceable(directory)
         inside = _must_stay(directory)
         with atomic_directory(directory / ".new" if inside else directory) as partial:
-            _write_networks(partial, networks)
+            _write_networks(partial, networks, int8)
             if tokenizer is not None:
                 tokenizer.save(partial / TOKENIZER_FILE)
             if generation:
@@ -292,13 +326,15 @@ def write_model(
         raise ColadaError(f"cannot write the model to {directory}: {error}") from None
 
 
-def _write_networks(directory: Path, networks: Mapping[str, nn.Module]) -> None:
+def _write_networks(directory: Path, networks: Mapping[str, nn.Module], int8: bool) -> None:
     from huggingface_hub import save_torch_state_dict  # only when needed: 0.4 s
 
     states = {
         part: {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
         for part, network in networks.items()
     }
+    if int8:
+        states = {part: state if part == IMAGE_DIR else _small(part, state) for part, state in states.items()}
     # Of the content, so that equal models are equal files.
     digest = hashlib.sha256()
     for part, state in states.items():
@@ -317,6 +353,15 @@ def _write_networks(directory: Path, networks: Mapping[str, nn.Module]) -> None:
             _order_metadata(file, save)
             # The library writes them for the owner only; whoever may read the config may read these.
             file.chmod((folder / "config.json").stat().st_mode)
+
+
+def _small(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a network's tensors in bfloat16, the matrices of a prior's or a decoder's blocks as int8."""
+    small = {name: tensor.bfloat16() for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if part != VAE_DIR and tensor.ndim == 2 and "blocks." in name:
+            small[name], small[name + SCALE] = quantise_rows(tensor)
+    return small
 
 
 def _order_metadata(file: Path, save: str) -> None:

@@ -1,11 +1,12 @@
-"""Fewer bits for the weights of the transformer layers, through torchao (extra ``quant``)."""
+"""Fewer bits for transformer layers: in memory through torchao (extra ``quant``), in files by row."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from colada.errors import ColadaError
 from colada.flow import choose
@@ -40,3 +41,18 @@ def quantise(networks: tuple[nn.Module, nn.Module], name: str) -> None:
 
 def _is_quantised(module: nn.Module, name: str, *_: Any) -> bool:
     return isinstance(module, nn.Linear) and ".ada." not in name
+
+
+def quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 (R, C) and float32 scales (R, 1) whose product is nearest to a matrix (R, C), row by row.
+
+    Symmetric: a row's largest weight is 127 times its scale, so no weight is off by more than half of that.
+    """
+    scales = matrix.float().abs().amax(1, keepdim=True) / 127
+    values = matrix.float() / torch.where(scales > 0, scales, 1.0)
+    return values.round().clamp(-127, 127).to(torch.int8), scales
+
+
+def dequantise_rows(values: Tensor, scales: Tensor) -> Tensor:
+    """Return the float32 matrix (R, C) of int8 (R, C) and the scales (R, 1) of its rows."""
+    return values.float() * scales.float()

@@ -47,7 +47,8 @@ def write_model(model: LanguageModel, recipe: Recipe, directory: Path) -> None:
     """
     with disk_errors(directory):
         model.training_length = _row_length(recipe)
-        model.to(dtype=DTYPES[recipe.run.save_dtype]).save(directory)
+        int8 = recipe.run.save_dtype == "int8"
+        (model if int8 else model.to(dtype=DTYPES[recipe.run.save_dtype])).save(directory, int8)
 
 
 def _row_length(recipe: Recipe) -> int:

@@ -159,7 +159,9 @@ class RunSection(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of matrix products; weights, optimiser and latents stay float32."
     )
-    save_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the saved model.")
+    save_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32", description="Of the saved model; int8: the matrices of its blocks, by row, else bfloat16."
+    )
     compile: bool = Field(False, description="torch.compile each transformer block of the DiT or decoder.")
     checkpoint_activations: bool = Field(
         False,
