@@ -21,6 +21,7 @@ from colada.train.flow_matching import (
     FlowStep,
     Pinned,
     consistency_errors,
+    flow_latents,
     flow_matching,
     noisy_pass,
     predict,
@@ -115,9 +116,10 @@ def test_consistency_has_no_error_where_latents_are_pinned_and_adds_to_the_loss(
     noise = draw_noise(generators, vae.config, 16, flow=FlowTerms())
     layout = rows_layout(vae, batch)
     z0, counts = encode(vae, batch.ids, layout).mean, count(batch, noise, vae.config)
-    plain, _ = flow_matching(vae, dit, batch, noise, z0, layout, 0, counts)
+    latents = flow_latents(vae, batch, noise, z0, layout, 0)
+    plain, _ = flow_matching(dit, latents, noise, counts)
     step = FlowStep(consistency=Consistency(teacher, 0.3, 4))
-    total, terms = flow_matching(vae, dit, batch, noise, z0, layout, 0, counts, step)
+    total, terms = flow_matching(dit, latents, noise, counts, step)
     torch.testing.assert_close(total, plain + 0.3 * terms["consistency"])
     assert float(terms["consistency"].detach()) > 0
 
@@ -248,10 +250,11 @@ def test_dropout_is_for_training_alone() -> None:
     noise = draw_noise(generators, vae.config, 16, flow=settings)
     layout = rows_layout(vae, batch)
     z0, counts = encode(vae, batch.ids, layout).mean.detach(), count(batch, noise, vae.config)
+    latents = flow_latents(vae, batch, noise, z0, layout, 0)
 
     def flow(dropout: float) -> float:
         own = noise if dropout else replace(noise, dropout=None)
-        total, _ = flow_matching(vae, dit, batch, own, z0, layout, 0, counts, FlowStep(dropout=dropout))
+        total, _ = flow_matching(dit, latents, own, counts, FlowStep(dropout=dropout))
         return float(total)
 
     assert flow(0.4) != pytest.approx(flow(0), rel=1e-3)

@@ -7,9 +7,9 @@ number of ranks change no row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,29 @@ _Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Batch:
+class RowTensors:
+    """Tensors (B, ...), others of these, or None, that belong to the rows of a batch."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return them with a function applied to each."""
+        values = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        mapped = {
+            name: value.map(function) if isinstance(value, RowTensors) else function(value)
+            for name, value in values.items()
+        }
+        return replace(self, **mapped)
+
+    def to(self, device: torch.device) -> Self:
+        """Return them on a device."""
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+    def rows(self, begin: int, end: int, stride: int = 1) -> Self:
+        """Return those of some rows, or of one of ``stride`` each."""
+        return self.map(lambda x: x[begin:end:stride])
+
+
+@dataclass(frozen=True)
+class Batch(RowTensors):
     """Rows of tokens.
 
     Attributes:
@@ -44,18 +66,6 @@ class Batch:
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.ids)
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def rows(self, begin: int, end: int, stride: int = 1) -> Batch:
-        """Return some rows, or one of ``stride`` each."""
-        return self._each(lambda tensor: tensor[begin:end:stride])
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        sample, trained = (None if x is None else change(x) for x in (self.sample, self.trained))
-        return Batch(change(self.ids), sample, trained)
 
 
 class Rows(Protocol):

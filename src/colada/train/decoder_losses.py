@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colada.data.rows import FILLING, Batch
+from colada.data.rows import FILLING, Batch, RowTensors
 from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
 from colada.train.losses import Loss
-from colada.train.noise import Counts, RowTensors
+from colada.train.noise import Counts
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from colada.networks.dit import DiT
 from colada.train.cost import Phase, Placement
 from colada.train.distil_cost import with_teacher, with_trajectories
 from colada.train.distillation import Guided, distillation_errors, landing, target_of
-from colada.train.flow_matching import pin, place, weighed
+from colada.train.flow_matching import place, weighed
 from colada.train.kinds import DistilSection
-from colada.train.losses import Loss, draw, encode, log_snr_terms, rows_layout
-from colada.train.noise import Counts, sample_of_latents, timestep_law
+from colada.train.losses import Loss, frozen_latents, log_snr_terms
+from colada.train.noise import Counts, timestep_law
 from colada.train.recipe import Recipe
 from colada.train.stages import LayOut, System, row_generator
 from colada.train.taught import TaughtNoise, TaughtStage
@@ -78,13 +78,9 @@ class DistilStage(TaughtStage):
         assert noise.z1 is not None
         cap = section.guidance_cap or math.inf
         guided = Guided(teacher, section.guidance, cap, section.guidance_rescale)
+        q, latents = frozen_latents(self.vae, rows, noise, self.system.pad_id)
+        clean, pinned, _ = latents
         with torch.no_grad():
-            layout = rows_layout(self.vae, rows)
-            q = encode(self.vae, rows.ids, layout)
-            z0 = self.vae.normalise(draw(q, noise.posterior))
-            clean = z0.view(len(rows), -1, self.vae.config.latent_dim)
-            pinned = pin(self.vae, rows, noise, layout, self.system.pad_id)
-            sample = sample_of_latents(rows, self.vae.config.patch_size)
             timestep, end, substeps = self._drawn(noise.timestep)
             if noise.states is not None:
                 z, landed = (place(self._at(noise.states, at), pinned) for at in (timestep, end))
@@ -92,16 +88,16 @@ class DistilStage(TaughtStage):
             else:
                 if self._on_trajectory(step):
                     z1, begin = place(noise.z1, pinned), torch.full_like(timestep, T)
-                    z = landing(guided, z1, begin, timestep, clean, pinned, sample, section.rollout)
+                    z = landing(guided, z1, begin, timestep, *latents, section.rollout)
                 else:
                     z = place(interpolate(clean[:, None], noise.z1, timestep / T), pinned)
                 if section.grids is None:
-                    target = guided.guess(z, timestep, clean, pinned, sample)
+                    target = guided.guess(z, timestep, *latents)
                 else:
-                    landed = landing(guided, z, timestep, end, clean, pinned, sample, substeps)
+                    landed = landing(guided, z, timestep, end, *latents, substeps)
                     target = target_of(z, landed, timestep, end)
         told = None if section.grids is None else end
-        errors = distillation_errors(student, z, target, timestep, clean, pinned, sample, told)
+        errors = distillation_errors(student, z, target, timestep, *latents, told)
         total, terms = weighed(errors, timestep, pinned, counts, section.space)
         terms |= log_snr_terms(q, rows, counts)
         return Loss(total, {name: term.detach() for name, term in terms.items()})

@@ -6,6 +6,7 @@ The flow term is the squared velocity error per latent number. Rows are (B, M, C
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,20 @@ class Pinned:
 
     where: Tensor
     latents: Tensor
+
+
+class FlowLatents(NamedTuple):
+    """Rows as the flow is learnt on them.
+
+    Attributes:
+        clean: normalised latents (B, M, C), with a gradient where the Text VAE learns.
+        pinned: those that noisy copies have in their places too; None: there cannot be any.
+        sample: (B, M), the sample of its row that a latent belongs to; None where every row is one.
+    """
+
+    clean: Tensor
+    pinned: Pinned | None
+    sample: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -248,33 +263,25 @@ def pin(vae: TextVAE, batch: Batch, noise: StepNoise, layout: Layout, pad_id: in
     return Pinned(pinned_latents(given_mask, patch), mean.view(len(batch), -1, vae.config.latent_dim))
 
 
-def flow_matching(
-    vae: TextVAE,
-    dit: DiT,
-    batch: Batch,
-    noise: StepNoise,
-    z0: Tensor,
-    layout: Layout,
-    pad_id: int,
-    counts: Counts,
-    step: FlowStep = PLAIN,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return L_FM of a batch, and its terms by name, which are of the velocity in any space.
+def flow_latents(
+    vae: TextVAE, batch: Batch, noise: StepNoise, z0: Tensor, layout: Layout, pad_id: int
+) -> FlowLatents:
+    """Return the latents of a batch, of which z0 (B * M, C) is drawn and not normalised."""
+    clean = vae.normalise(z0).view(len(batch), -1, vae.config.latent_dim)
+    pinned = pin(vae, batch, noise, layout, pad_id)
+    return FlowLatents(clean, pinned, sample_of_latents(batch, vae.config.patch_size))
 
-    Args:
-        z0: (B * M, C) as sampled, not normalised.
-    """
+
+def flow_matching(
+    dit: DiT, latents: FlowLatents, noise: StepNoise, counts: Counts, step: FlowStep = PLAIN
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return L_FM of a batch, and its terms by name, which are of the velocity in any space."""
     assert noise.timestep is not None
     assert noise.z1 is not None
     z1, timestep, alone = noise.z1, noise.timestep, noise.alone
-    z0 = vae.normalise(z0).view(len(batch), -1, vae.config.latent_dim)
-    pinned = pin(vae, batch, noise, layout, pad_id)
-    sample = sample_of_latents(batch, vae.config.patch_size)
-    z, clean, guesses = (
-        place(interpolate(z0[:, None], z1, timestep / T), pinned),
-        z0.detach(),
-        step.self_conditioned,
-    )
+    z0, pinned, sample = latents
+    z, clean = place(interpolate(z0[:, None], z1, timestep / T), pinned), z0.detach()
+    guesses = step.self_conditioned
     dropout = None
     if noise.dropout is not None and torch.is_grad_enabled():
         dropout = Dropout(noise.dropout, step.dropout)

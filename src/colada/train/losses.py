@@ -25,7 +25,7 @@ from colada.data.rows import Batch
 from colada.networks.dit import DiT
 from colada.networks.packing import Layout
 from colada.networks.vae import Posterior, TextVAE
-from colada.train.flow_matching import PLAIN, FlowStep, flow_matching
+from colada.train.flow_matching import PLAIN, FlowLatents, FlowStep, flow_latents, flow_matching
 from colada.train.kinds import JointSection, TextVAETerms
 from colada.train.noise import Counts, StepNoise, count, sample_of_latents
 
@@ -208,6 +208,17 @@ def vae_loss(
 # --- stage 2 -----------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def frozen_latents(
+    vae: TextVAE, batch: Batch, noise: StepNoise, pad_id: int, means: bool = False
+) -> tuple[Posterior, FlowLatents]:
+    """Return q_phi(z0 | x) of a batch under a frozen Text VAE, and latents drawn from it, or its means."""
+    layout = rows_layout(vae, batch)
+    q = encode(vae, batch.ids, layout)
+    z0 = q.mean if means else draw(q, noise.posterior)
+    return q, flow_latents(vae, batch, noise, z0, layout, pad_id)
+
+
 def prior_loss(
     vae: TextVAE,
     dit: DiT,
@@ -219,11 +230,8 @@ def prior_loss(
 ) -> Loss:
     """L = L_FM over the latents of a frozen Text VAE; see :func:`flow_matching`."""
     counts = counts or count(batch, noise, vae.config)
-    with torch.no_grad():
-        layout = rows_layout(vae, batch)
-        q = encode(vae, batch.ids, layout)
-        z0 = draw(q, noise.posterior)
-    flow, terms = flow_matching(vae, dit, batch, noise, z0, layout, pad_id, counts, step)
+    q, latents = frozen_latents(vae, batch, noise, pad_id)
+    flow, terms = flow_matching(dit, latents, noise, counts, step)
     return Loss(flow, _detached(terms | log_snr_terms(q, batch, counts)))
 
 
@@ -249,7 +257,8 @@ def joint_loss(
     z0 = draw(q, noise.posterior)
     nll, right = reconstruction(vae, z0, batch, layout)
     log_q = within(batch, expected_log_q(q)) / counts.tokens
-    flow, terms = flow_matching(vae, dit, batch, noise, z0, layout, pad_id, counts, step)
+    latents = flow_latents(vae, batch, noise, z0, layout, pad_id)
+    flow, terms = flow_matching(dit, latents, noise, counts, step)
     with torch.no_grad():
         q_ref = encode(reference, batch.ids, layout)
     kl_ref = within(batch, kl_between(q, q_ref)) / counts.tokens

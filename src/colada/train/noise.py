@@ -7,14 +7,13 @@ it is in nor on the device. B rows of L tokens are (B, M, C) latents, M = L / pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields, replace
-from typing import Self
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
 
 import torch
 from torch import Tensor
 
-from colada.data.rows import Batch
+from colada.data.rows import Batch, RowTensors
 from colada.flow import TimestepLaw, calibrated_loc
 from colada.networks.config import TextVAEConfig
 from colada.train.kinds import FlowTerms, PriorTerms, TextVAETerms
@@ -23,28 +22,6 @@ from colada.train.kinds import FlowTerms, PriorTerms, TextVAETerms
 def timestep_law(flow: FlowTerms, latent_dim: int) -> TimestepLaw:
     """Return the law of the training timesteps; an unset loc is the paper's for this latent width."""
     return TimestepLaw(calibrated_loc(latent_dim) if flow.loc is None else flow.loc, flow.scale)
-
-
-@dataclass(frozen=True)
-class RowTensors:
-    """Tensors (B, ...), others of these, or None, that belong to the rows of a batch."""
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Return them with a function applied to each."""
-        values = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        mapped = {
-            name: value.map(function) if isinstance(value, RowTensors) else function(value)
-            for name, value in values.items()
-        }
-        return replace(self, **mapped)
-
-    def to(self, device: torch.device) -> Self:
-        """Return them on a device."""
-        return self.map(lambda x: x.to(device, non_blocking=True))
-
-    def rows(self, begin: int, end: int, stride: int = 1) -> Self:
-        """Return those of some rows, or of one of ``stride`` each."""
-        return self.map(lambda x: x[begin:end:stride])
 
 
 @dataclass(frozen=True)

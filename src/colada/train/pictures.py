@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from colada.data.rows import Batch
+from colada.data.rows import Batch, RowTensors
 from colada.flow import LOSS_SPACES, MIN_A, T, TimestepLaw
 from colada.networks.dit import DiT
 from colada.pictures.codec import Codec, ConvVAE
@@ -24,7 +24,7 @@ from colada.train.cola import ColaSystem, PriorStage, codec_of
 from colada.train.cost import Phase, Placement
 from colada.train.kinds import PicturesSection, PictureVAESection
 from colada.train.losses import Loss
-from colada.train.noise import Counts, RowTensors, StepNoise, timestep_law
+from colada.train.noise import Counts, StepNoise, timestep_law
 from colada.train.pairs import Pairs, PairSplits, open_pairs
 from colada.train.picture_cost import codec_phase, picture_phases
 from colada.train.picture_flow import describing_errors, drawing_errors

@@ -18,12 +18,11 @@ from colada.data.rows import Batch, batch
 from colada.errors import ColadaError
 from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
-from colada.networks.vae import TextVAE
 from colada.train.cola import ColaStage
 from colada.train.cost import Phase, Placement, Work
-from colada.train.flow_matching import flow_errors, pin
+from colada.train.flow_matching import flow_errors
 from colada.train.kinds import PreferencesSection
-from colada.train.losses import Loss, draw, encode, rows_layout
+from colada.train.losses import Loss, frozen_latents
 from colada.train.noise import (
     Counts,
     StepNoise,
@@ -31,7 +30,6 @@ from colada.train.noise import (
     draw_noise,
     given_tokens,
     pinned_latents,
-    sample_of_latents,
 )
 from colada.train.parallel import added_up
 from colada.train.posttraining import calibrated_beta, mean_error, preference_loss
@@ -103,16 +101,9 @@ class PreferencesStage(ColaStage):
         """Return the mean flow error of each row (B,), and of how many latents it is."""
         assert noise.timestep is not None
         assert noise.z1 is not None
-        vae: TextVAE = self.vae
-        with torch.no_grad():
-            layout = rows_layout(vae, rows)
-            q = encode(vae, rows.ids, layout)
-            latents = draw(q, noise.posterior) if self.section.latents == "sample" else q.mean
-            z0 = vae.normalise(latents).view(len(rows), -1, vae.config.latent_dim)
-            pinned = pin(vae, rows, noise, layout, self.system.pad_id)
-        sample = sample_of_latents(rows, vae.config.patch_size)
+        means, patch = self.section.latents == "mean", self.vae.config.patch_size
+        _, (z0, pinned, sample) = frozen_latents(self.vae, rows, noise, self.system.pad_id, means)
         errors = flow_errors(dit, z0, noise.z1, noise.timestep, pinned, sample, noise.alone)
-        patch = vae.config.patch_size
         free = ~pinned_latents(given_tokens(rows, noise, patch), patch)
         return mean_error(errors, free), free.sum(1)
 

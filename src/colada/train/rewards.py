@@ -33,16 +33,15 @@ from colada.text.chat import render
 from colada.text.transcript import Completion
 from colada.train.cola import ColaStage
 from colada.train.cost import Phase, Placement, Work, networks, position_entries
-from colada.train.flow_matching import pin, place, predict
+from colada.train.flow_matching import place, predict
 from colada.train.kinds import RaftSection, RewardSection
-from colada.train.losses import Loss, draw, encode, rows_layout
+from colada.train.losses import Loss, frozen_latents
 from colada.train.noise import (
     Counts,
     StepNoise,
     draw_noise,
     given_tokens,
     pinned_latents,
-    sample_of_latents,
 )
 from colada.train.parallel import gathered, of_all
 from colada.train.posttraining import follow, reward_errors, rewards_to_shares
@@ -306,21 +305,16 @@ class RolloutStage(ColaStage):
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, noise: StepNoise, counts: Counts, step: int) -> Loss:
         """Return the loss of answers and rows of the data in a step, with what learns or its average."""
-        dit, vae, section = networks["dit"], self.vae, self.section
+        dit, section = networks["dit"], self.section
         assert isinstance(dit, DiT)
         assert noise.timestep is not None
         assert noise.z1 is not None
         answers, others = (part[:, None].float() for part in self._parts(rows, noise))
-        with torch.no_grad():
-            layout = rows_layout(vae, rows)
-            q = encode(vae, rows.ids, layout)
-            z0 = vae.normalise(draw(q, noise.posterior)).view(len(rows), -1, vae.config.latent_dim)
-            pinned = pin(vae, rows, noise, layout, self.system.pad_id)
-            if isinstance(noise, AnswerNoise) and noise.written is not None:
-                assert noise.latents is not None
-                z0 = torch.where(noise.written[:, None, None], noise.latents, z0)
-            z = place(interpolate(z0[:, None], noise.z1, noise.timestep / T), pinned)
-        sample = sample_of_latents(rows, vae.config.patch_size)
+        _, (z0, pinned, sample) = frozen_latents(self.vae, rows, noise, self.system.pad_id)
+        if isinstance(noise, AnswerNoise) and noise.written is not None:
+            assert noise.latents is not None
+            z0 = torch.where(noise.written[:, None, None], noise.latents, z0)
+        z = place(interpolate(z0[:, None], noise.z1, noise.timestep / T), pinned)
 
         def velocity_errors(network: nn.Module) -> Tensor:
             assert isinstance(network, DiT)

@@ -17,10 +17,10 @@ from colada.networks.solver import LearntSolver
 from colada.train.cost import Phase, Placement
 from colada.train.distil_cost import teacher_pass, with_trajectories
 from colada.train.distillation import Guided
-from colada.train.flow_matching import Pinned, pin, place
+from colada.train.flow_matching import Pinned, place
 from colada.train.kinds import SolverSection
-from colada.train.losses import Loss, draw, encode, rows_layout
-from colada.train.noise import Counts, StepNoise, sample_of_latents
+from colada.train.losses import Loss, frozen_latents
+from colada.train.noise import Counts, StepNoise
 from colada.train.recipe import Recipe
 from colada.train.stages import LayOut, System
 from colada.train.taught import TaughtNoise, TaughtStage
@@ -92,7 +92,7 @@ class SolverStage(TaughtStage):
         step: int,
     ) -> Loss:
         """Return E||z_N - z_teacher||^2 per latent number that is free."""
-        solver, dit, vae = networks["solver"], self.frozen["dit"], self.vae
+        solver, dit = networks["solver"], self.frozen["dit"]
         assert isinstance(solver, LearntSolver)
         assert isinstance(dit, DiT)
         if noise.states is None:  # In a validation.
@@ -101,17 +101,12 @@ class SolverStage(TaughtStage):
             rows, noise = rows.to(device), noise.to(device)
         assert noise.states is not None
         scale, cap, rescale = solver.guidance.tolist()
-        with torch.no_grad():
-            layout = rows_layout(vae, rows)
-            z0 = vae.normalise(draw(encode(vae, rows.ids, layout), noise.posterior))
-            clean = z0.view(len(rows), -1, vae.config.latent_dim)
-            pinned = pin(vae, rows, noise, layout, self.system.pad_id)
-            sample = sample_of_latents(rows, vae.config.patch_size)
-            z1, goal = noise.states[:, None, :, 0], noise.states[:, None, :, -1]
+        _, latents = frozen_latents(self.vae, rows, noise, self.system.pad_id)
+        z1, goal = noise.states[:, None, :, 0], noise.states[:, None, :, -1]
         guided = Guided(dit, scale, cap or math.inf, rescale)
-        errors = (integrate(solver, guided, z1, clean, pinned, sample) - goal).square().mean(-1)
-        if pinned is not None:
-            errors = errors.masked_fill(pinned.where[:, None], 0.0)
+        errors = (integrate(solver, guided, z1, *latents) - goal).square().mean(-1)
+        if latents.pinned is not None:
+            errors = errors.masked_fill(latents.pinned.where[:, None], 0.0)
         total = errors.sum() / counts.noisy
         return Loss(total, {"distance": total.detach()})
 

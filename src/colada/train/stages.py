@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from colada.data.rows import Batch, Rows
+from colada.data.rows import Batch, Rows, RowTensors
 from colada.device import unallocated
 from colada.errors import ColadaError
 from colada.models.base import LanguageModel
@@ -28,7 +28,7 @@ from colada.train.display import Display
 from colada.train.kinds import FlowTerms, StageSection
 from colada.train.lora import choose
 from colada.train.losses import Loss
-from colada.train.noise import Counts, RowTensors
+from colada.train.noise import Counts
 from colada.train.optimisation import make_optimisers
 from colada.train.parallel import Ranks, compile_blocks, fill, recompute
 from colada.train.recipe import Recipe

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from colada.data.rows import Batch, Rows, batch
+from colada.data.rows import Batch, Rows, RowTensors, batch
 from colada.device import keep_freed_memory
 from colada.errors import ColadaError
 from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
@@ -51,8 +51,8 @@ from colada.train.display import Display
 from colada.train.export import DTYPES, system_of, write_model
 from colada.train.inputs import chat_template, make_tokenizer, prepare_inputs
 from colada.train.logs import Monitors, Point, make_monitors, write_drawings
-from colada.train.losses import add_terms, readable
-from colada.train.noise import Counts, RowTensors
+from colada.train.losses import Loss, add_terms, readable
+from colada.train.noise import Counts
 from colada.train.optimisation import average_weights, learning_rate, set_learning_rate
 from colada.train.parallel import Ranks, allocate, lay_out, run_device
 from colada.train.plan import Plan, check_memory, plan_run, planned, resolve
@@ -284,13 +284,13 @@ class Trainer:
         stage.best = best
         meter = Meter(self.ranks, DTYPES[run.precision])
         with self.display.task(stage.name, section.steps, progress.step):
-            for step, (own_rows, noise) in self._ahead(stage, rows, progress.step):
+            for step, (step_rows, noise) in self._ahead(stage, rows, progress.step):
                 try:
-                    own_rows, noise = stage.rollouts(step, own_rows, noise)
+                    step_rows, noise = stage.rollouts(step, step_rows, noise)
                 except ColadaError as error:
                     self._save(stage, average, progress, wait=True)
                     raise ColadaError(f"{stage.name} step {step + 1}: {error}; saved") from None
-                terms, norm = self._step(stage, step, own_rows, noise)
+                terms, norm = self._step(stage, step, step_rows, noise)
                 if norm is None:
                     progress.skipped += 1
                     self.display.say(f"{stage.name} step {step + 1}: not finite, skipped")
@@ -357,34 +357,31 @@ class Trainer:
                     coming = worker.submit(make, step + 1)
                 yield step, ready
 
-    def _passes(self, stage: Stage, own_rows: Batch, noise: RowTensors) -> Iterator[tuple[Batch, RowTensors]]:
-        """Yield the micro-batches of a step on the device."""
-        size = (stage.section.micro_batch or len(own_rows)) * (stage.section.group or 1)
-        for begin in range(0, len(own_rows), size):
-            end = min(begin + size, len(own_rows))
-            yield own_rows.rows(begin, end).to(self.device), noise.rows(begin, end).to(self.device)
-
-    def _counts(self, stage: Stage, own_rows: Batch, noise: RowTensors) -> Counts:
-        """Return the counts of the whole step, over all ranks."""
-        counts = stage.count(own_rows, noise)
-        values = self.ranks.sum(torch.tensor(astuple(counts), dtype=torch.float64))
-        return Counts(*(max(1.0, value) for value in values.tolist()))
+    def _losses(
+        self, stage: Stage, networks: nn.ModuleDict, step: int, rows: Batch, noise: RowTensors
+    ) -> Iterator[Loss]:
+        """Yield the losses of a step's micro-batches; they are divided by the counts of all, on all ranks."""
+        counted = torch.tensor(astuple(stage.count(rows, noise)), dtype=torch.float64)
+        counts = Counts(*(max(1.0, count) for count in self.ranks.sum(counted).tolist()))
+        size = (stage.section.micro_batch or len(rows)) * (stage.section.group or 1)
+        for begin in range(0, len(rows), size):
+            part, drawn = (whole.rows(begin, begin + size).to(self.device) for whole in (rows, noise))
+            with self.system.autocast(self.device):
+                loss = stage.loss(networks, part, drawn, counts, step)
+            yield loss
 
     def _step(
-        self, stage: Stage, step: int, own_rows: Batch, noise: RowTensors
+        self, stage: Stage, step: int, rows: Batch, noise: RowTensors
     ) -> tuple[dict[str, Tensor], float | None]:
         """Take one optimiser step.
 
         Returns: the loss terms, and the gradient's norm; None where the step was skipped because
             the loss or the norm is not finite.
         """
-        counts = self._counts(stage, own_rows, noise)
         stage.networks.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)
-        for rows, drawn in self._passes(stage, own_rows, noise):
-            with self.system.autocast(self.device):
-                loss = stage.loss(stage.networks, rows, drawn, counts, step)
+        for loss in self._losses(stage, stage.networks, step, rows, noise):
             # Gradients are averaged over the ranks, the losses are to be summed.
             (loss.total * self.ranks.size).backward()
             add_terms(terms, loss.terms)
@@ -408,11 +405,9 @@ class Trainer:
         """Return the mean of each loss term over the same validation rows, noise and timesteps every time."""
         number = max(1, self.recipe.run.validation_rows // self.ranks.size) * self.ranks.size
         numbers = self.ranks.share(number)
-        own_rows, noise = batch(rows, numbers), stage.draw([VALIDATION_ROW + row for row in numbers])
-        counts, terms = self._counts(stage, own_rows, noise), dict[str, Tensor]()
-        for part, drawn in self._passes(stage, own_rows, noise):
-            with self.system.autocast(self.device):
-                add_terms(terms, stage.loss(networks, part, drawn, counts, step).terms)
+        noise, terms = stage.draw([VALIDATION_ROW + row for row in numbers]), dict[str, Tensor]()
+        for loss in self._losses(stage, networks, step, batch(rows, numbers), noise):
+            add_terms(terms, loss.terms)
         values = self._readable(terms)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
         self.display.say(f"{stage.name} validation: {shown}")

@@ -30,9 +30,9 @@ from colada.generate.writer import Request
 from colada.networks.checkpoint import open_weights
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
-from colada.train.flow_matching import Pinned, pin
+from colada.train.flow_matching import Pinned
 from colada.train.kinds import TrajectorySection
-from colada.train.losses import draw, encode, rows_layout
+from colada.train.losses import frozen_latents
 from colada.train.noise import StepNoise, sample_of_latents
 
 PART = 32
@@ -165,11 +165,8 @@ def roll_out(
     Returns: (B, M, P, C), 0 in filling.
     """
     assert noise.z1 is not None
-    layout = rows_layout(vae, batch)
-    q = encode(vae, batch.ids, layout)
+    _, (clean, pinned, _) = frozen_latents(vae, batch, noise, pad_id)
     width, size, patch = vae.config.latent_dim, vae.config.block_size, dit.config.patch_size
-    clean = vae.normalise(draw(q, noise.posterior)).view(len(batch), -1, width)
-    pinned = pin(vae, batch, noise, layout, pad_id)
     z1, length = noise.z1[:, 0], clean.shape[1]
     config, weight = dit.config, dit.txt_in.proj.weight
     memory = Memory(
