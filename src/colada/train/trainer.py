@@ -365,7 +365,8 @@ class Trainer:
         counts = Counts(*(max(1.0, count) for count in self.ranks.sum(counted).tolist()))
         size = (stage.section.micro_batch or len(rows)) * (stage.section.group or 1)
         for begin in range(0, len(rows), size):
-            part, drawn = (whole.rows(begin, begin + size).to(self.device) for whole in (rows, noise))
+            part = rows.rows(begin, begin + size).to(self.device)
+            drawn = noise.rows(begin, begin + size).to(self.device)
             with self.system.autocast(self.device):
                 loss = stage.loss(networks, part, drawn, counts, step)
             yield loss
