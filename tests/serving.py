@@ -29,6 +29,9 @@ from helpers import tiny_model
 
 Json = dict[str, Any]
 
+LIMITS = Limits(history=512, max_tokens=256, slots=8, body=0.5)
+GOOD: Json = {"prompt": "a good stream", "max_tokens": 60, "stream": True, "ignore_eos": True}
+
 
 def byte_model(**generation: Any) -> ColaDLM:
     """A tiny model whose tokens are bytes: what it writes is full of halves of characters."""
@@ -128,6 +131,15 @@ def running(
 
 
 # --- a client ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def unharmed() -> Iterator[Running]:
+    """A server that, whatever it has gone through, still answers a good request as the model alone does."""
+    with running({"bytes": byte_model()}, LIMITS) as server:
+        yield server
+        server.empty()
+        check_answer(server.post("/v1/completions", GOOD), GOOD, alone(byte_model(), GOOD))
 
 
 @dataclass

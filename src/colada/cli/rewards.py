@@ -115,36 +115,38 @@ def reward(
     )
     reference = None if against is None else list(named)[places.index(against)]
     first = next(iter(named.values()))
-    templates = [own.chat_template for own in named.values() if own.chat_template is not None]
+    templates = [model.chat_template for model in named.values() if model.chat_template is not None]
     if not templates:
         raise ColadaError(f"{first.origin} has no chat template, expected a model of conversations")
-    asked_by_another = [name for name, own in named.items() if own.chat_template is None]
+    asked_by_another = [name for name, model in named.items() if model.chat_template is None]
     for name in asked_by_another:
         named[name].chat_template = templates[0]
     tokenizer = require_tokenizer(first, "a chat is text")
     asked = measures.held_out_prompts(texts, names, prompts, questions)
     fields, flows = measures.with_fields(named), dict[str, Any]()
     if len(fields) > 1:
-        one = next(iter(fields.values()))
-        some = measures.answered_samples(one, texts, names, max(1, 200 // len(names)), questions)
-        flows["answers"] = measures.compare_flows(fields, some)
-        flows["plain stories"] = measures.compare_flows(fields, measures.plain_samples(one, texts, 100))
+        field = next(iter(fields.values()))
+        answered = measures.answered_samples(field, texts, names, max(1, 200 // len(names)), questions)
+        flows["answers"] = measures.compare_flows(fields, answered)
+        flows["plain stories"] = measures.compare_flows(fields, measures.plain_samples(field, texts, 100))
     reader = None
     if judge is not None:
         judging = load_model(judge, None, dtype, device)
         reader = ModelJudge(judging, tokenizer, **bound_settings(judging), batch=batch)
     settings: dict[str, Any] = {"seeds": seeds, "samples": samples, "new_tokens": new_tokens}
     facts = {
-        "models": {name: own.origin for name, own in named.items()},
+        "models": {name: model.origin for name, model in named.items()},
         "reference": reference,
         "asked_by_the_template_of_another": asked_by_another,
         "judge": judge,
         "stories": str(stories),
         "prompts": prompts,
-        "generation": {name: own.chosen({}) for name, own in named.items()},
+        "generation": {name: model.chosen({}) for name, model in named.items()},
         **settings,
     }
-    with display.task("answers", total=sum(len(own.prompts) for own in asked) * len(named), unit="prompts"):
+    with display.task(
+        "answers", total=sum(len(held_out.prompts) for held_out in asked) * len(named), unit="prompts"
+    ):
         result = measures.evaluate_rewards(
             named,
             asked,
@@ -157,9 +159,9 @@ def reward(
             **settings,
         )
     facts["latents_encoded_again"] = {
-        name: measures.encoded_again(own, [one.prompts[0] for one in asked], new_tokens, batch)
-        for name, own in named.items()
-        if isinstance(own, ColaDLM)
+        name: measures.encoded_again(model, [held_out.prompts[0] for held_out in asked], new_tokens, batch)
+        for name, model in named.items()
+        if isinstance(model, ColaDLM)
     }
     console = Console(highlight=False, width=WIDTH)
     rewards_table(result).print(console)
@@ -260,5 +262,5 @@ def pairs(
             f"{network.origin}: to none of {len(asked)} prompts two answers end by themselves and differ in"
             " reward, expected a model that has learnt to answer"
         )
-    left = "to the others no two answers that end differ in reward"
-    print(f"wrote {out}: {count:,} pairs of {len(asked):,} prompts; {left}")
+    without_pairs = "to the others no two answers that end differ in reward"
+    print(f"wrote {out}: {count:,} pairs of {len(asked):,} prompts; {without_pairs}")

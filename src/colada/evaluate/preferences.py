@@ -40,7 +40,8 @@ def taught_prompts(
         (task, prompt)
         for task in tasks
         for prompt in dict.fromkeys(
-            own.prompt for own in instructions(stories, task, number, seed, questions=questions)
+            instruction.prompt
+            for instruction in instructions(stories, task, number, seed, questions=questions)
         )
     ]
     if not prompts:
@@ -55,7 +56,7 @@ def best_and_worst(
 
     Answers that did not end by themselves, or say nothing, do not count.
     """
-    ended = [n for n, own in enumerate(answers) if own.finish_reason == "end" and own.text.strip()]
+    ended = [n for n, answer in enumerate(answers) if answer.finish_reason == "end" and answer.text.strip()]
     if not ended:
         return None
     best, worst = (choose(ended, key=lambda n: rewards[n]) for choose in (max, min))
@@ -95,17 +96,17 @@ def own_pairs(
             asked = model.chat_prompt([{"role": "user", "content": prompts[number][1]}])
             for sample in range(samples):
                 state = np.random.SeedSequence([seed, number, sample]).generate_state(1, np.uint64)[0]
-                own: Any = {**(settings or {}), "seed": int(state >> 2)}
-                requests.append(TextRequest(asked, new_tokens, own))
+                with_seed: Any = {**(settings or {}), "seed": int(state >> 2)}
+                requests.append(TextRequest(asked, new_tokens, with_seed))
         done = model.generate(requests, batch=batch)
         pairs = []
         for place, number in enumerate(numbers):
             (task, prompt), answers = prompts[number], done[place * samples : (place + 1) * samples]
-            rewards = [rewarded(rules[task], task, prompt, own.text) for own in answers]
+            rewards = [rewarded(rules[task], task, prompt, answer.text) for answer in answers]
             chosen = best_and_worst(answers, rewards)
             if chosen is not None:
-                texts = dict(zip(("chosen", "rejected"), (own.text for own in chosen), strict=True))
-                reward = [rewards[answers.index(own)] for own in chosen]
+                texts = dict(zip(("chosen", "rejected"), (answer.text for answer in chosen), strict=True))
+                reward = [rewards[answers.index(answer)] for answer in chosen]
                 pairs.append({"prompt": prompt, **texts, "task": task, "number": number, "reward": reward})
         yield numbers.stop, pairs
 

@@ -135,8 +135,8 @@ class Policy:
         name, origin = re.sub(r":\d*$", "", hosts[0]).lower(), headers.get("origin", "")
         if not {"*", name} & set(self.hosts):
             raise Refusal(403, "host_not_allowed", f"host {name[:100]!a} is not served; see --allowed-host")
-        own = origin.partition("://")[2].lower() == hosts[0].lower()
-        if origin and not own and not {"*", origin} & set(self.origins):
+        same_origin = origin.partition("://")[2].lower() == hosts[0].lower()
+        if origin and not same_origin and not {"*", origin} & set(self.origins):
             raise Refusal(403, "origin_not_allowed", f"{origin[:100]!a} may not ask; see --cors-origin")
         free = path in OPEN_PATHS or path.startswith("/playground/")
         if not self.keys or free or (path == "/metrics" and self.public_metrics):

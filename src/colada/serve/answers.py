@@ -239,7 +239,7 @@ class Writer:
 
     def events(self, number: int, chunk: Chunk) -> Iterator[str]:
         """Yield what a choice grows by, once :meth:`add` has taken it."""
-        told = {"index": number, "block": chunk.block, "text": chunk.text}
+        position = {"index": number, "block": chunk.block, "text": chunk.text}
         if chunk.step is not None:
             place = {
                 "step": chunk.step,
@@ -247,11 +247,13 @@ class Writer:
                 "a": self._time(chunk),
                 "latents": chunk.latents,
             }
-            yield self._event([], {"type": "guess", **told, **place, "tokens": self._spelled(chunk)})
+            yield self._event([], {"type": "guess", **position, **place, "tokens": self._spelled(chunk)})
             return
         if chunk.text or self.job.watching:
             grown = {"delta": {"content": chunk.text}} if self.chat else {"text": chunk.text}
-            block = {"type": "block", **told, "tokens": self._spelled(chunk)} if self.job.watching else None
+            block = (
+                {"type": "block", **position, "tokens": self._spelled(chunk)} if self.job.watching else None
+            )
             yield self._event([_choice(number, grown)], block)
         if chunk.finish_reason is not None:
             nothing: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
@@ -292,8 +294,10 @@ class Writer:
     def _times(self) -> list[float]:
         from colada.flow import evaluations_of
 
-        own = {name: self.job.settings[name] for name in ("solver", "schedule", "steps", "early_end")}
-        return [*(evaluation.a for evaluation in evaluations_of(**own)), 0.0]
+        solver_settings = {
+            name: self.job.settings[name] for name in ("solver", "schedule", "steps", "early_end")
+        }
+        return [*(evaluation.a for evaluation in evaluations_of(**solver_settings)), 0.0]
 
     def _spelled(self, chunk: Chunk) -> list[tuple[int, str, float]]:
         """Return each token with what it adds to the chunk's text, and the decoder's probability of it."""

@@ -45,7 +45,7 @@ class Ticket:
             result in a list; or why it fails.
         indices: of the choices in the session; the engine thread's own.
         since: when it was submitted.
-        told: when there last was news.
+        news_at: when there last was news.
         begun: whether a choice has left the queue.
         replaced: guesses that were left out for newer ones.
     """
@@ -56,7 +56,7 @@ class Ticket:
     news: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     indices: list[int] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
-    told: float = field(default_factory=time.monotonic)
+    news_at: float = field(default_factory=time.monotonic)
     begun: bool = False
     replaced: int = 0
 
@@ -66,7 +66,7 @@ class Ticket:
             blocks = [(number, chunk) for number, chunk in news if chunk.step is None]
             self.replaced, news = self.replaced + len(news) - len(blocks), blocks
         if news:
-            self.told = time.monotonic()
+            self.news_at = time.monotonic()
             self.news.put_nowait(news)
 
     async def accepted(self, most: float) -> None:
@@ -83,8 +83,8 @@ class Ticket:
         Raises:
             Refusal: once one has failed, or where all takes more seconds than ``most``.
         """
-        left = len(self.choices)
-        while left:
+        unfinished = len(self.choices)
+        while unfinished:
             news = await self.news.get()
             if isinstance(news, Refusal):
                 raise news
@@ -94,7 +94,7 @@ class Ticket:
                 if chunk.error is not None:
                     code = "not_finite" if "not finite" in chunk.error else "internal"
                     raise Refusal(500, code, chunk.error)
-                left -= chunk.finish_reason is not None
+                unfinished -= chunk.finish_reason is not None
             yield news
 
 
@@ -199,12 +199,12 @@ class Driver:
         """
         now, limits, stalled = time.monotonic(), self._limits, self.status == "engine_stalled"
         for ticket in self.tickets:
-            silent = now - ticket.told > limits.ping > 0
+            silent = now - ticket.news_at > limits.ping > 0
             late = now - ticket.since > (
                 limits.timeout if ticket.indices else min(limits.timeout, limits.queue)
             )
             if ticket.news.empty() and (silent or late or (stalled and not ticket.choices)):
-                ticket.told = now
+                ticket.news_at = now
                 ticket.news.put_nowait([])
 
     def _ended(self) -> None:

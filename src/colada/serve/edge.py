@@ -48,8 +48,8 @@ class Edge:
             await self.app(scope, receive, send)
             return
         headers, begin, status = Headers(scope=scope), time.monotonic(), 0
-        wanted = headers.get("x-request-id", "")
-        request_id = wanted if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", wanted) else uuid.uuid4().hex
+        clients_id = headers.get("x-request-id", "")
+        request_id = clients_id if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", clients_id) else uuid.uuid4().hex
         log: dict[str, Any] = {"id": request_id}
         self._open += 1
 

@@ -142,8 +142,8 @@ def open_served(
     from colada.locate import BUNDLED, locate
     from colada.models.load import load
 
-    wanted = None if dtype is None else getattr(torch, dtype)
-    model: Any = load(where, revision=revision, device=device, dtype=wanted)
+    torch_dtype = None if dtype is None else getattr(torch, dtype)
+    model: Any = load(where, revision=revision, device=device, dtype=torch_dtype)
     if quantise is not None:
         model.quantise(quantise)
     directory = locate(BUNDLED if where is None else where, revision)

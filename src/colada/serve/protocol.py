@@ -249,8 +249,8 @@ def field_refused(errors: Sequence[Mapping[str, Any]]) -> Refusal:
     if first["type"] == "extra_forbidden":
         return unknown_field(name)
     # A field of several types has an error for each.
-    said = dict.fromkeys(error["msg"] for error in errors if _field_name(error["loc"]) == name)
-    expected = " or ".join(text.removeprefix("Input should be ") for text in said)
+    messages = dict.fromkeys(error["msg"] for error in errors if _field_name(error["loc"]) == name)
+    expected = " or ".join(text.removeprefix("Input should be ") for text in messages)
     return invalid(name, first["input"], expected)
 
 
