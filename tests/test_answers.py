@@ -514,13 +514,13 @@ def test_each_rank_has_all_weights_that_write(start: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["preferences", "stored", "reward", "raft"])
+@pytest.mark.parametrize("kind", ["preferences", "reward"])
 def test_two_ranks_learn_what_one_does(start: Path, pairs: Path, tmp_path: Path, kind: str) -> None:
-    if kind in ("preferences", "stored"):
-        reference = "stored" if kind == "stored" else "recomputed"
-        run = preferring(start, pairs, f"stages.preferences.reference={reference}")
-    else:
-        run = rewarding(start, tmp_path, kind=kind)
+    run = preferring(start, pairs) if kind == "preferences" else rewarding(start, tmp_path)
+    second = {"preferences": {"reference": "stored"}, "reward": {"kind": "raft"}}[kind]
+    values = run.model_dump(mode="json", exclude_unset=True)
+    values["stages"]["second"] = {**values["stages"][kind], **second}
+    run = Recipe.model_validate(values)
     Trainer(run, tmp_path / "alone").run()
     file = tmp_path / "run.yaml"
     file.write_text(commented(run))

@@ -18,7 +18,7 @@ import torch
 import colada
 from colada.errors import ColadaError
 from colada.train.checkpoints import places
-from colada.train.parallel import Ranks
+from colada.train.parallel import Ranks, joined
 from colada.train.recipe import commented
 from colada.train.trainer import Trainer
 from runs import metrics, recipe
@@ -34,7 +34,11 @@ MICRO = ["stages.vae.micro_batch=1", "stages.prior.micro_batch=1"]
 KEPT = "trajectories: {path: KEPT, rows: 40, grid: [1, 0.6, 0]}"
 TAUGHT = f"batch: 4, length: 16, guidance_cap: 1.2, warmup: 1, {KEPT}"
 VARIANTS = {
-    "frozen": ["stages.prior.copies=2"],
+    "frozen": [
+        "stages.prior.copies=2",
+        "stages.low={kind: prior, batch: 4, length: 16, steps: 4, warmup: 1, train: lora, rank: 2,"
+        " weight_decay: 0.1}",
+    ],
     "joint": [
         *JOINT,
         "stages.vae.micro_batch=1",
@@ -44,7 +48,6 @@ VARIANTS = {
     "replicated": [*JOINT, "run.shard=false"],
     "muon": ["stages.vae.optimiser=muon", "stages.prior.optimiser=muon"],
     "bfloat16": [*JOINT, "run.precision=bfloat16"],
-    "lora": ["stages.prior.train=lora", "stages.prior.rank=2", "stages.prior.weight_decay=0.1"],
     "distilled": [
         "stages.vae.steps=1",
         "stages.prior.steps=2",
@@ -102,14 +105,22 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return runs
 
 
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The joint variant on two ranks."""
+    out = tmp_path_factory.mktemp("together") / "run"
+    done = start(2, VARIANTS["joint"], out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the model is in") == 1
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "ranks", "replicas"),
     [
         ("frozen", 2, 1),
-        ("lora", 2, 1),
         ("distilled", 2, 1),
-        ("joint", 2, 1),
         ("replicated", 2, 1),
         ("muon", 2, 1),
         ("bfloat16", 2, 1),
@@ -130,13 +141,18 @@ def test_the_losses_of_several_ranks_are_those_of_one(
 
 
 @pytest.mark.slow
+def test_the_joint_losses_of_two_ranks_are_those_of_one(alone: dict[str, Path], together: Path) -> None:
+    assert losses(together) == pytest.approx(losses(alone["joint"]), rel=1e-5)
+    assert_close_models(together, alone["joint"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four(
-    tmp_path: Path, alone: dict[str, Path], ranks: int
+    tmp_path: Path, alone: dict[str, Path], together: Path, ranks: int
 ) -> None:
     out = tmp_path / "run"
-    done = start(2, VARIANTS["joint"], out)
-    assert done.returncode == 0, done.stderr
+    shutil.copytree(together, out)
     shutil.rmtree(out / "model")
     # As if it had stopped after its second step of the prior.
     for place in places(out / "checkpoints"):
@@ -149,12 +165,25 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four(
 
 
 @pytest.mark.slow
-def test_what_does_not_divide_is_refused(tmp_path: Path) -> None:
+def test_rows_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     done = start(2, ["stages.vae.batch=3"], tmp_path / "rows")
     assert done.returncode != 0
     assert "error: a batch of 3 rows, expected a multiple of the 2 ranks" in done.stderr
-    done = start(2, ["run.replicas=3"], tmp_path / "replicas")
-    assert "error: run.replicas=3, expected a divisor of the 2 ranks" in done.stderr
+
+
+def test_replicas_that_do_not_divide_the_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(ColadaError, match="replicas=3, expected a divisor of the 2 ranks"),
+        joined("cpu", True, 3),
+    ):
+        pytest.fail("the ranks have joined")
 
 
 def test_ranks_share_the_rows_of_a_step_without_gaps() -> None:
