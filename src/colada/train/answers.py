@@ -15,6 +15,8 @@ Weight = Annotated[float, Field(ge=0, le=1e6)]
 Count = Annotated[int, Field(ge=1, le=2**20)]
 SAMPLER = {"steps": 8, "solver": "ab2", "schedule": "front-loaded", "guidance": 1.0}
 """How rollouts are written: without guidance, as what is learnt is the model's own field."""
+REPLAY = 4
+"""In a step, one row of the data comes with so many answers."""
 
 
 class PreferenceTerms(Section):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -29,23 +28,21 @@ from colada.text.tokenizer import Tokenizer
 from colada.train.cost import Phase, Placement, Work, cola_phase
 from colada.train.flow_matching import Consistency, FlowStep
 from colada.train.kinds import (
-    FlowSection,
     FlowTerms,
     InstructSection,
     JointSection,
-    PicturesSection,
     PriorSection,
     PriorTerms,
     SolverSection,
-    TaughtSection,
     TextVAESection,
+    TextVAETerms,
 )
 from colada.train.lineage import built_in
 from colada.train.losses import Loss, decoder_loss, joint_loss, prior_loss, vae_loss
 from colada.train.noise import Counts, StepNoise, count, draw_noise, timestep_law
 from colada.train.pairs import open_pairs
 from colada.train.recipe import Recipe
-from colada.train.stages import LayOut, Stage, System, copied, drawn, row_generator
+from colada.train.stages import Configs, LayOut, Stage, System, copied, drawn, network_of, row_generator
 from colada.train.timesteps import adapted, new_memory, remember
 
 _FITTED_AT_ONCE = 1000
@@ -121,14 +118,13 @@ class ColaSystem(System):
 
     def model(self, networks: Mapping[str, nn.Module], **parts: Any) -> ColaDLM:
         """Return networks, by name, as a model."""
-        vae, dit, image = networks["vae"], networks["dit"], networks.get("image")
-        assert isinstance(vae, TextVAE)
-        assert isinstance(dit, DiT)
+        vae, dit = network_of(networks, "vae", TextVAE), network_of(networks, "dit", DiT)
         if dit.config.distilled is not None:
             parts["generation"] = _stored(dit.config.distilled, parts.get("generation") or {})
         solver = networks.get("solver", self.networks.get("solver"))
         if isinstance(solver, LearntSolver) and bool(solver.fitted):
             parts["generation"] = {**(parts.get("generation") or {}), **solver.settings()}
+        image = networks.get("image")
         assert image is None or isinstance(image, Codec)
         return ColaDLM(vae, dit, image=image if dit.config.img_channels else None, **parts)
 
@@ -153,32 +149,37 @@ class ColaStage(Stage):
 
     def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
         super().__init__(system, name, lay_out)
-        dit = system.networks["dit"]
-        assert isinstance(dit, DiT)
+        dit = network_of(system.networks, "dit", DiT)
         inside = built_in(self.recipe, name, system.distilled)
         dit.config = dataclasses.replace(dit.config, distilled=inside)
 
     @property
     def vae(self) -> TextVAE:
         """The Text VAE, which may not be the average of what learns."""
-        vae = self.system.networks["vae"]
-        assert isinstance(vae, TextVAE)
-        return vae
+        return network_of(self.system.networks, "vae", TextVAE)
+
+    def draw(self, rows: Sequence[int]) -> StepNoise:
+        section = self.section
+        terms = section if isinstance(section, TextVAETerms) else None
+        flow = section if isinstance(section, FlowTerms) else None
+        return draw_noise(self.generators(rows), self.vae.config, section.length, terms, flow)
 
     def count(self, rows: Batch, noise: StepNoise) -> Counts:
         return count(rows, noise, self.vae.config)
 
     @classmethod
-    @abstractmethod
-    def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
+    def works(
+        cls, recipe: Recipe, name: str, section: Any, vae: TextVAEConfig
+    ) -> list[tuple[str, int, Work]]:
         """Return the steps that compute the same: what they are called, how many, and what each does."""
+        return [(name, section.steps, _prior_work(recipe, section, vae, "dit", masked=False))]
 
     @classmethod
     def phases(
-        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+        cls, recipe: Recipe, name: str, section: Any, configs: Configs, placement: Placement
     ) -> list[Phase]:
         vae, dit = configs["vae"], configs["dit"]
-        works = cls.works(recipe, name, vae)
+        works = cls.works(recipe, name, section, vae)
         return [cola_phase(title, steps, vae, dit, work, placement) for title, steps, work in works]
 
 
@@ -189,12 +190,8 @@ class TextVAEStage(ColaStage):
     writes = False
     section: TextVAESection
 
-    def draw(self, rows: Sequence[int]) -> StepNoise:
-        return draw_noise(self.generators(rows), self.vae.config, self.section.length, self.section)
-
     def loss(self, networks: nn.ModuleDict, rows: Batch, noise: StepNoise, counts: Counts, step: int) -> Loss:
-        vae = networks["vae"]
-        assert isinstance(vae, TextVAE)
+        vae = network_of(networks, "vae", TextVAE)
         if self.phase_of(step):
             return decoder_loss(vae, rows, noise, counts)
         return vae_loss(vae, rows, noise, self.section, counts)
@@ -204,9 +201,9 @@ class TextVAEStage(ColaStage):
         return int(step >= self.section.whole_steps)
 
     @classmethod
-    def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
-        section = recipe.stages[name]
-        assert isinstance(section, TextVAESection)
+    def works(
+        cls, recipe: Recipe, name: str, section: TextVAESection, vae: TextVAEConfig
+    ) -> list[tuple[str, int, Work]]:
         whole = Work("vae", section.batch, section.length, masked=section.mask > 0)
         alone = Work("decoder", section.batch, section.length, masked=False)
         rest = section.steps - section.whole_steps
@@ -229,8 +226,7 @@ class FlowStage(ColaStage):
         """Return how a step makes and counts its errors."""
         section, consistency, learns = self.section, None, torch.is_grad_enabled()
         if section.consistency:
-            teacher = self.best["dit"]
-            assert isinstance(teacher, DiT)
+            teacher = network_of(self.best, "dit", DiT)
             ramp = section.consistency_ramp * section.steps
             weight = section.consistency * min(1.0, step / ramp if ramp else 1.0)
             consistency = Consistency(teacher, weight, section.consistency_steps)
@@ -259,21 +255,9 @@ class PriorStage(FlowStage):
     uses: ClassVar[tuple[str, ...]] = ("vae",)
     section: PriorSection | InstructSection
 
-    def draw(self, rows: Sequence[int]) -> StepNoise:
-        section = self.section
-        return draw_noise(self.generators(rows), self.vae.config, section.length, flow=section)
-
     def loss(self, networks: nn.ModuleDict, rows: Batch, noise: StepNoise, counts: Counts, step: int) -> Loss:
-        dit = networks["dit"]
-        assert isinstance(dit, DiT)
-        flow = self.flow_step(step)
+        dit, flow = network_of(networks, "dit", DiT), self.flow_step(step)
         return prior_loss(self.vae, dit, rows, noise, self.system.pad_id, counts, flow)
-
-    @classmethod
-    def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
-        section = recipe.stages[name]
-        assert isinstance(section, FlowSection | TaughtSection | PicturesSection)
-        return [(name, section.steps, _prior_work(recipe, section, vae, "dit", masked=False))]
 
 
 class JointStage(FlowStage):
@@ -286,26 +270,20 @@ class JointStage(FlowStage):
     def rate(self, network: str) -> float:
         return self.section.lr * (self.section.vae_lr if network == "vae" else 1.0)
 
-    def draw(self, rows: Sequence[int]) -> StepNoise:
-        section = self.section
-        return draw_noise(self.generators(rows), self.vae.config, section.length, section, section)
-
     def loss(self, networks: nn.ModuleDict, rows: Batch, noise: StepNoise, counts: Counts, step: int) -> Loss:
-        vae, dit, reference = networks["vae"], networks["dit"], self.frozen["reference"]
-        assert isinstance(vae, TextVAE)
-        assert isinstance(dit, DiT)
+        vae, dit = network_of(networks, "vae", TextVAE), network_of(networks, "dit", DiT)
         section, pad_id = self.section, self.system.pad_id
         flow = self.flow_step(step)
         if not section.joint_at(step):
             return prior_loss(vae, dit, rows, noise, pad_id, counts, flow)
-        assert isinstance(reference, TextVAE)
+        reference = network_of(self.frozen, "reference", TextVAE)
         return joint_loss(vae, dit, reference, rows, noise, section, pad_id, counts, flow)
 
     @classmethod
-    def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
+    def works(
+        cls, recipe: Recipe, name: str, section: JointSection, vae: TextVAEConfig
+    ) -> list[tuple[str, int, Work]]:
         """Return what the joint steps do, and the frozen ones where they take turns."""
-        section = recipe.stages[name]
-        assert isinstance(section, JointSection)
         joint = _prior_work(recipe, section, vae, "both", masked=section.mask > 0)
         if section.interval is None:
             return [(name, section.steps, joint)]
@@ -330,13 +308,7 @@ def _guesses(stage: Stage, section: FlowTerms, step: int) -> bool:
     return bool(torch.rand((), generator=generator) < share)
 
 
-def _prior_work(
-    recipe: Recipe,
-    section: FlowSection | TaughtSection | PicturesSection | JointSection,
-    vae: TextVAEConfig,
-    learns: Any,
-    masked: bool,
-) -> Work:
+def _prior_work(recipe: Recipe, section: Any, vae: TextVAEConfig, learns: Any, masked: bool) -> Work:
     """Return what a step in which the DiT learns computes."""
     # Rows encoded once more for what is clean inside a block: drawn prefixes, or the ends of prompts.
     conversations = any(source.format != "text" for source in recipe.data.sources)
@@ -344,7 +316,7 @@ def _prior_work(
     further = section if isinstance(section, PriorTerms) else None
     return Work(
         learns,
-        section.batch,
+        section.rows,
         section.length,
         section.copies,
         masked,

@@ -20,7 +20,7 @@ from colada.train.kinds import DecoderSection
 from colada.train.losses import Loss
 from colada.train.noise import Counts
 from colada.train.recipe import Recipe
-from colada.train.stages import Stage, System, copied, drawn, row_generator
+from colada.train.stages import Configs, Stage, System, copied, drawn, network_of, row_generator
 
 
 class DecoderSystem(System):
@@ -54,8 +54,7 @@ class DecoderSystem(System):
 
     def model(self, networks: Mapping[str, nn.Module], **parts: Any) -> DecoderLM:
         """Return the network as a model."""
-        decoder = networks["decoder"]
-        assert isinstance(decoder, Decoder)
+        decoder = network_of(networks, "decoder", Decoder)
         return MODELS[decoder.config.objective](decoder, **parts)
 
 
@@ -75,12 +74,10 @@ class DecoderStage(Stage):
         return count(rows, noise)
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, noise: MaskNoise, counts: Counts, step: int) -> Loss:
-        decoder = networks["decoder"]
-        assert isinstance(decoder, Decoder)
-        return decoder_loss(decoder, rows, noise, counts)
+        return decoder_loss(network_of(networks, "decoder", Decoder), rows, noise, counts)
 
     @classmethod
     def phases(
-        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+        cls, recipe: Recipe, name: str, section: Any, configs: Configs, placement: Placement
     ) -> list[Phase]:
-        return [decoder_phase(configs["decoder"], name, recipe.stages[name], placement)]
+        return [decoder_phase(configs["decoder"], name, section, placement)]

@@ -7,9 +7,8 @@ the teacher.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from colada.train.kinds import DistilSection
 from colada.train.losses import Loss, frozen_latents, log_snr_terms
 from colada.train.noise import Counts, timestep_law
 from colada.train.recipe import Recipe
-from colada.train.stages import LayOut, System, row_generator
+from colada.train.stages import Configs, LayOut, System, network_of, row_generator
 from colada.train.taught import TaughtNoise, TaughtStage
 
 
@@ -71,9 +70,8 @@ class DistilStage(TaughtStage):
         step: int,
     ) -> Loss:
         """Return the loss of rows in a step, with the network that learns or its average."""
-        student, teacher, section = networks["dit"], self.frozen["teacher"], self.section
-        assert isinstance(student, DiT)
-        assert isinstance(teacher, DiT)
+        section, student = self.section, network_of(networks, "dit", DiT)
+        teacher = network_of(self.frozen, "teacher", DiT)
         assert noise.timestep is not None
         assert noise.z1 is not None
         cap = section.guidance_cap or math.inf
@@ -126,18 +124,15 @@ class DistilStage(TaughtStage):
 
     @classmethod
     def phases(
-        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+        cls, recipe: Recipe, name: str, section: DistilSection, configs: Configs, placement: Placement
     ) -> list[Phase]:
         """Return the steps, with the teacher's passes, and what making the trajectories takes."""
-        (phase,), section = super().phases(recipe, name, configs, placement), recipe.stages[name]
-        assert isinstance(section, DistilSection)
+        (phase,) = super().phases(recipe, name, section, configs, placement)
         vae, dit, trajectories = configs["vae"], configs["dit"], section.trajectories
-        passes = float(
-            max((interval.substeps for interval in intervals(section) if interval.share), default=1)
-        )
-        passes = (
-            passes + section.trajectory * section.rollout
-            if trajectories is None
-            else passes * (1 - section.trajectory)
-        )
-        return with_trajectories(with_teacher(phase, vae, dit, section, passes), recipe, name, vae, dit)
+        passes = float(max((step.substeps for step in intervals(section) if step.share), default=1))
+        if trajectories is None:
+            passes += section.trajectory * section.rollout
+        else:
+            passes *= 1 - section.trajectory
+        phase = with_teacher(phase, vae, dit, section, passes)
+        return with_trajectories(phase, recipe, name, section, vae, dit)

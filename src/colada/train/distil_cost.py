@@ -48,11 +48,9 @@ def with_teacher(
 
 
 def with_trajectories(
-    phase: Phase, recipe: Recipe, name: str, vae: TextVAEConfig, dit: DiTConfig
+    phase: Phase, recipe: Recipe, name: str, section: TaughtSection, vae: TextVAEConfig, dit: DiTConfig
 ) -> list[Phase]:
     """Return a stage's steps and, if it is the first to use them, what making its trajectories takes."""
-    section = recipe.stages[name]
-    assert isinstance(section, TaughtSection)
     trajectories, trained = section.trajectories, recipe.trained.items()
     users = [
         other

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import AfterValidator, Field, model_validator
 
 from colada.data.sources import Section
-from colada.train.answers import PreferenceTerms, RewardTerms, Weight
+from colada.train.answers import REPLAY, PreferenceTerms, RewardTerms, Weight
 from colada.train.picture_terms import CodecTerms, PictureTerms
 
 MOST_STEPS = 10**9
@@ -79,6 +79,11 @@ class StageSection(Section):
     ema: float = Field(
         0.0, ge=0, lt=1, description="Decay of the averaged weights, which are the ones saved; 0: none."
     )
+
+    @property
+    def rows(self) -> int:
+        """Rows that a step computes, over all ranks."""
+        return self.batch * (self.group or 1)
 
 
 class TextVAETerms(Section):
@@ -409,6 +414,11 @@ class RolloutSection(RewardTerms, AnswersSection):
         "wsd",
         description="After the warm-up: half a cosine down; wsd: constant, then linear down; or constant.",
     )
+
+    @property
+    def rows(self) -> int:
+        """Rows that a step computes, over all ranks: answers, and those of the data."""
+        return self.batch + -(-self.batch // REPLAY)
 
 
 class RewardSection(RolloutSection):

@@ -6,11 +6,10 @@ number. B rows of G pairs each; L latents of a text, M of a picture, S pixels of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from colada.train.pairs import Pairs, PairSplits, open_pairs
 from colada.train.picture_cost import codec_phase, picture_phases
 from colada.train.picture_flow import describing_errors, drawing_errors
 from colada.train.recipe import Recipe
-from colada.train.stages import VALIDATION_ROW, LayOut, Stage, System, row_generator
+from colada.train.stages import VALIDATION_ROW, Configs, LayOut, Stage, System, network_of, row_generator
 
 CALIBRATED_ON = 1024
 """Pictures over which a trained codec's latents get mean 0 and mean square 1."""
@@ -202,8 +201,7 @@ class PicturesStage(PriorStage):
         counts: Counts,
         step: int,
     ) -> Loss:
-        dit = networks["dit"]
-        assert isinstance(dit, DiT)
+        dit = network_of(networks, "dit", DiT)
         total, terms = torch.zeros((), device=rows.ids.device), dict[str, Tensor]()
         if noise.text is not None:
             text = super().loss(networks, rows, noise.text, counts, step)
@@ -277,11 +275,9 @@ class PicturesStage(PriorStage):
 
     @classmethod
     def phases(
-        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+        cls, recipe: Recipe, name: str, section: PicturesSection, configs: Configs, placement: Placement
     ) -> list[Phase]:
-        section = recipe.stages[name]
-        assert isinstance(section, PicturesSection)
-        ((_, _, work),) = cls.works(recipe, name, configs["vae"])
+        ((_, _, work),) = cls.works(recipe, name, section, configs["vae"])
         return picture_phases(name, section, configs, work, placement)
 
     def phase_of(self, step: int) -> int:
@@ -334,8 +330,7 @@ class PictureVAEStage(Stage):
     def loss(
         self, networks: nn.ModuleDict, rows: Batch, noise: PictureNoise, counts: Counts, step: int
     ) -> Loss:
-        codec = networks["image"]
-        assert isinstance(codec, ConvVAE)
+        codec = network_of(networks, "image", ConvVAE)
         assert noise.picture_noise is not None
         pixels = noise.pictures.flatten(0, 1).float() / 255
         total, terms = codec.loss(pixels, noise.picture_noise.flatten(0, 1), self.section.kl)
@@ -344,10 +339,8 @@ class PictureVAEStage(Stage):
 
     @classmethod
     def phases(
-        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+        cls, recipe: Recipe, name: str, section: PictureVAESection, configs: Configs, placement: Placement
     ) -> list[Phase]:
-        section = recipe.stages[name]
-        assert isinstance(section, PictureVAESection)
         return [codec_phase(name, section, configs["image"], placement)]
 
 

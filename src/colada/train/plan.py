@@ -194,7 +194,7 @@ def _phases(
             train=getattr(section, "train", "all"),
             rank=getattr(section, "rank", 0),
         )
-        phases += stage_class(section).phases(recipe, name, configs, placement)
+        phases += stage_class(section).phases(recipe, name, section, configs, placement)
     return [phase for phase in phases if phase.steps]
 
 

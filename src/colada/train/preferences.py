@@ -7,19 +7,17 @@ drawn from the Text VAE's posterior, where what the model writes lies; the histo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from colada.data.rows import Batch, batch
 from colada.errors import ColadaError
-from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
 from colada.train.cola import ColaStage
-from colada.train.cost import Phase, Placement, Work
+from colada.train.cost import Phase, Placement
 from colada.train.flow_matching import flow_errors
 from colada.train.kinds import PreferencesSection
 from colada.train.losses import Loss, frozen_latents
@@ -27,14 +25,13 @@ from colada.train.noise import (
     Counts,
     StepNoise,
     count,
-    draw_noise,
     given_tokens,
     pinned_latents,
 )
 from colada.train.parallel import added_up
 from colada.train.posttraining import calibrated_beta, mean_error, preference_loss
 from colada.train.recipe import Recipe
-from colada.train.stages import Beginning, LayOut, System
+from colada.train.stages import Beginning, Configs, LayOut, System, network_of
 
 PAIR = 2
 
@@ -68,8 +65,7 @@ class PreferencesStage(ColaStage):
         stored = self.memory.get("reference")
         if stored is None or not bool(stored.isnan().any()):
             return
-        dit, section = self.networks["dit"], self.section
-        assert isinstance(dit, DiT)
+        dit, section = network_of(self.networks, "dit", DiT), self.section
         rows = beginning.rows(self.recipe.seed + self.number)
         device = self.vae.encoder.wte.weight.device
         size = max(1, (section.micro_batch or section.batch) // beginning.ranks.size)
@@ -86,10 +82,7 @@ class PreferencesStage(ColaStage):
 
     def draw(self, rows: Sequence[int]) -> PairNoise:
         """Return the noise of pairs by number, the same for both rows of each."""
-        section = self.section
-        once = draw_noise(self.generators(rows), self.vae.config, section.length, flow=section).map(
-            lambda x: x.repeat_interleave(PAIR, 0)
-        )
+        once = super().draw(rows).map(lambda x: x.repeat_interleave(PAIR, 0))
         values = {field.name: getattr(once, field.name) for field in fields(StepNoise)}
         return PairNoise(**values, pair=torch.tensor(rows).repeat_interleave(PAIR))
 
@@ -109,10 +102,8 @@ class PreferencesStage(ColaStage):
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, noise: PairNoise, counts: Counts, step: int) -> Loss:
         """Return the loss of pairs in a step, with the network that learns or its average."""
-        dit = networks["dit"]
-        assert isinstance(dit, DiT)
         assert noise.pair is not None
-        errors, lengths = self._errors(dit, rows, noise)
+        errors, lengths = self._errors(network_of(networks, "dit", DiT), rows, noise)
         learns = torch.is_grad_enabled()
         reference = self._reference(rows, noise)
         pairs = errors.view(-1, PAIR)
@@ -139,8 +130,7 @@ class PreferencesStage(ColaStage):
         assert noise.pair is not None
         stored = self.memory.get("reference")
         if stored is None:
-            dit = self.frozen["reference"]
-            assert isinstance(dit, DiT)
+            dit = network_of(self.frozen, "reference", DiT)
             with torch.no_grad():
                 return self._errors(dit, rows, noise)[0].view(-1, PAIR)
         numbers = noise.pair[::PAIR].cpu()
@@ -161,24 +151,12 @@ class PreferencesStage(ColaStage):
             raise ColadaError(f"stages.{self.name}: beta cannot be set by {error}; give beta") from None
 
     @classmethod
-    def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
-        """Return the steps: rows of both answers."""
-        section = recipe.stages[name]
-        assert isinstance(section, PreferencesSection)
-        rows, per_block = PAIR * section.batch, section.timestep_per == "block"
-        return [
-            (name, section.steps, Work("dit", rows, section.length, section.copies, False, 1.0, per_block))
-        ]
-
-    @classmethod
     def phases(
-        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+        cls, recipe: Recipe, name: str, section: PreferencesSection, configs: Configs, placement: Placement
     ) -> list[Phase]:
         """Return the steps, with the passes of the first weights and, unless stored, their copy."""
-        section = recipe.stages[name]
-        assert isinstance(section, PreferencesSection)
         placement = replace(placement, micro_batch=PAIR * placement.micro_batch)
-        (phase,) = super().phases(recipe, name, configs, placement)
+        (phase,) = super().phases(recipe, name, section, configs, placement)
         forward = (phase.flops["DiT"] + phase.flops["AdaLN"]) / 3
         flops = {**phase.flops, "reference": forward}
         memory = dict(phase.memory)

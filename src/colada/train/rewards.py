@@ -9,7 +9,7 @@ and answer; so a run that is resumed in a round writes its answers again, and th
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,28 +27,26 @@ from colada.generate.settings import TextRequest
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
 from colada.models.rollouts import roll_out
-from colada.networks.config import TextVAEConfig
 from colada.networks.dit import DiT
 from colada.text.chat import render
 from colada.text.transcript import Completion
+from colada.train.answers import REPLAY
 from colada.train.cola import ColaStage
-from colada.train.cost import Phase, Placement, Work, networks, position_entries
+from colada.train.cost import Phase, Placement, networks, position_entries
 from colada.train.flow_matching import place, predict
-from colada.train.kinds import RaftSection, RewardSection
+from colada.train.kinds import RaftSection, RewardSection, RolloutSection
 from colada.train.losses import Loss, frozen_latents
 from colada.train.noise import (
     Counts,
     StepNoise,
-    draw_noise,
     given_tokens,
     pinned_latents,
 )
 from colada.train.parallel import gathered, of_all
 from colada.train.posttraining import follow, reward_errors, rewards_to_shares
 from colada.train.recipe import Recipe
-from colada.train.stages import Beginning, LayOut, System, modes_kept
+from colada.train.stages import Beginning, Configs, LayOut, System, modes_kept, network_of
 
-REPLAY = 4  # One row of the data for so many answers.
 _ANSWERS = 2**43  # Rows of answers, in the seeds of noise: rows that no data has.
 _MARK = "\x00"
 
@@ -284,10 +282,6 @@ class RolloutStage(ColaStage):
 
     # --- the loss --------------------------------------------------------------------------------
 
-    def draw(self, rows: Sequence[int]) -> StepNoise:
-        """Return the noise of rows by number."""
-        return draw_noise(self.generators(rows), self.vae.config, self.section.length, flow=self.section)
-
     def _parts(self, rows: Batch, noise: StepNoise) -> tuple[Tensor, Tensor]:
         """Return which latents are learnt of answers, and which of rows of the data: bool (B, M) each."""
         patch = self.vae.config.patch_size
@@ -305,8 +299,7 @@ class RolloutStage(ColaStage):
 
     def loss(self, networks: nn.ModuleDict, rows: Batch, noise: StepNoise, counts: Counts, step: int) -> Loss:
         """Return the loss of answers and rows of the data in a step, with what learns or its average."""
-        dit, section = networks["dit"], self.section
-        assert isinstance(dit, DiT)
+        section = self.section
         assert noise.timestep is not None
         assert noise.z1 is not None
         answers, others = (part[:, None].float() for part in self._parts(rows, noise))
@@ -314,19 +307,17 @@ class RolloutStage(ColaStage):
         if isinstance(noise, AnswerNoise) and noise.written is not None:
             assert noise.latents is not None
             z0 = torch.where(noise.written[:, None, None], noise.latents, z0)
-        z = place(interpolate(z0[:, None], noise.z1, noise.timestep / T), pinned)
+        timestep, z1 = noise.timestep, noise.z1
+        z = place(interpolate(z0[:, None], z1, timestep / T), pinned)
 
-        def velocity_errors(network: nn.Module) -> Tensor:
-            assert isinstance(network, DiT)
-            assert noise.timestep is not None
-            assert noise.z1 is not None
-            output = predict(network, z, noise.timestep, z0, pinned, sample, noise.alone)
-            error = PREDICTIONS[network.config.prediction].error
-            return error(output, z0[:, None], noise.z1, noise.timestep / T)
+        def velocity_errors(networks: Any, name: str) -> Tensor:
+            dit = network_of(networks, name, DiT)
+            output = predict(dit, z, timestep, z0, pinned, sample, noise.alone)
+            return PREDICTIONS[dit.config.prediction].error(output, z0[:, None], z1, timestep / T)
 
-        policy = velocity_errors(dit)
+        policy = velocity_errors(networks, "dit")
         with torch.no_grad():
-            reference = velocity_errors(self.frozen["reference"])
+            reference = velocity_errors(self.frozen, "reference")
         pull = (policy - reference).square().mean(-1)
         flow = policy.square().mean(-1)
         held = pull if section.replay_of == "reference" else flow
@@ -337,7 +328,7 @@ class RolloutStage(ColaStage):
         }
         if isinstance(noise, AnswerNoise) and noise.share is not None and noise.reward is not None:
             with torch.no_grad():
-                old = velocity_errors(self.frozen["old"]) if self.needs_old else None
+                old = velocity_errors(self.frozen, "old") if self.needs_old else None
             push = self.errors(policy, old, noise.share.nan_to_num(0.5))
             terms["push"] = (push * answers).sum() / counts.noisy
             terms["pull"] = (pull * answers).sum() / counts.noisy
@@ -348,26 +339,15 @@ class RolloutStage(ColaStage):
     needs_old = True
 
     @classmethod
-    def works(cls, recipe: Recipe, name: str, vae: TextVAEConfig) -> list[tuple[str, int, Work]]:
-        """Return the steps: answers, and rows of the data."""
-        section = recipe.stages[name]
-        assert isinstance(section, RewardSection | RaftSection)
-        rows, per_block = section.batch + -(-section.batch // REPLAY), section.timestep_per == "block"
-        return [
-            (name, section.steps, Work("dit", rows, section.length, section.copies, False, 1.0, per_block))
-        ]
-
-    @classmethod
     def phases(
-        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+        cls, recipe: Recipe, name: str, section: RolloutSection, configs: Configs, placement: Placement
     ) -> list[Phase]:
         """Return the steps, with what the answers of a round cost in each, and two frozen copies.
 
         Where weights lie over ranks, each has all of those that write.
         """
-        section, vae, dit = recipe.stages[name], configs["vae"], configs["dit"]
-        assert isinstance(section, RewardSection | RaftSection)
-        (phase,) = super().phases(recipe, name, configs, placement)
+        vae, dit = configs["vae"], configs["dit"]
+        (phase,) = super().phases(recipe, name, section, configs, placement)
         forward = (phase.flops["DiT"] + phase.flops["AdaLN"]) / 3
         chosen = {**ColaDLM.defaults, **recipe.generation, **section.sampler}
         evaluations = len(evaluations_of(chosen["solver"], chosen["schedule"], chosen["steps"]))

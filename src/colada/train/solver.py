@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ from colada.train.kinds import SolverSection
 from colada.train.losses import Loss, frozen_latents
 from colada.train.noise import Counts, StepNoise
 from colada.train.recipe import Recipe
-from colada.train.stages import LayOut, System
+from colada.train.stages import Configs, LayOut, System, network_of
 from colada.train.taught import TaughtNoise, TaughtStage
 
 _HELD = 8
@@ -58,9 +56,8 @@ class SolverStage(TaughtStage):
 
     def __init__(self, system: System, name: str, lay_out: LayOut) -> None:
         super().__init__(system, name, lay_out)
-        solver, dit, section = self.networks["solver"], system.networks["dit"], self.section
-        assert isinstance(solver, LearntSolver)
-        assert isinstance(dit, DiT)
+        section, solver = self.section, network_of(self.networks, "solver", LearntSolver)
+        dit = network_of(system.networks, "dit", DiT)
         # A network with guidance built in is not guided; any other one as its teacher is.
         alone = dit.config.distilled is not None
         guidance = (section.guidance, section.guidance_cap, section.guidance_rescale)
@@ -92,9 +89,7 @@ class SolverStage(TaughtStage):
         step: int,
     ) -> Loss:
         """Return E||z_N - z_teacher||^2 per latent number that is free."""
-        solver, dit = networks["solver"], self.frozen["dit"]
-        assert isinstance(solver, LearntSolver)
-        assert isinstance(dit, DiT)
+        solver, dit = network_of(networks, "solver", LearntSolver), network_of(self.frozen, "dit", DiT)
         if noise.states is None:  # In a validation.
             device = rows.ids.device
             rows, noise = self.rollouts(step, rows, noise)
@@ -112,17 +107,15 @@ class SolverStage(TaughtStage):
 
     @classmethod
     def phases(
-        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+        cls, recipe: Recipe, name: str, section: SolverSection, configs: Configs, placement: Placement
     ) -> list[Phase]:
         """Return the steps: forward and backward through all evaluations, without gradients of weights."""
-        (phase,), section = super().phases(recipe, name, configs, placement), recipe.stages[name]
-        assert isinstance(section, SolverSection)
+        (phase,) = super().phases(recipe, name, section, configs, placement)
         vae, dit = configs["vae"], configs["dit"]
         flops = {part: value for part, value in phase.flops.items() if part in ("encoder", "prefixes")}
         flops["evaluations"] = 2 * section.evaluations * teacher_pass(vae, dit, section)
         frozen = phase.memory["frozen networks"] + 2 * phase.memory["weights"]
         activations = section.evaluations * phase.memory["activations"]
         memory = {"frozen networks": frozen, "activations": activations}
-        return with_trajectories(
-            replace(phase, flops=flops, memory=memory, narrow_flops=0.0), recipe, name, vae, dit
-        )
+        phase = replace(phase, flops=flops, memory=memory, narrow_flops=0.0)
+        return with_trajectories(phase, recipe, name, section, vae, dit)

@@ -41,6 +41,9 @@ VALIDATION_ROW = 2**40
 LayOut = Callable[[dict[str, nn.Module]], nn.ModuleDict]
 """Lays networks over the ranks, and puts them on the device."""
 
+Configs = Mapping[str, Any]
+"""The configuration of each network, by its name."""
+
 FirstWeights = Callable[[str, Tensor], Tensor]
 """Returns a parameter of a network by its name, given an uninitialised tensor of its shape on the CPU."""
 
@@ -75,6 +78,13 @@ def copied(network: nn.Module, more: FirstWeights | None = None) -> FirstWeights
         return more(name, tensor)
 
     return value
+
+
+def network_of(networks: Any, name: str, kind: type[Network]) -> Network:
+    """Return one of several networks by its name; what it is follows from that."""
+    network = networks[name]
+    assert isinstance(network, kind)
+    return network
 
 
 @contextmanager
@@ -255,7 +265,7 @@ class Stage(ABC):
         for network_name, network in self.networks.items():
             self.optimisers += make_optimisers(network, self.section, self.rate(network_name))
         configs = {network_name: network.config for network_name, network in system.networks.items()}
-        phases = self.phases(self.recipe, name, configs, Placement(1))
+        phases = self.phases(self.recipe, name, self.section, configs, Placement(1))
         self._flops = [sum(phase.flops.values()) for phase in phases]
         self._tokens = [phase.tokens for phase in phases]
 
@@ -306,7 +316,7 @@ class Stage(ABC):
     @classmethod
     @abstractmethod
     def phases(
-        cls, recipe: Recipe, name: str, configs: Mapping[str, Any], placement: Placement
+        cls, recipe: Recipe, name: str, section: Any, configs: Configs, placement: Placement
     ) -> list[Phase]:
         """Return what the steps of a stage of this kind compute and need, by the networks' configurations."""
 

@@ -20,7 +20,7 @@ from colada.train.kinds import TaughtSection
 from colada.train.lineage import SAME
 from colada.train.noise import StepNoise, draw_noise
 from colada.train.recipe import source_weights
-from colada.train.stages import Beginning, LayOut, System, row_generator
+from colada.train.stages import Beginning, LayOut, System, network_of, row_generator
 from colada.train.trajectories import Trajectories, digest, roll_out, sampler
 
 _FIXED = 2**20  # In place of a stage's number, in the seeds of rows whose trajectories are kept.
@@ -91,15 +91,9 @@ class TaughtStage(PriorStage):
         }
 
     def _make(self, beginning: Beginning, whole: Mapping[str, nn.Module]) -> None:
-        section, trajectories, vae, teacher = (
-            self.section,
-            self.section.trajectories,
-            whole["vae"],
-            whole["teacher"],
-        )
+        section, trajectories = self.section, self.section.trajectories
+        vae, teacher = network_of(whole, "vae", TextVAE), network_of(whole, "teacher", DiT)
         assert trajectories is not None
-        assert isinstance(vae, TextVAE)
-        assert isinstance(teacher, DiT)
         files = Trajectories(Path(trajectories.path), trajectories.rows, self._made_of(beginning, whole))
         missing, rows = files.missing, beginning.rows(self.recipe.seed)
         settings = sampler(trajectories, section.guidance, section.guidance_cap, section.guidance_rescale)
@@ -112,15 +106,8 @@ class TaughtStage(PriorStage):
                     return
                 numbers = files.numbers(part)
                 some, noise = batch(rows, numbers), self._fixed(numbers)
-                networks = vae.to(device), teacher.to(device)
-                states = roll_out(
-                    *networks,
-                    some.to(device),
-                    noise.to(device),
-                    settings,
-                    trajectories.grid,
-                    self.system.pad_id,
-                )
+                sources = vae.to(device), teacher.to(device), some.to(device), noise.to(device)
+                states = roll_out(*sources, settings, trajectories.grid, self.system.pad_id)
                 files.keep(part, some, states)
                 done += len(numbers)
                 beginning.display.advance(done, trajectories.rows)
