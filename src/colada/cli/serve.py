@@ -12,6 +12,7 @@ import typer
 from colada.cli.options import DeviceOption, DtypeOption, QuantiseOption, check_model_options
 from colada.errors import ColadaError
 from colada.files import read_text
+from colada.locate import BUNDLED_CHAT
 
 KEYS_VARIABLE = "COLADA_API_KEYS"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -26,7 +27,8 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[NAME=]WHERE...",
-            help="Model directories, or hub ids owner/name[@revision]. Default: the bundled model.",
+            help="Model directories, or hub ids owner/name[@revision]. Default: the bundled models for texts"
+            " and for chats.",
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all.")] = "127.0.0.1",
@@ -176,7 +178,8 @@ def _named(models: list[str]) -> list[tuple[str | None, str | None, str | None]]
         name, equals, where = ("", "", model) if Path(model).is_dir() else model.rpartition("=")
         place, _, revision = (where, "", "") if Path(where).exists() else where.partition("@")
         named.append((name if equals else None, place, revision or None))
-    return named or [(None, None, None)]
+    chat = [("colada-chat", "bundled-chat", None)] if BUNDLED_CHAT.is_dir() else []
+    return named or [(None, None, None), *chat]
 
 
 def _keys(path: Path | None) -> list[str]:

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -79,7 +78,7 @@ def generate(
     check_model_options(model, revision, dtype, device, quantise)
     texts = read_texts(prompt, file, lines)
     if chat:
-        _require_template(BUNDLED if model is None else local(model, revision), model)
+        model = _chat_model(model, revision)
     network = load_model(model, revision, dtype, device, quantise)
     prompts = texts
     if chat:
@@ -199,7 +198,15 @@ def _about(network: LanguageModel) -> str:
     return f"{network.origin}: a language model{rows}; what it says may be wrong, and it knows no news"
 
 
-def _require_template(directory: Path | None, model: str | None) -> None:
+def _chat_model(model: str | None, revision: str | None) -> str | None:
+    """Return the model that is talked to: one that is named, or the bundled one for chats if it is here.
+
+    Raises:
+        ColadaError: if it is on this machine, and was not trained on conversations.
+    """
+    if model is None and BUNDLED_CHAT.is_dir():
+        return "bundled-chat"
+    directory = BUNDLED if model is None else local(model, revision)
     if directory is not None and not (directory / CHAT_TEMPLATE_FILE).is_file():
         name = model or "the bundled model"
         raise ColadaError(
@@ -207,6 +214,7 @@ def _require_template(directory: Path | None, model: str | None) -> None:
             "(colada train recipes/chat.yaml makes one of the bundled model); colada generate without --chat"
             " continues any text"
         )
+    return model
 
 
 @settings_options
@@ -230,9 +238,7 @@ def chat(
     check_settings({**settings, "seed": seed})
     require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
     check_model_options(model, revision, dtype, device, quantise)
-    if model is None and BUNDLED_CHAT.is_dir():
-        model = "bundled-chat"
-    _require_template(BUNDLED if model is None else local(model, revision), model)
+    model = _chat_model(model, revision)
     if sys.stdin is None:
         raise ColadaError("standard input is closed, expected messages")
     network = load_model(model, revision, dtype, device, quantise)
