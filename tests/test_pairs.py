@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 
+import colada
 import rules
 from colada.cli.main import main
 from colada.errors import ColadaError
 from colada.evaluate import preferences
 from colada.evaluate.preferences import best_and_worst, own_pairs, taught_prompts
 from colada.models.base import LanguageModel
+from colada.text.chat import encode_preference
 from colada.text.transcript import Completion
 from colada.train.trainer import Trainer
+from colada.train.watch import samples
 from runs import STORIES, metrics
 from test_answers import made
 from test_rewards import TEXTS, chatting
@@ -70,7 +73,11 @@ def test_pairs_are_of_the_answers_to_their_prompt(ends: list[list[Completion]]) 
         own = every[5 * pair["number"] : 5 * pair["number"] + 5]
         worth = {done.text: rules.letters("", done.text) for done in own if done.finish_reason == "end"}
         values = {text: value for text, value in worth.items() if text.strip()}
-        assert pair["prompt"] == prompts[pair["number"]][1]
+        assert pair["prompt"] == [{"role": "user", "content": prompts[pair["number"]][1]}]
+        ((ids, count),) = encode_preference(
+            pair["prompt"], [pair["chosen"]], model.tokenizer, model.chat_template, "a pair"
+        )
+        assert ids[:count] == model.prompt_ids(model.chat_prompt(pair["prompt"]))  # As when it was written.
         assert pair["reward"] == [max(values.values()), min(values.values())]
         assert [values[pair[name]] for name in ("chosen", "rejected")] == pair["reward"]
     later = [pair for _, pairs in own_pairs(model, prompts, **told, start=2) for pair in pairs]
@@ -129,12 +136,14 @@ def test_a_file_of_pairs_is_gone_on_with_and_learnt_from(
     assert "has no function 'lettres'" in capsys.readouterr().err
 
     source = f"{{path: {whole}, format: preferences}}"
-    Trainer(
-        made(
-            *(tmp_path / "model", tmp_path, "preferences", source),
-            *("stages.preferences.batch=2", "stages.preferences.steps=2", "stages.preferences.beta=1"),
-        ),
-        tmp_path / "run",
-    ).run()
+    recipe = made(
+        *(tmp_path / "model", tmp_path, "preferences", source),
+        *("stages.preferences.batch=2", "stages.preferences.steps=2", "stages.preferences.beta=1"),
+        *("run.sample_prompts=[Hello!]", "run.sample_tokens=6"),
+    )
+    Trainer(recipe, tmp_path / "run").run()
+    model = colada.load(tmp_path / "run" / "model")
+    asked = model.chat_prompt([{"role": "user", "content": "Hello!"}])
+    assert samples(recipe, model) == {"Hello!": model.generate(asked, 6, seed=recipe.seed)[0].text}
     records = [record for record in metrics(tmp_path / "run") if record["split"] == "train"]
     assert [record["margin"] == 0 for record in records] == [True, False]

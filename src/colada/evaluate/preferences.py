@@ -63,6 +63,11 @@ def best_and_worst(
     return (answers[best], answers[worst]) if rewards[best] > rewards[worst] else None
 
 
+def spoken(prompt: str) -> list[dict[str, str]]:
+    """Return a prompt as a user's message: a text alone would be continued, not answered."""
+    return [{"role": "user", "content": prompt}]
+
+
 def own_pairs(
     model: LanguageModel,
     prompts: Sequence[tuple[str, str]],
@@ -93,7 +98,7 @@ def own_pairs(
         numbers = range(begin, min(begin + AT_ONCE, len(prompts)))
         requests = []
         for number in numbers:
-            asked = model.chat_prompt([{"role": "user", "content": prompts[number][1]}])
+            asked = model.chat_prompt(spoken(prompts[number][1]))
             for sample in range(samples):
                 state = np.random.SeedSequence([seed, number, sample]).generate_state(1, np.uint64)[0]
                 with_seed: Any = {**(settings or {}), "seed": int(state >> 2)}
@@ -107,7 +112,8 @@ def own_pairs(
             if chosen is not None:
                 texts = dict(zip(("chosen", "rejected"), (answer.text for answer in chosen), strict=True))
                 reward = [rewards[answers.index(answer)] for answer in chosen]
-                pairs.append({"prompt": prompt, **texts, "task": task, "number": number, "reward": reward})
+                about = {"task": task, "number": number, "reward": reward}
+                pairs.append({"prompt": spoken(prompt), **texts, **about})
         yield numbers.stop, pairs
 
 

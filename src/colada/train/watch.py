@@ -79,7 +79,8 @@ def samples(recipe: Recipe, model: LanguageModel) -> dict[str, str]:
 def _continued(recipe: Recipe, model: LanguageModel) -> dict[str, str]:
     run = recipe.run
     asked = prompts = list(run.sample_prompts)
-    if recipe.data.chats:
+    answers = any(source.format == "preferences" for source in recipe.data.sources)
+    if recipe.data.chats or (answers and model.chat_template is not None):
         asked = [model.chat_prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
     with torch.compiler.set_stance("force_eager"):  # shapes keep changing
         try:
