@@ -314,6 +314,31 @@ def test_an_engine_whose_passes_are_replayed_serves_all_rounds(
             assert again[key] == pytest.approx(record[key], rel=1e-3, abs=1e-5)
 
 
+def test_answers_to_a_prompt_follow_each_other_with_one_noise(start: Path, tmp_path: Path) -> None:
+    run = rewarding(start, tmp_path, "stages.reward.prompts=4", "stages.reward.batch=8")
+    trainer = Trainer(run, tmp_path / "run")
+    stage = make_stage(trainer.system, "reward", trainer._lay_out)
+    assert isinstance(stage, RolloutStage)
+    rows_from = partial(trainer.inputs.rows, "train", stage.section, block=4)
+    more: Any = (trainer._whole, trainer._model, Ranks(0, 1, torch.device("cpu")), trainer.display)
+    stage.begin(Beginning(rows_from, [], *more, lambda: False))
+    size, numbers = stage.section.samples, range(8)
+    steps = [stage.rollouts(step, batch_of(rows_from(3), numbers), stage.draw(numbers)) for step in (0, 1)]
+    trainer._unlock()
+    answers: list[tuple[list[int], torch.Tensor]] = []
+    for rows, drawn in steps:
+        assert drawn.z1 is not None
+        assert rows.trained is not None
+        prompts = [
+            ids[: int(free.int().argmax())].tolist() for ids, free in zip(rows.ids, rows.trained, strict=True)
+        ]
+        answers += list(zip(prompts, drawn.z1, strict=True))[:8]
+    groups = [answers[at : at + size] for at in range(0, len(answers), size)]
+    for group in groups:
+        assert all(prompt == group[0][0] and torch.equal(z1, group[0][1]) for prompt, z1 in group)
+    assert len({float(group[0][1].sum()) for group in groups}) == len(groups) > 1
+
+
 @pytest.mark.parametrize("batch", [4, 8])
 def test_rows_that_are_replayed_do_not_depend_on_the_ranks(start: Path, tmp_path: Path, batch: int) -> None:
     made_of: dict[int, list[tuple[float, ...]]] = {}

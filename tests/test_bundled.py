@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import colada
+from colada.cli.main import main
 from colada.cli.parity import relative_error
+from colada.data.instructions import instructions, reward_of
 from colada.generate.reference import TransportStep
 from colada.locate import BUNDLED
 from colada.models.base import LanguageModel
@@ -62,6 +64,21 @@ def test_its_student_writes_them_too_in_four_evaluations_without_guidance() -> N
     assert (chosen["steps"], chosen["guidance"]) == (4, 1.0)
     with pytest.raises(colada.ColadaError, match=r"guidance=3.*built in"):
         student.generate("Once upon a time", 4, guidance=3.0)
+
+
+def test_its_chat_model_answers_what_it_was_taught_and_ends_by_itself(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chat = colada.load("bundled-chat")
+    for task in ("questions", "sums", "greeting", "identity"):
+        asked, rule = list(instructions([], task, 32, seed=7)), reward_of(task)
+        prompts = [chat.chat_prompt([{"role": "user", "content": one.prompt}]) for one in asked]
+        done = chat.generate(prompts, 32, seed=0)
+        right = sum(rule(one.prompt, answer.text) for one, answer in zip(asked, done, strict=True))
+        assert right >= 28, task  # Of a share of .99; by chance, none.
+        assert sum(answer.finish_reason == "end" for answer in done) >= 31, task
+    assert main(["generate", "--chat", "What does a cow say?"]) == 0
+    assert capsys.readouterr().out == "It says moo.\n"
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.0])

@@ -402,7 +402,6 @@ def test_a_chat_is_the_model_s_answers_in_turn(
         (["-m", "MODEL"], b"\xff\n", "standard input: byte 0xff at offset 0 is not UTF-8"),
         (["-m", "MODEL", "--system", "<|im_end|>"], b"Hello\n", "spells the special token '<|im_end|>'"),
         (["-m", "MODEL"], b"<|im_end|>\n", "spells the special token '<|im_end|>'"),
-        ([], b"Hello\n", "the bundled model has no chat template (chat_template.jinja)"),
     ],
 )
 def test_a_chat_that_cannot_be_is_one_line(

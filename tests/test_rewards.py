@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import colada
 from colada.cli.main import main
 from colada.data.instructions import instructions
 from colada.errors import ColadaError
@@ -239,11 +238,9 @@ def test_flows_are_beside_those_of_the_models_before() -> None:
     ]
 
 
-def test_the_command_for_chat_says_what_makes_one(capsys: pytest.CaptureFixture[str]) -> None:
-    from colada.locate import BUNDLED_CHAT
-
-    if BUNDLED_CHAT.is_dir():
-        assert colada.load("bundled-chat").chat_template is not None
-        return
+def test_the_command_for_chat_says_what_makes_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("colada.cli.write.BUNDLED_CHAT", tmp_path / "none")
     assert main(["chat"]) == 2
     assert "colada train recipes/chat.yaml makes one" in capsys.readouterr().err

@@ -144,7 +144,8 @@ class RolloutStage(ColaStage):
         span = ranks.share(section.batch)
         places = [update * section.batch + at for at in span]
         some = [answers[self._order(number, place, len(answers))] for place in places]
-        drawn = self.draw([_ANSWERS + step * section.batch + at for at in span])
+        first_number = _ANSWERS + number * section.updates * section.batch
+        drawn = self.draw([first_number + place // self.together for place in places])
         # Of the step's rows, whoever has them; every rank has as many, some of no weight.
         first, end = -span.start % REPLAY, len(span)
         parts = [(first, end, REPLAY), (0, -(-end // REPLAY) - len(range(first, end, REPLAY)), 1)]
@@ -170,10 +171,12 @@ class RolloutStage(ColaStage):
         )
 
     def _order(self, number: int, place: int, answers: int) -> int:
-        """Return which answer is at a place of a round: all in an order of the seed, and again."""
+        """Return which answer is at a place of a round: all groups in an order of the seed, and again."""
         turn, at = divmod(place, answers)
+        group, member = divmod(at, self.together)
         seeds = (self.recipe.seed, self.number, number, turn)
-        return int(np.random.default_rng(seeds).permutation(answers)[at])
+        order = np.random.default_rng(seeds).permutation(answers // self.together)
+        return int(order[group]) * self.together + member
 
     def _round(self, number: int) -> list[Answer]:
         """Write a round's answers with the old weights, on all ranks together, and reward them."""
@@ -338,6 +341,11 @@ class RolloutStage(ColaStage):
 
     needs_old = True
 
+    @property
+    def together(self) -> int:
+        """How many answers of a prompt follow each other, with one noise: what they share cancels out."""
+        return 1
+
     @classmethod
     def phases(
         cls, recipe: Recipe, name: str, section: RolloutSection, configs: Configs, placement: Placement
@@ -367,6 +375,11 @@ class RewardStage(RolloutStage):
     """DiffusionNFT: towards good answers and away from bad ones, of each prompt's."""
 
     section: RewardSection
+
+    @property
+    def together(self) -> int:
+        """Return the size of a group: at one noise, good and bad answers differ in themselves alone."""
+        return self.section.samples
 
     def keep(self, number: int) -> float:
         """Return how much of the old weights stays, which rises with the rounds."""
