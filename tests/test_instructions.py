@@ -13,7 +13,6 @@ import pytest
 from colada.data.facts import CATEGORIES
 from colada.data.instructions import (
     ON_STORIES,
-    WORDINGS,
     ask,
     default_tasks,
     distinct_pairs,
@@ -27,6 +26,7 @@ from colada.data.instructions import (
     story_questions,
 )
 from colada.data.rules import met_in, rewarded
+from colada.data.wordings import WORDINGS
 from colada.errors import ColadaError
 
 STORIES = (Path(__file__).parent / "data" / "stories.txt").read_text().split("\n\n")
@@ -76,7 +76,7 @@ def test_every_closed_question_is_of_one_fact() -> None:
     )
     assert max(count.values()) == 1
     assert len(facts_by_question()) == len(count) > 1300
-    assert all(len(category.wordings) == 5 for category in CATEGORIES.values())
+    assert all(len(category.wordings) == 11 for category in CATEGORIES.values())
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from zlib import crc32
 from colada.data.facts import CATEGORIES
 from colada.data.jsonl import get, get_texts, read_lines
 from colada.data.rules import Reward, imported
+from colada.data.wordings import WORDINGS
 from colada.errors import ColadaError, nearest, shown
 
 _NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
@@ -38,53 +39,6 @@ HELD_OUT_FACTS = 10
 """One fact of so many is never taught."""
 PASSAGE = 50
 """Words of a story that a question on it comes after."""
-
-WORDINGS: dict[str, tuple[str, ...]] = {
-    "words": (
-        "Write a story with the words: {}.",
-        "Tell me a story that has these words: {}.",
-        "Use these words in a story: {}.",
-        "Make up a story with {}.",
-        "I want a story in which these words occur: {}.",
-    ),
-    "name": (
-        "Write a story about a {} named {}.",
-        "Tell me a story about a {} called {}.",
-        "Make up a story of a {} whose name is {}.",
-        "I would like a story about a {}. The name is {}.",
-        "There once was a {} named {}. Tell me the story.",
-    ),
-    "sentences": (
-        "Tell me a story in {}.",
-        "Write a story of {}.",
-        "Make up a story that has {}.",
-        "I want a story with just {}.",
-        "Can you tell a story in exactly {}?",
-    ),
-    "sums": (
-        "What is {} plus {}?",
-        "How much is {} and {}?",
-        "Add {} and {}.",
-        "{} plus {} is what?",
-        "If you have {} and get {} more, how many is that?",
-    ),
-    "greeting": ("Hello!", "Hi!", "Good morning!", "Hello there!", "Hi, how are you?"),
-    "identity": (
-        "Who are you?",
-        "What are you?",
-        "What is your name?",
-        "Are you a person?",
-        "Tell me who you are.",
-    ),
-    "beyond": (
-        "What will the weather be tomorrow?",
-        "Who is the president?",
-        "Write me a computer program.",
-        "What is the news today?",
-        "Can you book a flight for me?",
-    ),
-}
-"""Ways to ask by task; the last of each is kept for tests."""
 
 SET_ANSWERS = {
     "greeting": "Hello! Shall I tell you a story?",
