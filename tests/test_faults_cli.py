@@ -80,7 +80,6 @@ REFUSED = [
     ["bench", "speed", "--guidance", "nan"],
     ["bench", "speed", "--seed", str(2**64)],
     ["bench", "levers", "--prompts", "1000000000"],
-    ["chat"],
     ["chat", "-m", "/no/where"],
     ["tokenizer", "decode", "x"],
     ["tokenizer", "encode", "x", "--file", "/no/tokenizer.json"],

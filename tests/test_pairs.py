@@ -106,7 +106,7 @@ def test_a_file_of_pairs_is_gone_on_with_and_learnt_from(
     assert main([*common, "--out", str(whole)]) == 0
     lines = [json.loads(line) for line in whole.read_text().splitlines()]
     assert len(lines) > 3
-    assert f"wrote {whole}: {len(lines)} pairs of 9 prompts; " in capsys.readouterr().out
+    assert f"wrote {whole}: {len(lines)} pairs of 11 prompts; " in capsys.readouterr().out
     calls = len(ends)
 
     def at_the_third(prompt: str, text: str) -> float:
@@ -127,7 +127,7 @@ def test_a_file_of_pairs_is_gone_on_with_and_learnt_from(
         assert "whole.jsonl:1 is of another model, other prompts or settings" in capsys.readouterr().err
     assert main([*common, "--out", str(tmp_path / "none.jsonl"), "--reward", "rules:equal"]) == 2
     assert (
-        "to none of 9 prompts two answers end by themselves and differ in reward" in capsys.readouterr().err
+        "to none of 11 prompts two answers end by themselves and differ in reward" in capsys.readouterr().err
     )
     assert not (tmp_path / "none.jsonl").exists()
     assert main([*common, "--out", str(tmp_path / "no" / "x.jsonl")]) == 2

@@ -188,6 +188,11 @@ def test_what_cannot_be_served_is_one_line(
     assert error.count("\n") == 1
 
 
+def both(*options: str | None) -> list[tuple[str | None, ...]]:
+    """Return what is opened where no model is named: that of texts, and that of chats."""
+    return [(None, None, None, *options), ("colada-chat", "bundled-chat", None, *options)]
+
+
 # By option: what is written, where it is to be found in what is served, and what stands there.
 NAMES = ["localhost", "127.0.0.1", "[::1]", "mine"]
 WIRED: dict[str, tuple[str, str, Any]] = {
@@ -228,9 +233,9 @@ WIRED: dict[str, tuple[str, str, Any]] = {
     "forwarded_allow_ips": ("--forwarded-allow-ips 10.0.0.1,10.0.0.2", "proxies", "10.0.0.1,10.0.0.2"),
     "root_path": ("--root-path /llm", "root_path", "/llm"),
     "open_page": ("--open", "page", True),
-    "dtype": ("--dtype float32", "opened", [(None, None, None, "float32", "cpu", None)]),
-    "device": ("--device cpu", "opened", [(None, None, None, None, "cpu", None)]),
-    "quantise": ("--quantise int8", "opened", [(None, None, None, None, "cpu", "int8")]),
+    "dtype": ("--dtype float32", "opened", both("float32", "cpu", None)),
+    "device": ("--device cpu", "opened", both(None, "cpu", None)),
+    "quantise": ("--quantise int8", "opened", both(None, "cpu", "int8")),
 }
 
 
