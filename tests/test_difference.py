@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import colada
 from colada.cli.main import main
@@ -89,6 +90,26 @@ def test_a_whole_difference_is_made_again_to_half_a_step_of_each_row(tmp_path: P
         steps = (expected - start[name]).abs().amax(1, keepdim=True) / 127 if wide else torch.zeros(1)
         assert bool(((value - expected).abs() <= 0.501 * steps + 1e-6).all()), name
     assert main(["export", *arguments, "--rank", "2"]) == 2
+
+    file = tmp_path / "small" / "difference.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name + "_scale" in tensors)
+    for damaged in ({name + "_scale": torch.ones(2, 1)}, {name: tensors[name].float()}):
+        save_file({**tensors, **damaged}, file)
+        with pytest.raises(ColadaError, match=f"{name} is no difference to a tensor"):
+            colada.load(tmp_path / "small")
+    save_file({key: x for key, x in tensors.items() if key != name + "_scale"}, file)
+    with pytest.raises(ColadaError, match=f"{name} is no difference to a tensor"):
+        colada.load(tmp_path / "small")
+
+
+def test_a_model_is_written_anew_where_it_lies(tmp_path: Path) -> None:
+    model, where = tiny_model(), tmp_path / "model"
+    model.save(where)
+    before = (where / "cola_dit" / "model.safetensors").stat().st_size
+    assert main(["export", str(where), str(where), "--int8"]) == 0
+    assert (where / "cola_dit" / "model.safetensors").stat().st_size < 0.6 * before
+    colada.load(where)
 
 
 def test_less_than_its_rank_leaves_out_what_it_says(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def export(
                 load_cola(model), load_cola(base), base, out, None if int8 else rank or 16
             )
             words = f"the difference to {base}, without {100 * left_out:.2g}% of its square"
-        elif model != out:
+        elif int8 or not trained:
             load(model).save(out, int8)
     print(f"wrote {out}: {words}")
 

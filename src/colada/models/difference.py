@@ -126,8 +126,9 @@ def apply_difference(base: LanguageModel, directory: Path, origin: str) -> ColaD
     for key in sorted({key.removesuffix(UP).removesuffix(DOWN).removesuffix(SCALE) for key in tensors_read}):
         up, down, scales = (tensors_read.get(key + suffix) for suffix in (UP, DOWN, SCALE))
         made = tensors_read.get(key) if up is None or down is None else up.float() @ down.float()
-        if made is not None and scales is not None and scales.shape == (len(made), 1):
-            made = dequantise_rows(made, scales)
+        if made is not None and (made.dtype == torch.int8 or scales is not None):
+            fits = made.dtype == torch.int8 and scales is not None and scales.shape == (len(made), 1)
+            made = dequantise_rows(made, scales) if fits and scales is not None else None
         if made is None or key not in parameters or made.shape != parameters[key].shape:
             raise ColadaError(f"{file}: {key} is no difference to a tensor of {about.get('base')!r}")
         if not bool(made.isfinite().all()):
