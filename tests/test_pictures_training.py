@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import colada.train.pairs as pairs_of_runs
 from colada.data.rows import Batch
 from colada.errors import ColadaError
-from colada.flow import MIN_A, T
+from colada.flow import MIN_A, PREDICTIONS, T, interpolate
 from colada.models.load import load_cola
 from colada.networks.dit import DiT
 from colada.pictures.codec import PatchPCA, fit
@@ -27,7 +27,9 @@ from colada.text.tokenizer import Tokenizer
 from colada.train.cost import adaln_entries, block_causal_pairs, matrix_entries
 from colada.train.display import Display
 from colada.train.export import export, system_of
+from colada.train.flow_matching import place, predict
 from colada.train.logs import read_samples
+from colada.train.losses import Loss, frozen_latents
 from colada.train.noise import Counts
 from colada.train.pairs import open_pairs
 from colada.train.picture_cost import CAPTION
@@ -66,7 +68,8 @@ def forget_opened() -> None:
 
 def stage_of(made: Recipe, out: Path) -> PicturesStage:
     """A stage by itself, over the networks as they begin."""
-    system = system_of(made, Tokenizer.from_file(out / "tokenizer.json"))
+    start = load_cola(Path(made.model.init)) if made.model.init else None
+    system = system_of(made, Tokenizer.from_file(out / "tokenizer.json"), start)
     stage = make_stage(system, "pictures", nn.ModuleDict)
     assert isinstance(stage, PicturesStage)
     return stage
@@ -206,6 +209,80 @@ def test_a_resumed_run_ends_in_the_same_bits(whole: Path, tmp_path: Path, step: 
     assert logged(tmp_path / "run") == logged(whole)
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of text alone."""
+    out = tmp_path_factory.mktemp("text")
+    Trainer(recipe("stages.vae.steps=1", "stages.prior.steps=2", "stages.prior.warmup=0"), out).run()
+    return out / "model"
+
+
+def test_text_that_is_taught_is_compared_with_the_teachers_velocity(text: Path, whole: Path) -> None:
+    taught = f"stages.pictures.text_teacher={text}"
+    start = [*PICTURES, f"model.init={text}", "model.vae={}", "model.dit={}"]
+    start.append("stages.pictures.history_dropout=0.5")
+    stage = stage_of(recipe(*start, taught, "stages.pictures.text_weight=2"), whole)
+    rows = Batch(torch.randint(4, 200, (2, 16), generator=torch.Generator().manual_seed(0)))
+    noise = TaskNoise(text=stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2)).text)
+    counts = stage.count(rows, noise)
+
+    def loss() -> Loss:
+        return stage.loss(stage.networks, rows, noise, counts, 0)
+
+    first = loss().total.detach()
+    assert float(first) < 1e-10  # It begins with the teacher's weights, and sees what the teacher sees.
+    with torch.no_grad():
+        validated = loss().terms["flow"]
+        for parameter in stage.networks["dit"].parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        drawn = noise.text
+        assert drawn is not None
+        assert drawn.timestep is not None
+        assert drawn.z1 is not None
+        assert drawn.alone is not None
+        clean, pinned, sample = frozen_latents(stage.vae, rows, drawn, stage.system.pad_id)[1]
+        z = place(interpolate(clean[:, None], drawn.z1, drawn.timestep / T), pinned)
+        velocities = [
+            PREDICTIONS[network.config.prediction].velocity(
+                z,
+                predict(network, z, drawn.timestep, clean, pinned, sample, drawn.alone),
+                drawn.timestep / T,
+            )
+            for network in (stage.networks["dit"], load_cola(text).dit)
+        ]
+    # A network that predicts z0 has its error divided by max(a, 0.1), not a.
+    a = (drawn.timestep / T)[..., None]
+    expected = ((velocities[0] - velocities[1]) * a / a.clamp_min(0.1)).square().mean(-1)
+    free = torch.ones_like(expected) if pinned is None else (~pinned.where[:, None]).expand_as(expected)
+    assert float(loss().total.detach()) == pytest.approx(
+        2 * float((expected * free).sum() / free.sum()), rel=1e-4
+    )
+    # A validation is against the data, in every run alike.
+    plain = stage_of(recipe(*start), whole)
+    with torch.no_grad():
+        assert float(plain.loss(plain.networks, rows, noise, counts, 0).terms["flow"]) == float(validated)
+
+
+def test_a_run_whose_text_is_taught_resumes_and_counts_its_teacher(text: Path, tmp_path: Path) -> None:
+    start = ["model.vae={}", "model.dit={}", f"model.init={text}", "stages.pictures.steps=4"]
+    taught = [*start, f"stages.pictures.text_teacher={text}", "stages.pictures.tasks={text: 2, draw: 1}"]
+    whole_run = run(tmp_path / "whole", *taught)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", *taught, display=At("pictures", 2))
+    run(tmp_path / "run", *taught)
+    assert_same_run(tmp_path / "run", whole_run)
+    of_text, of_pictures = plan_run(recipe(*PICTURES, *taught)).phases
+    assert of_text.flops["teacher"] > 0
+    assert not of_pictures.flops.get("teacher")
+    assert of_text.memory["teacher"] == of_pictures.memory["teacher"] > 0
+    # A model of pictures teaches one of pictures as well; one of another width none.
+    again = [*taught[:2], f"model.init={whole_run / 'model'}", *taught[3:], "stages.pictures.steps=1"]
+    again.append(f"stages.pictures.text_teacher={whole_run / 'model'}")
+    run(tmp_path / "again", *again)
+    with pytest.raises(ColadaError, match=r"teacher=bundled: its dit is not of the configuration"):
+        run(tmp_path / "none", *start, "stages.pictures.text_teacher=bundled")
+
+
 def test_other_pictures_are_no_continuation(whole: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "data", tmp_path / "run"
     folder.mkdir()
@@ -232,10 +309,8 @@ def test_a_checkpoint_is_exported_with_its_codec(whole: Path, tmp_path: Path) ->
         assert file.read_bytes() == (tmp_path / "model" / file.relative_to(whole / "model")).read_bytes()
 
 
-def test_a_model_of_text_learns_pictures_and_one_of_pictures_goes_on(whole: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text"
-    Trainer(recipe("stages.vae.steps=1", "stages.prior.steps=1"), text).run()
-    start = ["model.vae={}", "model.dit={}", f"model.init={text / 'model'}"]
+def test_a_model_of_text_learns_pictures_and_one_of_pictures_goes_on(text: Path, tmp_path: Path) -> None:
+    start = ["model.vae={}", "model.dit={}", f"model.init={text}"]
     narrow = run(
         tmp_path / "narrow", *start, "model.image={patch: 4, channels: 6}", "stages.pictures.steps=1"
     )

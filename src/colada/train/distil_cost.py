@@ -21,15 +21,16 @@ from colada.train.cost import (
     prior_flops,
     two_copy_pairs,
 )
-from colada.train.kinds import TaughtSection
+from colada.train.kinds import PicturesSection, TaughtSection
 from colada.train.recipe import Recipe
 from colada.train.trajectories import fine_grid
 
 
-def teacher_pass(vae: TextVAEConfig, dit: DiTConfig, section: TaughtSection) -> float:
+def teacher_pass(
+    vae: TextVAEConfig, dit: DiTConfig, section: TaughtSection | PicturesSection, guided: bool
+) -> float:
     """Return the FLOPs of a frozen pass over a step's rows."""
     _, prior = networks(vae, dit)
-    guided = section.guidance != 1
     blocks, size = section.length // vae.block_tokens, dit.block_size // dit.patch_size
     copies = section.copies * (1 + guided)
     pairs = two_copy_pairs(blocks, size, section.copies) + guided * section.copies * blocks * size**2
@@ -39,11 +40,16 @@ def teacher_pass(vae: TextVAEConfig, dit: DiTConfig, section: TaughtSection) -> 
 
 
 def with_teacher(
-    phase: Phase, vae: TextVAEConfig, dit: DiTConfig, section: TaughtSection, passes: float
+    phase: Phase,
+    vae: TextVAEConfig,
+    dit: DiTConfig,
+    section: TaughtSection | PicturesSection,
+    passes: float,
+    guided: bool = False,
 ) -> Phase:
     """Return steps with so many passes of a frozen teacher in each, and the memory that it takes."""
     memory = 4 * parameter_counts(vae, dit)["DiT"] / phase.placement.shards
-    parts = {"teacher": passes * teacher_pass(vae, dit, section)} if passes else {}
+    parts = {"teacher": passes * teacher_pass(vae, dit, section, guided)} if passes else {}
     return replace(phase, flops={**phase.flops, **parts}, memory={**phase.memory, "teacher": memory})
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colada.flow import MIN_A, PREDICTIONS, T, guided, within_the_data
+from colada.flow import T, guided, within_the_data
 from colada.networks.dit import DiT
-from colada.train.flow_matching import Pinned, guess_of_z0, place, predict
+from colada.train.flow_matching import Pinned, guess_errors, guess_of_z0, place, predict
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,4 @@ def distillation_errors(
         end: (B, K, M), where a step ends, which a student with landing times is told.
     """
     output = predict(student, z, timestep, clean, pinned, sample, end=end)
-    a = timestep / T
-    # The noise that lies at the other end of the line from the target through z.
-    noise = target + (z - target) / a.clamp_min(MIN_A * 1e-2)[..., None]
-    squared = PREDICTIONS[student.config.prediction].error(output, target, noise, a).square().mean(-1)
-    return squared if pinned is None else squared.masked_fill(pinned.where[:, None], 0.0)
+    return guess_errors(student, output, z, target, timestep, pinned)

@@ -70,6 +70,7 @@ class FlowStep:
         dropout: share of what attention and MLP add that is dropped, where gradients are wanted.
         consistency: a further term, or None.
         law: of the timesteps, whose quantiles are told apart in the terms; None: they are not.
+        teacher: a frozen prior whose velocity is learnt in place of the data's; None: the data's.
     """
 
     space: str = "velocity"
@@ -77,6 +78,7 @@ class FlowStep:
     dropout: float = 0.0
     consistency: Consistency | None = None
     law: TimestepLaw | None = None
+    teacher: DiT | None = None
 
 
 PLAIN = FlowStep()
@@ -178,7 +180,7 @@ def flow_errors(
     """
     z_t = place(interpolate(z0[:, None], noise, timestep / T), pinned)
     output = noisy_pass(dit, z_t, timestep, z0.detach(), pinned, sample, alone, self_conditioned)
-    return _errors(dit, output, z0.detach(), noise, timestep, pinned)
+    return _errors(dit, output, z0.detach()[:, None], noise, timestep, pinned)
 
 
 def noisy_pass(
@@ -202,10 +204,47 @@ def noisy_pass(
 
 
 def _errors(
-    dit: DiT, output: Tensor, clean: Tensor, noise: Tensor, timestep: Tensor, pinned: Pinned | None
+    dit: DiT, output: Tensor, z0: Tensor, noise: Tensor, timestep: Tensor, pinned: Pinned | None
 ) -> Tensor:
-    error = PREDICTIONS[dit.config.prediction].error(output, clean[:, None], noise, timestep / T)
+    error = PREDICTIONS[dit.config.prediction].error(output, z0, noise, timestep / T)
     return _free(error.square().mean(-1), pinned)
+
+
+def guess_errors(
+    dit: DiT, output: Tensor, z: Tensor, guess: Tensor, timestep: Tensor, pinned: Pinned | None
+) -> Tensor:
+    """Return the error (B, K, M) of an output for z whose guess of z0 should be ``guess``, as a velocity's.
+
+    The noise is what lies at the other end of the line from the guess through z.
+    """
+    a = timestep / T
+    noise = guess + (z - guess) / a.clamp_min(MIN_A * 1e-2)[..., None]
+    return _errors(dit, output, guess, noise, timestep, pinned)
+
+
+def taught_errors(
+    dit: DiT,
+    output: Tensor,
+    teacher: DiT,
+    z: Tensor,
+    timestep: Tensor,
+    clean: Tensor,
+    pinned: Pinned | None = None,
+    sample: Tensor | None = None,
+    alone: Tensor | None = None,
+) -> Tensor:
+    """Return ||v(z, t) - v_teacher(z, t)||^2 per latent number, (B, K, M).
+
+    Its gradient is that of the data's error where the teacher knows the data, without that error's variance.
+
+    Args:
+        output: (B, K, M, C), see :func:`noisy_pass`.
+        teacher: sees what the network sees; a history of its own making from the same clean latents.
+    """
+    with torch.no_grad():
+        taught = predict(teacher, z.detach(), timestep, clean, pinned, sample, alone)
+        guess = guess_of_z0(teacher, z, taught, timestep, pinned)
+    return guess_errors(dit, output, z, guess, timestep, pinned)
 
 
 def _free(values: Tensor, pinned: Pinned | None) -> Tensor:
@@ -286,7 +325,10 @@ def flow_matching(
     if noise.dropout is not None and torch.is_grad_enabled():
         dropout = Dropout(noise.dropout, step.dropout)
     output = noisy_pass(dit, z, timestep, clean, pinned, sample, alone, guesses, dropout)
-    errors = _errors(dit, output, clean, z1, timestep, pinned)
+    if step.teacher is None:
+        errors = _errors(dit, output, clean[:, None], z1, timestep, pinned)
+    else:
+        errors = taught_errors(dit, output, step.teacher, z, timestep, clean, pinned, sample, alone)
     total, terms = weighed(errors, timestep, pinned, counts, step.space)
     if step.consistency is not None:
         seen = (timestep, clean, pinned, sample, alone, guesses)

@@ -28,6 +28,12 @@ class PictureTerms(Section):
     caption_weight: Weight = Field(
         1.0, description="Weight of the flow of captions, which are learnt beside what is drawn from them."
     )
+    text_teacher: str | None = Field(
+        None,
+        description="A model whose velocity is learnt in steps of text, in place of the data's: text stays"
+        " what it is there.",
+    )
+    text_weight: Weight = Field(1.0, description="Weight of the flow of text, in steps of text.")
     caption_length: int = Field(
         64,
         ge=1,

@@ -173,7 +173,7 @@ class System(ABC):
             copy.load_state_dict(network.state_dict())
         else:
             other = getattr(load(where), name, None)
-            if not isinstance(other, nn.Module) or _shape(other.config) != _shape(network.config):
+            if not isinstance(other, nn.Module) or not _alike(other.config, network.config):
                 raise ColadaError(f"teacher={where}: its {name} is not of the configuration that is trained")
             fill(copy, copied(other, _zero))
         return copy
@@ -216,11 +216,14 @@ def _zero(name: str, tensor: Tensor) -> Tensor:
     return tensor.zero_()
 
 
-def _shape(config: Any) -> Any:
-    """Return a configuration without what changes no weight that two networks have in common."""
-    if not isinstance(config, DiTConfig):
-        return config
-    return replace(config, distilled=None, landing_time=False, training_length=None)
+def _alike(one: Any, other: Any) -> bool:
+    """Return whether what networks of two configurations have in common has weights of the same shapes."""
+    if not (isinstance(one, DiTConfig) and isinstance(other, DiTConfig)):
+        return one == other
+    free: dict[str, Any] = {"distilled": None, "landing_time": False, "training_length": None}
+    if not (one.img_channels and other.img_channels):
+        free |= {"img_channels": 0, "img_grid": None, "img_axial": False, "dual_layers": 0}
+    return replace(one, **free) == replace(other, **free)
 
 
 class Stage(ABC):
