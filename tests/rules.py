@@ -13,6 +13,11 @@ def letters(prompt: str, answer: str) -> float:
     return sum(map(ord, answer)) % 17 / 17
 
 
+def coarse(prompt: str, answer: str) -> float:
+    """One of two values."""
+    return sum(map(ord, answer)) % 2
+
+
 def vowels(prompt: str, answer: str) -> float:
     """What share of the vowels an answer has."""
     return len(set(answer) & set("aeiou")) / 5

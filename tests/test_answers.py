@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from colada.errors import ColadaError
 from colada.generate.engine.engine import Engine
 from colada.generate.settings import TextRequest
 from colada.models.cola import ColaDLM
+from colada.models.likelihood import measure
 from colada.models.rollouts import Rollout, roll_out
 from colada.train import rewards
 from colada.train.kinds import RaftSection, RewardSection
@@ -194,7 +196,7 @@ def test_a_pair_that_is_none_is_named(start: Path, tmp_path: Path) -> None:
 def test_what_is_learnt_of_groups_by_hand() -> None:
     groups = [[0.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [0.25, 0.75, 0.25, 0.75]]
     empty = Batch(torch.zeros(1, 4).long())
-    answers = [[Answer(empty, torch.zeros(4, 2), worth, True, 4) for worth in group] for group in groups]
+    answers = [[Answer(empty, torch.zeros(4, 2), worth, 0.0, True, 4) for worth in group] for group in groups]
     for margin, rewarded in ((0.5, [1.0, 0.75]), (1.0, [1.0, 0.75]), (1.5, [1.0]), (2.0, [])):
         stage: Any = SimpleNamespace(section=RaftSection(margin=margin))
         learnt = RaftStage.chosen(stage, answers)
@@ -398,6 +400,35 @@ def test_an_answer_that_does_not_end_is_worth_less(
     assert noise.share[noise.written][:, 0].tolist() == pytest.approx(expected)
 
 
+def test_a_judge_takes_off_what_it_finds_unlikely(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came, write, texts = steps_of(monkeypatch), rewards.roll_out, list[str]()
+
+    def kept(*args: Any) -> list[Rollout]:
+        done = write(*args)
+        texts.extend(own.completion.text for own in done)
+        return done
+
+    monkeypatch.setattr(rewards, "roll_out", kept)
+    some = ["reward=rules:equal", f"judge={start}", "judge_weight=0.5", "steps=1", "prompts=4", "batch=12"]
+    Trainer(rewarding(start, tmp_path, *(f"stages.reward.{own}" for own in some)), tmp_path / "run").run()
+    ((_, noise),) = came
+    assert noise.written is not None
+    assert noise.reward is not None
+    judge, nats = colada.load(start), []
+    assert judge.tokenizer is not None
+    for text in texts:  # Each by itself.
+        if judge.tokenizer.encode(text):
+            score = measure(judge, [text], seed=[0])[0]
+            nats.append(-score.log_likelihood / score.tokens)
+        else:
+            nats.append(math.log(judge.tokenizer.vocab_size))
+    assert len(set(nats)) > 4
+    earned = noise.reward[noise.written].tolist()
+    assert sorted(earned) == pytest.approx(sorted(0.25 - 0.5 * own for own in nats), rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["reward", "raft"])
 def test_rewards_that_are_all_equal_teach_nothing(start: Path, tmp_path: Path, kind: str) -> None:
     flat = rewarding(start, tmp_path, f"stages.{kind}.reward=rules:equal", kind=kind)
@@ -501,6 +532,8 @@ def test_what_cannot_be_is_refused(start: Path, tmp_path: Path) -> None:
         rewarding(start, tmp_path, "stages.reward.reward=story_questions")
     with pytest.raises(ColadaError, match=r"questions='q.jsonl' with reward='rules:letters'"):
         rewarding(start, tmp_path, "stages.reward.questions=q.jsonl")
+    with pytest.raises(ColadaError, match=r"credit='until_met' with a judge"):
+        rewarding(start, tmp_path, "stages.reward.credit=until_met", f"stages.reward.judge={start}")
     for key in ("space=z0", "self_conditioning=0.5"):  # Their losses are without.
         with pytest.raises(ColadaError, match=rf"stages.reward.{key.partition('=')[0]}="):
             rewarding(start, tmp_path, f"stages.reward.{key}")
@@ -513,6 +546,8 @@ def test_questions_that_are_not_there_are_missed_before_anything_is_done(start: 
     )
     with pytest.raises(ColadaError, match=r"missing.jsonl: no such file"):
         preflight(of_rewards)
+    with pytest.raises(ColadaError, match=r"no/judge"):
+        preflight(rewarding(start, tmp_path, f"stages.reward.judge={tmp_path}/no/judge"))
     source = f"{{path: {STORIES}, format: tasks, questions: {missing}}}"
     with pytest.raises(ColadaError, match=r"missing.jsonl: no such file.*data.sources.0.questions"):
         preflight(made(start, tmp_path, "reward", source))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from colada.errors import ColadaError
 from colada.evaluate import preferences
 from colada.evaluate.preferences import best_and_worst, own_pairs, taught_prompts
 from colada.models.base import LanguageModel
+from colada.models.likelihood import measure, nats_per_token
 from colada.text.chat import encode_preference
 from colada.text.transcript import Completion
 from colada.train.trainer import Trainer
@@ -47,10 +49,14 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[list[Completion]]:
 
 def test_the_best_and_the_worst_of_those_that_ended() -> None:
     some = [answer("a"), answer("b", 1, "length"), answer("c", 2), answer(" ", 3), answer("d", 4)]
-    assert best_and_worst(some, [0.5, 1.0, 0.2, 0.0, 0.9]) == (some[4], some[2])
-    assert best_and_worst(some, [0.9, 0.0, 0.9, 0.0, 0.2]) == (some[0], some[4])
+    assert best_and_worst(some, [0.5, 1.0, 0.2, 0.0, 0.9]) == (4, 2)
+    assert best_and_worst(some, [0.9, 0.0, 0.9, 0.0, 0.2]) == (0, 4)
     assert best_and_worst(some, [0.5, 1.0, 0.5, 0.0, 0.5]) is None
     assert best_and_worst(some[1:2], [1.0]) is None
+    # With a judge, by its nats a token: the likeliest of the best, the least likely of the worst.
+    assert best_and_worst(some, [0.9, 0.0, 0.9, 0.0, 0.2], [3.0, 1.0, 2.0, 1.0, 2.5]) == (2, 4)
+    assert best_and_worst(some, [0.2, 0.0, 0.9, 0.0, 0.2], [3.0, 1.0, 2.0, 1.0, 2.5]) == (2, 0)
+    assert best_and_worst(some, [0.2, 0.0, 0.9, 0.0, 0.2], [3.0, 1.0, 3.1, 1.0, 2.5]) is None
 
 
 def test_prompts_are_different_and_may_be_trained_on() -> None:
@@ -82,6 +88,22 @@ def test_pairs_are_of_the_answers_to_their_prompt(ends: list[list[Completion]]) 
         assert [values[pair[name]] for name in ("chosen", "rejected")] == pair["reward"]
     later = [pair for _, pairs in own_pairs(model, prompts, **told, start=2) for pair in pairs]
     assert later == [pair for pair in made_of if pair["number"] >= 2]
+
+
+def test_a_judge_leaves_pairs_whose_best_answer_is_no_less_likely(ends: list[list[Completion]]) -> None:
+    model, judge = chatting(), chatting(1)
+    prompts = taught_prompts(TEXTS, ["greeting", "sums"], 30)
+    told: dict[str, Any] = {"rules": dict.fromkeys(("greeting", "sums"), rules.coarse), "samples": 6}
+    every = [pair for _, pairs in own_pairs(model, prompts, **told, new_tokens=6) for pair in pairs]
+    judged = [
+        pair for _, some in own_pairs(model, prompts, **told, new_tokens=6, judge=judge) for pair in some
+    ]
+    assert 0 < len(judged) < len(every)
+    # Each text by itself, in place of all that are written together.
+    for pair in judged:
+        chosen, rejected = (measure(judge, [pair[name]], seed=[0])[0] for name in ("chosen", "rejected"))
+        assert chosen.log_likelihood / chosen.tokens >= rejected.log_likelihood / rejected.tokens - 1e-5
+    assert nats_per_token(judge, ["", "Hello!"])[0] == math.log(judge.tokenizer.vocab_size)  # type: ignore[union-attr]
 
 
 def test_a_file_of_pairs_is_gone_on_with_and_learnt_from(
@@ -122,7 +144,12 @@ def test_a_file_of_pairs_is_gone_on_with_and_learnt_from(
     assert main([*common, "--out", str(stopped)]) == 0
     assert stopped.read_bytes() == whole.read_bytes()
     capsys.readouterr()
-    for more in (["--seed", "1"], ["--guidance", "2"], ["--prompts", "5"]):
+    for more in (
+        ["--seed", "1"],
+        ["--guidance", "2"],
+        ["--prompts", "5"],
+        ["--judge", str(tmp_path / "model")],
+    ):
         assert main([*common, "--out", str(whole), *more]) == 2
         assert "whole.jsonl:1 is of another model, other prompts or settings" in capsys.readouterr().err
     assert main([*common, "--out", str(tmp_path / "none.jsonl"), "--reward", "rules:equal"]) == 2

@@ -205,6 +205,13 @@ def pairs(
             metavar="MODULE:FUNCTION", help="A rule in place of the tasks' own, of prompt and answer."
         ),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE",
+            help="A model that reads the answers: no pair's best one is then less likely than its worst.",
+        ),
+    ] = None,
     prompts: Annotated[int, typer.Option(help="Of each task, as far as there are any.")] = 500,
     samples: Annotated[int, typer.Option(min=2, help="Answers to each prompt.")] = 8,
     new_tokens: Annotated[int, typer.Option(help="Of an answer at most.")] = 32,
@@ -233,6 +240,7 @@ def pairs(
     check_settings({"steps": steps, "guidance": guidance, "seed": seed})
     existing_paths([str(stories)])
     check_model_options(model, revision, dtype, device)
+    check_model_options(judge, None, dtype, device)
     if reward is not None:
         imported(reward)
 
@@ -250,6 +258,7 @@ def pairs(
             *(out, network, asked),
             questions=questions,
             reward=reward,
+            judge=None if judge is None else load_model(judge, None, dtype, device),
             progress=display.advance,
             samples=samples,
             new_tokens=new_tokens,
@@ -260,7 +269,8 @@ def pairs(
     if not count:
         raise ColadaError(
             f"{network.origin}: to none of {len(asked)} prompts two answers end by themselves and differ in"
-            " reward, expected a model that has learnt to answer"
+            " reward as they should, expected a model that has learnt to answer"
         )
-    without_pairs = "to the others no two answers that end differ in reward"
+    likely = "" if judge is None else " and are as likely"
+    without_pairs = f"to the others no two answers that end differ in reward{likely}"
     print(f"wrote {out}: {count:,} pairs of {len(asked):,} prompts; {without_pairs}")

@@ -21,6 +21,7 @@ from colada.errors import ColadaError
 from colada.files import write_text
 from colada.generate.settings import Settings, TextRequest
 from colada.models.base import LanguageModel
+from colada.models.likelihood import nats_per_token
 from colada.text.transcript import Completion
 from colada.train.trajectories import digest
 
@@ -50,17 +51,22 @@ def taught_prompts(
 
 
 def best_and_worst(
-    answers: Sequence[Completion], rewards: Sequence[float]
-) -> tuple[Completion, Completion] | None:
-    """Return the best answer and the worst, the first ones of equals; None if none is better than another.
+    answers: Sequence[Completion], rewards: Sequence[float], nats: Sequence[float] | None = None
+) -> tuple[int, int] | None:
+    """Return which answer is the best and which the worst, None if none is better than another.
 
     Answers that did not end by themselves, or say nothing, do not count.
+
+    Args:
+        nats: a token, of a judge: of equal answers the best is the likeliest, the worst the least likely one,
+            and a best answer that is less likely than the worst makes no pair. None: the first of equals.
     """
     ended = [n for n, answer in enumerate(answers) if answer.finish_reason == "end" and answer.text.strip()]
     if not ended:
         return None
-    best, worst = (choose(ended, key=lambda n: rewards[n]) for choose in (max, min))
-    return (answers[best], answers[worst]) if rewards[best] > rewards[worst] else None
+    likely = [0.0] * len(answers) if nats is None else [-one for one in nats]
+    best, worst = (choose(ended, key=lambda n: (rewards[n], likely[n])) for choose in (max, min))
+    return (best, worst) if rewards[best] > rewards[worst] and likely[best] >= likely[worst] else None
 
 
 def spoken(prompt: str) -> list[dict[str, str]]:
@@ -75,6 +81,7 @@ def own_pairs(
     *,
     samples: int,
     new_tokens: int,
+    judge: LanguageModel | None = None,
     seed: int = 0,
     settings: Settings | None = None,
     batch: int = 64,
@@ -87,6 +94,7 @@ def own_pairs(
         rules: by task.
         samples: answers to a prompt.
         new_tokens: of an answer at most.
+        judge: see :func:`best_and_worst`.
         seed: of all answers' seeds.
         settings: of generation, over the model's own.
         start: the first prompt whose answers are written.
@@ -104,15 +112,16 @@ def own_pairs(
                 with_seed: Any = {**(settings or {}), "seed": int(state >> 2)}
                 requests.append(TextRequest(asked, new_tokens, with_seed))
         done = model.generate(requests, batch=batch)
+        judged = None if judge is None else nats_per_token(judge, [answer.text for answer in done])
         pairs = []
         for place, number in enumerate(numbers):
-            (task, prompt), answers = prompts[number], done[place * samples : (place + 1) * samples]
+            own, (task, prompt) = slice(place * samples, (place + 1) * samples), prompts[number]
+            answers = done[own]
             rewards = [rewarded(rules[task], task, prompt, answer.text) for answer in answers]
-            chosen = best_and_worst(answers, rewards)
+            chosen = best_and_worst(answers, rewards, None if judged is None else judged[own])
             if chosen is not None:
-                texts = dict(zip(("chosen", "rejected"), (answer.text for answer in chosen), strict=True))
-                reward = [rewards[answers.index(answer)] for answer in chosen]
-                about = {"task": task, "number": number, "reward": reward}
+                texts = dict(zip(("chosen", "rejected"), (answers[n].text for n in chosen), strict=True))
+                about = {"task": task, "number": number, "reward": [rewards[n] for n in chosen]}
                 pairs.append({"prompt": spoken(prompt), **texts, **about})
         yield numbers.stop, pairs
 
@@ -124,6 +133,7 @@ def write_pairs(
     *,
     questions: Path | None = None,
     reward: str | None = None,
+    judge: LanguageModel | None = None,
     progress: Callable[[int, int], None] | None = None,
     batch: int = 64,
     **made: Any,
@@ -135,7 +145,7 @@ def write_pairs(
             task, number and rewards; and in ``of`` a digest of model, prompts and settings.
         reward: a rule in place of the tasks' own, ``package.module:function``.
         progress: called with how many prompts are done, and of how many.
-        batch, made: see :func:`own_pairs`.
+        judge, batch, made: see :func:`own_pairs`.
 
     Raises:
         ColadaError: as :func:`own_pairs`; if the file holds other pairs, or cannot be written.
@@ -143,7 +153,9 @@ def write_pairs(
     if not path.parent.is_dir():
         raise ColadaError(f"{path}: there is no directory {path.parent}, expected a place for a file")
     rules = {task: reward_of(reward or task, questions) for task in dict(prompts)}
-    weights = {name: digest(network) for name, network in model.networks.items()}
+    weights = [
+        {name: digest(network) for name, network in one.networks.items()} for one in (model, judge) if one
+    ]
     about = [weights, model.chat_template, model.chosen(made.get("settings") or {}), prompts, reward, made]
     of = hashlib.sha256(json.dumps(about, sort_keys=True, default=list).encode()).hexdigest()[:16]
     lines = list(read_lines(path)) if path.exists() else []
@@ -154,7 +166,7 @@ def write_pairs(
             )
     pairs = [line for _, line in lines]
     start = 1 + get(pairs[-1], "number", "a whole number", lines[-1][0]) if pairs else 0
-    for done, new in own_pairs(model, prompts, rules, start=start, batch=batch, **made):
+    for done, new in own_pairs(model, prompts, rules, judge=judge, start=start, batch=batch, **made):
         pairs += [{**pair, "of": of} for pair in new]
         if pairs:
             write_text(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))

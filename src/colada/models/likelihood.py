@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,3 +107,22 @@ def measure(
     else:
         raise ColadaError(f"{model.origin or 'the model'} ({model.arch}) has no likelihood")
     return list(map(TextScore, map(len, ids), sizes, bounds, parts))
+
+
+def nats_per_token(judge: LanguageModel, texts: Sequence[str], batch: int = 64) -> list[float]:
+    """Return -log p of each text under a judge, by its tokens; of no token, that of one drawn blindly.
+
+    What a bound draws is the same for every text, so that a text's value does not depend on its company.
+
+    Raises:
+        ColadaError: as :func:`measure`; if the judge has no tokenizer.
+    """
+    if judge.tokenizer is None:
+        raise ColadaError(f"{judge.origin or 'the judge'} has no tokenizer, expected one: it judges text")
+    nats = [math.log(judge.tokenizer.vocab_size)] * len(texts)
+    places = [place for place, text in enumerate(texts) if judge.tokenizer.encode(text)]
+    some = [texts[place] for place in places]
+    scores = measure(judge, some, seed=[0] * len(some), batch=batch) if some else []
+    for place, score in zip(places, scores, strict=True):
+        nats[place] = -score.log_likelihood / score.tokens
+    return nats

@@ -22,6 +22,8 @@ MOST_TOKENS = 2**20  # Of a row.
 SMALLEST, LARGEST = 1e-12, 1e6
 """Of numbers that are neither counts nor shares: below and above, float32 has little left to compute with."""
 
+SAME = "same"
+"""In place of a teacher: that of the stage with one before it."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 
@@ -436,6 +438,13 @@ class RewardSection(RolloutSection):
         description="What of an answer its reward is credited to: all; or its blocks up to the one that met"
         " the rule, after which no block has changed the reward. The others are held where they are.",
     )
+
+    @model_validator(mode="after")
+    def _credits(self) -> RewardSection:
+        if self.credit == "until_met" and self.judge is not None:
+            raise ValueError("credit='until_met' with a judge, which reads all blocks: expected 'answer'")
+        return self
+
     keep: Share = Field(0.5, description="How much of the old weights stays as answers are renewed, at most.")
     keep_rise: Weight = Field(0.001, description="And by how much more with each round, from 0.")
 

@@ -10,6 +10,7 @@ from colada.errors import ColadaError
 from colada.files import require_file
 from colada.locate import local
 from colada.train.environment import world_size
+from colada.train.kinds import SAME
 from colada.train.logs import check_names
 from colada.train.pairs import open_pairs
 from colada.train.recipe import Recipe
@@ -38,8 +39,15 @@ def preflight(recipe: Recipe, out: Path | None = None) -> list[str]:
     for path in (recipe.tokenizer.file, recipe.data.chat_template, *questions):
         if path is not None:
             require_file(path)
-    if recipe.model.init is not None:
-        local(recipe.model.init)
+    of_stages = [
+        getattr(section, key, None)
+        for section in recipe.trained.values()
+        for key in ("teacher", "text_teacher", "judge")
+        if section.steps
+    ]
+    for where in (recipe.model.init, *of_stages):
+        if where not in (None, SAME):
+            local(where)
     recipe.check_networks()
     if recipe.run.report and find_spec("matplotlib") is None:
         lines.append('there will be no report, which needs matplotlib: pip install "colada-lm[train]"')

@@ -8,6 +8,7 @@ and answer; so a run that is resumed in a round writes its answers again, and th
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -26,6 +27,8 @@ from colada.flow import PREDICTIONS, T, evaluations_of, interpolate
 from colada.generate.settings import TextRequest
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
+from colada.models.likelihood import nats_per_token
+from colada.models.load import load
 from colada.models.rollouts import roll_out
 from colada.networks.dit import DiT
 from colada.text.chat import render
@@ -75,7 +78,8 @@ class Answer:
     Attributes:
         row: (1, L).
         latents: (M, C).
-        reward: as the rule says.
+        reward: as the rule says, less what an end that is missing and a judge take off.
+        nats: a token, of the judge; 0 without one.
         ended: by an end token.
         credited: how many of the latents, the first ones, the reward is credited to.
         share: r in 0..1 of these; NaN if nothing is to be learnt.
@@ -84,6 +88,7 @@ class Answer:
     row: Batch
     latents: Tensor
     reward: float
+    nats: float
     ended: bool
     credited: int
     share: float = 0.5
@@ -108,6 +113,7 @@ class RolloutStage(ColaStage):
         self.memory["round"] = torch.zeros((), dtype=torch.int64)
         questions = self.section.questions
         self._reward = reward_of(self.section.reward, None if questions is None else Path(questions))
+        self._judge = None if self.section.judge is None else load(self.section.judge)
         self._written: tuple[int, list[Answer]] | None = None
         self._writer: ColaDLM | None = None
 
@@ -199,9 +205,12 @@ class RolloutStage(ColaStage):
         learnt = self.chosen(every)
         ended = sum(answer.ended for answer in flat) / len(flat)
         best = np.mean([max(answer.reward for answer in group) for group in every])
+        judged = ""
+        if self._judge is not None:
+            judged = f" judge's perplexity {math.exp(np.mean([answer.nats for answer in flat])):.3g},"
         self._beginning.display.say(
             f"{self.name} round {number + 1}: reward {np.mean(rewards):.3f}, best of each prompt {best:.3f},"
-            f" {100 * ended:.0f}% ended, {len(learnt)} of {len(flat)} answers to learn from"
+            f"{judged} {100 * ended:.0f}% ended, {len(learnt)} of {len(flat)} answers to learn from"
         )
         # Where there is nothing to learn, the rows are there and have no weight.
         return learnt or [replace(answer, share=float("nan")) for answer in flat]
@@ -235,17 +244,20 @@ class RolloutStage(ColaStage):
                 settings: Any = {**section.sampler, "seed": seed}
                 requests.append(TextRequest(starts[-1], min(section.new_tokens, room), settings))
         done = roll_out(model, requests)
+        texts = [rollout.completion.text for rollout in done]
+        judged = [0.0] * len(done) if self._judge is None else nats_per_token(self._judge, texts)
         groups = []
         for at, start in enumerate(starts):
             asked = plain_prompt(model, start)
             group = []
-            for rollout in done[at * section.samples : (at + 1) * section.samples]:
+            own = slice(at * section.samples, (at + 1) * section.samples)
+            for rollout, nats in zip(done[own], judged[own], strict=True):
                 value = rewarded(self._reward, section.reward, asked, rollout.completion.text)
                 ended = rollout.completion.finish_reason == "end"
-                value -= 0.0 if ended else section.unended
+                value -= section.judge_weight * nats + (0.0 if ended else section.unended)
                 row, latents = self._row(start, rollout.ids, rollout.latents)
                 credited = self._credited(model, asked, len(start), rollout.completion) or len(latents)
-                group.append(Answer(row, latents, value, ended, credited))
+                group.append(Answer(row, latents, value, nats, ended, credited))
             groups.append(group)
         return groups
 

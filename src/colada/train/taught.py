@@ -16,8 +16,7 @@ from colada.flow import T
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.train.cola import PriorStage
-from colada.train.kinds import TaughtSection
-from colada.train.lineage import SAME
+from colada.train.kinds import SAME, TaughtSection
 from colada.train.noise import StepNoise, draw_noise
 from colada.train.recipe import source_weights
 from colada.train.stages import Beginning, LayOut, System, network_of, row_generator
