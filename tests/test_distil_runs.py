@@ -222,13 +222,14 @@ def test_what_undoes_a_distillation_is_refused(tmp_path: Path, teacher: Path) ->
         ColadaError, match=r"stages.fold of a DiT with self_conditioning, expected one without"
     ):
         plan_run(made(teacher, tmp_path, {"prior": prior, "fold": fold}, "stages.prior.self_conditioning=1"))
-    preferences = {"preferences": "{kind: preferences}"}
     pairs = (tasks[0].replace("}]", "}, {path: x, format: preferences}]"), tasks[1])
-    plan_run(made(teacher, tmp_path, {"fold": fold, **preferences}, *pairs))
-    for kind, told in (("preferences", pairs), ("reward", tasks)):
-        stages = {"few": FOLD.replace("GRIDS", "[[1, 0.5, 0]]"), kind: f"{{kind: {kind}}}"}
-        with pytest.raises(ColadaError, match=rf"stages.{kind} learns at any time, but the model before it"):
-            plan_run(made(teacher, tmp_path, stages, *told))
+    with pytest.raises(ColadaError, match=r"stages.preferences trains the flow of data, which undoes"):
+        plan_run(made(teacher, tmp_path, {"fold": fold, "preferences": "{kind: preferences}"}, *pairs))
+    few = {"few": FOLD.replace("GRIDS", "[[1, 0.5, 0]]"), "reward": "{kind: reward}"}
+    with pytest.raises(
+        ColadaError, match=r"stages.reward learns at any time, but the model before it makes a"
+    ):
+        plan_run(made(teacher, tmp_path, few, *tasks))
     plan_run(made(teacher, tmp_path, {"fold": fold, "again": fold.replace("guidance: 3", "guidance: 1")}))
 
 

@@ -7,14 +7,14 @@ for torch.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from colada.data.sources import Section
 from colada.train.answers import REPLAY, PreferenceTerms, RewardTerms, Weight
 from colada.train.picture_terms import CodecTerms, PictureTerms
+from colada.train.teaching_terms import Grid, TrajectorySection
 
 MOST_STEPS = 10**9
 MOST_ROWS = 2**20
@@ -22,8 +22,6 @@ MOST_TOKENS = 2**20  # Of a row.
 SMALLEST, LARGEST = 1e-12, 1e6
 """Of numbers that are neither counts nor shares: below and above, float32 has little left to compute with."""
 
-SAME = "same"
-"""In place of a teacher: that of the stage with one before it."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 
@@ -247,33 +245,6 @@ class JointSection(TextVAETerms, PriorTerms, StageSection):
     def joint_at(self, step: int) -> bool:
         """Return whether the Text VAE learns in a step."""
         return self.interval is None or step % sum(self.interval) < self.interval[0]
-
-
-def _falls(grid: tuple[float, ...]) -> tuple[float, ...]:
-    if not (
-        2 <= len(grid) <= 65 and grid[0] == 1 and grid[-1] == 0 and all(a > b for a, b in pairwise(grid))
-    ):
-        raise ValueError(f"{list(grid)}, expected values that fall from 1 to 0")
-    return grid
-
-
-Grid = Annotated[tuple[float, ...], AfterValidator(_falls)]
-"""Values of a = t / T between which a student makes a step each."""
-
-
-class TrajectorySection(Section):
-    """The teacher's trajectories over fixed rows of the data, written once and read by all stages."""
-
-    path: str = Field(
-        "runs/trajectories", description="A directory; made, or gone on with where it was stopped."
-    )
-    rows: int = Field(2000, ge=1, le=MOST_ROWS, description="Rows of the data.")
-    grid: Grid = Field(
-        (1.0, 0.95, 0.9, 0.825, 0.75, 0.65, 0.55, 0.3, 0.0),
-        description="Where on its way each block is kept: what stages have as grids is among these.",
-    )
-    substeps: int = Field(2, ge=1, le=64, description="The teacher's solver steps from one to the next.")
-    solver: Literal["euler", "ab2", "heun"] = Field("ab2", description="Its solver.")
 
 
 class TaughtSection(FlowTerms, StageSection):

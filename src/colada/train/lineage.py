@@ -10,7 +10,6 @@ from colada.locate import locate
 from colada.networks.checkpoint import read_configs
 from colada.networks.config import DiTConfig
 from colada.train.kinds import (
-    SAME,
     DistilSection,
     FlowSection,
     FlowTerms,
@@ -23,6 +22,7 @@ from colada.train.kinds import (
     TaughtSection,
 )
 from colada.train.recipe import Recipe
+from colada.train.teaching_terms import SAME
 
 
 def built_in(recipe: Recipe, name: str, start: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -76,10 +76,10 @@ def _teacher_steps(section: DistilSection) -> int:
 
 
 def _of_data(section: StageSection) -> bool:
-    """Return whether a stage trains the flow of data; preferences are of answers of the model's own."""
+    """Return whether a stage trains the flow of data, as preferences' anchor does."""
     if isinstance(section, RolloutSection):
         return section.replay > 0 and section.replay_of == "data"
-    return isinstance(section, FlowSection | JointSection | PicturesSection)
+    return isinstance(section, FlowSection | JointSection | PicturesSection | PreferencesSection)
 
 
 def check_order(recipe: Recipe, dit: DiTConfig) -> None:
@@ -102,8 +102,7 @@ def check_order(recipe: Recipe, dit: DiTConfig) -> None:
             raise ColadaError(f"recipe: stages.{name} of a DiT with self_conditioning, expected one without")
         if section.steps:
             inside = built_in(recipe, name, start)
-            anytime = isinstance(section, RolloutSection | PreferencesSection)
-            if anytime and inside is not None and inside.get("grids"):
+            if isinstance(section, RolloutSection) and inside is not None and inside.get("grids"):
                 raise ColadaError(
                     f"recipe: stages.{name} learns at any time, but the model before it makes a few steps"
                     " only, expected one without grids: distil after"

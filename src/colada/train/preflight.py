@@ -10,10 +10,10 @@ from colada.errors import ColadaError
 from colada.files import require_file
 from colada.locate import local
 from colada.train.environment import world_size
-from colada.train.kinds import SAME
 from colada.train.logs import check_names
 from colada.train.pairs import open_pairs
 from colada.train.recipe import Recipe
+from colada.train.teaching_terms import SAME
 
 
 def preflight(recipe: Recipe, out: Path | None = None) -> list[str]:

@@ -16,10 +16,11 @@ from colada.flow import T
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.train.cola import PriorStage
-from colada.train.kinds import SAME, TaughtSection
+from colada.train.kinds import TaughtSection
 from colada.train.noise import StepNoise, draw_noise
 from colada.train.recipe import source_weights
 from colada.train.stages import Beginning, LayOut, System, network_of, row_generator
+from colada.train.teaching_terms import SAME
 from colada.train.trajectories import Trajectories, digest, roll_out, sampler
 
 _FIXED = 2**20  # In place of a stage's number, in the seeds of rows whose trajectories are kept.

@@ -31,9 +31,9 @@ from colada.networks.checkpoint import open_weights
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.train.flow_matching import Pinned
-from colada.train.kinds import TrajectorySection
 from colada.train.losses import frozen_latents
 from colada.train.noise import StepNoise, sample_of_latents
+from colada.train.teaching_terms import TrajectorySection
 
 PART = 32
 """Rows of a file, which are made together."""

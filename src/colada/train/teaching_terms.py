@@ -1,0 +1,41 @@
+"""What stages with a teacher are told of where it is, and of its way."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from colada.data.sources import Section
+from colada.train.answers import Count
+
+SAME = "same"
+"""In place of a teacher: that of the stage with one before it."""
+
+
+def _falls(grid: tuple[float, ...]) -> tuple[float, ...]:
+    if not (
+        2 <= len(grid) <= 65 and grid[0] == 1 and grid[-1] == 0 and all(a > b for a, b in pairwise(grid))
+    ):
+        raise ValueError(f"{list(grid)}, expected values that fall from 1 to 0")
+    return grid
+
+
+Grid = Annotated[tuple[float, ...], AfterValidator(_falls)]
+"""Values of a = t / T between which a student makes a step each."""
+
+
+class TrajectorySection(Section):
+    """The teacher's trajectories over fixed rows of the data, written once and read by all stages."""
+
+    path: str = Field(
+        "runs/trajectories", description="A directory; made, or gone on with where it was stopped."
+    )
+    rows: Count = Field(2000, description="Rows of the data.")
+    grid: Grid = Field(
+        (1.0, 0.95, 0.9, 0.825, 0.75, 0.65, 0.55, 0.3, 0.0),
+        description="Where on its way each block is kept: what stages have as grids is among these.",
+    )
+    substeps: int = Field(2, ge=1, le=64, description="The teacher's solver steps from one to the next.")
+    solver: Literal["euler", "ab2", "heun"] = Field("ab2", description="Its solver.")
