@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import colada
 import rules
@@ -25,10 +26,14 @@ from colada.device import plain_torch
 from colada.errors import ColadaError
 from colada.generate.engine.engine import Engine
 from colada.generate.settings import TextRequest
+from colada.models.autoregressive import AutoregressiveLM
 from colada.models.cola import ColaDLM
 from colada.models.likelihood import measure
 from colada.models.rollouts import Rollout, roll_out
+from colada.networks.config import DecoderConfig
+from colada.networks.decoder import Decoder
 from colada.train import rewards
+from colada.train.decoder_losses import MaskNoise, decoder_loss
 from colada.train.kinds import RaftSection, RewardSection
 from colada.train.parallel import Ranks
 from colada.train.plan import plan_run
@@ -238,15 +243,16 @@ def test_rewards_are_of_what_users_ask(rewarded_run: Path) -> None:
 def test_a_run_that_is_stopped_in_a_round_ends_in_the_same_weights(
     start: Path, rewarded_run: Path, tmp_path: Path, kind: str
 ) -> None:
-    whole = rewarded_run
+    whole, judge = rewarded_run, list[str]()
     if kind == "raft":
         whole = tmp_path / "whole"
-        Trainer(rewarding(start, tmp_path, kind=kind), whole).run()
+        judge.append(f"stages.raft.judge={start}")
+        Trainer(rewarding(start, tmp_path, *judge, kind=kind), whole).run()
     for step in (1, 2):  # In a round, and between two.
         out = tmp_path / str(step)
         with pytest.raises(Interrupted):
-            Trainer(rewarding(start, tmp_path, kind=kind), out, At(kind, step)).run()
-        Trainer(rewarding(start, tmp_path, kind=kind), out).run()
+            Trainer(rewarding(start, tmp_path, *judge, kind=kind), out, At(kind, step)).run()
+        Trainer(rewarding(start, tmp_path, *judge, kind=kind), out).run()
         assert_same_run(out, whole)
 
 
@@ -548,6 +554,8 @@ def test_questions_that_are_not_there_are_missed_before_anything_is_done(start: 
         preflight(of_rewards)
     with pytest.raises(ColadaError, match=r"no/judge"):
         preflight(rewarding(start, tmp_path, f"stages.reward.judge={tmp_path}/no/judge"))
+    with pytest.raises(ColadaError, match=r"stages.reward.judge=bundled-few is distilled"):
+        plan_run(rewarding(start, tmp_path, "stages.reward.judge=bundled-few"))
     source = f"{{path: {STORIES}, format: tasks, questions: {missing}}}"
     with pytest.raises(ColadaError, match=r"missing.jsonl: no such file.*data.sources.0.questions"):
         preflight(made(start, tmp_path, "reward", source))
@@ -564,6 +572,31 @@ def test_guided_answers_are_planned_as_two_rows(start: Path, tmp_path: Path) -> 
     assert flops[1] / flops[0] == pytest.approx(5 / 3)
 
 
+def test_a_judge_is_planned(start: Path, tmp_path: Path) -> None:
+    plain, of_text = (
+        plan_run(rewarding(start, tmp_path, *more)).phases[0]
+        for more in ([], [f"stages.reward.judge={start}"])
+    )
+    judge = colada.load(start)
+    assert isinstance(judge, ColaDLM)
+    assert "judge" not in plain.memory
+    assert of_text.memory["judge"] == 4 * sum(
+        p.numel() for network in judge.networks.values() for p in network.parameters()
+    )
+    assert judge.tokenizer is not None
+    size = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 32}
+    decoder = Decoder(DecoderConfig(vocab_size=judge.tokenizer.vocab_size, objective="ar", **size))
+    decoder.init_weights(torch.Generator().manual_seed(0))
+    AutoregressiveLM(decoder, judge.tokenizer).save(tmp_path / "ar")
+    phase = plan_run(rewarding(start, tmp_path, f"stages.reward.judge={tmp_path / 'ar'}")).phases[0]
+    assert phase.memory["judge"] == 4 * sum(p.numel() for p in decoder.parameters())
+    texts, tokens, updates = 2 * 3, 8, 2
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        decoder_loss(decoder, Batch(torch.zeros(texts, tokens, dtype=torch.int64)), MaskNoise())
+    # Attention runs dense, where half of it is useful.
+    assert phase.flops["judge"] * updates == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
 def test_each_rank_has_all_weights_that_write(start: Path, tmp_path: Path) -> None:
     alone, two = (plan_run(rewarding(start, tmp_path), ranks).phases[0].memory for ranks in (1, 2))
     assert "whole networks" not in alone
@@ -576,7 +609,8 @@ def test_each_rank_has_all_weights_that_write(start: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["preferences", "reward"])
 def test_two_ranks_learn_what_one_does(start: Path, pairs: Path, tmp_path: Path, kind: str) -> None:
-    run = preferring(start, pairs) if kind == "preferences" else rewarding(start, tmp_path)
+    judge = f"stages.reward.judge={start}"
+    run = preferring(start, pairs) if kind == "preferences" else rewarding(start, tmp_path, judge)
     second = {"preferences": {"reference": "stored"}, "reward": {"kind": "raft"}}[kind]
     values = run.model_dump(mode="json", exclude_unset=True)
     values["stages"]["second"] = {**values["stages"][kind], **second}

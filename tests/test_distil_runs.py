@@ -355,9 +355,7 @@ def test_the_teachers_pass_is_counted(guidance: float) -> None:
     from colada.train.cost import Work, cola_phase
 
     work = Work("dit", 2, 12, copies=2)
-    phase = with_teacher(
-        cola_phase("", 1, vae, dit, work, Placement(2)), vae, dit, section, 1.0, guidance != 1
-    )
+    phase = with_teacher(cola_phase("", 1, vae, dit, work, Placement(2)), vae, dit, section, 1.0)
     clean, z = torch.randn(2, 12, 8), torch.randn(2, 2, 12, 8)
     timestep = 1000 * torch.rand(2, 2, 3).repeat_interleave(4, 2)
     with FlopCounterMode(display=False) as counter:

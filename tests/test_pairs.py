@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import colada
 import rules
@@ -103,7 +104,12 @@ def test_a_judge_leaves_pairs_whose_best_answer_is_no_less_likely(ends: list[lis
     for pair in judged:
         chosen, rejected = (measure(judge, [pair[name]], seed=[0])[0] for name in ("chosen", "rejected"))
         assert chosen.log_likelihood / chosen.tokens >= rejected.log_likelihood / rejected.tokens - 1e-5
-    assert nats_per_token(judge, ["", "Hello!"])[0] == math.log(judge.tokenizer.vocab_size)  # type: ignore[union-attr]
+    assert judge.tokenizer is not None
+    assert nats_per_token(judge, ["", "Hello!"])[0] == math.log(judge.tokenizer.vocab_size)
+    with torch.no_grad():
+        next(judge.dit.parameters()).fill_(math.nan)
+    with pytest.raises(ColadaError, match="not finite"):
+        nats_per_token(judge, ["Hello!"])
 
 
 def test_a_file_of_pairs_is_gone_on_with_and_learnt_from(
@@ -159,6 +165,9 @@ def test_a_file_of_pairs_is_gone_on_with_and_learnt_from(
     assert not (tmp_path / "none.jsonl").exists()
     assert main([*common, "--out", str(tmp_path / "no" / "x.jsonl")]) == 2
     assert f"there is no directory {tmp_path / 'no'}" in capsys.readouterr().err
+    own = ["--judge", str(tmp_path / "model"), "--out", str(tmp_path / "judged.jsonl")]
+    assert main([*common, *own, "--reward", "rules:coarse"]) == 0
+    assert "differ in reward, the best no less likely than the worst" in capsys.readouterr().out
     assert main([*common, "--out", str(whole), "--reward", "rules:lettres"]) == 2
     assert "has no function 'lettres'" in capsys.readouterr().err
 

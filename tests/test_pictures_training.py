@@ -271,6 +271,12 @@ def test_a_run_whose_text_is_taught_resumes_and_counts_its_teacher(text: Path, t
         run(tmp_path / "run", *taught, display=At("pictures", 2))
     run(tmp_path / "run", *taught)
     assert_same_run(tmp_path / "run", whole_run)
+    by_split = {
+        split: [r for r in metrics(whole_run) if r["split"] == split] for split in ("train", "validation")
+    }
+    assert any("taught_flow" in record for record in by_split["train"])
+    assert not any("flow" in record for record in by_split["train"])
+    assert all("flow" in record for record in by_split["validation"])
     of_text, of_pictures = plan_run(recipe(*PICTURES, *taught)).phases
     assert of_text.flops["teacher"] > 0
     assert not of_pictures.flops.get("teacher")
@@ -279,8 +285,17 @@ def test_a_run_whose_text_is_taught_resumes_and_counts_its_teacher(text: Path, t
     again = [*taught[:2], f"model.init={whole_run / 'model'}", *taught[3:], "stages.pictures.steps=1"]
     again.append(f"stages.pictures.text_teacher={whole_run / 'model'}")
     run(tmp_path / "again", *again)
-    with pytest.raises(ColadaError, match=r"teacher=bundled: its dit is not of the configuration"):
-        run(tmp_path / "none", *start, "stages.pictures.text_teacher=bundled")
+    for teacher, said in (
+        ("bundled", r"text_teacher=bundled: its DiT is not of the configuration"),
+        ("bundled-few", r"text_teacher=bundled-few, expected the flow of data: nothing distilled"),
+    ):
+        with pytest.raises(ColadaError, match=said):
+            run(tmp_path / "none", *start, f"stages.pictures.text_teacher={teacher}")
+        assert not (tmp_path / "none").exists()
+    with pytest.raises(ColadaError, match="text_teacher without steps of text"):
+        recipe(*PICTURES, f"stages.pictures.text_teacher={text}", "stages.pictures.tasks={draw: 1}")
+    with pytest.raises(ColadaError, match="adaptive_timesteps"):
+        recipe(*PICTURES, "stages.pictures.adaptive_timesteps=true")
 
 
 def test_other_pictures_are_no_continuation(whole: Path, tmp_path: Path) -> None:

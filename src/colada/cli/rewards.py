@@ -266,11 +266,13 @@ def pairs(
             settings=settings,
             batch=batch,
         )
+    likely = "" if judge is None else ", the best no less likely than the worst"
     if not count:
         raise ColadaError(
             f"{network.origin}: to none of {len(asked)} prompts two answers end by themselves and differ in"
-            " reward as they should, expected a model that has learnt to answer"
+            f" reward{likely}, expected a model that has learnt to answer"
         )
-    likely = "" if judge is None else " and are as likely"
-    without_pairs = f"to the others no two answers that end differ in reward{likely}"
-    print(f"wrote {out}: {count:,} pairs of {len(asked):,} prompts; {without_pairs}")
+    print(
+        f"wrote {out}: {count:,} pairs of {len(asked):,} prompts; to the others no two answers that end"
+        f" differ in reward{likely}"
+    )

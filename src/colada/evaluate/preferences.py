@@ -58,8 +58,9 @@ def best_and_worst(
     Answers that did not end by themselves, or say nothing, do not count.
 
     Args:
-        nats: a token, of a judge: of equal answers the best is the likeliest, the worst the least likely one,
-            and a best answer that is less likely than the worst makes no pair. None: the first of equals.
+        nats: -log p a token of each under a judge: of equal answers the best is the likeliest, the worst the
+            least likely one, and a best answer that is less likely than the worst makes no pair. None: the
+            first of equals.
     """
     ended = [n for n, answer in enumerate(answers) if answer.finish_reason == "end" and answer.text.strip()]
     if not ended:
@@ -112,7 +113,7 @@ def own_pairs(
                 with_seed: Any = {**(settings or {}), "seed": int(state >> 2)}
                 requests.append(TextRequest(asked, new_tokens, with_seed))
         done = model.generate(requests, batch=batch)
-        judged = None if judge is None else nats_per_token(judge, [answer.text for answer in done])
+        judged = None if judge is None else nats_per_token(judge, [answer.text for answer in done], batch)
         pairs = []
         for place, number in enumerate(numbers):
             own, (task, prompt) = slice(place * samples, (place + 1) * samples), prompts[number]
@@ -124,6 +125,10 @@ def own_pairs(
                 about = {"task": task, "number": number, "reward": [rewards[n] for n in chosen]}
                 pairs.append({"prompt": spoken(prompt), **texts, **about})
         yield numbers.stop, pairs
+
+
+def _weights(model: LanguageModel) -> dict[str, str]:
+    return {name: digest(network) for name, network in model.networks.items()}
 
 
 def write_pairs(
@@ -153,10 +158,11 @@ def write_pairs(
     if not path.parent.is_dir():
         raise ColadaError(f"{path}: there is no directory {path.parent}, expected a place for a file")
     rules = {task: reward_of(reward or task, questions) for task in dict(prompts)}
-    weights = [
-        {name: digest(network) for name, network in one.networks.items()} for one in (model, judge) if one
+    about = [
+        *(_weights(model), model.chat_template, model.chosen(made.get("settings") or {})),
+        *(prompts, reward, made),
+        *([] if judge is None else [_weights(judge)]),
     ]
-    about = [weights, model.chat_template, model.chosen(made.get("settings") or {}), prompts, reward, made]
     of = hashlib.sha256(json.dumps(about, sort_keys=True, default=list).encode()).hexdigest()[:16]
     lines = list(read_lines(path)) if path.exists() else []
     for place, line in lines:

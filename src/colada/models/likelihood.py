@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from colada.checks import require_count, require_function
-from colada.errors import ColadaError
+from colada.errors import ColadaError, shown
 from colada.generate.settings import Prompt, check_settings, several
 from colada.models.base import ARCHITECTURES, LanguageModel, require_kind
 from colada.models.bound import SETTINGS, LikelihoodKind, TextScore, check_bound
@@ -110,19 +110,21 @@ def measure(
 
 
 def nats_per_token(judge: LanguageModel, texts: Sequence[str], batch: int = 64) -> list[float]:
-    """Return -log p of each text under a judge, by its tokens; of no token, that of one drawn blindly.
+    """Return -log p of each text under a judge divided by its tokens; log of the vocabulary for no token.
 
-    What a bound draws is the same for every text, so that a text's value does not depend on its company.
+    What a bound draws is the same for every text: its value does not depend on the texts beside it.
 
     Raises:
-        ColadaError: as :func:`measure`; if the judge has no tokenizer.
+        ColadaError: as :func:`measure`; if the judge has no tokenizer, or a value is not finite.
     """
     if judge.tokenizer is None:
-        raise ColadaError(f"{judge.origin or 'the judge'} has no tokenizer, expected one: it judges text")
-    nats = [math.log(judge.tokenizer.vocab_size)] * len(texts)
-    places = [place for place, text in enumerate(texts) if judge.tokenizer.encode(text)]
-    some = [texts[place] for place in places]
-    scores = measure(judge, some, seed=[0] * len(some), batch=batch) if some else []
-    for place, score in zip(places, scores, strict=True):
-        nats[place] = -score.log_likelihood / score.tokens
+        raise ColadaError(f"{judge.origin or 'this model'} has no tokenizer.json, and it judges texts")
+    ids = [judge.tokenizer.encode(text) for text in texts]
+    some = [of_text for of_text in ids if of_text]
+    scores = iter(measure(judge, some, seed=[0] * len(some), batch=batch) if some else ())
+    blind, nats = math.log(judge.tokenizer.vocab_size), list[float]()
+    for text, of_text in zip(texts, ids, strict=True):
+        nats.append(-next(scores).log_likelihood / len(of_text) if of_text else blind)
+        if not math.isfinite(nats[-1]):
+            raise ColadaError(f"{judge.origin or 'the judge'}: the likelihood of {shown(text)} is not finite")
     return nats

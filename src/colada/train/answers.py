@@ -56,10 +56,12 @@ class RewardTerms(Section):
         0.3, description="What the reward of an answer is less by that does not end by itself within these."
     )
     judge: str | None = Field(
-        None, description="A model that reads the answers, so that rewards are not earned by worse language."
+        None,
+        description="A model that reads the answers, without prompt and end, so that rewards are not earned"
+        " by worse language.",
     )
     judge_weight: Weight = Field(
-        0.1, description="What each of the judge's nats a token takes off the reward of an answer."
+        0.1, description="What the reward of an answer is less by for each nat a token under the judge."
     )
     sampler: dict[str, Any] = Field(
         SAMPLER, description="Generation settings of the answers; what is left out is as here."

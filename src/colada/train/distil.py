@@ -134,5 +134,5 @@ class DistilStage(TaughtStage):
             passes += section.trajectory * section.rollout
         else:
             passes *= 1 - section.trajectory
-        phase = with_teacher(phase, vae, dit, section, passes, section.guidance != 1)
+        phase = with_teacher(phase, vae, dit, section, passes)
         return with_trajectories(phase, recipe, name, section, vae, dit)

@@ -1,4 +1,4 @@
-"""What a teacher costs: beside the steps of its student, and to make its trajectories before them.
+"""What frozen models cost: a teacher beside its student and before it, and a judge of answers.
 
 Counted as in :mod:`colada.train.cost`. A pass of a frozen teacher over a step's rows costs the DiT's forward
 pass, guided with an unconditional copy beside each conditional one, whose blocks see themselves only.
@@ -7,14 +7,20 @@ pass, guided with an unconditional copy beside each conditional one, whose block
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from colada.flow import evaluations_of
+from colada.locate import DECODER_DIR
+from colada.models.bound import SETTINGS
+from colada.models.load import read_decoder_config
+from colada.networks.checkpoint import read_configs
 from colada.networks.config import DiTConfig, TextVAEConfig
 from colada.train.cost import (
     Phase,
     Placement,
     adaln_entries,
     block_causal_pairs,
+    decoder_flops,
     encoder_flops,
     networks,
     parameter_counts,
@@ -26,11 +32,10 @@ from colada.train.recipe import Recipe
 from colada.train.trajectories import fine_grid
 
 
-def teacher_pass(
-    vae: TextVAEConfig, dit: DiTConfig, section: TaughtSection | PicturesSection, guided: bool
-) -> float:
+def teacher_pass(vae: TextVAEConfig, dit: DiTConfig, section: TaughtSection | PicturesSection) -> float:
     """Return the FLOPs of a frozen pass over a step's rows."""
     _, prior = networks(vae, dit)
+    guided = isinstance(section, TaughtSection) and section.guidance != 1
     blocks, size = section.length // vae.block_tokens, dit.block_size // dit.patch_size
     copies = section.copies * (1 + guided)
     pairs = two_copy_pairs(blocks, size, section.copies) + guided * section.copies * blocks * size**2
@@ -45,12 +50,24 @@ def with_teacher(
     dit: DiTConfig,
     section: TaughtSection | PicturesSection,
     passes: float,
-    guided: bool = False,
 ) -> Phase:
     """Return steps with so many passes of a frozen teacher in each, and the memory that it takes."""
     memory = 4 * parameter_counts(vae, dit)["DiT"] / phase.placement.shards
-    parts = {"teacher": passes * teacher_pass(vae, dit, section, guided)} if passes else {}
+    parts = {"teacher": passes * teacher_pass(vae, dit, section)} if passes else {}
     return replace(phase, flops={**phase.flops, **parts}, memory={**phase.memory, "teacher": memory})
+
+
+def judge_cost(directory: Path, texts: int, tokens: int) -> tuple[float, float]:
+    """Return the FLOPs of a judge's pass over texts, and the bytes of its weights, whole on every rank.
+
+    A baseline reads them once, one for masked tokens as often as its bound has samples. Of a Cola DLM, whose
+    bound integrates its flow, weights are counted alone.
+    """
+    if not (directory / DECODER_DIR).is_dir():
+        return 0.0, 4.0 * sum(parameter_counts(*read_configs(directory)).values())
+    config = read_decoder_config(directory)
+    passes = SETTINGS[config.objective].get("samples", 1)
+    return passes * sum(decoder_flops(config, texts, tokens).values()) / 3, 4.0 * config.parameters
 
 
 def with_trajectories(

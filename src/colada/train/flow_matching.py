@@ -70,7 +70,8 @@ class FlowStep:
         dropout: share of what attention and MLP add that is dropped, where gradients are wanted.
         consistency: a further term, or None.
         law: of the timesteps, whose quantiles are told apart in the terms; None: they are not.
-        teacher: a frozen prior whose velocity is learnt in place of the data's; None: the data's.
+        teacher: a frozen prior whose guess is learnt in place of the data: where it knows the data, the
+            gradient is the same, without the data's variance. None: the data.
     """
 
     space: str = "velocity"
@@ -222,31 +223,6 @@ def guess_errors(
     return _errors(dit, output, guess, noise, timestep, pinned)
 
 
-def taught_errors(
-    dit: DiT,
-    output: Tensor,
-    teacher: DiT,
-    z: Tensor,
-    timestep: Tensor,
-    clean: Tensor,
-    pinned: Pinned | None = None,
-    sample: Tensor | None = None,
-    alone: Tensor | None = None,
-) -> Tensor:
-    """Return ||v(z, t) - v_teacher(z, t)||^2 per latent number, (B, K, M).
-
-    Its gradient is that of the data's error where the teacher knows the data, without that error's variance.
-
-    Args:
-        output: (B, K, M, C), see :func:`noisy_pass`.
-        teacher: sees what the network sees; a history of its own making from the same clean latents.
-    """
-    with torch.no_grad():
-        taught = predict(teacher, z.detach(), timestep, clean, pinned, sample, alone)
-        guess = guess_of_z0(teacher, z, taught, timestep, pinned)
-    return guess_errors(dit, output, z, guess, timestep, pinned)
-
-
 def _free(values: Tensor, pinned: Pinned | None) -> Tensor:
     """Return values (B, K, M), 0 at pinned positions."""
     return values if pinned is None else values.masked_fill(pinned.where[:, None], 0.0)
@@ -328,7 +304,10 @@ def flow_matching(
     if step.teacher is None:
         errors = _errors(dit, output, clean[:, None], z1, timestep, pinned)
     else:
-        errors = taught_errors(dit, output, step.teacher, z, timestep, clean, pinned, sample, alone)
+        with torch.no_grad():
+            taught = predict(step.teacher, z, timestep, clean, pinned, sample, alone)
+            guess = guess_of_z0(step.teacher, z, taught, timestep, pinned)
+        errors = guess_errors(dit, output, z.detach(), guess, timestep, pinned)
     total, terms = weighed(errors, timestep, pinned, counts, step.space)
     if step.consistency is not None:
         seen = (timestep, clean, pinned, sample, alone, guesses)

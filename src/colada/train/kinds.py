@@ -342,6 +342,7 @@ class PicturesSection(PictureTerms, PriorTerms, StageSection):
     stage = "colada.train.pictures:PicturesStage"
     first = 2
     kind: Literal["pictures"] = "pictures"
+    adaptive_timesteps: Literal[False] = Field(False, description="Tasks have a law of their own each.")
 
 
 class PictureVAESection(CodecTerms, StageSection):
@@ -410,14 +411,14 @@ class RewardSection(RolloutSection):
         " the rule, after which no block has changed the reward. The others are held where they are.",
     )
 
+    keep: Share = Field(0.5, description="How much of the old weights stays as answers are renewed, at most.")
+    keep_rise: Weight = Field(0.001, description="And by how much more with each round, from 0.")
+
     @model_validator(mode="after")
     def _credits(self) -> RewardSection:
         if self.credit == "until_met" and self.judge is not None:
             raise ValueError("credit='until_met' with a judge, which reads all blocks: expected 'answer'")
         return self
-
-    keep: Share = Field(0.5, description="How much of the old weights stays as answers are renewed, at most.")
-    keep_rise: Weight = Field(0.001, description="And by how much more with each round, from 0.")
 
 
 class RaftSection(RolloutSection):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from colada.errors import ColadaError
-from colada.locate import locate
+from colada.locate import DECODER_DIR, find_tokenizer, locate
 from colada.networks.checkpoint import read_configs
 from colada.networks.config import DiTConfig
 from colada.train.kinds import (
@@ -91,8 +93,10 @@ def check_order(recipe: Recipe, dit: DiTConfig) -> None:
     Raises:
         ColadaError: as :func:`built_in`; or for a stage that trains the flow of data after a distillation,
             a teacher that takes its own last guess, which a student of other steps has never seen, a stage
-            that leaves new layers as they are drawn, or a second learnt solver of another size.
+            that leaves new layers as they are drawn, a second learnt solver of another size, or a judge or a
+            teacher of text that cannot be one.
     """
+    _check_models(recipe, dit)
     _check_new_layers(recipe, dit)
     _check_solvers(recipe)
     start = dit.distilled
@@ -114,6 +118,44 @@ def check_order(recipe: Recipe, dit: DiTConfig) -> None:
                 f"recipe: stages.{name} trains the flow of data, which undoes what a distilled model has"
                 " built in: fine-tune first, distil after"
             )
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Return whether two configurations are the same but for what one network may have and the other not.
+
+    That is: what is distilled into a DiT, landing times, pictures.
+    """
+    if not (isinstance(one, DiTConfig) and isinstance(other, DiTConfig)):
+        return one == other
+    free: dict[str, Any] = {"distilled": None, "landing_time": False, "training_length": None}
+    if not (one.img_channels and other.img_channels):
+        free |= {"img_channels": 0, "img_grid": None, "img_axial": False, "dual_layers": 0}
+    return replace(one, **free) == replace(other, **free)
+
+
+def _check_models(recipe: Recipe, dit: DiTConfig) -> None:
+    """Raise ColadaError for a teacher of text or a judge that is not there, or cannot be one."""
+    for name, section in recipe.trained.items():
+        if isinstance(section, PicturesSection) and section.steps and section.text_teacher is not None:
+            where = f"recipe: stages.{name}.text_teacher={section.text_teacher}"
+            teacher = read_configs(locate(section.text_teacher))[1]
+            guesses = teacher.self_conditioning or dit.self_conditioning or section.self_conditioning
+            if teacher.distilled is not None or guesses:
+                raise ColadaError(
+                    f"{where}, expected the flow of data: nothing distilled, no self_conditioning"
+                )
+            if not alike(teacher, dit):
+                raise ColadaError(f"{where}: its DiT is not of the configuration that is trained")
+        if isinstance(section, RolloutSection) and section.steps and section.judge is not None:
+            check_judge(f"recipe: stages.{name}.judge={section.judge}", locate(section.judge))
+
+
+def check_judge(where: str, directory: Path) -> None:
+    """Raise ColadaError, beginning with ``where``, for a model that cannot say how likely a text is."""
+    if find_tokenizer(directory) is None:
+        raise ColadaError(f"{where} has no tokenizer.json, expected one: it reads texts")
+    if not (directory / DECODER_DIR).is_dir() and read_configs(directory)[1].distilled is not None:
+        raise ColadaError(f"{where} is distilled, expected a model that has a likelihood")
 
 
 def _check_new_layers(recipe: Recipe, dit: DiTConfig) -> None:

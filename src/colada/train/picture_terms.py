@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from colada.data.sources import Section
 from colada.train.answers import Weight
@@ -51,6 +51,12 @@ class PictureTerms(Section):
     dual_layers: int = Field(
         0, ge=0, le=1000, description="First layers of the DiT that get weights of their own for pictures."
     )
+
+    @model_validator(mode="after")
+    def _teaches(self) -> Self:
+        if self.text_teacher is not None and not self.tasks.get("text"):
+            raise ValueError("text_teacher without steps of text, expected a share of tasks.text")
+        return self
 
     @field_validator("tasks")
     @classmethod

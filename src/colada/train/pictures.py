@@ -218,6 +218,8 @@ class PicturesStage(PriorStage):
             text = super().loss(networks, rows, noise.text, counts, step)
             weighed = self.section.text_weight * text.total
             total, terms = total + weighed + _nothing_of_pictures(dit), text.terms
+            if self.flow_step(step).teacher is not None:  # Not of the data, as in a validation.
+                terms = {"taught_flow": terms["flow"], "mean2": terms["mean2"], "variance": terms["variance"]}
         if noise.draw is not None:
             total = total + self._drawing(dit, noise.draw, counts, terms)
         if noise.describe is not None:
@@ -293,11 +295,9 @@ class PicturesStage(PriorStage):
         phases = picture_phases(name, section, configs, work, placement)
         if section.text_teacher is None:
             return phases
-        passes = [float(task == "text") for task in section.tasks]
-        networks = configs["vae"], configs["dit"]
         return [
-            with_teacher(phase, *networks, section, count)
-            for phase, count in zip(phases, passes, strict=True)
+            with_teacher(phase, configs["vae"], configs["dit"], section, float(task == "text"))
+            for phase, task in zip(phases, section.tasks, strict=True)
         ]
 
     def phase_of(self, step: int) -> int:

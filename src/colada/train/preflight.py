@@ -39,14 +39,14 @@ def preflight(recipe: Recipe, out: Path | None = None) -> list[str]:
     for path in (recipe.tokenizer.file, recipe.data.chat_template, *questions):
         if path is not None:
             require_file(path)
-    of_stages = [
-        getattr(section, key, None)
-        for section in recipe.trained.values()
-        for key in ("teacher", "text_teacher", "judge")
-        if section.steps
-    ]
-    for where in (recipe.model.init, *of_stages):
-        if where not in (None, SAME):
+    named = [recipe.model.init]
+    for section in recipe.trained.values():
+        if section.steps:
+            named += [getattr(section, key, None) for key in ("text_teacher", "judge")]
+            teacher = getattr(section, "teacher", None)
+            named.append(None if teacher == SAME else teacher)
+    for where in named:
+        if where is not None:
             local(where)
     recipe.check_networks()
     if recipe.run.report and find_spec("matplotlib") is None:

@@ -1,14 +1,14 @@
 """Rewards of what the model writes, as stages: DiffusionNFT, and RAFT, which it must beat.
 
 A round begins with answers of the old weights to prompts of the data, several to each, by the engine. They
-are rewarded by a rule, and the steps of the round learn from their latents as they were written: text encoded
-again would be other latents than the model comes to. What is random follows from the seeds of recipe, round
-and answer; so a run that is resumed in a round writes its answers again, and they are the same.
+are rewarded by a rule, less what a judge does not expect, and the steps of the round learn from their latents
+as they were written: text encoded again would be other latents than the model comes to. What is random
+follows from the seeds of recipe, round and answer; so a run that is resumed in a round writes its answers
+again, and they are the same.
 """
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -25,6 +25,7 @@ from colada.data.rules import met_in, rewarded
 from colada.errors import ColadaError
 from colada.flow import PREDICTIONS, T, evaluations_of, interpolate
 from colada.generate.settings import TextRequest
+from colada.locate import locate
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
 from colada.models.likelihood import nats_per_token
@@ -36,6 +37,7 @@ from colada.text.transcript import Completion
 from colada.train.answers import REPLAY
 from colada.train.cola import ColaStage
 from colada.train.cost import Phase, Placement, networks, position_entries
+from colada.train.distil_cost import judge_cost
 from colada.train.flow_matching import place, predict
 from colada.train.kinds import RaftSection, RewardSection, RolloutSection
 from colada.train.losses import Loss, frozen_latents
@@ -79,7 +81,7 @@ class Answer:
         row: (1, L).
         latents: (M, C).
         reward: as the rule says, less what an end that is missing and a judge take off.
-        nats: a token, of the judge; 0 without one.
+        nats: -log p a token under the judge; 0 without one.
         ended: by an end token.
         credited: how many of the latents, the first ones, the reward is credited to.
         share: r in 0..1 of these; NaN if nothing is to be learnt.
@@ -113,7 +115,6 @@ class RolloutStage(ColaStage):
         self.memory["round"] = torch.zeros((), dtype=torch.int64)
         questions = self.section.questions
         self._reward = reward_of(self.section.reward, None if questions is None else Path(questions))
-        self._judge = None if self.section.judge is None else load(self.section.judge)
         self._written: tuple[int, list[Answer]] | None = None
         self._writer: ColaDLM | None = None
 
@@ -122,6 +123,10 @@ class RolloutStage(ColaStage):
         self._beginning = beginning
         self._prompts: Rows = beginning.rows(self.recipe.seed + self.number)
         beginning.ranks.share(self.section.prompts)  # Groups are not divided.
+        self._judge: LanguageModel | None = None
+        if self.section.judge is not None:
+            device = beginning.ranks.device
+            self._judge = load(self.section.judge, device=device, dtype=torch.float32)
 
     @abstractmethod
     def keep(self, number: int) -> float:
@@ -207,7 +212,7 @@ class RolloutStage(ColaStage):
         best = np.mean([max(answer.reward for answer in group) for group in every])
         judged = ""
         if self._judge is not None:
-            judged = f" judge's perplexity {math.exp(np.mean([answer.nats for answer in flat])):.3g},"
+            judged = f" {np.mean([answer.nats for answer in flat]):.3f} nats a token,"
         self._beginning.display.say(
             f"{self.name} round {number + 1}: reward {np.mean(rewards):.3f}, best of each prompt {best:.3f},"
             f"{judged} {100 * ended:.0f}% ended, {len(learnt)} of {len(flat)} answers to learn from"
@@ -377,6 +382,10 @@ class RolloutStage(ColaStage):
         written = 2.0 * positions * position_entries(networks(vae, dit)[1]) / section.updates
         flops = {**phase.flops, "frozen passes": (1 + cls.needs_old) * forward, "answers": written}
         memory = {**phase.memory, "copies": 2 * phase.memory["weights"]}
+        if section.judge is not None:
+            texts = section.prompts * section.samples
+            judged, memory["judge"] = judge_cost(locate(section.judge), texts, section.new_tokens)
+            flops["judge"] = judged / section.updates
         if placement.shards > 1:
             network_bytes = phase.memory["weights"] + phase.memory["frozen networks"]
             memory["whole networks"] = placement.shards * network_bytes

@@ -113,8 +113,7 @@ class SolverStage(TaughtStage):
         (phase,) = super().phases(recipe, name, section, configs, placement)
         vae, dit = configs["vae"], configs["dit"]
         flops = {part: value for part, value in phase.flops.items() if part in ("encoder", "prefixes")}
-        evaluation = teacher_pass(vae, dit, section, section.guidance != 1)
-        flops["evaluations"] = 2 * section.evaluations * evaluation
+        flops["evaluations"] = 2 * section.evaluations * teacher_pass(vae, dit, section)
         frozen = phase.memory["frozen networks"] + 2 * phase.memory["weights"]
         activations = section.evaluations * phase.memory["activations"]
         memory = {"frozen networks": frozen, "activations": activations}

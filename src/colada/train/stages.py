@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
@@ -18,7 +18,7 @@ from colada.device import unallocated
 from colada.errors import ColadaError
 from colada.models.base import LanguageModel
 from colada.models.load import load
-from colada.networks.config import DiTConfig, NetworkConfig
+from colada.networks.config import NetworkConfig
 from colada.networks.decoder import Decoder
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
@@ -26,6 +26,7 @@ from colada.pictures.codec import Codec
 from colada.train.cost import Phase, Placement
 from colada.train.display import Display
 from colada.train.kinds import FlowTerms, StageSection
+from colada.train.lineage import alike
 from colada.train.lora import choose
 from colada.train.losses import Loss
 from colada.train.noise import Counts
@@ -173,8 +174,8 @@ class System(ABC):
             copy.load_state_dict(network.state_dict())
         else:
             other = getattr(load(where), name, None)
-            if not isinstance(other, nn.Module) or not _alike(other.config, network.config):
-                raise ColadaError(f"teacher={where}: its {name} is not of the configuration that is trained")
+            if not isinstance(other, nn.Module) or not alike(other.config, network.config):
+                raise ColadaError(f"teacher {where}: its {name} is not of the configuration that is trained")
             fill(copy, copied(other, _zero))
         return copy
 
@@ -214,16 +215,6 @@ class Beginning:
 
 def _zero(name: str, tensor: Tensor) -> Tensor:
     return tensor.zero_()
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Return whether what networks of two configurations have in common has weights of the same shapes."""
-    if not (isinstance(one, DiTConfig) and isinstance(other, DiTConfig)):
-        return one == other
-    free: dict[str, Any] = {"distilled": None, "landing_time": False, "training_length": None}
-    if not (one.img_channels and other.img_channels):
-        free |= {"img_channels": 0, "img_grid": None, "img_axial": False, "dual_layers": 0}
-    return replace(one, **free) == replace(other, **free)
 
 
 class Stage(ABC):
