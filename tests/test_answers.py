@@ -435,6 +435,24 @@ def test_a_judge_takes_off_what_it_finds_unlikely(
     assert sorted(earned) == pytest.approx(sorted(0.25 - 0.5 * own for own in nats), rel=1e-3)
 
 
+def test_answers_may_be_encoded_again(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents as they were written are then nowhere in the loss."""
+    some, step = ["latents=encoded", "steps=2"], Trainer._step
+    made_so = rewarding(start, tmp_path, *(f"stages.reward.{own}" for own in some))
+    Trainer(made_so, tmp_path / "whole").run()
+
+    def without(self: Trainer, stage: Stage, number: int, rows: Batch, noise: Any) -> Any:
+        return step(self, stage, number, rows, replace(noise, latents=noise.latents * torch.nan))
+
+    monkeypatch.setattr(Trainer, "_step", without)
+    Trainer(made_so, tmp_path / "without").run()
+    assert_same_run(tmp_path / "without", tmp_path / "whole")
+    with pytest.raises(ColadaError, match="not finite"):
+        Trainer(
+            rewarding(start, tmp_path, "stages.reward.steps=2", "run.max_skipped=0"), tmp_path / "none"
+        ).run()
+
+
 @pytest.mark.parametrize("kind", ["reward", "raft"])
 def test_rewards_that_are_all_equal_teach_nothing(start: Path, tmp_path: Path, kind: str) -> None:
     flat = rewarding(start, tmp_path, f"stages.{kind}.reward=rules:equal", kind=kind)

@@ -17,7 +17,7 @@ import typer
 
 from colada.cli.options import JsonOption, ModelOption, loading
 from colada.errors import ColadaError
-from colada.locate import BUNDLED, local
+from colada.locate import BUNDLED, CHAT_TEMPLATE_FILE, local
 from colada.train.logs import require_metrics
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def train(
     if group.first:
         print(f"the model is in {out / MODEL}; try it:")
         prompt = next(iter(run.sample_prompts), "Once upon a time")
-        chat = ["--chat"] if settings.data.chats else []
+        chat = ["--chat"] if (out / MODEL / CHAT_TEMPLATE_FILE).exists() else []
         print(shlex.join(["colada", "generate", "--model", str(out / MODEL), *chat, prompt]))
 
 

@@ -66,6 +66,11 @@ class RewardTerms(Section):
     sampler: dict[str, Any] = Field(
         SAMPLER, description="Generation settings of the answers; what is left out is as here."
     )
+    latents: Literal["written", "encoded"] = Field(
+        "written",
+        description="Of the answers: as the model came to them; or their texts' own, of the Text VAE's"
+        " posterior.",
+    )
     pull: Weight = Field(0.05, description="Weight of the distance to the first weights, on answers.")
     replay: Weight = Field(
         0.2, description="Weight of rows of the data, a quarter as many as of answers, in every step."

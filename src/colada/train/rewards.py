@@ -324,7 +324,7 @@ class RolloutStage(ColaStage):
         assert noise.z1 is not None
         answers, others = (part[:, None].float() for part in self._parts(rows, noise))
         _, (z0, pinned, sample) = frozen_latents(self.vae, rows, noise, self.system.pad_id)
-        if isinstance(noise, AnswerNoise) and noise.written is not None:
+        if section.latents == "written" and isinstance(noise, AnswerNoise) and noise.written is not None:
             assert noise.latents is not None
             z0 = torch.where(noise.written[:, None, None], noise.latents, z0)
         timestep, z1 = noise.timestep, noise.z1
