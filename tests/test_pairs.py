@@ -54,9 +54,10 @@ def test_the_best_and_the_worst_of_those_that_ended() -> None:
     assert best_and_worst(some, [0.9, 0.0, 0.9, 0.0, 0.2]) == (0, 4)
     assert best_and_worst(some, [0.5, 1.0, 0.5, 0.0, 0.5]) is None
     assert best_and_worst(some[1:2], [1.0]) is None
-    # With a judge, by its nats a token: the likeliest of the best, the least likely of the worst.
-    assert best_and_worst(some, [0.9, 0.0, 0.9, 0.0, 0.2], [3.0, 1.0, 2.0, 1.0, 2.5]) == (2, 4)
-    assert best_and_worst(some, [0.2, 0.0, 0.9, 0.0, 0.2], [3.0, 1.0, 2.0, 1.0, 2.5]) == (2, 0)
+    # With a judge, by its nats a token: the nearest two, the better one no less likely.
+    assert best_and_worst(some, [0.9, 0.0, 0.9, 0.0, 0.2], [2.4, 1.0, 2.0, 1.0, 2.5]) == (0, 4)
+    assert best_and_worst(some, [0.9, 0.0, 0.9, 0.0, 0.2], [2.6, 1.0, 2.0, 1.0, 2.5]) == (2, 4)
+    assert best_and_worst(some, [0.2, 0.0, 0.9, 0.0, 0.2], [3.0, 1.0, 2.0, 1.0, 2.5]) == (2, 4)
     assert best_and_worst(some, [0.2, 0.0, 0.9, 0.0, 0.2], [3.0, 1.0, 3.1, 1.0, 2.5]) is None
 
 

@@ -58,16 +58,22 @@ def best_and_worst(
     Answers that did not end by themselves, or say nothing, do not count.
 
     Args:
-        nats: -log p a token of each under a judge: of equal answers the best is the likeliest, the worst the
-            least likely one, and a best answer that is less likely than the worst makes no pair. None: the
-            first of equals.
+        nats: -log p a token of each under a judge: of equally good and equally bad answers the two that are
+            nearest in it, the better one no less likely; None where there are none. Without: the first ones.
     """
     ended = [n for n, answer in enumerate(answers) if answer.finish_reason == "end" and answer.text.strip()]
     if not ended:
         return None
-    likely = [0.0] * len(answers) if nats is None else [-one for one in nats]
-    best, worst = (choose(ended, key=lambda n: (rewards[n], likely[n])) for choose in (max, min))
-    return (best, worst) if rewards[best] > rewards[worst] and likely[best] >= likely[worst] else None
+    high, low = (choose(rewards[n] for n in ended) for choose in (max, min))
+    if high == low:
+        return None
+    both = [
+        (best, worst) for best in ended for worst in ended if (rewards[best], rewards[worst]) == (high, low)
+    ]
+    if nats is None:
+        return both[0]
+    lead = {pair: nats[pair[1]] - nats[pair[0]] for pair in both}
+    return min((pair for pair in both if lead[pair] >= 0), key=lambda pair: lead[pair], default=None)
 
 
 def spoken(prompt: str) -> list[dict[str, str]]:
