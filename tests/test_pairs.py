@@ -166,6 +166,8 @@ def test_a_file_of_pairs_is_gone_on_with_and_learnt_from(
     assert not (tmp_path / "none.jsonl").exists()
     assert main([*common, "--out", str(tmp_path / "no" / "x.jsonl")]) == 2
     assert f"there is no directory {tmp_path / 'no'}" in capsys.readouterr().err
+    assert main([*common, "--out", str(tmp_path / "none.jsonl"), "--judge", "bundled-few"]) == 2
+    assert "judge bundled-few is distilled, expected a model that has a likelihood" in capsys.readouterr().err
     own = ["--judge", str(tmp_path / "model"), "--out", str(tmp_path / "judged.jsonl")]
     assert main([*common, *own, "--reward", "rules:coarse"]) == 0
     assert "differ in reward, the best no less likely than the worst" in capsys.readouterr().out

@@ -246,7 +246,11 @@ def pairs(
 
     from colada.data.sources import stories as read
     from colada.evaluate.preferences import taught_prompts, write_pairs
+    from colada.locate import locate
+    from colada.train.lineage import check_judge
 
+    if judge is not None:
+        check_judge(f"judge {judge}", locate(judge))
     display = Display(Console(stderr=True, quiet=quiet))
     asked = taught_prompts(read(stories), names, prompts, seed, questions)
     settings = {

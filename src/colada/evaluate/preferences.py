@@ -164,11 +164,9 @@ def write_pairs(
     if not path.parent.is_dir():
         raise ColadaError(f"{path}: there is no directory {path.parent}, expected a place for a file")
     rules = {task: reward_of(reward or task, questions) for task in dict(prompts)}
-    about = [
-        *(_weights(model), model.chat_template, model.chosen(made.get("settings") or {})),
-        *(prompts, reward, made),
-        *([] if judge is None else [_weights(judge)]),
-    ]
+    settings = model.chosen(made.get("settings") or {})
+    about = [_weights(model), model.chat_template, settings, prompts, reward, made]
+    about += [] if judge is None else [_weights(judge)]
     of = hashlib.sha256(json.dumps(about, sort_keys=True, default=list).encode()).hexdigest()[:16]
     lines = list(read_lines(path)) if path.exists() else []
     for place, line in lines:
