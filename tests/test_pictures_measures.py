@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from colada.models.cola import ColaDLM
 from colada.models.load import load_cola
@@ -23,6 +25,7 @@ from experiments.pictures import measures
 from experiments.pictures.__main__ import main
 from experiments.pictures.drawn import (
     ABLATIONS,
+    comparison_table,
     describing_table,
     drawing_row,
     gallery,
@@ -97,6 +100,7 @@ class Perfect:
         return [Completion(str(read(picture)), (), "end", 0) for picture in pictures]
 
 
+@cache
 def true_picture(caption: str) -> Any:
     """The first of some scenes that is what a caption says; drawn anew for each caption."""
     wanted = parse(caption)
@@ -142,11 +146,25 @@ def test_spread_is_nothing_of_equal_pictures_and_one_of_black_and_white() -> Non
     assert spread([black, white]) == 1
 
 
-def test_ablations_are_runs_that_the_recipe_takes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ablations_are_runs_that_the_recipe_takes_and_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["ablations"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(ABLATIONS)
-    for line in lines:
-        words = shlex.split(line)
+    first, *trained, last = map(shlex.split, capsys.readouterr().out.splitlines())
+    assert len(trained) == 1 + len(ABLATIONS)
+    for words in trained:
         sets = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
         load_recipe(Path(words[2]), sets)
+    assert last[-1 - len(trained) : -1] == [f"{words[4]}/model" for words in trained]
+    monkeypatch.chdir(tmp_path)
+    assert main(first[3:]) == 0
+    bundled, fresh = load_cola(), load_cola(first[-1])
+    assert bundled.shares_vae(fresh)
+    assert not torch.equal(bundled.dit.txt_out.proj.weight, fresh.dit.txt_out.proj.weight)
+
+
+def test_models_are_compared_by_the_same_captions() -> None:
+    models = {"all": cast(ColaDLM, Perfect()), "some": cast(ColaDLM, Perfect(1))}
+    rows = comparison_table(models, 4, False).rows
+    assert [row[0] for row in rows] == [f"{name}, guidance {n}" for name in models for n in (1, 3)]
+    assert [row[1].split()[0] for row in rows] == ["1.000", "1.000", "0.750", "0.750"]

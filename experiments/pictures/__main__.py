@@ -196,17 +196,52 @@ def retrieval(
 
 
 @pictures_app.command()
-def ablations(steps: Annotated[int, typer.Option(min=1, help="Of each run.")] = 2500) -> None:
-    """Print the commands of the ablations' runs, each of recipes/pictures.yaml with one thing changed."""
+def ablations(steps: Annotated[int, typer.Option(min=1, help="Of each run.")] = 600) -> None:
+    """Print the commands of the ablations: recipes/pictures.yaml with one thing changed, and their table."""
     import re
     import shlex
 
-    from experiments.pictures.drawn import ABLATIONS
+    from experiments.pictures.drawn import ABLATIONS, FRESH
 
+    command, runs = ("python", "-m", "experiments.pictures"), []
+    drawing = ("stages.pictures.tasks={draw: 1}", "data.pictures=[{path: 'shapes:grid'}]")
+    print(shlex.join([*command, "fresh", FRESH]))
     for name, overrides in {"as it is": (), **ABLATIONS}.items():
-        out = "runs/pictures-" + re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-        sets = [part for one in (f"stages.pictures.steps={steps}", *overrides) for part in ("--set", one)]
-        print(shlex.join(["colada", "train", "recipes/pictures.yaml", "--out", out, *sets]))
+        runs.append("runs/pictures-" + re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-"))
+        changes = (f"stages.pictures.steps={steps}", *drawing, *overrides)
+        sets = [part for one in changes for part in ("--set", one)]
+        print(shlex.join(["colada", "train", "recipes/pictures.yaml", "--out", runs[-1], *sets]))
+    print(shlex.join([*command, "compare", *(f"{run}/model" for run in runs), "--grid"]))
+
+
+@pictures_app.command()
+def fresh(
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    model: Annotated[str | None, typer.Option(help="A text model; the bundled one if left out.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the new weights.")] = 0,
+) -> None:
+    """Write a text model whose DiT has learnt nothing, to start the ablation of its weights from."""
+    import torch
+
+    from colada.models.load import load_cola
+
+    network = load_cola(model)
+    network.dit.init_weights(torch.Generator().manual_seed(seed))
+    network.save(out)
+
+
+@pictures_app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Models that have pictures.")],
+    count: Drawn = 200,
+    grid: Grid = False,
+    markdown: Markdown = False,
+) -> None:
+    """Measure how much several models draw right of the same captions, with guidance 3 and without."""
+    from colada.models.load import load_cola
+    from experiments.pictures.drawn import comparison_table
+
+    show(comparison_table({name: load_cola(name) for name in models}, count, grid), markdown)
 
 
 @pictures_app.command("sheet")

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 GUIDANCE, STEPS = (1.0, 2.0, 3.0, 5.0), (1, 2, 4, 8, 16)
 SEEDS = 16
 """Drawings of a caption, whose differences are its diversity."""
+FRESH = "runs/pictures-fresh"
 ABLATIONS: dict[str, Sequence[str]] = {
+    "fresh DiT": [f"model.init={FRESH}"],
     "codec 64 × 24": ["model.image={patch: 4, channels: 24}"],
     "codec, whitening 0": ["model.image={patch: 8, whitening: 0}"],
     "codec, whitening 1": ["model.image={patch: 8, whitening: 1}"],
@@ -40,7 +42,7 @@ ABLATIONS: dict[str, Sequence[str]] = {
     "no text beside pictures": ["stages.pictures.caption_weight=0"],
     "errors of z0": ["stages.pictures.space=z0"],
 }
-"""What is changed in ``recipes/pictures.yaml``, each for fewer steps."""
+"""What is changed in ``recipes/pictures.yaml``, drawing alone, on the patch grid."""
 
 
 def seen(count: int, things: int | None = None, grid: bool = False) -> list[Example]:
@@ -92,10 +94,12 @@ def drawing_row(table: Table, name: str, drawn: Sequence[Picture], examples: Seq
     table.row(name, *(share(part, len(found)) for part in parts), f"{colour_error(drawn, examples):.3f}")
 
 
+DRAWN = ["captions", "right", "count", "all things", "sizes", "relations", "swapped", "colour error"]
+
+
 def drawing_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str, Any]) -> Table:
     """Return how much of captions is drawn right, seeds in order: seen combinations, and those held out."""
-    columns = ["captions", "right", "count", "all things", "sizes", "relations", "swapped", "colour error"]
-    table, rare = Table(columns), max(10, 3 * count // 10)
+    table, rare = Table(DRAWN), max(10, 3 * count // 10)
     sets = {f"{n} thing{'s' * (n > 1)}": seen(count, n, grid) for n in (1, 2)}
     sets = {"1 or 2 things": seen(count, grid=grid), **sets, "3 things": seen(rare, 3, grid)}
     sets |= {f"unseen: {name}": of_held_out(name, rare, grid) for name in HELD_OUT}
@@ -105,6 +109,16 @@ def drawing_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str,
     others = seen(count, grid=grid)
     shuffled = [judge(read(one.picture), parse(others[n - 1].caption)).right for n, one in enumerate(others)]
     table.row("chance: another's caption", share(sum(shuffled), count), *[""] * 6)
+    return table
+
+
+def comparison_table(models: Mapping[str, ColaDLM], count: int, grid: bool) -> Table:
+    """Return how much models draw right of the same captions, seeds in order, with guidance and without."""
+    table, examples = Table(DRAWN), seen(count, grid=grid)
+    for name, model in models.items():
+        for guidance in (1.0, 3.0):
+            drawn = model.draw([one.caption for one in examples], seed=0, guidance=guidance)
+            drawing_row(table, f"{name}, guidance {guidance:g}", drawn, examples)
     return table
 
 
