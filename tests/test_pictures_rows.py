@@ -90,18 +90,23 @@ def check(
         assert tile.queries == ((0, size - first),)
 
 
+@pytest.mark.parametrize("captions", [True, False])
 @pytest.mark.parametrize("block", [1, 4, 16])
-def test_a_picture_is_drawn_from_all_of_its_caption_and_text_does_not_see_it(block: int) -> None:
+def test_a_picture_is_drawn_from_all_of_its_caption_and_text_does_not_see_it(
+    block: int, captions: bool
+) -> None:
     length, lengths, alone = 3 * block, [3 * block, block, 2 * block], [False, False, True]
-    layout = drawing_layout(torch.tensor(lengths), length, PICTURE, block, torch.tensor(alone))
+    layout = drawing_layout(torch.tensor(lengths), length, PICTURE, block, torch.tensor(alone), captions)
     picture: list[Cell] = [("I", 0)] * PICTURE
-    rows = [text("C", length, n, block) + picture + text("N", length, n, block) for n in lengths]
+    rows = [text("C", length, n, block) + picture + text("N", length, n, block) * captions for n in lengths]
     check(layout, rows, lambda row, query, key: may_draw(query, key, alone[row]), length)
     place = list(range(length))
-    assert layout.positions.view(3, -1).tolist() == [place + [n] * PICTURE + place for n in lengths]
+    assert layout.positions.view(3, -1).tolist() == [
+        place + [n] * PICTURE + place * captions for n in lengths
+    ]
     assert layout.pictures is not None
     assert layout.pictures.view(3, -1).tolist() == [
-        [False] * length + [True] * PICTURE + [False] * length for _ in lengths
+        [False] * length + [True] * PICTURE + [False] * length * captions for _ in lengths
     ]
 
 
@@ -218,6 +223,13 @@ def test_errors_of_drawing_are_those_of_one_picture_after_its_caption(prediction
         picture_times,
         torch.tensor(alone),
     )
+    assert errors is not None
+    # The picture does not see its noisy caption: without one it is drawn alike.
+    given = captions, torch.tensor(lengths), pictures
+    rest = None, picture_noise, None, picture_times, torch.tensor(alone)
+    without, none = drawing_errors(dit, *given, *rest)
+    assert none is None
+    torch.testing.assert_close(without, picture, rtol=1e-5, atol=1e-6)
     for row, length in enumerate(lengths):
         history = History()
         for start in range(0, length, BLOCK):

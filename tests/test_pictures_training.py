@@ -413,6 +413,48 @@ def test_a_plan_names_tasks_and_counts_all_parameters() -> None:
     assert plan.cost.parameters["DiT"] > text
 
 
+def test_pictures_are_learnt_beside_a_text_that_stays_to_the_bit(text: Path, tmp_path: Path) -> None:
+    start = ["model.vae={}", "model.dit={}", f"model.init={text}", "stages.pictures.steps=4"]
+    dual = [*start, "stages.pictures.train=pictures", "stages.pictures.dual_layers=1"]
+    apart = [*dual, "stages.pictures.tasks={draw: 1, describe: 1}", "stages.pictures.optimiser=muon"]
+    whole_run = run(tmp_path / "whole", *apart)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", *apart, display=At("pictures", 2))
+    run(tmp_path / "run", *apart)
+    assert_same_run(tmp_path / "run", whole_run)
+    records = metrics(whole_run)
+    assert all("caption_flow" not in record for record in records)
+    assert {"picture_flow", "answer_flow"} <= set().union(*records)
+    before, after = load_cola(text), load_cola(whole_run / "model")
+    state, first = after.dit.state_dict(), before.dit.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in first.items())
+    for name, tensor in state.items():  # Of pictures, all that has a gradient has moved.
+        assert name in first or name.endswith("qkv.bias") or bool(tensor.any()), name
+    assert not torch.equal(state["blocks.0.image.mlp.proj_in.weight"], first["blocks.0.mlp.proj_in.weight"])
+    written = [model.generate(["Once"], 8, seed=1, steps=2)[0].tokens for model in (before, after)]
+    assert written[0] == written[1]
+    memory_all, memory_pictures = (
+        plan_run(recipe(*PICTURES, *made)).phases[-1].memory
+        for made in ([*apart, "stages.pictures.train=all"], apart)
+    )
+    assert memory_pictures["gradients"] < memory_all["gradients"]
+    assert memory_pictures["optimiser"] < memory_all["optimiser"]
+    with pytest.raises(ColadaError, match="train='pictures' with steps of text, expected no share"):
+        recipe(*PICTURES, *dual)
+
+
+def test_captions_without_weight_are_not_computed(stage: PicturesStage, whole: Path) -> None:
+    without = stage_of(recipe(*PICTURES, "stages.pictures.caption_weight=0"), whole)
+    rows, counts = range(VALIDATION_ROW, VALIDATION_ROW + 2), []
+    for each in (stage, without):
+        pairs = each.draw(rows).draw
+        assert pairs is not None
+        assert (pairs.noise is None) == (each is without)
+        counts.append(each.count(Batch(torch.zeros(2, 16, dtype=torch.int64)), TaskNoise(draw=pairs)))
+    assert counts[0].captions > counts[1].captions == 0
+    assert counts[0].pictures == counts[1].pictures
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 

@@ -1,8 +1,9 @@
 """Rows that hold text and a picture: their cells, their positions, and who sees whom in them.
 
-A caption is drawn from rows ``[C | I | N]``: clean text, the noisy picture, which sees all of the text, and
-noisy text, which does not see the picture. A picture is described by rows ``[P | I | C | N]``: prompt and
-picture, which see each other, then the clean and the noisy answer, which see both.
+A caption is drawn from rows ``[C | I | N]``: clean text, the noisy picture, which sees all of the text, and,
+where captions are learnt too, noisy text, which does not see the picture. A picture is described by rows
+``[P | I | C | N]``: prompt and picture, which see each other, then the clean and the noisy answer, which see
+both.
 
 Text keeps its positions; a picture takes one, the first after the text before it, for all its latents, and
 the text after it begins with the next block: a KV cache needs no second kind of position. Where in a picture
@@ -23,8 +24,10 @@ from colada.networks.dit import DiT, DualBlock
 from colada.networks.packing import CellKind, Cells, Layout
 
 
-def drawing_layout(lengths: Tensor, length: int, latents: int, block_size: int, alone: Tensor) -> Layout:
-    """Return the layout of rows ``[C length | I latents | N length]``.
+def drawing_layout(
+    lengths: Tensor, length: int, latents: int, block_size: int, alone: Tensor, captions: bool = True
+) -> Layout:
+    """Return the layout of rows ``[C length | I latents | N length]``, or without N.
 
     Args:
         lengths: int64 (B,), latents of each caption, in whole blocks; the rest is padding, which nobody sees.
@@ -32,23 +35,26 @@ def drawing_layout(lengths: Tensor, length: int, latents: int, block_size: int, 
         latents: of a picture.
         block_size: of text.
         alone: bool (B,), pictures that do not see their caption.
+        captions: whether rows have noisy captions.
 
     Raises:
         ColadaError: for lengths that are no whole blocks, or beyond ``length``.
     """
     _check_lengths(lengths, length, block_size)
     padding = _padding(lengths, length)
-    cells = drawing_cells(lengths, length, latents, block_size)
-    hidden = torch.cat([padding, padding.new_zeros(len(lengths), latents), padding], 1)
+    cells = drawing_cells(lengths, length, latents, block_size, captions)
+    hidden = torch.cat([padding, padding.new_zeros(len(lengths), latents), *[padding] * captions], 1)
     return Layout.of_cells(cells, block_size, length, hidden, alone)
 
 
-def drawing_cells(lengths: Tensor, length: int, latents: int, block_size: int) -> Cells:
+def drawing_cells(
+    lengths: Tensor, length: int, latents: int, block_size: int, captions: bool = True
+) -> Cells:
     """Return the cells (B, n) of such rows."""
     rows = len(lengths)
     text = _text(rows, length, lengths.new_zeros(rows), block_size)
     picture = _picture(rows, latents, lengths, length // block_size, CellKind.DRAWN)
-    return _joined(_as(text, CellKind.CLEAN, 0), picture, _as(text, CellKind.NOISY, 1))
+    return _joined(_as(text, CellKind.CLEAN, 0), picture, *[_as(text, CellKind.NOISY, 1)] * captions)
 
 
 def describing_layout(

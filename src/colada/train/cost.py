@@ -34,7 +34,7 @@ from colada.networks.config import DecoderConfig, DiTConfig, TextVAEConfig
 from colada.networks.decoder import Decoder
 from colada.networks.dit import AdaLN, DiT, DualBlock
 from colada.networks.vae import TextVAE
-from colada.train.lora import factor_entries, learning_entries
+from colada.train.lora import factor_entries, learning, learning_entries
 
 if TYPE_CHECKING:  # It needs what only training does.
     from colada.train.kinds import StageSection
@@ -310,9 +310,9 @@ def state_bytes(trained: Sequence[nn.Module], placement: Placement) -> dict[str,
     """Return what networks that learn need beside activations, see :func:`memory_per_rank`."""
     parameters = sum(parameters_of(network) for network in trained)
     gradients = sum(learning_entries(network, placement.train) for network in trained)
-    moments = 2 * gradients - (
-        sum(map(_muon_entries, trained)) if placement.muon and placement.train == "all" else 0
-    )
+    moments = 2 * gradients
+    if placement.muon:
+        moments -= sum(_muon_entries(network, placement.train) for network in trained)
     if placement.train == "lora":  # W0 in place of moments, and three times the factors.
         factors = [factor_entries(network, placement.rank) for network in trained if isinstance(network, DiT)]
         moments = gradients + 3 * sum(factors)
@@ -359,9 +359,9 @@ def dit_position_bytes(dit: DiTConfig, placement: Placement, dropout: bool = Fal
     return stored_bytes + 4 * entry * dim
 
 
-def _muon_entries(network: nn.Module) -> int:
-    """Entries of the matrices of transformer blocks, AdaLN aside."""
-    named = network.named_parameters()
+def _muon_entries(network: nn.Module, train: str) -> int:
+    """Entries of the matrices of transformer blocks that learn, AdaLN aside."""
+    named = learning(network, train).items()
     return sum(p.numel() for name, p in named if p.ndim == 2 and "blocks." in name and ".ada." not in name)
 
 

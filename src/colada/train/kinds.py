@@ -342,7 +342,26 @@ class PicturesSection(PictureTerms, PriorTerms, StageSection):
     stage = "colada.train.pictures:PicturesStage"
     first = 2
     kind: Literal["pictures"] = "pictures"
+    train: Literal["all", "pictures", "adaln", "lora"] = Field(  # type: ignore[assignment]
+        "all",
+        description="What of the DiT learns: all; what text alone does not use, so that text stays as it was"
+        " to the bit; the matrices of its modulation; or, beside each of its blocks' matrices, a product of"
+        " low rank.",
+    )
     adaptive_timesteps: Literal[False] = Field(False, description="Tasks have a law of their own each.")
+
+    @model_validator(mode="after")
+    def _learns(self) -> PicturesSection:
+        if self.train == "pictures" and self.tasks.get("text"):
+            raise ValueError(
+                "train='pictures' with steps of text, expected no share of tasks.text: text stays"
+            )
+        return self
+
+    @property
+    def learns_captions(self) -> bool:
+        """Whether captions are learnt beside what is drawn from them."""
+        return self.caption_weight > 0 and self.train != "pictures"
 
 
 class PictureVAESection(CodecTerms, StageSection):

@@ -171,6 +171,8 @@ def _check_new_layers(recipe: Recipe, dit: DiTConfig) -> None:
             "its own guess as an input": section.self_conditioning > 0 and not guesses,
         }
         new = [what for what, is_new in needed.items() if is_new]
+        if section.train == "pictures":  # Which has all that is new of them.
+            new = [what for what in new if what != "pictures"]
         if new and section.train != "all":
             raise ColadaError(
                 f"recipe: stages.{name}.train={section.train!r}, but the DiT has not learnt {new[0]} before:"

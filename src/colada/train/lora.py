@@ -1,4 +1,4 @@
-"""Which parameters of a DiT learn: all, those of its modulation, or a product of low rank beside each matrix.
+"""Which parameters of a DiT learn: all, its modulation's, pictures', or low-rank factors of its matrices.
 
 With low rank (LoRA, arXiv:2106.09685) a matrix is W = W0 + B A, A (rank, inputs) and B (outputs, rank);
 B begins at 0. The network always holds W itself: the factors are the optimiser's, which takes the gradient of
@@ -25,18 +25,24 @@ def is_modulation(name: str) -> bool:
     return "ada." in name or name.startswith("emb_in2.")
 
 
+def is_of_pictures(name: str) -> bool:
+    """Return whether a parameter of the DiT is one that text alone does not use."""
+    return name.startswith("img_") or ".image." in name
+
+
 def has_factors(name: str, parameter: Tensor) -> bool:
     """Return whether a parameter of the DiT is a matrix that low rank is learnt of: those of its blocks."""
     return parameter.ndim == 2 and name.startswith("blocks.")
 
 
-def _learning(network: nn.Module, train: str) -> dict[str, nn.Parameter]:
+def learning(network: nn.Module, train: str) -> dict[str, nn.Parameter]:
     """Return the parameters of a network that learn, by name; ``train`` says which of a DiT's do."""
     named = dict(network.named_parameters())
     if not isinstance(network, DiT) or train == "all":
         return named
-    if train == "adaln":
-        return {name: parameter for name, parameter in named.items() if is_modulation(name)}
+    if train in ("adaln", "pictures"):
+        learns = is_modulation if train == "adaln" else is_of_pictures
+        return {name: parameter for name, parameter in named.items() if learns(name)}
     return {name: parameter for name, parameter in named.items() if has_factors(name, parameter)}
 
 
@@ -46,14 +52,14 @@ def choose(network: nn.Module, train: str, landing: bool = False) -> None:
     Args:
         landing: the stage tells where steps end; else what listens to that stays as it is, at first silent.
     """
-    learning = _learning(network, train)
+    names = learning(network, train)
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in learning and (landing or not name.startswith("emb_in2.")))
+        parameter.requires_grad_(name in names and (landing or not name.startswith("emb_in2.")))
 
 
 def learning_entries(network: nn.Module, train: str) -> int:
     """Return how many numbers of a network learn, or of which low-rank products do."""
-    return sum(parameter.numel() for parameter in _learning(network, train).values())
+    return sum(parameter.numel() for parameter in learning(network, train).values())
 
 
 def factor_entries(network: nn.Module, rank: int) -> int:

@@ -73,16 +73,16 @@ def _pair_phase(
     text, prior = networks(vae, dit)
     pairs = section.batch * section.pairs
     blocks, before = -(-(ANSWER if describes else CAPTION) // vae.block_tokens), 0
-    length, size = blocks * vae.block_size, vae.block_size
+    length, size, learnt = blocks * vae.block_size, vae.block_size, describes or section.learns_captions
     if describes:
         before = -(-PROMPT // vae.block_tokens)
         row = torch.tensor([before * size]), torch.tensor([length])
         cells = describing_cells(row[0], before * size, row[1], length, image.latents, size)
     else:
-        cells = drawing_cells(torch.tensor([length]), length, image.latents, size)
+        cells = drawing_cells(torch.tensor([length]), length, image.latents, size, learnt)
     (positions,) = cells.kind[0].shape
     visible = int(sees(cells.at((0, slice(None), None)), cells.at(0)).sum())
-    timesteps = pairs * (blocks + (not describes)) + 1
+    timesteps = pairs * (blocks * learnt + (not describes)) + 1
     flops = {
         "encoder": float(pairs * sum(encoder_flops(vae, text, count) for count in (blocks, before))),
         "DiT": 3.0 * pairs * prior_flops(prior, positions, visible),
@@ -96,7 +96,7 @@ def _pair_phase(
     memory["masks"] = float(rows * positions**2)
     tokens = pairs * blocks * vae.block_tokens
     described = {"rows": pairs, "latents": positions, "pairs": visible, "task": title}
-    narrow = 6.0 * parameters_of(prior) * pairs * (length + (0 if describes else image.latents))
+    narrow = 6.0 * parameters_of(prior) * pairs * (length * learnt + (0 if describes else image.latents))
     return Phase(title, steps, tokens, flops, memory, placement, described, narrow)
 
 

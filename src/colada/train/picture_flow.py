@@ -20,34 +20,39 @@ def drawing_errors(
     captions: Tensor,
     lengths: Tensor,
     pictures: Tensor,
-    noise: Tensor,
+    noise: Tensor | None,
     picture_noise: Tensor,
-    timestep: Tensor,
+    timestep: Tensor | None,
     picture_timestep: Tensor,
     alone: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Return the errors per latent number of pictures given captions, and of the captions themselves.
 
     Args:
         captions: (B, L, C).
         lengths: int64 (B,), latents of each caption, in whole blocks; the others are padding.
         pictures: (B, M, P), P at most C.
-        noise, picture_noise: as ``captions`` and ``pictures``.
-        timestep: (B, L), constant within a block.
+        noise, picture_noise: as ``captions`` and ``pictures``; no noise: captions are not learnt.
+        timestep: (B, L), constant within a block, of captions that are.
         picture_timestep: (B,).
         alone: bool (B,), pictures that do not see their caption, for guidance.
 
-    Returns: (B, M) of the pictures and (B, L) of the captions, 0 in padding.
+    Returns: (B, M) of the pictures and (B, L) of the captions, 0 in padding; None of captions not learnt.
     """
-    length = captions.shape[1]
-    layout = drawing_layout(lengths, length, pictures.shape[1], dit.config.block_size, alone)
-    times = torch.cat([picture_timestep[:, None].expand(-1, pictures.shape[1]), timestep], 1)
+    length, latents = captions.shape[1], pictures.shape[1]
+    learnt = noise is not None and timestep is not None
+    layout = drawing_layout(lengths, length, latents, dit.config.block_size, alone, learnt)
     width, narrow = captions.shape[2], pictures.shape[2]
-    target = torch.cat([widened(pictures, width), captions], 1)
-    noises = torch.cat([widened(picture_noise, width), noise], 1)
+    times = picture_timestep[:, None].expand(-1, latents)
+    target, noises = widened(pictures, width).to(picture_noise.dtype), widened(picture_noise, width)
+    if noise is not None and timestep is not None:
+        times, target = torch.cat([times, timestep], 1), torch.cat([target, captions], 1)
+        noises = torch.cat([noises, noise], 1)
     errors = _errors(dit, captions, target, noises, times, layout)
-    picture, text = errors.split([pictures.shape[1], length], 1)
-    picture = picture * (width / narrow)  # What it is widened by has no error.
+    picture = errors[:, :latents] * (width / narrow)  # What it is widened by has no error.
+    if not learnt:
+        return picture, None
+    text = errors[:, latents:]
     return picture, text.masked_fill(torch.arange(length, device=text.device) >= lengths[:, None], 0.0)
 
 

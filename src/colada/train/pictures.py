@@ -24,6 +24,7 @@ from colada.train.cost import Phase, Placement
 from colada.train.distil_cost import with_teacher
 from colada.train.flow_matching import FlowStep
 from colada.train.kinds import PicturesSection, PictureVAESection
+from colada.train.lora import is_of_pictures
 from colada.train.losses import Loss
 from colada.train.noise import Counts, StepNoise, timestep_law
 from colada.train.pairs import Pairs, PairSplits, open_pairs
@@ -46,8 +47,8 @@ class PictureNoise(RowTensors):
         pictures: uint8 (B, G, S, S, 3).
         text: int64 (B, G, tokens), captions or answers, padded.
         lengths: int64 (B, G), latents of each, in whole blocks.
-        noise: (B, G, L, C).
-        timestep: (B, G, L) in 0..1000, constant within a block.
+        noise: (B, G, L, C), of captions that are learnt, or answers.
+        timestep: (B, G, L) in 0..1000, constant within a block, of the same.
         picture_noise: (B, G, M, P); None where pictures are clean.
         picture_timestep: (B, G), of noisy ones.
         alone: bool (B, G), noisy ones that do not see their caption.
@@ -137,7 +138,8 @@ class PicturesStage(PriorStage):
         picture_law = TimestepLaw(section.picture_loc, section.picture_scale)
         pairs, first = _pairs_of(self.splits, rows)
         drawn: dict[str, list[Tensor]] = {field.name: [] for field in fields(PictureNoise)}
-        texts, prompts = list[list[int]](), list[list[int]]()
+        texts, prompts, sizes = list[list[int]](), list[list[int]](), list[int]()
+        learnt = describes or section.learns_captions
         for row, generator in zip(rows, self.generators(rows), strict=True):
             for number in range(section.pairs):
                 pair = pairs.pair((row - first) * section.pairs + number)
@@ -146,9 +148,11 @@ class PicturesStage(PriorStage):
                 ids += [tokenizer.eos_id] * describes
                 latents = -(-len(ids) // vae.block_tokens) * vae.block_size
                 texts.append(ids)
-                drawn["noise"].append(torch.randn(latents, vae.latent_dim, generator=generator))
-                times = law.sample((latents // vae.block_size,), generator)
-                drawn["timestep"].append(times.repeat_interleave(vae.block_size))
+                sizes.append(latents)
+                if learnt:
+                    drawn["noise"].append(torch.randn(latents, vae.latent_dim, generator=generator))
+                    times = law.sample((latents // vae.block_size,), generator)
+                    drawn["timestep"].append(times.repeat_interleave(vae.block_size))
                 if describes:
                     choice = torch.randint(len(self._prompts), (), generator=generator)
                     prompts.append(self._prompts[int(choice)])
@@ -157,13 +161,13 @@ class PicturesStage(PriorStage):
                 drawn["picture_noise"].append(torch.randn(shape, generator=generator))
                 drawn["picture_timestep"].append(picture_law.sample((1,), generator)[0])
                 drawn["alone"].append(torch.rand((), generator=generator) < section.caption_dropout)
-        drawn["lengths"] = [torch.tensor(len(noise)) for noise in drawn["noise"]]
+        drawn["lengths"] = list(torch.tensor(sizes))
         drawn["text"] = self._padded(texts)
         if describes:
             drawn["prompts"] = self._padded(prompts)
-            sizes = [-(-len(ids) // vae.block_tokens) * vae.block_size for ids in prompts]
-            drawn["prompt_lengths"] = [torch.tensor(size) for size in sizes]
-        longest = max(len(noise) for noise in drawn["noise"])
+            before = [-(-len(ids) // vae.block_tokens) * vae.block_size for ids in prompts]
+            drawn["prompt_lengths"] = list(torch.tensor(before))
+        longest = max(sizes)
         drawn["noise"] = [nn.functional.pad(one, (0, 0, 0, longest - len(one))) for one in drawn["noise"]]
         drawn["timestep"] = [nn.functional.pad(one, (0, longest - len(one))) for one in drawn["timestep"]]
         stacked = {name: torch.stack(parts) for name, parts in drawn.items() if parts}
@@ -197,8 +201,8 @@ class PicturesStage(PriorStage):
         if noise.draw is not None:
             assert noise.draw.lengths is not None
             assert noise.draw.picture_noise is not None
-            captions, latents = int(noise.draw.lengths.sum()), noise.draw.picture_noise[..., 0].numel()
-            counts = replace(counts, captions=captions, pictures=latents)
+            captions = 0 if noise.draw.noise is None else int(noise.draw.lengths.sum())
+            counts = replace(counts, captions=captions, pictures=noise.draw.picture_noise[..., 0].numel())
         if noise.describe is not None:
             assert noise.describe.lengths is not None
             counts = replace(counts, answers=int(noise.describe.lengths.sum()))
@@ -227,30 +231,32 @@ class PicturesStage(PriorStage):
         return Loss(total, terms)
 
     def _drawing(self, dit: DiT, pairs: PictureNoise, counts: Counts, terms: dict[str, Tensor]) -> Tensor:
-        """Return the loss of pictures and their captions; its terms are added."""
+        """Return the loss of pictures and of captions that are learnt; its terms are added."""
         assert pairs.lengths is not None
-        assert pairs.noise is not None
-        assert pairs.timestep is not None
         assert pairs.picture_noise is not None
         assert pairs.picture_timestep is not None
         assert pairs.alone is not None
         with torch.no_grad():
             captions, pictures = self._encode(pairs.text), self.codec.encode(pairs.pictures.flatten(0, 1))
-        times, picture_times = pairs.timestep.flatten(0, 1), pairs.picture_timestep.flatten()
+        noise = None if pairs.noise is None else pairs.noise.flatten(0, 1)
+        times = None if pairs.timestep is None else pairs.timestep.flatten(0, 1)
+        picture_times = pairs.picture_timestep.flatten()
         picture, caption = drawing_errors(
             dit,
             captions,
             pairs.lengths.flatten(),
             pictures,
-            pairs.noise.flatten(0, 1),
+            noise,
             pairs.picture_noise.flatten(0, 1),
             times,
             picture_times,
             pairs.alone.flatten(),
         )
         terms["picture_flow"] = picture.detach().sum() / counts.pictures
-        terms["caption_flow"] = caption.detach().sum() / counts.captions
         drawn = self._weighed(picture, picture_times[:, None]) / counts.pictures
+        if caption is None or times is None:
+            return drawn
+        terms["caption_flow"] = caption.detach().sum() / counts.captions
         return drawn + self.section.caption_weight * self._weighed(caption, times) / counts.captions
 
     def _describing(self, dit: DiT, pairs: PictureNoise, counts: Counts, terms: dict[str, Tensor]) -> Tensor:
@@ -310,11 +316,7 @@ def _nothing_of_pictures(dit: DiT) -> Tensor:
 
     On all ranks then, and in a run that is resumed, every parameter has a gradient and a state in every step.
     """
-    of_pictures = (
-        parameter
-        for name, parameter in dit.named_parameters()
-        if name.startswith("img_") or ".image." in name
-    )
+    of_pictures = (parameter for name, parameter in dit.named_parameters() if is_of_pictures(name))
     parts = [
         (one.to_local() if isinstance(one, DTensor) else one).flatten()[:1].sum() * 0 for one in of_pictures
     ]
