@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from colada.train.export import export
 from colada.train.plan import resolve
 from colada.train.recipe import Recipe, commented, difference
 from colada.train.trainer import Interrupted, Trainer
+from on_ranks import on_ranks
 from runs import At, final_state, logged, metrics, recipe, same
 
 BASELINE = [
@@ -162,11 +160,8 @@ def test_the_losses_of_two_ranks_are_those_of_one(
 ) -> None:
     file, out = tmp_path / "recipe.yaml", tmp_path / "run"
     file.write_text(commented(resolve(baseline(arch))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "colada", "train", str(file), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    done = on_ranks(2, ["train", str(file), "--out", str(out)], tmp_path / "log")
+    assert done.returncode == 0, done.output
     found, expected = ([record["nll"] for record in metrics(run)] for run in (out, uninterrupted[arch]))
     assert found == pytest.approx(expected, rel=1e-4)
 

@@ -77,7 +77,7 @@ def test_training_stops_by_itself_and_goes_on_when_started_again(tmp_path: Path)
             "--debug",
             "5",
             str(tmp_path),
-            *("--run", str(tmp_path / "run"), "--train-for", "30", "--pieces", "1"),
+            *("--run", str(tmp_path / "run"), "--train-for", "12", "--pieces", "1"),
             *(
                 "--set",
                 "stages.vae.steps=2",

@@ -1,12 +1,10 @@
-"""Training on several ranks, started by torchrun: gloo on the CPU.
+"""Training on several ranks: gloo on the CPU.
 
 The reference is one process: same global batch, same losses.
 """
 
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from colada.train.checkpoints import places
 from colada.train.parallel import Ranks, joined
 from colada.train.recipe import commented
 from colada.train.trainer import Trainer
+from on_ranks import Done, on_ranks, started
 from runs import metrics, recipe
 
 pytestmark = pytest.mark.skipif(
@@ -66,13 +65,14 @@ VARIANTS = {
 ROUNDING = {"muon": 1e-3, "bfloat16": 1e-2}
 
 
-def start(ranks: int, made: list[str], out: Path) -> subprocess.CompletedProcess[str]:
+def command(made: list[str], out: Path) -> list[str]:
     file = out.with_suffix(".yaml")
     file.write_text(commented(recipe(*placed(made, out), "run.keep_last=20")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "colada", "train", str(file), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return ["train", str(file), "--out", str(out)]
+
+
+def start(ranks: int, made: list[str], out: Path) -> Done:
+    return on_ranks(ranks, command(made, out), out.with_suffix(".log"))
 
 
 def placed(made: list[str], out: Path) -> list[str]:
@@ -107,9 +107,17 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The joint variant on two ranks."""
+    """The joint variant on two ranks, started by torchrun itself."""
     out = tmp_path_factory.mktemp("together") / "run"
-    done = start(2, VARIANTS["joint"], out)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "colada", *command(VARIANTS["joint"], out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the model is in") == 1
     return out
@@ -132,8 +140,8 @@ def test_the_losses_of_several_ranks_are_those_of_one(
     tmp_path: Path, alone: dict[str, Path], variant: str, ranks: int, replicas: int
 ) -> None:
     done = start(ranks, [*VARIANTS[variant], f"run.replicas={replicas}"], tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("the model is in") == 1
+    assert done.returncode == 0, done.output
+    assert done.output.count("the model is in") == 1
     rounding = ROUNDING.get(variant, 1e-5)
     assert losses(tmp_path / "run") == pytest.approx(losses(alone[variant]), rel=rounding)
     if variant not in ROUNDING:
@@ -159,7 +167,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four(
         if place.stage == "prior" and place.step > 2:
             shutil.rmtree(out / "checkpoints" / place.name)
     done = start(ranks, VARIANTS["joint"], out)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.output
     assert losses(out) == pytest.approx(losses(alone["joint"]), rel=1e-5)
     assert_close_models(out, alone["joint"])
 
@@ -168,7 +176,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four(
 def test_rows_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     done = start(2, ["stages.vae.batch=3"], tmp_path / "rows")
     assert done.returncode != 0
-    assert "error: a batch of 3 rows, expected a multiple of the 2 ranks" in done.stderr
+    assert "error: a batch of 3 rows, expected a multiple of the 2 ranks" in done.output
 
 
 def test_replicas_that_do_not_divide_the_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,25 +208,16 @@ def test_ranks_started_without_torchrun_stop_and_save_together(
     """As under Slurm: one process a rank, and SIGTERM for one of them."""
     out, file = tmp_path / "run", tmp_path / "run.yaml"
     file.write_text(commented(recipe(*VARIANTS["joint"])))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-
-    def launch() -> list[subprocess.Popen[bytes]]:
-        common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-        command = [sys.executable, "-m", "colada", "train", str(file), "--out", str(out), "-q"]
-        return [
-            subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(2)
-        ]
-
-    ranks = launch()
+    train = ["train", str(file), "--out", str(out), "-q"]
+    ranks = started(2, train, tmp_path / "log")
     end = time.monotonic() + 60
     while not (out / "metrics.jsonl").is_file() and time.monotonic() < end:
         time.sleep(0.05)
-    ranks[1].send_signal(signal.SIGTERM)
-    assert [rank.wait(60) for rank in ranks] == [130, 130]
+    ranks[1].terminate()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [130, 130]
     assert places(out / "checkpoints")
     assert not (out / "model").exists()
-    assert [rank.wait(90) for rank in launch()] == [0, 0]
+    assert on_ranks(2, train, tmp_path / "log").returncode == 0
     assert losses(out) == pytest.approx(losses(alone["joint"]), rel=1e-5)
