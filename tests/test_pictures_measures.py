@@ -21,18 +21,23 @@ from colada.pictures.shapes import HELD_OUT, example, held_out, parse
 from colada.report.table import Table
 from colada.text.transcript import Completion
 from colada.train.recipe import load_recipe
-from experiments.pictures import measures
+from experiments.pictures import drawn, measures
 from experiments.pictures.__main__ import main
 from experiments.pictures.drawn import (
     ABLATIONS,
+    DRAWN,
+    colour_or_shape,
     comparison_table,
     describing_table,
+    diversity_table,
     drawing_row,
+    drawing_table,
     gallery,
     of_held_out,
     round_trip_table,
     seen,
     spread,
+    sweep_table,
 )
 from helpers import tiny_dit, tiny_vae
 
@@ -67,7 +72,8 @@ def test_codecs_keep_more_with_more_channels(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_bundled_model_spells_captions() -> None:
-    ((count, _, tokens, captions),) = measures.captions_table(load_cola(), 20).rows
+    texts = [scene.caption for scene in measures.scenes(20)]
+    ((count, _, tokens, captions),) = measures.captions_table(load_cola(), texts).rows
     assert count == "20"
     assert tokens.startswith("1.000")
     assert captions.startswith("1.000")
@@ -93,11 +99,20 @@ class Perfect:
         self.wrong = wrong
 
     def draw(self, captions: list[str], **settings: Any) -> list[Any]:
-        drawn = [true_picture(caption) for caption in captions]
+        pictures = known()
+        drawn = [pictures[text] if text in pictures else true_picture(text) for text in captions]
         return [*[np.full_like(one, 237) for one in drawn[: self.wrong]], *drawn[self.wrong :]]
 
     def describe(self, pictures: list[Any], **settings: Any) -> list[Completion]:
         return [Completion(str(read(picture)), (), "end", 0) for picture in pictures]
+
+
+@cache
+def known() -> dict[str, Any]:
+    """Pictures of the first scenes that are measured, by their captions and answers."""
+    scenes = [one for things in (None, 1, 2, 3) for one in seen(20, things)]
+    scenes += [one for name in HELD_OUT for one in of_held_out(name, 10)]
+    return {text: one.picture for one in scenes for text in (one.caption, one.answer)}
 
 
 @cache
@@ -113,11 +128,59 @@ def true_picture(caption: str) -> Any:
 
 def test_what_is_drawn_right_is_counted_and_what_is_empty_is_not() -> None:
     examples = seen(12, 1)
-    table = Table(["captions", *"abcdefg"])
+    table = Table(DRAWN)
     drawing_row(table, "all", Perfect(3).draw([one.caption for one in examples]), examples)
     text = table.markdown()
     assert text.count("0.750 [") == 5  # Right, count, things, sizes and relations of nine in twelve.
-    assert text.count("0.000 [") == 1  # Nothing is swapped.
+    assert text.count("0.250 [") == 1  # A colour is missing where nothing is drawn.
+    assert text.count("0.000 [") == 2  # No shape is wrong, nothing is swapped.
+
+
+def test_a_wrong_shape_is_told_from_a_missing_colour() -> None:
+    one = example(0, 0)._replace(caption="a red circle left of a blue square")
+    for caption, expected in (
+        ("a red circle left of a blue square", (False, False)),
+        ("a red square left of a blue square", (False, True)),
+        ("a blue circle left of a red square", (False, True)),
+        ("a red circle left of a green square", (True, False)),
+        ("a red circle", (True, False)),
+    ):
+        assert colour_or_shape(true_picture(caption), one) == expected, caption
+
+
+def test_the_table_of_drawings_has_all_sets_and_pools_what_was_never_seen() -> None:
+    rows = drawing_table(cast(ColaDLM, Perfect()), 10, False, {}).rows
+    names = [row[0] for row in rows]
+    assert names[:4] == ["1 or 2 things", "1 thing", "2 things", "3 things"]
+    assert names[4:] == [
+        *(f"unseen: {name}" for name in HELD_OUT),
+        "unseen: all",
+        "chance: another's caption",
+    ]
+    assert all(row[1].startswith("1.000") for row in rows[:-1])
+    assert rows[-2][1] == measures.share(30, 30)
+    assert rows[-1][1].startswith("0.0")
+
+
+def test_a_sweep_is_of_other_captions_than_the_tables() -> None:
+    asked = set[str]()
+
+    class Listening(Perfect):
+        def draw(self, captions: list[str], **settings: Any) -> list[Any]:
+            asked.update(captions)
+            return [example(0, 0).picture for _ in captions]
+
+    rows = sweep_table(cast(ColaDLM, Listening()), 3, False).rows
+    assert asked == {one.caption for one in seen(3, first=measures.VALIDATION)}
+    assert [len(row) for row in rows] == [7] * 4
+
+
+def test_drawings_of_a_caption_differ_as_true_pictures_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawn, "SEEDS", 2)
+    rows = diversity_table(cast(ColaDLM, Perfect()), 1, False, {}).rows
+    assert [row[0] for row in rows] == ["1 thing, 2 seeds", "2 things, 2 seeds"]
+    assert all(row[2].startswith("1.000") for row in rows)
+    assert all(float(row[3]) == 0 < float(row[4]) for row in rows)  # One picture, whatever the seed.
 
 
 def test_a_gallery_says_of_each_drawing_what_is_wrong_with_it() -> None:
@@ -136,7 +199,9 @@ def test_held_out_scenes_hold_their_combination() -> None:
 
 def test_answers_and_round_trips_of_one_who_reads_are_all_right() -> None:
     reader = cast(ColaDLM, Perfect())
-    assert describing_table(reader, 20, False, {}).markdown().count("1.000 [") == 3
+    table = describing_table(reader, 20, False, {})
+    assert table.markdown().count("1.000 [") == 3
+    assert table.rows[1][1].startswith(("0.050 [", "0.100 ["))  # Always the commonest answer.
     assert round_trip_table(reader, 10, False, {}).markdown().count("1.000 [") == 1
 
 

@@ -93,13 +93,18 @@ def twemoji_folder(
 def captions(
     model: Annotated[str | None, typer.Argument(help="A model; the bundled one if left out.")] = None,
     count: Count = 2000,
+    source: Annotated[str, typer.Option(help="What colada.pictures.sources opens.")] = "shapes:",
     markdown: Markdown = False,
 ) -> None:
     """Measure how well a model's Text VAE spells captions back, before it is made to draw them."""
     from colada.models.load import load_cola
+    from colada.pictures.sources import open_source
     from experiments.pictures.measures import captions_table
 
-    show(captions_table(load_cola(model), count), markdown)
+    opened = open_source(source)
+    count = count if opened.count is None else min(count, opened.count)
+    texts = [opened.pair(number).caption for number in range(count)]
+    show(captions_table(load_cola(model), texts), markdown)
 
 
 Model = Annotated[str | None, typer.Argument(help="A model that has pictures.")]
@@ -186,7 +191,7 @@ def retrieval(
     model: Annotated[str | None, typer.Option(help="A model that has learnt the Twemoji.")] = None,
     markdown: Markdown = False,
 ) -> None:
-    """Measure how often the Twemoji that is named is the nearest to what is drawn of its name."""
+    """Measure how often the named Twemoji is the nearest to what is drawn of it, and is told its name."""
     from colada.models.load import load_cola
     from experiments.pictures.drawn import retrieval_table
     from experiments.pictures.twemoji import read_twemoji

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,12 @@ from colada.pictures.sources import PictureFiles
 from colada.report.style import GREEN, RED
 from colada.report.table import Table
 from experiments.pictures import twemoji
-from experiments.pictures.measures import VALIDATION, scenes, share
+from experiments.pictures.measures import TEST, VALIDATION, scenes, share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-GUIDANCE, STEPS = (1.0, 2.0, 3.0, 5.0), (1, 2, 4, 8, 16)
+GUIDANCE, STEPS = (1.0, 2.0, 3.0, 5.0), (1, 2, 4, 8, 16, 24)
 SEEDS = 16
 """Drawings of a caption, whose differences are its diversity."""
 FRESH = "runs/pictures-fresh"
@@ -33,7 +34,8 @@ ABLATIONS: dict[str, Sequence[str]] = {
     "codec 64 × 24": ["model.image={patch: 4, channels: 24}"],
     "codec, whitening 0": ["model.image={patch: 8, whitening: 0}"],
     "codec, whitening 1": ["model.image={patch: 8, whitening: 1}"],
-    "dual stream, 2 layers": ["stages.pictures.dual_layers=2"],
+    "single stream": ["stages.pictures.dual_layers=0", "stages.pictures.train=all"],
+    "dual stream, 2 layers": ["stages.pictures.dual_layers=2", "stages.pictures.train=all"],
     "no axial positions": ["stages.pictures.axial=false"],
     "picture_loc 1.7": ["stages.pictures.picture_loc=1.7"],
     "picture_loc 2.7": ["stages.pictures.picture_loc=2.7"],
@@ -45,9 +47,9 @@ ABLATIONS: dict[str, Sequence[str]] = {
 """What is changed in ``recipes/pictures.yaml``, drawing alone, on the patch grid."""
 
 
-def seen(count: int, things: int | None = None, grid: bool = False) -> list[Example]:
+def seen(count: int, things: int | None = None, grid: bool = False, first: int = TEST) -> list[Example]:
     """Return scenes that no training draws, of combinations that it does."""
-    return scenes(count, things, False, grid)
+    return scenes(count, things, False, grid, first)
 
 
 def of_held_out(name: str, count: int, grid: bool = False) -> list[Example]:
@@ -55,7 +57,7 @@ def of_held_out(name: str, count: int, grid: bool = False) -> list[Example]:
     found: list[Example] = []
     number = 0
     while len(found) < count:
-        one = example(1, VALIDATION + number, None, True, grid)
+        one = example(1, TEST + number, None, True, grid)
         if held_out(parse(one.answer).things) == name:
             found.append(one)
         number += 1
@@ -70,6 +72,14 @@ def verdicts(drawn: Sequence[Picture], examples: Sequence[Example]) -> list[Verd
     return [judge(picture, parse(one.caption)) for picture, one in zip(drawn, examples, strict=True)]
 
 
+def colour_or_shape(drawn: Picture, one: Example) -> tuple[bool, bool]:
+    """Return whether a named colour is nowhere, and else whether one is there in another shape than named."""
+    named, there = parse(one.caption).things, [item.thing for item in read(drawn).placed]
+    nowhere = bool({thing.colour for thing in named} - {thing.colour for thing in there})
+    pairs = {thing[:2] for thing in named} - {thing[:2] for thing in there}
+    return nowhere, bool(pairs) and not nowhere
+
+
 def colour_error(drawn: Sequence[Picture], examples: Sequence[Example]) -> float:
     """Return the mean distance of the shades of right drawings from their palette's, a channel in 0..1."""
     errors = []
@@ -82,19 +92,21 @@ def colour_error(drawn: Sequence[Picture], examples: Sequence[Example]) -> float
 
 def drawing_row(table: Table, name: str, drawn: Sequence[Picture], examples: Sequence[Example]) -> None:
     """Add what drawings show, in parts, so that what is bound wrongly is told from what is missing."""
-    found = verdicts(drawn, examples)
+    judged = verdicts(drawn, examples)
     parts = (
-        sum(one.right for one in found),
-        sum(one.count for one in found),
-        sum(one.bound == 1 for one in found),
-        sum(one.sizes for one in found),
-        sum(one.relations for one in found),
-        sum(one.swapped for one in found),
+        sum(verdict.right for verdict in judged),
+        sum(verdict.count for verdict in judged),
+        sum(verdict.bound == 1 for verdict in judged),
+        sum(verdict.sizes for verdict in judged),
+        sum(verdict.relations for verdict in judged),
+        *map(sum, zip(*map(colour_or_shape, drawn, examples), strict=True)),
+        sum(verdict.swapped for verdict in judged),
     )
-    table.row(name, *(share(part, len(found)) for part in parts), f"{colour_error(drawn, examples):.3f}")
+    table.row(name, *(share(part, len(judged)) for part in parts), f"{colour_error(drawn, examples):.3f}")
 
 
-DRAWN = ["captions", "right", "count", "all things", "sizes", "relations", "swapped", "colour error"]
+DRAWN = ["captions", "right", "count", "all things", "sizes", "relations"]
+DRAWN += ["colour missing", "shape wrong", "swapped", "colour error"]
 
 
 def drawing_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str, Any]) -> Table:
@@ -103,12 +115,17 @@ def drawing_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str,
     sets = {f"{n} thing{'s' * (n > 1)}": seen(count, n, grid) for n in (1, 2)}
     sets = {"1 or 2 things": seen(count, grid=grid), **sets, "3 things": seen(rare, 3, grid)}
     sets |= {f"unseen: {name}": of_held_out(name, rare, grid) for name in HELD_OUT}
+    unseen: tuple[list[Picture], list[Example]] = [], []
     for name, examples in sets.items():
         drawn = model.draw([one.caption for one in examples], seed=0, **settings)
         drawing_row(table, name, drawn, examples)
+        if name.startswith("unseen"):
+            unseen[0].extend(drawn)
+            unseen[1].extend(examples)
+    drawing_row(table, "unseen: all", *unseen)
     others = seen(count, grid=grid)
     shuffled = [judge(read(one.picture), parse(others[n - 1].caption)).right for n, one in enumerate(others)]
-    table.row("chance: another's caption", share(sum(shuffled), count), *[""] * 6)
+    table.row("chance: another's caption", share(sum(shuffled), count), *[""] * 8)
     return table
 
 
@@ -145,8 +162,8 @@ def gallery(model: ColaDLM, count: int, columns: int, grid: bool, settings: Mapp
 
 
 def sweep_table(model: ColaDLM, count: int, grid: bool) -> Table:
-    """Return the share drawn right by guidance and steps."""
-    examples = seen(count, grid=grid)
+    """Return the share drawn right by guidance and steps, of other captions than those of other tables."""
+    examples = seen(count, grid=grid, first=VALIDATION)
     table = Table(["guidance", *(f"{steps} steps" for steps in STEPS)])
     for guidance in GUIDANCE:
         cells = []
@@ -166,26 +183,30 @@ def spread(pictures: Sequence[Picture]) -> float:
 def diversity_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str, Any]) -> Table:
     """Return how much right drawings of one caption differ, and how much true pictures of it do."""
     table = Table(["", "captions", "right", "spread of right drawings", "spread of true pictures"])
-    right, total, drawn_spread, true_spread = 0, 0, list[float](), list[float]()
-    for number, one in enumerate(seen(count, 1, grid)):
-        drawn = model.draw([one.caption] * SEEDS, seed=SEEDS * number, **settings)
-        good = [picture for picture in drawn if judge(picture, parse(one.caption)).right]
-        right, total = right + len(good), total + SEEDS
-        true = [item.picture for item in _alike(parse(one.caption), SEEDS, grid)]
-        if len(good) > 1:
-            drawn_spread.append(spread(good))
-            true_spread.append(spread(true))
-    values = (f"{np.mean(values):.3f}" if values else "" for values in (drawn_spread, true_spread))
-    return table.row(f"{SEEDS} seeds", f"{count}", share(right, total), *values)
+    for things in (1, 2):
+        right, drawn_spread, true_spread = 0, list[float](), list[float]()
+        for number, one in enumerate(seen(count, things, grid)):
+            drawn = model.draw([one.caption] * SEEDS, seed=SEEDS * number, **settings)
+            good = [picture for picture in drawn if judge(picture, parse(one.caption)).right]
+            right += len(good)
+            if len(good) > 1:
+                drawn_spread.append(spread(good))
+                true_spread.append(spread([item.picture for item in _alike(one, SEEDS, grid)]))
+        values = (f"{np.mean(values):.3f}" if values else "" for values in (drawn_spread, true_spread))
+        name = f"{things} thing{'s' * (things > 1)}, {SEEDS} seeds"
+        table.row(name, f"{count}", share(right, SEEDS * count), *values)
+    return table
 
 
-def _alike(caption: Description, count: int, grid: bool) -> Iterator[Example]:
-    """Yield true scenes of what a caption says."""
-    number = 0
+def _alike(scene: Example, count: int, grid: bool) -> Iterator[Example]:
+    """Yield true scenes of what a scene's caption says."""
+    caption, number = parse(scene.caption), 0
+    named = sorted(thing[:2] for thing in caption.things)
     while count:
-        one = example(2, VALIDATION + number, len(caption.things), None, grid)
+        one = example(2, TEST + number, len(caption.things), None, grid)
         number += 1
-        if judge(read(one.picture), caption).right:
+        things = sorted(thing[:2] for thing in parse(one.answer).things)
+        if things == named and judge(read(one.picture), caption).right:
             count -= 1
             yield one
 
@@ -209,13 +230,15 @@ def describing_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[s
     for one, answer in zip(examples, answers, strict=True):
         true, told = parse(one.answer), said(answer.text)
         exact += answer.text.strip() == one.answer
-        same = told is not None and sorted(map(str, told.things)) == sorted(map(str, true.things))
-        things += same
+        things += told is not None and sorted(map(str, told.things)) == sorted(map(str, true.things))
         if len(true.things) == 2:
             pairs += 1
             relations += told == true
     table = Table(["pictures", "exact", "all things", "things and relation, of two"])
-    return table.row(f"{count:,}", share(exact, count), share(things, count), share(relations, max(1, pairs)))
+    table.row(f"{count:,}", share(exact, count), share(things, count), share(relations, max(1, pairs)))
+    # Whoever says the same of every picture is right this often; of four relations one.
+    ((_, commonest),) = Counter(one.answer for one in examples).most_common(1)
+    return table.row("chance: always the commonest", share(commonest, count), "", "")
 
 
 def round_trip_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[str, Any]) -> Table:
@@ -232,11 +255,22 @@ def round_trip_table(model: ColaDLM, count: int, grid: bool, settings: Mapping[s
 
 @torch.no_grad()
 def retrieval_table(model: ColaDLM, source: PictureFiles) -> Table:
-    """Return how often the named picture is the nearest of all to what is drawn of its name."""
+    """Return how often the named picture is the nearest of all to what is drawn of its name.
+
+    And how often a picture that is moved, as no training has seen it, is told its name.
+    """
     codec = model.codec()
     drawn = torch.from_numpy(np.stack(model.draw(list(source.captions), seed=0)))
     kept = codec.pixels_of(codec.encode(torch.from_numpy(source.pictures))).numpy()
     rank = twemoji.ranks(codec.pixels_of(codec.encode(drawn)).numpy(), range(source.count), kept)
-    table = Table(["names", "top 1", "top 5", "chance"])
+    generator = np.random.default_rng(0)
+    moved = [twemoji.moved(picture, generator) for picture in source.pictures]
+    told = [
+        [answer.text.strip() for answer in model.describe(list(pictures), seed=0)]
+        for pictures in (source.pictures, moved)
+    ]
+    table = Table(["names", "drawn: top 1", "top 5", "chance", "described", "described, moved"])
     shares = (share(int((rank < most).sum()), source.count) for most in (1, 5))
-    return table.row(f"{source.count:,}", *shares, f"1 in {source.count}")
+    named = (sum(map(str.__eq__, names, source.captions)) for names in told)
+    exact = (share(right, source.count) for right in named)
+    return table.row(f"{source.count:,}", *shares, f"1 in {source.count}", *exact)

@@ -24,6 +24,8 @@ NOISE = (0.0, 0.1, 0.2, 0.3)
 CODECS = [(8, 64), (8, 48), (8, 32), (4, 16), (4, 24)]
 """Patch and channels of each linear codec; the first is the default."""
 VALIDATION, SHUFFLES = 2**62, 3
+TEST = VALIDATION + 10**6
+"""First of the scenes that models are measured on; settings are chosen on those from VALIDATION on."""
 
 
 def share(successes: int, trials: int) -> str:
@@ -33,14 +35,18 @@ def share(successes: int, trials: int) -> str:
 
 
 def scenes(
-    count: int, things: int | None = None, unseen: bool | None = None, grid: bool = False
+    count: int,
+    things: int | None = None,
+    unseen: bool | None = None,
+    grid: bool = False,
+    first: int = VALIDATION,
 ) -> list[Example]:
-    """Return scenes that no training draws.
+    """Return scenes that no training draws, from a number on.
 
     Args:
         unseen: only those of combinations that training leaves out, or (False) of others; None is both.
     """
-    return [example(0, VALIDATION + n, things, unseen, grid) for n in range(count)]
+    return [example(0, first + n, things, unseen, grid) for n in range(count)]
 
 
 def stack(examples: Sequence[Example]) -> Tensor:
@@ -154,11 +160,12 @@ def twemoji_table(source: PictureFiles, fitted_on: int) -> Table:
 # --- captions ----------------------------------------------------------------------------------
 
 
-def captions_table(model: ColaDLM, count: int) -> Table:
+def captions_table(model: ColaDLM, captions: Sequence[str]) -> Table:
     """Return how well a model's Text VAE spells captions back, by tokens and by whole captions."""
     tokens = right = whole = 0
-    for item in scenes(count):
-        back = model.reconstruct(item.caption)
+    count = len(captions)
+    for caption in captions:
+        back = model.reconstruct(caption)
         tokens += len(back.tokens)
         right += round(back.accuracy * len(back.tokens))
         whole += back.accuracy == 1

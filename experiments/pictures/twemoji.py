@@ -79,13 +79,14 @@ def _unpacked(place: Path) -> dict[str, bytes]:
 
 
 def write_folder(source: PictureFiles, folder: Path) -> None:
-    """Write pictures and their names as a folder that a recipe's ``data.pictures`` takes."""
+    """Write pictures, names and whom they are owed to as a folder that a recipe's ``data.pictures`` takes."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{number:04d}.png" for number in range(source.count)]
     for name, picture in zip(names, source.pictures, strict=True):
         (folder / name).write_bytes(png(picture))
     lines = [f"{name}\t{caption}\n" for name, caption in zip(names, source.captions, strict=True)]
     write_text(folder / CAPTIONS, "".join(lines))
+    write_text(folder / "CREDIT.txt", f"{CREDIT}.\n")
 
 
 def moved(picture: Picture, generator: np.random.Generator) -> Picture:
