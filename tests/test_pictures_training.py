@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import colada.train.pairs as pairs_of_runs
 from colada.data.rows import Batch
 from colada.errors import ColadaError
-from colada.flow import MIN_A, PREDICTIONS, T, interpolate
+from colada.flow import MIN_A, T
 from colada.models.load import load_cola
 from colada.networks.dit import DiT
 from colada.pictures.codec import PatchPCA, fit
@@ -27,9 +27,7 @@ from colada.text.tokenizer import Tokenizer
 from colada.train.cost import adaln_entries, block_causal_pairs, matrix_entries
 from colada.train.display import Display
 from colada.train.export import export, system_of
-from colada.train.flow_matching import place, predict
 from colada.train.logs import read_samples
-from colada.train.losses import Loss, frozen_latents
 from colada.train.noise import Counts
 from colada.train.pairs import open_pairs
 from colada.train.picture_cost import CAPTION
@@ -215,87 +213,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("text")
     Trainer(recipe("stages.vae.steps=1", "stages.prior.steps=2", "stages.prior.warmup=0"), out).run()
     return out / "model"
-
-
-def test_text_that_is_taught_is_compared_with_the_teachers_velocity(text: Path, whole: Path) -> None:
-    taught = f"stages.pictures.text_teacher={text}"
-    start = [*PICTURES, f"model.init={text}", "model.vae={}", "model.dit={}"]
-    start.append("stages.pictures.history_dropout=0.5")
-    stage = stage_of(recipe(*start, taught, "stages.pictures.text_weight=2"), whole)
-    rows = Batch(torch.randint(4, 200, (2, 16), generator=torch.Generator().manual_seed(0)))
-    noise = TaskNoise(text=stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2)).text)
-    counts = stage.count(rows, noise)
-
-    def loss() -> Loss:
-        return stage.loss(stage.networks, rows, noise, counts, 0)
-
-    first = loss().total.detach()
-    assert float(first) < 1e-10  # It begins with the teacher's weights, and sees what the teacher sees.
-    with torch.no_grad():
-        validated = loss().terms["flow"]
-        for parameter in stage.networks["dit"].parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-        drawn = noise.text
-        assert drawn is not None
-        assert drawn.timestep is not None
-        assert drawn.z1 is not None
-        assert drawn.alone is not None
-        clean, pinned, sample = frozen_latents(stage.vae, rows, drawn, stage.system.pad_id)[1]
-        z = place(interpolate(clean[:, None], drawn.z1, drawn.timestep / T), pinned)
-        velocities = [
-            PREDICTIONS[network.config.prediction].velocity(
-                z,
-                predict(network, z, drawn.timestep, clean, pinned, sample, drawn.alone),
-                drawn.timestep / T,
-            )
-            for network in (stage.networks["dit"], load_cola(text).dit)
-        ]
-    # A network that predicts z0 has its error divided by max(a, 0.1), not a.
-    a = (drawn.timestep / T)[..., None]
-    expected = ((velocities[0] - velocities[1]) * a / a.clamp_min(0.1)).square().mean(-1)
-    free = torch.ones_like(expected) if pinned is None else (~pinned.where[:, None]).expand_as(expected)
-    assert float(loss().total.detach()) == pytest.approx(
-        2 * float((expected * free).sum() / free.sum()), rel=1e-4
-    )
-    # A validation is against the data, in every run alike.
-    plain = stage_of(recipe(*start), whole)
-    with torch.no_grad():
-        assert float(plain.loss(plain.networks, rows, noise, counts, 0).terms["flow"]) == float(validated)
-
-
-def test_a_run_whose_text_is_taught_resumes_and_counts_its_teacher(text: Path, tmp_path: Path) -> None:
-    start = ["model.vae={}", "model.dit={}", f"model.init={text}", "stages.pictures.steps=4"]
-    taught = [*start, f"stages.pictures.text_teacher={text}", "stages.pictures.tasks={text: 2, draw: 1}"]
-    whole_run = run(tmp_path / "whole", *taught)
-    with pytest.raises(Interrupted):
-        run(tmp_path / "run", *taught, display=At("pictures", 2))
-    run(tmp_path / "run", *taught)
-    assert_same_run(tmp_path / "run", whole_run)
-    by_split = {
-        split: [r for r in metrics(whole_run) if r["split"] == split] for split in ("train", "validation")
-    }
-    assert any("taught_flow" in record for record in by_split["train"])
-    assert not any("flow" in record for record in by_split["train"])
-    assert all("flow" in record for record in by_split["validation"])
-    of_text, of_pictures = plan_run(recipe(*PICTURES, *taught)).phases
-    assert of_text.flops["teacher"] > 0
-    assert not of_pictures.flops.get("teacher")
-    assert of_text.memory["teacher"] == of_pictures.memory["teacher"] > 0
-    # A model of pictures teaches one of pictures as well; one of another width none.
-    again = [*taught[:2], f"model.init={whole_run / 'model'}", *taught[3:], "stages.pictures.steps=1"]
-    again.append(f"stages.pictures.text_teacher={whole_run / 'model'}")
-    run(tmp_path / "again", *again)
-    for teacher, said in (
-        ("bundled", r"text_teacher=bundled: its DiT is not of the configuration"),
-        ("bundled-few", r"text_teacher=bundled-few, expected the flow of data: nothing distilled"),
-    ):
-        with pytest.raises(ColadaError, match=said):
-            run(tmp_path / "none", *start, f"stages.pictures.text_teacher={teacher}")
-        assert not (tmp_path / "none").exists()
-    with pytest.raises(ColadaError, match="text_teacher without steps of text"):
-        recipe(*PICTURES, f"stages.pictures.text_teacher={text}", "stages.pictures.tasks={draw: 1}")
-    with pytest.raises(ColadaError, match="adaptive_timesteps"):
-        recipe(*PICTURES, "stages.pictures.adaptive_timesteps=true")
 
 
 def test_other_pictures_are_no_continuation(whole: Path, tmp_path: Path) -> None:

@@ -27,15 +27,15 @@ from colada.train.cost import (
     prior_flops,
     two_copy_pairs,
 )
-from colada.train.kinds import PicturesSection, TaughtSection
+from colada.train.kinds import TaughtSection
 from colada.train.recipe import Recipe
 from colada.train.trajectories import fine_grid
 
 
-def teacher_pass(vae: TextVAEConfig, dit: DiTConfig, section: TaughtSection | PicturesSection) -> float:
+def teacher_pass(vae: TextVAEConfig, dit: DiTConfig, section: TaughtSection) -> float:
     """Return the FLOPs of a frozen pass over a step's rows."""
     _, prior = networks(vae, dit)
-    guided = isinstance(section, TaughtSection) and section.guidance != 1
+    guided = section.guidance != 1
     blocks, size = section.length // vae.block_tokens, dit.block_size // dit.patch_size
     copies = section.copies * (1 + guided)
     pairs = two_copy_pairs(blocks, size, section.copies) + guided * section.copies * blocks * size**2
@@ -48,7 +48,7 @@ def with_teacher(
     phase: Phase,
     vae: TextVAEConfig,
     dit: DiTConfig,
-    section: TaughtSection | PicturesSection,
+    section: TaughtSection,
     passes: float,
 ) -> Phase:
     """Return steps with so many passes of a frozen teacher in each, and the memory that it takes."""

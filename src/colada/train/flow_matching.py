@@ -70,8 +70,6 @@ class FlowStep:
         dropout: share of what attention and MLP add that is dropped, where gradients are wanted.
         consistency: a further term, or None.
         law: of the timesteps, whose quantiles are told apart in the terms; None: they are not.
-        teacher: a frozen prior whose guess is learnt in place of the data: where it knows the data, the
-            gradient is the same, without the data's variance. None: the data.
     """
 
     space: str = "velocity"
@@ -79,7 +77,6 @@ class FlowStep:
     dropout: float = 0.0
     consistency: Consistency | None = None
     law: TimestepLaw | None = None
-    teacher: DiT | None = None
 
 
 PLAIN = FlowStep()
@@ -301,13 +298,7 @@ def flow_matching(
     if noise.dropout is not None and torch.is_grad_enabled():
         dropout = Dropout(noise.dropout, step.dropout)
     output = noisy_pass(dit, z, timestep, clean, pinned, sample, alone, guesses, dropout)
-    if step.teacher is None:
-        errors = _errors(dit, output, clean[:, None], z1, timestep, pinned)
-    else:
-        with torch.no_grad():
-            taught = predict(step.teacher, z, timestep, clean, pinned, sample, alone)
-            guess = guess_of_z0(step.teacher, z, taught, timestep, pinned)
-        errors = guess_errors(dit, output, z.detach(), guess, timestep, pinned)
+    errors = _errors(dit, output, clean[:, None], z1, timestep, pinned)
     total, terms = weighed(errors, timestep, pinned, counts, step.space)
     if step.consistency is not None:
         seen = (timestep, clean, pinned, sample, alone, guesses)

@@ -96,7 +96,7 @@ def check_order(recipe: Recipe, dit: DiTConfig) -> None:
             that leaves new layers as they are drawn, a second learnt solver of another size, or a judge or a
             teacher of text that cannot be one.
     """
-    _check_models(recipe, dit)
+    _check_judges(recipe)
     _check_new_layers(recipe, dit)
     _check_solvers(recipe)
     start = dit.distilled
@@ -133,19 +133,9 @@ def alike(one: Any, other: Any) -> bool:
     return replace(one, **free) == replace(other, **free)
 
 
-def _check_models(recipe: Recipe, dit: DiTConfig) -> None:
-    """Raise ColadaError for a teacher of text or a judge that is not there, or cannot be one."""
+def _check_judges(recipe: Recipe) -> None:
+    """Raise ColadaError for a judge that is not there, or cannot be one."""
     for name, section in recipe.trained.items():
-        if isinstance(section, PicturesSection) and section.steps and section.text_teacher is not None:
-            where = f"recipe: stages.{name}.text_teacher={section.text_teacher}"
-            teacher = read_configs(locate(section.text_teacher))[1]
-            guesses = teacher.self_conditioning or dit.self_conditioning or section.self_conditioning
-            if teacher.distilled is not None or guesses:
-                raise ColadaError(
-                    f"{where}, expected the flow of data: nothing distilled, no self_conditioning"
-                )
-            if not alike(teacher, dit):
-                raise ColadaError(f"{where}: its DiT is not of the configuration that is trained")
         if isinstance(section, RolloutSection) and section.steps and section.judge is not None:
             check_judge(f"recipe: stages.{name}.judge={section.judge}", locate(section.judge))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from colada.data.sources import Section
 from colada.train.answers import Weight
@@ -28,12 +28,6 @@ class PictureTerms(Section):
     caption_weight: Weight = Field(
         1.0, description="Weight of the flow of captions, which are learnt beside what is drawn from them."
     )
-    text_teacher: str | None = Field(
-        None,
-        description="A model whose velocity is learnt in steps of text, in place of the data's: text stays"
-        " what it is there.",
-    )
-    text_weight: Weight = Field(1.0, description="Weight of the flow of text, in steps of text.")
     caption_length: int = Field(
         64,
         ge=1,
@@ -51,12 +45,6 @@ class PictureTerms(Section):
     dual_layers: int = Field(
         0, ge=0, le=1000, description="First layers of the DiT that get weights of their own for pictures."
     )
-
-    @model_validator(mode="after")
-    def _teaches(self) -> Self:
-        if self.text_teacher is not None and not self.tasks.get("text"):
-            raise ValueError("text_teacher without steps of text, expected a share of tasks.text")
-        return self
 
     @field_validator("tasks")
     @classmethod

@@ -21,8 +21,6 @@ from colada.networks.dit import DiT
 from colada.pictures.codec import Codec, ConvVAE
 from colada.train.cola import ColaSystem, PriorStage, codec_of
 from colada.train.cost import Phase, Placement
-from colada.train.distil_cost import with_teacher
-from colada.train.flow_matching import FlowStep
 from colada.train.kinds import PicturesSection, PictureVAESection
 from colada.train.lora import is_of_pictures
 from colada.train.losses import Loss
@@ -91,8 +89,6 @@ class PicturesStage(PriorStage):
         if any(isinstance(section, PictureVAESection) and section.steps for _, section in before):
             assert isinstance(self.codec, ConvVAE)
             self.codec.calibrate(_stacked(self.splits.training, CALIBRATED_ON))
-        if self.section.text_teacher is not None:
-            self.frozen["teacher"] = system.frozen_copy("dit", lay_out, self.section.text_teacher)
         self._prompts = [self._ids(prompt) if prompt else [] for prompt in self.section.prompts]
 
     @property
@@ -189,13 +185,6 @@ class PicturesStage(PriorStage):
 
     # --- what is minimised -----------------------------------------------------------------
 
-    def flow_step(self, step: int) -> FlowStep:
-        """Return how a step of text counts its errors: in a validation, always against the data."""
-        flow = super().flow_step(step)
-        if self.section.text_teacher is None or not torch.is_grad_enabled():
-            return flow
-        return replace(flow, teacher=network_of(self.frozen, "teacher", DiT))
-
     def count(self, rows: Batch, noise: TaskNoise) -> Counts:  # type: ignore[override]
         counts = Counts(0, 0, 0) if noise.text is None else super().count(rows, noise.text)
         if noise.draw is not None:
@@ -220,10 +209,7 @@ class PicturesStage(PriorStage):
         total, terms = torch.zeros((), device=rows.ids.device), dict[str, Tensor]()
         if noise.text is not None:
             text = super().loss(networks, rows, noise.text, counts, step)
-            weighed = self.section.text_weight * text.total
-            total, terms = total + weighed + _nothing_of_pictures(dit), text.terms
-            if self.flow_step(step).teacher is not None:  # Not of the data, as in a validation.
-                terms = {"taught_flow": terms["flow"], "mean2": terms["mean2"], "variance": terms["variance"]}
+            total, terms = total + text.total + _nothing_of_pictures(dit), text.terms
         if noise.draw is not None:
             total = total + self._drawing(dit, noise.draw, counts, terms)
         if noise.describe is not None:
@@ -298,13 +284,7 @@ class PicturesStage(PriorStage):
         cls, recipe: Recipe, name: str, section: PicturesSection, configs: Configs, placement: Placement
     ) -> list[Phase]:
         ((_, _, work),) = cls.works(recipe, name, section, configs["vae"])
-        phases = picture_phases(name, section, configs, work, placement)
-        if section.text_teacher is None:
-            return phases
-        return [
-            with_teacher(phase, configs["vae"], configs["dit"], section, float(task == "text"))
-            for phase, task in zip(phases, section.tasks, strict=True)
-        ]
+        return picture_phases(name, section, configs, work, placement)
 
     def phase_of(self, step: int) -> int:
         """Return the number of a step's task."""

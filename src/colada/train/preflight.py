@@ -42,9 +42,8 @@ def preflight(recipe: Recipe, out: Path | None = None) -> list[str]:
     named = [recipe.model.init]
     for section in recipe.trained.values():
         if section.steps:
-            named += [getattr(section, key, None) for key in ("text_teacher", "judge")]
             teacher = getattr(section, "teacher", None)
-            named.append(None if teacher == SAME else teacher)
+            named += [None if teacher == SAME else teacher, getattr(section, "judge", None)]
     for where in named:
         if where is not None:
             local(where)
