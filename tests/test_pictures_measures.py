@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from colada.errors import ColadaError
 from colada.models.cola import ColaDLM
 from colada.models.load import load_cola
 from colada.pictures.codec import ConvVAE
@@ -39,6 +40,7 @@ from experiments.pictures.drawn import (
     spread,
     sweep_table,
 )
+from experiments.pictures.joined import beside
 from helpers import tiny_dit, tiny_vae
 
 
@@ -226,6 +228,25 @@ def test_ablations_are_runs_that_the_recipe_takes_and_one_table(
     bundled, fresh = load_cola(), load_cola(first[-1])
     assert bundled.shares_vae(fresh)
     assert not torch.equal(bundled.dit.txt_out.proj.weight, fresh.dit.txt_out.proj.weight)
+
+
+@pytest.mark.parametrize("dual", [0, 1])
+def test_the_pictures_of_one_model_stand_beside_the_text_of_another(dual: int) -> None:
+    vae, codec = tiny_vae(), ConvVAE(CodecConfig(kind="conv_vae", width=8, channels=8))
+    text = ColaDLM(vae, tiny_dit(1))
+    pictures = ColaDLM(vae, tiny_dit(2, img_channels=8, img_grid=[4, 4], dual_layers=dual), image=codec)
+    both = beside(text, pictures).dit
+    state, of_pictures = both.state_dict(), pictures.dit.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in text.dit.state_dict().items())
+    assert torch.equal(state["img_in.proj.weight"], of_pictures["img_in.proj.weight"])
+    for layer in range(2):
+        name = f"blocks.{layer}.image.mlp.proj_in.weight"
+        source = name if layer < dual else name.replace(".image", "")
+        assert torch.equal(state[name], of_pictures[source])
+    with pytest.raises(ColadaError, match="the second model has no pictures"):
+        beside(pictures, text)
+    with pytest.raises(ColadaError, match="different Text VAEs"):
+        beside(ColaDLM(tiny_vae(5), tiny_dit(1)), pictures)
 
 
 def test_models_are_compared_by_the_same_captions() -> None:

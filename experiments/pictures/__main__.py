@@ -206,14 +206,13 @@ def ablations(steps: Annotated[int, typer.Option(min=1, help="Of each run.")] = 
     import re
     import shlex
 
-    from experiments.pictures.drawn import ABLATIONS, FRESH
+    from experiments.pictures.drawn import ABLATIONS, BASE, FRESH
 
     command, runs = ("python", "-m", "experiments.pictures"), []
-    drawing = ("stages.pictures.tasks={draw: 1}", "data.pictures=[{path: 'shapes:grid'}]")
     print(shlex.join([*command, "fresh", FRESH]))
-    for name, overrides in {"as it is": (), **ABLATIONS}.items():
+    for name, overrides in {"base": (), **ABLATIONS}.items():
         runs.append("runs/pictures-" + re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-"))
-        changes = (f"stages.pictures.steps={steps}", *drawing, *overrides)
+        changes = (f"stages.pictures.steps={steps}", *BASE, *overrides)
         sets = [part for one in changes for part in ("--set", one)]
         print(shlex.join(["colada", "train", "recipes/pictures.yaml", "--out", runs[-1], *sets]))
     print(shlex.join([*command, "compare", *(f"{run}/model" for run in runs), "--grid"]))
@@ -233,6 +232,19 @@ def fresh(
     network = load_cola(model)
     network.dit.init_weights(torch.Generator().manual_seed(seed))
     network.save(out)
+
+
+@pictures_app.command()
+def beside(
+    text: Annotated[str, typer.Argument(help="The model whose text it is to have, to the bit.")],
+    pictures: Annotated[str, typer.Argument(help="The model whose weights pictures are to begin with.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+) -> None:
+    """Put the pictures of one model beside the text of another, all layers dual: to be learnt on from."""
+    from colada.models.load import load_cola
+    from experiments.pictures.joined import beside
+
+    beside(load_cola(text), load_cola(pictures)).save(out)
 
 
 @pictures_app.command()

@@ -34,8 +34,8 @@ ABLATIONS: dict[str, Sequence[str]] = {
     "codec 64 × 24": ["model.image={patch: 4, channels: 24}"],
     "codec, whitening 0": ["model.image={patch: 8, whitening: 0}"],
     "codec, whitening 1": ["model.image={patch: 8, whitening: 1}"],
-    "single stream": ["stages.pictures.dual_layers=0", "stages.pictures.train=all"],
-    "dual stream, 2 layers": ["stages.pictures.dual_layers=2", "stages.pictures.train=all"],
+    "dual stream, 2 layers": ["stages.pictures.dual_layers=2"],
+    "dual stream, text as it was": ["stages.pictures.dual_layers=6", "stages.pictures.train=pictures"],
     "no axial positions": ["stages.pictures.axial=false"],
     "picture_loc 1.7": ["stages.pictures.picture_loc=1.7"],
     "picture_loc 2.7": ["stages.pictures.picture_loc=2.7"],
@@ -44,7 +44,14 @@ ABLATIONS: dict[str, Sequence[str]] = {
     "no text beside pictures": ["stages.pictures.caption_weight=0"],
     "errors of z0": ["stages.pictures.space=z0"],
 }
-"""What is changed in ``recipes/pictures.yaml``, drawing alone, on the patch grid."""
+"""What is changed in :data:`BASE`."""
+BASE = [
+    "stages.pictures.tasks={draw: 1}",
+    "data.pictures=[{path: 'shapes:grid'}]",
+    "stages.pictures.dual_layers=0",
+    "stages.pictures.train=all",
+]
+"""What all of them change in ``recipes/pictures.yaml``: drawing alone, on the patch grid, single stream."""
 
 
 def seen(count: int, things: int | None = None, grid: bool = False, first: int = TEST) -> list[Example]:
