@@ -10,10 +10,10 @@ from torch import Tensor
 from colada.errors import ColadaError
 from colada.flow import T, euler
 from colada.generate.reference import BlockGenerator
-from colada.models import cola_likelihood as room
 from colada.models.cola import ColaDLM
 from colada.models.likelihood import measure
 from colada.models.prior import BlockFlow, Passes, Pins, log_prior
+from colada.randomness import generator_of
 from helpers import tiny_model
 
 CONTEXTS = [[1, 2, 3], [], [4, 5, 6, 7, 8], [9, 8, 7, 6], [3] * 9]
@@ -115,7 +115,7 @@ def test_the_terms_are_those_of_plain_code(context: list[int], patch: int, predi
         q = model.vae.encode(torch.tensor(ids), [len(ids)])
     assert q.logvar is not None
     start = first // 4 * 4
-    noise = torch.randn(total - start, 8, generator=room._generator((3, 0, 0)))
+    noise = torch.randn(total - start, 8, generator=generator_of(3, 0, 0))
     law = torch.distributions.Normal((1 - at) * q.mean, ((1 - at) ** 2 * q.logvar.exp() + at**2).sqrt())
     z = law.loc + law.scale * torch.cat([torch.zeros(start, 8), noise])
     entropy = -law.log_prob(z)[first:].sum()

@@ -29,10 +29,10 @@ from colada.generate.settings import Settings, TextRequest
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
 from colada.models.rollouts import roll_out
+from colada.randomness import generator_of
 from colada.text.chat import encode_messages
 from colada.text.transcript import Completion
 from colada.train.flow_matching import Pinned, place, predict
-from colada.train.stages import row_generator
 
 Progress = Callable[[int, int], None]
 SPLITS = ("seen", "wording", "fact")
@@ -340,7 +340,7 @@ def compare_flows(
     errors_of = torch.zeros(count, TIME_BINS, dtype=torch.float64)
     numbers = torch.zeros(TIME_BINS, dtype=torch.float64)
     for number, (ids, prompt) in enumerate(some):
-        errors, free = _errors(list(models.values()), ids, prompt, row_generator(seed, 0, number))
+        errors, free = _errors(list(models.values()), ids, prompt, generator_of(seed, 0, number))
         errors_of += (errors.square().mean(-1) * free).sum(-1)
         moved += ((errors[:, None] - errors).square().mean(-1) * free).sum(-1)
         numbers += free.sum()
