@@ -39,6 +39,8 @@ SPLITS = ("seen", "wording", "fact")
 """What was kept from training of a prompt: nothing, its wording, or the fact it asks for."""
 FEW = 20
 """Different prompts of a task, below which their number says nothing of how sure a reward is."""
+SEEN = ("questions", "sums")
+"""Tasks of facts, of which prompts that may be trained on are asked too."""
 TIME_BINS = 10
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 
@@ -82,7 +84,7 @@ def held_out_prompts(
             prompts = tuple(dict.fromkeys(instruction.prompt for instruction in some))[:number]
             if prompts and len(prompts) < FEW:
                 prompts = tuple(islice(cycle(prompts), number))
-            if prompts and (split != "seen" or task in ("questions", "sums")):
+            if prompts and (split != "seen" or task in SEEN):
                 asked.append(Asked(task, split, prompts))
     if not asked:
         raise ColadaError(f"no prompt of {', '.join(tasks)} comes of {len(stories)} stories, expected some")
