@@ -53,6 +53,22 @@ def speaker(tokenizer: Tokenizer) -> ColaDLM:
     )
 
 
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of conversations that has seen very little."""
+    from answers import barely_taught
+
+    return barely_taught(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of preferences."""
+    from answers import write_preferences
+
+    return write_preferences(tmp_path_factory.mktemp("pairs"))
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     """One that must be unharmed when a module is done with it."""
