@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is imported. Two processes share the tests, so each has one thread; so has what they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +21,9 @@ from colada.models.cola import ColaDLM
 from colada.text.tokenizer import Tokenizer
 from faults import TEXTS
 from helpers import tiny_dit, tiny_model, tiny_vae
+
+if TYPE_CHECKING:
+    from serving import Running
 
 pytest.register_assert_rewrite("playground")  # It has fixtures.
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -46,6 +51,31 @@ def speaker(tokenizer: Tokenizer) -> ColaDLM:
     return ColaDLM(
         tiny_vae(3, vocab_size=290), tiny_dit(4), tokenizer, generation={"steps": 2, "guidance": 2.0}
     )
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of conversations that has seen very little."""
+    from answers import barely_taught
+
+    return barely_taught(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of preferences."""
+    from answers import write_preferences
+
+    return write_preferences(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    """One that must be unharmed when a module is done with it."""
+    from serving import unharmed
+
+    with unharmed() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

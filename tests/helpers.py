@@ -125,6 +125,12 @@ Blocks = list[tuple[Tensor, list[int]]]
 """Latents and ids of each."""
 
 
+def unit_probes(rows: int, blocks: int, size: int, width: int) -> torch.Tensor:
+    """Return probes of a divergence that are each of a block's unit vectors: they make it exact."""
+    probes = torch.eye(size * width).view(-1, 1, 1, size, width)
+    return probes.expand(-1, rows, blocks, -1, -1).flatten(2, 3)
+
+
 def request(model: ColaDLM, ids: Sequence[int], new_tokens: int, seed: int, **settings: Any) -> Request:
     return Request(tuple(ids), new_tokens, RequestSettings(seed=seed, **settings))
 

@@ -186,7 +186,12 @@ def test_arch_trains_a_baseline_of_the_recipes_size_and_flops(
     assert [own["arch"] for own in ledger] == ["cola", "ar", "llada"]
     assert ledger[0]["flops"]["total"] == cola["flops"]
     assert main(["cost", str(file)]) == 0
-    assert "6 N D" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "6 N D" in printed
+    for model in ledger:
+        total = model["flops"].pop("total")
+        for part, flops in model["flops"].items():
+            assert f"{part} {100 * flops / total:.1f}%" in " ".join(printed.split())
     assert main(["cost", str(file), "--archs", "cola,lada"]) == 2
     assert "'lada' (did you mean 'llada'?)" in capsys.readouterr().err
 

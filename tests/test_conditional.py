@@ -10,11 +10,11 @@ from torch import Tensor
 from colada.errors import ColadaError
 from colada.flow import T, euler
 from colada.generate.reference import BlockGenerator
-from colada.models import cola_likelihood as room
 from colada.models.cola import ColaDLM
 from colada.models.likelihood import measure
 from colada.models.prior import BlockFlow, Passes, Pins, log_prior
-from helpers import tiny_model
+from colada.randomness import generator_of
+from helpers import tiny_model, unit_probes
 
 CONTEXTS = [[1, 2, 3], [], [4, 5, 6, 7, 8], [9, 8, 7, 6], [3] * 9]
 TEXTS = [[7, 3, 9], [4, 8, 15, 16], [23, 42, 1, 2, 3, 4, 5], [11, 12], [31, 30, 29, 28]]
@@ -23,11 +23,6 @@ TEXTS = [[7, 3, 9], [4, 8, 15, 16], [23, 42, 1, 2, 3, 4, 5], [11, 12], [31, 30, 
 @pytest.fixture(scope="module")
 def model() -> ColaDLM:
     return tiny_model(vae={"vocab_size": 50, "scaling_factor": 1.7, "shifting_factor": 0.2})
-
-
-def unit_probes(rows: int, blocks: int, size: int, width: int) -> Tensor:
-    probes = torch.eye(size * width).view(-1, 1, 1, size, width)
-    return probes.expand(-1, rows, blocks, -1, -1).flatten(2, 3)
 
 
 # --- the prior ------------------------------------------------------------------------------------
@@ -115,7 +110,7 @@ def test_the_terms_are_those_of_plain_code(context: list[int], patch: int, predi
         q = model.vae.encode(torch.tensor(ids), [len(ids)])
     assert q.logvar is not None
     start = first // 4 * 4
-    noise = torch.randn(total - start, 8, generator=room._generator((3, 0, 0)))
+    noise = torch.randn(total - start, 8, generator=generator_of(3, 0, 0))
     law = torch.distributions.Normal((1 - at) * q.mean, ((1 - at) ** 2 * q.logvar.exp() + at**2).sqrt())
     z = law.loc + law.scale * torch.cat([torch.zeros(start, 8), noise])
     entropy = -law.log_prob(z)[first:].sum()

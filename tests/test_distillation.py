@@ -100,6 +100,15 @@ def test_samples_of_a_row_are_guided_as_rows_of_their_own() -> None:
     torch.testing.assert_close(packed[:1, :, 4:], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_an_unbounded_guess_has_a_gradient() -> None:
+    """Solvers learn through it: a cap of infinity divides by nothing."""
+    clean, z, timestep = example()
+    z.requires_grad_()
+    Guided(tiny_dit(), 4.0).guess(z, timestep, clean).sum().backward()
+    assert z.grad is not None
+    assert bool(z.grad.isfinite().all())
+
+
 class Straight(DiT):
     """A prior that points at the same z0 from everywhere: its steps land on a straight line."""
 

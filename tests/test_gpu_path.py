@@ -27,7 +27,7 @@ def rows_on_a_gpu(rows: int, length: int, seed: int | None = None) -> Layout:
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         sample = torch.randint(3, (rows, length), generator=generator).sort(1).values
-    return Layout._of_rows(rows, length, 4, 1, sample, torch.device("cpu"), 0, True)
+    return Layout._of_rows(rows, length, 4, 1, sample, torch.device("cpu"), True)
 
 
 def attend_twice(layout: Layout) -> None:
@@ -96,7 +96,7 @@ def test_the_losses_of_block_masks_are_those_of_dense_masks(
     real = Layout._of_rows.__func__  # type: ignore[attr-defined]
 
     def with_block_masks(cls: type[Layout], *arguments: Any) -> Layout:
-        *before, flex, alone = arguments if len(arguments) == 9 else (*arguments, None)
+        *before, flex, alone = arguments if len(arguments) == 8 else (*arguments, None)
         assert not flex
         layout: Layout = real(cls, *before, True, alone)
         masks.append(layout)

@@ -12,7 +12,7 @@ from colada.models import cola_likelihood as room
 from colada.models.cola import ColaDLM
 from colada.models.likelihood import kind, measure
 from colada.models.prior import BlockFlow, Passes, Velocity, divergence, log_prior
-from helpers import tiny_model
+from helpers import tiny_model, unit_probes
 
 AT = 0.01
 TEXTS = [[7, 3, 9], [4, 8, 15, 16], [23, 42, 1, 2, 3, 4, 5, 6, 7], [11, 12], [31, 30, 29, 28, 27]]
@@ -47,11 +47,6 @@ def flow_velocity(model: ColaDLM, clean: Tensor) -> Velocity:
     flow = BlockFlow(Passes(model.dit), *clean.shape[:2])
     flow.commit(clean)
     return flow.velocity(0, clean.shape[1])
-
-
-def unit_probes(rows: int, blocks: int, size: int, width: int) -> Tensor:
-    probes = torch.eye(size * width).view(-1, 1, 1, size, width)
-    return probes.expand(-1, rows, blocks, -1, -1).flatten(2, 3)
 
 
 def test_the_prior_of_a_gaussian_is_its_density() -> None:

@@ -149,21 +149,17 @@ def test_samples_of_a_row_do_not_see_each_other(copies: int) -> None:
         ]
 
 
-@pytest.mark.parametrize("history", [0, 8])
 @pytest.mark.parametrize("copies", [0, 1, 2])
 @pytest.mark.parametrize(("length", "block"), [(4, 4), (64, 4), (100, 5), (96, 48), (600, 4)])
 def test_tiles_of_training_rows_hold_what_the_definition_says_and_no_large_mask(
-    length: int, block: int, copies: int, history: int
+    length: int, block: int, copies: int
 ) -> None:
-    if history % block:
-        history = block
-    layout = Layout.rows(1, length, block, copies, history=history)
+    layout = Layout.rows(1, length, block, copies)
     row = two_copy_cells(length, block, copies)
     expected = sees(row.at((slice(None), None)), row)
-    expected = torch.nn.functional.pad(expected, (history, 0), value=True)
-    assert torch.equal(written_in_full(layout.groups[0], history)[0], expected)
+    assert torch.equal(written_in_full(layout.groups[0])[0], expected)
     clean = int((row.copy == 0).sum()) if copies else 0
-    assert torch.equal(written_in_full(layout.noisy_groups[0], history)[0], expected[clean:])
+    assert torch.equal(written_in_full(layout.noisy_groups[0])[0], expected[clean:])
     cells = layout.noisy
     assert (cells is None) == (clean == 0)
     assert cells is None or torch.equal(cells, torch.arange(clean, len(row.copy)))
@@ -205,7 +201,7 @@ def test_the_block_mask_of_a_gpu_is_the_dense_mask(
 
     monkeypatch.setattr(packing, "create_block_mask", on_cpu)
     monkeypatch.setattr(layers, "_compiled_flex", lambda: flex_attention)
-    flex = Layout._of_rows(2, length, block, copies, sample, torch.device("cpu"), 0, True, alone)
+    flex = Layout._of_rows(2, length, block, copies, sample, torch.device("cpu"), True, alone)
     (tile,) = flex.groups[0].tiles
     mask = tile.mask
     assert isinstance(mask, BlockMask)

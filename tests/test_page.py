@@ -33,6 +33,14 @@ def test_a_table_is_the_same_on_a_terminal_in_markdown_and_on_a_page(tmp_path: P
     assert "i" not in page.tags
 
 
+def test_a_table_wider_than_its_console_is_not_cut() -> None:
+    console = Console(file=io.StringIO(), width=12)
+    Table(("name", *"abc")).row("a" * 20, "1,234,567", "2,345,678", "3").print(console)
+    title, row = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert title.split() == ["name", *"abc"]
+    assert row == f"{'a' * 20}  1,234,567  2,345,678  3"
+
+
 def test_a_page_shows_what_it_is_given_as_it_is(tmp_path: Path) -> None:
     page = Page("<b>", "a & b").facts({"<i>": "x < y"}, large=True).section("one", "& two")
     page.texts([("", "  <pre>\n\n 1"), ("t", "2")]).texts([("", "3")], fold="more")

@@ -13,6 +13,7 @@ import torch
 
 import colada
 import rules
+from answers import made
 from colada.cli.main import main
 from colada.errors import ColadaError
 from colada.evaluate import preferences
@@ -24,7 +25,6 @@ from colada.text.transcript import Completion
 from colada.train.trainer import Trainer
 from colada.train.watch import samples
 from runs import STORIES, metrics
-from test_answers import made
 from test_rewards import TEXTS, chatting
 
 

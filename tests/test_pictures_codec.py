@@ -18,13 +18,13 @@ from colada.pictures.codec import (
     PatchPCA,
     fit,
     patches,
-    psnr,
     read_codec,
     unpatch,
 )
 from colada.pictures.config import CodecConfig
 from colada.pictures.reader import read
 from colada.pictures.shapes import example
+from experiments.pictures.measures import psnr
 
 TRAINED_ON = 1000
 VAE = CodecConfig(kind="conv_vae", size=16, patch=4, channels=4, width=8)

@@ -22,7 +22,6 @@ from colada.pictures.shapes import (
     Placed,
     Scene,
     Thing,
-    draw_scene,
     example,
     held_out,
     parse,
@@ -30,6 +29,13 @@ from colada.pictures.shapes import (
 
 MANY = 300
 """Scenes of a test; the documentation has 1,500 of each kind."""
+
+
+def draw_scene(
+    seed: int, number: int, things: int | None = None, unseen: bool | None = False, on_grid: bool = False
+) -> Scene:
+    """The scene of an example, with its things' places."""
+    return shapes._draw(np.random.default_rng((seed, number)), things, unseen, on_grid)
 
 
 def scene_of(*placed: tuple[str, float, float, float]) -> Scene:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from colada.errors import ColadaError
 from colada.pictures.load import decode_picture
-from colada.pictures.shapes import draw_scene
+from colada.pictures.shapes import example
 from colada.pictures.show import half_blocks, png, sheet
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (6, 4, 3)).astype(np.uint8)
@@ -29,7 +29,7 @@ def test_a_png_is_what_pillow_reads() -> None:
 
 def test_a_scene_survives_its_file() -> None:
     pytest.importorskip("PIL", reason="pictures are read by Pillow: colada-lm[pictures]")
-    picture = draw_scene(0, 0).picture()
+    picture = example(0, 0).picture
     loaded = decode_picture(png(picture), 32, "scene.png")
     np.testing.assert_array_equal(loaded.picture, picture)
     assert loaded.changes == ()

@@ -17,6 +17,7 @@ import typer.main
 
 from colada.cli import main as cli
 from colada.networks.config import DecoderConfig, DiTConfig, TextVAEConfig
+from colada.train.kinds import KINDS
 from test_house import SHELVES
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +140,13 @@ def test_the_stated_limits_are_those_that_hold() -> None:
         assert getattr(importlib.import_module(f"colada.{module}"), name) == int(stated.replace(",", "")), (
             constant
         )
+
+
+def test_every_kind_of_stage_is_in_the_table_of_kinds() -> None:
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    table = text.partition("| kind | learns |")[2].partition("\n\n")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert sorted(re.findall(r"`(\w+)`", "".join(first_cells))) == sorted(KINDS)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -12,6 +12,7 @@ from torch import nn
 import make_stories
 from colada.data.sources import Source
 from colada.errors import ColadaError
+from colada.randomness import generator_of
 from colada.train.kinds import KINDS, JointSection, PriorSection, StageSection, TextVAESection
 from colada.train.noise import timestep_law
 from colada.train.optimisation import average_weights, learning_rate, make_optimisers
@@ -24,7 +25,6 @@ from colada.train.recipe import (
     save_recipe,
     source_weights,
 )
-from colada.train.stages import row_generator
 from helpers import tiny_dit, tiny_vae
 from runs import DEBUG, ROOT, recipe
 
@@ -73,6 +73,10 @@ def test_overrides_are_yaml_values(tmp_path: Path) -> None:
             r"stages.prior.weights: 'books' names none of the sources",
         ),
         ("stages:\n  prior: {weights: {data: 0}}\n", r"stages.prior.weights=.*expected one above 0"),
+        (
+            "stages:\n  distil: {trajectories: {solver: huen}}\n",
+            r"solver: 'huen', expected one of euler, ab2, heun \(did you mean 'heun'\?\)",
+        ),
         ("stages:\n  joint: {interval: [0, 3]}\n", r"stages.joint.interval.0=0.*greater than or equal to 1"),
         ("data:\n  sources: [{pth: x}]\n", r"unknown key 'data.sources.0.pth' \(did you mean 'path'\?\)"),
         ("data:\n  sources: []\n", r"data.sources"),
@@ -172,13 +176,13 @@ def test_averaged_weights_follow_their_recursion() -> None:
 
 def test_each_row_of_each_stage_has_its_own_noise() -> None:
     draws = {
-        (seed, stage, row): float(torch.randn((), generator=row_generator(seed, stage, row)))
+        (seed, stage, row): float(torch.randn((), generator=generator_of(seed, stage, row)))
         for seed in range(3)
         for stage in (1, 2)
         for row in range(20)
     }
     assert len(set(draws.values())) == len(draws)
-    assert float(torch.randn((), generator=row_generator(2, 1, 7))) == draws[2, 1, 7]
+    assert float(torch.randn((), generator=generator_of(2, 1, 7))) == draws[2, 1, 7]
 
 
 def test_wsd_is_constant_and_then_goes_down_in_a_line() -> None:

@@ -128,9 +128,9 @@ def test_drift_is_that_of_blocks_one_after_the_other() -> None:
     ids, models = list(range(7, 19)), {"model": model, "base": base}
     flows = compare_flows(models, [(ids, 0)], seed=4)
     found = flows["drift"]["model"]["base"]
-    from colada.train.stages import row_generator
+    from colada.randomness import generator_of
 
-    g = row_generator(4, 0, 0)
+    g = generator_of(4, 0, 0)
     a = (torch.arange(10) + torch.rand(10, generator=g)) / 10
     noise = torch.randn(1, 10, 12, 8, generator=g)[0]
     z0, sums = model.encode(ids), torch.zeros(2, 10, dtype=torch.float64)

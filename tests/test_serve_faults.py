@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,19 +26,12 @@ from serving import (
     byte_model,
     check_answer,
     running,
-    unharmed,
 )
 
 
 @pytest.fixture(scope="module")
 def model() -> ColaDLM:
     return byte_model()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with unharmed() as server:
-        yield server
 
 
 async def beside(server: Running, body: Json) -> tuple[Answer, Answer]:

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 
 import pytest
 
 from colada.serve.admission import Limits, Policy
-from serving import LIMITS, Answer, Running, ask, byte_model, running, unharmed
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with unharmed() as server:
-        yield server
+from serving import LIMITS, Answer, Running, ask, byte_model, running
 
 
 def test_a_foreign_host_or_page_is_refused(server: Running) -> None:

@@ -6,20 +6,12 @@ import gzip
 import json
 import socket
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from colada.serve.admission import Limits
 from colada.serve.edge import MOST_BODY
-from serving import Running, byte_model, running, unharmed
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with unharmed() as server:
-        yield server
-
+from serving import Running, byte_model, running
 
 # --- bodies --------------------------------------------------------------------------------------
 

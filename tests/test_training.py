@@ -40,12 +40,6 @@ from runs import (
 )
 
 
-def test_the_corpus_is_what_its_script_writes() -> None:
-    text = make_stories.STORIES.read_text(encoding="utf-8")
-    assert text == make_stories.corpus()
-    assert len(text.encode()) < 150_000
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -216,15 +216,6 @@ def test_decoding_block_by_block_with_histories_equals_decoding_the_whole(patch:
         assert_close(torch.cat(own), expected.numpy(), 1e-5)
 
 
-def test_the_decoder_can_look_without_committing() -> None:
-    network = tiny_vae()
-    histories = [History()]
-    with torch.no_grad():
-        network.decode(_latents(4), [4], histories)
-        network.decoder(_latents(4, 1), network.layout([4], histories), histories, committing=False)
-    assert len(histories[0]) == 4
-
-
 def test_later_blocks_change_nothing_in_earlier_ones_in_both_halves() -> None:
     network = tiny_vae()
     ids, latents = _ids(12, below=49), _latents(12)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from colada.evaluate.statistics import wilson
 from colada.models.cola import ColaDLM
-from colada.pictures.codec import Codec, fit, psnr
+from colada.pictures.codec import Codec, fit
 from colada.pictures.config import CodecConfig
 from colada.pictures.reader import judge, read
 from colada.pictures.shapes import Example, example, parse
@@ -94,6 +94,12 @@ class Quality(NamedTuple):
     variance: float
     decibels: float
     right: list[float]
+
+
+def psnr(pictures: Tensor, others: Tensor) -> float:
+    """Return the peak signal-to-noise ratio of uint8 pictures: −10 log10 of the mean square error in 0..1."""
+    error = ((pictures.double() - others.double()) / 255).square().mean()
+    return float(-10 * error.log10())
 
 
 def quality(codec: Codec, examples: Sequence[Example]) -> Quality:

@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
@@ -16,6 +16,7 @@ import typer
 
 from colada.errors import ColadaError, nearest
 from colada.files import decode, read_text
+from colada.generate.settings import NOISE_NAMES, SCHEDULE_NAMES, SOLVER_NAMES
 from colada.locate import local
 
 if TYPE_CHECKING:
@@ -94,10 +95,13 @@ def _own(text: str) -> str:
     return f"{text} Default: the model's own."
 
 
-SolverOption = Annotated[str | None, typer.Option(metavar="NAME", help=_own("euler, ab2 or heun."))]
-ScheduleOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help=_own("uniform, front-loaded or logit-normal."))
-]
+def _named(names: Sequence[str]) -> Any:
+    """Return the option of a setting that has a name."""
+    return typer.Option(metavar="NAME", help=_own(f"{', '.join(names[:-1])} or {names[-1]}."))
+
+
+SolverOption = Annotated[str | None, _named(SOLVER_NAMES)]
+ScheduleOption = Annotated[str | None, _named(SCHEDULE_NAMES)]
 
 _SETTINGS: dict[str, Any] = {
     "steps": Annotated[int | None, typer.Option(help=_own("Solver steps per block."))],
@@ -148,7 +152,7 @@ _SETTINGS: dict[str, Any] = {
     ],
     "solver": SolverOption,
     "schedule": ScheduleOption,
-    "noise": Annotated[str | None, typer.Option(metavar="NAME", help=_own("per-sample or released."))],
+    "noise": Annotated[str | None, _named(NOISE_NAMES)],
 }
 """The option of each setting but the seed, which commands count from in their own ways."""
 

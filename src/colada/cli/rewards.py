@@ -30,9 +30,6 @@ from colada.cli.options import (
 from colada.errors import ColadaError
 from colada.generate.settings import check_settings
 
-WIDTH = 150
-"""Characters of a line of the tables, which a narrower terminal would cut."""
-
 StoriesArgument = Annotated[
     Path, typer.Argument(help="Texts that samples of tasks are cut from, as in training: a file or folder.")
 ]
@@ -163,7 +160,7 @@ def reward(
         for name, model in named.items()
         if isinstance(model, ColaDLM)
     }
-    console = Console(highlight=False, width=WIDTH)
+    console = Console(highlight=False)
     rewards_table(result).print(console)
     if result["best_of"]:
         variety_table(result).print(console)

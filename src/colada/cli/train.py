@@ -265,7 +265,6 @@ def cost(
         except ColadaError as error:  # Counting needs no text, but whoever counts is about to train.
             print(f"{path}: {error} (counted from the recipe alone)", file=sys.stderr)
     from rich.console import Console
-    from rich.markup import escape
 
     from colada.models.base import ARCHITECTURES, find_archs
     from colada.report.table import Table
@@ -284,12 +283,10 @@ def cost(
     table = Table(("Recipe, model", "Parameters", "Tokens", "FLOPs", "6 N D"))
     for path, run_cost in costs:
         flops, narrow = scaled(run_cost.total_flops, "FLOP"), scaled(run_cost.narrow_flops, "FLOP")
-        model = f"{escape(path.stem)}, {ARCHITECTURES[run_cost.arch]}"
+        model = f"{path.stem}, {ARCHITECTURES[run_cost.arch]}"
         table.row(model, f"{run_cost.total_parameters:,}", f"{run_cost.tokens:,}", flops, narrow)
         for part, value in run_cost.flops.items():
-            table.row(
-                f"[dim]  {part}[/dim]", "", "", f"[dim]{100 * value / run_cost.total_flops:.1f}%[/dim]", ""
-            )
+            table.row(f"  {part}", "", "", f"{100 * value / run_cost.total_flops:.1f}%", "")
     table.print(Console(highlight=False))
 
 

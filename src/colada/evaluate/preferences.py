@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from colada.data.instructions import instructions, reward_of
 from colada.data.jsonl import get, read_lines
 from colada.data.rules import Reward, rewarded
@@ -22,6 +20,7 @@ from colada.files import write_text
 from colada.generate.settings import Settings, TextRequest
 from colada.models.base import LanguageModel
 from colada.models.likelihood import nats_per_token
+from colada.randomness import seed_of
 from colada.text.transcript import Completion
 from colada.train.trajectories import digest
 
@@ -115,8 +114,7 @@ def own_pairs(
         for number in numbers:
             asked = model.chat_prompt(spoken(prompts[number][1]))
             for sample in range(samples):
-                state = np.random.SeedSequence([seed, number, sample]).generate_state(1, np.uint64)[0]
-                with_seed: Any = {**(settings or {}), "seed": int(state >> 2)}
+                with_seed: Any = {**(settings or {}), "seed": seed_of(seed, number, sample) >> 2}
                 requests.append(TextRequest(asked, new_tokens, with_seed))
         done = model.generate(requests, batch=batch)
         judged = None if judge is None else nats_per_token(judge, [answer.text for answer in done], batch)

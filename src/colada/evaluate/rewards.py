@@ -29,16 +29,18 @@ from colada.generate.settings import Settings, TextRequest
 from colada.models.base import LanguageModel
 from colada.models.cola import ColaDLM
 from colada.models.rollouts import roll_out
+from colada.randomness import generator_of
 from colada.text.chat import encode_messages
 from colada.text.transcript import Completion
 from colada.train.flow_matching import Pinned, place, predict
-from colada.train.stages import row_generator
 
 Progress = Callable[[int, int], None]
 SPLITS = ("seen", "wording", "fact")
 """What was kept from training of a prompt: nothing, its wording, or the fact it asks for."""
 FEW = 20
 """Different prompts of a task, below which their number says nothing of how sure a reward is."""
+SEEN = ("questions", "sums")
+"""Tasks of facts, of which prompts that may be trained on are asked too."""
 TIME_BINS = 10
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 
@@ -82,7 +84,7 @@ def held_out_prompts(
             prompts = tuple(dict.fromkeys(instruction.prompt for instruction in some))[:number]
             if prompts and len(prompts) < FEW:
                 prompts = tuple(islice(cycle(prompts), number))
-            if prompts and (split != "seen" or task in ("questions", "sums")):
+            if prompts and (split != "seen" or task in SEEN):
                 asked.append(Asked(task, split, prompts))
     if not asked:
         raise ColadaError(f"no prompt of {', '.join(tasks)} comes of {len(stories)} stories, expected some")
@@ -340,7 +342,7 @@ def compare_flows(
     errors_of = torch.zeros(count, TIME_BINS, dtype=torch.float64)
     numbers = torch.zeros(TIME_BINS, dtype=torch.float64)
     for number, (ids, prompt) in enumerate(some):
-        errors, free = _errors(list(models.values()), ids, prompt, row_generator(seed, 0, number))
+        errors, free = _errors(list(models.values()), ids, prompt, generator_of(seed, 0, number))
         errors_of += (errors.square().mean(-1) * free).sum(-1)
         moved += ((errors[:, None] - errors).square().mean(-1) * free).sum(-1)
         numbers += free.sum()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from colada.randomness import generator_of
 
 Noise = Callable[[int, int], Tensor]
 """Block number, number of the candidate -> noise (block, C) of one sample."""
@@ -17,8 +18,7 @@ def block_generator(seed: int, block: int, purpose: int) -> torch.Generator:
 
     Purpose 0 draws its noise, 1 its tokens, 1 + k the noise of its candidate k, from 1.
     """
-    state = np.random.SeedSequence([seed, block, purpose]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
+    return generator_of(seed, block, purpose)
 
 
 def sample_noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noise:

@@ -2,6 +2,9 @@
 
 A picture is one block, whose latents all see each other. It has the first position after the text before it,
 and text after it begins with the next block.
+
+:func:`draw_latents`, :func:`describe_block` and :func:`append_block` are the readable loop, with which tests
+compare the engine; the engine itself uses :func:`show` alone.
 """
 
 from __future__ import annotations

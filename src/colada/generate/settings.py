@@ -396,19 +396,17 @@ def one_each(name: str, value: Any, count: int, stride: int) -> list[Any]:
     return values
 
 
-def settings_of_each(chosen: Mapping[str, Any], count: int) -> list[RequestSettings]:
-    """Return the settings of each of so many prompts; see :class:`Settings` for their seeds.
+def per_prompt(chosen: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """Return what each of so many prompts has of :data:`PER_PROMPT`; see :class:`Settings` for their seeds.
 
     Raises:
         ColadaError: as :func:`one_each`.
     """
     strides = {"seed": SEED_STRIDE[chosen.get("noise", "per-sample")], "guidance": 0}
     each = {name: one_each(name, chosen[name], count, strides[name]) for name in PER_PROMPT if name in chosen}
-    rows = zip(*each.values(), strict=True)
-    return [RequestSettings(**{**chosen, **dict(zip(each, row, strict=True))}) for row in rows]
+    return [dict(zip(each, row, strict=True)) for row in zip(*each.values(), strict=True)]
 
 
-def requests_of(prompts: Any, chosen: Mapping[str, Any]) -> list[tuple[Any, RequestSettings]]:
-    """Return one or several prompts, each with its settings; raises as :func:`several`, :func:`one_each`."""
-    listed = several(prompts)
-    return list(zip(listed, settings_of_each(chosen, len(listed)), strict=True))
+def settings_of_each(chosen: Mapping[str, Any], count: int) -> list[RequestSettings]:
+    """Return all settings of each of so many prompts; raises as :func:`one_each`."""
+    return [RequestSettings(**{**chosen, **one}) for one in per_prompt(chosen, count)]

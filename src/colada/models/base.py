@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
@@ -20,14 +21,14 @@ from colada.generate.canvas import Canvas
 from colada.generate.reference import TransportStep
 from colada.generate.session import Session
 from colada.generate.settings import (
-    PER_PROMPT,
     Prompt,
     RequestSettings,
     Settings,
     TextRequest,
     check_settings,
-    requests_of,
+    per_prompt,
     settings_of_each,
+    several,
     with_built_in,
 )
 from colada.generate.writer import Request, Writer
@@ -299,15 +300,15 @@ class LanguageModel(ABC):
         guesses: bool = False,
     ) -> Session:
         """Return a session of these prompts alone, in whose slots they take turns."""
-        batch, chosen = require_count("batch", batch), self.chosen(settings)
-        opened = []
-        for prompt, request_settings in requests_of(prompts, chosen):
+        batch, asked = require_count("batch", batch), self.check(settings)
+        merged = partial(with_built_in, {**self.defaults, **self.generation}, built_in=self.built_in)
+        chosen, listed, opened = merged(asked), several(prompts), []
+        for prompt, over in zip(listed, per_prompt(chosen, len(listed)), strict=True):
+            text, length = prompt, max_new_tokens
             if isinstance(prompt, TextRequest):
-                each = {name: getattr(request_settings, name) for name in PER_PROMPT if name in chosen}
-                text, length, over = prompt
-                opened.append(self._open(text, length, {**settings, **each, **self.check(over)}))
-            else:
-                opened.append(self._continuation(prompt, max_new_tokens, request_settings))
+                text, length, over = prompt.prompt, prompt.max_new_tokens, over | self.check(prompt.settings)
+            (request_settings,) = settings_of_each(merged({**asked, **over}), 1)
+            opened.append(self._continuation(text, length, request_settings))
         return self._session_for(opened, batch, guesses)
 
     def _session_for(

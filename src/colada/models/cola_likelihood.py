@@ -29,7 +29,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +44,7 @@ from colada.networks.config import TextVAEConfig
 from colada.networks.layers import History
 from colada.networks.packing import pad_to_multiple
 from colada.networks.vae import TextVAE
+from colada.randomness import generator_of
 
 EXACT_NUMBERS = 64
 """Numbers in a block up to which its trace is exact for K = 1, too."""
@@ -212,7 +212,7 @@ class _Measurement:
         width, patch = config.latent_dim, config.patch_size
         shapes = [_shape(context, text, config) for context, text in asked]
         rows, prefix, length = len(asked), shapes[0].prefix, shapes[0].length
-        generators = [_generator(stream) for stream in streams]
+        generators = [generator_of(*stream) for stream in streams]
         whole = [[*pad_to_multiple(context, patch, model.pad_id), *text] for context, text in asked]
         padded = torch.tensor([pad_to_multiple(ids, config.block_tokens, model.pad_id) for ids in whole])
         with torch.no_grad():
@@ -305,8 +305,3 @@ def spelled(vae: TextVAE, latents: Tensor, ids: Tensor, begin: Sequence[int], en
         values = -F.cross_entropy(logits.double(), ids[:, token][scored], reduction="none")
         total.index_add_(0, scored.nonzero()[:, 0], values)
     return total
-
-
-def _generator(stream: tuple[int, ...]) -> torch.Generator:
-    state = np.random.SeedSequence(stream).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))

@@ -16,7 +16,7 @@ from colada.errors import ColadaError, ColadaWarning, shown
 from colada.generate.canvas import Canvas
 from colada.generate.reference import TransportStep
 from colada.generate.session import Session
-from colada.generate.settings import Prompt, RequestSettings, Settings, requests_of, settings_of_each
+from colada.generate.settings import Prompt, RequestSettings, Settings, settings_of_each, several
 from colada.generate.writer import Request
 from colada.models.base import BATCH, LanguageModel
 from colada.networks.dit import DiT
@@ -114,10 +114,8 @@ class PictureModel(LanguageModel):
         self, captions: Any, batch: int, settings: Mapping[str, Any], guesses: bool
     ) -> Session:
         batch, chosen = require_count("batch", batch), self._chosen_for_pictures("drawing", settings)
-        opened = [
-            self._drawing(caption, request_settings)
-            for caption, request_settings in requests_of(captions, chosen)
-        ]
+        listed = several(captions)
+        opened = list(map(self._drawing, listed, settings_of_each(chosen, len(listed))))
         return self._session_for(opened, batch, guesses)
 
     # --- describing ------------------------------------------------------------------------

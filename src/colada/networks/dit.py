@@ -323,14 +323,12 @@ class DiT(nn.Module):
         length: int,
         copies: int = 1,
         sample: Tensor | None = None,
-        history: int = 0,
         alone: Tensor | None = None,
     ) -> Layout:
         """Return the packing of rows ``[clean length - block | noisy length | ...]``, lengths in latents.
 
-        ``sample`` (rows, length) numbers the samples of each row, which do not see each other; ``history``
-        is how many latents, in whole blocks, every row follows and all its cells see. ``alone`` (rows,
-        copies, blocks) are noisy blocks that see no clean cell.
+        ``sample`` (rows, length) numbers the samples of each row, which do not see each other; ``alone``
+        (rows, copies, blocks) are noisy blocks that see no clean cell.
         """
         patch = self.config.patch_size
         return Layout.rows(
@@ -340,7 +338,6 @@ class DiT(nn.Module):
             copies,
             None if sample is None else sample[:, patch - 1 :: patch],
             self.txt_in.proj.weight.device,
-            history // patch,
             alone,
         )
 

@@ -256,7 +256,6 @@ class Layout:
         copies: int = 0,
         sample: Tensor | None = None,
         device: torch.device | str = "cpu",
-        history: int = 0,
         alone: Tensor | None = None,
     ) -> Layout:
         """Return the layout of equal training rows, clean or ``[clean | noisy 1 | ... | noisy m]``.
@@ -265,25 +264,21 @@ class Layout:
             copies: noisy copies, which share one clean copy; see :func:`two_copy_cells`.
             sample: (rows, length), which sample of its row a position belongs to; samples do not see each
                 other. None where every row is one sample.
-            history: committed positions of each row, whole blocks, seen by all its cells.
-            alone: bool (rows, copies, blocks), noisy blocks that see no clean cell; none by default, and
-                not with a history.
+            alone: bool (rows, copies, blocks), noisy blocks that see no clean cell; none by default.
         """
         device = torch.device(device)
         if sample is None and alone is None:
-            return cls._equal_rows(rows, length, block_size, copies, device, history)
-        flex = device.type == "cuda" and history == 0
+            return cls._equal_rows(rows, length, block_size, copies, device)
         sample, alone = (None if x is None else x.to(device) for x in (sample, alone))
-        return cls._of_rows(rows, length, block_size, copies, sample, device, history, flex, alone)
+        return cls._of_rows(rows, length, block_size, copies, sample, device, device.type == "cuda", alone)
 
     @classmethod
     @lru_cache(maxsize=16)
     def _equal_rows(
-        cls, rows: int, length: int, block_size: int, copies: int, device: torch.device, history: int
+        cls, rows: int, length: int, block_size: int, copies: int, device: torch.device
     ) -> Layout:
         # Kept: a training run asks for the same layout at every step, and its block mask is slow to build.
-        flex = device.type == "cuda" and history == 0
-        return cls._of_rows(rows, length, block_size, copies, None, device, history, flex)
+        return cls._of_rows(rows, length, block_size, copies, None, device, device.type == "cuda")
 
     @classmethod
     def _of_rows(
@@ -294,18 +289,17 @@ class Layout:
         copies: int,
         sample: Tensor | None,
         device: torch.device,
-        history: int,
         flex: bool,
         alone: Tensor | None = None,
     ) -> Layout:
         cells = two_copy_cells(length, block_size, copies).to(device)
         layout = cls.__new__(cls)
-        layout.lengths, layout.history = (len(cells.position),) * rows, (history,) * rows
+        layout.lengths, layout.history = (len(cells.position),) * rows, (0,) * rows
         layout.block_size, layout.device = block_size, device
-        layout.positions = (cells.position + history).repeat(rows)
+        layout.positions = cells.position.repeat(rows)
         clean = length - block_size if copies else 0
         layout.noisy = _after(rows, len(cells.position), clean, device)
-        visibility = _Visibility(rows, cells, sample, history, alone)
+        visibility = _Visibility(rows, cells, sample, alone)
         make = visibility.block_mask if flex else partial(visibility.tiles, length, copies, block_size)
         group = partial(Group, tuple(range(rows)), len(cells.position), index=None)
         layout.groups = (group(asking=len(cells.position), tiles=make(0)),)
@@ -403,14 +397,12 @@ class _Visibility:
     Attributes:
         cells: of a row.
         sample: (rows, positions), or None where every row is one sample.
-        history: positions before all cells, seen by all of them.
         alone: (rows, copies, blocks), noisy blocks that see no clean cell; None where there are none.
     """
 
     rows: int
     cells: Cells
     sample: Tensor | None
-    history: int
     alone: Tensor | None = None
 
     def seen(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -455,10 +447,8 @@ class _Visibility:
             if not queries:
                 continue
             mask = self.mask(self._cells(queries), self._cells(masked))
-            before = self.history
-            shifted = [(begin + before * (begin > 0), stop + before) for begin, stop in keys]
             asked = tuple((begin - first, stop - first) for begin, stop in queries)
-            tiles.append(Tile(asked, tuple(shifted), mask))
+            tiles.append(Tile(asked, tuple(keys), mask))
         return tuple(tiles)
 
     def _cells(self, ranges: Sequence[Range]) -> Tensor:

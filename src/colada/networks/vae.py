@@ -140,13 +140,9 @@ class TextDecoder(nn.Module):
         self.final_layer = nn.Linear(config.dim, config.vocab_size, bias=config.bias)
 
     def forward(
-        self,
-        latents: Tensor,
-        layout: Layout,
-        histories: Sequence[History | None] | None = None,
-        committing: bool = True,
+        self, latents: Tensor, layout: Layout, histories: Sequence[History | None] | None = None
     ) -> Tensor:
-        shared = Pass(layout, _table(self.config, layout), histories, committing)
+        shared = Pass(layout, _table(self.config, layout), histories, committing=True)
         return self.unpatch(self.run(latents, shared))
 
     def run(self, latents: Tensor, shared: Shared[Rotary]) -> Tensor:

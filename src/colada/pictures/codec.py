@@ -281,9 +281,3 @@ def check_codec(codec: CodecConfig | None, dit: DiTConfig, origin: str = "model"
             raise ColadaError(
                 f"{origin}: {IMAGE_DIR} {name}={stored} contradicts cola_dit img_{name}={expected}"
             )
-
-
-def psnr(pictures: Tensor, others: Tensor) -> float:
-    """Return the peak signal-to-noise ratio of uint8 pictures: −10 log10 of the mean square error in 0..1."""
-    error = ((pictures.double() - others.double()) / 255).square().mean()
-    return float(-10 * error.log10())

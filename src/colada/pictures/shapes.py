@@ -195,16 +195,7 @@ class Example(NamedTuple):
 def example(
     seed: int, number: int, things: int | None = None, unseen: bool | None = False, on_grid: bool = False
 ) -> Example:
-    """Return an example; see :func:`draw_scene`. Its words are drawn from the same numbers."""
-    generator = np.random.default_rng((seed, number))
-    scene = _draw(generator, things, unseen, on_grid)
-    return Example(_words(scene.description, generator), scene.picture(), str(scene.answer))
-
-
-def draw_scene(
-    seed: int, number: int, things: int | None = None, unseen: bool | None = False, on_grid: bool = False
-) -> Scene:
-    """Return scene ``number`` of a seed.
+    """Return example ``number`` of a seed.
 
     Args:
         seed: together with ``number``, all that is drawn follows from it.
@@ -213,7 +204,9 @@ def draw_scene(
         unseen: whether it holds a combination of :data:`HELD_OUT`; None: either.
         on_grid: small things in the middle of an 8 × 8 patch, large ones where four patches meet.
     """
-    return _draw(np.random.default_rng((seed, number)), things, unseen, on_grid)
+    generator = np.random.default_rng((seed, number))
+    scene = _draw(generator, things, unseen, on_grid)
+    return Example(_words(scene.description, generator), scene.picture(), str(scene.answer))
 
 
 def _draw(generator: np.random.Generator, things: int | None, unseen: bool | None, on_grid: bool) -> Scene:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+_WIDEST = 10_000
+
 
 @dataclass
 class Table:
@@ -24,13 +26,15 @@ class Table:
         return self
 
     def print(self, console: Console) -> None:
-        """Print the table, without rules or borders."""
+        """Print the table, without rules or borders; a line longer than the console's is not cut."""
         grid = Grid(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
         for number, title in enumerate(self.titles):
             grid.add_column(Text(title), justify="left" if number < self.texts else "right", no_wrap=True)
         for row in self.rows:
             grid.add_row(*map(Text, row))  # As it is: what stands in square brackets is no style.
-        console.print(grid)
+        # Made as wide as its cells: rich cuts numbers off to fit the console, which in a pipe has 80 columns.
+        grid.width = console.measure(grid, options=console.options.update(width=_WIDEST)).maximum
+        console.print(grid, soft_wrap=True)
 
     def markdown(self) -> str:
         """Return the table in Markdown."""

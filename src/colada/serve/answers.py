@@ -65,7 +65,7 @@ def open_job(body: Common, served: Served, limits: Limits, lenient: bool) -> Job
         texts = _prompts(body, served)
         prompts = [model.ids(text) for text in texts]
         after = model.ids(suffix) if suffix else None
-        settings = model.check(_settings(body))
+        settings = _settings(body)  # Each choice's session checks them again, beside its prompt.
         chosen = model.chosen(settings)
     except ColadaError as error:
         raise as_refusal(error) from None

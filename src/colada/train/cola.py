@@ -24,6 +24,7 @@ from colada.networks.solver import LearntSolver
 from colada.networks.vae import TextVAE
 from colada.pictures.codec import Codec, PatchPCA, fit, new_codec
 from colada.pictures.config import MOST_WORDS
+from colada.randomness import generator_of
 from colada.text.tokenizer import Tokenizer
 from colada.train.cost import Phase, Placement, Work, cola_phase
 from colada.train.flow_matching import Consistency, FlowStep
@@ -42,7 +43,7 @@ from colada.train.losses import Loss, decoder_loss, joint_loss, prior_loss, vae_
 from colada.train.noise import Counts, StepNoise, count, draw_noise, timestep_law
 from colada.train.pairs import open_pairs
 from colada.train.recipe import Recipe
-from colada.train.stages import Configs, LayOut, Stage, System, copied, drawn, network_of, row_generator
+from colada.train.stages import Configs, LayOut, Stage, System, copied, drawn, network_of
 from colada.train.timesteps import adapted, new_memory, remember
 
 _FITTED_AT_ONCE = 1000
@@ -70,7 +71,7 @@ class ColaSystem(System):
             raise ColadaError(f"model.init={recipe.model.init} is {start.arch}, model.arch is 'cola'")
         vae, dit = self.made(lambda: TextVAE(vae_config)), self.made(lambda: DiT(dit_config))
         networks: dict[str, nn.Module] = {"vae": vae, "dit": dit}
-        generators = [row_generator(recipe.seed, 0, number) for number in range(3)]
+        generators = [generator_of(recipe.seed, 0, number) for number in range(3)]
         if start is None:
             first = {"vae": drawn(vae, generators[0]), "dit": drawn(dit, generators[1])}
         else:
@@ -304,7 +305,7 @@ def _guesses(stage: Stage, section: FlowTerms, step: int) -> bool:
     if share == 0 or not torch.is_grad_enabled():
         return share > 0
     # A number that no row has: a step's draw is not one of its rows'.
-    generator = row_generator(stage.recipe.seed, stage.number, 2**41 + step)
+    generator = generator_of(stage.recipe.seed, stage.number, 2**41 + step)
     return bool(torch.rand((), generator=generator) < share)
 
 

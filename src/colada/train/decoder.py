@@ -13,6 +13,7 @@ from colada.models.base import LanguageModel
 from colada.models.decoder import DecoderLM
 from colada.models.load import MODELS
 from colada.networks.decoder import Decoder
+from colada.randomness import generator_of
 from colada.text.tokenizer import Tokenizer
 from colada.train.cost import Phase, Placement, decoder_phase
 from colada.train.decoder_losses import MaskNoise, count, decoder_loss, draw_masks
@@ -20,7 +21,7 @@ from colada.train.kinds import DecoderSection
 from colada.train.losses import Loss
 from colada.train.noise import Counts
 from colada.train.recipe import Recipe
-from colada.train.stages import Configs, Stage, System, copied, drawn, network_of, row_generator
+from colada.train.stages import Configs, Stage, System, copied, drawn, network_of
 
 
 class DecoderSystem(System):
@@ -47,7 +48,7 @@ class DecoderSystem(System):
                     f"the tokenizer {tokenizer.vocab_size}"
                 )
         decoder = self.made(lambda: Decoder(config))
-        first = drawn(decoder, row_generator(recipe.seed, 0, 2))
+        first = drawn(decoder, generator_of(recipe.seed, 0, 2))
         if isinstance(start, DecoderLM):
             first = copied(start.decoder)
         self._begin({"decoder": decoder}, {"decoder": first})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from colada.data.rows import Batch
 from colada.flow import T, interpolate
 from colada.networks.dit import DiT
+from colada.randomness import generator_of
 from colada.train.cost import Phase, Placement
 from colada.train.distil_cost import with_teacher, with_trajectories
 from colada.train.distillation import Guided, distillation_errors, landing, target_of
@@ -24,7 +25,7 @@ from colada.train.kinds import DistilSection
 from colada.train.losses import Loss, frozen_latents, log_snr_terms
 from colada.train.noise import Counts, timestep_law
 from colada.train.recipe import Recipe
-from colada.train.stages import Configs, LayOut, System, network_of, row_generator
+from colada.train.stages import Configs, LayOut, System, network_of
 from colada.train.taught import TaughtNoise, TaughtStage
 
 
@@ -119,7 +120,7 @@ class DistilStage(TaughtStage):
         if not torch.is_grad_enabled():
             return False
         # A number that no row has, see self-conditioning.
-        generator = row_generator(self.recipe.seed, self.number, 2**42 + step)
+        generator = generator_of(self.recipe.seed, self.number, 2**42 + step)
         return bool(torch.rand((), generator=generator) < self.section.trajectory)
 
     @classmethod

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colada.flow import T, guided, within_the_data
+from colada.flow import PREDICTIONS, T
+from colada.generate.guidance import Guidance, estimate
 from colada.networks.dit import DiT
 from colada.train.flow_matching import Pinned, guess_errors, guess_of_z0, place, predict
 
@@ -58,15 +59,21 @@ class Guided:
         alone = torch.zeros(len(z), 2 * copies, z.shape[2] // size, dtype=torch.bool, device=z.device)
         alone[:, copies:] = True
         output = predict(self.dit, both, times, clean, pinned, sample, alone, end=ends)
-        guesses = guess_of_z0(self.dit, both, output, times, pinned)
-        conditional, unconditional = guesses.unflatten(2, (-1, size)).chunk(2, 1)
-        free = torch.ones(conditional.shape[:-1], dtype=torch.bool, device=z.device)
-        if pinned is not None:
-            free = free & ~pinned.where.view(len(z), 1, -1, size)
-        z0 = guided(conditional, unconditional, self.guidance)
-        z0 = within_the_data(z0, conditional, self.cap, self.rescale, free)
-        follows = _follows(z.shape[2], size, sample, z.device)[:, None, :, None]
-        return torch.where((free & follows)[..., None], z0, conditional).flatten(2, 3)
+        of_output = PREDICTIONS[self.dit.config.prediction].velocity
+        velocity = of_output(both.flatten(0, 2), output.flatten(0, 2), times.flatten() / T).to(z.dtype)
+        velocities = velocity.view_as(both).unflatten(2, (-1, size)).chunk(2, 1)
+        conditional, unconditional = (of_blocks.flatten(0, 2) for of_blocks in velocities)
+        blocks, a = z.unflatten(2, (-1, size)).flatten(0, 2), timestep[..., ::size].reshape(-1, 1, 1) / T
+        follows = _follows(z.shape[2], size, sample, z.device)[:, None]
+        rows = follows.expand(len(z), copies, -1).flatten().nonzero().flatten()
+        free = None
+        if self.cap < math.inf or self.rescale > 0:
+            free = torch.ones(blocks.shape[:-1], dtype=torch.bool, device=z.device)
+            if pinned is not None:
+                free = ~pinned.where[:, None].expand(-1, copies, -1).reshape(free.shape)
+        guidance = Guidance(*z.new_tensor([self.guidance, self.cap, self.rescale]).unbind())
+        z0 = estimate(blocks, a, conditional, unconditional[rows], rows, guidance, free).z0
+        return place(z0.view_as(z), pinned)
 
 
 def _follows(length: int, size: int, sample: Tensor | None, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from colada.data.rows import Batch, RowTensors
 from colada.flow import LOSS_SPACES, MIN_A, T, TimestepLaw
 from colada.networks.dit import DiT
 from colada.pictures.codec import Codec, ConvVAE
+from colada.randomness import generator_of
 from colada.train.cola import ColaSystem, PriorStage, codec_of
 from colada.train.cost import Phase, Placement
 from colada.train.kinds import PicturesSection, PictureVAESection
@@ -29,7 +30,7 @@ from colada.train.pairs import Pairs, PairSplits, open_pairs
 from colada.train.picture_cost import codec_phase, picture_phases
 from colada.train.picture_flow import describing_errors, drawing_errors
 from colada.train.recipe import Recipe
-from colada.train.stages import VALIDATION_ROW, Configs, LayOut, Stage, System, network_of, row_generator
+from colada.train.stages import VALIDATION_ROW, Configs, LayOut, Stage, System, network_of
 
 CALIBRATED_ON = 1024
 """Pictures over which a trained codec's latents get mean 0 and mean square 1."""
@@ -106,7 +107,7 @@ class PicturesStage(PriorStage):
     def task(self, step: int) -> str:
         """Return the task of a step: "text", "draw" or "describe"."""
         tasks = self.section.tasks
-        generator = row_generator(self.recipe.seed, self.number, _TASK + step)
+        generator = generator_of(self.recipe.seed, self.number, _TASK + step)
         place = float(torch.rand((), generator=generator, dtype=torch.float64)) * sum(tasks.values())
         for task, share in tasks.items():
             if place < share:

@@ -32,6 +32,7 @@ from colada.models.likelihood import nats_per_token
 from colada.models.load import load
 from colada.models.rollouts import roll_out
 from colada.networks.dit import DiT
+from colada.randomness import seed_of
 from colada.text.chat import render
 from colada.text.transcript import Completion
 from colada.train.answers import REPLAY
@@ -244,8 +245,7 @@ class RolloutStage(ColaStage):
             starts.append(row.ids[0, :prompt_length].tolist())
             room = section.length - -(-prompt_length // stretch) * stretch
             for sample in range(section.samples):
-                seeds = np.random.SeedSequence([self.recipe.seed, self.number, number, prompt, sample])
-                seed = int(seeds.generate_state(1, np.uint64)[0] >> 2)
+                seed = seed_of(self.recipe.seed, self.number, number, prompt, sample) >> 2
                 settings: Any = {**section.sampler, "seed": seed}
                 requests.append(TextRequest(starts[-1], min(section.new_tokens, room), settings))
         done = roll_out(model, requests)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from colada.networks.decoder import Decoder
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.pictures.codec import Codec
+from colada.randomness import generator_of
 from colada.train.cost import Phase, Placement
 from colada.train.display import Display
 from colada.train.kinds import FlowTerms, StageSection
@@ -47,12 +47,6 @@ Configs = Mapping[str, Any]
 
 FirstWeights = Callable[[str, Tensor], Tensor]
 """Returns a parameter of a network by its name, given an uninitialised tensor of its shape on the CPU."""
-
-
-def row_generator(seed: int, stage: int, row: int) -> torch.Generator:
-    """Return the CPU generator of one row: the same in any batch, on any rank, resumed or not."""
-    state = np.random.SeedSequence([seed, stage, row]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
 
 
 def drawn(network: TextVAE | DiT | Decoder | Codec, generator: torch.Generator) -> FirstWeights:
@@ -273,7 +267,7 @@ class Stage(ABC):
 
     def generators(self, rows: Sequence[int]) -> list[torch.Generator]:
         """Return the generators of rows by number."""
-        return [row_generator(self.recipe.seed, self.number, row) for row in rows]
+        return [generator_of(self.recipe.seed, self.number, row) for row in rows]
 
     def begin(self, beginning: Beginning) -> None:  # noqa: B027 - most need nothing
         """Make what the steps need, once weights and memory are those of the first or the resumed step."""

@@ -15,11 +15,12 @@ from colada.data.rows import Batch, batch
 from colada.flow import T
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
+from colada.randomness import generator_of
 from colada.train.cola import PriorStage
 from colada.train.kinds import TaughtSection
 from colada.train.noise import StepNoise, draw_noise
 from colada.train.recipe import source_weights
-from colada.train.stages import Beginning, LayOut, System, network_of, row_generator
+from colada.train.stages import Beginning, LayOut, System, network_of
 from colada.train.teaching_terms import SAME
 from colada.train.trajectories import Trajectories, digest, roll_out, sampler
 
@@ -116,7 +117,7 @@ class TaughtStage(PriorStage):
         """Return what is drawn for rows whose trajectories are kept: the same whenever they are used."""
         config, section = self.vae.config, self.section
         flow = section.model_copy(update={"copies": 1})
-        generators = [row_generator(self.recipe.seed, _FIXED, number) for number in numbers]
+        generators = [generator_of(self.recipe.seed, _FIXED, number) for number in numbers]
         return draw_noise(generators, config, section.length, flow=flow)
 
     def rollouts(self, step: int, rows: Batch, noise: TaughtNoise) -> tuple[Batch, TaughtNoise]:

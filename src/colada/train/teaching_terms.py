@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from colada.data.sources import Section
+from colada.errors import nearest
+from colada.generate.settings import SOLVER_NAMES
 from colada.train.answers import Count
 
 SAME = "same"
@@ -26,6 +28,12 @@ Grid = Annotated[tuple[float, ...], AfterValidator(_falls)]
 """Values of a = t / T between which a student makes a step each."""
 
 
+def _is_solver(name: str) -> str:
+    if name not in SOLVER_NAMES:
+        raise ValueError(f"{name!r}, expected one of {', '.join(SOLVER_NAMES)}{nearest(name, SOLVER_NAMES)}")
+    return name
+
+
 class TrajectorySection(Section):
     """The teacher's trajectories over fixed rows of the data, written once and read by all stages."""
 
@@ -38,4 +46,4 @@ class TrajectorySection(Section):
         description="Where on its way each block is kept: what stages have as grids is among these.",
     )
     substeps: int = Field(2, ge=1, le=64, description="The teacher's solver steps from one to the next.")
-    solver: Literal["euler", "ab2", "heun"] = Field("ab2", description="Its solver.")
+    solver: Annotated[str, AfterValidator(_is_solver)] = Field("ab2", description="Its solver.")

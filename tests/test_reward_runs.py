@@ -1,12 +1,8 @@
-"""Stages that learn from answers: preferences between two, and rewards of what the model writes."""
+"""Stages that learn from rewards of what the model writes."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import colada
 import rules
-from colada.cli.main import main
+from answers import made, rewarding
 from colada.data.rows import Batch
 from colada.data.rows import batch as batch_of
 from colada.device import plain_torch
@@ -37,165 +33,12 @@ from colada.train.decoder_losses import MaskNoise, decoder_loss
 from colada.train.kinds import RaftSection, RewardSection
 from colada.train.parallel import Ranks
 from colada.train.plan import plan_run
-from colada.train.preferences import PairNoise
 from colada.train.preflight import preflight
-from colada.train.recipe import Recipe, commented, load_recipe
 from colada.train.rewards import Answer, AnswerNoise, RaftStage, RewardStage, RolloutStage, plain_prompt
 from colada.train.stages import Beginning, Stage, make_stage
 from colada.train.trainer import Interrupted, Trainer
 from helpers import reference, request, tiny_model
-from runs import STORIES, TINY, At, assert_same_run, final_state, logged, metrics, recipe, same
-
-TASKS = f"{{path: {STORIES}, format: tasks, tasks: [sums, greeting, questions], samples: 30}}"
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of conversations that has seen very little."""
-    out = tmp_path_factory.mktemp("start") / "run"
-    first = [f"data.sources=[{TASKS}]", "data.packing=samples", "stages.prior.kind=instruct"]
-    lengths = ["stages.vae.length=64", "stages.prior.length=64", "stages.vae.steps=20", "stages.vae.lr=0.01"]
-    Trainer(recipe(*first, *lengths, "run.validate_every=0", "run.sample_every=0"), out).run()
-    return out / "model"
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    lines = []
-    for n in range(40):
-        prompt: Any = f"Say {n}." if n % 2 else [{"role": "user", "content": f"Say {n}."}]
-        lines.append({"prompt": prompt, "chosen": f"It is {n}.", "rejected": f"I will not say {n * 7}!"})
-    file.write_text("\n".join(map(json.dumps, lines)))
-    return file
-
-
-def made(start: Path, folder: Path, kind: str, source: str, *overrides: str) -> Recipe:
-    yaml = folder / f"{kind}.yaml"
-    yaml.write_text(f"model: {{init: {start}}}\nstages: {{{kind}: {{}}}}\n")
-    common = [own for own in TINY if own.startswith(("data.", "run."))]
-    mine = [f"data.sources=[{source}]", "data.packing=samples", "run.sample_every=0", "run.save_every=1"]
-    stage = ["steps=6", "length=64", "warmup=0", "copies=2", "lr=0.003"]
-    return load_recipe(yaml, [*common, *mine, *(f"stages.{kind}.{own}" for own in stage), *overrides])
-
-
-# --- preferences ---------------------------------------------------------------------------------
-
-
-def preferring(start: Path, pairs: Path, *overrides: str) -> Recipe:
-    source = f"{{path: {pairs}, format: preferences}}"
-    some = ["stages.preferences.batch=4", "stages.preferences.calibration=2", "stages.preferences.anchor=0.1"]
-    return made(start, pairs.parent, "preferences", source, *some, *overrides)
-
-
-@pytest.fixture(scope="module")
-def preferred(start: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("preferred") / "run"
-    Trainer(preferring(start, pairs), out).run()
-    return out
-
-
-def test_preferences_are_logged_from_nothing_on(preferred: Path) -> None:
-    training = [record for record in metrics(preferred) if record["split"] == "train"]
-    assert [record["beta"] > 0 for record in training] == [False, False, True, True, True, True]
-    assert training[2]["beta"] == pytest.approx(training[5]["beta"])
-    first = training[0]
-    assert (first["margin"], first["chosen"], first["rejected"]) == (
-        0,
-        0,
-        0,
-    )  # The first weights are their own.
-    for record in training[1:]:
-        assert record["margin"] == pytest.approx(record["rejected"] - record["chosen"], abs=1e-6)
-        assert 0 <= record["preferred"] <= 1
-    # At the same draws: the first weights' loss of the chosen is what is left when what was gained is not.
-    assert first["loss"] == pytest.approx(0.6931 + 0.1 * first["flow"], rel=1e-3)
-    held_out = [record for record in metrics(preferred) if record["split"] == "validation"]
-    assert held_out[-1].keys() >= {"preferred", "margin", "chosen", "rejected", "flow"}
-    assert training[0]["chosen_length"] < training[0]["rejected_length"]
-
-
-def test_preferences_resume_in_the_middle_of_what_sets_beta(
-    start: Path, pairs: Path, preferred: Path, tmp_path: Path
-) -> None:
-    for step in (1, 3):
-        out = tmp_path / str(step)
-        with pytest.raises(Interrupted):
-            Trainer(preferring(start, pairs), out, At("preferences", step)).run()
-        Trainer(preferring(start, pairs), out).run()
-        assert_same_run(out, preferred)
-
-
-def test_a_stored_reference_is_the_one_that_is_computed_again(
-    start: Path, pairs: Path, preferred: Path, tmp_path: Path
-) -> None:
-    stored = preferring(start, pairs, "stages.preferences.reference=stored")
-    Trainer(stored, tmp_path / "stored").run()
-    one, other = (
-        [r for r in logged(out) if r["split"] == "train"] for out in (preferred, tmp_path / "stored")
-    )
-    for record, again in zip(one, other, strict=True):
-        for key in ("loss", "margin", "chosen", "rejected", "beta"):
-            assert again[key] == pytest.approx(record[key], rel=1e-4, abs=1e-6)
-    assert "reference" not in final_state(tmp_path / "stored")
-    once = ("run.precision=bfloat16", "stages.preferences.steps=1")
-    Trainer(preferring(start, pairs, "stages.preferences.reference=stored", *once), tmp_path / "once").run()
-    assert logged(tmp_path / "once")[0]["margin"] == pytest.approx(0, abs=1e-4)  # Rounded as the steps are.
-    with pytest.raises(Interrupted):
-        Trainer(stored, tmp_path / "resumed", At("preferences", 2)).run()
-    Trainer(stored, tmp_path / "resumed").run()
-    assert_same_run(tmp_path / "stored", tmp_path / "resumed")
-
-
-def test_how_pairs_are_grouped_changes_nothing(
-    start: Path, pairs: Path, preferred: Path, tmp_path: Path
-) -> None:
-    Trainer(preferring(start, pairs, "stages.preferences.micro_batch=1"), tmp_path / "run").run()
-    for record, again in zip(logged(preferred), logged(tmp_path / "run"), strict=True):
-        for key in {"loss", "margin", "chosen", "rejected"} & record.keys():
-            assert again[key] == pytest.approx(record[key], rel=1e-3, abs=2e-5)
-
-
-def test_both_answers_of_a_pair_have_the_same_noise(start: Path, pairs: Path, tmp_path: Path) -> None:
-    trainer = Trainer(preferring(start, pairs), tmp_path / "run")
-    stage = make_stage(trainer.system, "preferences", trainer._lay_out)
-    noise, alone = stage.draw([3, 7]), stage.draw([7])
-    trainer._unlock()
-    assert isinstance(noise, PairNoise)
-    assert isinstance(alone, PairNoise)
-    assert noise.pair is not None
-    assert noise.pair.tolist() == [3, 3, 7, 7]
-    for name in ("posterior", "timestep", "z1"):
-        values = getattr(noise, name)
-        assert torch.equal(values[0], values[1])
-        assert not torch.equal(values[0], values[2])
-        assert torch.equal(values[2:], getattr(alone, name))
-
-
-def test_means_are_other_latents(start: Path, pairs: Path, preferred: Path, tmp_path: Path) -> None:
-    mean = preferring(start, pairs, "stages.preferences.latents=mean", "stages.preferences.steps=1")
-    Trainer(mean, tmp_path / "run").run()
-    one, other = (metrics(out)[0] for out in (preferred, tmp_path / "run"))
-    assert other["flow"] != pytest.approx(one["flow"], rel=1e-3)
-
-
-def test_a_pair_that_is_none_is_named(start: Path, tmp_path: Path) -> None:
-    file = tmp_path / "broken.jsonl"
-    for line, said in (
-        ({"prompt": "a", "chosen": "b"}, "no column 'rejected'"),
-        ({"prompt": 3, "chosen": "b", "rejected": "c"}, "prompt is 3, expected a string or a list"),
-        ({"prompt": "a", "chosen": "", "rejected": "c"}, "completion is empty"),
-        (
-            {"prompt": [{"role": "user", "content": "x"}], "chosen": "b", "rejected": 2},
-            "answer 2, expected text",
-        ),
-    ):
-        file.write_text(json.dumps(line))
-        with pytest.raises(ColadaError, match=f"broken.jsonl:1.*{said}"):
-            Trainer(preferring(start, file), tmp_path / "run")
-
-
-# --- rewards -------------------------------------------------------------------------------------
+from runs import STORIES, At, assert_same_run, logged, metrics, same
 
 
 def test_what_is_learnt_of_groups_by_hand() -> None:
@@ -212,14 +55,6 @@ def test_what_is_learnt_of_groups_by_hand() -> None:
     assert [own.share for own in learnt[4:]] == [0.0, 1.0, 0.0, 1.0]
     assert [RewardStage.keep(stage, n) for n in (0, 1, 100, 1000)] == [0.0, 0.001, 0.1, 0.5]
     assert RaftStage.keep(stage, 7) == 0.0
-
-
-def rewarding(start: Path, folder: Path, *overrides: str, kind: str = "reward") -> Recipe:
-    some = ["batch=8", "prompts=2", "samples=3", "updates=2", "new_tokens=8", "unended=0"]
-    some += ["reward=rules:letters"]
-    some += ["sampler={steps: 2, guidance: 1.0}"]
-    mine = [f"stages.{kind}.{own}" for own in some]
-    return made(start, folder, kind, TASKS, *mine, "run.validate_every=3", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -530,21 +365,6 @@ def test_what_was_asked_is_taken_out_of_the_template(start: Path) -> None:
     assert plain_prompt(model, model.tokenizer.encode("Who?")) == "Who?"
 
 
-@pytest.mark.parametrize("kind", ["preferences", "reward", "raft"])
-def test_a_look_before_the_run(
-    start: Path, pairs: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = f"{{path: {pairs}, format: preferences}}" if kind == "preferences" else TASKS
-    made(start, tmp_path, kind, source)
-    yaml = str(tmp_path / f"{kind}.yaml")
-    assert (
-        main(["train", yaml, "--dry-run", f"--set=data.sources=[{source}]", "--set=data.packing=samples"])
-        == 0
-    )
-    said = capsys.readouterr().out
-    assert ("reference" if kind == "preferences" else "answers") in said
-
-
 def test_what_cannot_be_is_refused(start: Path, tmp_path: Path) -> None:
     with pytest.raises(ColadaError, match=r"reward.*task='wrods'.*did you mean 'words'"):
         rewarding(start, tmp_path, "stages.reward.reward=wrods")
@@ -619,34 +439,3 @@ def test_each_rank_has_all_weights_that_write(start: Path, tmp_path: Path) -> No
     alone, two = (plan_run(rewarding(start, tmp_path), ranks).phases[0].memory for ranks in (1, 2))
     assert "whole networks" not in alone
     assert two["whole networks"] == pytest.approx(alone["weights"] + alone["frozen networks"], rel=0.01)
-
-
-# --- several ranks -------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["preferences", "reward"])
-def test_two_ranks_learn_what_one_does(start: Path, pairs: Path, tmp_path: Path, kind: str) -> None:
-    judge = f"stages.reward.judge={start}"
-    run = preferring(start, pairs) if kind == "preferences" else rewarding(start, tmp_path, judge)
-    second = {"preferences": {"reference": "stored"}, "reward": {"kind": "raft"}}[kind]
-    values = run.model_dump(mode="json", exclude_unset=True)
-    values["stages"]["second"] = {**values["stages"][kind], **second}
-    run = Recipe.model_validate(values)
-    Trainer(run, tmp_path / "alone").run()
-    file = tmp_path / "run.yaml"
-    file.write_text(commented(run))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, "colada", "train", str(file), "--out", str(tmp_path / "two")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for record, again in zip(logged(tmp_path / "alone"), logged(tmp_path / "two"), strict=True):
-        for key in {"loss", "margin", "push", "drift", "reward"} & record.keys():
-            assert again[key] == pytest.approx(record[key], rel=2e-3, abs=1e-4), key
