@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from colada.cli.info import describe as information
+from colada.errors import ColadaWarning
 from colada.locate import BUNDLED
 from colada.models.cola import ColaDLM
 from colada.models.load import load_cola
@@ -119,7 +120,8 @@ def test_pictures_are_described_and_what_was_changed_is_said(
     assert main(["describe", *paths, "-m", saved, "-n", 6, "--prompt", "what is it?", "--json"]) == 0
     out, err = capsys.readouterr()
     answers = [json.loads(line) for line in out.splitlines()]
-    expected = model.describe(paths, 6, prompt="what is it?")
+    with pytest.warns(ColadaWarning, match="b.gif: cropped"):
+        expected = model.describe(paths, 6, prompt="what is it?")
     assert [answer["text"] for answer in answers] == [one.text for one in expected]
     assert [answer["picture"] for answer in answers] == paths
     assert answers[0]["changes"] == []

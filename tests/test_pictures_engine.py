@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from colada.errors import ColadaError
+from colada.errors import ColadaError, ColadaWarning
 from colada.generate.engine.engine import Engine
 from colada.generate.noise import sample_noise
 from colada.generate.pictures import append_block, describe_block, draw_latents, show
@@ -243,9 +243,32 @@ def test_descriptions_do_not_depend_on_the_batch_and_files_are_taken(model: Cola
     assert [len(answer.tokens) for answer in answers] == [9, 9, 9]
     for number, picture in enumerate(pictures):
         assert model.describe(picture, 9, prompt=[4, 5], seed=3 + number, end_ids=()) == [answers[number]]
-    (tmp_path / "large.png").write_bytes(png(pictures[0], 3))
-    assert model.describe(tmp_path / "large.png", 9, prompt=[4, 5], seed=3, end_ids=()) == answers[:1]
+    (tmp_path / "own.png").write_bytes(png(pictures[0], 1))
+    assert model.describe(tmp_path / "own.png", 9, prompt=[4, 5], seed=3, end_ids=()) == answers[:1]
     np.testing.assert_equal(model.describe(np.stack(pictures), 9, prompt=[4, 5], seed=3, end_ids=()), answers)
+
+
+@pytest.mark.filterwarnings("always::colada.errors.ColadaWarning")
+def test_what_was_changed_in_a_file_that_is_described_is_said_once_a_picture(
+    model: ColaDLM, tmp_path: Path
+) -> None:
+    from colada.pictures.show import png
+
+    picture = open_source("shapes:").pair(0).picture
+    paths = [tmp_path / name for name in ("own.png", "large.png", "wide.png")]
+    paths[0].write_bytes(png(picture, 1))
+    paths[1].write_bytes(png(picture, 3))
+    paths[2].write_bytes(png(np.pad(picture, ((0, 0), (4, 4), (0, 0))), 1))
+    scaled, cropped = "scaled from 96 × 96 to 32 × 32", "cropped from 40 × 32 to its middle 32 × 32"
+    expected = [f"{paths[1]}: {scaled}", f"{paths[2]}: {cropped}"]
+    with pytest.warns(ColadaWarning) as notes:
+        answers = model.describe(paths, 9, prompt=[4, 5], seed=3)
+    assert [str(note.message) for note in notes] == expected
+    assert answers == model.describe([picture] * 3, 9, prompt=[4, 5], seed=3)
+    with pytest.warns(ColadaWarning) as notes:
+        model.describing(str(paths[2]), 9)
+    assert [str(note.message) for note in notes] == expected[1:]
+    assert notes[0].filename == __file__
 
 
 def test_one_session_draws_describes_and_writes(model: ColaDLM) -> None:
