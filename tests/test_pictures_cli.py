@@ -63,7 +63,7 @@ def test_a_sheet_has_captions_in_turn_and_seeds_in_order(
 ) -> None:
     stdin = io.TextIOWrapper(io.BytesIO(b"a red circle\n\na circle\n"))
     monkeypatch.setattr("sys.stdin", stdin)
-    out = tmp_path / "out.png"
+    out = tmp_path / "OUT.PNG"
     assert main(["draw", "--grid", "2x3", "-m", saved, "-o", out, "--scale", 1, "--seed", 7]) == 0
     drawn = model.draw(["a red circle", "a circle"] * 3, seed=7)
     np.testing.assert_array_equal(read(out.read_bytes()), sheet(drawn, 3))
@@ -151,6 +151,12 @@ def test_info_knows_what_is_of_pictures(saved: Path, model: ColaDLM) -> None:
         (["draw", "a", "-o", "x.png", "--grid", "99x99"], "at most 4096 drawings"),
         (["draw", "a", "-o", "x.png", "--scale", "0"], "scale=0"),
         (["draw", "a", "-o", "x.png", "--steps", "0"], "steps=0"),
+        # Of a model that is not there nothing is said: no picture could be written.
+        (["draw", "a", "-o", "x.jpg", "-m", "nowhere"], "--out x.jpg, expected a name that ends in .png"),
+        (
+            ["draw", "a", "-o", "a/x.png.webp", "-m", "nowhere"],
+            "--out a/x.png.webp, expected a name that ends",
+        ),
         (["draw", "a", "-o", "no/where/x.png", "-m", "MODEL"], "no/where"),
         (["describe", "nothing.png"], "nothing.png: no such file"),
         (["describe", "BROKEN", "-m", "MODEL"], "is no picture"),
@@ -168,4 +174,4 @@ def test_what_is_refused_in_one_line(
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
-    assert not (tmp_path / "x.png").exists()
+    assert not list(tmp_path.glob("x.*"))

@@ -94,6 +94,8 @@ def draw(
     require_count("batch", batch)
     require_count("scale", scale, MOST_SCALE)
     rows, columns = _grid(grid)
+    if out is not None and out.suffix.lower() not in ("", ".png"):
+        raise ColadaError(f"--out {out}, expected a name that ends in .png: a PNG is written")
     check_model_options(model, revision, dtype, device)
     console = Console(highlight=False)
     piped, to_terminal = str(out) == "-", sys.stdout.isatty()
