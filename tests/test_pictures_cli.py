@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from colada.cli.info import describe as information
 from colada.errors import ColadaWarning
+from colada.generate.noise import NOISE_RULES, Noise
 from colada.locate import BUNDLED
 from colada.models.cola import ColaDLM
 from colada.models.load import load_cola
@@ -129,6 +131,53 @@ def test_pictures_are_described_and_what_was_changed_is_said(
     assert err.startswith(f"note: {paths[1]}: cropped")
     assert main(["describe", paths[0], "-m", saved, "-n", 6, "--prompt", "what is it?"]) == 0
     assert capsys.readouterr().out == answers[0]["text"] + "\n"
+
+
+def test_a_picture_that_cannot_be_described_loses_nothing_of_the_others(
+    saved: Path, model: ColaDLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures = [open_source("shapes:").pair(number).picture for number in range(3)]
+    for name, content in zip("aceb", [*map(png, pictures), b"no picture at all"], strict=True):
+        (tmp_path / f"{name}.png").write_bytes(content)
+    names = [f"{name}.png" for name in "abcde"]  # The second is broken, the fourth missing.
+    own = ["-m", saved, "-n", 6, "--seed", 5]
+    answers = model.describe(pictures, 6, seed=[5, 7, 9])
+    whole = [f"{name}.png: {one.text}" for name, one in zip("ace", answers, strict=True)]
+    said = [
+        "error: d.png: no such file, expected a picture",
+        "error: b.png is no picture, expected one of PNG",
+    ]
+    assert main(["describe", *names, *own]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines() == whole
+    assert [line[: len(start)] for line, start in zip(err.splitlines(), said, strict=False)] == said
+    assert err.splitlines()[2:] == ["error: 2 of 5 pictures failed"]
+    assert main(["describe", *names, *own, "--json"]) == 2
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["picture"] for record in records] == names
+    assert [record["seed"] for record in records] == [5, 6, 7, 8, 9]
+    assert [record.get("error", "") for record in records][3] == said[0].removeprefix("error: ")
+    assert [f"{one['picture']}: {one['text']}" for one in records if "text" in one] == whole
+    # What fails while it is described is one picture's too.
+    draw = NOISE_RULES["per-sample"]
+
+    def noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noise:
+        return lambda block, k: draw(seed, shape, device)(block, k) * (torch.nan if seed == 7 else 1)
+
+    monkeypatch.setitem(NOISE_RULES, "per-sample", noise)
+    assert main(["describe", "a.png", "a.png", "c.png", "e.png", *own]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == whole[0]
+    assert [line.split(":")[0] for line in out.splitlines()] == ["a.png", "a.png", "e.png"]
+    assert "error: c.png: " in err
+    assert "not finite" in err
+    assert err.endswith("error: 1 of 4 pictures failed\n")
+    # Without any, no model is loaded.
+    monkeypatch.setattr("colada.cli.pictures.load_cola", None)
+    assert main(["describe", "x.png", "y.png", *own]) == 2
+    missing = [f"error: {name}.png: no such file, expected a picture" for name in "xy"]
+    assert capsys.readouterr().err.splitlines() == [*missing, "error: 2 of 2 pictures failed"]
 
 
 def test_info_knows_what_is_of_pictures(saved: Path, model: ColaDLM) -> None:
