@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +34,7 @@ from colada.train.flow_matching import place, predict
 from colada.train.logs import read_samples
 from colada.train.losses import Loss, frozen_latents
 from colada.train.noise import Counts
-from colada.train.pairs import open_pairs
+from colada.train.pairs import LOOKED_AT, open_pairs
 from colada.train.picture_cost import CAPTION
 from colada.train.pictures import PicturesStage, TaskNoise
 from colada.train.plan import plan_run
@@ -315,6 +318,42 @@ def test_other_pictures_are_no_continuation(whole: Path, tmp_path: Path) -> None
     forget_opened()
     with pytest.raises(ColadaError, match=r"the training set of pictures .* is not what .* was trained on"):
         run(out, source, "model.image={channels: 2}")
+
+
+def test_a_run_says_how_many_texts_of_a_source_lose_their_end(whole: Path, tmp_path: Path) -> None:
+    folder, tokenizer = tmp_path / "data", Tokenizer.from_file(whole / "tokenizer.json")
+    folder.mkdir()
+    captions = ["a dog", "a dog and a cat and a cow", "a dog and a cat and a cow and a hen and a pig"]
+    for number in range(9):
+        (folder / f"{number}.png").write_bytes(png(Scenes("").pair(number).picture))
+    lines = [f"{n}.png\t{captions[min(n, 2)]}\n" for n in range(9)]
+    (folder / "captions.tsv").write_text("".join(lines))
+    most = len(tokenizer.encode(captions[1]))  # It is just short enough, but not with an answer's end.
+    assert len(tokenizer.encode(captions[0])) < most < len(tokenizer.encode(captions[2]))
+    sources = f"data.pictures=[{{path: 'shapes:two'}}, {{path: {folder}}}]"
+    made = [f"tokenizer.file={whole / 'tokenizer.json'}", "data.validation_share=0", sources]
+
+    def said(*overrides: str) -> list[str]:
+        file = io.StringIO()
+        Trainer(
+            recipe(*PICTURES, *made, *overrides), tmp_path / "run", Display(Console(file=file, width=200))
+        )
+        shutil.rmtree(tmp_path / "run")
+        return [line.rstrip() for line in file.getvalue().splitlines() if "lose their end" in line]
+
+    scenes = [open_source("shapes:two").pair(number) for number in range(LOOKED_AT)]
+    cut = [
+        sum(len(tokenizer.encode(getattr(scene, name))) > most - less for scene in scenes)
+        for name, less in (("caption", 0), ("answer", 1))
+    ]
+    end = f" lose their end: stages.pictures.caption_length={most} tokens"
+    assert said(f"stages.pictures.caption_length={most}") == [
+        f"shapes:two: {cut[0]:,} captions and {cut[1]:,} answers of the first {LOOKED_AT:,}{end}",
+        f"{folder}: 7 captions and 8 answers of 9{end}",
+    ]
+    of_one = said(f"stages.pictures.caption_length={most}", "stages.pictures.tasks={describe: 1}")
+    assert of_one[1] == f"{folder}: 8 answers of 9{end}"
+    assert said("stages.pictures.caption_length=200") == []
 
 
 def test_a_checkpoint_is_exported_with_its_codec(whole: Path, tmp_path: Path) -> None:
