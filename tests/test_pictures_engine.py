@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from colada.errors import ColadaError, ColadaWarning
+from colada.generate.engine import kernels
 from colada.generate.engine.engine import Engine
 from colada.generate.noise import sample_noise
 from colada.generate.pictures import append_block, describe_block, draw_latents, show
@@ -22,6 +23,7 @@ from colada.generate.writer import Request
 from colada.models.cola import ColaDLM
 from colada.models.difference import save_difference
 from colada.models.load import load_cola
+from colada.networks import dit
 from colada.networks.layers import History
 from colada.pictures.codec import fit
 from colada.pictures.config import CodecConfig
@@ -36,9 +38,8 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 def pictured(**over: Any) -> ColaDLM:
     """Networks for the engine, which looks at no codec."""
-    dit = {"img_channels": CHANNELS, "img_grid": [2, 3], **over}
     model = tiny_model()
-    model.dit = tiny_dit(1, **dit)
+    model.dit = tiny_dit(1, **{"img_channels": CHANNELS, "img_grid": [2, 3], **over})
     return model
 
 
@@ -112,43 +113,71 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "over",
-    [
-        {},
-        {"prediction": "z0"},
-        {"prediction": "z0", "dual_layers": 1},
-        {"dual_layers": 2, "img_axial": True},
-        {"prediction": "z0", "img_axial": True},
-        {"self_conditioning": True},
-    ],
-    ids=str,
-)
+OVERS: list[dict[str, Any]] = [
+    {},
+    {"prediction": "z0"},
+    {"prediction": "z0", "dual_layers": 1},
+    {"dual_layers": 2, "img_axial": True},
+    {"prediction": "z0", "img_axial": True},
+    {"self_conditioning": True},
+]
+ENGINES: list[dict[str, int]] = [{}, {"slots": 3}, {"bucket": 16}]
+ROUNDING = 1e-5
+"""Of the largest number of a block, in float32."""
+
+
+@pytest.fixture
+def doubled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is computed in float32 otherwise, in float64."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    monkeypatch.setattr(kernels, "ONEDNN", False)  # It has no products in float64.
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    dit._timestep_frequencies.cache_clear()
+    yield
+    torch.set_default_dtype(usual)
+    dit._timestep_frequencies.cache_clear()
+
+
+def assert_near(one: Tensor, other: Tensor, tolerance: float = ROUNDING) -> None:
+    """Numbers differ by no more than a share of the largest one."""
+    assert one.dtype == other.dtype
+    torch.testing.assert_close(one, other, rtol=0, atol=tolerance * float(other.abs().max()))
+
+
+def assert_as_in_the_loop(model: ColaDLM, engine: Engine, requests: list[Request], tolerance: float) -> None:
+    for own, (latents, ids) in zip(requests, generated(engine, requests), strict=True):
+        if own.draws or own.picture is not None:
+            expected = by_hand(model, own)
+            if own.picture is not None:
+                assert ids == spelled(model, expected)
+        else:
+            blocks = reference(model, own)
+            expected = [block for block, _ in blocks]
+            assert ids == [spelt for _, spelt in blocks]
+        assert len(latents) == len(expected)
+        for one, other in zip(latents, expected, strict=True):
+            assert_near(one, other, tolerance)
+
+
+@pytest.mark.parametrize("over", OVERS, ids=str)
 def test_pictures_and_texts_in_one_session_are_those_of_the_readable_loop(over: dict[str, Any]) -> None:
     model = pictured(**over)
-    for slots in (None, 3):
-        engine = Engine(model.vae, model.dit, capacity=200, slots=slots)
-        for own, (latents, ids) in zip(REQUESTS, generated(engine, REQUESTS), strict=True):
-            if own.draws or own.picture is not None:
-                expected = by_hand(model, own)
-                if own.picture is not None:
-                    assert ids == spelled(model, expected)
-            else:
-                blocks = reference(model, own)
-                expected = [block for block, _ in blocks]
-                assert ids == [spelt for _, spelt in blocks]
-            assert len(latents) == len(expected)
-            for one, other in zip(latents, expected, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+    for kind in ENGINES:
+        engine = Engine(model.vae, model.dit, capacity=200, **kind)
+        assert_as_in_the_loop(model, engine, REQUESTS, ROUNDING)
 
 
-def test_a_bucketed_engine_draws_and_describes_alike() -> None:
-    model = pictured(prediction="z0")
-    engine = Engine(model.vae, model.dit, capacity=200, bucket=16)
-    for own, (latents, _) in zip(REQUESTS, generated(engine, REQUESTS), strict=True):
-        if own.draws or own.picture is not None:
-            for one, other in zip(latents, by_hand(model, own), strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+@pytest.mark.parametrize("over", OVERS, ids=str)
+def test_what_differs_is_rounding_alone(over: dict[str, Any], doubled: None) -> None:
+    model = pictured(**over)
+    requests = [
+        own if own.picture is None else replace(own, picture=own.picture.double()) for own in REQUESTS
+    ]
+    for kind in ENGINES:
+        engine = Engine(model.vae, model.dit, capacity=200, **kind)
+        assert_as_in_the_loop(model, engine, requests, 1e-12)
 
 
 def test_what_fails_for_one_picture_fails_for_no_other() -> None:
@@ -170,7 +199,7 @@ def test_what_fails_for_one_picture_fails_for_no_other() -> None:
     assert "its picture cannot be read" in str(errors[2])
     (done,) = [slot for slot in engine.news if slot.request is whole]
     assert done.drawn is not None
-    torch.testing.assert_close(done.drawn[:, :CHANNELS], by_hand(model, whole)[0], rtol=1e-5, atol=2e-5)
+    assert_near(done.drawn[:, :CHANNELS], by_hand(model, whole)[0])
 
 
 # --- the model ---------------------------------------------------------------------------------
@@ -181,8 +210,8 @@ CONFIG = CodecConfig(size=32, patch=16, channels=8, drawing={"steps": 3}, descri
 @pytest.fixture(scope="module")
 def model() -> ColaDLM:
     pictures = np.stack([open_source("shapes:").pair(number).picture for number in range(60)])
-    dit = tiny_dit(1, img_channels=8, img_grid=[2, 2], prediction="z0")
-    return ColaDLM(tiny_vae(pad_token_id=0), dit, image=fit([pictures], CONFIG), origin="tiny")
+    network = tiny_dit(1, img_channels=8, img_grid=[2, 2], prediction="z0")
+    return ColaDLM(tiny_vae(pad_token_id=0), network, image=fit([pictures], CONFIG), origin="tiny")
 
 
 def test_drawings_are_pixels_of_latents_and_do_not_depend_on_the_batch(model: ColaDLM) -> None:
