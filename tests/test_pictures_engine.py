@@ -17,7 +17,7 @@ from colada.generate.engine import kernels
 from colada.generate.engine.engine import Engine
 from colada.generate.noise import sample_noise
 from colada.generate.pictures import append_block, describe_block, draw_latents, show
-from colada.generate.reference import encode
+from colada.generate.reference import TransportStep, encode
 from colada.generate.settings import RequestSettings
 from colada.generate.writer import Request
 from colada.models.cola import ColaDLM
@@ -235,6 +235,41 @@ def test_drawings_are_pixels_of_latents_and_do_not_depend_on_the_batch(model: Co
     assert drawn[0].shape == (32, 32, 3)
     assert not np.array_equal(*model.draw([[3], [3]], seed=[1, 2]))
     np.testing.assert_array_equal(*model.draw([[3], [3]], seed=[1, 1]))
+
+
+@pytest.mark.parametrize("channels", [8, 5])
+def test_who_watches_a_drawing_sees_every_step_as_the_readable_loop_takes_it(channels: int) -> None:
+    pictures = np.stack([open_source("shapes:").pair(number).picture for number in range(60)])
+    network = tiny_dit(1, img_channels=channels, img_grid=[2, 2], prediction="z0")
+    codec = fit([pictures], replace(CONFIG, channels=channels))
+    model = ColaDLM(tiny_vae(pad_token_id=0), network, image=codec)
+    captions: list[list[int]] = [[3, 4, 5, 6, 7, 8], [], [6]]
+    asked: dict[str, Any] = {"seed": 5, "guidance": 2.0, "steps": 4, "solver": "ab2"}
+    watched, streamed, done = list[TransportStep](), list[TransportStep](), list[tuple[int, int]]()
+    drawn = model.draw(
+        captions, callback=watched.append, progress=lambda count, whole: done.append((count, whole)), **asked
+    )
+    chunks = list(model.stream_drawing(captions, callback=streamed.append, **asked))
+    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert [(step.step, step.steps) for step in watched] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    for number, (caption, picture) in enumerate(zip(captions, drawn, strict=True)):
+        settings = RequestSettings(**{**asked, "seed": 5 + number, "schedule": "front-loaded"})
+        with torch.no_grad():
+            (latents,) = encode(model.vae, [caption], 0)
+            noise = sample_noise(5 + number, (4, channels), torch.device("cpu"))(0, 0)
+            steps = list(draw_latents(model.dit, [latents], noise[None], [2.0], settings))
+        guesses = [chunk.picture for chunk in chunks if (chunk.index, chunk.step is None) == (number, False)]
+        assert len(steps) == len(watched) == len(streamed) == len(guesses) == 4
+        for (z, z0), step, again, guess in zip(steps, watched, streamed, guesses, strict=True):
+            assert step.latents.shape == step.z0.shape == (3, 4, 8)
+            for own, expected in ((step.latents, z), (step.z0, z0)):
+                assert_near(own[number, :, :channels], expected[0])
+                assert not own[number, :, channels:].any()  # What a picture is widened by.
+            assert torch.equal(step.latents, again.latents)
+            assert torch.equal(step.z0, again.z0)
+            np.testing.assert_array_equal(guess, codec.decode(step.z0[number : number + 1, :, :channels])[0])
+        last = watched[-1].latents[number : number + 1, :, :channels]
+        np.testing.assert_array_equal(picture, codec.decode(last)[0].numpy())
 
 
 def test_a_difference_to_it_draws_too(model: ColaDLM, tmp_path: Path) -> None:
