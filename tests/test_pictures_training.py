@@ -379,24 +379,46 @@ def test_a_model_of_text_learns_pictures_and_one_of_pictures_goes_on(text: Path,
     torch.testing.assert_close(after.image.state_dict(), model.image.state_dict(), rtol=0, atol=0)
 
 
-def test_a_picture_vae_is_trained_and_its_latents_have_the_size_of_noise(tmp_path: Path) -> None:
-    size = "batch: 4, pairs: 2, length: 16"
-    first = f"picture_vae: {{steps: 8, {size}, lr: 2.0e-3, warmup: 1}}"
-    stages = f"stages={{{first}, pictures: {{steps: 2, {size}}}}}"
-    out = tmp_path / "run"
-    image = "model.image={kind: conv_vae, width: 8}"
+def run_with_vae(out: Path, display: Display | None = None) -> Path:
+    """A codec's stage, then one that learns pictures by it."""
+    size = "batch: 4, pairs: 2, length: 16, warmup: 1, ema: 0.9"
+    stages = f"picture_vae: {{steps: 8, {size}, lr: 2.0e-3}}, pictures: {{steps: 3, {size}}}"
     other = [one for one in TINY if not one.startswith("stages.")]
-    Trainer(load_recipe(DEBUG, [stages, *other, *PICTURES[:2], image]), out).run()
-    model = load_cola(out / "model")
+    made = [f"stages={{{stages}}}", *other, *PICTURES[:2], "model.image={kind: conv_vae, width: 8}"]
+    Trainer(load_recipe(DEBUG, made), out, display).run()
+    return out
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose codec is learnt."""
+    return run_with_vae(tmp_path_factory.mktemp("coded") / "run")
+
+
+def test_a_picture_vae_is_trained_and_its_latents_have_the_size_of_noise(coded: Path) -> None:
+    model = load_cola(coded / "model")
     pairs = open_pairs(recipe(*PICTURES))
     assert pairs is not None
     assert model.image is not None
     pictures = torch.from_numpy(np.stack([pair.picture for pair in pairs.training.pairs(1024)]))
-    latents = model.image.encode(pictures)
+    with torch.no_grad():
+        latents = model.image.encode(pictures)
     assert float(latents.mean()) == pytest.approx(0, abs=1e-3)
     assert float(latents.square().mean()) == pytest.approx(1, rel=1e-3)
-    losses = [r["error"] for r in metrics(out) if r["stage"] == "picture_vae" and r["split"] == "train"]
+    losses = [r["error"] for r in metrics(coded) if r["stage"] == "picture_vae" and r["split"] == "train"]
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(("stage", "step"), [("picture_vae", 3), ("pictures", 1)])
+def test_a_run_whose_codec_is_learnt_resumes_in_the_same_bits(
+    coded: Path, tmp_path: Path, stage: str, step: int
+) -> None:
+    with pytest.raises(Interrupted):
+        run_with_vae(tmp_path / "run", At(stage, step))
+    forget_opened()
+    run_with_vae(tmp_path / "run")
+    assert_same_run(tmp_path / "run", coded)
+    assert logged(tmp_path / "run") == logged(coded)
 
 
 # --- what it costs -----------------------------------------------------------------------------
