@@ -22,20 +22,22 @@ from colada.errors import ColadaError
 from colada.flow import MIN_A, PREDICTIONS, T, interpolate
 from colada.models.load import load_cola
 from colada.networks.dit import DiT
-from colada.pictures.codec import PatchPCA, fit
+from colada.pictures.codec import ConvVAE, PatchPCA, fit, new_codec
+from colada.pictures.config import CodecConfig
 from colada.pictures.show import png
 from colada.pictures.sources import Scenes, open_source
 from colada.report.training import write_report
 from colada.text.tokenizer import Tokenizer
-from colada.train.cost import adaln_entries, block_causal_pairs, matrix_entries
+from colada.train.cost import Placement, adaln_entries, block_causal_pairs, matrix_entries
 from colada.train.display import Display
 from colada.train.export import export, system_of
 from colada.train.flow_matching import place, predict
+from colada.train.kinds import PictureVAESection
 from colada.train.logs import read_samples
 from colada.train.losses import Loss, frozen_latents
 from colada.train.noise import Counts
 from colada.train.pairs import LOOKED_AT, open_pairs
-from colada.train.picture_cost import CAPTION
+from colada.train.picture_cost import ANSWER, CAPTION, PROMPT, _codec_flops, codec_phase
 from colada.train.pictures import PicturesStage, TaskNoise
 from colada.train.plan import plan_run
 from colada.train.recipe import Recipe, load_recipe
@@ -425,44 +427,77 @@ def test_a_run_whose_codec_is_learnt_resumes_in_the_same_bits(
 
 
 @pytest.mark.parametrize("dual", [0, 1])
-def test_flops_of_drawing_are_those_that_run(whole: Path, dual: int) -> None:
+@pytest.mark.parametrize("task", ["draw", "describe"])
+def test_flops_of_a_task_are_those_that_run(whole: Path, task: str, dual: int) -> None:
     made = recipe(*PICTURES, f"stages.pictures.dual_layers={dual}")
-    stage = stage_of(made, whole)
+    stage, describes = stage_of(made, whole), task == "describe"
     rows = Batch(torch.zeros(2, 16, dtype=torch.int64))
-    drawn = stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2)).draw
-    assert drawn is not None
-    # Captions of the nominal length, all with timesteps of their own.
-    ids = torch.full((2, 2, CAPTION), 5)
-    z1 = torch.zeros(2, 2, CAPTION, stage.vae.config.latent_dim)
-    times = torch.rand(2, 2, CAPTION // 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2)
-    noise = TaskNoise(
-        draw=replace(drawn, text=ids, lengths=torch.full((2, 2), CAPTION), noise=z1, timestep=900 * times)
-    )
+    pairs = getattr(stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2)), task)
+    # Texts of the nominal length, all with timesteps of their own.
+    length = -(-(ANSWER if describes else CAPTION) // 4) * 4
+    times = torch.rand(2, 2, length // 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2)
+    text = {"text": torch.full((2, 2, length), 5), "lengths": torch.full((2, 2), length)}
+    text |= {"noise": torch.zeros(2, 2, length, stage.vae.config.latent_dim), "timestep": 900 * times}
+    if describes:
+        text |= {"prompts": torch.full((2, 2, PROMPT), 5), "prompt_lengths": torch.full((2, 2), PROMPT)}
+    noise = TaskNoise(**{task: replace(pairs, **text)})
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         stage.loss(stage.networks, rows, noise, stage.count(rows, noise), 0).total.backward()
-    phase, dit, vae = plan_run(made).phases[1], stage.system.networks["dit"], stage.vae.config
+    phase = plan_run(made).phases[list(BY_TASK).index(task)]
+    dit, vae = stage.system.networks["dit"], stage.vae.config
     assert isinstance(dit, DiT)
+    assert phase.work["task"] == f"pictures, {task}"
     rows_of = 4
     assert phase.work["rows"] == 2 * rows_of
-    config, cells, last = dit.config, 2 * CAPTION + 16, dit.blocks[-1]
+    # Clean: a caption; or a prompt, a picture, and all blocks of an answer but its last one.
+    clean, noisy = (PROMPT + 16 + length - 4, length) if describes else (length, length + 16)
+    config, cells, last = dit.config, clean + noisy, dit.blocks[-1]
     width = config.heads * config.head_dim
     # What runs beside is computed for nobody: pairs that cannot be seen,
-    attention = (config.num_layers - 1) * cells**2 + (cells - CAPTION) * cells
+    attention = (config.num_layers - 1) * cells**2 + noisy * cells
     dense = 3 * 4 * rows_of * width * (attention - config.num_layers * phase.work["pairs"])
-    dense += (
-        rows_of * 4 * vae.dim * vae.encoder_num_blocks * (CAPTION**2 - block_causal_pairs(CAPTION // 4, 4))
-    )
-    # pictures through the text's input and output;
-    both = 2 * rows_of * 16 * (2 * matrix_entries(dit.img_in) + 3 * matrix_entries(dit.img_out))
+    dense += rows_of * 4 * vae.dim * vae.encoder_num_blocks * (length**2 - block_causal_pairs(length // 4, 4))
+    # pictures through the text's input and, where they are learnt, its output;
+    both = 2 * rows_of * 16 * 2 * matrix_entries(dit.img_in)
+    both += 2 * rows_of * 16 * 3 * matrix_entries(dit.img_out) * (not describes)
     # what does not: clean cells after the last layer's keys, and gradients of what is given.
     after = matrix_entries(last.msa.proj_out) + matrix_entries(last.mlp) + matrix_entries(dit.txt_out)
-    skipped = 3 * 2 * rows_of * CAPTION * after + 2 * rows_of * cells * matrix_entries(dit.txt_in)
-    timesteps = rows_of * (CAPTION // 4 + 1) + 1
+    skipped = 3 * 2 * rows_of * clean * after + 2 * rows_of * cells * matrix_entries(dit.txt_in)
+    timesteps = rows_of * (length // 4 + (not describes)) + 1
     skipped += 2 * timesteps * matrix_entries(dit.emb_in.proj_in)
     # The timestep of clean cells is counted once a step, not once a half.
     once = 3 * adaln_entries(dit, pictures=True)
     expected = sum(phase.flops.values()) / 2 + dense + both - skipped + once
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        CodecConfig(size=16, patch=4, channels=5),
+        CodecConfig(kind="conv_vae", size=16, patch=4, channels=5, width=8),
+        CodecConfig(kind="conv_vae", size=32, patch=16, channels=3, width=16),
+    ],
+    ids=["patch_pca", "conv_vae", "conv_vae of five resolutions"],
+)
+def test_flops_of_a_codec_are_those_that_run(image: CodecConfig) -> None:
+    codec = new_codec(image)
+    pictures = torch.zeros(3, image.size, image.size, 3, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as encoding:
+        latents = codec.encode(pictures)
+    with FlopCounterMode(display=False) as decoding:
+        codec.decode(latents)
+    counted = [counter.get_total_flops() for counter in (encoding, decoding)]
+    assert counted == [3 * flops for flops in _codec_flops(image)]
+    if not isinstance(codec, ConvVAE):
+        return
+    section = PictureVAESection(steps=7, batch=3, pairs=1, length=16)
+    phase = codec_phase("picture_vae", section, image, Placement(3))
+    with FlopCounterMode(display=False) as learning:
+        codec.loss(pictures / 255, torch.randn(3, image.latents, image.channels))[0].backward()
+    # Pixels need no gradient.
+    given = 3 * 2 * codec.encoder[0].weight.numel() * image.size**2
+    assert learning.get_total_flops() == sum(phase.flops.values()) - given
 
 
 def test_a_plan_names_tasks_and_counts_all_parameters() -> None:
