@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from colada.cli.info import describe as information
+from colada.errors import ColadaWarning
+from colada.generate.noise import NOISE_RULES, Noise
 from colada.locate import BUNDLED
 from colada.models.cola import ColaDLM
 from colada.models.load import load_cola
@@ -62,7 +65,7 @@ def test_a_sheet_has_captions_in_turn_and_seeds_in_order(
 ) -> None:
     stdin = io.TextIOWrapper(io.BytesIO(b"a red circle\n\na circle\n"))
     monkeypatch.setattr("sys.stdin", stdin)
-    out = tmp_path / "out.png"
+    out = tmp_path / "OUT.PNG"
     assert main(["draw", "--grid", "2x3", "-m", saved, "-o", out, "--scale", 1, "--seed", 7]) == 0
     drawn = model.draw(["a red circle", "a circle"] * 3, seed=7)
     np.testing.assert_array_equal(read(out.read_bytes()), sheet(drawn, 3))
@@ -119,7 +122,8 @@ def test_pictures_are_described_and_what_was_changed_is_said(
     assert main(["describe", *paths, "-m", saved, "-n", 6, "--prompt", "what is it?", "--json"]) == 0
     out, err = capsys.readouterr()
     answers = [json.loads(line) for line in out.splitlines()]
-    expected = model.describe(paths, 6, prompt="what is it?")
+    with pytest.warns(ColadaWarning, match="b.gif: cropped"):
+        expected = model.describe(paths, 6, prompt="what is it?")
     assert [answer["text"] for answer in answers] == [one.text for one in expected]
     assert [answer["picture"] for answer in answers] == paths
     assert answers[0]["changes"] == []
@@ -127,6 +131,53 @@ def test_pictures_are_described_and_what_was_changed_is_said(
     assert err.startswith(f"note: {paths[1]}: cropped")
     assert main(["describe", paths[0], "-m", saved, "-n", 6, "--prompt", "what is it?"]) == 0
     assert capsys.readouterr().out == answers[0]["text"] + "\n"
+
+
+def test_a_picture_that_cannot_be_described_loses_nothing_of_the_others(
+    saved: Path, model: ColaDLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures = [open_source("shapes:").pair(number).picture for number in range(3)]
+    for name, content in zip("aceb", [*map(png, pictures), b"no picture at all"], strict=True):
+        (tmp_path / f"{name}.png").write_bytes(content)
+    names = [f"{name}.png" for name in "abcde"]  # The second is broken, the fourth missing.
+    own = ["-m", saved, "-n", 6, "--seed", 5]
+    answers = model.describe(pictures, 6, seed=[5, 7, 9])
+    whole = [f"{name}.png: {one.text}" for name, one in zip("ace", answers, strict=True)]
+    said = [
+        "error: d.png: no such file, expected a picture",
+        "error: b.png is no picture, expected one of PNG",
+    ]
+    assert main(["describe", *names, *own]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines() == whole
+    assert [line[: len(start)] for line, start in zip(err.splitlines(), said, strict=False)] == said
+    assert err.splitlines()[2:] == ["error: 2 of 5 pictures failed"]
+    assert main(["describe", *names, *own, "--json"]) == 2
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["picture"] for record in records] == names
+    assert [record["seed"] for record in records] == [5, 6, 7, 8, 9]
+    assert [record.get("error", "") for record in records][3] == said[0].removeprefix("error: ")
+    assert [f"{one['picture']}: {one['text']}" for one in records if "text" in one] == whole
+    # What fails while it is described is one picture's too.
+    draw = NOISE_RULES["per-sample"]
+
+    def noise(seed: int, shape: tuple[int, int], device: torch.device) -> Noise:
+        return lambda block, k: draw(seed, shape, device)(block, k) * (torch.nan if seed == 7 else 1)
+
+    monkeypatch.setitem(NOISE_RULES, "per-sample", noise)
+    assert main(["describe", "a.png", "a.png", "c.png", "e.png", *own]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == whole[0]
+    assert [line.split(":")[0] for line in out.splitlines()] == ["a.png", "a.png", "e.png"]
+    assert "error: c.png: " in err
+    assert "not finite" in err
+    assert err.endswith("error: 1 of 4 pictures failed\n")
+    # Without any, no model is loaded.
+    monkeypatch.setattr("colada.cli.pictures.load_cola", None)
+    assert main(["describe", "x.png", "y.png", *own]) == 2
+    missing = [f"error: {name}.png: no such file, expected a picture" for name in "xy"]
+    assert capsys.readouterr().err.splitlines() == [*missing, "error: 2 of 2 pictures failed"]
 
 
 def test_info_knows_what_is_of_pictures(saved: Path, model: ColaDLM) -> None:
@@ -149,6 +200,12 @@ def test_info_knows_what_is_of_pictures(saved: Path, model: ColaDLM) -> None:
         (["draw", "a", "-o", "x.png", "--grid", "99x99"], "at most 4096 drawings"),
         (["draw", "a", "-o", "x.png", "--scale", "0"], "scale=0"),
         (["draw", "a", "-o", "x.png", "--steps", "0"], "steps=0"),
+        # Of a model that is not there nothing is said: no picture could be written.
+        (["draw", "a", "-o", "x.jpg", "-m", "nowhere"], "--out x.jpg, expected a name that ends in .png"),
+        (
+            ["draw", "a", "-o", "a/x.png.webp", "-m", "nowhere"],
+            "--out a/x.png.webp, expected a name that ends",
+        ),
         (["draw", "a", "-o", "no/where/x.png", "-m", "MODEL"], "no/where"),
         (["describe", "nothing.png"], "nothing.png: no such file"),
         (["describe", "BROKEN", "-m", "MODEL"], "is no picture"),
@@ -166,4 +223,4 @@ def test_what_is_refused_in_one_line(
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
-    assert not (tmp_path / "x.png").exists()
+    assert not list(tmp_path.glob("x.*"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from colada.errors import ColadaError
+from colada.errors import ColadaError, ColadaWarning
+from colada.generate.engine import kernels
 from colada.generate.engine.engine import Engine
 from colada.generate.noise import sample_noise
 from colada.generate.pictures import append_block, describe_block, draw_latents, show
-from colada.generate.reference import encode
+from colada.generate.reference import TransportStep, encode
 from colada.generate.settings import RequestSettings
 from colada.generate.writer import Request
 from colada.models.cola import ColaDLM
 from colada.models.difference import save_difference
 from colada.models.load import load_cola
+from colada.networks import dit
 from colada.networks.layers import History
 from colada.pictures.codec import fit
 from colada.pictures.config import CodecConfig
@@ -36,9 +38,8 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 def pictured(**over: Any) -> ColaDLM:
     """Networks for the engine, which looks at no codec."""
-    dit = {"img_channels": CHANNELS, "img_grid": [2, 3], **over}
     model = tiny_model()
-    model.dit = tiny_dit(1, **dit)
+    model.dit = tiny_dit(1, **{"img_channels": CHANNELS, "img_grid": [2, 3], **over})
     return model
 
 
@@ -112,43 +113,71 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "over",
-    [
-        {},
-        {"prediction": "z0"},
-        {"prediction": "z0", "dual_layers": 1},
-        {"dual_layers": 2, "img_axial": True},
-        {"prediction": "z0", "img_axial": True},
-        {"self_conditioning": True},
-    ],
-    ids=str,
-)
+OVERS: list[dict[str, Any]] = [
+    {},
+    {"prediction": "z0"},
+    {"prediction": "z0", "dual_layers": 1},
+    {"dual_layers": 2, "img_axial": True},
+    {"prediction": "z0", "img_axial": True},
+    {"self_conditioning": True},
+]
+ENGINES: list[dict[str, int]] = [{}, {"slots": 3}, {"bucket": 16}]
+ROUNDING = 1e-5
+"""Of the largest number of a block, in float32."""
+
+
+@pytest.fixture
+def doubled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is computed in float32 otherwise, in float64."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    monkeypatch.setattr(kernels, "ONEDNN", False)  # It has no products in float64.
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    dit._timestep_frequencies.cache_clear()
+    yield
+    torch.set_default_dtype(usual)
+    dit._timestep_frequencies.cache_clear()
+
+
+def assert_near(one: Tensor, other: Tensor, tolerance: float = ROUNDING) -> None:
+    """Numbers differ by no more than a share of the largest one."""
+    assert one.dtype == other.dtype
+    torch.testing.assert_close(one, other, rtol=0, atol=tolerance * float(other.abs().max()))
+
+
+def assert_as_in_the_loop(model: ColaDLM, engine: Engine, requests: list[Request], tolerance: float) -> None:
+    for own, (latents, ids) in zip(requests, generated(engine, requests), strict=True):
+        if own.draws or own.picture is not None:
+            expected = by_hand(model, own)
+            if own.picture is not None:
+                assert ids == spelled(model, expected)
+        else:
+            blocks = reference(model, own)
+            expected = [block for block, _ in blocks]
+            assert ids == [spelt for _, spelt in blocks]
+        assert len(latents) == len(expected)
+        for one, other in zip(latents, expected, strict=True):
+            assert_near(one, other, tolerance)
+
+
+@pytest.mark.parametrize("over", OVERS, ids=str)
 def test_pictures_and_texts_in_one_session_are_those_of_the_readable_loop(over: dict[str, Any]) -> None:
     model = pictured(**over)
-    for slots in (None, 3):
-        engine = Engine(model.vae, model.dit, capacity=200, slots=slots)
-        for own, (latents, ids) in zip(REQUESTS, generated(engine, REQUESTS), strict=True):
-            if own.draws or own.picture is not None:
-                expected = by_hand(model, own)
-                if own.picture is not None:
-                    assert ids == spelled(model, expected)
-            else:
-                blocks = reference(model, own)
-                expected = [block for block, _ in blocks]
-                assert ids == [spelt for _, spelt in blocks]
-            assert len(latents) == len(expected)
-            for one, other in zip(latents, expected, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+    for kind in ENGINES:
+        engine = Engine(model.vae, model.dit, capacity=200, **kind)
+        assert_as_in_the_loop(model, engine, REQUESTS, ROUNDING)
 
 
-def test_a_bucketed_engine_draws_and_describes_alike() -> None:
-    model = pictured(prediction="z0")
-    engine = Engine(model.vae, model.dit, capacity=200, bucket=16)
-    for own, (latents, _) in zip(REQUESTS, generated(engine, REQUESTS), strict=True):
-        if own.draws or own.picture is not None:
-            for one, other in zip(latents, by_hand(model, own), strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+@pytest.mark.parametrize("over", OVERS, ids=str)
+def test_what_differs_is_rounding_alone(over: dict[str, Any], doubled: None) -> None:
+    model = pictured(**over)
+    requests = [
+        own if own.picture is None else replace(own, picture=own.picture.double()) for own in REQUESTS
+    ]
+    for kind in ENGINES:
+        engine = Engine(model.vae, model.dit, capacity=200, **kind)
+        assert_as_in_the_loop(model, engine, requests, 1e-12)
 
 
 def test_what_fails_for_one_picture_fails_for_no_other() -> None:
@@ -170,7 +199,7 @@ def test_what_fails_for_one_picture_fails_for_no_other() -> None:
     assert "its picture cannot be read" in str(errors[2])
     (done,) = [slot for slot in engine.news if slot.request is whole]
     assert done.drawn is not None
-    torch.testing.assert_close(done.drawn[:, :CHANNELS], by_hand(model, whole)[0], rtol=1e-5, atol=2e-5)
+    assert_near(done.drawn[:, :CHANNELS], by_hand(model, whole)[0])
 
 
 # --- the model ---------------------------------------------------------------------------------
@@ -181,8 +210,8 @@ CONFIG = CodecConfig(size=32, patch=16, channels=8, drawing={"steps": 3}, descri
 @pytest.fixture(scope="module")
 def model() -> ColaDLM:
     pictures = np.stack([open_source("shapes:").pair(number).picture for number in range(60)])
-    dit = tiny_dit(1, img_channels=8, img_grid=[2, 2], prediction="z0")
-    return ColaDLM(tiny_vae(pad_token_id=0), dit, image=fit([pictures], CONFIG), origin="tiny")
+    network = tiny_dit(1, img_channels=8, img_grid=[2, 2], prediction="z0")
+    return ColaDLM(tiny_vae(pad_token_id=0), network, image=fit([pictures], CONFIG), origin="tiny")
 
 
 def test_drawings_are_pixels_of_latents_and_do_not_depend_on_the_batch(model: ColaDLM) -> None:
@@ -206,6 +235,41 @@ def test_drawings_are_pixels_of_latents_and_do_not_depend_on_the_batch(model: Co
     assert drawn[0].shape == (32, 32, 3)
     assert not np.array_equal(*model.draw([[3], [3]], seed=[1, 2]))
     np.testing.assert_array_equal(*model.draw([[3], [3]], seed=[1, 1]))
+
+
+@pytest.mark.parametrize("channels", [8, 5])
+def test_who_watches_a_drawing_sees_every_step_as_the_readable_loop_takes_it(channels: int) -> None:
+    pictures = np.stack([open_source("shapes:").pair(number).picture for number in range(60)])
+    network = tiny_dit(1, img_channels=channels, img_grid=[2, 2], prediction="z0")
+    codec = fit([pictures], replace(CONFIG, channels=channels))
+    model = ColaDLM(tiny_vae(pad_token_id=0), network, image=codec)
+    captions: list[list[int]] = [[3, 4, 5, 6, 7, 8], [], [6]]
+    asked: dict[str, Any] = {"seed": 5, "guidance": 2.0, "steps": 4, "solver": "ab2"}
+    watched, streamed, done = list[TransportStep](), list[TransportStep](), list[tuple[int, int]]()
+    drawn = model.draw(
+        captions, callback=watched.append, progress=lambda count, whole: done.append((count, whole)), **asked
+    )
+    chunks = list(model.stream_drawing(captions, callback=streamed.append, **asked))
+    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert [(step.step, step.steps) for step in watched] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    for number, (caption, picture) in enumerate(zip(captions, drawn, strict=True)):
+        settings = RequestSettings(**{**asked, "seed": 5 + number, "schedule": "front-loaded"})
+        with torch.no_grad():
+            (latents,) = encode(model.vae, [caption], 0)
+            noise = sample_noise(5 + number, (4, channels), torch.device("cpu"))(0, 0)
+            steps = list(draw_latents(model.dit, [latents], noise[None], [2.0], settings))
+        guesses = [chunk.picture for chunk in chunks if (chunk.index, chunk.step is None) == (number, False)]
+        assert len(steps) == len(watched) == len(streamed) == len(guesses) == 4
+        for (z, z0), step, again, guess in zip(steps, watched, streamed, guesses, strict=True):
+            assert step.latents.shape == step.z0.shape == (3, 4, 8)
+            for own, expected in ((step.latents, z), (step.z0, z0)):
+                assert_near(own[number, :, :channels], expected[0])
+                assert not own[number, :, channels:].any()  # What a picture is widened by.
+            assert torch.equal(step.latents, again.latents)
+            assert torch.equal(step.z0, again.z0)
+            np.testing.assert_array_equal(guess, codec.decode(step.z0[number : number + 1, :, :channels])[0])
+        last = watched[-1].latents[number : number + 1, :, :channels]
+        np.testing.assert_array_equal(picture, codec.decode(last)[0].numpy())
 
 
 def test_a_difference_to_it_draws_too(model: ColaDLM, tmp_path: Path) -> None:
@@ -243,9 +307,32 @@ def test_descriptions_do_not_depend_on_the_batch_and_files_are_taken(model: Cola
     assert [len(answer.tokens) for answer in answers] == [9, 9, 9]
     for number, picture in enumerate(pictures):
         assert model.describe(picture, 9, prompt=[4, 5], seed=3 + number, end_ids=()) == [answers[number]]
-    (tmp_path / "large.png").write_bytes(png(pictures[0], 3))
-    assert model.describe(tmp_path / "large.png", 9, prompt=[4, 5], seed=3, end_ids=()) == answers[:1]
+    (tmp_path / "own.png").write_bytes(png(pictures[0], 1))
+    assert model.describe(tmp_path / "own.png", 9, prompt=[4, 5], seed=3, end_ids=()) == answers[:1]
     np.testing.assert_equal(model.describe(np.stack(pictures), 9, prompt=[4, 5], seed=3, end_ids=()), answers)
+
+
+@pytest.mark.filterwarnings("always::colada.errors.ColadaWarning")
+def test_what_was_changed_in_a_file_that_is_described_is_said_once_a_picture(
+    model: ColaDLM, tmp_path: Path
+) -> None:
+    from colada.pictures.show import png
+
+    picture = open_source("shapes:").pair(0).picture
+    paths = [tmp_path / name for name in ("own.png", "large.png", "wide.png")]
+    paths[0].write_bytes(png(picture, 1))
+    paths[1].write_bytes(png(picture, 3))
+    paths[2].write_bytes(png(np.pad(picture, ((0, 0), (4, 4), (0, 0))), 1))
+    scaled, cropped = "scaled from 96 × 96 to 32 × 32", "cropped from 40 × 32 to its middle 32 × 32"
+    expected = [f"{paths[1]}: {scaled}", f"{paths[2]}: {cropped}"]
+    with pytest.warns(ColadaWarning) as notes:
+        answers = model.describe(paths, 9, prompt=[4, 5], seed=3)
+    assert [str(note.message) for note in notes] == expected
+    assert answers == model.describe([picture] * 3, 9, prompt=[4, 5], seed=3)
+    with pytest.warns(ColadaWarning) as notes:
+        model.describing(str(paths[2]), 9)
+    assert [str(note.message) for note in notes] == expected[1:]
+    assert notes[0].filename == __file__
 
 
 def test_one_session_draws_describes_and_writes(model: ColaDLM) -> None:

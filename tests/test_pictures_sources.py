@@ -46,17 +46,59 @@ def changes(loaded: Loaded) -> list[str]:
     return [str(change) for change in loaded.changes]
 
 
-def deep_png(rows: np.ndarray[Any, Any]) -> bytes:
-    """A PNG with 16 bits of each of three channels, which Pillow does not write."""
+def stored_png(kind: int, depth: int, rows: Sequence[bytes], width: int, transparent: bytes = b"") -> bytes:
+    """A PNG of a kind (0 grey, 2 colours) and a depth, as Pillow writes none."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    height, width, _ = rows.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    body = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(body)), chunk(b"IEND", b""))
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, kind, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"tRNS", transparent) if transparent else b""]
+    body = b"".join(b"\0" + row for row in rows)
+    parts += [chunk(b"IDAT", zlib.compress(body)), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def deep_png(colour: Sequence[int], transparent: Sequence[int] = ()) -> bytes:
+    """A PNG of 4 × 4 pixels with 16 bits of each of one or three channels."""
+    row, of_all = (
+        struct.pack(f">{len(colour)}H", *colour) * 4,
+        struct.pack(f">{len(transparent)}H", *transparent),
+    )
+    return stored_png(2 if len(colour) == 3 else 0, 16, [row] * 4, 4, of_all)
+
+
+def deep_tiff(
+    colour: Sequence[int], order: str = "<", meaning: int = 2, bits: int = 16, planes: bool = False
+) -> bytes:
+    """A TIFF of 4 × 4 pixels of one colour, not compressed, of 12 or 16 bits a channel."""
+    strips = [struct.pack(f"{order}{len(colour)}H", *colour) * 16]
+    if planes:
+        strips = [struct.pack(order + "H", value) * 16 for value in colour]
+    if bits == 12:
+        strips = [(colour[0] << 12 | colour[0]).to_bytes(3, "big") * 8]
+    content, places = b"", []
+    for strip in strips:
+        places.append(8 + len(content))
+        content += strip
+    tags = {256: [4], 257: [4], 258: [bits] * len(colour), 259: [1], 262: [meaning], 273: places}
+    tags |= {277: [len(colour)], 278: [4], 279: [len(strip) for strip in strips], 284: [1 + planes]}
+    listed = b""
+    for tag, values in tags.items():
+        packed = struct.pack(f"{order}{len(values)}I", *values)
+        if len(values) > 1:  # More than one do not fit in the list itself.
+            packed, content = struct.pack(order + "I", 8 + len(content)), content + packed
+        listed += struct.pack(order + "HHI", tag, 4, len(values)) + packed
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(content))
+    return head + content + struct.pack(order + "H", len(tags)) + listed + bytes(4)
+
+
+def netpbm(magic: str, most: int, colour: Sequence[int]) -> bytes:
+    """A PGM (P2 in letters, P5) or PPM (P3, P6) of 4 × 4 pixels of one colour."""
+    head = f"{magic} # {most + 300}\n4 4\n{most}\n".encode()
+    if magic in ("P2", "P3"):
+        return head + " ".join(map(str, list(colour) * 16)).encode() + b"\n"
+    return head + struct.pack(f">{len(colour)}{'H' if most > 255 else 'B'}", *colour) * 16
 
 
 # --- one picture -------------------------------------------------------------------------------
@@ -102,7 +144,29 @@ def test_the_middle_square_is_scaled_by_area_and_said() -> None:
         ),
         (png(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), (255, 0, 0), []),
         (png(np.full((4, 4), 257 * 80, np.uint16)), (80,) * 3, [REDUCED]),
-        (deep_png(np.full((4, 4, 3), 257 * 81)), (81,) * 3, [REDUCED]),
+        # The upper byte of 1000 is 3, the nearest one 4.
+        (deep_png([1000, 500, 65535]), (3, 1, 255), [REDUCED]),
+        (deep_png([1000]), (3,) * 3, [REDUCED]),
+        (deep_png([1000], transparent=[1000]), (255,) * 3, [REDUCED, WHITE]),
+        (deep_png([1000], transparent=[1001]), (3,) * 3, [REDUCED]),
+        (deep_tiff([1000], meaning=1), (3,) * 3, [REDUCED]),
+        (deep_tiff([1000], ">", meaning=1), (3,) * 3, [REDUCED]),
+        (deep_tiff([1000], meaning=0), (252,) * 3, [REDUCED]),
+        (deep_tiff([1000], bits=12, meaning=1), (62,) * 3, ["reduced from 12 bits a channel to 8"]),
+        (deep_tiff([1000, 500, 65535]), (3, 1, 255), [REDUCED]),
+        (deep_tiff([1000, 500, 65535], ">"), (3, 1, 255), [REDUCED]),
+        (deep_tiff([65535, 500, 0, 1000], meaning=5), (0, 251, 252), [REDUCED]),
+        (netpbm("P5", 65535, [1000]), (4,) * 3, [REDUCED]),
+        (netpbm("P2", 65535, [1000]), (4,) * 3, [REDUCED]),
+        (netpbm("P6", 65535, [1000, 500, 65535]), (4, 2, 255), [REDUCED]),
+        (netpbm("P3", 1023, [1000, 1, 1023]), (249, 0, 255), ["reduced from 10 bits a channel to 8"]),
+        (netpbm("P5", 1023, [1000]), (249,) * 3, ["reduced from 10 bits a channel to 8"]),
+        (netpbm("P6", 255, [100, 50, 255]), (100, 50, 255), []),
+        (netpbm("P5", 100, [50]), (128,) * 3, []),
+        (stored_png(0, 2, [b"\x55"] * 4, 4), (85,) * 3, []),
+        (stored_png(0, 2, [b"\x55"] * 4, 4, b"\0\1"), (255,) * 3, [WHITE]),
+        (stored_png(0, 4, [b"\x33\x33"] * 4, 4, b"\0\3"), (255,) * 3, [WHITE]),
+        (stored_png(0, 4, [b"\x33\x33"] * 4, 4, b"\0\4"), (51,) * 3, []),
         (
             png(
                 Image.new("RGB", (4, 4), "lime"),
@@ -124,6 +188,27 @@ def test_the_middle_square_is_scaled_by_area_and_said() -> None:
         "cmyk",
         "16-bit grey",
         "16-bit",
+        "16-bit dark grey",
+        "16-bit transparent grey",
+        "16-bit grey beside a transparent one",
+        "16-bit grey tiff",
+        "16-bit grey big-endian tiff",
+        "16-bit inverted tiff",
+        "12-bit tiff",
+        "16-bit tiff",
+        "16-bit big-endian tiff",
+        "16-bit cmyk tiff",
+        "16-bit pgm",
+        "16-bit plain pgm",
+        "16-bit ppm",
+        "10-bit plain ppm",
+        "10-bit pgm",
+        "ppm",
+        "7-bit pgm",
+        "2-bit grey",
+        "2-bit transparent grey",
+        "4-bit transparent grey",
+        "4-bit grey beside a transparent one",
         "animated",
     ],
 )
@@ -160,17 +245,38 @@ def test_a_photograph_is_turned_as_its_camera_was() -> None:
         ),
         (
             png(np.full((4, 4), 70000, np.int32), "TIFF"),
-            "p has pixels from 70000 to 70000, expected 8 or 16 bits",
+            "p has 32 bits a channel, expected 8 or 16",
+        ),
+        (
+            deep_png([1000, 500, 0], transparent=[1000, 500, 0]),
+            "p has a transparent colour of 16 bits a channel, expected 8 bits, or an alpha channel",
+        ),
+        (
+            deep_tiff([1000, 500, 0], planes=True),
+            "p has planes of 16 bits a channel, expected 8 bits, or pixels",
         ),
     ],
-    ids=["empty", "text", "eps", "cut", "cut jpeg", "head", "huge", "bomb", "float", "32-bit"],
+    ids=[
+        "empty",
+        "text",
+        "eps",
+        "cut",
+        "cut jpeg",
+        "head",
+        "huge",
+        "bomb",
+        "float",
+        "32-bit",
+        "16-bit transparent colour",
+        "16-bit planes",
+    ],
 )
 def test_what_is_no_good_picture_is_refused_in_one_line(data: bytes, message: str) -> None:
     with pytest.raises(ColadaError, match=message):
         decode_picture(data, 32, "p")
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
 def test_damaged_files_are_read_or_refused_and_nothing_else(kind: str) -> None:
     whole = bytearray(png(PIXELS, kind))
     generator = np.random.default_rng(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,18 +22,20 @@ from colada.errors import ColadaError
 from colada.flow import MIN_A, T
 from colada.models.load import load_cola
 from colada.networks.dit import DiT
-from colada.pictures.codec import PatchPCA, fit
+from colada.pictures.codec import ConvVAE, PatchPCA, fit, new_codec
+from colada.pictures.config import CodecConfig
 from colada.pictures.show import png
 from colada.pictures.sources import Scenes, open_source
 from colada.report.training import write_report
 from colada.text.tokenizer import Tokenizer
-from colada.train.cost import adaln_entries, block_causal_pairs, matrix_entries
+from colada.train.cost import Placement, adaln_entries, block_causal_pairs, matrix_entries
 from colada.train.display import Display
 from colada.train.export import export, system_of
+from colada.train.kinds import PictureVAESection
 from colada.train.logs import read_samples
 from colada.train.noise import Counts
-from colada.train.pairs import open_pairs
-from colada.train.picture_cost import CAPTION
+from colada.train.pairs import LOOKED_AT, open_pairs
+from colada.train.picture_cost import ANSWER, CAPTION, PROMPT, _codec_flops, codec_phase
 from colada.train.pictures import PicturesStage, TaskNoise
 from colada.train.plan import plan_run
 from colada.train.recipe import Recipe, load_recipe
@@ -234,6 +239,42 @@ def test_other_pictures_are_no_continuation(whole: Path, tmp_path: Path) -> None
         run(out, source, "model.image={channels: 2}")
 
 
+def test_a_run_says_how_many_texts_of_a_source_lose_their_end(whole: Path, tmp_path: Path) -> None:
+    folder, tokenizer = tmp_path / "data", Tokenizer.from_file(whole / "tokenizer.json")
+    folder.mkdir()
+    captions = ["a dog", "a dog and a cat and a cow", "a dog and a cat and a cow and a hen and a pig"]
+    for number in range(9):
+        (folder / f"{number}.png").write_bytes(png(Scenes("").pair(number).picture))
+    lines = [f"{n}.png\t{captions[min(n, 2)]}\n" for n in range(9)]
+    (folder / "captions.tsv").write_text("".join(lines))
+    most = len(tokenizer.encode(captions[1]))  # It is just short enough, but not with an answer's end.
+    assert len(tokenizer.encode(captions[0])) < most < len(tokenizer.encode(captions[2]))
+    sources = f"data.pictures=[{{path: 'shapes:two'}}, {{path: {folder}}}]"
+    made = [f"tokenizer.file={whole / 'tokenizer.json'}", "data.validation_share=0", sources]
+
+    def said(*overrides: str) -> list[str]:
+        file = io.StringIO()
+        Trainer(
+            recipe(*PICTURES, *made, *overrides), tmp_path / "run", Display(Console(file=file, width=200))
+        )
+        shutil.rmtree(tmp_path / "run")
+        return [line.rstrip() for line in file.getvalue().splitlines() if "lose their end" in line]
+
+    scenes = [open_source("shapes:two").pair(number) for number in range(LOOKED_AT)]
+    cut = [
+        sum(len(tokenizer.encode(getattr(scene, name))) > most - less for scene in scenes)
+        for name, less in (("caption", 0), ("answer", 1))
+    ]
+    end = f" lose their end: stages.pictures.caption_length={most} tokens"
+    assert said(f"stages.pictures.caption_length={most}") == [
+        f"shapes:two: {cut[0]:,} captions and {cut[1]:,} answers of the first {LOOKED_AT:,}{end}",
+        f"{folder}: 7 captions and 8 answers of 9{end}",
+    ]
+    of_one = said(f"stages.pictures.caption_length={most}", "stages.pictures.tasks={describe: 1}")
+    assert of_one[1] == f"{folder}: 8 answers of 9{end}"
+    assert said("stages.pictures.caption_length=200") == []
+
+
 def test_a_checkpoint_is_exported_with_its_codec(whole: Path, tmp_path: Path) -> None:
     said = export(whole / "checkpoints" / "pictures-00000008", tmp_path / "model")
     assert said == "stage pictures, step 8"
@@ -257,68 +298,123 @@ def test_a_model_of_text_learns_pictures_and_one_of_pictures_goes_on(text: Path,
     torch.testing.assert_close(after.image.state_dict(), model.image.state_dict(), rtol=0, atol=0)
 
 
-def test_a_picture_vae_is_trained_and_its_latents_have_the_size_of_noise(tmp_path: Path) -> None:
-    size = "batch: 4, pairs: 2, length: 16"
-    first = f"picture_vae: {{steps: 8, {size}, lr: 2.0e-3, warmup: 1}}"
-    stages = f"stages={{{first}, pictures: {{steps: 2, {size}}}}}"
-    out = tmp_path / "run"
-    image = "model.image={kind: conv_vae, width: 8}"
+def run_with_vae(out: Path, display: Display | None = None) -> Path:
+    """A codec's stage, then one that learns pictures by it."""
+    size = "batch: 4, pairs: 2, length: 16, warmup: 1, ema: 0.9"
+    stages = f"picture_vae: {{steps: 8, {size}, lr: 2.0e-3}}, pictures: {{steps: 3, {size}}}"
     other = [one for one in TINY if not one.startswith("stages.")]
-    Trainer(load_recipe(DEBUG, [stages, *other, *PICTURES[:2], image]), out).run()
-    model = load_cola(out / "model")
+    made = [f"stages={{{stages}}}", *other, *PICTURES[:2], "model.image={kind: conv_vae, width: 8}"]
+    Trainer(load_recipe(DEBUG, made), out, display).run()
+    return out
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose codec is learnt."""
+    return run_with_vae(tmp_path_factory.mktemp("coded") / "run")
+
+
+def test_a_picture_vae_is_trained_and_its_latents_have_the_size_of_noise(coded: Path) -> None:
+    model = load_cola(coded / "model")
     pairs = open_pairs(recipe(*PICTURES))
     assert pairs is not None
     assert model.image is not None
     pictures = torch.from_numpy(np.stack([pair.picture for pair in pairs.training.pairs(1024)]))
-    latents = model.image.encode(pictures)
+    with torch.no_grad():
+        latents = model.image.encode(pictures)
     assert float(latents.mean()) == pytest.approx(0, abs=1e-3)
     assert float(latents.square().mean()) == pytest.approx(1, rel=1e-3)
-    losses = [r["error"] for r in metrics(out) if r["stage"] == "picture_vae" and r["split"] == "train"]
+    losses = [r["error"] for r in metrics(coded) if r["stage"] == "picture_vae" and r["split"] == "train"]
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(("stage", "step"), [("picture_vae", 3), ("pictures", 1)])
+def test_a_run_whose_codec_is_learnt_resumes_in_the_same_bits(
+    coded: Path, tmp_path: Path, stage: str, step: int
+) -> None:
+    with pytest.raises(Interrupted):
+        run_with_vae(tmp_path / "run", At(stage, step))
+    forget_opened()
+    run_with_vae(tmp_path / "run")
+    assert_same_run(tmp_path / "run", coded)
+    assert logged(tmp_path / "run") == logged(coded)
 
 
 # --- what it costs -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dual", [0, 1])
-def test_flops_of_drawing_are_those_that_run(whole: Path, dual: int) -> None:
+@pytest.mark.parametrize("task", ["draw", "describe"])
+def test_flops_of_a_task_are_those_that_run(whole: Path, task: str, dual: int) -> None:
     made = recipe(*PICTURES, f"stages.pictures.dual_layers={dual}")
-    stage = stage_of(made, whole)
+    stage, describes = stage_of(made, whole), task == "describe"
     rows = Batch(torch.zeros(2, 16, dtype=torch.int64))
-    drawn = stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2)).draw
-    assert drawn is not None
-    # Captions of the nominal length, all with timesteps of their own.
-    ids = torch.full((2, 2, CAPTION), 5)
-    z1 = torch.zeros(2, 2, CAPTION, stage.vae.config.latent_dim)
-    times = torch.rand(2, 2, CAPTION // 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2)
-    noise = TaskNoise(
-        draw=replace(drawn, text=ids, lengths=torch.full((2, 2), CAPTION), noise=z1, timestep=900 * times)
-    )
+    pairs = getattr(stage.draw(range(VALIDATION_ROW, VALIDATION_ROW + 2)), task)
+    # Texts of the nominal length, all with timesteps of their own.
+    length = -(-(ANSWER if describes else CAPTION) // 4) * 4
+    times = torch.rand(2, 2, length // 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2)
+    text = {"text": torch.full((2, 2, length), 5), "lengths": torch.full((2, 2), length)}
+    text |= {"noise": torch.zeros(2, 2, length, stage.vae.config.latent_dim), "timestep": 900 * times}
+    if describes:
+        text |= {"prompts": torch.full((2, 2, PROMPT), 5), "prompt_lengths": torch.full((2, 2), PROMPT)}
+    noise = TaskNoise(**{task: replace(pairs, **text)})
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         stage.loss(stage.networks, rows, noise, stage.count(rows, noise), 0).total.backward()
-    phase, dit, vae = plan_run(made).phases[1], stage.system.networks["dit"], stage.vae.config
+    phase = plan_run(made).phases[list(BY_TASK).index(task)]
+    dit, vae = stage.system.networks["dit"], stage.vae.config
     assert isinstance(dit, DiT)
+    assert phase.work["task"] == f"pictures, {task}"
     rows_of = 4
     assert phase.work["rows"] == 2 * rows_of
-    config, cells, last = dit.config, 2 * CAPTION + 16, dit.blocks[-1]
+    # Clean: a caption; or a prompt, a picture, and all blocks of an answer but its last one.
+    clean, noisy = (PROMPT + 16 + length - 4, length) if describes else (length, length + 16)
+    config, cells, last = dit.config, clean + noisy, dit.blocks[-1]
     width = config.heads * config.head_dim
     # What runs beside is computed for nobody: pairs that cannot be seen,
-    attention = (config.num_layers - 1) * cells**2 + (cells - CAPTION) * cells
+    attention = (config.num_layers - 1) * cells**2 + noisy * cells
     dense = 3 * 4 * rows_of * width * (attention - config.num_layers * phase.work["pairs"])
-    dense += (
-        rows_of * 4 * vae.dim * vae.encoder_num_blocks * (CAPTION**2 - block_causal_pairs(CAPTION // 4, 4))
-    )
-    # pictures through the text's input and output;
-    both = 2 * rows_of * 16 * (2 * matrix_entries(dit.img_in) + 3 * matrix_entries(dit.img_out))
+    dense += rows_of * 4 * vae.dim * vae.encoder_num_blocks * (length**2 - block_causal_pairs(length // 4, 4))
+    # pictures through the text's input and, where they are learnt, its output;
+    both = 2 * rows_of * 16 * 2 * matrix_entries(dit.img_in)
+    both += 2 * rows_of * 16 * 3 * matrix_entries(dit.img_out) * (not describes)
     # what does not: clean cells after the last layer's keys, and gradients of what is given.
     after = matrix_entries(last.msa.proj_out) + matrix_entries(last.mlp) + matrix_entries(dit.txt_out)
-    skipped = 3 * 2 * rows_of * CAPTION * after + 2 * rows_of * cells * matrix_entries(dit.txt_in)
-    timesteps = rows_of * (CAPTION // 4 + 1) + 1
+    skipped = 3 * 2 * rows_of * clean * after + 2 * rows_of * cells * matrix_entries(dit.txt_in)
+    timesteps = rows_of * (length // 4 + (not describes)) + 1
     skipped += 2 * timesteps * matrix_entries(dit.emb_in.proj_in)
     # The timestep of clean cells is counted once a step, not once a half.
     once = 3 * adaln_entries(dit, pictures=True)
     expected = sum(phase.flops.values()) / 2 + dense + both - skipped + once
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        CodecConfig(size=16, patch=4, channels=5),
+        CodecConfig(kind="conv_vae", size=16, patch=4, channels=5, width=8),
+        CodecConfig(kind="conv_vae", size=32, patch=16, channels=3, width=16),
+    ],
+    ids=["patch_pca", "conv_vae", "conv_vae of five resolutions"],
+)
+def test_flops_of_a_codec_are_those_that_run(image: CodecConfig) -> None:
+    codec = new_codec(image)
+    pictures = torch.zeros(3, image.size, image.size, 3, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as encoding:
+        latents = codec.encode(pictures)
+    with FlopCounterMode(display=False) as decoding:
+        codec.decode(latents)
+    counted = [counter.get_total_flops() for counter in (encoding, decoding)]
+    assert counted == [3 * flops for flops in _codec_flops(image)]
+    if not isinstance(codec, ConvVAE):
+        return
+    section = PictureVAESection(steps=7, batch=3, pairs=1, length=16)
+    phase = codec_phase("picture_vae", section, image, Placement(3))
+    with FlopCounterMode(display=False) as learning:
+        codec.loss(pictures / 255, torch.randn(3, image.latents, image.channels))[0].backward()
+    # Pixels need no gradient.
+    given = 3 * 2 * codec.encoder[0].weight.numel() * image.size**2
+    assert learning.get_total_flops() == sum(phase.flops.values()) - given
 
 
 def test_a_plan_names_tasks_and_counts_all_parameters() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from colada.train.preferences import PairNoise
 from colada.train.recipe import Recipe, commented
 from colada.train.stages import make_stage
 from colada.train.trainer import Interrupted, Trainer
+from on_ranks import on_ranks
 from runs import At, assert_same_run, final_state, logged, metrics
 
 
@@ -158,17 +156,8 @@ def test_two_ranks_learn_what_one_does(start: Path, pairs: Path, tmp_path: Path,
     Trainer(run, tmp_path / "alone").run()
     file = tmp_path / "run.yaml"
     file.write_text(commented(run))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, "colada", "train", str(file), "--out", str(tmp_path / "two")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = on_ranks(2, ["train", str(file), "--out", str(tmp_path / "two")], tmp_path / "log")
+    assert done.returncode == 0, done.output
     for record, again in zip(logged(tmp_path / "alone"), logged(tmp_path / "two"), strict=True):
         for key in {"loss", "margin", "push", "drift", "reward"} & record.keys():
             assert again[key] == pytest.approx(record[key], rel=2e-3, abs=1e-4), key

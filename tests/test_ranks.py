@@ -59,6 +59,8 @@ VARIANTS = {
         "stages.vae.steps=1",
         "stages.prior.steps=1",
         "stages.pictures={kind: pictures, steps: 6, batch: 4, pairs: 2, length: 16, dual_layers: 1}",
+        "stages.beside={kind: pictures, steps: 3, batch: 4, pairs: 2, length: 16, train: pictures,"
+        " tasks: {draw: 1, describe: 1}}",
     ],
 }
 # Muon orthogonalises in bfloat16, where the order of a sum shows; sharded, weights are gathered in it.
@@ -82,7 +84,7 @@ def placed(made: list[str], out: Path) -> list[str]:
 
 def losses(out: Path) -> list[float]:
     """Every loss that was logged, in training and validation."""
-    names = ("loss", "flow", "nll", "distance")
+    names = ("loss", "flow", "nll", "distance", "picture_flow")
     return [next(record[name] for name in names if name in record) for record in metrics(out)]
 
 

@@ -7,7 +7,8 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,14 +32,14 @@ from colada.cli.options import (
 )
 from colada.errors import ColadaError
 from colada.files import atomic_writer, require_file
-from colada.generate.settings import Settings, check_settings
+from colada.generate.settings import Settings, check_settings, one_each
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from colada.models.cola import ColaDLM
     from colada.pictures.shapes import Picture
-    from colada.text.transcript import Chunk
+    from colada.text.transcript import Chunk, Completion
 
 MOST_DRAWINGS = 4096
 _USUAL = "Default: the model's, or what draws well."
@@ -94,6 +95,8 @@ def draw(
     require_count("batch", batch)
     require_count("scale", scale, MOST_SCALE)
     rows, columns = _grid(grid)
+    if out is not None and out.suffix.lower() not in ("", ".png"):
+        raise ColadaError(f"--out {out}, expected a name that ends in .png: a PNG is written")
     check_model_options(model, revision, dtype, device)
     console = Console(highlight=False)
     piped, to_terminal = str(out) == "-", sys.stdout.isatty()
@@ -193,30 +196,85 @@ def describe(
         bool, typer.Option("--json", help="Print one JSON object a picture, each on its line.")
     ] = False,
 ) -> None:
-    """Say what is in pictures; what is cut off or scaled of one is said on standard error."""
-    settings: Settings = {"steps": steps, "guidance": guidance, "seed": seed}
-    check_settings(settings)
+    """Say what is in pictures; what is cut off or scaled of one is said on standard error.
+
+    So is what is wrong with a file, and the others are described.
+    """
+    settings: Settings = {"steps": steps, "guidance": guidance}
+    check_settings({**settings, "seed": seed})
     require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
     check_model_options(model, revision, dtype, device)
-    for path in pictures:  # Before a model is loaded.
-        require_file(path, "a picture")
-    network = load_cola(model, revision, dtype, device)
-    loaded = [_read(network, path) for path in pictures]
-    done = network.describe([one for one, _ in loaded], max_new_tokens, prompt=prompt, **settings)
-    for path, (_, changes), answer in zip(pictures, loaded, done, strict=True):
+    seeds = one_each("seed", seed, len(pictures), 1)
+    errors: dict[int, str] = {}  # by picture; the others are described
+    noted = partial(_noted, errors, len(pictures))
+    for number, path in enumerate(pictures):  # Before a model is loaded.
+        with noted(number):
+            require_file(path, "a picture")
+    loaded: dict[int, tuple[Picture, list[str]]] = {}
+    answers: dict[int, Completion] = {}
+    if len(errors) < len(pictures):
+        network = load_cola(model, revision, dtype, device)
+        size = network.codec().config.size
+        for number, path in enumerate(pictures):
+            if number not in errors:
+                with noted(number):
+                    loaded[number] = _read(path, size)
+        own = [seeds[number] for number in loaded]
+        shown = [picture for picture, _ in loaded.values()]
+        done = _described(network, shown, max_new_tokens, prompt=prompt, **{**settings, "seed": own})
+        for number, answer in zip(loaded, done, strict=True):
+            with noted(number):
+                if isinstance(answer, str):
+                    raise ColadaError(f"{pictures[number]}: {answer}")
+                answers[number] = answer
+    for number, path in enumerate(pictures):
+        one = answers.get(number)
         if as_json:
-            fields: dict[str, Any] = {"picture": str(path), "text": answer.text, "changes": changes}
-            print(json.dumps({**fields, "finish_reason": answer.finish_reason, "seed": answer.seed}))
-        else:
-            print(f"{path}: {answer.text}" if len(pictures) > 1 else answer.text)
+            fields: dict[str, Any] = {"error": errors.get(number), "finish_reason": "error"}
+            if one is not None:
+                fields = {"text": one.text, "changes": loaded[number][1], "finish_reason": one.finish_reason}
+            print(json.dumps({"picture": str(path), **fields, "seed": seeds[number]}))
+        elif one is not None:
+            print(f"{path}: {one.text}" if len(pictures) > 1 else one.text)
+    if errors:
+        raise ColadaError(f"{len(errors)} of {len(pictures)} pictures failed")
 
 
-def _read(network: ColaDLM, path: Path) -> tuple[Picture, list[str]]:
+@contextmanager
+def _noted(errors: dict[int, str], count: int, number: int) -> Iterator[None]:
+    """Say what is wrong with one of several pictures, and go on; of a single one, raise it."""
+    try:
+        yield
+    except ColadaError as error:
+        if count == 1:
+            raise
+        errors[number] = str(error)
+        print("error:", error, file=sys.stderr)
+
+
+def _read(path: Path, size: int) -> tuple[Picture, list[str]]:
     """Return a picture as the model takes it, and what was changed, which is said."""
     from colada.pictures.load import load_picture
 
-    loaded = load_picture(path, network.codec().config.size)
+    loaded = load_picture(path, size)
     changes = [str(change) for change in loaded.changes]
     if changes:
         print(f"note: {path}: {', '.join(changes)}", file=sys.stderr)
     return loaded.picture, changes
+
+
+def _described(
+    network: ColaDLM, pictures: list[Picture], tokens: int, **settings: Any
+) -> list[Completion | str]:
+    """Return an answer to each picture, or why there is none."""
+    from colada.text.transcript import GenerationError
+
+    if not pictures:
+        return []
+    try:
+        return list(network.describe(pictures, tokens, **settings))
+    except GenerationError as error:
+        return [
+            error.errors[number] if answer is None else answer
+            for number, answer in enumerate(error.completions)
+        ]

@@ -84,8 +84,8 @@ class TransportStep:
 
     Attributes:
         step, steps: evaluations done, and of how many (solver steps, but for solvers that ask for more).
-        latents: (B, block, C), z_t after it.
-        z0: (B, block, C), the finished latents that the last velocity points at.
+        latents: (B, block, C), z_t after it; of drawings (B, M, C), a picture's numbers first, then 0.
+        z0: of the same shape, the finished latents that the last velocity points at.
     """
 
     step: int

@@ -134,8 +134,8 @@ class PictureModel(LanguageModel):
         """Say what is in every picture.
 
         Args:
-            pictures: uint8 (S, S, 3) each, or files, which are cut to their middle square and scaled; one
-                or several.
+            pictures: uint8 (S, S, 3) each, or files, which are cut to their middle square and scaled: a
+                warning says what was changed in each; one or several.
             max_new_tokens: how many tokens each answer gets at most.
             prompt: what is asked of each.
             batch, callback, progress, settings: as in :meth:`generate`.
@@ -184,7 +184,11 @@ class PictureModel(LanguageModel):
         codec, count = self.codec(), require_count("max_new_tokens", max_new_tokens, MOST_TOKENS)
         size = codec.config.size
         if isinstance(picture, str | Path):
-            picture = load_picture(picture, size).picture
+            loaded = load_picture(picture, size)
+            if loaded.changes:
+                changed = ", ".join(map(str, loaded.changes))
+                warnings.warn(f"{picture}: {changed}", ColadaWarning, stacklevel=3)
+            picture = loaded.picture
         if not isinstance(picture, np.ndarray):
             raise ColadaError(f"picture {shown(picture)}, expected a file or uint8 ({size}, {size}, 3)")
         if picture.dtype != np.uint8 or picture.shape != (size, size, 3):

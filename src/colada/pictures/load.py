@@ -7,7 +7,7 @@ import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from colada.pictures.shapes import Picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """What is read: some others would start programs of their own."""
@@ -27,8 +28,10 @@ MOST_PIXELS = 2**26
 
 _ORIENTATION = 0x0112
 """The EXIF tag of how a camera was held."""
-_PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24
-"""How a PNG begins, and which of its bytes says how many bits a channel has."""
+_PNG_DEPTH = 24
+"""Which byte of a PNG says how many bits a channel has."""
+_TIFF_DEPTH, _TIFF_MEANING, _TIFF_PLANES = 258, 262, 284
+"""The TIFF tags of bits a channel, of what numbers mean, and of how channels are stored."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,15 @@ class Change:
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.kind, self.detail)))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How a file stores its channels: bits of each, whether 0 is white, and whether they lie in planes."""
+
+    bits: int = 8
+    inverted: bool = False
+    planes: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,14 +95,16 @@ def decode_picture(data: bytes, size: int, origin: str) -> Loaded:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # About what is refused here, or does not matter: metadata.
-            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = opened.size
             if width * height > MOST_PIXELS:
                 raise ColadaError(f"{origin} has {width} × {height} pixels, expected at most {MOST_PIXELS}")
-            frames = getattr(image, "n_frames", 1)
+            stored = _stored(opened, data)
+            frames = getattr(opened, "n_frames", 1)
             if frames > 1:
                 changes.append(Change("taken from an animation", f"as the first of {frames} frames"))
-            image.load()
+            opened.load()
+            image: Image.Image = opened
             if image.getexif().get(_ORIENTATION, 1) != 1:
                 changes.append(Change("turned upright"))
                 image = ImageOps.exif_transpose(image)
@@ -103,10 +117,7 @@ def decode_picture(data: bytes, size: int, origin: str) -> Loaded:
     except (OSError, ValueError, SyntaxError, LookupError, TypeError, EOFError, struct.error) as error:
         # Each format's reader raises what its fields make it raise.
         raise ColadaError(f"{origin} is a broken picture ({reason(error)})") from None
-    # Of colours with 16 bits the library itself leaves the upper eight.
-    if image.mode.startswith("I;16") or (data.startswith(_PNG) and data[_PNG_DEPTH] == 16):
-        changes.append(Change("reduced", "from 16 bits a channel to 8"))
-    colours = _to_rgb(image, changes, origin)
+    colours = _to_rgb(image, opened.format, stored, changes, origin)
     side = min(width, height)
     if width != height:
         whole = f"{colours.width} × {colours.height}"
@@ -120,21 +131,68 @@ def decode_picture(data: bytes, size: int, origin: str) -> Loaded:
     return Loaded(np.asarray(colours, np.uint8).copy(), tuple(changes))
 
 
-def _to_rgb(image: Image, changes: list[Change], origin: str) -> Image:
-    """Return a picture in eight bits a channel, without transparency; a change of that is added."""
+def _stored(opened: ImageFile, data: bytes) -> _Stored:
+    """Return how a file stores its channels, of which the pixels have not been read yet."""
+    if opened.format == "PNG":
+        if data[12:16] != b"IHDR":
+            raise SyntaxError("it does not begin with its header")
+        return _Stored(data[_PNG_DEPTH])
+    if opened.format == "TIFF":
+        tags: Any = getattr(opened, "tag_v2", {})
+        planes = opened.tile[0].codec_name == "raw" and tags.get(_TIFF_PLANES, 1) == 2
+        return _Stored(max(tags.get(_TIFF_DEPTH, (1,))), tags.get(_TIFF_MEANING) == 0, planes)
+    if opened.format == "PPM" and opened.mode in ("I", "L", "RGB"):
+        coding = opened.tile[0].args
+        most = coding[1] if isinstance(coding, tuple) else 65535 if opened.mode == "I" else 255
+        return _Stored(int(most).bit_length())
+    return _Stored()
+
+
+def _to_rgb(image: Image, kind: str | None, stored: _Stored, changes: list[Change], origin: str) -> Image:
+    """Return a picture in eight bits a channel, without transparency; what that changes is added."""
     from PIL import Image as Images
 
     if image.mode == "F":
         raise ColadaError(f"{origin} has pixels of floating point, expected 8 or 16 bits a channel")
+    if stored.bits > 16:
+        raise ColadaError(f"{origin} has {stored.bits} bits a channel, expected 8 or 16")
+    transparent = image.info.get("transparency")
+    if stored.bits > 8:
+        # What Pillow makes of these is neither said nor right.
+        if stored.planes:
+            raise ColadaError(
+                f"{origin} has planes of {stored.bits} bits a channel, expected 8 bits, or pixels"
+            )
+        if image.mode == "RGB" and transparent is not None:
+            what = f"a transparent colour of {stored.bits} bits a channel"
+            raise ColadaError(f"{origin} has {what}, expected 8 bits, or an alpha channel")
+        changes.append(Change("reduced", f"from {stored.bits} bits a channel to 8"))
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            span = f"from {values.min()} to {values.max()}"
-            raise ColadaError(f"{origin} has pixels {span}, expected 8 or 16 bits a channel")
-        return Images.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+        image = _eight_bits(image, kind, stored, origin)
+    elif image.mode == "L" and kind == "PNG" and isinstance(transparent, int):
+        # Pillow spreads two or four bits over eight, but not the number that is transparent.
+        image.info["transparency"] = transparent * (255 // (2 ** min(stored.bits, 8) - 1))
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
     if image.getchannel("A").getextrema() != (255, 255):
         changes.append(Change("laid on white", "where it is transparent"))
     return Images.alpha_composite(Images.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _eight_bits(image: Image, kind: str | None, stored: _Stored, origin: str) -> Image:
+    """Return a grey picture of more bits in eight, with an alpha channel where one grey is transparent."""
+    from PIL import Image as Images
+
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        span = f"from {values.min()} to {values.max()}"
+        raise ColadaError(f"{origin} has pixels {span}, expected 8 or 16 bits a channel")
+    # Of PPM, Pillow makes shares of the largest number; in colours, the nearest of eight bits.
+    upper = (values / 257).round() if kind == "PPM" else values >> (stored.bits - 8)
+    grey = Images.fromarray((255 - upper if stored.inverted else upper).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return grey
+    alpha = Images.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    return Images.merge("LA", (grey, alpha))

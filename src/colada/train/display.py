@@ -33,10 +33,10 @@ class Display:
         self._begin = self._line = 0.0  # When the task began, and when its last line was written.
 
     def say(self, line: str | Text) -> None:
-        """Print a line above the progress, as it is: what stands in square brackets is no style."""
+        """Print a line above the progress, as it is: no style in square brackets, no emoji in colons."""
         console = self._progress.console if self._progress else self.console
         # In a log, a line stays a line.
-        console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+        console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=not console.is_terminal)
 
     @contextmanager
     def task(

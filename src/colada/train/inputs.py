@@ -17,7 +17,7 @@ from colada.models.cola import ColaDLM
 from colada.text.chat import ANSWERING, DEFAULT_TEMPLATE, PLAIN_TEMPLATE, encode_messages, read_template
 from colada.text.tokenizer import IM_END, Tokenizer
 from colada.train.kinds import JointSection, RolloutSection, StageSection, TextVAESection
-from colada.train.pairs import open_pairs
+from colada.train.pairs import cut_texts, open_pairs
 from colada.train.recipe import Recipe, source_weights
 
 
@@ -191,7 +191,7 @@ def prepare_inputs(
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
 ) -> Inputs:
-    """Tokenise what is not yet in ``cache``, and open the shards.
+    """Tokenise what is not yet in ``cache``, and open the shards; say what of texts is left out.
 
     Raises:
         ColadaError: for unusable sources.
@@ -215,4 +215,6 @@ def prepare_inputs(
         for split, stream in split_streams.items():
             say(f"{source.name}: {split}: {len(stream):,} tokens in {len(stream.starts):,} samples")
         streams.append((source, split_streams))
+    for line in cut_texts(recipe, tokenizer):
+        say(line)
     return Inputs(recipe, tokenizer.pad_id, streams)

@@ -10,7 +10,12 @@ from colada.data.order import Permutation, turn_of
 from colada.errors import ColadaError
 from colada.pictures.shapes import SIZE
 from colada.pictures.sources import Pair, PairSource, open_source
+from colada.text.tokenizer import Tokenizer
+from colada.train.kinds import PicturesSection
 from colada.train.recipe import Recipe
+
+LOOKED_AT = 1024
+"""Scenes without end of which captions are measured."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +96,35 @@ def _opened(named: Sequence[tuple[str, float]], size: int, seed: int, share: flo
         {source.name: source.digest for source, _ in opened},
         tuple(f"{source.name}: {note}" for source, _ in opened for note in source.notes),
     )
+
+
+def cut_texts(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
+    """Return a line for each stage of pictures and source of them some of whose texts lose their end."""
+    splits = open_pairs(recipe)
+    if splits is None:
+        return []
+    lines = []
+    for source, _ in splits.training.sources:
+        count = source.count or LOOKED_AT
+        texts = [(pair.caption, pair.answer) for pair in map(source.pair, range(count))]
+        tokens = {text: len(tokenizer.encode(text)) for pair in texts for text in pair}
+        for name, section in recipe.trained.items():
+            if not isinstance(section, PicturesSection) or not section.steps:
+                continue
+            most, cut = section.caption_length, []
+            tasks = [task for task, share in section.tasks.items() if share]
+            # An answer's last token says that it ends.
+            for task, what, number, room in (
+                ("draw", "captions", 0, most),
+                ("describe", "answers", 1, most - 1),
+            ):
+                longer = sum(tokens[pair[number]] > room for pair in texts)
+                if longer and task in tasks:
+                    cut.append(f"{longer:,} {what}")
+            if cut:
+                of = f"{'' if source.count else 'the first '}{count:,}"
+                lines.append(
+                    f"{source.name}: {' and '.join(cut)} of {of} lose their end: "
+                    f"stages.{name}.caption_length={most} tokens"
+                )
+    return lines
