@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from colada.files import read_json_object
+from colada.generate.engine.engine import history_bytes
 from colada.generate.settings import RELEASED_SETTINGS
 from colada.locate import (
     BUNDLED,
@@ -25,7 +26,7 @@ from colada.locate import (
 )
 from colada.models.load import MODELS, read_decoder_config
 from colada.networks.checkpoint import open_weights, read_configs
-from colada.networks.config import DecoderConfig, DiTConfig, NetworkConfig, TextVAEConfig
+from colada.networks.config import DecoderConfig, NetworkConfig
 from colada.networks.dit import DiT
 from colada.networks.vae import TextVAE
 from colada.pictures.codec import codec_parameters, read_codec_config
@@ -66,12 +67,6 @@ def count_decoder_parameters(config: DecoderConfig) -> dict[str, int]:
     return {"Embedding": embedding, "Layers": rest, "Head": head}
 
 
-def history_values(vae: TextVAEConfig, dit: DiTConfig) -> float:
-    """Return how many numbers a latent adds to the histories: keys and values per DiT and decoder layer."""
-    prior = dit.num_layers * 2 * dit.heads * dit.head_dim / dit.patch_size
-    return prior + vae.decoder_num_blocks * 2 * vae.dim
-
-
 def describe(where: str | Path | None = None, revision: str | None = None) -> dict[str, Any]:
     """Return what is known of a model without reading its weights, for JSON.
 
@@ -88,12 +83,12 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> di
         decoder = read_decoder_config(directory)
         configs, parameters = {DECODER_DIR: decoder}, count_decoder_parameters(decoder)
         defaults = MODELS[decoder.objective].defaults
-        # A LLaDA model keeps no history: every pass reads all tokens.
-        history = 2.0 * decoder.num_layers * decoder.dim if decoder.objective == "ar" else 0.0
+        history = float(decoder.history_numbers)
     else:
         vae, dit = read_configs(directory)
-        configs, defaults, history = {VAE_DIR: vae, DIT_DIR: dit}, RELEASED_SETTINGS, history_values(vae, dit)
-        parameters = count_parameters(*networks(vae, dit))
+        configs, defaults = {VAE_DIR: vae, DIT_DIR: dit}, RELEASED_SETTINGS
+        text, prior = networks(vae, dit)  # In float32.
+        parameters, history = count_parameters(text, prior), history_bytes(text, prior, 1) / BYTES["float32"]
         if dit.img_channels:
             configs[IMAGE_DIR] = image = read_codec_config(directory)
             parameters["Picture codec"] = codec_parameters(image)

@@ -37,6 +37,7 @@ from torch import Tensor
 from colada.device import memory_of, plain_torch
 from colada.errors import ColadaError
 from colada.flow import adams_bashforth2
+from colada.generate.engine.engine import history_bytes
 from colada.generate.engine.memory import round_up
 from colada.generate.reference import encode
 from colada.models.cola import ColaDLM
@@ -161,14 +162,13 @@ def _batches(shapes: Sequence[_Shape], samples: int, batch: int) -> Iterator[lis
 
 def _check_memory(model: ColaDLM, shape: _Shape) -> None:
     """Raise ColadaError if the keys and values of one text are more than the machine's memory."""
-    config, vae = model.dit.config, model.vae.config
-    width = config.num_layers * config.heads * config.head_dim + vae.decoder_num_blocks * vae.dim
     latents = shape.prefix + shape.length
-    needed = 2 * latents * width * model.dit.txt_in.proj.weight.element_size()
+    tokens = latents * model.vae.config.patch_size
+    needed = history_bytes(model.vae, model.dit, latents)
     memory = memory_of(model.device)
     if memory is not None and needed > memory / 2:
         raise ColadaError(
-            f"a text of {latents * vae.patch_size:,} tokens needs {needed / 2**30:.1f} GiB for its keys"
+            f"a text of {tokens:,} tokens needs {needed / 2**30:.1f} GiB for its keys"
             f" and values, expected at most half of the {memory / 2**30:.1f} GiB there are: cut it up"
         )
 

@@ -232,6 +232,11 @@ class DiTConfig(NetworkConfig):
     dual_layers: int = extension(0, "its first layers that have weights of their own for pictures")
     training_length: int | None = TRAINING_LENGTH
 
+    @property
+    def history_numbers(self) -> int:
+        """Numbers that the KV cache holds of one position, which is ``patch_size`` latents."""
+        return 2 * self.num_layers * self.heads * self.head_dim
+
 
 @dataclass(frozen=True)
 class TextVAEConfig(NetworkConfig):
@@ -322,6 +327,11 @@ class TextVAEConfig(NetworkConfig):
         """Tokens in one block: ``patch_size * block_size``."""
         return self.patch_size * self.block_size
 
+    @property
+    def history_numbers(self) -> int:
+        """Numbers that the decoder's KV cache holds of one latent; the encoder has none."""
+        return 2 * self.decoder_num_blocks * self.dim
+
 
 def check_pair(vae: TextVAEConfig, dit: DiTConfig, origin: str = "model") -> None:
     """Raise ColadaError if a Text VAE and a DiT cannot be parts of one model."""
@@ -390,6 +400,11 @@ class DecoderConfig(NetworkConfig):
     def embeddings(self) -> int:
         """Rows of the embedding: the vocabulary, and a LLaDA model's mask."""
         return self.vocab_size + (self.objective == "llada")
+
+    @property
+    def history_numbers(self) -> int:
+        """Numbers that the KV cache holds of one token: none of a LLaDA model, whose passes read all."""
+        return 2 * self.num_layers * self.dim if self.objective == "ar" else 0
 
     @property
     def parameters(self) -> int:
