@@ -57,8 +57,10 @@ class Served:
 
     def latents(self, prompt: int, new: int, candidates: int = 1) -> int:
         """Return the latents that a request takes of so many tokens: of its prompt, and to be written."""
+        from colada.generate.engine.slots import room_for
+
         patch, size = self.sizes
-        return (-(-(-(-prompt // patch) - (-new // patch)) // size) + candidates - 1) * size
+        return room_for(-(-prompt // patch) - (-new // patch), candidates, size)
 
     def context(self, limits: Limits, candidates: int = 1) -> int:
         """Return how many tokens the longest request has, with its prompt."""

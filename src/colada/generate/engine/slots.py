@@ -51,11 +51,15 @@ def room_of(request: Request, patch: int, size: int) -> int:
     """Return how many latents of history a request takes, whole blocks; arguments as :func:`latents_of`."""
     prefix, _, blocks = latents_of(request, patch, size)
     if request.draws:
-        return -(-(prefix + request.draws) // size) * size
-    blocks += request.settings.candidates - 1
+        return room_for(prefix + request.draws, 1, size)
     if request.picture is not None:
-        prefix = -(-len(request.ids) // (patch * size)) * size + len(request.picture)
-    return -(-prefix // size) * size + blocks * size
+        prefix = round_up(-(-len(request.ids) // patch), size) + len(request.picture)
+    return room_for(prefix + blocks * size, request.settings.candidates, size)
+
+
+def room_for(latents: int, candidates: int, size: int) -> int:
+    """Return the history of so many latents: whole blocks of ``size``, and one for each further candidate."""
+    return round_up(latents, size) + (candidates - 1) * size
 
 
 @dataclass(frozen=True)
