@@ -33,6 +33,7 @@ from colada.models.rollouts import Rollout, roll_out
 from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
 from colada.train import rewards
+from colada.train.cost import position_entries
 from colada.train.decoder_losses import MaskNoise, decoder_loss
 from colada.train.kinds import RaftSection, RewardSection
 from colada.train.parallel import Ranks
@@ -580,14 +581,21 @@ def test_questions_that_are_not_there_are_missed_before_anything_is_done(start: 
 
 
 def test_guided_answers_are_planned_as_two_rows(start: Path, tmp_path: Path) -> None:
-    """With the pass that commits a block: of 2 steps 5 in place of 3."""
-    flops = [
+    """With the pass that commits a block: of 2 steps 5 in place of 3, of which 2 see their block alone."""
+    plans = [
         plan_run(rewarding(start, tmp_path, f"stages.reward.sampler={{steps: 2, guidance: {scale}}}"))
-        .phases[0]
-        .flops["answers"]
         for scale in (1.0, 3.0)
     ]
-    assert flops[1] / flops[0] == pytest.approx(5 / 3)
+    model = colada.load(start)
+    assert isinstance(model, ColaDLM)
+    config, size, entries = model.dit.config, model.dit.config.block_size, position_entries(model.dit)
+    layer, texts, updates = 4 * config.heads * config.head_dim, 2 * 3, 2
+    alone = conditional = 0
+    for block in range((64 - 8) // size, 64 // size):  # The last 8 tokens of a full row.
+        alone += size * (2 * entries + config.num_layers * layer * size)
+        conditional += size * (2 * entries + config.num_layers * layer * (block + 1) * size)
+    for plan, flops in zip(plans, (3 * conditional, 3 * conditional + 2 * alone), strict=True):
+        assert plan.phases[0].flops["answers"] == texts * flops / updates
 
 
 def test_a_judge_is_planned(start: Path, tmp_path: Path) -> None:

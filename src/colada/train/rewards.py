@@ -36,8 +36,8 @@ from colada.text.chat import render
 from colada.text.transcript import Completion
 from colada.train.answers import REPLAY
 from colada.train.cola import ColaStage
-from colada.train.cost import Phase, Placement, networks, position_entries
-from colada.train.distil_cost import judge_cost
+from colada.train.cost import Phase, Placement, networks
+from colada.train.distil_cost import judge_cost, writing_flops
 from colada.train.flow_matching import place, predict
 from colada.train.kinds import RaftSection, RewardSection, RolloutSection
 from colada.train.losses import Loss, frozen_latents
@@ -376,10 +376,10 @@ class RolloutStage(ColaStage):
         forward = (phase.flops["DiT"] + phase.flops["AdaLN"]) / 3
         chosen = {**ColaDLM.defaults, **recipe.generation, **section.sampler}
         evaluations = len(evaluations_of(chosen["solver"], chosen["schedule"], chosen["steps"]))
-        passes = evaluations * (1 + (chosen["guidance"] != 1)) + 1  # And the one that commits.
         blocks = -(-section.new_tokens // vae.block_tokens)
-        positions = section.prompts * section.samples * blocks * passes * (dit.block_size // dit.patch_size)
-        written = 2.0 * positions * position_entries(networks(vae, dit)[1]) / section.updates
+        prompt = max(0, section.length // vae.block_tokens - blocks)  # Rows count as full.
+        answer = writing_flops(networks(vae, dit)[1], blocks, evaluations, chosen["guidance"] != 1, prompt)
+        written = float(section.prompts * section.samples * answer) / section.updates
         flops = {**phase.flops, "frozen passes": (1 + cls.needs_old) * forward, "answers": written}
         memory = {**phase.memory, "copies": 2 * phase.memory["weights"]}
         if section.judge is not None:
