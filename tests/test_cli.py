@@ -331,7 +331,7 @@ def test_info_counts_every_parameter(run: Run, saved: Path, model: ColaDLM) -> N
     values = json.loads(result.out)
     parts = values["parameters"]
     assert parts.pop("total") == total == sum(parts.values())
-    assert parts == count_parameters(model.vae, model.dit)
+    assert parts == count_parameters(vae=model.vae, dit=model.dit)
     assert parts["Text VAE encoder"] == sum(p.numel() for p in model.vae.encoder.parameters())
     assert parts["DiT attention"] == sum(
         p.numel() for block in model.dit.blocks for p in block.msa.parameters()

@@ -119,6 +119,11 @@ def unallocated() -> _Unallocated:
     return _Unallocated()
 
 
+def parameters_of(network: torch.nn.Module) -> int:
+    """Return how many parameters a network has."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, for its next step.
 

@@ -35,9 +35,9 @@ class Served:
 
     def __post_init__(self) -> None:
         self._cola = self.model.arch == "cola"
-        networks = [self.model.vae, self.model.dit] if self._cola else [self.model.decoder]
-        self._weights = [weight for network in networks for weight in network.parameters()]
-        self._dtype = str(self._weights[-1].dtype).removeprefix("torch.")
+        self._networks = [self.model.vae, self.model.dit] if self._cola else [self.model.decoder]
+        *_, last = self._networks[-1].parameters()
+        self._dtype = str(last.dtype).removeprefix("torch.")
 
     @property
     def fingerprint(self) -> str:
@@ -75,11 +75,13 @@ class Served:
 
     def card(self, limits: Limits) -> dict[str, Any]:
         """Return what ``/v1/models`` tells."""
+        from colada.device import parameters_of
+
         model, cola = self.model, self._cola
         patch, size = self.sizes
         details = {
             "arch": model.arch,
-            "parameters": sum(weight.numel() for weight in self._weights),
+            "parameters": sum(map(parameters_of, self._networks)),
             "block": size,
             "patch": patch,
             "latent_dim": model.vae.config.latent_dim if cola else None,
