@@ -29,9 +29,10 @@ from colada.generate.settings import TextRequest
 from colada.models.autoregressive import AutoregressiveLM
 from colada.models.cola import ColaDLM
 from colada.models.likelihood import measure
-from colada.models.rollouts import Rollout, roll_out
+from colada.models.rollouts import roll_out
 from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
+from colada.text.transcript import Completion
 from colada.train import rewards
 from colada.train.cost import position_entries
 from colada.train.decoder_losses import MaskNoise, decoder_loss
@@ -385,13 +386,10 @@ def test_an_answer_that_does_not_end_is_worth_less(
     """Every second one does, whatever it says."""
     came, write = steps_of(monkeypatch), rewards.roll_out
 
-    def some_end(*args: Any) -> list[Rollout]:
+    def some_end(*args: Any) -> list[Completion]:
         done = write(*args)
         reasons = ("end", "length") * len(done)
-        return [
-            replace(own, completion=replace(own.completion, finish_reason=reason))
-            for own, reason in zip(done, reasons, strict=False)
-        ]
+        return [replace(own, finish_reason=reason) for own, reason in zip(done, reasons, strict=False)]
 
     monkeypatch.setattr(rewards, "roll_out", some_end)
     some = ["reward=rules:equal", "unended=0.125", "samples=4", "steps=1"]
@@ -412,9 +410,9 @@ def test_a_judge_takes_off_what_it_finds_unlikely(
 ) -> None:
     came, write, texts = steps_of(monkeypatch), rewards.roll_out, list[str]()
 
-    def kept(*args: Any) -> list[Rollout]:
+    def kept(*args: Any) -> list[Completion]:
         done = write(*args)
-        texts.extend(own.completion.text for own in done)
+        texts.extend(own.text for own in done)
         return done
 
     monkeypatch.setattr(rewards, "roll_out", kept)
@@ -508,6 +506,7 @@ def test_answers_come_with_the_latents_of_the_readable_loop() -> None:
     for number, (own, ids) in enumerate(zip(roll_out(model, asked), prompts, strict=True)):
         plain = reference(model, request(model, ids, 7, number, **settings))
         prefix = len(ids) // 4 * 4
+        assert own.latents is not None
         torch.testing.assert_close(
             own.latents[prefix:], torch.cat([z for z, _ in plain]), rtol=1e-3, atol=1e-4
         )
@@ -515,7 +514,7 @@ def test_answers_come_with_the_latents_of_the_readable_loop() -> None:
         assert [*ids[prefix:], *own.ids][len(ids) - prefix :] == [t for _, ids_of in plain for t in ids_of][
             len(ids) - prefix :
         ]
-        assert own.completion.tokens == own.ids[:7]
+        assert own.tokens == own.ids[:7]
 
 
 def test_what_was_asked_is_taken_out_of_the_template(start: Path) -> None:

@@ -248,20 +248,21 @@ class RolloutStage(ColaStage):
                 seed = int(seeds.generate_state(1, np.uint64)[0] >> 2)
                 settings: Any = {**section.sampler, "seed": seed}
                 requests.append(TextRequest(starts[-1], min(section.new_tokens, room), settings))
-        done = roll_out(model, requests)
-        texts = [rollout.completion.text for rollout in done]
-        judged = [0.0] * len(done) if self._judge is None else nats_per_token(self._judge, texts)
+        answers = roll_out(model, requests)
+        texts = [answer.text for answer in answers]
+        judged = [0.0] * len(answers) if self._judge is None else nats_per_token(self._judge, texts)
         groups = []
         for at, start in enumerate(starts):
             asked = plain_prompt(model, start)
             group = []
-            own = slice(at * section.samples, (at + 1) * section.samples)
-            for rollout, nats in zip(done[own], judged[own], strict=True):
-                value = rewarded(self._reward, section.reward, asked, rollout.completion.text)
-                ended = rollout.completion.finish_reason == "end"
+            samples = slice(at * section.samples, (at + 1) * section.samples)
+            for answer, nats in zip(answers[samples], judged[samples], strict=True):
+                assert answer.latents is not None
+                value = rewarded(self._reward, section.reward, asked, answer.text)
+                ended = answer.finish_reason == "end"
                 value -= section.judge_weight * nats + (0.0 if ended else section.unended)
-                row, latents = self._row(start, rollout.ids, rollout.latents)
-                credited = self._credited(model, asked, len(start), rollout.completion) or len(latents)
+                row, latents = self._row(start, answer.ids, answer.latents)
+                credited = self._credited(model, asked, len(start), answer) or len(latents)
                 group.append(Answer(row, latents, value, nats, ended, credited))
             groups.append(group)
         return groups

@@ -170,6 +170,13 @@ class LatentSlot(Slot):
         return self.block.latents[self.history - written :]
 
     @property
+    def written(self) -> Tensor:
+        """The latents (L, C) of the last block; before the first, of the prompt's whole blocks too."""
+        assert self.block is not None
+        prompt = self.latents[: self.prefix if self.blocks == 1 else 0]
+        return torch.cat([prompt, self.block.latents])
+
+    @property
     def done(self) -> bool:
         """Whether nothing more comes."""
         return self.error is not None or self.blocks == self.block_count
