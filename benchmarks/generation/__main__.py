@@ -242,8 +242,8 @@ def _random_model(
     import torch
 
     from benchmarks.models import random_model, size_configs
+    from colada.checks import choose
     from colada.device import find_device
-    from colada.flow import choose
 
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     wanted = choose("dtype", dtype or "float32", dtypes)

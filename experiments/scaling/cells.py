@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colada.checks import require_choice
 from colada.errors import ColadaError
 from colada.evaluate.tasks import Task, find_task
 from colada.files import read_json_object
@@ -146,8 +147,7 @@ def read_result(path: Path) -> Result:
     try:
         record = read_json_object(path)
         cell, cost = record["cell"], record["ledger"]
-        if cell["arch"] not in ARCHS:
-            raise ValueError(f"arch {cell['arch']!r}, expected one of {', '.join(ARCHS)}")
+        require_choice("arch", cell["arch"], ARCHS)
         counts = {
             find_task(task).name: Counts({item: _counts(*own) for item, own in by_item.items()})
             for task, by_item in record["outcomes"].items()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from colada.errors import ColadaError, shown
+from colada.errors import ColadaError, one_of, shown
+
+Choice = TypeVar("Choice")
 
 MOST_TOKENS = 2**17
 """Tokens of a prompt, and tokens that may follow it."""
@@ -73,6 +75,19 @@ def require_flag(name: str, value: Any) -> bool:
     if not isinstance(flag, bool):
         raise ColadaError(f"{name}={shown(value)}, expected True or False")
     return flag
+
+
+def require_choice(name: str, value: Any, known: Iterable[str]) -> str:
+    """Return a name once it is a known one. Raises ColadaError, naming those and the nearest, otherwise."""
+    names = list(known)
+    if not isinstance(value, str) or value not in names:
+        raise ColadaError(f"{name}={shown(value)}, {one_of(names, value)}")
+    return value
+
+
+def choose(name: str, value: Any, choices: Mapping[str, Choice]) -> Choice:
+    """Return what a name stands for; raises as :func:`require_choice`."""
+    return choices[require_choice(name, value, choices)]
 
 
 def require_function(name: str, value: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch.overrides import TorchFunctionMode
 
-from colada.errors import ColadaError, shown
+from colada.errors import ColadaError, one_of, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,7 +46,7 @@ def find_device(name: str | torch.device, key: str = "device") -> torch.device:
 def check_dtype(dtype: object) -> None:
     """Raise ColadaError unless networks compute in it; None is whatever they are stored in."""
     if dtype is not None and not any(dtype is known for known in DTYPES):
-        raise ColadaError(f"dtype={shown(dtype)}, expected one of {', '.join(map(str, DTYPES))}")
+        raise ColadaError(f"dtype={shown(dtype)}, {one_of(DTYPES)}")
 
 
 # --- the state of torch around a call ------------------------------------------------------------

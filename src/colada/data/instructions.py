@@ -19,11 +19,12 @@ from itertools import pairwise
 from pathlib import Path
 from zlib import crc32
 
+from colada.checks import require_choice
 from colada.data.facts import CATEGORIES
 from colada.data.jsonl import get, get_texts, read_lines
 from colada.data.rules import Reward, imported
 from colada.data.wordings import WORDINGS
-from colada.errors import ColadaError, nearest, shown
+from colada.errors import ColadaError, shown
 
 _NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
 sixteen seventeen eighteen nineteen twenty"""
@@ -117,8 +118,7 @@ def default_tasks(questions: Path | None = None) -> tuple[str, ...]:
 def check_tasks(tasks: Sequence[str], questions: str | Path | None) -> None:
     """Raise ColadaError for a task that does not exist, or one without the file of questions it needs."""
     for task in tasks:
-        if task not in TASKS:
-            raise ColadaError(f"task={shown(task)}, expected one of {', '.join(TASKS)}{nearest(task, TASKS)}")
+        require_choice("task", task, TASKS)
     if ON_STORIES in tasks and questions is None:
         raise ColadaError(f"the task {ON_STORIES} without questions, expected the file of them")
 
@@ -147,10 +147,7 @@ def reward_of(task: str, questions: Path | None = None) -> Reward:
             return max(word_f1(right, answer) for right in answers[prompt.strip()])
 
         return on_stories
-    if task not in TASKS:
-        raise ColadaError(
-            f"task={shown(task)}, expected one of {', '.join([*TASKS, 'all'])}{nearest(task, TASKS)}"
-        )
+    require_choice("task", task, [*TASKS, "all"])
 
     def own(prompt: str, answer: str) -> float:
         asked = understood(task, prompt)

@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
 
-from colada.checks import is_whole
+from colada.checks import choose, is_whole
 from colada.data.jsonl import Fields, get, get_texts, read_lines
-from colada.errors import ColadaError, nearest, shown
+from colada.errors import ColadaError, shown
 from colada.evaluate.scoring import ScoringRule
 
 DEMONSTRATIONS = Path(__file__).parent / "demonstrations.jsonl"
@@ -106,11 +106,7 @@ def find_task(name: str) -> Task:
     Raises:
         ColadaError: for an unknown name, with the nearest.
     """
-    if not isinstance(name, str) or name not in TASKS:
-        raise ColadaError(
-            f"unknown task {shown(name)}{nearest(name, TASKS)}, expected one of {', '.join(TASKS)}"
-        )
-    return TASKS[name]
+    return choose("task", name, TASKS)
 
 
 def find_tasks(names: str | None) -> list[Task]:

@@ -23,7 +23,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from colada import __version__
-from colada.errors import ColadaError
+from colada.errors import ColadaError, one_of
 from colada.serve import protocol
 from colada.serve.admission import Admission, Limits, Policy, Refusal, as_refusal, invalid
 from colada.serve.answers import Job, Writer, as_json, open_job
@@ -93,15 +93,12 @@ class Service:
     def served(self, name: str | None, cola: bool = False) -> Served:
         """Return a model by its name. Raises Refusal where there is none of it, or it has no latents."""
         models = self.driver.models
-        known = ", ".join(models)
         if not models:
             raise Refusal(503, "loading", "no model is loaded yet", Retry_After="5")
         if name is None and len(models) > 1:
-            raise Refusal(400, "missing_parameter", f"model is missing, expected one of {known}", "model")
+            raise Refusal(400, "missing_parameter", f"model is missing, {one_of(models)}", "model")
         if name is not None and name not in models:
-            raise Refusal(
-                404, "model_not_found", f"no model {name[:100]!r}, expected one of {known}", "model"
-            )
+            raise Refusal(404, "model_not_found", f"no model {name[:100]!r}, {one_of(models, name)}", "model")
         served = models[name or next(iter(models))]
         if cola and served.model.arch != "cola":
             raise invalid("model", served.name, "a Cola DLM: this one has no latents")
