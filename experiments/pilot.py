@@ -33,7 +33,7 @@ from colada.errors import ColadaError, nearest
 from colada.evaluate.generative import ModelJudge, frontier, real_passages
 from colada.evaluate.texts import Text, require_tokenizer
 from colada.evaluate.variety import words
-from colada.files import read_json_object, write_text
+from colada.files import read_json_object, write_json, write_text
 from colada.models.base import LanguageModel
 from colada.models.load import load
 from colada.report.frontier import frontier_table, write_frontier_page
@@ -154,7 +154,7 @@ def report(out: Path, results: Mapping[str, Sequence[Mapping[str, Any]]], judge:
     bare = [{key: value for key, value in point.items() if key != "records"} for point in everyone]
     real = {key: value for key, value in first["real"].items() if key != "records"}
     record = {**facts, "real": real, "points": bare, "nats_at_equal_distinct_2": table}
-    write_text(out / "pilot.json", json.dumps(record, indent=2) + "\n")
+    write_json(out / "pilot.json", record, sort=False)
     frontier_table(whole).print(Console(highlight=False))
     shown = Table(("nats a token at distinct-2", *(f"{variety:g}" for variety in VARIETY)))
     for name, row in table.items():

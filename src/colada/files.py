@@ -17,6 +17,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -247,9 +248,13 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(data)
 
 
-def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
-    """Write an indented JSON object with its keys sorted, at once."""
-    write_text(path, json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
+def write_json(path: str | Path, values: Mapping[str, Any], *, sort: bool = True) -> None:
+    """Write an indented JSON object at once, dataclasses as objects.
+
+    Args:
+        sort: keys by name; else they stay in their order.
+    """
+    write_text(path, json.dumps(dict(values), indent=2, sort_keys=sort, default=asdict) + "\n")
 
 
 def locked(path: Path, busy: str, wait: Callable[[str], None] | None = None) -> FileLock:
