@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, TypeVar
 
-from colada.errors import ColadaError, one_of, shown
+from colada.errors import ColadaError, failure, nearest, one_of, shown
 
 Choice = TypeVar("Choice")
 
@@ -94,6 +95,27 @@ def require_function(name: str, value: Any) -> None:
     """Raise ColadaError unless a value, if it is not None, can be called."""
     if value is not None and not callable(value):
         raise ColadaError(f"{name}={shown(value)}, expected a function")
+
+
+def require_import(what: str, name: str, kind: str) -> Any:
+    """Return what ``package.module:name`` stands for.
+
+    Args:
+        what: it is for.
+        kind: "class" or "function".
+
+    Raises:
+        ColadaError: if it cannot be imported, is not there, or cannot be called.
+    """
+    module_name, _, member = name.partition(":")
+    try:
+        module = import_module(module_name)
+    except Exception as error:  # It is a user's program.
+        raise failure(f"{what} {name!r}: cannot import {module_name!r}", error) from None
+    if not callable(getattr(module, member, None)):
+        hint = nearest(member, [known for known, value in vars(module).items() if callable(value)])
+        raise ColadaError(f"{what} {name!r}: {module_name} has no {kind} {member!r}{hint}")
+    return getattr(module, member)
 
 
 def check_text(text: str) -> str:
