@@ -154,18 +154,16 @@ def memory_of(device: torch.device) -> int | None:
     return min(bounds)
 
 
-def require_memory(needed_bytes: int, device: torch.device, what: str) -> None:
-    """Raise ColadaError if a device has fewer bytes (a CPU: unused ones), saying what wants them."""
+def require_memory(needed_bytes: int, device: torch.device, what: str, share: float = 1.0) -> None:
+    """Raise ColadaError if a share of a device's bytes (a CPU: unused ones) is less, saying what wants it."""
     known = [memory_of(device)]
     if device.type == "cpu" and sys.platform == "linux":
         entries = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         known.append(1024 * int(entries["MemAvailable"].split()[0]))
     most_bytes = min((size for size in known if size is not None), default=needed_bytes)
-    if needed_bytes > most_bytes:
-        size, bound = (
-            f"{needed_bytes / 2**30:.1f} GiB of memory",
-            f"the {most_bytes / 2**30:.1f} that {device} has",
-        )
+    if needed_bytes > share * most_bytes:
+        size = f"{needed_bytes / 2**30:.1f} GiB of memory"
+        bound = f"{'' if share == 1 else f'{share:.0%} of '}the {most_bytes / 2**30:.1f} that {device} has"
         raise ColadaError(f"{what} takes {size}, expected at most {bound}")
 
 
