@@ -146,7 +146,7 @@ def read_result(path: Path) -> Result:
     """
     try:
         record = read_json_object(path)
-        cell, cost = record["cell"], record["ledger"]
+        cell, cost = record["cell"], record["cost"]
         require_choice("arch", cell["arch"], ARCHS)
         counts = {
             find_task(task).name: Counts({item: _counts(*own) for item, own in by_item.items()})
@@ -158,9 +158,9 @@ def read_result(path: Path) -> Result:
             {name: value + 0 for name, value in cost[key].items() if name != "total"}
             for key in ("parameters", "flops")
         )
-        ledger = Cost(str(cost["arch"]), parameters, flops, int(cost["tokens"]), float(cost["narrow_flops"]))
+        counted = Cost(str(cost["arch"]), parameters, flops, int(cost["tokens"]), float(cost["narrow_flops"]))
         where = str(cell["recipe"]), cell["arch"], int(cell["seed"])
-        return Result(*where, ledger, dict(record["asked"]), counts, record)
+        return Result(*where, counted, dict(record["asked"]), counts, record)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, ColadaError) as error:
         advice = "delete it, and the study makes it again from the outputs beside it"
         raise ColadaError(f"{path}: not a cell's result ({error!r}); {advice}") from None

@@ -133,7 +133,7 @@ def cola_bounds(
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _TextShape:
     """Latents of a text: of the context's whole blocks, of its tail, and of all blocks after the former."""
 
     prefix: int
@@ -141,18 +141,18 @@ class _Shape:
     length: int
 
 
-def _shape(context: Sequence[int], text: Sequence[int], config: TextVAEConfig) -> _Shape:
+def _shape(context: Sequence[int], text: Sequence[int], config: TextVAEConfig) -> _TextShape:
     latents, length = (-(-len(ids) // config.patch_size) for ids in (context, text))
     prefix = latents // config.block_size * config.block_size
     tail = latents - prefix
-    return _Shape(prefix, tail, round_up(tail + length, config.block_size))
+    return _TextShape(prefix, tail, round_up(tail + length, config.block_size))
 
 
 Row = tuple[int, int]
 """Number of a text, and of one of its samples."""
 
 
-def _batches(shapes: Sequence[_Shape], samples: int, batch: int) -> Iterator[list[Row]]:
+def _batches(shapes: Sequence[_TextShape], samples: int, batch: int) -> Iterator[list[Row]]:
     """Yield rows of equally many latents after equally many: at most ``batch``, fewer of long texts."""
     alike: dict[tuple[int, int], list[Row]] = {}
     for number, shape in enumerate(shapes):
