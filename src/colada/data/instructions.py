@@ -149,13 +149,13 @@ def reward_of(task: str, questions: Path | None = None) -> Reward:
         return on_stories
     require_choice("task", task, [*TASKS, "all"])
 
-    def own(prompt: str, answer: str) -> float:
+    def task_reward(prompt: str, answer: str) -> float:
         asked = understood(task, prompt)
         if asked is None:
             raise ColadaError(f"prompt {shown(prompt)}, expected one of the task {task!r}")
         return RULES[task](asked, answer)
 
-    return own
+    return task_reward
 
 
 def understood(task: str, prompt: str) -> tuple[str, ...] | None:
@@ -304,15 +304,15 @@ def instructions(
         return
     wordings = WORDINGS[task][-1:] if held_out else WORDINGS[task][:-1]
     kind = "wording" if held_out else ""
-    made = 0
+    count = 0
     if task == "sums":
         pairs = [(a, b) for a in range(11) for b in range(11)]
-        while made < number:
+        while count < number:
             chance.shuffle(pairs)
-            for a, b in pairs[: number - made]:
+            for a, b in pairs[: number - count]:
                 prompt = chance.choice(wordings).format(NUMBERS[a], NUMBERS[b])
                 yield Instruction(task, prompt[0].upper() + prompt[1:], f"It is {NUMBERS[a + b]}.", kind)
-            made += min(len(pairs), number - made)
+            count += min(len(pairs), number - count)
         return
     if task in SET_ANSWERS:
         for _ in range(number):
@@ -322,13 +322,13 @@ def instructions(
     chance.shuffle(order)
     ranks = _ranks(tuple(stories)) if task == "words" else {}
     for at in order:
-        if made == number:
+        if count == number:
             return
         asked = _cut(task, stories[at], ranks, chance)
         if asked is not None:
             slots, answer = asked
             yield Instruction(task, chance.choice(wordings).format(*slots), answer, kind)
-            made += 1
+            count += 1
 
 
 def _of_facts(number: int, chance: random.Random, held_out: bool) -> Iterator[Instruction]:
@@ -342,11 +342,11 @@ def _of_facts(number: int, chance: random.Random, held_out: bool) -> Iterator[In
                 kind = "fact" if unseen else "wording" if wording == category.wordings[-1] else ""
                 if bool(kind) == held_out:
                     pool.append(Instruction("questions", ask(wording, thing), answer, kind))
-    made = 0
-    while made < number:
+    count = 0
+    while count < number:
         chance.shuffle(pool)
-        yield from pool[: number - made]
-        made += min(len(pool), number - made)
+        yield from pool[: number - count]
+        count += min(len(pool), number - count)
 
 
 @lru_cache(maxsize=2)

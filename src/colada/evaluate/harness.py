@@ -297,11 +297,11 @@ def run_harness(arguments: Sequence[str]) -> None:
         SystemExit: as the harness's command does.
     """
     named = {argument.partition("=")[0] for argument in arguments}
-    ours = []
+    defaults = []
     if not named & {"--config", "-C"}:
-        ours += [] if named & {"--model", "-M"} else ["--model", "colada"]
-        ours += [] if "--device" in named else ["--device", "cpu"]  # The harness's own is a GPU.
-    arguments_before, sys.argv = sys.argv, ["lm-eval", "run", *ours, *arguments]
+        defaults += [] if named & {"--model", "-M"} else ["--model", "colada"]
+        defaults += [] if "--device" in named else ["--device", "cpu"]  # The harness's own is a GPU.
+    arguments_before, sys.argv = sys.argv, ["lm-eval", "run", *defaults, *arguments]
     try:
         cli_evaluate()
     finally:

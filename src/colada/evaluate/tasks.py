@@ -261,10 +261,10 @@ def choose_demonstrations(task: Task, shots: int | None, seed: int) -> tuple[Tas
     Raises:
         ColadaError: if there are not so many.
     """
-    ours = own_demonstrations(task)
+    demonstrations = own_demonstrations(task)
     shots = task.shots if shots is None else shots
-    if not is_whole(shots) or not 0 <= shots <= len(ours):
-        raise ColadaError(f"shots={shown(shots)}, expected 0 to {len(ours)} for {task.name}")
+    if not is_whole(shots) or not 0 <= shots <= len(demonstrations):
+        raise ColadaError(f"shots={shown(shots)}, expected 0 to {len(demonstrations)} for {task.name}")
     if shots == task.shots:
-        return ours[:shots]
-    return tuple(random.Random(f"{seed}/{task.name}").sample(ours, shots))
+        return demonstrations[:shots]
+    return tuple(random.Random(f"{seed}/{task.name}").sample(demonstrations, shots))
