@@ -6,7 +6,6 @@ of all packages but torch. On the other machine it is to lie in runs/kit of the 
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -25,7 +24,7 @@ from benchmarks.gpu import KIT_TIME, ROOT, kit_overrides, place_in
 from benchmarks.measure import made_with
 from colada.data.listing import find_files
 from colada.errors import ColadaError
-from colada.files import write_text
+from colada.files import write_json, write_text
 from colada.train.inputs import prepare_inputs, train_tokenizer
 from colada.train.recipe import load_recipe
 
@@ -126,7 +125,7 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     facts = {"made_with": made_with(torch.device("cpu")), "python": python, "machine": machine}
-    write_text(kit / "kit.json", json.dumps(facts, indent=2) + "\n")
+    write_json(kit / "kit.json", facts, sort=False)
     total = 0.0
     for path in sorted(kit.iterdir()):
         size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file()) / 2**20

@@ -29,7 +29,7 @@ import torch
 import typer
 
 from benchmarks.measure import made_with
-from colada.files import write_text
+from colada.files import write_json, write_text
 from colada.train.checkpoints import find
 from colada.train.recipe import load_recipe
 
@@ -103,7 +103,7 @@ class Part:
             "peak_memory_bytes": self.memory,
             "results": self.results,
         }
-        write_text(self.out / f"{self.name}.json", json.dumps(record, indent=2) + "\n")
+        write_json(self.out / f"{self.name}.json", record, sort=False)
 
     def add(self, name: str, measure: Callable[[], Any]) -> Any:
         """Measure something and write it down; what fails is an error of the part, and the next goes on."""

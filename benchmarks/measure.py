@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.machine import machine_name, synchronise
-from colada.files import write_text
+from colada.files import write_json
 from colada.report.table import Table
 from colada.train.provenance import provenance
 
@@ -132,4 +131,4 @@ def write_record(path: Path, title: str, device: torch.device, rows: Sequence[Ro
     ``python -m benchmarks.table`` reads it.
     """
     record = {"title": title, "made_with": made_with(device), **others, "rows": rows}
-    write_text(path, json.dumps(record, indent=2, default=asdict) + "\n")
+    write_json(path, record, sort=False)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from colada.checks import choose
 from colada.errors import ColadaError
-from colada.flow import choose
 from colada.models.cola import ColaDLM
 from colada.networks.config import DiTConfig, TextVAEConfig
 from colada.networks.dit import ROPE_THETA, DiT

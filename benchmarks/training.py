@@ -29,10 +29,11 @@ from benchmarks.measure import Row, Spread, ratios, seconds_of, show, take_turns
 from benchmarks.models import open_gates
 from benchmarks.options import JsonOption
 from benchmarks.step import CLIP, LR, Case, StepProcess
+from colada.checks import choose
 from colada.cli.main import run
 from colada.device import find_device
 from colada.errors import ColadaError
-from colada.flow import T, TimestepLaw, choose, interpolate, target_velocity
+from colada.flow import T, TimestepLaw, interpolate, target_velocity
 from colada.networks.config import DiTConfig
 from colada.networks.dit import ROPE_THETA, DiT, DiTBlock
 from colada.networks.layers import rotate_interleaved, rotations

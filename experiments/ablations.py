@@ -10,7 +10,6 @@ the cross-entropy of a word-trigram model of the training text, beside those of 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -18,14 +17,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from colada.cli.main import run as run_app
 from colada.data.documents import read_documents
-from colada.data.jsonl import read_lines
 from colada.data.listing import find_files
 from colada.data.sources import read_texts
 from colada.evaluate.variety import words
@@ -34,7 +32,7 @@ from colada.report.table import Table
 from colada.train.display import Display
 from colada.train.recipe import Recipe, load_recipe
 from colada.train.trainer import Trainer
-from experiments.pilot import some_of
+from experiments.common import append_result, read_results, some_of
 from experiments.quality import Trigrams, figures, write
 
 NARROW, SHIFTED = "model.vae.latent_dim=16", "stages.prior.loc=1.6931"
@@ -51,7 +49,6 @@ VARIANTS: dict[str, list[str]] = {
 }
 GUIDANCE = (1.0, 3.0, 7.0)
 PROMPTS, PROMPT_WORDS, NEW_TOKENS, REAL_WORDS = 64, 8, 60, 45
-RESULTS = "results.jsonl"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -72,7 +69,7 @@ def run(
     real = [words(" ".join(own.split()[PROMPT_WORDS : PROMPT_WORDS + REAL_WORDS])) for own in held_out]
 
     out.mkdir(parents=True, exist_ok=True)
-    done = {(row["variant"], row["seed"]) for row in _results(out)}
+    done = {(row["variant"], row["seed"]) for row in read_results(out)}
     for seed in range(seeds):
         for variant in names:
             if (variant, seed) in done:
@@ -84,8 +81,8 @@ def run(
             for guidance in GUIDANCE:
                 texts = write(model, prompts, NEW_TOKENS, {"guidance": guidance}, 1000 * seed)
                 quality = figures([words(text) for text in texts], judge, known)
-                _append(out, {"variant": variant, "seed": seed, "guidance": guidance, **quality})
-    _append(
+                append_result(out, {"variant": variant, "seed": seed, "guidance": guidance, **quality})
+    append_result(
         out,
         {"variant": "real continuations", "seed": 0, "guidance": None, **figures(real, judge, known)},
     )
@@ -103,21 +100,11 @@ def _validation(recipe: Recipe) -> list[str]:
     return [document.text for document in read_documents(files) if document.split == "validation"]
 
 
-def _results(out: Path) -> list[dict[str, Any]]:
-    path = out / RESULTS
-    return [row for _, row in read_lines(path, unfinished=True)] if path.is_file() else []
-
-
-def _append(out: Path, row: dict[str, Any]) -> None:
-    with (out / RESULTS).open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 @app.command()
 def table(out: Path) -> None:
     """Print the results as a Markdown table: mean ± standard error over seeds."""
     by = defaultdict(list)
-    for row in _results(out):
+    for row in read_results(out):
         by[row["variant"], row["guidance"]].append(row)
     shown = Table(("variant", "guidance", "seeds", "known words, %", "distinct-2", "trigram nats"))
     for (variant, guidance), rows in by.items():

@@ -25,7 +25,6 @@ from rich.console import Console
 
 from colada.cli.main import run as run_app
 from colada.data.documents import read_documents
-from colada.data.jsonl import read_lines
 from colada.data.listing import find_files
 from colada.evaluate.generative import Judge, ModelJudge, Passage, continue_passages, figures, real_passages
 from colada.evaluate.texts import Text, require_tokenizer
@@ -38,7 +37,7 @@ from colada.models.cola import ColaDLM
 from colada.models.load import load, load_cola
 from colada.report.style import INK, SERIES, styled
 from colada.report.table import Table
-from experiments.pilot import numbers
+from experiments.common import append_result, numbers, read_results
 from experiments.quality import Trigrams
 
 if TYPE_CHECKING:
@@ -49,7 +48,6 @@ TAILS = (1, 2, 3)
 """Tokens into a block after which a prompt ends, of patches of one token."""
 NATS, DISTINCT = 0.1, 0.95
 """How much entropy, and which share of distinct-2, a student may lose and still count as as good."""
-RESULTS = "results.jsonl"
 
 Point = dict[str, Any]
 
@@ -165,7 +163,7 @@ def run(
         "seed": seed,
     }
     common |= {"judge": judged.origin}
-    done = {_key(point) for point in _results(out)}
+    done = {_key(point) for point in read_results(out)}
     size = master.vae.config.block_tokens
     # One block each after some of the true text, with noise of its own.
     requests = [
@@ -205,8 +203,7 @@ def run(
             for tail in TAILS
             if tail < size
         }
-        with (out / RESULTS).open("a") as file:
-            file.write(json.dumps(point) + "\n")
+        append_result(out, point)
 
     for settings in teacher_points(counts, scales, cap):
         measure(master, "teacher", settings)
@@ -219,8 +216,7 @@ def run(
     if _key(row) not in done:
         nats = trigrams.nats_per_word([words(passage.text) for passage in flat])
         row |= {**figures([flat], judged.score(flat), vocabulary), "trigram": nats}
-        with (out / RESULTS).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_result(out, row)
 
 
 def _longer(decode: Callable[[Sequence[int]], str], real: Sequence[Passage], tail: int) -> list[Passage]:
@@ -238,11 +234,6 @@ def _key(point: Mapping[str, Any]) -> str:
     return json.dumps([point[name] for name in names], sort_keys=True)
 
 
-def _results(out: Path) -> list[Point]:
-    path = out / RESULTS
-    return [row for _, row in read_lines(path, unfinished=True)] if path.is_file() else []
-
-
 def is_varied(point: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
     """Return whether a point is about as varied as the teacher's own."""
     entropy = (teacher["entropy"] - point["entropy"]) * math.log(2)
@@ -252,7 +243,7 @@ def is_varied(point: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
 @app.command()
 def table(out: Path) -> None:
     """Print the results as a Markdown table; write results.json and frontier.svg beside them."""
-    points = _results(out)
+    points = read_results(out)
     first = next((own for own in points if own["role"] == "teacher" and not own["asked"]), None)
     measures = ("perplexity", "trigram", "known, %", "entropy", "distinct-2", "overlap")
     names = ("", "s", "evaluations", "passes", *measures, "agreement", "pinned 1/2/3", "varied")

@@ -27,7 +27,7 @@ from colada.evaluate.texts import Text
 from colada.evaluate.variety import words
 from colada.models.load import load, load_cola
 from colada.strict_yaml import parse_yaml
-from experiments.pilot import line
+from experiments.common import line
 from experiments.quality import (
     Trigrams,
     figures,

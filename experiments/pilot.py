@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -29,11 +29,10 @@ from rich.console import Console
 from colada.cli.main import run as run_app
 from colada.data.documents import read_documents
 from colada.data.listing import find_files
-from colada.errors import ColadaError, nearest
-from colada.evaluate.generative import ModelJudge, frontier, real_passages
-from colada.evaluate.texts import Text, require_tokenizer
+from colada.errors import ColadaError
+from colada.evaluate.texts import Text
 from colada.evaluate.variety import words
-from colada.files import read_json_object, write_text
+from colada.files import read_json_object, write_json, write_text
 from colada.models.base import LanguageModel
 from colada.models.load import load
 from colada.report.frontier import frontier_table, write_frontier_page
@@ -43,6 +42,8 @@ from colada.train.display import Display
 from colada.train.plan import plan_run, resolve
 from colada.train.recipe import Recipe, difference, load_recipe
 from colada.train.trainer import MODEL, Trainer
+from experiments import common
+from experiments.common import line, numbers, some_of
 
 HISTORY, SELF = "stages.prior.history_dropout=0.1", "stages.prior.self_conditioning=0.5"
 VARIANTS: dict[str, list[str]] = {
@@ -67,12 +68,8 @@ SHORTCUTS: dict[str, dict[str, Any]] = {
     "guided above 0.7": {"settings": {"guidance_interval": [0.7, 1.0]}},
     "4 candidates of 8 steps": {"settings": {"steps": 8, "candidates": 4}},
 }
-GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
-PROMPT_TOKENS, NEW_TOKENS = 16, 64
 VARIETY = (0.4, 0.5, 0.6)
 """Values of distinct-2 at which lines are compared."""
-
-Number = TypeVar("Number", int, float)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -93,27 +90,6 @@ def held_out(data: Path, include: Sequence[str]) -> tuple[list[Text], set[str]]:
         else:
             vocabulary.update(words(document.text))
     return texts, vocabulary
-
-
-def line(
-    model: LanguageModel,
-    judge: LanguageModel,
-    texts: Sequence[Text],
-    vocabulary: set[str],
-    documents: int,
-    settings: Mapping[str, Any],
-    guidance: Sequence[float] = GUIDANCE,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Return a model's points, one a guidance scale, as :func:`colada.evaluate.generative.frontier`."""
-    tokenizer = require_tokenizer(model, "judges read text")
-    real = real_passages(tokenizer, texts, PROMPT_TOKENS, NEW_TOKENS)[:documents]
-    scales: Sequence[dict[str, Any]] = [{**settings, "guidance": scale} for scale in guidance]
-    if "guidance" not in model.defaults:
-        scales = [{}]
-    writers = [(model, scales)]
-    reader = ModelJudge(judge, tokenizer, seed=0, batch=16)
-    return frontier(writers, real, reader, tokenizer, NEW_TOKENS, vocabulary=vocabulary, seed=seed)
 
 
 def nats_at(points: Sequence[Mapping[str, Any]], variety: float) -> float | None:
@@ -149,12 +125,12 @@ def report(out: Path, results: Mapping[str, Sequence[Mapping[str, Any]]], judge:
     first = next(iter(results.values()))[0]
     whole = {"kind": first["kind"], "real": first["real"], "points": everyone}
     table = compared({name: [own["points"] for own in seeds] for name, seeds in results.items()})
-    facts = {"judge": judge, "documents": first["real"]["texts"], "new tokens": NEW_TOKENS}
+    facts = {"judge": judge, "documents": first["real"]["texts"], "new tokens": common.NEW_TOKENS}
     write_frontier_page(out / "pilot.html", whole, judge, facts)
     bare = [{key: value for key, value in point.items() if key != "records"} for point in everyone]
     real = {key: value for key, value in first["real"].items() if key != "records"}
     record = {**facts, "real": real, "points": bare, "nats_at_equal_distinct_2": table}
-    write_text(out / "pilot.json", json.dumps(record, indent=2) + "\n")
+    write_json(out / "pilot.json", record, sort=False)
     frontier_table(whole).print(Console(highlight=False))
     shown = Table(("nats a token at distinct-2", *(f"{variety:g}" for variety in VARIETY)))
     for name, row in table.items():
@@ -179,22 +155,6 @@ def measured(
         result = {"asked": asked, **line(model(), *arguments, **options)}
         write_text(file, json.dumps(result) + "\n")
     return result
-
-
-def some_of(names: Sequence[str] | None, known: Mapping[str, Any]) -> list[str]:
-    """Return the names that ``--only`` gives, or all that are known; raises ColadaError for another."""
-    for name in names or ():
-        if name not in known:
-            raise ColadaError(f"--only {name!r}{nearest(name, known)}, expected some of {', '.join(known)}")
-    return list(dict.fromkeys(names or known))
-
-
-def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
-    """Return the numbers that an option gives, with commas between; raises ColadaError for others."""
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ColadaError(f"{option} {text!r}, expected numbers with commas between") from None
 
 
 def trained(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from colada.data.rows import StreamRows, batch
 from colada.evaluate.variety import distinct, known, ngrams, repeated
-from colada.flow import T, interpolate
+from colada.flow import T, guided, interpolate, rms
 from colada.models.cola import ColaDLM
 from colada.train.flow_matching import guess_of_z0, predict
 from colada.train.kinds import FlowTerms
@@ -170,9 +170,6 @@ def guesses_by_noise(
         logits = vae.decoder.logits(vae.decoder(latents.reshape(-1, shape[-1]), layout))
         return (logits.argmax(-1) == some.ids.flatten()).float().mean().item()
 
-    def rms(latents: Tensor) -> float:
-        return latents.square().mean().sqrt().item()
-
     table = []
     for a in levels:
         z = interpolate(z0, z1, torch.tensor(a))[:, None]
@@ -181,15 +178,18 @@ def guesses_by_noise(
             guess_of_z0(dit, z, predict(dit, z, timestep, z0, None, sample, hidden), timestep, None)
             for hidden in (None, alone)
         )
-        guided = unconditional + guidance * (conditional - unconditional)
-        guesses = {"conditional": conditional, "unconditional": unconditional, "guided": guided}
+        guesses = {
+            "conditional": conditional,
+            "unconditional": unconditional,
+            "guided": guided(conditional, unconditional, guidance),
+        }
         table.append(
             {
                 "a": a,
                 "noisy": right(z),
                 **{name: right(guess) for name, guess in guesses.items()},
-                "rms_data": rms(z0),
-                **{f"rms_{name}": rms(guess) for name, guess in guesses.items()},
+                "rms_data": rms(z0.flatten()).item(),
+                **{f"rms_{name}": rms(guess.flatten()).item() for name, guess in guesses.items()},
             }
         )
     return table

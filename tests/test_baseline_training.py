@@ -182,13 +182,13 @@ def test_arch_trains_a_baseline_of_the_recipes_size_and_flops(
     assert plan["parameters"]["total"] == pytest.approx(cola["parameters"]["total"], rel=0.03)
     assert plan["flops"] == pytest.approx(cola["flops"], rel=0.1)  # in whole steps
     assert main(["cost", str(file), "--json"]) == 0
-    ledger = json.loads(capsys.readouterr().out)
-    assert [own["arch"] for own in ledger] == ["cola", "ar", "llada"]
-    assert ledger[0]["flops"]["total"] == cola["flops"]
+    costs = json.loads(capsys.readouterr().out)
+    assert [own["arch"] for own in costs] == ["cola", "ar", "llada"]
+    assert costs[0]["flops"]["total"] == cola["flops"]
     assert main(["cost", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "6 N D" in printed
-    for model in ledger:
+    for model in costs:
         total = model["flops"].pop("total")
         for part, flops in model["flops"].items():
             assert f"{part} {100 * flops / total:.1f}%" in " ".join(printed.split())

@@ -23,7 +23,7 @@ from benchmarks.generation import job as job_module
 from benchmarks.generation import levers, libraries, peers
 from benchmarks.generation.__main__ import bench_app
 from benchmarks.generation.apart import Apart
-from benchmarks.generation.cost import Cost, blocks_of, generation_cost, history_bytes, limit, prompt_latents
+from benchmarks.generation.cost import Cost, blocks_of, generation_cost, limit, prompt_latents
 from benchmarks.generation.job import Job, Write
 from benchmarks.generation.levers import EXACT, Lever, measure_levers, next_blocks, own_prompts
 from benchmarks.generation.peers import LIBRARIES, matched_parameters
@@ -41,7 +41,7 @@ from benchmarks.machine import Rates, copy_bandwidth, fastest, machine_name, mat
 from benchmarks.measure import Spread
 from benchmarks.models import SIZES, random_model, size_configs
 from colada.errors import ColadaError
-from colada.generate.engine.engine import Engine
+from colada.generate.engine.engine import Engine, history_bytes
 from colada.generate.settings import TextRequest
 from colada.models import cola as model_module
 from colada.models.autoregressive import AutoregressiveLM
@@ -143,9 +143,10 @@ def test_bytes_by_hand() -> None:
 
 def test_the_released_size() -> None:
     vae, dit = TextVAEConfig(block_size=16), DiTConfig(block_size=16)
-    assert history_bytes(vae, dit, 2) == 216 * 1024
     with torch.device("meta"):
-        decoder, prior = TextVAE(vae).decoder, DiT(dit)
+        text, prior = TextVAE(vae), DiT(dit)
+    decoder = text.decoder
+    assert history_bytes(text, prior, 1) == 4 * 108 * 1024
     first = generation_cost(vae, dit, Job(1, 0, 16, steps=1), 2)
     read = linear_entries(prior) - adaln_entries(prior) + (6 * 24 + 2) * 2048
     assert first["transport"].bytes == 2 * read

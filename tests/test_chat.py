@@ -111,7 +111,7 @@ def test_a_pair_is_its_texts_and_an_end(tokenizer: Tokenizer) -> None:
         ([*said("a"), {"role": 3, "content": "b"}], r"messages\[1\].role is 3, expected a string"),
         (
             [*said("a"), {"role": "asistant", "content": "b"}],
-            r"messages\[1\].role is 'asistant' \(did you mean 'assistant'\?\), expected one of system",
+            r"messages\[1\].role='asistant', expected one of 'system', .*\(did you mean 'assistant'\?\)",
         ),
         (said("a", "  "), r"messages\[1\].content is empty, expected an answer"),
         (said("a"), "no message has the role 'assistant'"),

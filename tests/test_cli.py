@@ -18,9 +18,10 @@ import pytest
 import torch
 
 import colada
-from colada.cli.info import count_parameters, describe, history_values
+from colada.cli.info import count_parameters, describe
 from colada.cli.terminal import row_end
 from colada.flow import SCHEDULES, SOLVERS
+from colada.generate.engine.engine import history_bytes
 from colada.generate.noise import NOISE_RULES, Noise, sample_noise
 from colada.models.cola import ColaDLM
 from colada.networks.layers import History
@@ -330,7 +331,7 @@ def test_info_counts_every_parameter(run: Run, saved: Path, model: ColaDLM) -> N
     values = json.loads(result.out)
     parts = values["parameters"]
     assert parts.pop("total") == total == sum(parts.values())
-    assert parts == count_parameters(model.vae, model.dit)
+    assert parts == count_parameters(vae=model.vae, dit=model.dit)
     assert parts["Text VAE encoder"] == sum(p.numel() for p in model.vae.encoder.parameters())
     assert parts["DiT attention"] == sum(
         p.numel() for block in model.dit.blocks for p in block.msa.parameters()
@@ -352,7 +353,7 @@ def test_history_size_is_what_a_generation_holds(patch: int) -> None:
     dit(latents, torch.zeros(()), dit.layout([8], [history]), [history], committing=True)
     vae.decode(latents, [8], [decoder])
     held = sum(x.numel() for own in (history, decoder) for pair in own.layers for x in pair)
-    assert held == 8 * history_values(vae.config, dit.config)
+    assert 4 * held == history_bytes(vae, dit, 8)
 
 
 def test_info_reads_when_piped(run: Run, saved: Path) -> None:

@@ -191,11 +191,11 @@ def test_parquet_text_that_is_no_string_names_the_row(tmp_path: Path) -> None:
 def test_unknown_split_names_value_and_row(tmp_path: Path, bad: object) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"text": "a", "split": "dev"}, {"text": "a", "split": bad}])
     message = read_error(path)
-    assert message.startswith(f"{path}:2: split is {bad!r}")
+    assert message.startswith(f"{path}:2: split={bad!r}")
     assert ("did you mean 'train'" in message) == (bad == "trian")
     if bad is None or isinstance(bad, str):
         parquet = write_parquet(tmp_path / "d.parquet", {"text": ["a", "a"], "split": ["dev", bad]})
-        assert read_error(parquet).startswith(f"{parquet}:row 2: split is {bad!r}")
+        assert read_error(parquet).startswith(f"{parquet}:row 2: split={bad!r}")
 
 
 def test_a_lone_surrogate_names_the_line(tmp_path: Path) -> None:

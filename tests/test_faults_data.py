@@ -146,7 +146,7 @@ def test_special_files_are_no_data(tmp_path: Path, name: str) -> None:
         ("[" * 100_000, "nested too deeply"),
         ('{"text": ' + "[" * 200 + "]" * 200 + "}", "within one another"),
         ('{"txt": "a"}', "did you mean 'txt'"),
-        ('{"text": "a", "split": 5}', "split is 5"),
+        ('{"text": "a", "split": 5}', "split=5"),
         ("\x00", "not valid JSON"),
     ],
 )

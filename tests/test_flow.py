@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from colada.checks import choose
 from colada.errors import ColadaError
 from colada.flow import (
     SCHEDULES,
@@ -19,7 +20,6 @@ from colada.flow import (
     TimestepLaw,
     advance,
     calibrated_loc,
-    choose,
     front_loaded,
     interpolate,
     target_velocity,

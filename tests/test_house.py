@@ -1,4 +1,4 @@
-"""The order of the house: imports point down the shelves and never in a circle, and no file is too long."""
+"""The order of the house: imports point down and in no circle, files are short, a class name is one class."""
 
 from __future__ import annotations
 
@@ -86,3 +86,12 @@ def test_no_file_is_too_long(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
         lines = path.read_text(encoding="utf-8").count("\n")
         assert lines <= MOST_LINES or str(path).endswith(tuple(LONG)), f"{path.relative_to(ROOT)}: {lines}"
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}

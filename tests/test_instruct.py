@@ -114,7 +114,7 @@ def test_a_run_that_is_stopped_ends_in_the_same_weights(made: Recipe, tmp_path: 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("{path: x, format: tasks, tasks: [wrods]}", r"task='wrods', expected one of words.*did you mean"),
+        ("{path: x, format: tasks, tasks: [wrods]}", r"task='wrods', expected one of 'words'.*did you mean"),
         ("{path: x, format: tasks, tasks: [story_questions]}", "without questions, expected the file"),
         ("{path: x, tasks: [words]}", "with format='text', expected 'tasks'"),
         ("{hub: a/b, format: tasks}", "expected a path alone"),

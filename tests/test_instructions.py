@@ -117,7 +117,7 @@ def test_parts_of_the_rules_by_hand() -> None:
 
 
 def test_what_cannot_be_asked_is_named() -> None:
-    with pytest.raises(ColadaError, match=r"task='word', expected one of words.*did you mean 'words'"):
+    with pytest.raises(ColadaError, match=r"task='word', expected one of 'words'.*did you mean 'words'"):
         reward_of("word")
     with pytest.raises(ColadaError, match="task='poem'"):
         list(instructions(STORIES, "poem", 1))

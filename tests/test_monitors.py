@@ -270,9 +270,9 @@ def test_every_monitor_is_closed_whatever_another_does(tmp_path: Path) -> None:
         ("tensorbord", r"unknown monitor 'tensorbord' \(did you mean 'tensorboard'\?\)"),
         ("no_such_package:Class", "cannot import 'no_such_package'"),
         (":Class", "cannot import ''"),
-        (f"{__name__}:Recoder", r"has no 'Recoder' \(did you mean 'Recorder'\?\)"),
-        (f"{__name__}:", "has no ''"),
-        (f"{__name__}:NOT_A_CLASS", "NOT_A_CLASS is a int, expected a class"),
+        (f"{__name__}:Recoder", r"has no class 'Recoder' \(did you mean 'Recorder'\?\)"),
+        (f"{__name__}:", "has no class ''"),
+        (f"{__name__}:NOT_A_CLASS", "has no class 'NOT_A_CLASS'"),
         (f"{__name__}:not_a_monitor", "a monitor has the methods log, text and close"),
     ],
 )

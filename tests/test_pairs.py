@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from colada.evaluate.preferences import best_and_worst, own_pairs, taught_prompt
 from colada.models.base import LanguageModel
 from colada.models.likelihood import measure, nats_per_token
 from colada.text.chat import encode_preference
-from colada.text.transcript import Completion
+from colada.text.transcript import Chunk, Completion
 from colada.train.trainer import Trainer
 from colada.train.watch import samples
 from runs import STORIES, metrics
@@ -33,18 +34,20 @@ def answer(text: str, seed: int = 0, reason: str = "end") -> Completion:
 
 
 @pytest.fixture
-def ends(monkeypatch: pytest.MonkeyPatch) -> list[list[Completion]]:
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, Completion]]:
     """Lets answers of a model that has learnt nothing end by themselves, but for every fifth; keeps them."""
-    generate, came = LanguageModel.generate, list[list[Completion]]()
+    stream, came = LanguageModel.stream, list[dict[int, Completion]]()
 
-    def ended(self: LanguageModel, *args: Any, **options: Any) -> list[Completion]:
-        done = generate(self, *args, **options)
-        came.append(
-            [dataclasses.replace(own, finish_reason="end" if own.seed % 5 else "length") for own in done]
-        )
-        return came[-1]
+    def ended(self: LanguageModel, *args: Any, **options: Any) -> Iterator[Chunk]:
+        came.append({})
+        for chunk in stream(self, *args, **options):
+            done = chunk.completion
+            if done is not None:
+                done = dataclasses.replace(done, finish_reason="end" if done.seed % 5 else "length")
+                came[-1][chunk.index] = done
+            yield dataclasses.replace(chunk, completion=done)
 
-    monkeypatch.setattr(LanguageModel, "generate", ended)
+    monkeypatch.setattr(LanguageModel, "stream", ended)
     return came
 
 
@@ -71,15 +74,15 @@ def test_prompts_are_different_and_may_be_trained_on() -> None:
         taught_prompts([], ["name"], 60)
 
 
-def test_pairs_are_of_the_answers_to_their_prompt(ends: list[list[Completion]]) -> None:
+def test_pairs_are_of_the_answers_to_their_prompt(ends: list[dict[int, Completion]]) -> None:
     model, prompts = chatting(), taught_prompts(TEXTS, ["greeting"], 60)
     told: dict[str, Any] = {"rules": {"greeting": rules.letters}, "samples": 5, "new_tokens": 6}
     made_of = [pair for _, pairs in own_pairs(model, prompts, **told) for pair in pairs]
     assert 0 < len(made_of) <= len(prompts)
     (every,) = ends
     for pair in made_of:
-        own = every[5 * pair["number"] : 5 * pair["number"] + 5]
-        worth = {done.text: rules.letters("", done.text) for done in own if done.finish_reason == "end"}
+        answers = [every[5 * pair["number"] + sample] for sample in range(5)]
+        worth = {done.text: rules.letters("", done.text) for done in answers if done.finish_reason == "end"}
         values = {text: value for text, value in worth.items() if text.strip()}
         assert pair["prompt"] == [{"role": "user", "content": prompts[pair["number"]][1]}]
         ((ids, count),) = encode_preference(
@@ -92,7 +95,7 @@ def test_pairs_are_of_the_answers_to_their_prompt(ends: list[list[Completion]]) 
     assert later == [pair for pair in made_of if pair["number"] >= 2]
 
 
-def test_a_judge_leaves_pairs_whose_best_answer_is_no_less_likely(ends: list[list[Completion]]) -> None:
+def test_a_judge_leaves_pairs_whose_best_answer_is_no_less_likely(ends: list[dict[int, Completion]]) -> None:
     model, judge = chatting(), chatting(1)
     prompts = taught_prompts(TEXTS, ["greeting", "sums"], 30)
     told: dict[str, Any] = {"rules": dict.fromkeys(("greeting", "sums"), rules.coarse), "samples": 6}
@@ -114,7 +117,7 @@ def test_a_judge_leaves_pairs_whose_best_answer_is_no_less_likely(ends: list[lis
 
 
 def test_a_file_of_pairs_is_gone_on_with_and_learnt_from(
-    ends: list[list[Completion]],
+    ends: list[dict[int, Completion]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -136,11 +139,12 @@ def test_a_file_of_pairs_is_gone_on_with_and_learnt_from(
     lines = [json.loads(line) for line in whole.read_text().splitlines()]
     assert len(lines) > 3
     assert f"wrote {whole}: {len(lines)} pairs of 11 prompts; " in capsys.readouterr().out
-    calls = len(ends)
+    asked = list[str]()
 
     def at_the_third(prompt: str, text: str) -> float:
-        if len(ends) == calls + 3:
+        if len(asked) == 2 * 3 * 4:  # Parts, prompts, samples.
             raise KeyboardInterrupt
+        asked.append(prompt)
         return rules_letters(prompt, text)
 
     rules_letters = rules.letters

@@ -13,7 +13,7 @@ from colada.models.load import load_cola
 from colada.train.plan import plan_run
 from colada.train.recipe import commented, load_recipe
 from colada.train.trainer import Trainer
-from experiments import pilot
+from experiments import common, pilot
 from runs import STORIES, recipe
 
 AR = [
@@ -56,8 +56,8 @@ def test_what_nobody_knows_is_refused_before_anything_is_read() -> None:
 
 
 def test_the_pilot_trains_measures_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pilot, "PROMPT_TOKENS", 4)
-    monkeypatch.setattr(pilot, "NEW_TOKENS", 8)
+    monkeypatch.setattr(common, "PROMPT_TOKENS", 4)
+    monkeypatch.setattr(common, "NEW_TOKENS", 8)
     quick = ["run.validate_every=0", "run.sample_every=0", "run.save_every=100"]
     Trainer(recipe(*quick, "stages.prior.steps=0"), tmp_path / "vae").run()
     Trainer(recipe(*quick, "model.arch=ar", *AR), tmp_path / "judge").run()
@@ -83,7 +83,7 @@ def test_the_pilot_trains_measures_and_goes_on(tmp_path: Path, monkeypatch: pyte
     first = CliRunner().invoke(pilot.app, command)
     assert first.exit_code == 0, first.output
     record = json.loads((tmp_path / "out/pilot.json").read_text())
-    assert [point["settings"]["guidance"] for point in record["points"][:6]] == list(pilot.GUIDANCE)
+    assert [point["settings"]["guidance"] for point in record["points"][:6]] == list(common.GUIDANCE)
     assert [point["model"] for point in record["points"]] == ["base"] * 6 + ["self-conditioning"] * 6 + [
         str(tmp_path / "judge/model")
     ]

@@ -19,7 +19,7 @@ from colada.models.load import load
 from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
 from colada.train.recipe import load_recipe
-from experiments import model_card, pilot
+from experiments import common, model_card
 from experiments.ablations import VARIANTS, folder
 from experiments.ablations import app as ablations
 from experiments.quality import Trigrams, figures, guesses_by_noise, named_child, pronouns
@@ -88,8 +88,8 @@ def test_guesses_by_noise_are_those_of_one_block_after_clean_ones() -> None:
 
 
 def test_the_model_card_of_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pilot, "PROMPT_TOKENS", 4)
-    monkeypatch.setattr(pilot, "NEW_TOKENS", 8)
+    monkeypatch.setattr(common, "PROMPT_TOKENS", 4)
+    monkeypatch.setattr(common, "NEW_TOKENS", 8)
     config = DecoderConfig(vocab_size=6144, dim=16, num_layers=1, num_heads=2, ffn_dim=16, objective="ar")
     AutoregressiveLM(Decoder(config), load().tokenizer).save(tmp_path / "judge")
     judge = str(tmp_path / "judge")
@@ -116,7 +116,7 @@ def test_the_model_card_of_the_bundled_model(tmp_path: Path, monkeypatch: pytest
     assert record["pronouns"]["real"]["first"] == 1.0
     assert len(record["samples"]) == 1
     lines = record["frontier"]["points"]
-    assert [own["settings"].get("guidance") for own in lines] == [*pilot.GUIDANCE, None]
+    assert [own["settings"].get("guidance") for own in lines] == [*common.GUIDANCE, None]
     assert lines[-1]["model"] == judge
     assert all(own["perplexity"] > 1 and "records" not in own for own in (*lines, record["frontier"]["real"]))
 

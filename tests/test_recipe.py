@@ -63,9 +63,9 @@ def test_overrides_are_yaml_values(tmp_path: Path) -> None:
         ("stages:\n  vae: {steps: 2.5}\n", r"stages.vae.steps=2.5.*integer"),
         (
             "stages:\n  prior: {kind: thawed}\n",
-            r"prior.kind='thawed', expected one of vae, prior, instruct, joint",
+            r"prior.kind='thawed', expected one of 'vae', 'prior', 'instruct', 'joint'",
         ),
-        ("stages:\n  decay: {steps: 3}\n", r"stages: decay has no kind, expected one of vae, prior"),
+        ("stages:\n  decay: {steps: 3}\n", r"stages: decay has no kind, expected one of 'vae', 'prior'"),
         ("stages:\n  Decay: {kind: prior}\n", r"stages: 'Decay', expected a name of small letters"),
         ("stages:\n  decoder: {steps: 3}\n", r"stages: decoder, expected one of kind vae, prior, instruct"),
         (

@@ -25,10 +25,12 @@ from colada.generate.settings import TextRequest
 from colada.models.autoregressive import AutoregressiveLM
 from colada.models.cola import ColaDLM
 from colada.models.likelihood import measure
-from colada.models.rollouts import Rollout, roll_out
+from colada.models.rollouts import roll_out
 from colada.networks.config import DecoderConfig
 from colada.networks.decoder import Decoder
+from colada.text.transcript import Completion
 from colada.train import rewards
+from colada.train.cost import position_entries
 from colada.train.decoder_losses import MaskNoise, decoder_loss
 from colada.train.kinds import RaftSection, RewardSection
 from colada.train.parallel import Ranks
@@ -219,13 +221,10 @@ def test_an_answer_that_does_not_end_is_worth_less(
     """Every second one does, whatever it says."""
     came, write = steps_of(monkeypatch), rewards.roll_out
 
-    def some_end(*args: Any) -> list[Rollout]:
+    def some_end(*args: Any) -> list[Completion]:
         done = write(*args)
         reasons = ("end", "length") * len(done)
-        return [
-            replace(own, completion=replace(own.completion, finish_reason=reason))
-            for own, reason in zip(done, reasons, strict=False)
-        ]
+        return [replace(own, finish_reason=reason) for own, reason in zip(done, reasons, strict=False)]
 
     monkeypatch.setattr(rewards, "roll_out", some_end)
     some = ["reward=rules:equal", "unended=0.125", "samples=4", "steps=1"]
@@ -246,9 +245,9 @@ def test_a_judge_takes_off_what_it_finds_unlikely(
 ) -> None:
     came, write, texts = steps_of(monkeypatch), rewards.roll_out, list[str]()
 
-    def kept(*args: Any) -> list[Rollout]:
+    def kept(*args: Any) -> list[Completion]:
         done = write(*args)
-        texts.extend(own.completion.text for own in done)
+        texts.extend(own.text for own in done)
         return done
 
     monkeypatch.setattr(rewards, "roll_out", kept)
@@ -342,6 +341,7 @@ def test_answers_come_with_the_latents_of_the_readable_loop() -> None:
     for number, (own, ids) in enumerate(zip(roll_out(model, asked), prompts, strict=True)):
         plain = reference(model, request(model, ids, 7, number, **settings))
         prefix = len(ids) // 4 * 4
+        assert own.latents is not None
         torch.testing.assert_close(
             own.latents[prefix:], torch.cat([z for z, _ in plain]), rtol=1e-3, atol=1e-4
         )
@@ -349,7 +349,7 @@ def test_answers_come_with_the_latents_of_the_readable_loop() -> None:
         assert [*ids[prefix:], *own.ids][len(ids) - prefix :] == [t for _, ids_of in plain for t in ids_of][
             len(ids) - prefix :
         ]
-        assert own.completion.tokens == own.ids[:7]
+        assert own.tokens == own.ids[:7]
 
 
 def test_what_was_asked_is_taken_out_of_the_template(start: Path) -> None:
@@ -400,14 +400,21 @@ def test_questions_that_are_not_there_are_missed_before_anything_is_done(start: 
 
 
 def test_guided_answers_are_planned_as_two_rows(start: Path, tmp_path: Path) -> None:
-    """With the pass that commits a block: of 2 steps 5 in place of 3."""
-    flops = [
+    """With the pass that commits a block: of 2 steps 5 in place of 3, of which 2 see their block alone."""
+    plans = [
         plan_run(rewarding(start, tmp_path, f"stages.reward.sampler={{steps: 2, guidance: {scale}}}"))
-        .phases[0]
-        .flops["answers"]
         for scale in (1.0, 3.0)
     ]
-    assert flops[1] / flops[0] == pytest.approx(5 / 3)
+    model = colada.load(start)
+    assert isinstance(model, ColaDLM)
+    config, size, entries = model.dit.config, model.dit.config.block_size, position_entries(model.dit)
+    layer, texts, updates = 4 * config.heads * config.head_dim, 2 * 3, 2
+    alone = conditional = 0
+    for block in range((64 - 8) // size, 64 // size):  # The last 8 tokens of a full row.
+        alone += size * (2 * entries + config.num_layers * layer * size)
+        conditional += size * (2 * entries + config.num_layers * layer * (block + 1) * size)
+    for plan, flops in zip(plans, (3 * conditional, 3 * conditional + 2 * alone), strict=True):
+        assert plan.phases[0].flops["answers"] == texts * flops / updates
 
 
 def test_a_judge_is_planned(start: Path, tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_a_damaged_cell_is_named_and_the_others_go_on(
         ("little", [0]),
         ("big", [0]),
     ]
-    assert all("ledger" in cell and "commit" not in cell for cell in record["cells"])
+    assert all("cost" in cell and "commit" not in cell for cell in record["cells"])
 
 
 @pytest.mark.usefixtures("untrained")
@@ -290,7 +290,7 @@ def make(tmp_path: Path) -> Callable[..., Result]:
     def make(point: str, arch: str, seed: int, flops: float, lambada: int, obqa: int, **asked: Any) -> Result:
         record = {
             "cell": {"recipe": point, "arch": arch, "seed": seed},
-            "ledger": {
+            "cost": {
                 "arch": arch,
                 "parameters": {"a": 7, "b": 3, "total": 10},
                 "flops": {"x": flops, "y": flops, "total": 2 * flops},
@@ -358,7 +358,7 @@ def test_results_that_do_not_belong_together_are_refused(make: Callable[..., Res
     results = [make("one", "cola", 0, 1.0, 1, 1), make("one", "cola", 1, 1.0, 1, 1, limit=9)]
     with pytest.raises(ColadaError, match=r"one/cola/seed1 was asked .*'limit': 9"):
         points_of(results)
-    with pytest.raises(ColadaError, match="one/cola/seed2: its ledger is not that of seed 0"):
+    with pytest.raises(ColadaError, match="one/cola/seed2: its cost is not that of seed 0"):
         points_of([results[0], make("one", "cola", 2, 2.0, 1, 1)])
 
 

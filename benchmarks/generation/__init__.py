@@ -1,1 +1,1 @@
-"""How fast generation is, against the machine's own limits and against named opponents."""
+"""How fast generation is, against the machine's own limits and against named peers."""

@@ -104,9 +104,9 @@ def speed(
 
     from benchmarks import machine, measure
     from benchmarks.generation.apart import Apart
-    from benchmarks.generation.cost import history_bytes
     from benchmarks.generation.peers import check_peers, make_peers
     from benchmarks.generation.run import engine_serve, measure_cell, measure_mixed, mixed_requests, sweep
+    from colada.generate.engine.engine import history_bytes
     from colada.train.cost import parameter_counts, scaled
 
     names = check_peers(peers)
@@ -123,7 +123,7 @@ def speed(
     rates = machine.measure_rates(network.device, weight.dtype, rows, dit.txt_dim)
     kind = str(weight.dtype).removeprefix("torch.")
     parameters = parameter_counts(vae, dit)
-    history = history_bytes(vae, dit, weight.dtype.itemsize)
+    history = history_bytes(network.vae, network.dit, 1)
 
     console = Console(highlight=False)
     console.print(f"{machine.machine_name(network.device)}, {kind}, seed {seed}\n{network.origin}")
@@ -242,8 +242,8 @@ def _random_model(
     import torch
 
     from benchmarks.models import random_model, size_configs
+    from colada.checks import choose
     from colada.device import find_device
-    from colada.flow import choose
 
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     wanted = choose("dtype", dtype or "float32", dtypes)

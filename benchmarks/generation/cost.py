@@ -44,17 +44,11 @@ class Stack:
 
     Attributes:
         entries: of the matrices that every position is multiplied by.
-        layers, width: of attention; width is over all heads.
+        history: numbers of a position's keys and values in all layers, which a history holds.
     """
 
     entries: int
-    layers: int
-    width: int
-
-    @property
-    def history(self) -> int:
-        """Numbers that one committed position holds: keys and values of every layer."""
-        return 2 * self.layers * self.width
+    history: int
 
     def run(self, positions: int, pairs: int, seen: int, written: int, itemsize: int) -> Cost:
         """Return the work of one pass.
@@ -65,7 +59,7 @@ class Stack:
             seen, written: positions of history that are read and added, likewise.
             itemsize: bytes of a number.
         """
-        flops = 2 * positions * self.entries + 4 * self.layers * self.width * pairs
+        flops = 2 * positions * self.entries + 2 * self.history * pairs
         return Cost(flops, itemsize * (self.entries + (seen + written) * self.history))
 
 
@@ -79,18 +73,12 @@ def stacks(vae: TextVAEConfig, dit: DiTConfig) -> tuple[Stack, Stack, Stack, int
     head, output = matrix_entries(text.decoder.final_layer), matrix_entries(prior.txt_out)
     layers = matrix_entries(prior) - output - adaln_entries(prior)
     return (
-        Stack(matrix_entries(text.encoder), vae.encoder_num_blocks, vae.dim),
-        Stack(matrix_entries(text.decoder) - head, vae.decoder_num_blocks, vae.dim),
-        Stack(layers, dit.num_layers, dit.heads * dit.head_dim),
+        Stack(matrix_entries(text.encoder), 2 * vae.encoder_num_blocks * vae.dim),
+        Stack(matrix_entries(text.decoder) - head, vae.history_numbers),
+        Stack(layers, dit.history_numbers),
         head,
         output,
     )
-
-
-def history_bytes(vae: TextVAEConfig, dit: DiTConfig, itemsize: int) -> float:
-    """Return what the history of one latent takes: keys and values in the DiT and in the decoder."""
-    _, decoder, prior, _, _ = stacks(vae, dit)
-    return itemsize * (prior.history / dit.patch_size + decoder.history)
 
 
 def prompt_latents(vae: TextVAEConfig, context: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import torch
 from benchmarks.generation.apart import Apart
 from benchmarks.generation.cost import blocks_of, prompt_latents
 from benchmarks.generation.job import Job, Peer, Prompts, Write
+from colada.device import parameters_of
 from colada.errors import ColadaError, nearest
 from colada.generate.noise import sample_noise
 from colada.generate.reference import BlockGenerator
@@ -171,8 +172,7 @@ def readable(model: ColaDLM, guidance: float, seed: int) -> Peer:
 
 def matched_parameters(model: ColaDLM) -> int:
     """Return the parameters that generating a token takes: the DiT's and the Text VAE's decoder's."""
-    networks = (model.dit, model.vae.decoder)
-    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+    return parameters_of(model.dit) + parameters_of(model.vae.decoder)
 
 
 def random_decoder(config: DecoderConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Decoder:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colada.checks import require_choice
 from colada.errors import ColadaError
 from colada.evaluate.tasks import Task, find_task
 from colada.files import read_json_object
@@ -145,9 +146,8 @@ def read_result(path: Path) -> Result:
     """
     try:
         record = read_json_object(path)
-        cell, cost = record["cell"], record["ledger"]
-        if cell["arch"] not in ARCHS:
-            raise ValueError(f"arch {cell['arch']!r}, expected one of {', '.join(ARCHS)}")
+        cell, cost = record["cell"], record["cost"]
+        require_choice("arch", cell["arch"], ARCHS)
         counts = {
             find_task(task).name: Counts({item: _counts(*own) for item, own in by_item.items()})
             for task, by_item in record["outcomes"].items()
@@ -158,9 +158,9 @@ def read_result(path: Path) -> Result:
             {name: value + 0 for name, value in cost[key].items() if name != "total"}
             for key in ("parameters", "flops")
         )
-        ledger = Cost(str(cost["arch"]), parameters, flops, int(cost["tokens"]), float(cost["narrow_flops"]))
+        counted = Cost(str(cost["arch"]), parameters, flops, int(cost["tokens"]), float(cost["narrow_flops"]))
         where = str(cell["recipe"]), cell["arch"], int(cell["seed"])
-        return Result(*where, ledger, dict(record["asked"]), counts, record)
+        return Result(*where, counted, dict(record["asked"]), counts, record)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, ColadaError) as error:
         advice = "delete it, and the study makes it again from the outputs beside it"
         raise ColadaError(f"{path}: not a cell's result ({error!r}); {advice}") from None

@@ -18,7 +18,7 @@ from colada.errors import ColadaError, reason
 from colada.evaluate.data import find_file, fingerprint
 from colada.evaluate.scoring import normalise
 from colada.evaluate.tasks import THE_EIGHT, Item, TaskRecord, build_items, find_task, read_records
-from colada.files import write_text
+from colada.files import write_json, write_text
 
 RECORD_FILE = "in-domain.json"
 
@@ -139,7 +139,7 @@ def write_documents(
         "files": [asdict(one) for one in written],
         "without": without,
     }
-    write_text(out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+    write_json(out / RECORD_FILE, record, sort=False)
     return written
 
 

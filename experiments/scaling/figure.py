@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colada.evaluate.statistics import wilson
 from colada.evaluate.tasks import Task
-from colada.files import write_text
+from colada.files import write_json, write_text
 from colada.models.base import ARCHITECTURES
 from colada.report.style import (
     MUTED,
@@ -59,7 +58,7 @@ def write_figures(out: Path, results: Sequence[Result]) -> list[Path]:
     }
     tables, numbers = out / f"{SCORES}.md", out / f"{SCORES}.json"
     write_text(tables, markdown(points, tasks) + "\n")
-    write_text(numbers, json.dumps(record, indent=2) + "\n")
+    write_json(numbers, record, sort=False)
     return [*files, tables, numbers]
 
 

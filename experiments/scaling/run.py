@@ -224,7 +224,7 @@ def run_cell(
         json.dumps(
             {
                 "cell": {"recipe": cell.point, "arch": cell.arch, "seed": cell.seed},
-                "ledger": cell.cost.to_dict(),
+                "cost": cell.cost.to_dict(),
                 "asked": asked.to_dict(),
                 "scores": {name: record[name] for name in ("average", "standard_error", "tasks")},
                 "outcomes": {

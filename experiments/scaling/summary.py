@@ -152,9 +152,7 @@ def points_of(results: Sequence[Result]) -> list[Point]:
             )
         group = groups.setdefault((result.arch, result.point), [])
         if group and group[0].cost != result.cost:
-            raise ColadaError(
-                f"{result.name}: its ledger is not that of seed {group[0].seed}: another recipe?"
-            )
+            raise ColadaError(f"{result.name}: its cost is not that of seed {group[0].seed}: another recipe?")
         group.append(result)
     points = []
     for (arch, name), group in groups.items():
@@ -212,7 +210,7 @@ def markdown(points: Sequence[Point], tasks: Sequence[Task]) -> str:
             "## What was trained",
             "FLOPs are of the whole training run, everything counted; the narrow count is 6 N D, of the"
             " network that generates latents or tokens alone. The share is of Cola DLM's at the same point.",
-            _ledger_table(by_name).markdown(),
+            _cost_table(by_name).markdown(),
             "## Scores",
             f"Per cent right of up to {items} items a task; mean ± standard error over {counted}. Every score"
             " is of text that the model writes: an output that is no option is wrong, so a score can be below"
@@ -228,7 +226,7 @@ def markdown(points: Sequence[Point], tasks: Sequence[Task]) -> str:
     )
 
 
-def _ledger_table(points: Sequence[Point]) -> Table:
+def _cost_table(points: Sequence[Point]) -> Table:
     cola = {point.name: point.cost for point in points if point.arch == ARCHS[0]}
     titles = ("point", "model", "parameters", "share", "FLOPs", "share", "narrow FLOPs", "tokens", "seeds")
     table = Table(titles, texts=2)

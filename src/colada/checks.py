@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, TypeVar
 
-from colada.errors import ColadaError, shown
+from colada.errors import ColadaError, failure, nearest, one_of, shown
+
+Choice = TypeVar("Choice")
 
 MOST_TOKENS = 2**17
 """Tokens of a prompt, and tokens that may follow it."""
@@ -75,10 +78,44 @@ def require_flag(name: str, value: Any) -> bool:
     return flag
 
 
+def require_choice(name: str, value: Any, known: Iterable[str]) -> str:
+    """Return a name once it is a known one. Raises ColadaError, naming those and the nearest, otherwise."""
+    names = list(known)
+    if not isinstance(value, str) or value not in names:
+        raise ColadaError(f"{name}={shown(value)}, {one_of(names, value)}")
+    return value
+
+
+def choose(name: str, value: Any, choices: Mapping[str, Choice]) -> Choice:
+    """Return what a name stands for; raises as :func:`require_choice`."""
+    return choices[require_choice(name, value, choices)]
+
+
 def require_function(name: str, value: Any) -> None:
     """Raise ColadaError unless a value, if it is not None, can be called."""
     if value is not None and not callable(value):
         raise ColadaError(f"{name}={shown(value)}, expected a function")
+
+
+def require_import(what: str, name: str, kind: str) -> Any:
+    """Return what ``package.module:name`` stands for.
+
+    Args:
+        what: it is for.
+        kind: "class" or "function".
+
+    Raises:
+        ColadaError: if it cannot be imported, is not there, or cannot be called.
+    """
+    module_name, _, member = name.partition(":")
+    try:
+        module = import_module(module_name)
+    except Exception as error:  # It is a user's program.
+        raise failure(f"{what} {name!r}: cannot import {module_name!r}", error) from None
+    if not callable(getattr(module, member, None)):
+        hint = nearest(member, [known for known, value in vars(module).items() if callable(value)])
+        raise ColadaError(f"{what} {name!r}: {module_name} has no {kind} {member!r}{hint}")
+    return getattr(module, member)
 
 
 def check_text(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch.overrides import TorchFunctionMode
 
-from colada.errors import ColadaError, shown
+from colada.errors import ColadaError, one_of, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,7 +46,7 @@ def find_device(name: str | torch.device, key: str = "device") -> torch.device:
 def check_dtype(dtype: object) -> None:
     """Raise ColadaError unless networks compute in it; None is whatever they are stored in."""
     if dtype is not None and not any(dtype is known for known in DTYPES):
-        raise ColadaError(f"dtype={shown(dtype)}, expected one of {', '.join(map(str, DTYPES))}")
+        raise ColadaError(f"dtype={shown(dtype)}, {one_of(DTYPES)}")
 
 
 # --- the state of torch around a call ------------------------------------------------------------
@@ -119,6 +119,11 @@ def unallocated() -> _Unallocated:
     return _Unallocated()
 
 
+def parameters_of(network: torch.nn.Module) -> int:
+    """Return how many parameters a network has."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, for its next step.
 
@@ -149,18 +154,16 @@ def memory_of(device: torch.device) -> int | None:
     return min(bounds)
 
 
-def require_memory(needed_bytes: int, device: torch.device, what: str) -> None:
-    """Raise ColadaError if a device has fewer bytes (a CPU: unused ones), saying what wants them."""
+def require_memory(needed_bytes: int, device: torch.device, what: str, share: float = 1.0) -> None:
+    """Raise ColadaError if a share of a device's bytes (a CPU: unused ones) is less, saying what wants it."""
     known = [memory_of(device)]
     if device.type == "cpu" and sys.platform == "linux":
         entries = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         known.append(1024 * int(entries["MemAvailable"].split()[0]))
     most_bytes = min((size for size in known if size is not None), default=needed_bytes)
-    if needed_bytes > most_bytes:
-        size, bound = (
-            f"{needed_bytes / 2**30:.1f} GiB of memory",
-            f"the {most_bytes / 2**30:.1f} that {device} has",
-        )
+    if needed_bytes > share * most_bytes:
+        size = f"{needed_bytes / 2**30:.1f} GiB of memory"
+        bound = f"{'' if share == 1 else f'{share:.0%} of '}the {most_bytes / 2**30:.1f} that {device} has"
         raise ColadaError(f"{what} takes {size}, expected at most {bound}")
 
 

@@ -44,6 +44,12 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
+def one_of(known: Iterable[object], value: object = None) -> str:
+    """Return ``"expected one of 'a', 'b' (did you mean 'b'?)"``: what a message says of an unknown value."""
+    listed = list(known)
+    return f"expected one of {', '.join(map(repr, listed))}{nearest(value, map(str, listed))}"
+
+
 def shown(value: Any, most: int = 60) -> str:
     """Return a value as an error message shows it: on one line, and short whatever it is."""
     if isinstance(value, int) and value.bit_length() > 200:

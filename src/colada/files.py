@@ -17,10 +17,14 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from colada.errors import ColadaError, reason, shown
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 MOST_TEXT = 2**30
 """Bytes of a text that is read whole."""
@@ -244,9 +248,38 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(data)
 
 
-def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
-    """Write an indented JSON object with its keys sorted, at once."""
-    write_text(path, json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
+def write_json(path: str | Path, values: Mapping[str, Any], *, sort: bool = True) -> None:
+    """Write an indented JSON object at once, dataclasses as objects.
+
+    Args:
+        sort: keys by name; else they stay in their order.
+    """
+    write_text(path, json.dumps(dict(values), indent=2, sort_keys=sort, default=asdict) + "\n")
+
+
+def locked(path: Path, busy: str, wait: Callable[[str], None] | None = None) -> FileLock:
+    """Return a lock file, held until it is released; the system frees it however its holder ends.
+
+    Args:
+        busy: what is said where another process holds it.
+        wait: told so; the lock is then waited for. None: it is an error.
+
+    Raises:
+        ColadaError: if another process holds it, or it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if wait is None:
+            raise ColadaError(busy) from None
+        wait(busy)
+        lock.acquire()
+    except OSError as error:
+        raise ColadaError(f"{path}: cannot be written ({reason(error)})") from None
+    return lock
 
 
 @contextmanager

@@ -10,16 +10,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from colada.errors import ColadaError, nearest, shown
-
 T = 1000.0
-
-Choice = TypeVar("Choice")
 
 
 def interpolate(z0: Tensor, z1: Tensor, a: Tensor) -> Tensor:
@@ -278,12 +274,3 @@ def evaluations_of(
     if len(evaluated) < len(grid):
         evaluations[-1] = Evaluation(evaluations[-1].a, (end - evaluations[-1].a,))
     return evaluations
-
-
-def choose(kind: str, name: str, choices: dict[str, Choice]) -> Choice:
-    """Return ``choices[name]``, or raise ColadaError naming the value and what there is."""
-    if not isinstance(name, str) or name not in choices:
-        known = ", ".join(repr(choice) for choice in choices)
-        hint = nearest(name, choices) if isinstance(name, str) else ""
-        raise ColadaError(f"{kind}={shown(name)}, expected one of {known}{hint}")
-    return choices[name]

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from colada.files import read_json_object
+from colada.generate.engine.engine import history_bytes
 from colada.generate.settings import RELEASED_SETTINGS
 from colada.locate import (
     BUNDLED,
@@ -25,13 +27,11 @@ from colada.locate import (
 )
 from colada.models.load import MODELS, read_decoder_config
 from colada.networks.checkpoint import open_weights, read_configs
-from colada.networks.config import DecoderConfig, DiTConfig, NetworkConfig, TextVAEConfig
-from colada.networks.dit import DiT
-from colada.networks.vae import TextVAE
+from colada.networks.config import NetworkConfig
 from colada.pictures.codec import codec_parameters, read_codec_config
 from colada.report.table import Table
 from colada.text.tokenizer import Tokenizer
-from colada.train.cost import networks, scaled
+from colada.train.cost import decoder_network, networks, scaled
 
 PARTS = {
     "Text VAE encoder": r"vae\.encoder\.",
@@ -43,33 +43,23 @@ PARTS = {
     "DiT input and output": r"dit\.txt_(in|out|out_norm)\.",
     "DiT for pictures": r"dit\.(img_|blocks\.\d+\.image\.)",
     "Picture codec": r"image\.",
+    "Embedding": r"decoder\.wte\.",
+    "Layers": r"decoder\.(blocks|final_norm)\.",
+    "Head": r"decoder\.lm_head\.",
 }
 """Name of a part -> which parameters it has. Every parameter is in exactly one."""
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def count_parameters(vae: TextVAE, dit: DiT) -> dict[str, int]:
+def count_parameters(**networks: nn.Module) -> dict[str, int]:
     """Return the number of parameters of those of :data:`PARTS` that there are, also on the meta device."""
     counts = dict.fromkeys(PARTS, 0)
-    for network, module in (("vae", vae), ("dit", dit)):
+    for network, module in networks.items():
         for name, parameter in module.named_parameters():
             part = next(part for part, names in PARTS.items() if re.match(names, f"{network}.{name}"))
             counts[part] += parameter.numel()
     return {part: count for part, count in counts.items() if count}
-
-
-def count_decoder_parameters(config: DecoderConfig) -> dict[str, int]:
-    """Return the number of parameters of a baseline's parts."""
-    embedding, head = config.embeddings * config.dim, config.vocab_size * config.dim
-    rest = config.parameters - embedding - head
-    return {"Embedding": embedding, "Layers": rest, "Head": head}
-
-
-def history_values(vae: TextVAEConfig, dit: DiTConfig) -> float:
-    """Return how many numbers a latent adds to the histories: keys and values per DiT and decoder layer."""
-    prior = dit.num_layers * 2 * dit.heads * dit.head_dim / dit.patch_size
-    return prior + vae.decoder_num_blocks * 2 * vae.dim
 
 
 def describe(where: str | Path | None = None, revision: str | None = None) -> dict[str, Any]:
@@ -86,14 +76,16 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> di
     configs: dict[str, NetworkConfig]
     if (directory / DECODER_DIR).is_dir():
         decoder = read_decoder_config(directory)
-        configs, parameters = {DECODER_DIR: decoder}, count_decoder_parameters(decoder)
+        configs = {DECODER_DIR: decoder}
+        parameters = count_parameters(decoder=decoder_network(decoder))
         defaults = MODELS[decoder.objective].defaults
-        # A LLaDA model keeps no history: every pass reads all tokens.
-        history = 2.0 * decoder.num_layers * decoder.dim if decoder.objective == "ar" else 0.0
+        history = float(decoder.history_numbers)
     else:
         vae, dit = read_configs(directory)
-        configs, defaults, history = {VAE_DIR: vae, DIT_DIR: dit}, RELEASED_SETTINGS, history_values(vae, dit)
-        parameters = count_parameters(*networks(vae, dit))
+        configs, defaults = {VAE_DIR: vae, DIT_DIR: dit}, RELEASED_SETTINGS
+        text, prior = networks(vae, dit)  # In float32.
+        parameters = count_parameters(vae=text, dit=prior)
+        history = history_bytes(text, prior, 1) / BYTES["float32"]
         if dit.img_channels:
             configs[IMAGE_DIR] = image = read_codec_config(directory)
             parameters["Picture codec"] = codec_parameters(image)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -255,10 +254,10 @@ def write_result(
     """Write what was measured of a model, if a file is named, and say so."""
     if path is None:
         return
-    from colada.files import write_text
+    from colada.files import write_json
     from colada.train.provenance import provenance
 
     made_with = {"model": model.origin, "made_with": provenance(model.device)}
-    write_text(path, json.dumps({**made_with, **record}, indent=2) + "\n")
+    write_json(path, {**made_with, **record}, sort=False)
     if said:
         print(f"wrote {path}")

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from colada.errors import ColadaError, nearest
+from colada.checks import require_choice
+from colada.errors import ColadaError
 from colada.files import decode, read_text
 from colada.generate.settings import NOISE_NAMES, SCHEDULE_NAMES, SOLVER_NAMES
 from colada.locate import local
@@ -271,9 +272,8 @@ def check_model_options(
         ColadaError: for an unknown type, kind of device or quantisation, or a path that holds no model.
     """
     for kind, name, names in (("dtype", dtype, DTYPES), ("quantise", quantise, QUANTISATIONS)):
-        if name is not None and name not in names:
-            known = ", ".join(map(repr, names))
-            raise ColadaError(f"{kind}={name!r}, expected one of {known}{nearest(name, names)}")
+        if name is not None:
+            require_choice(kind, name, names)
     if not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d{{1,3}})?", device, re.ASCII):
         raise ColadaError(f"device={device!r}, expected 'cpu', 'cuda', 'cuda:1' or 'mps'")
     if model is not None:

@@ -118,9 +118,9 @@ def _compare(
     equal = []
     for kind, generated in written_blocks.items():
         for part in ("latents", "logits"):
-            ours = [torch.cat([getattr(block, part) for block in blocks]) for blocks in generated]
+            results = [torch.cat([getattr(block, part) for block in blocks]) for blocks in generated]
             reference = [expected[f"generate.{part}.{b}"] for b in blocks_of]
-            errors[kind + part] = relative_error(ours, reference)
+            errors[kind + part] = relative_error(results, reference)
         for number, ids in enumerate(prompts):
             token_ids = [token for blocks in generated for token in blocks[number].ids]
             tail = max(0, len(ids) - -(-len(ids) // patch) // size * size * patch)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from colada.checks import require_choice
 from colada.cli.options import DeviceOption, DtypeOption, QuantiseOption, check_model_options
 from colada.errors import ColadaError
 from colada.files import read_text
@@ -117,8 +118,7 @@ def serve(
 
     Ends with SIGTERM or Ctrl-C, once the requests under way are finished; at once with a second one.
     """
-    if log not in LOGS:
-        raise ColadaError(f"log={log!r}, expected one of {', '.join(map(repr, LOGS))}")
+    require_choice("log", log, LOGS)
     named = _named(models or [])
     for _, where, revision in named:
         check_model_options(where, revision, dtype, device, quantise)

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from colada.checks import choose
 from colada.data.jsonl import parse_object
 from colada.data.listing import require_kind
 from colada.errors import ColadaError, nearest, reason
@@ -186,10 +187,7 @@ def cut(text: str, size: int) -> Iterator[str]:
 
 
 def _named_split(origin: str, value: object) -> Split | None:
-    if not isinstance(value, str) or value not in _SPLITS:
-        guess = nearest(value, _SPLITS) if isinstance(value, str) else ""
-        raise ColadaError(f"{origin}: split is {value!r}{guess}, expected one of {', '.join(_SPLITS)}")
-    return _SPLITS[value]
+    return choose(f"{origin}: split", value, _SPLITS)
 
 
 # A reader yields (number, fields) per record of a part. ``fields`` always holds the columns, and

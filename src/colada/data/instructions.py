@@ -19,11 +19,12 @@ from itertools import pairwise
 from pathlib import Path
 from zlib import crc32
 
+from colada.checks import require_choice
 from colada.data.facts import CATEGORIES
 from colada.data.jsonl import get, get_texts, read_lines
 from colada.data.rules import Reward, imported
 from colada.data.wordings import WORDINGS
-from colada.errors import ColadaError, nearest, shown
+from colada.errors import ColadaError, shown
 
 _NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
 sixteen seventeen eighteen nineteen twenty"""
@@ -117,8 +118,7 @@ def default_tasks(questions: Path | None = None) -> tuple[str, ...]:
 def check_tasks(tasks: Sequence[str], questions: str | Path | None) -> None:
     """Raise ColadaError for a task that does not exist, or one without the file of questions it needs."""
     for task in tasks:
-        if task not in TASKS:
-            raise ColadaError(f"task={shown(task)}, expected one of {', '.join(TASKS)}{nearest(task, TASKS)}")
+        require_choice("task", task, TASKS)
     if ON_STORIES in tasks and questions is None:
         raise ColadaError(f"the task {ON_STORIES} without questions, expected the file of them")
 
@@ -147,18 +147,15 @@ def reward_of(task: str, questions: Path | None = None) -> Reward:
             return max(word_f1(right, answer) for right in answers[prompt.strip()])
 
         return on_stories
-    if task not in TASKS:
-        raise ColadaError(
-            f"task={shown(task)}, expected one of {', '.join([*TASKS, 'all'])}{nearest(task, TASKS)}"
-        )
+    require_choice("task", task, [*TASKS, "all"])
 
-    def own(prompt: str, answer: str) -> float:
+    def task_reward(prompt: str, answer: str) -> float:
         asked = understood(task, prompt)
         if asked is None:
             raise ColadaError(f"prompt {shown(prompt)}, expected one of the task {task!r}")
         return RULES[task](asked, answer)
 
-    return own
+    return task_reward
 
 
 def understood(task: str, prompt: str) -> tuple[str, ...] | None:
@@ -307,15 +304,15 @@ def instructions(
         return
     wordings = WORDINGS[task][-1:] if held_out else WORDINGS[task][:-1]
     kind = "wording" if held_out else ""
-    made = 0
+    count = 0
     if task == "sums":
         pairs = [(a, b) for a in range(11) for b in range(11)]
-        while made < number:
+        while count < number:
             chance.shuffle(pairs)
-            for a, b in pairs[: number - made]:
+            for a, b in pairs[: number - count]:
                 prompt = chance.choice(wordings).format(NUMBERS[a], NUMBERS[b])
                 yield Instruction(task, prompt[0].upper() + prompt[1:], f"It is {NUMBERS[a + b]}.", kind)
-            made += min(len(pairs), number - made)
+            count += min(len(pairs), number - count)
         return
     if task in SET_ANSWERS:
         for _ in range(number):
@@ -325,13 +322,13 @@ def instructions(
     chance.shuffle(order)
     ranks = _ranks(tuple(stories)) if task == "words" else {}
     for at in order:
-        if made == number:
+        if count == number:
             return
         asked = _cut(task, stories[at], ranks, chance)
         if asked is not None:
             slots, answer = asked
             yield Instruction(task, chance.choice(wordings).format(*slots), answer, kind)
-            made += 1
+            count += 1
 
 
 def _of_facts(number: int, chance: random.Random, held_out: bool) -> Iterator[Instruction]:
@@ -345,11 +342,11 @@ def _of_facts(number: int, chance: random.Random, held_out: bool) -> Iterator[In
                 kind = "fact" if unseen else "wording" if wording == category.wordings[-1] else ""
                 if bool(kind) == held_out:
                     pool.append(Instruction("questions", ask(wording, thing), answer, kind))
-    made = 0
-    while made < number:
+    count = 0
+    while count < number:
         chance.shuffle(pool)
-        yield from pool[: number - made]
-        made += min(len(pool), number - made)
+        yield from pool[: number - count]
+        count += min(len(pool), number - count)
 
 
 @lru_cache(maxsize=2)

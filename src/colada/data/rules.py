@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 
-from colada.checks import is_number, plain
-from colada.errors import ColadaError, failure, nearest, shown
+from colada.checks import is_number, plain, require_import
+from colada.errors import ColadaError, failure, shown
 
 Reward = Callable[[str, str], float]
 """Prompt and answer to a reward; those of :mod:`colada.data.instructions` are in 0..1."""
@@ -14,15 +13,7 @@ Reward = Callable[[str, str], float]
 
 def imported(name: str) -> Reward:
     """Return the rule ``package.module:function``; raises ColadaError if it is not there."""
-    module_name, _, function = name.partition(":")
-    try:
-        module = import_module(module_name)
-    except Exception as error:  # It is a user's program.
-        raise failure(f"reward {name!r}: cannot import {module_name!r}", error) from None
-    if not callable(getattr(module, function, None)):
-        hint = nearest(function, vars(module))
-        raise ColadaError(f"reward {name!r}: {module_name} has no function {function!r}{hint}")
-    reward: Reward = getattr(module, function)
+    reward: Reward = require_import("reward", name, "function")
     return reward
 
 

@@ -29,13 +29,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
 
 from colada.data.documents import Cut, Holdout, Part, Record, Split, text_of
 from colada.data.sources import Source, identity, parts, read
 from colada.data.stream import TokenStream
 from colada.errors import ColadaError, reason
-from colada.files import read_json_object, write_json
+from colada.files import locked, read_json_object, write_json
 from colada.text.chat import encode_messages, encode_pair, encode_preference
 from colada.text.tokenizer import Tokenizer
 
@@ -105,8 +104,12 @@ def prepare(
         # What is complete stays so: only its makers need the lock, and its readers no right to write.
         if units is None or _missing(job.directory, units):
             job.directory.mkdir(parents=True, exist_ok=True)
-            with _only_one(job, say):
+            busy = f"waiting for another process, which tokenises {source.name}"
+            lock = locked(job.directory / "lock", busy, say)
+            try:
                 units = _make(job, tokenizer, made_from, workers, progress, say)
+            finally:
+                lock.release()
         else:
             say(f"{source.name}: reusing the shards in {job.directory}")
     except OSError as error:
@@ -118,21 +121,6 @@ def prepare(
         held_out = len(streams["validation"].starts)
         raise ColadaError(f"{source.name}: 0 samples to train on ({held_out} for validation), expected some")
     return streams
-
-
-@contextmanager
-def _only_one(job: ShardJob, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the directory's lock, waiting for it if need be; the system frees it however its holder ends."""
-    lock = FileLock(job.directory / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"waiting for another process, which tokenises {job.source.name}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 # --- making ------------------------------------------------------------------------------------

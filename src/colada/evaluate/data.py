@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from colada.checks import require_count, require_seed
+from colada.checks import require_choice, require_count, require_seed
 from colada.data.jsonl import Fields
-from colada.errors import ColadaError, shown
+from colada.errors import ColadaError
 from colada.evaluate.outputs import read_outputs
 from colada.evaluate.tasks import (
     Item,
@@ -83,8 +83,7 @@ def load_benchmark(
     require_seed(seed)
     if limit is not None:
         require_count("limit", limit)
-    if not isinstance(order, str) or order not in get_args(Order):
-        raise ColadaError(f"order={shown(order)}, expected one of {', '.join(get_args(Order))}")
+    require_choice("order", order, get_args(Order))
     if isinstance(data, str) and data == HUB:
         source, records = read_hub(task)
     else:

@@ -36,7 +36,7 @@ NEW_TOKENS = 256
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # The first one counts.
 
 
-class Request(Protocol):
+class HarnessRequest(Protocol):
     """What the harness asks: its ``Instance``."""
 
     @property
@@ -106,7 +106,7 @@ class HarnessLM(LM):  # type: ignore[misc]
     # --- likelihood ------------------------------------------------------------------------
 
     def loglikelihood(
-        self, requests: Sequence[Request], disable_tqdm: bool = False
+        self, requests: Sequence[HarnessRequest], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Return log p(continuation | context) of every request, or its bound, and whether it is greedy.
 
@@ -130,7 +130,9 @@ class HarnessLM(LM):  # type: ignore[misc]
             self.cache_hook.add_partial("loglikelihood", request.args, result)
         return results
 
-    def loglikelihood_rolling(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[HarnessRequest], disable_tqdm: bool = False
+    ) -> list[float]:
         """Return log p(text) of every request, or its bound; of a text without tokens 0."""
         windows, seeds, owners = [], [], []
         for number, request in enumerate(requests):
@@ -202,7 +204,7 @@ class HarnessLM(LM):  # type: ignore[misc]
 
     # --- generation ------------------------------------------------------------------------
 
-    def generate_until(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[HarnessRequest], disable_tqdm: bool = False) -> list[str]:
         """Return what the model writes after every context, up to the first of the ``until`` strings.
 
         Greedily, unless ``do_sample`` or a temperature says otherwise. Besides the harness's own arguments,
@@ -295,11 +297,11 @@ def run_harness(arguments: Sequence[str]) -> None:
         SystemExit: as the harness's command does.
     """
     named = {argument.partition("=")[0] for argument in arguments}
-    ours = []
+    defaults = []
     if not named & {"--config", "-C"}:
-        ours += [] if named & {"--model", "-M"} else ["--model", "colada"]
-        ours += [] if "--device" in named else ["--device", "cpu"]  # The harness's own is a GPU.
-    arguments_before, sys.argv = sys.argv, ["lm-eval", "run", *ours, *arguments]
+        defaults += [] if named & {"--model", "-M"} else ["--model", "colada"]
+        defaults += [] if "--device" in named else ["--device", "cpu"]  # The harness's own is a GPU.
+    arguments_before, sys.argv = sys.argv, ["lm-eval", "run", *defaults, *arguments]
     try:
         cli_evaluate()
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from colada.generate.settings import Settings, TextRequest
 from colada.models.base import LanguageModel
 from colada.models.likelihood import nats_per_token
 from colada.randomness import seed_of
-from colada.text.transcript import Completion
+from colada.text.transcript import Chunk, Completion, completed
 from colada.train.trajectories import digest
 
 AT_ONCE = 32
-"""Prompts whose answers are written together, and whose pairs are then in the file."""
+"""Prompts that are judged together, once their answers are written, and whose pairs are then in the file."""
 
 
 def taught_prompts(
@@ -108,27 +109,39 @@ def own_pairs(
     Raises:
         ColadaError: if the model has no chat template, or a rule fails.
     """
+    requests = []
+    for number in range(start, len(prompts)):
+        asked = model.chat_prompt(spoken(prompts[number][1]))
+        for sample in range(samples):
+            with_seed: Any = {**(settings or {}), "seed": seed_of(seed, number, sample) >> 2}
+            requests.append(TextRequest(asked, new_tokens, with_seed))
+    every = in_order(model.stream(requests, batch=batch))
     for begin in range(start, len(prompts), AT_ONCE):
         numbers = range(begin, min(begin + AT_ONCE, len(prompts)))
-        requests = []
-        for number in numbers:
-            asked = model.chat_prompt(spoken(prompts[number][1]))
-            for sample in range(samples):
-                with_seed: Any = {**(settings or {}), "seed": seed_of(seed, number, sample) >> 2}
-                requests.append(TextRequest(asked, new_tokens, with_seed))
-        done = model.generate(requests, batch=batch)
-        judged = None if judge is None else nats_per_token(judge, [answer.text for answer in done], batch)
+        some = completed(list(islice(every, samples * len(numbers))))
+        judged = None if judge is None else nats_per_token(judge, [answer.text for answer in some], batch)
         pairs = []
         for place, number in enumerate(numbers):
-            own, (task, prompt) = slice(place * samples, (place + 1) * samples), prompts[number]
-            answers = done[own]
+            rows, (task, prompt) = slice(place * samples, (place + 1) * samples), prompts[number]
+            answers = some[rows]
             rewards = [rewarded(rules[task], task, prompt, answer.text) for answer in answers]
-            chosen = best_and_worst(answers, rewards, None if judged is None else judged[own])
+            chosen = best_and_worst(answers, rewards, None if judged is None else judged[rows])
             if chosen is not None:
                 texts = dict(zip(("chosen", "rejected"), (answers[n].text for n in chosen), strict=True))
                 about = {"task": task, "number": number, "reward": [rewards[n] for n in chosen]}
                 pairs.append({"prompt": spoken(prompt), **texts, **about})
         yield numbers.stop, pairs
+
+
+def in_order(chunks: Iterator[Chunk]) -> Iterator[Completion]:
+    """Yield the completions of a stream in the order of its requests."""
+    number, early = 0, dict[int, Completion]()
+    for chunk in chunks:
+        if chunk.completion is not None:
+            early[chunk.index] = chunk.completion
+        while number in early:
+            yield early.pop(number)
+            number += 1
 
 
 def _weights(model: LanguageModel) -> dict[str, str]:

@@ -286,6 +286,7 @@ def encoded_again(model: ColaDLM, prompts: Sequence[str], new_tokens: int, batch
     ]
     distance = size = count = 0.0
     for token_ids, written in zip(ids, roll_out(model, requests, batch), strict=True):
+        assert written.latents is not None
         again = model.encode([*token_ids, *written.ids]).float().cpu()
         first = -(-len(token_ids) // model.vae.config.patch_size)
         committed, encoded = written.latents[first:], again[first : len(written.latents)]

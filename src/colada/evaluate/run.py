@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor, nn
 
 from colada.checks import MOST_TOKENS, is_whole, require_count, require_seed
@@ -29,7 +29,7 @@ from colada.evaluate.scoring import normalise
 from colada.evaluate.statistics import Score, score, summary
 from colada.evaluate.tasks import Item, Task
 from colada.evaluate.texts import require_tokenizer
-from colada.files import as_path, read_json_object, require_file, write_text
+from colada.files import as_path, locked, read_json_object, require_file, write_json, write_text
 from colada.generate.settings import Settings, TextRequest, check_settings
 from colada.models.base import LanguageModel, require_kind
 from colada.text.tokenizer import Tokenizer
@@ -182,7 +182,7 @@ def evaluate(
             "data": {benchmark.task.name: benchmark.to_dict() for benchmark in benchmarks},
             "made_with": provenance(model.device),
         }
-        write_text(out / RESULTS_FILE, json.dumps(record, indent=2) + "\n")
+        write_json(out / RESULTS_FILE, record, sort=False)
         return Results(scores, outputs, record)
 
 
@@ -283,17 +283,9 @@ def _locked(out: Path, part: EvaluationRank) -> Iterator[None]:
     """
 
     def hold(rank: str, world: str) -> FileLock:
-        lock = FileLock(out / f".rank{rank}of{world}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            who = "another process" if world == "1" else f"rank {rank} of {world}"
-            raise ColadaError(
-                f"{out}: {who} is at work there: wait for it, or give another directory"
-            ) from None
-        except OSError as error:
-            raise ColadaError(f"{lock.lock_file}: cannot be written ({reason(error)})") from None
-        return lock
+        who = "another process" if world == "1" else f"rank {rank} of {world}"
+        busy = f"{out}: {who} is at work there: wait for it, or give another directory"
+        return locked(out / f".rank{rank}of{world}.lock", busy)
 
     lock = hold(str(part.rank), str(part.world))
     try:
@@ -313,7 +305,7 @@ def _begin(out: Path, benchmark: Benchmark, made_with: Mapping[str, Any]) -> Non
     asked = {"data": benchmark.fingerprint, "order": benchmark.order, "shots": benchmark.shots}
     settings = json.loads(json.dumps({**made_with, **asked}))  # as it will be read: tuples are lists
     if not os.path.lexists(path):
-        write_text(path, json.dumps(settings, indent=2) + "\n")
+        write_json(path, settings, sort=False)
         return
     try:
         begun = read_json_object(path)

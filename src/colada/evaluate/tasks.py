@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
 
-from colada.checks import is_whole
+from colada.checks import choose, is_whole
 from colada.data.jsonl import Fields, get, get_texts, read_lines
-from colada.errors import ColadaError, nearest, shown
+from colada.errors import ColadaError, shown
 from colada.evaluate.scoring import ScoringRule
 
 DEMONSTRATIONS = Path(__file__).parent / "demonstrations.jsonl"
@@ -106,11 +106,7 @@ def find_task(name: str) -> Task:
     Raises:
         ColadaError: for an unknown name, with the nearest.
     """
-    if not isinstance(name, str) or name not in TASKS:
-        raise ColadaError(
-            f"unknown task {shown(name)}{nearest(name, TASKS)}, expected one of {', '.join(TASKS)}"
-        )
-    return TASKS[name]
+    return choose("task", name, TASKS)
 
 
 def find_tasks(names: str | None) -> list[Task]:
@@ -265,10 +261,10 @@ def choose_demonstrations(task: Task, shots: int | None, seed: int) -> tuple[Tas
     Raises:
         ColadaError: if there are not so many.
     """
-    ours = own_demonstrations(task)
+    demonstrations = own_demonstrations(task)
     shots = task.shots if shots is None else shots
-    if not is_whole(shots) or not 0 <= shots <= len(ours):
-        raise ColadaError(f"shots={shown(shots)}, expected 0 to {len(ours)} for {task.name}")
+    if not is_whole(shots) or not 0 <= shots <= len(demonstrations):
+        raise ColadaError(f"shots={shown(shots)}, expected 0 to {len(demonstrations)} for {task.name}")
     if shots == task.shots:
-        return ours[:shots]
-    return tuple(random.Random(f"{seed}/{task.name}").sample(ours, shots))
+        return demonstrations[:shots]
+    return tuple(random.Random(f"{seed}/{task.name}").sample(demonstrations, shots))

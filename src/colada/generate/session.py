@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
+
+import torch
+from torch import Tensor
 
 from colada.checks import is_whole, require_flag, require_function
 from colada.errors import ColadaError, failure, shown
@@ -21,12 +24,25 @@ Open = Callable[[Prompt, int, Settings, Prompt | None], tuple[Request, Transcrip
 
 @dataclass(frozen=True)
 class _Entry:
-    """A request that is not finished, the transcript that follows its tokens, and if its guesses are told."""
+    """A request that is not finished, the transcript that follows its tokens, and if its guesses are told.
+
+    Of one that asks for its latents, those so far, and the ids of their blocks from where the prompt ends.
+    """
 
     index: int
     request: Request
     transcript: Transcript | Canvas
     guesses: bool
+    latents: list[Tensor] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+
+    def completion(self, error: ColadaError | None) -> Completion:
+        """Return all that was written."""
+        seed, why = self.request.settings.seed, None if error is None else str(error)
+        completion = self.transcript.completion(seed, why)
+        if self.latents:
+            completion = replace(completion, latents=torch.cat(self.latents), ids=tuple(self.ids))
+        return completion
 
 
 class Session:
@@ -260,6 +276,9 @@ class Session:
                 text, tokens = transcript.add(slot.ids)
                 if isinstance(transcript, Canvas):
                     transcript.finish(slot.drawn)
+                elif entry.request.latents and (latents := slot.written) is not None:
+                    entry.latents.append(latents.float().cpu())
+                    entry.ids.extend(slot.ids[skipped:])
             except Exception as cause:  # Its own: the others have their text.
                 error = slot.error = failure(f"block {block} cannot be read", cause)
             if slot.confidence is not None:
@@ -270,9 +289,7 @@ class Session:
         if transcript.finish_reason is not None:
             self.engine.leave(slot)
             del self._entries[id(entry.request)]
-            completion = transcript.completion(
-                entry.request.settings.seed, None if error is None else str(error)
-            )
+            completion = entry.completion(error)
         yield Chunk(
             entry.index,
             block,

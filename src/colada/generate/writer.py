@@ -41,6 +41,7 @@ class Request:
         hole: latents (start, end) of ``ids`` to be generated, in place of what follows; the others
             of their blocks are pinned.
         confidence: blocks say how likely their tokens are.
+        latents: its completion has its latents and the ids of whole blocks, of models that have latents.
         noise: of its latents, in place of what the settings say.
         draws: latents of a picture that is drawn after the prompt, in place of text; 0: none.
         picture: latents (M, C) of a picture that the text is about, which follows the prompt.
@@ -51,6 +52,7 @@ class Request:
     settings: RequestSettings
     hole: tuple[int, int] | None = None
     confidence: bool = False
+    latents: bool = False
     noise: Noise | None = None
     draws: int = 0
     picture: Tensor | None = field(default=None, compare=False)
@@ -77,6 +79,11 @@ class Slot:
     seen: set[int] = field(default_factory=set)
     drawn: Tensor | None = None
     error: ColadaError | None = None
+
+    @property
+    def written(self) -> Tensor | None:
+        """The latents (L, C) that the last block has added, of models that have such."""
+        return None
 
     def take(self, ids: list[int], confidence: tuple[float, ...] | None) -> None:
         """Count a block that is written."""

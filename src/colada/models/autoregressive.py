@@ -41,8 +41,7 @@ class KeyValueCache:
     @staticmethod
     def size(decoder: Decoder, batch: int, positions: int) -> int:
         """Return the bytes that keys and values take."""
-        width = decoder.config.num_layers * decoder.config.dim
-        return 2 * batch * positions * width * decoder.wte.weight.element_size()
+        return batch * positions * decoder.config.history_numbers * decoder.wte.weight.element_size()
 
     def prompts(self, lengths: Sequence[int]) -> KeyValueCache:
         """Become the pass of packed prompts of these lengths."""

@@ -33,9 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colada.device import memory_of, plain_torch
+from colada.device import plain_torch, require_memory
 from colada.errors import ColadaError
 from colada.flow import adams_bashforth2
+from colada.generate.engine.engine import history_bytes
 from colada.generate.engine.memory import round_up
 from colada.generate.reference import encode
 from colada.models.cola import ColaDLM
@@ -54,6 +55,9 @@ BATCH_LATENTS = 2**15
 
 GROUP_LATENTS = 128
 """Latents of a text that are differentiated, and spelled, together."""
+
+HISTORY_SHARE = 0.5
+"""Of the memory, what a text's keys and values may take: what is differentiated needs about as much."""
 
 FINISHING = 0.2
 """The share of the work that takes the latents to the data, about; only progress depends on it."""
@@ -94,8 +98,9 @@ def cola_bounds(
     if not config.use_variation:
         raise ColadaError("a deterministic encoder (use_variation false) has no density, so no bound")
     shapes = [_shape(*pair, config) for pair in zip(contexts, texts, strict=True)]
-    for shape in shapes:
-        _check_memory(model, shape)
+    latents = max((shape.prefix + shape.length for shape in shapes), default=0)
+    longest = f"the history of a text of {latents * config.patch_size:,} tokens"
+    require_memory(history_bytes(model.vae, model.dit, latents), model.device, longest, HISTORY_SHARE)
     exact = samples > 1 or config.block_size * config.latent_dim <= EXACT_NUMBERS
     measurement = _Measurement(model, Passes(model.dit), at, steps, exact)
     tokens, done = sum(map(len, texts)), 0.0
@@ -128,7 +133,7 @@ def cola_bounds(
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _TextShape:
     """Latents of a text: of the context's whole blocks, of its tail, and of all blocks after the former."""
 
     prefix: int
@@ -136,18 +141,18 @@ class _Shape:
     length: int
 
 
-def _shape(context: Sequence[int], text: Sequence[int], config: TextVAEConfig) -> _Shape:
+def _shape(context: Sequence[int], text: Sequence[int], config: TextVAEConfig) -> _TextShape:
     latents, length = (-(-len(ids) // config.patch_size) for ids in (context, text))
     prefix = latents // config.block_size * config.block_size
     tail = latents - prefix
-    return _Shape(prefix, tail, round_up(tail + length, config.block_size))
+    return _TextShape(prefix, tail, round_up(tail + length, config.block_size))
 
 
 Row = tuple[int, int]
 """Number of a text, and of one of its samples."""
 
 
-def _batches(shapes: Sequence[_Shape], samples: int, batch: int) -> Iterator[list[Row]]:
+def _batches(shapes: Sequence[_TextShape], samples: int, batch: int) -> Iterator[list[Row]]:
     """Yield rows of equally many latents after equally many: at most ``batch``, fewer of long texts."""
     alike: dict[tuple[int, int], list[Row]] = {}
     for number, shape in enumerate(shapes):
@@ -157,20 +162,6 @@ def _batches(shapes: Sequence[_Shape], samples: int, batch: int) -> Iterator[lis
         most = max(1, min(batch, BATCH_LATENTS // sum(latents)))
         for start in range(0, len(rows), most):
             yield rows[start : start + most]
-
-
-def _check_memory(model: ColaDLM, shape: _Shape) -> None:
-    """Raise ColadaError if the keys and values of one text are more than the machine's memory."""
-    config, vae = model.dit.config, model.vae.config
-    width = config.num_layers * config.heads * config.head_dim + vae.decoder_num_blocks * vae.dim
-    latents = shape.prefix + shape.length
-    needed = 2 * latents * width * model.dit.txt_in.proj.weight.element_size()
-    memory = memory_of(model.device)
-    if memory is not None and needed > memory / 2:
-        raise ColadaError(
-            f"a text of {latents * vae.patch_size:,} tokens needs {needed / 2**30:.1f} GiB for its keys"
-            f" and values, expected at most half of the {memory / 2**30:.1f} GiB there are: cut it up"
-        )
 
 
 def _group(rows: int, size: int) -> int:

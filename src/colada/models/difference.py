@@ -81,14 +81,14 @@ def save_difference(model: ColaDLM, base: ColaDLM, name: str, directory: Path, r
             continue
         if difference.ndim == 2 and rank is None:
             tensors[key], tensors[key + SCALE] = quantise_rows(difference)
-            made = dequantise_rows(tensors[key], tensors[key + SCALE])
+            restored = dequantise_rows(tensors[key], tensors[key + SCALE])
         elif difference.ndim == 2 and rank is not None and rank < min(difference.shape):
             tensors[key + UP], tensors[key + DOWN] = (x.bfloat16() for x in low_rank(difference, rank))
-            made = tensors[key + UP].float() @ tensors[key + DOWN].float()
+            restored = tensors[key + UP].float() @ tensors[key + DOWN].float()
         else:
-            tensors[key] = made = difference
+            tensors[key] = restored = difference
         whole += float(difference.square().sum())
-        left_out += float((difference - made).square().sum())
+        left_out += float((difference - restored).square().sum())
     config = model.dit.config.to_dict()
     extensions = {key: config[key] for key in _EXTENSIONS if key in config}
     about = {"base": name, "base_dit": digest(base.dit), "rank": rank, "dit": extensions}
@@ -125,15 +125,15 @@ def apply_difference(base: LanguageModel, directory: Path, origin: str) -> ColaD
         tensors_read = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - it is no dict
     for key in sorted({key.removesuffix(UP).removesuffix(DOWN).removesuffix(SCALE) for key in tensors_read}):
         up, down, scales = (tensors_read.get(key + suffix) for suffix in (UP, DOWN, SCALE))
-        made = tensors_read.get(key) if up is None or down is None else up.float() @ down.float()
-        if made is not None and (made.dtype == torch.int8 or scales is not None):
-            fits = made.dtype == torch.int8 and scales is not None and scales.shape == (len(made), 1)
-            made = dequantise_rows(made, scales) if fits and scales is not None else None
-        if made is None or key not in parameters or made.shape != parameters[key].shape:
+        change = tensors_read.get(key) if up is None or down is None else up.float() @ down.float()
+        if change is not None and (change.dtype == torch.int8 or scales is not None):
+            fits = change.dtype == torch.int8 and scales is not None and scales.shape == (len(change), 1)
+            change = dequantise_rows(change, scales) if fits and scales is not None else None
+        if change is None or key not in parameters or change.shape != parameters[key].shape:
             raise ColadaError(f"{file}: {key} is no difference to a tensor of {about.get('base')!r}")
-        if not bool(made.isfinite().all()):
+        if not bool(change.isfinite().all()):
             raise ColadaError(f"{file}: {key} holds values that are not finite")
-        parameters[key].data = parameters[key] + made.to(parameters[key])  # What is mapped stays as it is.
+        parameters[key].data = parameters[key] + change.to(parameters[key])  # What is mapped stays as it is.
     _, base.dit.config = read_configs(directory)
     parts = {key: value for key, value in read_parts(directory).items() if value is not None}
     own_parts: dict[str, Any] = {"generation": base.generation, "chat_template": base.chat_template, **parts}

@@ -45,7 +45,7 @@ def bound_settings(model: LanguageModel, **settings: Any) -> dict[str, Any]:
 def measure(
     model: LanguageModel,
     texts: Sequence[Prompt],
-    given: Sequence[Prompt] | None = None,
+    contexts: Sequence[Prompt] | None = None,
     *,
     samples: int | None = None,
     at: float = 0.6,
@@ -54,15 +54,15 @@ def measure(
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[TextScore]:
-    """Return log p(text | given) of each text, or a lower bound on it, see :func:`kind`.
+    """Return log p(text | context) of each text, or a lower bound on it, see :func:`kind`.
 
-    The tokens scored are those of the text alone, after those of what is given.
+    The tokens scored are those of the text alone, after those of its context.
 
     Args:
         model: under whose distribution; see :mod:`colada.models.cola_likelihood` and
             :mod:`colada.models.decoder_likelihood` for what a bound is of.
         texts: texts, or lists of ids; none empty.
-        given: what each of them follows; an empty one is none, as is None for all.
+        contexts: what each of them follows; an empty one is none, as is None for all.
         samples: K of a bound, of :data:`~colada.models.bound.SETTINGS` if None: importance-weighted for Cola
             DLM, masks drawn for LLaDA; what is exact needs none.
         at: of Cola DLM's bound: a = t / T of the latents z_a that it is over.
@@ -77,14 +77,14 @@ def measure(
         ColadaError: naming the argument at fault, an empty text, or a model that has no likelihood.
     """
     require_kind("model", model, LanguageModel)
-    texts, given = several(texts), [[] for _ in texts] if given is None else several(given)
+    texts, contexts = several(texts), [[] for _ in texts] if contexts is None else several(contexts)
     check_bound(samples, at, steps)
     samples = require_count("samples", SETTINGS[model.arch].get("samples", 1) if samples is None else samples)
     steps, batch = require_count("steps", steps), require_count("batch", batch)
     seed = check_settings({"seed": seed}).get("seed", 0)
     require_function("progress", progress)
-    if len(given) != len(texts):
-        raise ColadaError(f"{len(given)} contexts for {len(texts)} texts, expected one each")
+    if len(contexts) != len(texts):
+        raise ColadaError(f"{len(contexts)} contexts for {len(texts)} texts, expected one each")
     streams: list[tuple[int, ...]] = (
         [(seed, number) for number in range(len(texts))]
         if isinstance(seed, int)
@@ -94,16 +94,16 @@ def measure(
         raise ColadaError(f"{len(streams)} values of seed for {len(texts)} texts, expected one, or one each")
     if isinstance(model, ColaDLM) and model.dit.config.distilled is not None:
         raise ColadaError("this model is distilled: its prior is no flow, and has no likelihood")
-    ids, contexts = [model.ids(text) for text in texts], [model.ids(context) for context in given]
+    ids, context_ids = [model.ids(text) for text in texts], [model.ids(context) for context in contexts]
     for number, token_ids in enumerate(ids):
         if not token_ids:
             raise ColadaError(f"text {number} has no tokens")
     sizes = [len(text.encode(errors="surrogatepass")) if isinstance(text, str) else 0 for text in texts]
     if isinstance(model, DecoderLM):
-        bounds = decoder_likelihoods(model, contexts, ids, streams, samples, batch, progress)
+        bounds = decoder_likelihoods(model, context_ids, ids, streams, samples, batch, progress)
         parts: list[dict[str, float]] = [{} for _ in bounds]
     elif isinstance(model, ColaDLM):
-        bounds, parts = cola_bounds(model, contexts, ids, streams, samples, at, steps, batch, progress)
+        bounds, parts = cola_bounds(model, context_ids, ids, streams, samples, at, steps, batch, progress)
     else:
         raise ColadaError(f"{model.origin or 'the model'} ({model.arch}) has no likelihood")
     return list(map(TextScore, map(len, ids), sizes, bounds, parts))

@@ -232,6 +232,11 @@ class DiTConfig(NetworkConfig):
     dual_layers: int = extension(0, "its first layers that have weights of their own for pictures")
     training_length: int | None = TRAINING_LENGTH
 
+    @property
+    def history_numbers(self) -> int:
+        """Numbers that the KV cache holds of one position, which is ``patch_size`` latents."""
+        return 2 * self.num_layers * self.heads * self.head_dim
+
 
 @dataclass(frozen=True)
 class TextVAEConfig(NetworkConfig):
@@ -322,6 +327,11 @@ class TextVAEConfig(NetworkConfig):
         """Tokens in one block: ``patch_size * block_size``."""
         return self.patch_size * self.block_size
 
+    @property
+    def history_numbers(self) -> int:
+        """Numbers that the decoder's KV cache holds of one latent; the encoder has none."""
+        return 2 * self.decoder_num_blocks * self.dim
+
 
 def check_pair(vae: TextVAEConfig, dit: DiTConfig, origin: str = "model") -> None:
     """Raise ColadaError if a Text VAE and a DiT cannot be parts of one model."""
@@ -392,10 +402,20 @@ class DecoderConfig(NetworkConfig):
         return self.vocab_size + (self.objective == "llada")
 
     @property
+    def history_numbers(self) -> int:
+        """Numbers that the KV cache holds of one token: none of a LLaDA model, whose passes read all."""
+        return 2 * self.num_layers * self.dim if self.objective == "ar" else 0
+
+    @property
     def parameters(self) -> int:
         """How many parameters the network has; embedding and output are two matrices."""
-        layer = 4 * self.dim**2 + 3 * self.dim * self.ffn_dim + 2 * self.dim
-        return (self.embeddings + self.vocab_size) * self.dim + self.num_layers * layer + self.dim
+        rows = self.embeddings + self.vocab_size
+        return _decoder_parameters(rows, self.dim, self.num_layers, self.ffn_dim)
+
+
+def _decoder_parameters(rows: int, dim: int, layers: int, ffn_dim: int) -> int:
+    """Return the parameters of a decoder whose embedding and output have so many rows together."""
+    return rows * dim + layers * (4 * dim**2 + 3 * dim * ffn_dim + 2 * dim) + dim
 
 
 def matched_config(parameters: int, vocab_size: int, **others: Any) -> DecoderConfig:
@@ -416,11 +436,10 @@ def matched_config(parameters: int, vocab_size: int, **others: Any) -> DecoderCo
     embeddings = vocab_size + (others.get("objective") == "llada")
     for dim in range(HEAD, 8193, HEAD):
         for layers in range(max(1, dim // (4 * _ASPECT)), 4 * dim // _ASPECT + 1):
-            rest = parameters - 2 * vocab_size * dim - dim - layers * (4 * dim**2 + 2 * dim)
+            rest = parameters - _decoder_parameters(2 * vocab_size, dim, layers, 0)
             ffn_dim = max(8, round(rest / (3 * dim * layers) / 8) * 8)
             strange = abs(math.log(ffn_dim / (8 * dim / 3))) + 0.5 * abs(math.log(dim / (_ASPECT * layers)))
-            layer = 4 * dim**2 + 3 * dim * ffn_dim + 2 * dim
-            count = (embeddings + vocab_size) * dim + layers * layer + dim
+            count = _decoder_parameters(embeddings + vocab_size, dim, layers, ffn_dim)
             if (best is None or strange < best[0]) and abs(count - parameters) <= 0.03 * parameters:
                 shape = {"dim": dim, "num_layers": layers, "num_heads": dim // HEAD, "ffn_dim": ffn_dim}
                 best = strange, shape

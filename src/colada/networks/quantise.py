@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colada.checks import choose
 from colada.errors import ColadaError
-from colada.flow import choose
 
 QUANTISATIONS = {"int8": "Int8WeightOnlyConfig"}
 """By name, torchao's configuration: int8 weights by output channel."""

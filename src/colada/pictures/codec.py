@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from colada.device import unallocated
+from colada.device import parameters_of, unallocated
 from colada.errors import ColadaError
 from colada.files import read_json_object
 from colada.locate import IMAGE_DIR
@@ -262,7 +262,7 @@ def new_codec(config: CodecConfig) -> Codec:
 def codec_parameters(config: CodecConfig) -> int:
     """Return how many parameters a codec has that is learnt; a linear one has none."""
     with unallocated():
-        return sum(parameter.numel() for parameter in new_codec(config).parameters())
+        return parameters_of(new_codec(config))
 
 
 def check_codec(codec: CodecConfig | None, dit: DiTConfig, origin: str = "model") -> None:

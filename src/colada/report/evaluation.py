@@ -140,12 +140,12 @@ def draw_scores(scores: Sequence[Score]) -> Figure:
     """Return each task's score, the released model's, and chance."""
     from matplotlib.figure import Figure
 
-    ours = [_bar(score.correct, score.items) for score in scores]
+    percentages = [_bar(score.correct, score.items) for score in scores]
     released = [None if score.task.published is None else (score.task.published,) * 3 for score in scores]
     chance = [None if score.task.chance is None else 100 * score.task.chance for score in scores]
     figure = Figure(figsize=(5.6, 0.9 + 0.4 * len(scores)), layout="constrained")
     axes = figure.add_subplot(xlabel="score, %")
-    series = Series("score", BLUE, ours), Series("released Cola 2.3B", ORANGE, released, "D")
+    series = Series("score", BLUE, percentages), Series("released Cola 2.3B", ORANGE, released, "D")
     draw_intervals(axes, [score.task.title for score in scores], series, chance, "chance")
     axes.set_xlim(left=0)
     figure.legend(loc="outside upper left", ncols=3)

@@ -80,8 +80,8 @@ def flow_table(flows: Mapping[str, Any]) -> Table:
             for number, other in enumerate(names[:place]):
                 change = 100 * (flow["flow"][name] / flow["flow"][other] - 1)
                 gone = 100 * flow["drift"][name][other]["drift"]
-                said = ("", "", "") if number else cells
-                table.row(*said, other, f"{change:+.2f}", f"{gone:.2f}")
+                labels = ("", "", "") if number else cells
+                table.row(*labels, other, f"{change:+.2f}", f"{gone:.2f}")
     return table
 
 
@@ -156,9 +156,9 @@ def write_rewards_page(
     step = max(1, len(result["conversations"]) // SHOWN)
     page.section("Answers, unselected")
     for one in result["conversations"][::step][:SHOWN]:
-        said = [
+        answers = [
             f"{name} ({answer['reward']:.2f}): {answer['answer']}" for name, answer in one["answers"].items()
         ]
-        page.texts([(one["prompt"], "\n".join(said))])
+        page.texts([(one["prompt"], "\n".join(answers))])
     page.provenance(facts)
     page.write(path)

@@ -171,7 +171,7 @@ def _settings(body: Common) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-class Writer:
+class Reply:
     """Makes of a job's chunks the events of its stream, or its one answer."""
 
     def __init__(self, job: Job) -> None:

@@ -23,10 +23,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from colada import __version__
-from colada.errors import ColadaError
+from colada.errors import ColadaError, one_of
 from colada.serve import protocol
 from colada.serve.admission import Admission, Limits, Policy, Refusal, as_refusal, invalid
-from colada.serve.answers import Job, Writer, as_json, open_job
+from colada.serve.answers import Job, Reply, as_json, open_job
 from colada.serve.driver import Driver, Models, News, Ticket
 from colada.serve.edge import Body, Edge, refused
 from colada.serve.metrics import Metrics
@@ -93,15 +93,12 @@ class Service:
     def served(self, name: str | None, cola: bool = False) -> Served:
         """Return a model by its name. Raises Refusal where there is none of it, or it has no latents."""
         models = self.driver.models
-        known = ", ".join(models)
         if not models:
             raise Refusal(503, "loading", "no model is loaded yet", Retry_After="5")
         if name is None and len(models) > 1:
-            raise Refusal(400, "missing_parameter", f"model is missing, expected one of {known}", "model")
+            raise Refusal(400, "missing_parameter", f"model is missing, {one_of(models)}", "model")
         if name is not None and name not in models:
-            raise Refusal(
-                404, "model_not_found", f"no model {name[:100]!r}, expected one of {known}", "model"
-            )
+            raise Refusal(404, "model_not_found", f"no model {name[:100]!r}, {one_of(models, name)}", "model")
         served = models[name or next(iter(models))]
         if cola and served.model.arch != "cola":
             raise invalid("model", served.name, "a Cola DLM: this one has no latents")
@@ -129,30 +126,30 @@ class Service:
         self.driver.submit(job.ticket)
         on_end.callback(self._close, job.ticket, request)
         headers = {"x-colada-ignored": ", ".join(map(ascii, job.ignored))} if job.ignored else {}
-        writer = Writer(job)
+        reply = Reply(job)
         if not body.stream:
-            await _unless_gone(request.receive, self._collect(job, writer, request))
-            return JSONResponse(writer.answer(), headers=headers)
+            await _unless_gone(request.receive, self._collect(job, reply, request))
+            return JSONResponse(reply.answer(), headers=headers)
         # Within a step; who goes away meanwhile is noticed behind it.
         await job.ticket.accepted(self.limits.queue)
-        return _Stream(self._parts(job, writer, request), self.limits.reader, headers)
+        return _Stream(self._parts(job, reply, request), self.limits.reader, headers)
 
     def _close(self, ticket: Ticket, request: Request) -> None:
         self.driver.close(ticket)
         self.metrics.closed(ticket.begun, ticket.replaced, request.state.log)
 
-    async def _collect(self, job: Job, writer: Writer, request: Request) -> None:
+    async def _collect(self, job: Job, reply: Reply, request: Request) -> None:
         await job.ticket.accepted(self.limits.queue)
-        async for _ in self._steps(job, writer, request):
+        async for _ in self._steps(job, reply, request):
             pass
 
-    async def _steps(self, job: Job, writer: Writer, request: Request) -> AsyncIterator[News]:
-        """Yield what each step adds once the writer has it, and count it; nothing after silence."""
+    async def _steps(self, job: Job, reply: Reply, request: Request) -> AsyncIterator[News]:
+        """Yield what each step adds once the reply has it, and count it; nothing after silence."""
         last = dict.fromkeys(range(len(job.ticket.choices)), time.monotonic())
         begun = set[int]()
         async for news in job.ticket.steps(self.limits.timeout):
             for number, chunk in news:
-                writer.add(number, chunk)
+                reply.add(number, chunk)
                 if chunk.step is not None:
                     self.metrics.guesses.labels("sent").inc()
                 else:
@@ -161,26 +158,26 @@ class Service:
                     seconds.observe(now - last[number])
                     last[number] = now
                     begun.add(number)
-            if writer.finished:
-                self._count(job, writer, request)
+            if reply.finished:
+                self._count(job, reply, request)
             yield news
 
-    def _count(self, job: Job, writer: Writer, request: Request) -> None:
-        usage, name, reasons = writer.usage, job.served.name, writer.reasons
+    def _count(self, job: Job, reply: Reply, request: Request) -> None:
+        usage, name, reasons = reply.usage, job.served.name, reply.reasons
         for kind in ("prompt", "completion"):
             self.metrics.tokens.labels(name, kind).inc(usage[f"{kind}_tokens"])
         for reason in reasons:
             self.metrics.choices.labels(name, reason).inc()
         request.state.log.update(usage, finish="+".join(sorted(set(reasons))))
 
-    async def _parts(self, job: Job, writer: Writer, request: Request) -> AsyncGenerator[str, None]:
+    async def _parts(self, job: Job, reply: Reply, request: Request) -> AsyncGenerator[str, None]:
         """Yield a stream's events, those of one step together; an error is the last, without ``[DONE]``."""
         try:
-            yield _framed(writer.begin())
-            async for news in self._steps(job, writer, request):
-                events = [event for number, chunk in news for event in writer.events(number, chunk)]
-                if writer.finished:
-                    events += writer.end()
+            yield _framed(reply.begin())
+            async for news in self._steps(job, reply, request):
+                events = [event for number, chunk in news for event in reply.events(number, chunk)]
+                if reply.finished:
+                    events += reply.end()
                 yield _framed(events) if news else ": ping\n\n"
         except Exception as error:
             refusal = as_refusal(error)

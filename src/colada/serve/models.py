@@ -35,9 +35,9 @@ class Served:
 
     def __post_init__(self) -> None:
         self._cola = self.model.arch == "cola"
-        networks = [self.model.vae, self.model.dit] if self._cola else [self.model.decoder]
-        self._weights = [weight for network in networks for weight in network.parameters()]
-        self._dtype = str(self._weights[-1].dtype).removeprefix("torch.")
+        self._networks = [self.model.vae, self.model.dit] if self._cola else [self.model.decoder]
+        *_, last = self._networks[-1].parameters()
+        self._dtype = str(last.dtype).removeprefix("torch.")
 
     @property
     def fingerprint(self) -> str:
@@ -57,8 +57,10 @@ class Served:
 
     def latents(self, prompt: int, new: int, candidates: int = 1) -> int:
         """Return the latents that a request takes of so many tokens: of its prompt, and to be written."""
+        from colada.generate.engine.slots import room_for
+
         patch, size = self.sizes
-        return (-(-(-(-prompt // patch) - (-new // patch)) // size) + candidates - 1) * size
+        return room_for(-(-prompt // patch) - (-new // patch), candidates, size)
 
     def context(self, limits: Limits, candidates: int = 1) -> int:
         """Return how many tokens the longest request has, with its prompt."""
@@ -73,11 +75,13 @@ class Served:
 
     def card(self, limits: Limits) -> dict[str, Any]:
         """Return what ``/v1/models`` tells."""
+        from colada.device import parameters_of
+
         model, cola = self.model, self._cola
         patch, size = self.sizes
         details = {
             "arch": model.arch,
-            "parameters": sum(weight.numel() for weight in self._weights),
+            "parameters": sum(map(parameters_of, self._networks)),
             "block": size,
             "patch": patch,
             "latent_dim": model.vae.config.latent_dim if cola else None,

@@ -21,7 +21,8 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from colada.errors import ColadaError, failure, nearest, shown
+from colada.checks import require_choice
+from colada.errors import ColadaError, failure, shown
 from colada.files import read_text
 from colada.text.tokenizer import IM_END, IM_START, Tokenizer
 
@@ -107,10 +108,7 @@ def check_messages(messages: object, tokenizer: Tokenizer, origin: str) -> list[
                     raise ColadaError(
                         f"{where}.{key} spells the special token {token!r}, expected plain text"
                     )
-        role = message["role"]
-        if role not in ROLES:
-            expected = ", ".join(ROLES)
-            raise ColadaError(f"{where}.role is {role!r}{nearest(role, ROLES)}, expected one of {expected}")
+        require_choice(f"{where}.role", message["role"], ROLES)
     return messages
 
 

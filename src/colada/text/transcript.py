@@ -74,6 +74,9 @@ class Completion:
         seed: the sample's own seed.
         error: why the sample failed; its text is what was finished before.
         picture: of a drawing, uint8 (S, S, 3).
+        latents: where they are asked for, float32 (M, C) on the CPU: of the prompt's whole blocks, and of
+            each block as it was committed.
+        ids: of those blocks, from where the prompt ends, with what follows an end token.
     """
 
     text: str
@@ -82,6 +85,8 @@ class Completion:
     seed: int
     error: str | None = None
     picture: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
+    latents: Tensor | None = field(default=None, compare=False, repr=False)
+    ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 class GenerationError(ColadaError):

@@ -107,8 +107,8 @@ class ColaSystem(System):
             return network
         assert isinstance(network, Codec)
         words = splits.words.union(network.config.words or ())
-        told = sorted(words) if len(words) <= MOST_WORDS else None
-        network.config = dataclasses.replace(network.config, words=told)
+        known_words = sorted(words) if len(words) <= MOST_WORDS else None
+        network.config = dataclasses.replace(network.config, words=known_words)
         if self._fits:
             assert isinstance(network, PatchPCA)
             pictures = (pair.picture for pair in splits.training.pairs(self.recipe.data.fitted_on))
@@ -134,8 +134,8 @@ def _stored(built_in: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
     """Return the settings stored with a distilled model: its teacher's, as far as they are still true."""
     defaults = ColaDLM.defaults
     chosen = with_built_in({**defaults, **settings}, {}, built_in)
-    told = {"steps", "guidance", "solver", "schedule"}
-    return {name: value for name, value in chosen.items() if name in told or value != defaults[name]}
+    stored_names = {"steps", "guidance", "solver", "schedule"}
+    return {name: value for name, value in chosen.items() if name in stored_names or value != defaults[name]}
 
 
 def codec_of(system: System) -> Codec:

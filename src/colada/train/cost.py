@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from colada.device import unallocated
+from colada.device import parameters_of, unallocated
 from colada.errors import ColadaError
 from colada.networks.config import DecoderConfig, DiTConfig, TextVAEConfig
 from colada.networks.decoder import Decoder
@@ -101,15 +101,10 @@ def networks(vae: TextVAEConfig, dit: DiTConfig) -> tuple[TextVAE, DiT]:
 
 
 @lru_cache(maxsize=4)
-def _decoder(config: DecoderConfig) -> Decoder:
-    """A baseline's network without memory."""
+def decoder_network(config: DecoderConfig) -> Decoder:
+    """Return a baseline's network, without memory."""
     with unallocated():
         return Decoder(config)
-
-
-def parameters_of(module: nn.Module) -> int:
-    """Return the parameters of a network."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def parameter_counts(vae: TextVAEConfig, dit: DiTConfig) -> dict[str, int]:
@@ -384,7 +379,7 @@ def decoder_flops(config: DecoderConfig, rows: int, length: int) -> dict[str, fl
     - decoder: rows * (2 L W + 4 layers dim P)
     - head: rows * 2 L dim V; for LLaDA half of it, as half of the tokens are masked on average
     """
-    network = _decoder(config)
+    network = decoder_network(config)
     head_entries = matrix_entries(network.lm_head)
     layers = 2 * length * (matrix_entries(network) - head_entries)
     causal = config.objective == "ar"
@@ -407,7 +402,7 @@ def decoder_memory(config: DecoderConfig, length: int, placement: Placement) -> 
         stored_bytes = config.num_layers * entry * config.dim + layer
     rows = placement.micro_batch
     return {
-        **state_bytes([_decoder(config)], placement),
+        **state_bytes([decoder_network(config)], placement),
         "activations": float(rows * length * stored_bytes),
         "logits": float(rows * length * config.vocab_size * (entry + 8 if placement.bfloat16 else 8)),
     }

@@ -95,8 +95,8 @@ class DistilStage(TaughtStage):
                 else:
                     landed = landing(guided, z, timestep, end, *latents, substeps)
                     target = target_of(z, landed, timestep, end)
-        told = None if section.grids is None else end
-        errors = distillation_errors(student, z, target, timestep, *latents, told)
+        landing_time = None if section.grids is None else end
+        errors = distillation_errors(student, z, target, timestep, *latents, landing_time)
         total, terms = weighed(errors, timestep, pinned, counts, section.space)
         terms |= log_snr_terms(q, rows, counts)
         return Loss(total, {name: term.detach() for name, term in terms.items()})

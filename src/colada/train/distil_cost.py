@@ -1,4 +1,4 @@
-"""What frozen models cost: a teacher beside its student and before it, and a judge of answers.
+"""What frozen models cost: a teacher beside its student and before it, answers, and a judge of them.
 
 Counted as in :mod:`colada.train.cost`. A pass of a frozen teacher over a step's rows costs the DiT's forward
 pass, guided with an unconditional copy beside each conditional one, whose blocks see themselves only.
@@ -15,6 +15,7 @@ from colada.models.bound import SETTINGS
 from colada.models.load import read_decoder_config
 from colada.networks.checkpoint import read_configs
 from colada.networks.config import DiTConfig, TextVAEConfig
+from colada.networks.dit import DiT
 from colada.train.cost import (
     Phase,
     Placement,
@@ -57,6 +58,18 @@ def with_teacher(
     return replace(phase, flops={**phase.flops, **parts}, memory={**phase.memory, "teacher": memory})
 
 
+def writing_flops(prior: DiT, blocks: int, evaluations: int, guided: bool, before: int = 0) -> int:
+    """Return the FLOPs of the DiT where the engine writes blocks of a row, after ``before`` others.
+
+    A block takes a row of positions for each evaluation, two where it is guided, and one for the history;
+    the modulation is a table.
+    """
+    size = prior.config.block_size // prior.config.patch_size
+    seen = block_causal_pairs(before + blocks, size) - block_causal_pairs(before, size)
+    pairs = (evaluations + 1) * seen + evaluations * guided * blocks * size**2
+    return prior_flops(prior, blocks * size * (evaluations * (1 + guided) + 1), pairs)
+
+
 def judge_cost(directory: Path, texts: int, tokens: int) -> tuple[float, float]:
     """Return the FLOPs of a judge's pass over texts, and the bytes of its weights, whole on every rank.
 
@@ -92,20 +105,17 @@ def trajectories_phase(
 ) -> Phase:
     """Return what the engine computes to make trajectories, each block after its row's clean ones.
 
-    A block takes a row of positions for each evaluation, two where it is guided, and one for the history;
-    the modulation is a table. A step is a row; none of its tokens is trained on.
+    A step is a row; none of its tokens is trained on.
     """
     trajectories, guided = section.trajectories, section.guidance != 1
     assert trajectories is not None
     text, prior = networks(vae, dit)
     grid = fine_grid(trajectories)
     evaluations = len(evaluations_of(trajectories.solver, grid, len(grid) - 1))
-    blocks, size = section.length // vae.block_tokens, dit.block_size // dit.patch_size
-    passes = evaluations * (1 + guided) + 1
-    pairs = (evaluations + 1) * block_causal_pairs(blocks, size) + evaluations * guided * blocks * size**2
+    blocks = section.length // vae.block_tokens
     counts = parameter_counts(vae, dit)
     memory = {"frozen networks": 4.0 * counts["Text VAE"], "teacher": 4.0 * counts["DiT"]}
     work = {"evaluations": evaluations, "guided": guided, "length": section.length}
-    prior_part = prior_flops(prior, blocks * size * passes, pairs)
-    flops = {"encoder": float(encoder_flops(vae, text, blocks)), "DiT": float(prior_part)}
+    written = writing_flops(prior, blocks, evaluations, guided)
+    flops = {"encoder": float(encoder_flops(vae, text, blocks)), "DiT": float(written)}
     return Phase(name, trajectories.rows, 0, flops, memory, placement, work, 0.0)

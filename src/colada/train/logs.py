@@ -15,7 +15,6 @@ files, since it will be logged again.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from colada.checks import is_whole
+from colada.checks import is_whole, require_import
 from colada.errors import ColadaError, nearest, shown
 from colada.files import atomic_writer, open_file, parse_json
 
@@ -289,19 +288,7 @@ def load_monitor(name: str, out: Path, recipe: Mapping[str, Any]) -> Monitor:
     Raises:
         ColadaError: naming what cannot be imported, is not there, or is no monitor.
     """
-    module_name, _, class_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:  # ValueError: the module's name is empty.
-        raise ColadaError(f"monitor {name!r}: cannot import {module_name!r}: {error}") from None
-    if not hasattr(module, class_name):
-        raise ColadaError(
-            f"monitor {name!r}: {module_name} has no {class_name!r}{nearest(class_name, vars(module))}"
-        )
-    factory = getattr(module, class_name)
-    if not callable(factory):
-        raise ColadaError(f"monitor {name!r}: {class_name} is a {type(factory).__name__}, expected a class")
-    monitor = factory(out, recipe)
+    monitor = require_import("monitor", name, "class")(out, recipe)
     if not isinstance(monitor, Monitor):
         raise ColadaError(f"monitor {name!r}: a monitor has the methods log, text and close")
     return monitor

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from colada.device import unallocated
+from colada.device import parameters_of, unallocated
 from colada.networks.config import DiTConfig, TextVAEConfig
 from colada.networks.packing import sees
 from colada.networks.pictures import describing_cells, drawing_cells
@@ -28,7 +28,6 @@ from colada.train.cost import (
     dit_position_bytes,
     encoder_flops,
     networks,
-    parameters_of,
     prior_flops,
     state_bytes,
 )

@@ -70,15 +70,15 @@ class PreferencesStage(ColaStage):
         device = self.vae.encoder.wte.weight.device
         size = max(1, (section.micro_batch or section.batch) // beginning.ranks.size)
         pair_numbers = list(beginning.ranks.share(len(stored)))
-        made = torch.zeros_like(stored)
+        errors = torch.zeros_like(stored)
         with torch.no_grad(), beginning.display.task("errors of the first weights", len(pair_numbers)):
             for start in range(0, len(pair_numbers), size):
                 numbers = pair_numbers[start : start + size]
                 some, noise = batch(rows, numbers).to(device), self.draw(numbers).to(device)
                 with self.system.autocast(device):  # As in the steps: what is learnt is a small difference.
-                    made[numbers] = self._errors(dit, some, noise)[0].view(-1, PAIR).float().cpu()
+                    errors[numbers] = self._errors(dit, some, noise)[0].view(-1, PAIR).float().cpu()
                 beginning.display.advance(start + len(numbers), len(pair_numbers))
-        stored.copy_(added_up(made))
+        stored.copy_(added_up(errors))
 
     def draw(self, rows: Sequence[int]) -> PairNoise:
         """Return the noise of pairs by number, the same for both rows of each."""

@@ -17,7 +17,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from colada.data.sources import Section, Source
-from colada.errors import ColadaError, nearest
+from colada.errors import ColadaError, nearest, one_of
 from colada.files import write_text
 from colada.generate.settings import check_settings
 from colada.networks.config import DecoderConfig, DiTConfig, TextVAEConfig, check_pair
@@ -75,7 +75,7 @@ class Recipe(Section):
             if isinstance(values, dict):
                 kind = values.get("kind", name)
                 if kind not in KINDS:
-                    known = f"expected one of {', '.join(KINDS)}{nearest(kind, KINDS)}"
+                    known = one_of(KINDS, kind)
                     raise ValueError(
                         f"{name}.kind={kind!r}, {known}"
                         if "kind" in values

@@ -37,8 +37,8 @@ from colada.text.chat import render
 from colada.text.transcript import Completion
 from colada.train.answers import REPLAY
 from colada.train.cola import ColaStage
-from colada.train.cost import Phase, Placement, networks, position_entries
-from colada.train.distil_cost import judge_cost
+from colada.train.cost import Phase, Placement, networks
+from colada.train.distil_cost import judge_cost, writing_flops
 from colada.train.flow_matching import place, predict
 from colada.train.kinds import RaftSection, RewardSection, RolloutSection
 from colada.train.losses import Loss, frozen_latents
@@ -248,20 +248,21 @@ class RolloutStage(ColaStage):
                 seed = seed_of(self.recipe.seed, self.number, number, prompt, sample) >> 2
                 settings: Any = {**section.sampler, "seed": seed}
                 requests.append(TextRequest(starts[-1], min(section.new_tokens, room), settings))
-        done = roll_out(model, requests)
-        texts = [rollout.completion.text for rollout in done]
-        judged = [0.0] * len(done) if self._judge is None else nats_per_token(self._judge, texts)
+        answers = roll_out(model, requests)
+        texts = [answer.text for answer in answers]
+        judged = [0.0] * len(answers) if self._judge is None else nats_per_token(self._judge, texts)
         groups = []
         for at, start in enumerate(starts):
             asked = plain_prompt(model, start)
             group = []
-            own = slice(at * section.samples, (at + 1) * section.samples)
-            for rollout, nats in zip(done[own], judged[own], strict=True):
-                value = rewarded(self._reward, section.reward, asked, rollout.completion.text)
-                ended = rollout.completion.finish_reason == "end"
+            samples = slice(at * section.samples, (at + 1) * section.samples)
+            for answer, nats in zip(answers[samples], judged[samples], strict=True):
+                assert answer.latents is not None
+                value = rewarded(self._reward, section.reward, asked, answer.text)
+                ended = answer.finish_reason == "end"
                 value -= section.judge_weight * nats + (0.0 if ended else section.unended)
-                row, latents = self._row(start, rollout.ids, rollout.latents)
-                credited = self._credited(model, asked, len(start), rollout.completion) or len(latents)
+                row, latents = self._row(start, answer.ids, answer.latents)
+                credited = self._credited(model, asked, len(start), answer) or len(latents)
                 group.append(Answer(row, latents, value, nats, ended, credited))
             groups.append(group)
         return groups
@@ -376,10 +377,10 @@ class RolloutStage(ColaStage):
         forward = (phase.flops["DiT"] + phase.flops["AdaLN"]) / 3
         chosen = {**ColaDLM.defaults, **recipe.generation, **section.sampler}
         evaluations = len(evaluations_of(chosen["solver"], chosen["schedule"], chosen["steps"]))
-        passes = evaluations * (1 + (chosen["guidance"] != 1)) + 1  # And the one that commits.
         blocks = -(-section.new_tokens // vae.block_tokens)
-        positions = section.prompts * section.samples * blocks * passes * (dit.block_size // dit.patch_size)
-        written = 2.0 * positions * position_entries(networks(vae, dit)[1]) / section.updates
+        prompt = max(0, section.length // vae.block_tokens - blocks)  # Rows count as full.
+        answer = writing_flops(networks(vae, dit)[1], blocks, evaluations, chosen["guidance"] != 1, prompt)
+        written = float(section.prompts * section.samples * answer) / section.updates
         flops = {**phase.flops, "frozen passes": (1 + cls.needs_old) * forward, "answers": written}
         memory = {**phase.memory, "copies": 2 * phase.memory["weights"]}
         if section.judge is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from rich.text import Text
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -33,6 +33,7 @@ from torch.optim.swa_utils import AveragedModel
 from colada.data.rows import Batch, Rows, RowTensors, batch
 from colada.device import keep_freed_memory
 from colada.errors import ColadaError
+from colada.files import locked
 from colada.locate import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 from colada.models.base import LanguageModel
 from colada.models.load import load
@@ -162,14 +163,7 @@ class Trainer:
             return None
         with disk_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.out / "lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise ColadaError(
-                    f"{self.out} is in use by another run: wait, or give another --out"
-                ) from None
-        return lock
+        return locked(self.out / "lock", f"{self.out} is in use by another run: wait, or give another --out")
 
     def _unlock(self) -> None:
         if self._lock is not None:

@@ -102,9 +102,9 @@ class Trajectories:
     def keep(self, part: int, batch: Batch, states: Tensor) -> None:
         """Write a part at once: its rows, and where their blocks are, (B, M, P, C)."""
         tensors = {"ids": batch.ids, "sample": batch.sample, "trained": batch.trained}
-        there = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
+        parts = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
         with atomic_writer(self._file(part)) as file:
-            file.write(save({**there, "states": states.half().cpu().contiguous()}))
+            file.write(save({**parts, "states": states.half().cpu().contiguous()}))
 
     def read(self, numbers: Sequence[int]) -> tuple[Batch, Tensor]:
         """Return rows by number, from the first one again after the last, and their states (B, M, P, C).

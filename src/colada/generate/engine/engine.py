@@ -59,12 +59,9 @@ def capacity_for(requests: Iterable[Request], config: TextVAEConfig, slots: int 
 
 def history_bytes(vae: TextVAE, dit: DiT, latents: int) -> int:
     """Return the size of the memory that holds so many latents of history."""
-    prior, decoder = dit.config, vae.config
-    keys = prior.num_layers * prior.heads * prior.head_dim // prior.patch_size
-    prior_bytes = 2 * latents * keys * dit.txt_in.proj.weight.element_size()
-    return prior_bytes + 2 * latents * decoder.decoder_num_blocks * decoder.dim * (
-        vae.decoder.in_layer.weight.element_size()
-    )
+    prior_numbers = latents * dit.config.history_numbers // dit.config.patch_size
+    decoder_bytes = latents * vae.config.history_numbers * vae.decoder.in_layer.weight.element_size()
+    return prior_numbers * dit.txt_in.proj.weight.element_size() + decoder_bytes
 
 
 class Engine(Writer[LatentSlot]):

@@ -135,11 +135,11 @@ def pieces(
         most: latents in a span, if a block is no longer.
         shift: of rotary positions.
     """
-    made, done = [], begin
+    parts, done = [], begin
     for part in latents.split(max(1, most // size) * size) if len(latents) else ():
         done += len(part)
-        made.append((Span(start // patch, (start + done) // patch, len(part) // size, shift=shift), part))
-    return made
+        parts.append((Span(start // patch, (start + done) // patch, len(part) // size, shift=shift), part))
+    return parts
 
 
 def in_parts(some: Sequence[Piece], most: int) -> list[list[Piece]]:

@@ -51,11 +51,15 @@ def room_of(request: Request, patch: int, size: int) -> int:
     """Return how many latents of history a request takes, whole blocks; arguments as :func:`latents_of`."""
     prefix, _, blocks = latents_of(request, patch, size)
     if request.draws:
-        return -(-(prefix + request.draws) // size) * size
-    blocks += request.settings.candidates - 1
+        return room_for(prefix + request.draws, 1, size)
     if request.picture is not None:
-        prefix = -(-len(request.ids) // (patch * size)) * size + len(request.picture)
-    return -(-prefix // size) * size + blocks * size
+        prefix = round_up(-(-len(request.ids) // patch), size) + len(request.picture)
+    return room_for(prefix + blocks * size, request.settings.candidates, size)
+
+
+def room_for(latents: int, candidates: int, size: int) -> int:
+    """Return the history of so many latents: whole blocks of ``size``, and one for each further candidate."""
+    return round_up(latents, size) + (candidates - 1) * size
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,13 @@ class LatentSlot(Slot):
             return self.latents[self.history - self.shown : self.prefix]
         written = self.shown + self.prefix + (self.blocks - 1) * len(self.block.latents)
         return self.block.latents[self.history - written :]
+
+    @property
+    def written(self) -> Tensor:
+        """The latents (L, C) of the last block; before the first, of the prompt's whole blocks too."""
+        assert self.block is not None
+        prompt = self.latents[: self.prefix if self.blocks == 1 else 0]
+        return torch.cat([prompt, self.block.latents])
 
     @property
     def done(self) -> bool:
