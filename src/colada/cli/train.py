@@ -150,8 +150,10 @@ def _plan(recipe: Recipe, ranks: int, as_json: bool, notes: list[str]) -> None:
     for entry in surveys:
         print(f"data {entry.name}: {entry}")
     tokens = [entry.tokens for entry in surveys if entry.tokens is not None]
-    if sum(tokens) and len(tokens) == len(surveys):
-        print(f"{'passes over the data':<32}{plan.cost.tokens / sum(tokens):>14,.1f}")
+    # Captions and answers are no text of the data's.
+    read = sum(phase.steps * phase.tokens for phase in plan.phases if "task" not in phase.work)
+    if read and sum(tokens) and len(tokens) == len(surveys):
+        print(f"{'passes over the data':<32}{read / sum(tokens):>14,.1f}")
     for note in notes:
         print(note)
 
