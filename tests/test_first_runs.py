@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     missing = lambda name, *args: None if name == package else find_spec(name, *args)  # noqa: E731
     for module in ("train.preflight", "cli.train"):
         # The module that others have imported: another test may have had it imported anew.
-        monkeypatch.setattr(sys.modules[f"colada.{module}"], "find_spec", missing)
+        monkeypatch.setattr(import_module(f"colada.{module}"), "find_spec", missing)
 
 
 def test_a_run_without_matplotlib_says_at_the_start_that_there_will_be_no_report(
