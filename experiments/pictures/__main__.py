@@ -239,12 +239,13 @@ def beside(
     text: Annotated[str, typer.Argument(help="The model whose text it is to have, to the bit.")],
     pictures: Annotated[str, typer.Argument(help="The model whose weights pictures are to begin with.")],
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    int8: Annotated[bool, typer.Option("--int8", help="Store matrices as int8, as the bundled are.")] = False,
 ) -> None:
     """Put the pictures of one model beside the text of another, all layers dual: to be learnt on from."""
     from colada.models.load import load_cola
     from experiments.pictures.joined import beside
 
-    beside(load_cola(text), load_cola(pictures)).save(out)
+    beside(load_cola(text), load_cola(pictures)).save(out, int8)
 
 
 @pictures_app.command()
