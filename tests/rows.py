@@ -11,7 +11,7 @@ from colada.data.rows import FILLING, Batch
 from colada.flow import T
 from colada.generate.reference import BlockGenerator
 from colada.networks.dit import DiT
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.networks.vae import Posterior, TextVAE
 from colada.train.flow_matching import Pinned, pin
 from colada.train.kinds import FlowTerms, JointSection, TextVAETerms
@@ -149,12 +149,12 @@ def block_by_block(
     values: Tensor | None = None,
     guessing: bool = False,
 ) -> Tensor:
-    """The errors (M,) of one sample and copy: a pass a block, after committing the clean blocks before it.
+    """The errors (M,) of one sample and copy: a pass a block, after appending the clean blocks before it.
 
     With ``guessing`` two passes: the second one is given what the first pointed at.
     """
     size = dit.config.block_size
-    history, errors = History(), []
+    cache, errors = KVCache(), []
     for start in range(0, len(z0), size):
         block = slice(start, start + size)
         clean, z1, t = z0[block], noise[block], timestep[block].clone()
@@ -168,16 +168,16 @@ def block_by_block(
         guess = None
         if guessing:
             with torch.no_grad():
-                first = dit(z_t, t, dit.layout([size], [history]), [history])
+                first = dit(z_t, t, dit.layout([size], [cache]), [cache])
             guess = first if dit.config.prediction == "z0" else z_t.detach() - a * first
             guess = torch.where(free[:, None], guess, z_t.detach())
-        velocity = dit(z_t, t, dit.layout([size], [history]), [history], guess=guess)
+        velocity = dit(z_t, t, dit.layout([size], [cache]), [cache], guess=guess)
         if dit.config.prediction == "z0":
             # What the guess implies, with the z_t that it starts from taken as given.
             velocity = (z_t.detach() - velocity) / a
         error = (velocity - (z1 - clean.detach())).square().mean(-1)
         errors.append(error * free)
-        dit(clean.detach(), torch.zeros(()), dit.layout([size], [history]), [history], committing=True)
+        dit(clean.detach(), torch.zeros(()), dit.layout([size], [cache]), [cache], appending=True)
     return torch.cat(errors)
 
 

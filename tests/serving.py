@@ -29,7 +29,7 @@ from helpers import tiny_model
 
 Json = dict[str, Any]
 
-LIMITS = Limits(history=512, max_tokens=256, slots=8, body=0.5)
+LIMITS = Limits(capacity=512, max_tokens=256, slots=8, body=0.5)
 GOOD: Json = {"prompt": "a good stream", "max_tokens": 60, "stream": True, "ignore_eos": True}
 
 

@@ -216,7 +216,7 @@ def test_the_commands_take_a_baselines_model(
     assert info["parameters"]["total"] == sum(p.numel() for p in loaded.decoder.parameters())
     assert info["decoder"]["objective"] == arch
     assert main(["info", model]) == 0
-    assert "History per token" in capsys.readouterr().out
+    assert "KV cache per token" in capsys.readouterr().out
     assert main(["reconstruct", "One", "--model", model]) == 2
     assert "expected a Cola DLM here" in capsys.readouterr().err
     texts = tmp_path / "texts.txt"

@@ -41,7 +41,7 @@ from benchmarks.machine import Rates, copy_bandwidth, fastest, machine_name, mat
 from benchmarks.measure import Spread
 from benchmarks.models import SIZES, random_model, size_configs
 from colada.errors import ColadaError
-from colada.generate.engine.engine import Engine, history_bytes
+from colada.generate.engine.engine import Engine, cache_bytes
 from colada.generate.settings import TextRequest
 from colada.models import cola as model_module
 from colada.models.autoregressive import AutoregressiveLM
@@ -133,11 +133,11 @@ def test_bytes_by_hand() -> None:
     assert parts["prompt"].bytes == 2 * (
         linear_entries(model.vae.encoder) + prior - output + 3 * 8 * 128 + decoder + 3 * 8 * 128
     )
-    # Two blocks of 5 steps, which read 8 and 12 positions; the commit in between writes 4.
+    # Two blocks of 5 steps, which read 8 and 12 positions; the append in between writes 4.
     # AdaLN is a row of 14 vectors a step.
     passes = 10 * (prior + 14 * 32) + 5 * 3 * (8 + 12) * 128
     assert parts["transport"].bytes == 2 * (passes + 3 * 4 * 128)
-    # Each block is decoded, and written to the decoder's history.
+    # Each block is decoded, and written to the decoder's KV cache.
     assert parts["decoder"].bytes == 2 * (2 * (decoder + head) + 3 * (8 + 4 + 12 + 4) * 128)
 
 
@@ -146,7 +146,7 @@ def test_the_released_size() -> None:
     with torch.device("meta"):
         text, prior = TextVAE(vae), DiT(dit)
     decoder = text.decoder
-    assert history_bytes(text, prior, 1) == 4 * 108 * 1024
+    assert cache_bytes(text, prior, 1) == 4 * 108 * 1024
     first = generation_cost(vae, dit, Job(1, 0, 16, steps=1), 2)
     read = linear_entries(prior) - adaln_entries(prior) + (6 * 24 + 2) * 2048
     assert first["transport"].bytes == 2 * read
@@ -490,21 +490,21 @@ def test_the_engine_keeps_its_slots_full(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def bucketed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's way on a CPU: passes are padded, histories to 32 latents and more."""
+    """A GPU's way on a CPU: passes are padded, caches to 32 latents and more."""
     for module in (levers, model_module):
         monkeypatch.setattr(module, "Engine", partial(Engine, bucket=32))
 
 
 @pytest.mark.usefixtures("bucketed")
 @pytest.mark.parametrize("slots", [1, 3])
-def test_mixed_requests_are_served_where_history_comes_in_buckets(slots: int) -> None:
+def test_mixed_requests_are_served_where_the_cache_comes_in_buckets(slots: int) -> None:
     requests = mixed_requests(4, Job(1, 12, 6), 50, seed=1)
     tokens = sum(request.max_new_tokens for request in requests)
     assert engine_serve(tiny_model(), 2, 3.0, 0)(requests, slots) == tokens
 
 
 @pytest.mark.usefixtures("bucketed")
-def test_every_prompt_of_a_lever_is_measured_where_history_comes_in_buckets() -> None:
+def test_every_prompt_of_a_lever_is_measured_where_the_cache_comes_in_buckets() -> None:
     model = tiny_model()
     settings = {"steps": 2, "solver": "euler", "schedule": "uniform"}
     prompts = [tuple(range(1, 2 + number)) for number in range(12)]

@@ -21,10 +21,10 @@ import colada
 from colada.cli.info import count_parameters, describe
 from colada.cli.terminal import row_end
 from colada.flow import SCHEDULES, SOLVERS
-from colada.generate.engine.engine import history_bytes
+from colada.generate.engine.engine import cache_bytes
 from colada.generate.noise import NOISE_RULES, Noise, sample_noise
 from colada.models.cola import ColaDLM
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.text.tokenizer import Tokenizer
 from colada.text.transcript import sentence_end
 from commands import command_line, main
@@ -347,13 +347,13 @@ def test_info_counts_every_parameter(run: Run, saved: Path, model: ColaDLM) -> N
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_history_size_is_what_a_generation_holds(patch: int) -> None:
+def test_cache_size_is_what_a_generation_holds(patch: int) -> None:
     vae, dit = tiny_vae(0), tiny_dit(1, patch_size=patch)
-    latents, history, decoder = torch.zeros(8, 8), History(), History()
-    dit(latents, torch.zeros(()), dit.layout([8], [history]), [history], committing=True)
+    latents, cache, decoder = torch.zeros(8, 8), KVCache(), KVCache()
+    dit(latents, torch.zeros(()), dit.layout([8], [cache]), [cache], appending=True)
     vae.decode(latents, [8], [decoder])
-    held = sum(x.numel() for own in (history, decoder) for pair in own.layers for x in pair)
-    assert 4 * held == history_bytes(vae, dit, 8)
+    held = sum(x.numel() for own in (cache, decoder) for pair in own.layers for x in pair)
+    assert 4 * held == cache_bytes(vae, dit, 8)
 
 
 def test_info_reads_when_piped(run: Run, saved: Path) -> None:

@@ -54,7 +54,7 @@ def test_densities_of_blocks_multiply(model: ColaDLM) -> None:
     generator = torch.Generator().manual_seed(1)
     clean, z = torch.randn(2, 2, 8, 8, generator=generator)
     flow, probes = BlockFlow(Passes(model.dit), 2, 8), unit_probes(2, 1, 4, 8)
-    flow.commit(clean)
+    flow.append(clean)
     both = log_prior(flow.velocity(0, 8), z, unit_probes(2, 2, 4, 8), 3, 0.5)
     first = log_prior(flow.velocity(0, 4), z[:, :4], probes, 3, 0.5)
     after = log_prior(flow.velocity(4, 4), z[:, 4:], probes, 3, 0.5)
@@ -81,7 +81,7 @@ def test_finishing_from_noise_is_unguided_generation(model: ColaDLM, length: int
     values[0, : length - prefix] = latents[prefix:]
     pins = Pins(where, values)
     flow = BlockFlow(Passes(model.dit), 1, prefix + 8)
-    flow.commit(latents[None, :prefix])
+    flow.append(latents[None, :prefix])
     found = flow.finish(pins.put(noise.view(1, 8, 8)), [1.0, 2 / 3, 1 / 3, 0.0], euler, prefix, pins)
     torch.testing.assert_close(found[0], torch.cat(expected), atol=1e-4, rtol=1e-4)
 
@@ -94,7 +94,7 @@ def test_finishing_from_noise_is_unguided_generation(model: ColaDLM, length: int
 )
 @pytest.mark.parametrize("prediction", ["velocity", "z0"])
 def test_the_terms_are_those_of_plain_code(context: list[int], patch: int, prediction: str) -> None:
-    """All of one sample's bound, without histories, packing of copies, or masks of pinned latents."""
+    """All of one sample's bound, without caches, packing of copies, or masks of pinned latents."""
     model = tiny_model(vae={"patch_size": patch}, dit={"prediction": prediction})
     text, at, steps, finishing = [7, 3, 9, 11, 12], 0.6, 3, 2
     found = measure(model, [text], [context], at=at, steps=steps, seed=3)[0]

@@ -49,7 +49,7 @@ def test_replayed_graphs_change_nothing_and_are_kept_between_calls() -> None:
         assert [done.tokens for done in on_gpu.generate(PROMPTS, 21, guidance=3.0, seed=seed)] == expected
     (engine,) = on_gpu._kept
     assert engine.graphs is not None
-    assert engine.graphs.captures == 2  # with the commit of the block before, and without
+    assert engine.graphs.captures == 2  # with the append of the block before, and without
 
 
 def test_requests_of_every_kind_share_a_gpu() -> None:
@@ -58,7 +58,7 @@ def test_requests_of_every_kind_share_a_gpu() -> None:
         {"steps": 5, "solver": "ab2"},
         {"steps": 3, "temperature": 1.0},
     ]
-    on_cpu, session = tiny_model(), tiny_model().to("cuda").session(history=256, slots=2)
+    on_cpu, session = tiny_model(), tiny_model().to("cuda").session(capacity=256, slots=2)
     for seed, (prompt, own) in enumerate(zip(PROMPTS, settings, strict=True)):
         session.submit(prompt, 13, seed=seed, **own)
     completions = [chunk.completion for chunk in session.chunks() if chunk.completion is not None]

@@ -22,7 +22,7 @@ from colada.generate.reference import transport
 from colada.generate.settings import RequestSettings
 from colada.models.likelihood import measure
 from colada.networks.config import DiTConfig, TextVAEConfig
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.networks.solver import LearntSolver
 from colada.train import trajectories as kept_files
 from colada.train.cost import Placement, training_flops
@@ -282,12 +282,12 @@ def test_trajectories_are_those_of_the_readable_loop(prediction: str, solver: st
     assert pinned is not None
     with torch.inference_mode():
         for row, begin, end in ((0, 0, 4), (0, 4, 12), (1, 0, 16), (2, 0, 16)):
-            history = History()
+            cache = KVCache()
             for start in range(begin, end, size):
                 block = slice(start, start + size)
                 arguments = (pinned.where[row : row + 1, block], pinned.latents[row : row + 1, block], [3.0])
                 z1 = noise.z1[row : row + 1, 0, block]
-                steps = transport(dit, z1, [history], *arguments, evaluations, settings)
+                steps = transport(dit, z1, [cache], *arguments, evaluations, settings)
                 reached = [z for z, _ in steps]
                 # Where the path is after both steps of an interval.
                 each = len(reached) / 3 if solver != "heun" else None
@@ -297,8 +297,8 @@ def test_trajectories_are_those_of_the_readable_loop(prediction: str, solver: st
                         states[row, block, column], reached[number][0], rtol=1e-5, atol=1e-5
                     )
                 assert torch.equal(states[row, block, 0], z1[0])
-                layout = dit.layout([size], [history])
-                dit(clean[row, block], torch.zeros(()), layout, [history], committing=True)
+                layout = dit.layout([size], [cache])
+                dit(clean[row, block], torch.zeros(()), layout, [cache], appending=True)
     assert not states[0, 12:].any()
 
 
@@ -497,11 +497,11 @@ def test_a_solver_is_learnt_resumes_and_is_stored(tmp_path: Path, teacher: Path,
         width = vae.config.latent_dim
         noise, clean = torch.randn(1, 1, 8, width), torch.randn(1, 8, width)
         found = integrate(module, Guided(dit, scale, 1.2 if scale != 1 else math.inf), noise, clean)
-        history, settings = History(), RequestSettings(guidance=scale, guidance_cap=1.2 * (scale != 1))
-        dit(clean[0, :4], torch.zeros(()), dit.layout([4]), [history], committing=True)
+        cache, settings = KVCache(), RequestSettings(guidance=scale, guidance_cap=1.2 * (scale != 1))
+        dit(clean[0, :4], torch.zeros(()), dit.layout([4]), [cache], appending=True)
         nothing = torch.zeros(1, 4, dtype=torch.bool), torch.zeros(1, 4, width)
         evaluations = evaluations_of(solver, "uniform", 2)
-        *_, (z, _) = transport(dit, noise[0, :, 4:], [history], *nothing, [scale], evaluations, settings)
+        *_, (z, _) = transport(dit, noise[0, :, 4:], [cache], *nothing, [scale], evaluations, settings)
     torch.testing.assert_close(found[0, :, 4:], z, rtol=1e-4, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from colada.flow import T, guided, interpolate, rms, within_the_data
 from colada.networks.dit import DiT
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.train.distillation import Guided, distillation_errors, landing, target_of
 from colada.train.flow_matching import Pinned, flow_errors, place
 from helpers import tiny_dit
@@ -42,20 +42,20 @@ def plain_guess(
     teacher: Guided, z: Tensor, timestep: Tensor, clean: Tensor, pinned: Pinned | None, row: int
 ) -> Tensor:
     """One copy (M, C) of a row, a block at a time, with loops over what guidance says."""
-    dit, history, found = teacher.dit, History(), []
+    dit, cache, found = teacher.dit, KVCache(), []
     for start in range(0, LENGTH, SIZE):
         block = slice(start, start + SIZE)
         where = torch.zeros(SIZE, dtype=torch.bool) if pinned is None else pinned.where[row, block]
         t = torch.where(where, 0.0, timestep[block])
 
-        def z0(past: History | None, block: slice = block, t: Tensor = t, where: Tensor = where) -> Tensor:
+        def z0(past: KVCache | None, block: slice = block, t: Tensor = t, where: Tensor = where) -> Tensor:
             layout = dit.layout([SIZE], [past])
             output = dit(z[block], t, layout, [past])
             if dit.config.prediction == "velocity":
                 output = z[block] - t[:, None] / T * output
             return torch.where(where[:, None], z[block], output)
 
-        c, u = z0(history), z0(None)
+        c, u = z0(cache), z0(None)
         guess = c
         if start > 0 and teacher.guidance != 1:
             guess = u + teacher.guidance * (c - u)
@@ -67,7 +67,7 @@ def plain_guess(
                 guess[latent] *= min(1.0, teacher.cap / size)
             guess = torch.where(where[:, None], z[block], guess)
         found.append(guess)
-        dit(clean[row, block], torch.zeros(()), dit.layout([SIZE], [history]), [history], committing=True)
+        dit(clean[row, block], torch.zeros(()), dit.layout([SIZE], [cache]), [cache], appending=True)
     return torch.cat(found)
 
 

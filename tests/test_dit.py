@@ -13,7 +13,7 @@ import torch
 from colada.errors import ColadaError
 from colada.networks.config import DiTConfig
 from colada.networks.dit import DiT, Timesteps, timestep_features
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from helpers import (
     Array,
     assert_close,
@@ -158,67 +158,67 @@ def test_timestep_features_are_sines_then_cosines_of_unscaled_t() -> None:
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_block_by_block_with_commits_equals_one_whole_pass(patch: int) -> None:
+def test_block_by_block_with_appending_equals_one_whole_pass(patch: int) -> None:
     network = tiny_dit(5, patch_size=patch)
     lengths, size = [12, 8, 16], 4
     samples = [_latents(length, seed) for seed, length in enumerate(lengths)]
     times = [_timesteps(length, patch, seed) for seed, length in enumerate(lengths)]
     with torch.no_grad():
         whole = network(torch.cat(samples), torch.cat(times), network.layout(lengths)).split(lengths)
-        histories = [History() for _ in samples]
+        caches = [KVCache() for _ in samples]
         pieces: list[list[torch.Tensor]] = [[] for _ in samples]
         for start in range(0, max(lengths), size):
             new = [max(0, min(size, length - start)) for length in lengths]
-            layout = network.layout(new, histories)
+            layout = network.layout(new, caches)
             out = network(
                 torch.cat([sample[start : start + size] for sample in samples]),
                 torch.cat([time[start : start + size] for time in times]),
                 layout,
-                histories,
-                committing=True,
+                caches,
+                appending=True,
             )
             for own, piece in zip(pieces, out.split(new), strict=True):
                 own.append(piece)
-    assert [len(history) for history in histories] == [length // patch for length in lengths]
+    assert [len(cache) for cache in caches] == [length // patch for length in lengths]
     for own, expected in zip(pieces, whole, strict=True):
         assert_close(torch.cat(own), expected.numpy(), 1e-5)
 
 
-def test_a_pass_without_committing_leaves_the_histories_alone() -> None:
+def test_a_pass_without_appending_leaves_the_caches_alone() -> None:
     network = tiny_dit()
-    histories = [History()]
+    caches = [KVCache()]
     with torch.no_grad():
-        network(_latents(4), torch.tensor(0.0), network.layout([4], histories), histories, committing=True)
-        before = [(k.clone(), v.clone()) for k, v in histories[0].layers]
-        network(_latents(4, 1), torch.tensor(500.0), network.layout([4], histories), histories)
-    assert len(histories[0]) == 4
-    for (k, v), (old_k, old_v) in zip(histories[0].layers, before, strict=True):
+        network(_latents(4), torch.tensor(0.0), network.layout([4], caches), caches, appending=True)
+        before = [(k.clone(), v.clone()) for k, v in caches[0].layers]
+        network(_latents(4, 1), torch.tensor(500.0), network.layout([4], caches), caches)
+    assert len(caches[0]) == 4
+    for (k, v), (old_k, old_v) in zip(caches[0].layers, before, strict=True):
         assert torch.equal(k, old_k)
         assert torch.equal(v, old_v)
 
 
-def test_batched_equals_one_by_one_with_and_without_history() -> None:
+def test_batched_equals_one_by_one_with_and_without_a_cache() -> None:
     network = tiny_dit(6)
     past, lengths = [8, 0, 4, 8], [4, 8, 4, 4]
-    histories: list[History | None] = []
+    caches: list[KVCache | None] = []
     latents = [_latents(length, 50 + seed) for seed, length in enumerate(lengths)]
     times = [_timesteps(length, 1, seed) for seed, length in enumerate(lengths)]
     with torch.no_grad():
         for seed, length in enumerate(past):
-            history = History()
+            cache = KVCache()
             if length:
                 network(
                     _latents(length, seed),
                     torch.tensor(0.0),
                     network.layout([length]),
-                    [history],
-                    committing=True,
+                    [cache],
+                    appending=True,
                 )
-            histories.append(history if length else None)
-        batch = network(torch.cat(latents), torch.cat(times), network.layout(lengths, histories), histories)
+            caches.append(cache if length else None)
+        batch = network(torch.cat(latents), torch.cat(times), network.layout(lengths, caches), caches)
         alone = [
-            network(x, t, network.layout([len(x)], [history]), [history])
-            for x, t, history in zip(latents, times, histories, strict=True)
+            network(x, t, network.layout([len(x)], [cache]), [cache])
+            for x, t, cache in zip(latents, times, caches, strict=True)
         ]
     assert_close(batch, torch.cat(alone).numpy(), 1e-5)
 
@@ -236,20 +236,20 @@ def test_noisy_blocks_of_a_two_copy_pass_equal_plain_passes_with_clean_history(p
         out = network(packed, times, network.two_copy_layout(rows, length))
         for row, own in enumerate(out.split(2 * length - size)):
             for start in range(0, length, size):
-                histories = [History()]
+                caches = [KVCache()]
                 if start:
                     network(
                         clean[row][:start],
                         torch.tensor(0.0),
                         network.layout([start]),
-                        histories,
-                        committing=True,
+                        caches,
+                        appending=True,
                     )
                 block = network(
                     noisy[row][start : start + size],
                     t[row][start : start + size],
-                    network.layout([size], histories),
-                    histories,
+                    network.layout([size], caches),
+                    caches,
                 )
                 at = length - size + start
                 assert_close(own[at : at + size], block.numpy(), 1e-5)
@@ -470,14 +470,14 @@ def test_a_batch_of_empty_samples_gives_an_empty_output() -> None:
         assert network(_latents(0), torch.tensor(0.0), network.layout([0, 0])).shape == (0, 8)
 
 
-def test_bfloat16_weights_give_float32_output_near_that_of_float32_with_history_too() -> None:
+def test_bfloat16_weights_give_float32_output_near_that_of_float32_with_a_cache_too() -> None:
     network, half = tiny_dit(), tiny_dit().bfloat16()
     outputs = []
     with torch.no_grad():
         for one in (network, half):
-            histories = [History()]
-            one(_latents(4), torch.tensor(0.0), one.layout([4], histories), histories, committing=True)
-            layout = one.layout([4], histories)
-            outputs.append(one.velocity(_latents(4, 1), torch.tensor(500.0), layout, histories))
+            caches = [KVCache()]
+            one(_latents(4), torch.tensor(0.0), one.layout([4], caches), caches, appending=True)
+            layout = one.layout([4], caches)
+            outputs.append(one.velocity(_latents(4, 1), torch.tensor(500.0), layout, caches))
     assert outputs[1].dtype == torch.float32
     assert_close(outputs[1], outputs[0].numpy(), 0.1)

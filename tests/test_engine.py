@@ -212,7 +212,7 @@ def test_passes_of_equal_shape_are_replayed(model: ColaDLM) -> None:
     requests = [request(model, range(5), 20, seed, steps=3, guidance=3.0) for seed in range(2)]
     engine = Engine(model.vae, model.dit, capacity=64, bucket=32)
     found = serve(engine, requests)
-    # Six blocks: each first step commits the block before, the others do not.
+    # Six blocks: each first step appends the block before, the others do not.
     assert len(engine.graphs) == 2
     for own, blocks in zip(requests, found, strict=True):
         same(blocks, reference(model, own))
@@ -301,9 +301,9 @@ def test_the_modulation_table_forgets_when_it_is_full(model: ColaDLM) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_a_long_prefix_is_committed_in_parts(model: ColaDLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prefix_is_appended_in_parts(model: ColaDLM, monkeypatch: pytest.MonkeyPatch) -> None:
     for room in ("transport", "engine"):
-        monkeypatch.setattr(f"colada.generate.engine.{room}.COMMITTED_ROWS", 8)
+        monkeypatch.setattr(f"colada.generate.engine.{room}.APPENDED_ROWS", 8)
     widths: list[int] = []
     real = model.dit.txt_in.forward
 
@@ -427,10 +427,10 @@ def test_a_plan_attends_as_a_dense_mask_does() -> None:
     torch.testing.assert_close(memory.keys[0], keys)
 
 
-def test_history_costs_what_its_keys_and_values_take(model: ColaDLM) -> None:
+def test_the_cache_costs_what_its_keys_and_values_take(model: ColaDLM) -> None:
     dit, vae = model.dit.config, model.vae.config
     per_latent = 2 * 4 * (dit.num_layers * dit.heads * dit.head_dim + vae.decoder_num_blocks * vae.dim)
-    assert Engine(model.vae, model.dit, capacity=103).history_bytes == 100 * per_latent
+    assert Engine(model.vae, model.dit, capacity=103).cache_bytes == 100 * per_latent
 
 
 def test_admission_waits_for_room_and_never_takes_more(model: ColaDLM) -> None:
@@ -458,8 +458,8 @@ def test_admission_waits_for_room_and_never_takes_more(model: ColaDLM) -> None:
 # --- failing alone ------------------------------------------------------------------------------
 
 
-def test_a_request_larger_than_the_history_is_refused_and_the_others_are_not(model: ColaDLM) -> None:
-    session = model.session(history=32)
+def test_a_request_larger_than_the_cache_is_refused_and_the_others_are_not(model: ColaDLM) -> None:
+    session = model.session(capacity=32)
     first = session.submit([1, 2, 3, 4, 5], 9, seed=3, steps=2)
     with pytest.raises(ColadaError, match="a request of 56 latents, expected at most 32"):
         session.submit(list(range(40)), 16, steps=2)
@@ -515,7 +515,7 @@ def test_a_sample_that_is_not_finite_fails_alone(model: ColaDLM, monkeypatch: py
 def test_the_room_of_a_failed_sample_serves_the_next(model: ColaDLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = model.generate([[5] * 6], 6, steps=2, seed=4)[0].tokens
     poisoned(model, monkeypatch, seed=1, block=0)
-    session = model.session(history=12)
+    session = model.session(capacity=12)
     for seed, own in ((1, [1] * 6), (4, [5] * 6)):
         session.submit(own, 6, steps=2, seed=seed)
     assert tokens_of(session.chunks())[1] == expected
@@ -524,7 +524,7 @@ def test_the_room_of_a_failed_sample_serves_the_next(model: ColaDLM, monkeypatch
 @pytest.mark.parametrize("guesses", [False, True])
 def test_a_cancelled_request_says_no_more_and_the_others_go_on(model: ColaDLM, guesses: bool) -> None:
     expected = [model.generate([own], 14, steps=2, seed=seed)[0].tokens for seed, own in ((0, [1]), (2, [3]))]
-    session = model.session(history=64, slots=2)
+    session = model.session(capacity=64, slots=2)
     for seed in range(3):
         session.submit([seed + 1], 14, steps=2, seed=seed, guesses=guesses)
     chunks: list[Chunk] = []
@@ -541,7 +541,7 @@ def test_a_cancelled_request_says_no_more_and_the_others_go_on(model: ColaDLM, g
 
 
 def test_requests_join_while_others_are_under_way(model: ColaDLM) -> None:
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     session.submit([1, 2], 14, steps=2, seed=0)
     late: list[int] = []
     tokens: dict[int, tuple[int, ...]] = {}
@@ -554,7 +554,7 @@ def test_requests_join_while_others_are_under_way(model: ColaDLM) -> None:
 
 
 def test_a_request_taken_back_before_it_is_admitted_never_starts(model: ColaDLM) -> None:
-    session = model.session(history=64, slots=1)
+    session = model.session(capacity=64, slots=1)
     for seed in range(2):
         session.submit([1], 4, steps=1, seed=seed)
     session.cancel(1)

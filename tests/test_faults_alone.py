@@ -145,7 +145,7 @@ def test_a10_a13_a_failure_of_ones_own_is_told_once_and_nobody_else_loses_a_bloc
     good: list[tuple[list[int], int]] = [([1, 2, 3], 0), ([], 1), ([4] * 9, 2)]
     alone = {seed: model.generate([own], 14, seed=seed)[0] for own, seed in good}
     FAULTS[kind](monkeypatch)
-    session = model.session(history=200)
+    session = model.session(capacity=200)
     submitted = [session.submit(own, 14, seed=seed) for own, seed in good[:1]]
     bad = session.submit([13], 13, seed=13, top_k=13)
     submitted += [session.submit(own, 14, seed=seed) for own, seed in good[1:]]
@@ -169,7 +169,7 @@ def test_a10_a_block_that_cannot_be_computed_fails_those_under_way_and_not_those
     model: ColaDLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = model.generate([[2]], 6, seed=5)[0]
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     first = session.submit([1], 6)
     real, calls = Engine.next_block, []
 
@@ -192,7 +192,7 @@ def test_a10_a_block_that_cannot_be_computed_fails_those_under_way_and_not_those
 def test_a10_whoever_stops_taking_chunks_goes_on_where_that_was(model: ColaDLM, guesses: bool) -> None:
     prompts: list[list[int]] = [[1], [2, 3], [4] * 6]
     whole = [model.generate([own], 9, seed=seed)[0] for seed, own in enumerate(prompts)]
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     for seed, own in enumerate(prompts):
         session.submit(own, 9, seed=seed, guesses=guesses)
     taken: list[Chunk] = []
@@ -235,7 +235,7 @@ def alive(kind: type) -> int:
 
 def test_a14_what_is_finished_or_cancelled_is_forgotten(model: ColaDLM) -> None:
     before = alive(Transcript), alive(Request), alive(Completion)
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     seeds = []
     for number in range(5000):
         session.submit([1], 2, steps=1, seed=number)
@@ -287,7 +287,7 @@ def everything(directory: Path) -> list[Any]:
     """Return what the public calls of models give, loaded anew."""
     model, ar, llada = (colada.load(directory / kind) for kind in ("cola", "ar", "llada"))
     assert isinstance(model, ColaDLM)
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     session.submit("The fox", 9, temperature=1.0)
     latents = model.encode("The fox saw")
     results = [
@@ -341,7 +341,7 @@ def test_d8_guesses_are_decoded_for_those_who_ask(model: ColaDLM, monkeypatch: p
         return real(engine, slots, latents)
 
     monkeypatch.setattr(Engine, "_hidden", hidden)
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     session.submit([1], 9, seed=0)
     asks = session.submit([2, 3], 9, seed=1, guesses=True)
     chunks = list(session.chunks())

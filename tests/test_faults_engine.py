@@ -46,7 +46,7 @@ def test_sessions_and_calls_in_any_order_never_share_an_engine(bucketed: None) -
     model = tiny_model()
     expected = [tiny_model().generate(PROMPT, 9, steps=2, seed=seed)[0].tokens for seed in range(3)]
     model.generate(PROMPT, 9, steps=2)  # leaves an engine to be kept
-    one, other = model.session(history=64), model.session(history=64)
+    one, other = model.session(capacity=64), model.session(capacity=64)
     one.submit(PROMPT, 9, steps=2, seed=0)
     stream = model.stream(PROMPT, 9, steps=2, seed=2)
     first = next(stream)
@@ -56,7 +56,7 @@ def test_sessions_and_calls_in_any_order_never_share_an_engine(bucketed: None) -
         chunks = [chunk for chunk in session.chunks() if chunk.step is None]
         assert sum((chunk.tokens for chunk in chunks), ()) == tokens
     assert first.tokens + sum((chunk.tokens for chunk in stream), ()) == expected[2]
-    idle = model.session(history=64)
+    idle = model.session(capacity=64)
     assert model.generate(PROMPT, 9, steps=2, seed=0)[0].tokens == expected[0]
     idle.submit(PROMPT, 9, steps=2, seed=1)
     assert sum((chunk.tokens for chunk in idle.chunks()), ()) == expected[1]
@@ -126,7 +126,7 @@ def test_weights_that_change_are_those_that_write(
         return seen[-1]
 
     model, never_asked = tiny_model(), tiny_model()
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     session.submit(PROMPT, 5, steps=2)
     before = latents(model)
     list(session.chunks())
@@ -219,13 +219,13 @@ def _serve(engine: Engine, requests: list[Request]) -> Iterator[list[LatentSlot]
                 engine.leave(slot)
 
 
-def test_captures_depend_on_the_rows_and_padded_histories_only() -> None:
+def test_captures_depend_on_the_rows_and_padded_caches_only() -> None:
     model = tiny_model()
     engine = Engine(model.vae, model.dit, capacity=1024, slots=8, bucket=32)
     blocks = sum(len(slots) for slots in _serve(engine, _requests(model, 50, seed=0)))
     assert blocks > 200
     assert engine.graphs is not None
-    # 1, 2, 4 or 8 rows; with and without guided ones; with and without a commit; 32, 64 or 128 latents.
+    # 1, 2, 4 or 8 rows; with and without guided ones; with and without an append; 32, 64 or 128 latents.
     assert engine.graphs.captures <= 4 * 2 * 2 * 3
     before = engine.graphs.captures
     for _ in _serve(engine, _requests(model, 50, seed=1)):
@@ -294,7 +294,7 @@ def test_a_padded_pass_attends_once_a_layer_however_many_samples_there_are(
     layers = model.dit.config.num_layers
     for _ in range(3):
         next(steps)
-        assert len(calls) == 2 * layers  # Those with a history, and the unconditional ones.
+        assert len(calls) == 2 * layers  # Those with a KV cache, and the unconditional ones.
         calls.clear()
     list(steps)
     assert len(calls) == model.vae.config.decoder_num_blocks
@@ -447,7 +447,7 @@ def test_a_long_prompt_joins_in_parts_and_says_what_it_says_alone(
 
 
 def test_a_request_that_joins_can_be_taken_back(model: ColaDLM) -> None:
-    session = model.session(history=1200)
+    session = model.session(capacity=1200)
     first = session.submit(PROMPT, 24, steps=2)
     chunks = session.chunks()
     next(chunks)
@@ -464,14 +464,14 @@ def test_a_request_that_fails_while_it_joins_fails_alone(
     where: str, model: ColaDLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = model.generate([PROMPT, [2] * 700], 24, steps=2, seed=[0, 5])
-    session = model.session(history=4000)
+    session = model.session(capacity=4000)
     first = session.submit(PROMPT, 24, steps=2, seed=0)
     chunks = session.chunks()
     found = [next(chunks)]
     bad = session.submit([49] * 700, 24, steps=2, seed=3)
     good = session.submit([2] * 700, 24, steps=2, seed=5)
     engine, tried = session.engine, [0]
-    real_encode, real_commit = slots.encode, engine._transport.commit
+    real_encode, real_append = slots.encode, engine._transport.append
 
     def encode(vae: TextVAE, prompts: list[list[int]], *rest: Any) -> list[torch.Tensor]:
         if any(49 in ids for ids in prompts):
@@ -479,16 +479,16 @@ def test_a_request_that_fails_while_it_joins_fails_alone(
             raise RuntimeError("a fault of its own")
         return real_encode(vae, prompts, *rest)
 
-    def commit(parts: list[tuple[int, int, torch.Tensor]]) -> None:
+    def append(parts: list[tuple[int, int, torch.Tensor]]) -> None:
         if {start for start, _, _ in parts} & {one.start for one in engine.joining if 49 in one.request.ids}:
             tried[0] += 1
             raise RuntimeError("a fault of its own")
-        real_commit(parts)
+        real_append(parts)
 
     if where == "encoder":
         monkeypatch.setattr(slots, "encode", encode)
     else:
-        monkeypatch.setattr(engine._transport, "commit", commit)
+        monkeypatch.setattr(engine._transport, "append", append)
     found += list(chunks)
     assert tried == [2]  # With the good one, and alone.
     error = next(chunk.error for chunk in found if chunk.index == bad)
@@ -549,7 +549,7 @@ def test_a_round_is_as_long_as_makes_the_least_waiting(
 
 
 def test_guesses_count_the_steps_of_their_own_grid(model: ColaDLM) -> None:
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     for seed, steps in enumerate((4, 10, 2)):
         session.submit(PROMPT, 5, steps=steps, seed=seed, guesses=True)
     seen: dict[tuple[int, int], list[int]] = {}
@@ -565,7 +565,7 @@ def test_guesses_count_the_steps_of_their_own_grid(model: ColaDLM) -> None:
 
 
 def test_a_request_in_the_middle_of_a_block_can_be_taken_back(model: ColaDLM) -> None:
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     fast = session.submit(PROMPT, 24, steps=4, seed=1)
     slow = session.submit(PROMPT, 24, steps=32, seed=2)
     chunks = session.chunks()

@@ -19,7 +19,7 @@ import colada
 from colada.checks import MOST_TOKENS
 from colada.cli.main import main
 from colada.errors import ColadaError
-from colada.generate.engine.engine import Engine, history_bytes
+from colada.generate.engine.engine import Engine, cache_bytes
 from colada.generate.settings import LONGEST_STOP, MOST_STEPS, TextRequest
 from colada.models.autoregressive import AutoregressiveLM
 from colada.models.cola import ColaDLM
@@ -135,7 +135,7 @@ NOT_PATHS: list[Any] = [5, 2.5, True, ["x"], b"x", "\0", "", "no/such/model/here
 CALLS: dict[str, tuple[Callable[[ColaDLM, Any], Any], list[Any]]] = {
     "generate": (lambda model, bad: model.generate(bad, 2), NOT_PROMPTS),
     "stream": (lambda model, bad: model.stream(bad, 2), NOT_PROMPTS),
-    "submit": (lambda model, bad: model.session(history=64).submit(bad, 2), NOT_PROMPTS),
+    "submit": (lambda model, bad: model.session(capacity=64).submit(bad, 2), NOT_PROMPTS),
     "request": (lambda model, bad: model.generate([TextRequest(bad, 2, {})]), NOT_PROMPTS),
     "request tokens": (lambda model, bad: model.stream([TextRequest("x", bad, {})]), [*NOT_COUNTS, None]),
     "encode": (lambda model, bad: model.encode(bad), NOT_PROMPTS),
@@ -147,8 +147,8 @@ CALLS: dict[str, tuple[Callable[[ColaDLM, Any], Any], list[Any]]] = {
     "stream tokens": (lambda model, bad: model.stream("x", bad), [*NOT_COUNTS, None]),
     "hole": (lambda model, bad: model.infill("x", "x", bad), [*NOT_COUNTS, None]),
     "batch": (lambda model, bad: model.generate([], batch=bad), [*NOT_COUNTS, None]),
-    "history": (lambda model, bad: model.session(history=bad), [*NOT_COUNTS, None, 10**15, 2**31 - 1]),
-    "slots": (lambda model, bad: model.session(history=64, slots=bad), NOT_COUNTS),
+    "capacity": (lambda model, bad: model.session(capacity=bad), [*NOT_COUNTS, None, 10**15, 2**31 - 1]),
+    "slots": (lambda model, bad: model.session(capacity=64, slots=bad), NOT_COUNTS),
     "samples": (lambda model, bad: measure(model, ["x"], samples=bad), NOT_COUNTS),
     "measure steps": (lambda model, bad: measure(model, ["x"], steps=bad), NOT_COUNTS),
     "measure at": (
@@ -166,18 +166,18 @@ CALLS: dict[str, tuple[Callable[[ColaDLM, Any], Any], list[Any]]] = {
     "generate progress": (lambda model, bad: model.generate([], progress=bad), NOT_FUNCTIONS),
     "callback": (lambda model, bad: model.generate("x", 2, callback=bad), NOT_FUNCTIONS),
     "guesses": (lambda model, bad: model.stream("x", 2, guesses=bad), NOT_FLAGS),
-    "submit guesses": (lambda model, bad: model.session(history=8).submit("x", 2, guesses=bad), NOT_FLAGS),
+    "submit guesses": (lambda model, bad: model.session(capacity=8).submit("x", 2, guesses=bad), NOT_FLAGS),
     "submit confidence": (
-        lambda model, bad: model.session(history=8).submit("x", 2, confidence=bad),
+        lambda model, bad: model.session(capacity=8).submit("x", 2, confidence=bad),
         NOT_FLAGS,
     ),
-    "submit suffix": (lambda model, bad: model.session(history=64).submit("x", 2, suffix=bad), NOT_TEXTS),
-    "chunks callback": (lambda model, bad: model.session(history=8).chunks(callback=bad), NOT_FUNCTIONS),
+    "submit suffix": (lambda model, bad: model.session(capacity=64).submit("x", 2, suffix=bad), NOT_TEXTS),
+    "chunks callback": (lambda model, bad: model.session(capacity=8).chunks(callback=bad), NOT_FUNCTIONS),
     "request settings": (
         lambda model, bad: model.generate([TextRequest("x", 2, bad)]),
         [None, 5, [1], {"stepz": 1}, {5: 1}],
     ),
-    "cancel": (lambda model, bad: model.session(history=8).cancel(bad), [None, 0, -1, "0", 1.5, True, HUGE]),
+    "cancel": (lambda model, bad: model.session(capacity=8).cancel(bad), [None, 0, -1, "0", 1.5, True, HUGE]),
     "chat": (lambda model, bad: model.chat(bad, 2), NOT_MESSAGES),
     "decode": (lambda model, bad: model.decode(bad), NOT_LATENTS),
     "to device": (lambda model, bad: model.to(bad), NOT_DEVICES),
@@ -307,7 +307,7 @@ def test_a8_recipe_file_python_and_session_refuse_a_setting_alike(
     speaker: ColaDLM, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     said = refused(lambda: speaker.generate("x", 2, **settings))
-    assert refused(lambda: speaker.session(history=64).submit("x", 2, **settings)) == said
+    assert refused(lambda: speaker.session(capacity=64).submit("x", 2, **settings)) == said
     assert refused(lambda: speaker.generate([TextRequest("x", 2, settings)])) == said  # type: ignore[arg-type]
     assert refused(lambda: ColaDLM(speaker.vae, speaker.dit, generation=settings)).endswith(said)
     speaker.save(tmp_path / "model")
@@ -348,15 +348,15 @@ def test_b1_a_flag_out_of_its_bounds_ends_with_status_2(
 
 def test_b1_memory_is_compared_before_it_is_taken(model: ColaDLM, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(model.vae, model.dit, capacity=100)
-    assert history_bytes(model.vae, model.dit, 100) == engine.history_bytes
-    with pytest.raises(ColadaError, match=r"a history of .* GiB of memory, expected at most the "):
-        model.session(history=10**9)
+    assert cache_bytes(model.vae, model.dit, 100) == engine.cache_bytes
+    with pytest.raises(ColadaError, match=r"a KV cache of .* GiB of memory, expected at most the "):
+        model.session(capacity=10**9)
     monkeypatch.setattr("colada.device.memory_of", lambda device: 2**20)
     with pytest.raises(ColadaError, match=r"a prompt of 9000 tokens takes .* GiB of memory"):
         model.generate([[1] * 9000], 2)
-    with pytest.raises(ColadaError, match="a history of 131076 latents"):
+    with pytest.raises(ColadaError, match="a KV cache of 131076 latents"):
         model.generate([[1]], MOST_TOKENS)
-    with pytest.raises(ColadaError, match="a history of 131074 tokens"):
+    with pytest.raises(ColadaError, match="a KV cache of 131074 tokens"):
         AutoregressiveLM(decoder("ar")).generate([[1]], MOST_TOKENS)
     with pytest.raises(ColadaError, match="passes over 131073 tokens"):
         MaskedLM(decoder("llada")).generate([[1]], MOST_TOKENS)

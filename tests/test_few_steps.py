@@ -18,7 +18,7 @@ from colada.generate.reference import transport
 from colada.generate.settings import RequestSettings, check_settings
 from colada.models.cola import ColaDLM
 from colada.networks.dit import DiT
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.networks.solver import LearntSolver
 from helpers import reference, request, tiny_dit, tiny_model
 from test_engine import mixed_requests, same, serve
@@ -96,7 +96,7 @@ def test_a_learnt_solver_by_hand() -> None:
     settings = RequestSettings(guidance=1.0)
     with torch.no_grad():
         *_, (z2, last) = transport(
-            dit, z, [History()], *nothing, [1.0], evaluations_of(solver, "uniform", 16), settings
+            dit, z, [KVCache()], *nothing, [1.0], evaluations_of(solver, "uniform", 16), settings
         )
     torch.testing.assert_close(z2, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(last, x1, rtol=1e-5, atol=1e-5)
@@ -197,7 +197,7 @@ def test_the_readable_loop_tells_the_end_of_each_step() -> None:
     settings = RequestSettings(guidance=1.0)
     with torch.no_grad():
         steps = list(
-            transport(dit, z, [History()], *nothing, [1.0], evaluations_of("euler", grid, 2), settings)
+            transport(dit, z, [KVCache()], *nothing, [1.0], evaluations_of("euler", grid, 2), settings)
         )
         for (a, end), (reached, _) in zip(((1.0, 0.7), (0.7, 0.0)), steps, strict=True):
             times = torch.full((4,), 1000 * a), torch.full((4,), 1000 * end)

@@ -79,13 +79,13 @@ def plain_generation(
         done, tail = latents[:whole], latents[whole : len(kept)]
     skip = len(tail) * patch
 
-    def velocity(history: Tensor, z: Tensor, a: float, pins: int, guess: Tensor) -> Tensor:
-        clean, noisy = [0.0] * (len(history) + pins), [1000 * a] * (size - pins)
+    def velocity(before: Tensor, z: Tensor, a: float, pins: int, guess: Tensor) -> Tensor:
+        clean, noisy = [0.0] * (len(before) + pins), [1000 * a] * (size - pins)
         times = torch.tensor(clean + noisy)
-        guesses = torch.cat([0 * history, guess]) if dit.config.self_conditioning else None
-        out = dit(torch.cat([history, z]), times, dit.layout([len(times)]), guess=guesses)[len(history) :]
+        guesses = torch.cat([0 * before, guess]) if dit.config.self_conditioning else None
+        out = dit(torch.cat([before, z]), times, dit.layout([len(times)]), guess=guesses)[len(before) :]
         if dit.config.prediction == "z0":
-            return (z - out) / a * (times[len(history) :, None] > 0)
+            return (z - out) / a * (times[len(before) :, None] > 0)
         return out
 
     all_latents, all_ids, seen = [], [], set[int]()
@@ -191,7 +191,7 @@ def test_of_several_candidates_the_one_with_the_surest_tokens_is_kept(
 def test_candidates_of_a_hole_are_judged_by_its_own_tokens(model: ColaDLM) -> None:
     # Two tokens in the middle of a block.
     def log_confidence(seed: int, candidates: int) -> float:
-        session = model.session(history=32)
+        session = model.session(capacity=32)
         session.submit(
             [1, 2, 3, 4, 5], 2, suffix=[6, 7], confidence=True, steps=2, candidates=candidates, seed=seed
         )

@@ -1,4 +1,4 @@
-"""Rotary positions, packed attention and the history."""
+"""Rotary positions, packed attention and the KV cache."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from colada.networks.layers import (
-    History,
+    KVCache,
+    append,
     attend,
-    commit,
     gelu_tanh,
     inverse_frequencies,
     rotary_table,
@@ -133,33 +133,33 @@ def test_compiled_gelu_is_the_tanh_approximation(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("block", [1, 3, 4])
-def test_ragged_attention_with_histories_is_a_softmax_per_sample(block: int) -> None:
+def test_ragged_attention_with_caches_is_a_softmax_per_sample(block: int) -> None:
     heads, width = 2, 5
     lengths, past = [4, 2, 0, 4, 4, 1], [0, 8, 5, 8, 0, 3]
     layout = Layout(lengths, block, past)
     q, k, v = (_random(sum(lengths), heads, width, seed) for seed in range(3))
-    histories: list[History | None] = []
+    caches: list[KVCache | None] = []
     for sample, positions in enumerate(past):
-        history = History()
+        cache = KVCache()
         if positions:
             for layer in range(2):  # attend must read layer 1, not 0
-                history.append(
+                cache.append(
                     layer,
                     _random(positions, heads, width, 100 + 10 * sample + layer),
                     _random(positions, heads, width, 200 + 10 * sample + layer),
                 )
-        histories.append(history if positions else None)
-    out = attend(q, k, v, layout, histories, layer=1)
+        caches.append(cache if positions else None)
+    out = attend(q, k, v, layout, caches, layer=1)
     assert out.shape == q.shape
     start = 0
-    for length, positions, history in zip(lengths, past, histories, strict=True):
+    for length, positions, cache in zip(lengths, past, caches, strict=True):
         mine = slice(start, start + length)
         start += length
         for head in range(heads):
             keys, values = k[mine, head], v[mine, head]
-            if history is not None:
-                keys = torch.cat([history.layers[1][0][:, head], keys])
-                values = torch.cat([history.layers[1][1][:, head], values])
+            if cache is not None:
+                keys = torch.cat([cache.layers[1][0][:, head], keys])
+                values = torch.cat([cache.layers[1][1][:, head], values])
             expected = plain_attention(
                 q[mine, head].double().numpy(),
                 keys.double().numpy(),
@@ -175,37 +175,37 @@ def test_attention_scales_by_the_root_of_the_head_width() -> None:
     width = 9
     q = torch.full((1, 1, width), 0.0)
     q[0, 0, 0] = 1.0
-    history = History()
+    cache = KVCache()
     keys = torch.zeros(1, 1, width)
     keys[0, 0, 0] = 2.0
-    history.append(0, keys, torch.ones(1, 1, width))
-    out = attend(q, torch.zeros(1, 1, width), torch.zeros(1, 1, width), Layout([1], 1, [1]), [history])
+    cache.append(0, keys, torch.ones(1, 1, width))
+    out = attend(q, torch.zeros(1, 1, width), torch.zeros(1, 1, width), Layout([1], 1, [1]), [cache])
     share = float(out[0, 0, 0])
     assert math.log(share / (1 - share)) == pytest.approx(2.0 / math.sqrt(width), rel=1e-5)
 
 
-def test_history_appends_in_order_per_layer_and_counts_positions() -> None:
-    history = History()
-    assert len(history) == 0
+def test_a_cache_appends_in_order_per_layer_and_counts_positions() -> None:
+    cache = KVCache()
+    assert len(cache) == 0
     first, second = _random(3, 2, 4, 1), _random(2, 2, 4, 2)
     for layer in range(2):
-        history.append(layer, first + layer, first - layer)
-    assert len(history) == 3
+        cache.append(layer, first + layer, first - layer)
+    assert len(cache) == 3
     for layer in range(2):
-        history.append(layer, second + layer, second - layer)
-    assert len(history) == 5
+        cache.append(layer, second + layer, second - layer)
+    assert len(cache) == 5
     for layer in range(2):
-        keys, values = history.layers[layer]
+        keys, values = cache.layers[layer]
         assert torch.equal(keys, torch.cat([first + layer, second + layer]))
         assert torch.equal(values, torch.cat([first - layer, second - layer]))
 
 
-def test_commit_gives_each_history_its_own_samples_positions_and_skips_none() -> None:
+def test_append_gives_each_cache_its_own_samples_positions_and_skips_none() -> None:
     layout = Layout([2, 3, 1], 4)
     keys, values = _random(6, 1, 2, 1), _random(6, 1, 2, 2)
-    histories = [History(), None, History()]
-    commit(histories, 0, keys, values, layout)
-    first, last = histories[0], histories[2]
+    caches = [KVCache(), None, KVCache()]
+    append(caches, 0, keys, values, layout)
+    first, last = caches[0], caches[2]
     assert first is not None
     assert last is not None
     assert torch.equal(first.layers[0][0], keys[:2])
@@ -213,10 +213,10 @@ def test_commit_gives_each_history_its_own_samples_positions_and_skips_none() ->
     assert torch.equal(last.layers[0][0], keys[5:])
 
 
-def test_a_history_keeps_no_more_memory_than_its_own_positions() -> None:
+def test_a_cache_keeps_no_more_memory_than_its_own_positions() -> None:
     big = _random(1000, 1, 2)
-    history = History()
-    history.append(0, big[:3], big[3:6])
-    keys, values = history.layers[0]
+    cache = KVCache()
+    cache.append(0, big[:3], big[3:6])
+    keys, values = cache.layers[0]
     assert keys.untyped_storage().nbytes() == 3 * 2 * 4
     assert values.untyped_storage().nbytes() == 3 * 2 * 4

@@ -45,7 +45,7 @@ def gaussian(mean: Tensor, deviation: Tensor) -> tuple[Velocity, Velocity]:
 def flow_velocity(model: ColaDLM, clean: Tensor) -> Velocity:
     """Of all blocks at once, each under the clean ones (B, L, C) before it."""
     flow = BlockFlow(Passes(model.dit), *clean.shape[:2])
-    flow.commit(clean)
+    flow.append(clean)
     return flow.velocity(0, clean.shape[1])
 
 
@@ -134,7 +134,7 @@ def test_the_entropy_is_that_of_the_posterior_carried_along_the_path(model: Cola
 
 
 def test_finishing_is_generation_from_where_the_latents_are(model: ColaDLM) -> None:
-    """Blocks follow each other under finished ones, here without any history kept."""
+    """Blocks follow each other under finished ones, here without any KV cache kept."""
     z = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         found = BlockFlow(Passes(model.dit), 1, 12).finish(z, [0.5, 0.375, 0.25, 0.125, 0.0], euler)

@@ -113,9 +113,9 @@ def test_a_row_that_is_no_multiple_of_the_block_is_refused() -> None:
         two_copy(10, 4)
 
 
-def written_in_full(group: Group, history: int = 0) -> torch.Tensor:
-    """What each sample's queries see by a group's tiles: bool (samples, asking, history + length)."""
-    full = torch.zeros(len(group.samples), group.asking, history + group.length, dtype=torch.bool)
+def written_in_full(group: Group, cached: int = 0) -> torch.Tensor:
+    """What each sample's queries see by a group's tiles: bool (samples, asking, cached + length)."""
+    full = torch.zeros(len(group.samples), group.asking, cached + group.length, dtype=torch.bool)
     asked = torch.zeros(group.asking, dtype=torch.int)
     for tile in group.tiles:
         queries, keys = (
@@ -167,13 +167,13 @@ def test_tiles_of_training_rows_hold_what_the_definition_says_and_no_large_mask(
     assert all(tile.mask is None or tile.mask.numel() <= widest**2 for tile in layout.groups[0].tiles)
 
 
-@pytest.mark.parametrize(("length", "history"), [(1000, 0), (1000, 6), (515, 1021), (256, 4)])
+@pytest.mark.parametrize(("length", "cached"), [(1000, 0), (1000, 6), (515, 1021), (256, 4)])
 @pytest.mark.parametrize("block", [1, 4, 7, 300])
 def test_tiles_of_long_samples_hold_the_definition_in_masks_of_a_bounded_size(
-    length: int, history: int, block: int
+    length: int, cached: int, block: int
 ) -> None:
-    (group,) = Layout([length], block, [history]).groups
-    assert torch.equal(written_in_full(group, history)[0], block_causal(length, history + length, block))
+    (group,) = Layout([length], block, [cached]).groups
+    assert torch.equal(written_in_full(group, cached)[0], block_causal(length, cached + length, block))
     assert all(
         tile.mask is None or tile.mask.numel() <= max(packing.TILE, 2 * block) ** 2 for tile in group.tiles
     )
@@ -224,7 +224,7 @@ def test_the_block_mask_of_a_gpu_is_the_dense_mask(
 
 
 @pytest.mark.parametrize(
-    ("lengths", "history"),
+    ("lengths", "cached"),
     [
         ([4, 8, 4, 12], None),
         ([0, 5, 0, 5, 3], None),
@@ -236,10 +236,10 @@ def test_the_block_mask_of_a_gpu_is_the_dense_mask(
     ],
 )
 def test_groups_hold_every_sample_with_positions_once_and_agree_on_shape(
-    lengths: list[int], history: list[int] | None
+    lengths: list[int], cached: list[int] | None
 ) -> None:
-    layout = Layout(lengths, 4, history)
-    history = history or [0] * len(lengths)
+    layout = Layout(lengths, 4, cached)
+    cached = cached or [0] * len(lengths)
     assert len(layout) == sum(lengths)
     found = sorted(sample for group in layout.groups for sample in group.samples)
     assert found == [sample for sample, length in enumerate(lengths) if length > 0]
@@ -249,12 +249,12 @@ def test_groups_hold_every_sample_with_positions_once_and_agree_on_shape(
         index = range(len(packed)) if group.index is None else group.index.tolist()
         assert [packed[at] for at in index] == cells
         for sample in group.samples:
-            assert (lengths[sample], history[sample]) == (group.length, history[group.samples[0]])
-    shapes = {(lengths[g.samples[0]], history[g.samples[0]]) for g in layout.groups}
+            assert (lengths[sample], cached[sample]) == (group.length, cached[group.samples[0]])
+    shapes = {(lengths[g.samples[0]], cached[g.samples[0]]) for g in layout.groups}
     assert len(shapes) == len(layout.groups)
 
 
-def test_positions_count_on_from_each_samples_history() -> None:
+def test_positions_count_on_from_each_samples_cached_positions() -> None:
     layout = Layout([3, 0, 2], 4, [0, 9, 5])
     assert layout.positions.tolist() == [0, 1, 2, 5, 6]
 
@@ -262,10 +262,10 @@ def test_positions_count_on_from_each_samples_history() -> None:
 def test_groups_see_the_definition_and_have_no_mask_when_all_is_visible() -> None:
     block = 4
     layout = Layout([4, 8, 3, 4], block, [0, 4, 6, 8])
-    lengths, history = [4, 8, 3, 4], [0, 4, 6, 8]
+    lengths, cached = [4, 8, 3, 4], [0, 4, 6, 8]
     masks = []
     for group in layout.groups:
-        n, h = lengths[group.samples[0]], history[group.samples[0]]
+        n, h = lengths[group.samples[0]], cached[group.samples[0]]
         sees = [[j // block <= (h + i) // block for j in range(n + h)] for i in range(n)]
         assert written_in_full(group, h)[0].tolist() == sees
         (tile,) = group.tiles

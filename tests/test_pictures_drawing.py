@@ -11,7 +11,7 @@ from colada.flow import T
 from colada.generate.pictures import append_block, describe_block, draw_latents, show
 from colada.generate.settings import RequestSettings
 from colada.networks.dit import DiT
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.networks.packing import Layout
 from colada.networks.pictures import with_pictures
 from colada.train.picture_flow import drawing_errors
@@ -33,13 +33,13 @@ def network(dual: int = 0) -> DiT:
     return tiny_dit(img_channels=WIDTH, img_grid=[2, 2], dual_layers=dual, prediction="z0")
 
 
-def euler(dit: DiT, noise: Tensor, history: History, places: Tensor, picture: bool, scale: float) -> Tensor:
+def euler(dit: DiT, noise: Tensor, cache: KVCache, places: Tensor, picture: bool, scale: float) -> Tensor:
     """Euler steps of v = u + s (c - u), with v = (z - z0) / a: one block, two passes a step."""
     kind, z = torch.full((len(noise),), picture), noise
     for step in range(STEPS):
         a, a_next = 1 - step / STEPS, 1 - (step + 1) / STEPS
         velocities = []
-        for seen in (history, History()):
+        for seen in (cache, KVCache()):
             layout = Layout.one_block([places], 4, [len(seen)], [kind])
             velocities.append((z - dit(z, torch.tensor(T * a), layout, [seen])) / a)
         conditional, unconditional = velocities
@@ -48,10 +48,10 @@ def euler(dit: DiT, noise: Tensor, history: History, places: Tensor, picture: bo
 
 
 def drawn_by_hand(dit: DiT, caption: Tensor, noise: Tensor, scale: float) -> Tensor:
-    history = History()
+    cache = KVCache()
     if len(caption):
-        dit(caption, torch.tensor(0.0), dit.layout([len(caption)], [history]), [history], committing=True)
-    return euler(dit, noise, history, torch.full((PICTURE,), len(caption)), True, scale)
+        dit(caption, torch.tensor(0.0), dit.layout([len(caption)], [cache]), [cache], appending=True)
+    return euler(dit, noise, cache, torch.full((PICTURE,), len(caption)), True, scale)
 
 
 @torch.no_grad()
@@ -80,17 +80,17 @@ def test_describing_is_plain_euler_steps_after_prompt_picture_and_finished_block
         blocks.append(list(describe_block(dit, contexts, noise, [scale] * 3, SETTINGS))[-1][0])
         append_block(dit, contexts, blocks[-1])
     for number, prompt in enumerate(CAPTIONS):
-        before, history, clean = len(prompt), History(), torch.tensor(0.0)
+        before, cache, clean = len(prompt), KVCache(), torch.tensor(0.0)
         places = torch.tensor([*range(before), *[before] * PICTURE])
         kind = torch.tensor([False] * before + [True] * PICTURE)
         layout = Layout.one_block([places], 4, [0], [kind])
-        dit(torch.cat([prompt, pictures[number]]), clean, layout, [history], committing=True)
+        dit(torch.cat([prompt, pictures[number]]), clean, layout, [cache], appending=True)
         for block, noise in enumerate(noises):
             places = before + 4 + 4 * block + torch.arange(4)
-            expected = euler(dit, noise[number], history, places, False, scale)
+            expected = euler(dit, noise[number], cache, places, False, scale)
             torch.testing.assert_close(blocks[block][number], expected, rtol=1e-4, atol=1e-3)
-            layout = Layout.one_block([places], 4, [len(history)], [torch.zeros(4).bool()])
-            dit(blocks[block][number], clean, layout, [history], committing=True)
+            layout = Layout.one_block([places], 4, [len(cache)], [torch.zeros(4).bool()])
+            dit(blocks[block][number], clean, layout, [cache], appending=True)
 
 
 @torch.no_grad()

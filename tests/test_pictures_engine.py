@@ -24,7 +24,7 @@ from colada.models.cola import ColaDLM
 from colada.models.difference import save_difference
 from colada.models.load import load_cola
 from colada.networks import dit
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.pictures.codec import fit
 from colada.pictures.config import CodecConfig
 from colada.pictures.sources import open_source
@@ -73,8 +73,8 @@ def by_hand(model: ColaDLM, own: Request) -> list[Tensor]:
 
 def spelled(model: ColaDLM, blocks: list[Tensor]) -> list[list[int]]:
     """The likeliest tokens of blocks, whose decoder has seen neither prompt nor picture."""
-    history = History()
-    return [model.vae.decode(block, [BLOCK], [history]).argmax(-1).tolist() for block in blocks]
+    cache = KVCache()
+    return [model.vae.decode(block, [BLOCK], [cache]).argmax(-1).tolist() for block in blocks]
 
 
 def generated(engine: Engine, requests: Sequence[Request]) -> list[tuple[list[Tensor], list[list[int]]]]:
@@ -337,7 +337,7 @@ def test_what_was_changed_in_a_file_that_is_described_is_said_once_a_picture(
 
 def test_one_session_draws_describes_and_writes(model: ColaDLM) -> None:
     picture = open_source("shapes:").pair(0).picture
-    session = model.session(history=200)
+    session = model.session(capacity=200)
     session.submit([1, 2, 3], 6, seed=1, steps=2)
     session.add(*model.drawing([3, 4], seed=2))
     session.add(*model.describing(picture, 6, seed=3, end_ids=()))

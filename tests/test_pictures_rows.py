@@ -14,7 +14,7 @@ from colada.errors import ColadaError
 from colada.flow import PREDICTIONS, T
 from colada.networks.config import DiTConfig
 from colada.networks.dit import DiT
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.networks.packing import Layout
 from colada.networks.pictures import describing_layout, drawing_layout, with_pictures
 from colada.train.picture_flow import describing_errors, drawing_errors
@@ -133,33 +133,33 @@ def test_an_answer_sees_prompt_and_picture_which_do_not_see_it(block: int) -> No
         assert positions == [*range(prompt), *[p] * PICTURE, *answer[: length - block], *answer]
 
 
-def test_one_block_sees_itself_and_its_history_whatever_else_is_packed() -> None:
+def test_one_block_sees_itself_and_its_cache_whatever_else_is_packed() -> None:
     dit = unified()
     first, second = normal(8, WIDTH), normal(4, WIDTH)
-    histories = [History(), History()]
+    caches = [KVCache(), KVCache()]
     dit(
         torch.cat([first, second]),
         torch.tensor(0.0),
-        dit.layout([8, 4], histories),
-        histories,
-        committing=True,
+        dit.layout([8, 4], caches),
+        caches,
+        appending=True,
     )
-    new = [normal(PICTURE, WIDTH) for _ in histories]
+    new = [normal(PICTURE, WIDTH) for _ in caches]
     where = [torch.full((PICTURE,), 8), torch.full((PICTURE,), 4)]
     pictures = [torch.ones(PICTURE, dtype=torch.bool)] * 2
     layout = Layout.one_block(where, BLOCK, [8, 4], pictures)
-    together = dit(torch.cat(new), torch.tensor(500.0), layout, histories)
+    together = dit(torch.cat(new), torch.tensor(500.0), layout, caches)
     for number in (0, 1):
         alone = Layout.one_block(where[number : number + 1], BLOCK, [[8, 4][number]], pictures[:1])
-        output = dit(new[number], torch.tensor(500.0), alone, histories[number : number + 1])
+        output = dit(new[number], torch.tensor(500.0), alone, caches[number : number + 1])
         torch.testing.assert_close(together.split(PICTURE)[number], output, rtol=0, atol=1e-5)
     # The order of a picture's latents is told by their places alone.
     time, layout = torch.tensor(500.0), Layout.one_block(where[:1], BLOCK, [8], pictures[:1])
-    turned = dit(new[0].flip(0), time, layout, histories[:1])
+    turned = dit(new[0].flip(0), time, layout, caches[:1])
     assert not torch.allclose(turned.flip(0), together[:PICTURE], atol=1e-4)
     with torch.no_grad():
         dit.img_pos.zero_()
-    output, turned = (dit(latents, time, layout, histories[:1]) for latents in (new[0], new[0].flip(0)))
+    output, turned = (dit(latents, time, layout, caches[:1]) for latents in (new[0], new[0].flip(0)))
     torch.testing.assert_close(output, turned.flip(0), rtol=0, atol=1e-5)
 
 
@@ -183,23 +183,23 @@ def test_axial_positions_depend_on_rows_and_columns_apart_alone() -> None:
 # --- losses ------------------------------------------------------------------------------------
 
 
-def one_error(dit: DiT, z0: Tensor, noise: Tensor, a: float, layout: Layout, history: History) -> Tensor:
-    """The error of one block after a history."""
+def one_error(dit: DiT, z0: Tensor, noise: Tensor, a: float, layout: Layout, cache: KVCache) -> Tensor:
+    """The error of one block after a KV cache."""
     z = (1 - a) * z0 + a * noise
-    output = dit(z, torch.tensor(T * a), layout, [history])
+    output = dit(z, torch.tensor(T * a), layout, [cache])
     error = PREDICTIONS[dit.config.prediction].error(output, z0, noise, torch.tensor(a))
     return error.square().mean(-1)
 
 
-def commit(dit: DiT, latents: Tensor, layout: Layout, history: History) -> None:
-    dit(latents, torch.tensor(0.0), layout, [history], committing=True)
+def append(dit: DiT, latents: Tensor, layout: Layout, cache: KVCache) -> None:
+    dit(latents, torch.tensor(0.0), layout, [cache], appending=True)
 
 
-def one_block(positions: Tensor, history: History, picture: Tensor | None = None) -> Layout:
+def one_block(positions: Tensor, cache: KVCache, picture: Tensor | None = None) -> Layout:
     return Layout.one_block(
         [positions],
         BLOCK,
-        [len(history)],
+        [len(cache)],
         [torch.zeros(len(positions)).bool() if picture is None else picture],
     )
 
@@ -231,16 +231,16 @@ def test_errors_of_drawing_are_those_of_one_picture_after_its_caption(prediction
     assert none is None
     torch.testing.assert_close(without, picture, rtol=1e-5, atol=1e-6)
     for row, length in enumerate(lengths):
-        history = History()
+        cache = KVCache()
         for start in range(0, length, BLOCK):
             part, places = slice(start, start + BLOCK), torch.arange(start, start + BLOCK)
-            layout = one_block(places, history)
+            layout = one_block(places, cache)
             a = float(times[row, start] / T)
-            expected = one_error(dit, captions[row, part], noise[row, part], a, layout, history)
+            expected = one_error(dit, captions[row, part], noise[row, part], a, layout, cache)
             torch.testing.assert_close(errors[row, part], expected, rtol=1e-4, atol=1e-5)
-            commit(dit, captions[row, part], layout, history)
+            append(dit, captions[row, part], layout, cache)
         assert errors[row, length:].tolist() == [0] * (12 - length)
-        seen = History() if alone[row] else history
+        seen = KVCache() if alone[row] else cache
         layout = one_block(torch.full((PICTURE,), length), seen, torch.ones(PICTURE).bool())
         a = float(picture_times[row] / T)
         expected = one_error(dit, pictures[row], picture_noise[row], a, layout, seen)
@@ -260,18 +260,18 @@ def test_errors_of_describing_are_those_of_one_block_after_prompt_and_picture(
         dit, prompts, torch.tensor(prompt_lengths), pictures, answers, torch.tensor(lengths), noise, times
     )
     for row, (before, length) in enumerate(zip(prompt_lengths, lengths, strict=True)):
-        history = History()
+        cache = KVCache()
         places = torch.cat([torch.arange(before), torch.full((PICTURE,), before)])
         context = torch.cat([prompts[row, :before], pictures[row]])
-        commit(dit, context, one_block(places, history, torch.arange(before + PICTURE) >= before), history)
+        append(dit, context, one_block(places, cache, torch.arange(before + PICTURE) >= before), cache)
         for start in range(0, length, BLOCK):
             part = slice(start, start + BLOCK)
-            layout = one_block(before + BLOCK + torch.arange(start, start + BLOCK), history)
+            layout = one_block(before + BLOCK + torch.arange(start, start + BLOCK), cache)
             expected = one_error(
-                dit, answers[row, part], noise[row, part], float(times[row, start] / T), layout, history
+                dit, answers[row, part], noise[row, part], float(times[row, start] / T), layout, cache
             )
             torch.testing.assert_close(errors[row, part], expected, rtol=1e-4, atol=1e-5)
-            commit(dit, answers[row, part], layout, history)
+            append(dit, answers[row, part], layout, cache)
         assert errors[row, length:].tolist() == [0] * (12 - length)
 
 

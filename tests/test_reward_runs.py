@@ -400,7 +400,7 @@ def test_questions_that_are_not_there_are_missed_before_anything_is_done(start: 
 
 
 def test_guided_answers_are_planned_as_two_rows(start: Path, tmp_path: Path) -> None:
-    """With the pass that commits a block: of 2 steps 5 in place of 3, of which 2 see their block alone."""
+    """With the pass that appends a block: of 2 steps 5 in place of 3, of which 2 see their block alone."""
     plans = [
         plan_run(rewarding(start, tmp_path, f"stages.reward.sampler={{steps: 2, guidance: {scale}}}"))
         for scale in (1.0, 3.0)

@@ -25,7 +25,7 @@ from colada.evaluate.rewards import (
 )
 from colada.flow import T, interpolate
 from colada.models.cola import ColaDLM
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.report.rewards import flow_table
 from colada.text.chat import DEFAULT_TEMPLATE
 from colada.text.tokenizer import Tokenizer
@@ -140,10 +140,10 @@ def test_drift_is_that_of_blocks_one_after_the_other() -> None:
             for start in range(0, 12, 4):
                 part, outputs = slice(start, start + 4), []
                 for own in (model, base):
-                    past = History()
+                    past = KVCache()
                     if start:
                         layout = own.dit.layout([start], [past])
-                        own.dit(z0[:start], torch.zeros(()), layout, [past], committing=True)
+                        own.dit(z0[:start], torch.zeros(()), layout, [past], appending=True)
                     outputs.append(own.dit(z[part], T * a[at], own.dit.layout([4], [past]), [past]))
                 sums[0, at] += (outputs[0] - outputs[1]).double().square().sum()
                 sums[1, at] += (outputs[1] - (noise[at] - z0)[part]).double().square().sum()

@@ -21,7 +21,7 @@ from colada.networks.decoder import Decoder, DecoderConfig
 from colada.serve.admission import Limits
 from serving import Json, Running, alone, ask, byte_model, check_answer, running
 
-LIMITS = Limits(history=512, max_tokens=256, slots=8)
+LIMITS = Limits(capacity=512, max_tokens=256, slots=8)
 
 
 @pytest.fixture(scope="module")

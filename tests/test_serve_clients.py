@@ -34,7 +34,7 @@ def model() -> ColaDLM:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    limits = Limits(history=2048, max_tokens=512, slots=8)
+    limits = Limits(capacity=2048, max_tokens=512, slots=8)
     with running({"bytes": byte_model()}, limits, Policy(keys=[KEY], log="off")) as server:
         yield server
         server.empty()

@@ -196,7 +196,7 @@ def test_when_the_engine_dies_everybody_is_told_and_health_says_so(monkeypatch: 
 
 
 def test_a_stalled_engine_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    with running({"bytes": byte_model()}, Limits(history=512, stall=0.3)) as server:
+    with running({"bytes": byte_model()}, Limits(capacity=512, stall=0.3)) as server:
         saboteur = Saboteur(server, monkeypatch)
 
         async def stall() -> None:
@@ -220,7 +220,7 @@ def test_a_stalled_engine_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_request_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    with running({"bytes": byte_model()}, Limits(history=512, timeout=0.5)) as server:
+    with running({"bytes": byte_model()}, Limits(capacity=512, timeout=0.5)) as server:
         Saboteur(server, monkeypatch).seconds = 0.05
         body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True}
         late = server.post("/v1/completions", body)
@@ -236,10 +236,10 @@ def test_a_request_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("limits", "fails", "status", "code"),
     [
-        (Limits(history=512, queue=0.1), False, 200, ""),  # What is waited for has no other bound.
-        (Limits(history=512, timeout=0.4), False, 504, "deadline"),
-        (Limits(history=512, stall=0.3), False, 503, "engine_stalled"),
-        (Limits(history=512), True, 503, "engine_dead"),
+        (Limits(capacity=512, queue=0.1), False, 200, ""),  # What is waited for has no other bound.
+        (Limits(capacity=512, timeout=0.4), False, 504, "deadline"),
+        (Limits(capacity=512, stall=0.3), False, 503, "engine_stalled"),
+        (Limits(capacity=512), True, 503, "engine_dead"),
     ],
     ids=["busy", "late", "stalled", "dead"],
 )
@@ -349,7 +349,7 @@ def test_a_deadline_does_not_interrupt_who_sends() -> None:
 
 def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     body: Json = {"prompt": "a", "max_tokens": 4, "stream": True, "ignore_eos": True}
-    with running({"bytes": byte_model()}, Limits(history=512, ping=0.05)) as server:
+    with running({"bytes": byte_model()}, Limits(capacity=512, ping=0.05)) as server:
         Saboteur(server, monkeypatch).seconds = 0.15
         answer = server.post("/v1/completions", body)
     # Comments, which no client takes for an event.

@@ -41,7 +41,7 @@ def model() -> ColaDLM:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with running({"bytes": byte_model()}, Limits(history=2048, max_tokens=512, slots=8)) as server:
+    with running({"bytes": byte_model()}, Limits(capacity=2048, max_tokens=512, slots=8)) as server:
         yield server
         server.empty()
 
@@ -67,7 +67,7 @@ def test_whatever_the_load_an_answer_is_the_one_alone(kind: str, count: int) -> 
     words = "né🙂" if kind == "bytes" else "Once upon a time "
     bodies = [some_body(draw, words) for _ in range(count)]
     leaving = set(draw.sample(range(count), count // 4))
-    limits = Limits(history=max(4096, 64 * count), slots=16, waiting=2 * count, watchers=count)
+    limits = Limits(capacity=max(4096, 64 * count), slots=16, waiting=2 * count, watchers=count)
 
     async def one(server: Running, number: int) -> Answer | None:
         await asyncio.sleep(draw.random())
@@ -140,7 +140,7 @@ def test_who_leaves_while_it_is_written_frees_its_place(server: Running, stream:
 
 
 def test_who_leaves_the_queue_is_never_written() -> None:
-    with running({"bytes": byte_model()}, Limits(history=2048, max_tokens=512, slots=1)) as server:
+    with running({"bytes": byte_model()}, Limits(capacity=2048, max_tokens=512, slots=1)) as server:
         submitted: list[int] = []
         session = server.service.driver._sessions["bytes"]
         admit = session.engine.admit
@@ -190,7 +190,7 @@ def test_half_a_request_holds_nothing(server: Running, part: bytes) -> None:
 
 @pytest.mark.slow
 def test_who_reads_slowly_or_never_is_given_up_and_disturbs_nobody() -> None:
-    limits = Limits(history=16384, slots=64, reader=0.5, watchers=64)
+    limits = Limits(capacity=16384, slots=64, reader=0.5, watchers=64)
     good: Json = {"prompt": "b", "max_tokens": 20, "stream": True, "ignore_eos": True}
     colada = {"guesses": True, "latents": "full", "steps": 8, "guidance": 1.0}
     endless = {"prompt": "a", "max_tokens": 400, "n": 8, "ignore_eos": True, "stream": True, "colada": colada}
@@ -292,7 +292,7 @@ def test_beyond_its_places_a_server_refuses_at_once_and_everybody_ends(
 
     monkeypatch.setattr(Metrics, "request", request)
     body = {"prompt": "a" * 40, "max_tokens": 20, "ignore_eos": True}
-    with running({"bytes": byte_model()}, Limits(history=8192, slots=8, waiting=waiting)) as server:
+    with running({"bytes": byte_model()}, Limits(capacity=8192, slots=8, waiting=waiting)) as server:
 
         async def one() -> int:
             await asyncio.sleep(draw.random() * count / 400)
@@ -334,7 +334,7 @@ def test_what_is_refused_is_not_read(server: Running, monkeypatch: pytest.Monkey
 
 
 def test_places_are_counted_and_given_back() -> None:
-    admission = Admission(Limits(slots=2, waiting=2, history=100, watchers=1))
+    admission = Admission(Limits(slots=2, waiting=2, capacity=100, watchers=1))
     admission.take([10, 10], watching=True)
     admission.take([100], watching=False)
     with pytest.raises(Refusal, match="no more has room") as full:

@@ -210,7 +210,7 @@ WIRED: dict[str, tuple[str, str, Any]] = {
         ("http://a", "http://b"),
     ),
     "slots": ("--slots 3", "limits.slots", 3),
-    "history": ("--history 5", "limits.history", 5),
+    "capacity": ("--capacity 5", "limits.capacity", 5),
     "max_waiting": ("--max-waiting 0", "limits.waiting", 0),
     "max_context": ("--max-context 7", "limits.context", 7),
     "max_tokens": ("--max-tokens 9", "limits.max_tokens", 9),

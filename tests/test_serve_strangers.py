@@ -112,7 +112,7 @@ def test_keys_that_change_count_from_then_on() -> None:
 
 
 def test_the_longest_request_is_what_the_limit_says() -> None:
-    with running({"bytes": byte_model()}, Limits(history=64, context=20)) as server:
+    with running({"bytes": byte_model()}, Limits(capacity=64, context=20)) as server:
         assert server.get("/v1/models").json["data"][0]["colada"]["max_context"] == 20
         assert server.post("/v1/completions", {"prompt": "a" * 12, "max_tokens": 8}).status == 200
         answer = server.post("/v1/completions", {"prompt": "a" * 13, "max_tokens": 8})
@@ -144,7 +144,7 @@ def test_too_many_open_requests_are_refused_and_probes_are_not() -> None:
 
 
 def test_who_waits_too_long_is_refused_and_the_others_go_on() -> None:
-    with running({"bytes": byte_model()}, Limits(slots=1, history=512, queue=0.3)) as server:
+    with running({"bytes": byte_model()}, Limits(slots=1, capacity=512, queue=0.3)) as server:
         slow = {"prompt": "a", "max_tokens": 400, "ignore_eos": True, "colada": {"steps": 32}}
 
         async def queue() -> list[Answer]:

@@ -39,7 +39,7 @@ def driven(session: Any) -> list[list[Chunk]]:
 
 
 def test_a_step_is_one_solver_step_or_the_end_of_a_round(model: ColaDLM) -> None:
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     assert not session.busy
     assert session.step() == []
     session.submit(PROMPT, 9, seed=1)
@@ -54,7 +54,7 @@ def test_a_step_is_one_solver_step_or_the_end_of_a_round(model: ColaDLM) -> None
 def test_who_is_submitted_between_two_steps_joins_at_the_next_block_and_writes_as_alone(
     model: ColaDLM,
 ) -> None:
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     first = session.submit(PROMPT, 9, seed=1)
     session.step()
     second = session.submit([7, 8], 5, seed=2, steps=2, guidance=1.0)
@@ -65,7 +65,7 @@ def test_who_is_submitted_between_two_steps_joins_at_the_next_block_and_writes_a
 
 
 def test_a_suffix_is_filled_in_a_session_as_alone(model: ColaDLM) -> None:
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     session.submit(PROMPT, 9, seed=1)
     hole = session.submit([1, 2, 3], 6, suffix=[4, 5, 6], seed=2)
     done = {chunk.index: chunk.completion for step in driven(session) for chunk in step if chunk.completion}
@@ -76,11 +76,11 @@ def test_a_suffix_is_filled_in_a_session_as_alone(model: ColaDLM) -> None:
 
 def test_stop_strings_are_refused_with_a_suffix_and_the_models_own_do_not_apply(model: ColaDLM) -> None:
     with pytest.raises(ColadaError, match="stop='x' with a suffix, expected none"):
-        model.session(history=64).submit([1], 2, suffix=[2], stop="x")
+        model.session(capacity=64).submit([1], 2, suffix=[2], stop="x")
 
 
 def test_guesses_and_blocks_say_how_likely_their_tokens_are(model: ColaDLM) -> None:
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     plain = session.submit(PROMPT, 9, seed=1)
     asks = session.submit(PROMPT, 9, seed=2, temperature=1.0, confidence=True)
     watches = session.submit(PROMPT, 9, seed=3, guesses=True)
@@ -116,7 +116,7 @@ def test_guesses_and_blocks_say_how_likely_their_tokens_are(model: ColaDLM) -> N
 
 
 def test_what_a_cancelled_request_has_ready_is_not_told(model: ColaDLM) -> None:
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     one, other = (session.submit(PROMPT, 9, seed=seed) for seed in range(2))
     chunks = session.chunks()
     assert next(chunks).index == one
@@ -127,7 +127,7 @@ def test_what_a_cancelled_request_has_ready_is_not_told(model: ColaDLM) -> None:
 
 
 def test_the_last_one_cancelled_leaves_at_once(model: ColaDLM) -> None:
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     only = session.submit(PROMPT, 9)
     session.step()
     session.cancel(only)
@@ -139,7 +139,7 @@ def test_the_last_one_cancelled_leaves_at_once(model: ColaDLM) -> None:
 def test_an_error_nobody_is_to_blame_for_is_raised_and_the_next_step_goes_on(
     model: ColaDLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     session.submit(PROMPT, 9, seed=1)
     admit = Engine.admit
 
@@ -172,7 +172,7 @@ def test_a_noise_rule_that_raises_while_guesses_are_told_fails_its_own_request_a
         return drawn
 
     monkeypatch.setitem(noise_rules.NOISE_RULES, "per-sample", noise)
-    session = model.session(history=64)
+    session = model.session(capacity=64)
     # First in line, so that rows would be told to the wrong request if those of the failed one were counted.
     bad = session.submit(PROMPT, 9, seed=2, guesses=True)
     good = session.submit(PROMPT, 9, seed=1, guesses=True)
@@ -212,7 +212,7 @@ def test_a_baselines_requests_join_leave_and_are_cancelled_as_any(arch: str) -> 
     sampled: Settings = {"temperature": 1.0}
     asked = {0: ([1, 2, 3], 6), 1: ([], 13), 3: ([4] * 7, 9), 4: ([5], 3)}
     alone = {seed: model.generate([ids], new, seed=seed, **sampled)[0] for seed, (ids, new) in asked.items()}
-    session = model.session(history=48, slots=3)
+    session = model.session(capacity=48, slots=3)
     numbers = {seed: session.submit(*asked[seed], seed=seed, **sampled) for seed in (0, 1)}
     bad = session.submit([9, 9], 12, seed=2)
     chunks = session.step()
@@ -231,7 +231,7 @@ def test_a_baselines_requests_join_leave_and_are_cancelled_as_any(arch: str) -> 
 def test_an_ar_models_confidence_is_the_probability_that_its_likelihood_has() -> None:
     model = baseline("ar")
     chunks = []
-    session = model.session(history=48)
+    session = model.session(capacity=48)
     session.submit([1, 2, 3], 6, seed=1, temperature=1.0, confidence=True)
     for step in driven(session):
         chunks += step
@@ -240,11 +240,11 @@ def test_an_ar_models_confidence_is_the_probability_that_its_likelihood_has() ->
     assert total == pytest.approx(measure(model, [tokens], [[1, 2, 3]])[0].log_likelihood, abs=1e-4)
 
 
-def test_a_baseline_refuses_a_suffix_and_more_than_its_history_by_name() -> None:
-    session = baseline("ar").session(history=20)
+def test_a_baseline_refuses_a_suffix_and_more_than_its_cache_by_name() -> None:
+    session = baseline("ar").session(capacity=20)
     with pytest.raises(ColadaError, match=r"suffix=\[1\], but AR fills no holes"):
         session.submit([1], 2, suffix=[1])
-    with pytest.raises(ColadaError, match="a request of 24 tokens, expected at most 20: the history's room"):
+    with pytest.raises(ColadaError, match="a request of 24 tokens, expected at most 20: the KV cache's room"):
         session.submit([1] * 3, 20)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from colada.errors import ColadaError
 from colada.networks.config import TextVAEConfig
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.networks.vae import TextVAE
 from helpers import (
     Array,
@@ -196,22 +196,22 @@ def test_log_variance_is_clamped_to_minus_30_and_20() -> None:
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_decoding_block_by_block_with_histories_equals_decoding_the_whole(patch: int) -> None:
+def test_decoding_block_by_block_with_caches_equals_decoding_the_whole(patch: int) -> None:
     network = tiny_vae(4, patch_size=patch)
     lengths, size = [12, 8, 16], 4
     samples = [_latents(length, seed) for seed, length in enumerate(lengths)]
-    histories = [History() for _ in samples]
+    caches = [KVCache() for _ in samples]
     pieces: list[list[torch.Tensor]] = [[] for _ in samples]
     with torch.no_grad():
         whole = network.decode(torch.cat(samples), lengths).split([patch * length for length in lengths])
         for start in range(0, max(lengths), size):
             new = [max(0, min(size, length - start)) for length in lengths]
             logits = network.decode(
-                torch.cat([sample[start : start + size] for sample in samples]), new, histories
+                torch.cat([sample[start : start + size] for sample in samples]), new, caches
             )
             for own, piece in zip(pieces, logits.split([patch * n for n in new]), strict=True):
                 own.append(piece)
-    assert [len(history) for history in histories] == lengths
+    assert [len(cache) for cache in caches] == lengths
     for own, expected in zip(pieces, whole, strict=True):
         assert_close(torch.cat(own), expected.numpy(), 1e-5)
 

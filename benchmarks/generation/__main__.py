@@ -106,7 +106,7 @@ def speed(
     from benchmarks.generation.apart import Apart
     from benchmarks.generation.peers import check_peers, make_peers
     from benchmarks.generation.run import engine_serve, measure_cell, measure_mixed, mixed_requests, sweep
-    from colada.generate.engine.engine import history_bytes
+    from colada.generate.engine.engine import cache_bytes
     from colada.train.cost import parameter_counts, scaled
 
     names = check_peers(peers)
@@ -123,12 +123,12 @@ def speed(
     rates = machine.measure_rates(network.device, weight.dtype, rows, dit.txt_dim)
     kind = str(weight.dtype).removeprefix("torch.")
     parameters = parameter_counts(vae, dit)
-    history = history_bytes(network.vae, network.dit, 1)
+    latent_bytes = cache_bytes(network.vae, network.dit, 1)
 
     console = Console(highlight=False)
     console.print(f"{machine.machine_name(network.device)}, {kind}, seed {seed}\n{network.origin}")
     sizes = ", ".join(f"{name} {scaled(count)}" for name, count in parameters.items())
-    console.print(f"{sizes}; history {scaled(history, 'B')} a latent")
+    console.print(f"{sizes}; KV cache {scaled(latent_bytes, 'B')} a latent")
     console.print(
         f"measured: copies {rates.bandwidth / 1e9:,.1f} GB/s, products {scaled(rates.matmul, 'FLOP')}/s"
     )
@@ -164,7 +164,7 @@ def speed(
             [row for cell in cells for row in cell.rows()],
             settings={"guidance": guidance, "new_tokens": new_tokens, "dtype": kind, **turns},
             parameters=parameters,
-            history_bytes=history,
+            cache_bytes=latent_bytes,
             rates=rates,
             peak_bytes=measure.peak_bytes(network.device),
             cells=cells,

@@ -1,13 +1,13 @@
 """What generating has to compute and to move, once everything avoidable is avoided, and how fast that can be.
 
 Counted is what the mathematics of section 4 leaves after the exact levers: conditional and
-unconditional rows share a pass; AdaLN is a table of the schedule's timesteps; a block is committed
+unconditional rows share a pass; AdaLN is a table of the schedule's timesteps; a block is appended
 in the pass of its successor's first step; the vocabulary head sees new latents only; the prefix is run
 once. With a multiply-add as two FLOPs,
 
 - a matrix of W entries costs 2 W FLOPs a position, and is read once a pass;
-- attention costs 4 * width FLOPs a layer and visible query-key pair, and reads the history's keys and
-  values, 2 * width * layers numbers a position, once a pass and sample; a commit writes as many.
+- attention costs 4 * width FLOPs a layer and visible query-key pair, and reads the KV cache's keys and
+  values, 2 * width * layers numbers a position, once a pass and sample; an append writes as many.
 
 Not counted are norms, activations, softmax and rotary positions, and moving anything that fits into caches.
 """
@@ -44,11 +44,11 @@ class Stack:
 
     Attributes:
         entries: of the matrices that every position is multiplied by.
-        history: numbers of a position's keys and values in all layers, which a history holds.
+        cache_numbers: numbers of a position's keys and values in all layers, which a KV cache holds.
     """
 
     entries: int
-    history: int
+    cache_numbers: int
 
     def run(self, positions: int, pairs: int, seen: int, written: int, itemsize: int) -> Cost:
         """Return the work of one pass.
@@ -56,11 +56,11 @@ class Stack:
         Args:
             positions: of the pass, over all samples.
             pairs: visible query-key pairs, likewise.
-            seen, written: positions of history that are read and added, likewise.
+            seen, written: positions of KV cache that are read and added, likewise.
             itemsize: bytes of a number.
         """
-        flops = 2 * positions * self.entries + 2 * self.history * pairs
-        return Cost(flops, itemsize * (self.entries + (seen + written) * self.history))
+        flops = 2 * positions * self.entries + 2 * self.cache_numbers * pairs
+        return Cost(flops, itemsize * (self.entries + (seen + written) * self.cache_numbers))
 
 
 @lru_cache(maxsize=4)
@@ -74,8 +74,8 @@ def stacks(vae: TextVAEConfig, dit: DiTConfig) -> tuple[Stack, Stack, Stack, int
     layers = matrix_entries(prior) - output - adaln_entries(prior)
     return (
         Stack(matrix_entries(text.encoder), 2 * vae.encoder_num_blocks * vae.dim),
-        Stack(matrix_entries(text.decoder) - head, vae.history_numbers),
-        Stack(layers, dit.history_numbers),
+        Stack(matrix_entries(text.decoder) - head, vae.cache_numbers),
+        Stack(layers, dit.cache_numbers),
         head,
         output,
     )
@@ -96,12 +96,12 @@ def blocks_of(vae: TextVAEConfig, job: Job) -> int:
 def generation_cost(vae: TextVAEConfig, dit: DiTConfig, job: Job, itemsize: int) -> dict[str, Cost]:
     """Return the work of a whole generation by part.
 
-    With B samples, blocks of s latents (positions of the DiT), h latents of history before a block, W the
-    entries of the DiT's or decoder's matrices, and g = 1 where a block is guided and has a history, else 0:
+    With B samples, blocks of s latents (positions of the DiT), h latents in the KV cache before a block, W
+    the entries of the DiT's or decoder's matrices, and g = 1 where a block is guided and h > 0, else 0:
 
     - "prompt": the encoder over whole blocks; DiT and decoder over the prefix, without output and head
     - "transport": each step 2 B s (1 + g) W FLOPs and B s (h + s + g s) pairs; the first step of every
-      block but the first also commits, 2 B s W FLOPs and B s h pairs that read no weights
+      block but the first also appends, 2 B s W FLOPs and B s h pairs that read no weights
     - "decoder": each block 2 B s W + 2 B s patch_size dim V FLOPs and B s (h + s) pairs
 
     Returns: the parts; they follow each other, so their times add up.
@@ -121,10 +121,10 @@ def generation_cost(vae: TextVAEConfig, dit: DiTConfig, job: Job, itemsize: int)
             prompt += stack.run(batch * length, pairs, 0, batch * length, itemsize)
     transport, decoding = Cost(), Cost()
     for number in range(blocks_of(vae, job)):
-        history = prefix + number * size
-        past = history // patch
+        cached = prefix + number * size
+        past = cached // patch
         rows = batch * cells
-        branches = 1 + (job.guided and history > 0)
+        branches = 1 + (job.guided and cached > 0)
         pairs = rows * (past + branches * cells)
         step = prior.run(branches * rows, pairs, batch * past, 0, itemsize)
         step += Cost(2 * branches * rows * output, itemsize * (output + table))
@@ -133,7 +133,7 @@ def generation_cost(vae: TextVAEConfig, dit: DiTConfig, job: Job, itemsize: int)
             added = prior.run(rows, rows * past, 0, rows, itemsize)
             transport += Cost(added.flops, added.bytes - itemsize * prior.entries)
         new = batch * size
-        decoding += decoder.run(new, new * (history + size), batch * history, new, itemsize)
+        decoding += decoder.run(new, new * (cached + size), batch * cached, new, itemsize)
         decoding += Cost(2 * new * vae.patch_size * head, itemsize * head)
     return {"prompt": prompt, "transport": transport, "decoder": decoding}
 

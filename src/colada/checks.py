@@ -17,7 +17,7 @@ MOST_CHARACTERS = 2**20
 MOST_SEED = 2**63 - 1
 """The largest seed, also of the last sample of many. What a block adds to it stays within 64 bits."""
 MOST_COUNT = 2**31 - 1
-"""Of whatever else is counted: a batch, a history, top-k."""
+"""Of whatever else is counted: a batch, a KV cache, top-k."""
 SMALLEST, LARGEST = 2.0**-149, 2.0**127
 """Of positive numbers that are computed with: float32 has them."""
 

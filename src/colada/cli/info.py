@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from colada.files import read_json_object
-from colada.generate.engine.engine import history_bytes
+from colada.generate.engine.engine import cache_bytes
 from colada.generate.settings import RELEASED_SETTINGS
 from colada.locate import (
     BUNDLED,
@@ -66,7 +66,7 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> di
     """Return what is known of a model without reading its weights, for JSON.
 
     Arguments as :func:`colada.load`. ``parameters`` are by part (see :data:`PARTS`) and in all; bytes of the
-    weights, and those that a latent of one sample (a token of a baseline) adds to the histories, by type;
+    weights, and those that a latent of one sample (a token of a baseline) adds to the KV caches, by type;
     types of the stored tensors in the file format's words ("F32", "BF16"); configurations by folder.
 
     Raises:
@@ -79,13 +79,13 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> di
         configs = {DECODER_DIR: decoder}
         parameters = count_parameters(decoder=decoder_network(decoder))
         defaults = MODELS[decoder.objective].defaults
-        history = float(decoder.history_numbers)
+        numbers = float(decoder.cache_numbers)
     else:
         vae, dit = read_configs(directory)
         configs, defaults = {VAE_DIR: vae, DIT_DIR: dit}, RELEASED_SETTINGS
         text, prior = networks(vae, dit)  # In float32.
         parameters = count_parameters(vae=text, dit=prior)
-        history = history_bytes(text, prior, 1) / BYTES["float32"]
+        numbers = cache_bytes(text, prior, 1) / BYTES["float32"]
         if dit.img_channels:
             configs[IMAGE_DIR] = image = read_codec_config(directory)
             parameters["Picture codec"] = codec_parameters(image)
@@ -101,7 +101,7 @@ def describe(where: str | Path | None = None, revision: str | None = None) -> di
         "directory": str(directory),
         "parameters": {**parameters, "total": total},
         "weight_bytes": {dtype: total * size for dtype, size in BYTES.items()},
-        "history_bytes_per_latent": {dtype: history * size for dtype, size in BYTES.items()},
+        "cache_bytes_per_latent": {dtype: numbers * size for dtype, size in BYTES.items()},
         "stored_dtypes": _dtypes(sorted(weights)),
         **{folder: config.to_dict() for folder, config in configs.items()},
         "generation": {**defaults, **(read_json_object(settings) if os.path.lexists(settings) else {})},
@@ -134,12 +134,12 @@ def show(model: Mapping[str, Any]) -> None:
         console.print(f"[bold]{name:<12}[/bold]", end="")
         console.print(value, markup=False)
     console.print()
-    total, memory = model["parameters"]["total"], ("weight_bytes", "history_bytes_per_latent")
+    total, memory = model["parameters"]["total"], ("weight_bytes", "cache_bytes_per_latent")
     shares = [(part, f"{n:,}", f"{n / total:.1%}") for part, n in model["parameters"].items()]
     table("Part", "Parameters", "Share", rows=shares)
     per = "token" if DECODER_DIR in model else "latent"
     rows = [(dtype, *(scaled(model[kind][dtype], "B") for kind in memory)) for dtype in BYTES]
-    table("Memory", "Weights", f"History per {per}", rows=rows)
+    table("Memory", "Weights", f"KV cache per {per}", rows=rows)
     titles = {VAE_DIR: "Text VAE", DIT_DIR: "DiT", DECODER_DIR: "Decoder", IMAGE_DIR: "Picture codec"}
     titles["generation"] = "Generation"
     for key, title in titles.items():

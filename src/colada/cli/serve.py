@@ -48,16 +48,20 @@ def serve(
         list[str] | None, typer.Option(help="An origin whose pages may ask; * is any. May be repeated.")
     ] = None,
     slots: Annotated[int, typer.Option(min=1, max=4096, help="Requests under way together.")] = 64,
-    history: Annotated[
+    capacity: Annotated[
         int,
-        typer.Option(min=1, max=2**24, help="Latents under way together, and of one request."),
+        typer.Option(
+            min=1,
+            max=2**24,
+            help="Latents that a model's KV cache holds, of all requests under way; one takes no more.",
+        ),
     ] = 8192,
     max_waiting: Annotated[
         int, typer.Option(min=0, max=2**20, help="Requests that may wait; more get 429.")
     ] = 256,
     max_context: Annotated[
         int | None,
-        typer.Option(min=1, max=2**24, help="Tokens of a request, with its prompt. Default: the history's."),
+        typer.Option(min=1, max=2**24, help="Tokens of a request, with its prompt. Default: --capacity's."),
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, max=2**17, help="New tokens of a request at most.")
@@ -139,7 +143,7 @@ def serve(
     limits = Limits(
         1 if reproducible else slots,
         max_waiting,
-        history,
+        capacity,
         max_context,
         max_tokens,
         max_steps,

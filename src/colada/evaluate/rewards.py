@@ -289,8 +289,8 @@ def encoded_again(model: ColaDLM, prompts: Sequence[str], new_tokens: int, batch
         assert written.latents is not None
         again = model.encode([*token_ids, *written.ids]).float().cpu()
         first = -(-len(token_ids) // model.vae.config.patch_size)
-        committed, encoded = written.latents[first:], again[first : len(written.latents)]
-        distance += float((committed - encoded).square().sum())
+        drawn, encoded = written.latents[first:], again[first : len(written.latents)]
+        distance += float((drawn - encoded).square().sum())
         size += float(encoded.square().sum())
         count += encoded.numel()
     return {"distance": math.sqrt(distance / count), "size": math.sqrt(size / count)}

@@ -20,7 +20,7 @@ from colada.flow import evaluations_of
 from colada.generate.reference import transport
 from colada.generate.settings import RequestSettings
 from colada.networks.dit import DiT
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.networks.packing import Layout
 from colada.networks.pictures import widened
 
@@ -29,7 +29,7 @@ from colada.networks.pictures import widened
 class Context:
     """What a block follows: a KV cache, and the position after it, which is a block's first."""
 
-    history: History = field(default_factory=History)
+    cache: KVCache = field(default_factory=KVCache)
     position: int = 0
 
 
@@ -54,9 +54,9 @@ def draw_latents(
     """
     lengths = _check(dit, captions)
     contexts = [Context(position=length) for length in lengths]
-    histories = [context.history for context in contexts]
+    caches = [context.cache for context in contexts]
     if any(lengths):
-        _append(dit, captions, dit.layout(lengths, histories), contexts)
+        _append(dit, captions, dit.layout(lengths, caches), contexts)
     wide = widened(noise, dit.config.txt_in_channels)
     for z, z0 in _transport(dit, contexts, wide, guidance, settings, picture=True):
         yield z[..., : noise.shape[2]], z0[..., : noise.shape[2]]
@@ -121,8 +121,8 @@ def _check(dit: DiT, texts: Sequence[Tensor]) -> list[int]:
 
 def _append(dit: DiT, latents: Sequence[Tensor], layout: Layout, contexts: Sequence[Context]) -> None:
     clean = torch.zeros((), device=layout.device)
-    histories = [context.history for context in contexts]
-    dit(torch.cat(list(latents)), clean, layout, histories, committing=True)
+    caches = [context.cache for context in contexts]
+    dit(torch.cat(list(latents)), clean, layout, caches, appending=True)
 
 
 def _blocks(dit: DiT, contexts: Sequence[Context], latents: int, picture: bool) -> Layout:
@@ -131,8 +131,8 @@ def _blocks(dit: DiT, contexts: Sequence[Context], latents: int, picture: bool) 
     count = torch.arange(latents, device=device) * (not picture)
     places = [context.position + count for context in contexts]
     kinds = [torch.full((latents,), picture, device=device)] * len(contexts)
-    histories = [len(context.history) for context in contexts]
-    return Layout.one_block(places, dit.config.block_size, histories, kinds)
+    cached = [len(context.cache) for context in contexts]
+    return Layout.one_block(places, dit.config.block_size, cached, kinds)
 
 
 def _transport(
@@ -143,14 +143,14 @@ def _transport(
     settings: RequestSettings,
     picture: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    def lay_out(seen: Sequence[History | None]) -> Layout:
+    def lay_out(seen: Sequence[KVCache | None]) -> Layout:
         # Those that are guided against come last; where a block that sees only itself stands is all one.
         rows = [*contexts, *[Context() for _ in seen[len(contexts) :]]]
         return _blocks(dit, rows, noise.shape[1], picture)
 
     nothing = torch.zeros(noise.shape[:2], dtype=torch.bool, device=noise.device)
     evaluations = evaluations_of(settings.solver, settings.schedule, settings.steps, settings.early_end)
-    histories = [context.history for context in contexts]
+    caches = [context.cache for context in contexts]
     yield from transport(
-        dit, noise, histories, nothing, torch.zeros_like(noise), guidance, evaluations, settings, lay_out
+        dit, noise, caches, nothing, torch.zeros_like(noise), guidance, evaluations, settings, lay_out
     )

@@ -1,4 +1,4 @@
-"""The readable generation loop: prefix pass, then block by block transport, decode and commit.
+"""The readable generation loop: prefix pass, then block by block transport, decode and append.
 
 This is section 4 of the specification on token ids and latents; text, stop
 strings and end tokens are :mod:`colada.text.transcript`'s business. Every sample
@@ -21,7 +21,7 @@ from colada.generate.noise import Noise, block_generator
 from colada.generate.sampling import pick, surest
 from colada.generate.settings import RequestSettings, Settings, check_settings
 from colada.networks.dit import DiT
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.networks.packing import Layout, pad_to_multiple
 from colada.networks.vae import TextVAE
 
@@ -61,8 +61,8 @@ class Sample:
     pinned: Tensor
     blocks: int = 0
     seen: set[int] = field(default_factory=set)
-    prior_history: History = field(default_factory=History)
-    decoder_history: History = field(default_factory=History)
+    prior_cache: KVCache = field(default_factory=KVCache)
+    decoder_cache: KVCache = field(default_factory=KVCache)
     block: Block | None = None
     error: ColadaError | None = None
 
@@ -98,11 +98,11 @@ def encode(
     vae: TextVAE,
     prompts: Sequence[Sequence[int]],
     pad_id: int,
-    histories: Sequence[History | None] | None = None,
+    caches: Sequence[KVCache | None] | None = None,
 ) -> list[Tensor]:
     """Return the normalised posterior means (L, C) of ids padded to whole blocks, one tensor a prompt.
 
-    With ``histories``, prompts go on where those of the encoder end; see :meth:`TextVAE.encode`.
+    With ``caches``, prompts go on where those of the encoder end; see :meth:`TextVAE.encode`.
     """
     padded = [pad_to_multiple(ids, vae.config.block_tokens, pad_id) for ids in prompts]
     lengths = [len(ids) for ids in padded]
@@ -110,7 +110,7 @@ def encode(
     if not any(lengths):
         return [torch.zeros(0, vae.config.latent_dim, device=device) for _ in prompts]
     packed = torch.tensor([token for ids in padded for token in ids], device=device)
-    mean = vae.normalise(vae.encode(packed, lengths, histories).mean)
+    mean = vae.normalise(vae.encode(packed, lengths, caches).mean)
     return list(mean.split([length // vae.config.patch_size for length in lengths]))
 
 
@@ -120,17 +120,17 @@ def encode(
 def transport(
     dit: DiT,
     noise: Tensor,
-    histories: Sequence[History],
+    caches: Sequence[KVCache],
     where: Tensor,
     pinned: Tensor,
     guidance: Sequence[float],
     evaluations: Sequence[Evaluation],
     settings: RequestSettings,
-    lay_out: Callable[[Sequence[History | None]], Layout] | None = None,
+    lay_out: Callable[[Sequence[KVCache | None]], Layout] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Integrate dz/da = v from noise to the latents of one block of every sample.
 
-    Conditional rows and unconditional ones (no history; only samples that are guided and have one) share
+    Conditional rows and unconditional ones (no KV cache; only samples that are guided and have one) share
     each pass. Pinned latents are put back before and after every evaluation, at timestep 0. A network with
     self-conditioning is given the conditional guess of z0 of the evaluation before.
 
@@ -140,12 +140,12 @@ def transport(
         guidance: scale per sample; 1 is off.
         evaluations: of the solver.
         settings: of all samples; how guidance is bounded is in them.
-        lay_out: packs the blocks of rows with these histories, if they are not of text.
+        lay_out: packs the blocks of rows with these caches, if they are not of text.
 
     Yields: after every evaluation z and the z0 that its velocity points at, each (B, block, C).
     """
     size = noise.shape[1]
-    guidable = [row for row, scale in enumerate(guidance) if scale != 1 and len(histories[row]) > 0]
+    guidable = [row for row, scale in enumerate(guidance) if scale != 1 and len(caches[row]) > 0]
     each = [replace(settings, guidance=scale) for scale in guidance]
     free, mask = ~where, where[..., None]
     low, high = settings.guidance_interval
@@ -156,7 +156,7 @@ def transport(
         rows = torch.tensor(numbers, dtype=torch.int64, device=noise.device)
         z = torch.where(mask, pinned, z)
         both, noisy = torch.cat([z, z[rows]]), torch.cat([free, free[rows]])
-        seen = [*histories, *[None] * len(rows)]
+        seen = [*caches, *[None] * len(rows)]
         layout = dit.layout([size] * len(seen), seen) if lay_out is None else lay_out(seen)
         times, ends = ((T * at * noisy.float()).flatten() for at in (a, evaluation.end))
         guesses = torch.cat([guess, guess[rows]]).flatten(0, 1)
@@ -229,40 +229,40 @@ class BlockGenerator:
         return encode(self.vae, prompts, pad_id)
 
     def prefix_pass(self, samples: Sequence[Sample], prefixes: Sequence[Tensor]) -> None:
-        """Commit each sample's prefix (L, C) to the histories of the DiT (at t = 0) and the decoder."""
-        self._commit([sample.prior_history for sample in samples], prefixes)
+        """Append each sample's prefix (L, C) to the KV caches of the DiT (at t = 0) and the decoder."""
+        self._append([sample.prior_cache for sample in samples], prefixes)
         lengths = [len(prefix) for prefix in prefixes]
         if any(lengths):
-            histories = [sample.decoder_history for sample in samples]
-            self.vae.decoder(torch.cat(list(prefixes)), self.vae.layout(lengths, histories), histories)
+            caches = [sample.decoder_cache for sample in samples]
+            self.vae.decoder(torch.cat(list(prefixes)), self.vae.layout(lengths, caches), caches)
 
-    def _commit(self, histories: Sequence[History], latents: Sequence[Tensor]) -> None:
+    def _append(self, caches: Sequence[KVCache], latents: Sequence[Tensor]) -> None:
         lengths = [len(block) for block in latents]
         if any(lengths):
-            layout = self.dit.layout(lengths, histories)
+            layout = self.dit.layout(lengths, caches)
             clean = torch.zeros((), device=self.device)
-            self.dit(torch.cat(list(latents)), clean, layout, histories, committing=True)
+            self.dit(torch.cat(list(latents)), clean, layout, caches, appending=True)
 
     def next_block(self, samples: Sequence[Sample]) -> Iterator[TransportStep]:
         """Generate the next block of every sample given, yielding after every solver step.
 
         When the iterator ends, each sample's ``block`` is its new block, or it has an ``error``: its
         logits are not finite. Those that have one already get nothing. A block enters the
-        DiT's history only when its sample goes on, so the last one never does. Of several candidates, only
-        the chosen one enters any history.
+        DiT's KV cache only when its sample goes on, so the last one never does. Of several candidates, only
+        the chosen one enters any KV cache.
         """
         samples = [sample for sample in samples if sample.error is None]
         if not samples:
             return
         waiting = [(sample, sample.block) for sample in samples if sample.block is not None]
-        self._commit([sample.prior_history for sample, _ in waiting], [block.latents for _, block in waiting])
+        self._append([sample.prior_cache for sample, _ in waiting], [block.latents for _, block in waiting])
         size, patch, count = self.vae.config.block_size, self.vae.config.patch_size, self.settings.candidates
         pins = [sample.pinned_block(size) for sample in samples for _ in range(count)]
         z = torch.stack([sample.noise(sample.blocks, k) for sample in samples for k in range(count)])
         steps = transport(
             self.dit,
             z,
-            [sample.prior_history for sample in samples for _ in range(count)],
+            [sample.prior_cache for sample in samples for _ in range(count)],
             torch.stack([where for where, _ in pins]),
             torch.stack([values for _, values in pins]),
             [sample.guidance for sample in samples for _ in range(count)],
@@ -271,14 +271,14 @@ class BlockGenerator:
         )
         for number, (z, z0) in enumerate(steps, start=1):
             yield TransportStep(number, len(self.evaluations), z, z0)
-        histories = [sample.decoder_history.copy() for sample in samples for _ in range(count)]
-        logits = self.vae.decode(z.flatten(0, 1), [size] * len(z), histories)
+        caches = [sample.decoder_cache.copy() for sample in samples for _ in range(count)]
+        logits = self.vae.decode(z.flatten(0, 1), [size] * len(z), caches)
         candidates = logits.unflatten(0, (len(samples), count, size * patch))
         for number, (sample, logits_of) in enumerate(zip(samples, candidates, strict=True)):
             free = ~pins[number * count][0].repeat_interleave(patch)
             chosen = surest(logits_of, free)
             latents, block_logits = z[number * count + chosen], logits_of[chosen]
-            sample.decoder_history = histories[number * count + chosen]
+            sample.decoder_cache = caches[number * count + chosen]
             generator = block_generator(sample.seed, sample.blocks, 1)
             try:
                 ids = pick(block_logits, self.settings, sample.seen, generator).tolist()

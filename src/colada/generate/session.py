@@ -96,7 +96,7 @@ class Session:
         Returns: the number that its chunks have as ``index``: 0, 1, 2 and so on.
 
         Raises:
-            ColadaError: naming the argument at fault, or if it is larger than the whole history;
+            ColadaError: naming the argument at fault, or if it is larger than the whole KV cache;
                 the other requests are not affected.
         """
         guesses, confidence = require_flag("guesses", guesses), require_flag("confidence", confidence)

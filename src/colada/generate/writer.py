@@ -99,7 +99,7 @@ class Writer(ABC, Generic[S]):
     """Writes blocks for requests that come and go: first come, first served, as far as there is room.
 
     Args:
-        capacity: positions of history in all; a request takes its :meth:`room` while it is under way.
+        capacity: positions of KV cache in all; a request takes its :meth:`room` while it is under way.
         slots: requests under way at most; None is no limit.
 
     Attributes:
@@ -107,7 +107,7 @@ class Writer(ABC, Generic[S]):
     """
 
     unit = "tokens"
-    """Of history."""
+    """Of the KV cache."""
 
     def __init__(self, capacity: int, slots: int | None) -> None:
         self.capacity, self.slots = capacity, slots
@@ -116,7 +116,7 @@ class Writer(ABC, Generic[S]):
 
     @abstractmethod
     def room(self, request: Request) -> int:
-        """Return how many positions of history a request takes."""
+        """Return how many positions of KV cache a request takes."""
 
     @abstractmethod
     def next_block(self) -> Iterator[TransportStep]:
@@ -149,7 +149,7 @@ class Writer(ABC, Generic[S]):
         room = self.room(request)
         if room > self.capacity:
             raise ColadaError(
-                f"a request of {room} {self.unit}, expected at most {self.capacity}: the history's room"
+                f"a request of {room} {self.unit}, expected at most {self.capacity}: the KV cache's room"
             )
         self.waiting.append(request)
 

@@ -20,7 +20,7 @@ from colada.networks.layers import attend
 from colada.networks.packing import Layout
 
 
-class KeyValueCache:
+class BatchCache:
     """Keys and values of a batch, (layers, B, positions, K, D) each, and the pass that uses them.
 
     A pass is either the prompts', packed, or one new token of every sample.
@@ -41,9 +41,9 @@ class KeyValueCache:
     @staticmethod
     def size(decoder: Decoder, batch: int, positions: int) -> int:
         """Return the bytes that keys and values take."""
-        return batch * positions * decoder.config.history_numbers * decoder.wte.weight.element_size()
+        return batch * positions * decoder.config.cache_numbers * decoder.wte.weight.element_size()
 
-    def prompts(self, lengths: Sequence[int]) -> KeyValueCache:
+    def prompts(self, lengths: Sequence[int]) -> BatchCache:
         """Become the pass of packed prompts of these lengths."""
         device = self.keys.device
         self._layout = Layout(lengths, 1, device=device)
@@ -53,7 +53,7 @@ class KeyValueCache:
         self.table = self._decoder.table(self._layout.positions)
         return self
 
-    def token(self, positions: Sequence[int]) -> KeyValueCache:
+    def token(self, positions: Sequence[int]) -> BatchCache:
         """Become the pass of one token of every sample, at these positions."""
         device = self.keys.device
         at = torch.tensor(positions, device=device)
@@ -80,7 +80,7 @@ class KeyValueCache:
         index = torch.tensor(rows, device=self.keys.device)
         self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
 
-    def join(self, other: KeyValueCache) -> None:
+    def join(self, other: BatchCache) -> None:
         """Go on with the samples of another one behind these."""
         positions = max(self.keys.shape[2], other.keys.shape[2])
 
@@ -99,10 +99,10 @@ class TokenWriter(DecoderWriter[Slot]):
 
     def __init__(self, decoder: Decoder, *args: Any) -> None:
         super().__init__(decoder, *args)
-        size = KeyValueCache.size(decoder, 1, self.capacity)
-        require_memory(size, self.device, f"a history of {self.capacity} tokens")
+        size = BatchCache.size(decoder, 1, self.capacity)
+        require_memory(size, self.device, f"a KV cache of {self.capacity} tokens")
         self._rows: list[Slot] = []  # Of the cache.
-        self._cache = KeyValueCache(decoder, 0, 0)
+        self._cache = BatchCache(decoder, 0, 0)
 
     @undisturbed
     def next_block(self) -> Iterator[TransportStep]:
@@ -130,7 +130,7 @@ class TokenWriter(DecoderWriter[Slot]):
         """Read the last token of everyone under way; return the hidden states (B, dim) after it."""
         rows = [row for row, slot in enumerate(self._rows) if slot in self.under_way]
         if not rows:
-            self._rows, self._cache = [], KeyValueCache(self.decoder, 0, 0)
+            self._rows, self._cache = [], BatchCache(self.decoder, 0, 0)
             return self.decoder.wte.weight.new_empty(0, self.decoder.config.dim)
         if len(rows) < len(self._rows):
             self._cache.keep(rows)
@@ -156,9 +156,9 @@ class TokenWriter(DecoderWriter[Slot]):
         """Read prompts into the cache; return the hidden states (B, dim) at their ends."""
         texts = [[self.decoder.config.bos_token_id, *slot.request.ids] for slot in new]
         lengths, positions = [len(ids) for ids in texts], max(self.room(slot.request) for slot in new)
-        size = KeyValueCache.size(self.decoder, len(new), positions)
+        size = BatchCache.size(self.decoder, len(new), positions)
         require_memory(size, self.device, f"a cache of {len(new)} x {positions} tokens")
-        cache = KeyValueCache(self.decoder, len(new), positions)
+        cache = BatchCache(self.decoder, len(new), positions)
         packed = torch.tensor([token for ids in texts for token in ids], device=self.device)
         hidden = self.decoder.run(packed, cache.prompts(lengths))
         self._cache.join(cache)

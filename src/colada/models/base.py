@@ -218,18 +218,18 @@ class LanguageModel(ABC):
         guesses = require_flag("guesses", guesses)
         return self._session_of(prompts, max_new_tokens, batch, settings, guesses).chunks(callback)
 
-    def session(self, *, history: int = 8192, slots: int | None = None) -> Session:
+    def session(self, *, capacity: int = 8192, slots: int | None = None) -> Session:
         """Return a session, to which requests with settings of their own may be submitted at any time.
 
         Args:
-            history: positions of history that it holds (latents, or a baseline's tokens), of all requests
+            capacity: positions that its KV cache holds (latents, or a baseline's tokens), of all requests
                 under way together; a request takes those of its prompt and of what is to come, and waits
                 until there is room.
             slots: requests under way at most; None is no limit.
         """
-        history = require_count("history", history)
+        capacity = require_count("capacity", capacity)
         slots = None if slots is None else require_count("slots", slots)
-        return Session(self._writer(history, slots), self._open)
+        return Session(self._writer(capacity, slots), self._open)
 
     @abstractmethod
     def _writer(self, capacity: int, slots: int | None) -> Writer[Any]:
@@ -237,7 +237,7 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def _writer_for(self, requests: Sequence[Request], slots: int) -> Writer[Any]:
-        """Return what writes these requests alone, with just the history that ``slots`` of them need."""
+        """Return what writes these requests alone, with just the KV cache that ``slots`` of them need."""
 
     def _keep(self, writer: Any) -> None:  # noqa: B027 - most have nothing to keep
         """Take back what :meth:`_writer_for` has returned, once all is written."""

@@ -17,8 +17,8 @@ where it is small or K > 1, else Hutchinson's estimate e . J e, whose noise aver
 lift the log of a mean of K weights above the bound.
 
 A context is given as a prompt is to generation: padded and encoded alone, as posterior means. Its whole
-blocks are clean history. The latents of its tail are pinned in the first block of x, at timestep 0: they are
-no hidden variable, so they have neither density nor entropy, and the flow does not move them. As in
+blocks are in the KV cache. The latents of its tail are pinned in the first block of x, at timestep 0: they
+are no hidden variable, so they have neither density nor entropy, and the flow does not move them. As in
 generation, x begins at a whole latent, after the padding that fills the context's last one. Only q sees
 context and x together.
 """
@@ -36,13 +36,13 @@ from torch import Tensor
 from colada.device import plain_torch, require_memory
 from colada.errors import ColadaError
 from colada.flow import adams_bashforth2
-from colada.generate.engine.engine import history_bytes
+from colada.generate.engine.engine import cache_bytes
 from colada.generate.engine.memory import round_up
 from colada.generate.reference import encode
 from colada.models.cola import ColaDLM
 from colada.models.prior import BlockFlow, Passes, Pins, log_prior
 from colada.networks.config import TextVAEConfig
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.networks.packing import pad_to_multiple
 from colada.networks.vae import TextVAE
 from colada.randomness import generator_of
@@ -56,7 +56,7 @@ BATCH_LATENTS = 2**15
 GROUP_LATENTS = 128
 """Latents of a text that are differentiated, and spelled, together."""
 
-HISTORY_SHARE = 0.5
+CACHE_SHARE = 0.5
 """Of the memory, what a text's keys and values may take: what is differentiated needs about as much."""
 
 FINISHING = 0.2
@@ -99,8 +99,8 @@ def cola_bounds(
         raise ColadaError("a deterministic encoder (use_variation false) has no density, so no bound")
     shapes = [_shape(*pair, config) for pair in zip(contexts, texts, strict=True)]
     latents = max((shape.prefix + shape.length for shape in shapes), default=0)
-    longest = f"the history of a text of {latents * config.patch_size:,} tokens"
-    require_memory(history_bytes(model.vae, model.dit, latents), model.device, longest, HISTORY_SHARE)
+    longest = f"the KV cache of a text of {latents * config.patch_size:,} tokens"
+    require_memory(cache_bytes(model.vae, model.dit, latents), model.device, longest, CACHE_SHARE)
     exact = samples > 1 or config.block_size * config.latent_dim <= EXACT_NUMBERS
     measurement = _Measurement(model, Passes(model.dit), at, steps, exact)
     tokens, done = sum(map(len, texts)), 0.0
@@ -229,7 +229,7 @@ class _Measurement:
                 0.5 * noise.double() ** 2 + 0.5 * math.log(2 * math.pi) + deviation.double().log()
             )
             flow = BlockFlow(self.passes, rows, prefix + length)
-            flow.commit(clean)
+            flow.append(clean)
             # More steps to the data cost more and do not tighten the bound: see docs/evaluation.md.
             count = -(-self.steps // 2)
             grid = [at * (1 - step / count) for step in range(count + 1)]
@@ -282,14 +282,14 @@ def spelled(vae: TextVAE, latents: Tensor, ids: Tensor, begin: Sequence[int], en
         ids: (B, L * patch_size).
     """
     rows, patch, size = len(latents), vae.config.patch_size, vae.config.block_size
-    histories = [History() for _ in range(rows)]
+    caches = [KVCache() for _ in range(rows)]
     total = torch.zeros(rows, dtype=torch.float64, device=latents.device)
     group = _group(rows, size)
     first, last = (torch.tensor(bounds, device=latents.device)[:, None] for bounds in (begin, end))
     for start in range(0, latents.shape[1], group):
         part = latents[:, start : start + group]
-        layout = vae.layout([part.shape[1]] * rows, histories)
-        hidden = vae.decoder(part.flatten(0, 1), layout, histories)
+        layout = vae.layout([part.shape[1]] * rows, caches)
+        hidden = vae.decoder(part.flatten(0, 1), layout, caches)
         token = torch.arange(start * patch, (start + part.shape[1]) * patch, device=latents.device)
         scored = (token >= first) & (token < last)
         logits = vae.decoder.logits(hidden).view(rows, len(token), -1)[scored]

@@ -18,7 +18,7 @@ from torch import Tensor
 from colada.flow import PREDICTIONS, Solver, T, advance, memory
 from colada.generate.engine.memory import Memory, Span, ViewRows
 from colada.generate.engine.passes import Moment, PriorPass
-from colada.generate.engine.transport import COMMITTED_ROWS
+from colada.generate.engine.transport import APPENDED_ROWS
 from colada.networks.dit import DiT
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -97,10 +97,10 @@ class BlockFlow:
         return [Span(start, start + (block + 1) * self._size) for start in starts]
 
     @torch.no_grad()
-    def commit(self, latents: Tensor, start: int = 0) -> None:
-        """Keep keys and values of clean latents (B, L, C), whole blocks that follow the first ``start``."""
+    def append(self, latents: Tensor, start: int = 0) -> None:
+        """Append clean latents (B, L, C), whole blocks, to the KV cache behind the first ``start``."""
         size = self._config.block_size
-        each = max(1, COMMITTED_ROWS // (size * self._rows)) * size
+        each = max(1, APPENDED_ROWS // (size * self._rows)) * size
         forward = self._passes.fast
         clean = forward.modulation.rows([0.0])[0.0]
         for begin in range(0, latents.shape[1], each):
@@ -122,10 +122,10 @@ class BlockFlow:
     ) -> Tensor:
         """Return where the flow takes latents (B, L, C), each block under the finished ones before it.
 
-        All but the last block are committed.
+        All but the last block are appended.
 
         Args:
-            z: at the first value of the grid; they follow the ``start`` latents that are committed.
+            z: at the first value of the grid; they follow the ``start`` latents that are appended.
             grid: descending values of a, to 0.
             pins: latents that do not move; none by default.
             done: called after every block with its number among those of z, from 1.
@@ -142,7 +142,7 @@ class BlockFlow:
             pinned = bool(block_pins.where.any())
             velocities: list[Tensor] = []
             if finished:
-                self.commit(finished[-1], start + (number - 1) * size)
+                self.append(finished[-1], start + (number - 1) * size)
             for a, weights, _ in evaluations:
                 block = block_pins.put(block) if pinned else block
                 row = self._row(table, a, block_pins.where if pinned else None)
@@ -169,7 +169,7 @@ class BlockFlow:
     def velocity(self, start: int, length: int, where: Tensor | None = None) -> Velocity:
         """Return v of the blocks of ``length`` latents from ``start`` on, all at once, differentiable.
 
-        Every block sees the clean ones before it, which must be committed.
+        Every block sees the clean ones before it, which must be appended.
 
         Args:
             start, length: whole blocks.

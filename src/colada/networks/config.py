@@ -233,7 +233,7 @@ class DiTConfig(NetworkConfig):
     training_length: int | None = TRAINING_LENGTH
 
     @property
-    def history_numbers(self) -> int:
+    def cache_numbers(self) -> int:
         """Numbers that the KV cache holds of one position, which is ``patch_size`` latents."""
         return 2 * self.num_layers * self.heads * self.head_dim
 
@@ -328,7 +328,7 @@ class TextVAEConfig(NetworkConfig):
         return self.patch_size * self.block_size
 
     @property
-    def history_numbers(self) -> int:
+    def cache_numbers(self) -> int:
         """Numbers that the decoder's KV cache holds of one latent; the encoder has none."""
         return 2 * self.decoder_num_blocks * self.dim
 
@@ -402,7 +402,7 @@ class DecoderConfig(NetworkConfig):
         return self.vocab_size + (self.objective == "llada")
 
     @property
-    def history_numbers(self) -> int:
+    def cache_numbers(self) -> int:
         """Numbers that the KV cache holds of one token: none of a LLaDA model, whose passes read all."""
         return 2 * self.num_layers * self.dim if self.objective == "ar" else 0
 

@@ -21,7 +21,7 @@ from colada.flow import PREDICTIONS, T
 from colada.networks.config import DiTConfig
 from colada.networks.dropout import Dropout, Masks
 from colada.networks.layers import (
-    History,
+    KVCache,
     Pass,
     gelu_tanh,
     inverse_frequencies,
@@ -299,8 +299,8 @@ class DiT(nn.Module):
         else:
             nn.init.xavier_uniform_(parameter, generator=generator)
 
-    def layout(self, lengths: Sequence[int], histories: Sequence[History | None] | None = None) -> Layout:
-        """Return the packing of samples of these many latents, which follow their histories.
+    def layout(self, lengths: Sequence[int], caches: Sequence[KVCache | None] | None = None) -> Layout:
+        """Return the packing of samples of these many latents, which follow their KV caches.
 
         Raises:
             ColadaError: if a length is not a multiple of ``patch_size``.
@@ -309,11 +309,11 @@ class DiT(nn.Module):
         for length in lengths:
             if length % patch:
                 raise ColadaError(f"a sample of {length} latents, expected a multiple of patch_size={patch}")
-        committed = [len(history or ()) for history in histories] if histories is not None else None
+        cached = [len(cache or ()) for cache in caches] if caches is not None else None
         return Layout(
             [length // patch for length in lengths],
             self.config.block_size // patch,
-            committed,
+            cached,
             self.txt_in.proj.weight.device,
         )
 
@@ -418,8 +418,8 @@ class DiT(nn.Module):
         latents: Tensor,
         timestep: Tensor | Timesteps,
         layout: Layout,
-        histories: Sequence[History | None] | None = None,
-        committing: bool = False,
+        caches: Sequence[KVCache | None] | None = None,
+        appending: bool = False,
         noisy_only: bool = False,
         guess: Tensor | None = None,
         dropout: Dropout | None = None,
@@ -432,8 +432,8 @@ class DiT(nn.Module):
                 clean and pinned positions have 0. With ``patch_size`` above 1 a patch takes the
                 timestep of its last latent.
             layout: from :meth:`layout` or :meth:`two_copy_layout`.
-            histories: per sample what it may see before its new positions, or None.
-            committing: append the new positions to the histories.
+            caches: per sample what it may see before its new positions, or None.
+            appending: append the new positions to the KV caches.
             noisy_only: of the rows of :meth:`two_copy_layout`, return the noisy cells only; the last
                 layer then computes no more of the clean ones than their keys and values.
             guess: (N, C), with ``config.self_conditioning`` the z0 that an earlier pass pointed at, 0 where
@@ -454,7 +454,7 @@ class DiT(nn.Module):
         emb = self.embed_times(timestep.values, timestep.landing)
         table = self.rotations(layout.positions, pictures)
         masks = None if dropout is None else dropout.masks(len(x))
-        shared = Pass(layout, table, histories, committing, masks)
+        shared = Pass(layout, table, caches, appending, masks)
         noisy = layout.noisy if noisy_only else None
         for layer, block in enumerate(self.blocks):
             x = block(x, emb, row, shared, layer, noisy if layer + 1 == len(self.blocks) else None)
@@ -473,7 +473,7 @@ class DiT(nn.Module):
         latents: Tensor,
         timestep: Tensor,
         layout: Layout,
-        histories: Sequence[History | None] | None = None,
+        caches: Sequence[KVCache | None] | None = None,
         guess: Tensor | None = None,
         landing: Tensor | None = None,
     ) -> Tensor:
@@ -487,5 +487,5 @@ class DiT(nn.Module):
             pairs = torch.stack([timestep, landing], 1)
             values, row = pairs.unique(dim=0, return_inverse=True)
             times = Timesteps(values[:, 0], row, values[:, 1])
-        output = self(latents, times, layout, histories, guess=guess)
+        output = self(latents, times, layout, caches, guess=guess)
         return PREDICTIONS[self.config.prediction].velocity(latents, output, timestep / T)

@@ -1,4 +1,4 @@
-"""What both networks are built of: rotary positions, packed attention, and the history it may see."""
+"""What both networks are built of: rotary positions, packed attention, and the KV cache it may see."""
 
 from __future__ import annotations
 
@@ -86,30 +86,30 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-class History:
-    """The committed keys and values of one sample: rotated and normalised, one pair a layer.
+class KVCache:
+    """The keys and values of one sample's finished blocks: rotated and normalised, one pair a layer.
 
     Attributes:
-        layers: per layer, keys and values, each (positions, K, D); empty until the first commit.
+        layers: per layer, keys and values, each (positions, K, D); empty until the first append.
     """
 
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def __len__(self) -> int:
-        """Return the number of committed positions."""
+        """Return the number of its positions."""
         return self.layers[0][0].shape[0] if self.layers else 0
 
-    def copy(self) -> History:
-        """Return a history of the same positions; what is appended to one is not in the other."""
-        copied = History()
+    def copy(self) -> KVCache:
+        """Return a KV cache of the same positions; what is appended to one is not in the other."""
+        copied = KVCache()
         copied.layers = list(self.layers)
         return copied
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Append keys and values (L, K, D) of new positions to one layer."""
         if layer == len(self.layers):
-            # A copy, so that the history does not keep the whole pass it came from alive.
+            # A copy, so that the KV cache does not keep the whole pass it came from alive.
             self.layers.append((keys.clone(), values.clone()))
         else:
             old_keys, old_values = self.layers[layer]
@@ -182,17 +182,17 @@ def attend(
     k: Tensor,
     v: Tensor,
     layout: Layout,
-    histories: Sequence[History | None] | None = None,
+    caches: Sequence[KVCache | None] | None = None,
     layer: int = 0,
 ) -> Tensor:
-    """Scaled dot-product attention of packed queries, each sample to its own history and new positions.
+    """Scaled dot-product attention of packed queries, each sample to its own KV cache and new positions.
 
     Args:
         q: (N, K, D), the new positions, rotated and normalised; or those of the noisy cells only.
         k, v: (N, K, D), likewise.
-        layout: the packing; its ``history`` lengths must be those of ``histories``.
-        histories: per sample, or None where a sample has none.
-        layer: which layer of the histories to read.
+        layout: the packing; its ``cached`` lengths must be those of ``caches``.
+        caches: per sample, or None where a sample has none.
+        layer: which layer of the KV caches to read.
 
     Returns: (N, K, D), of the queries given.
 
@@ -214,8 +214,8 @@ def attend(
                 (v, group.index, group.length),
             )
         )
-        if histories is not None and layout.history[group.samples[0]] > 0:
-            past = [histories[sample].layers[layer] for sample in group.samples]  # type: ignore[union-attr]
+        if caches is not None and layout.cached[group.samples[0]] > 0:
+            past = [caches[sample].layers[layer] for sample in group.samples]  # type: ignore[union-attr]
             gk = torch.cat([torch.stack([keys for keys, _ in past]).transpose(1, 2), gk], 2)
             gv = torch.cat([torch.stack([values for _, values in past]).transpose(1, 2), gv], 2)
         queries = _Pieces(gq, (tile.queries for tile in group.tiles))
@@ -236,14 +236,14 @@ def attend(
     return torch.cat(outputs).index_select(0, order.argsort())
 
 
-def commit(
-    histories: Sequence[History | None], layer: int, keys: Tensor, values: Tensor, layout: Layout
+def append(
+    caches: Sequence[KVCache | None], layer: int, keys: Tensor, values: Tensor, layout: Layout
 ) -> None:
-    """Append each sample's new keys and values, packed (N, K, D), to its history."""
+    """Append each sample's new keys and values, packed (N, K, D), to its KV cache."""
     per_sample = zip(keys.split(layout.lengths), values.split(layout.lengths), strict=True)
-    for history, (k, v) in zip(histories, per_sample, strict=True):
-        if history is not None:
-            history.append(layer, k, v)
+    for cache, (k, v) in zip(caches, per_sample, strict=True):
+        if cache is not None:
+            cache.append(layer, k, v)
 
 
 TableT = TypeVar("TableT", covariant=True)
@@ -272,20 +272,20 @@ class Pass(Generic[TableT]):
     Attributes:
         layout: the packing.
         table: rotary positions of its rows.
-        histories: what each sample sees before its new positions, or None.
-        committing: append the new positions to the histories.
+        caches: what each sample sees before its new positions, or None.
+        appending: append the new positions to the KV caches.
         dropout: of its rows, or None.
     """
 
     layout: Layout
     table: TableT
-    histories: Sequence[History | None] | None = None
-    committing: bool = False
+    caches: Sequence[KVCache | None] | None = None
+    appending: bool = False
     dropout: Masks | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """Attend in one layer, see :func:`attend`, and commit its keys and values if so asked."""
-        out = attend(q, k, v, self.layout, self.histories, layer)
-        if self.committing and self.histories is not None:
-            commit(self.histories, layer, k, v, self.layout)
+        """Attend in one layer, see :func:`attend`, and append its keys and values if so asked."""
+        out = attend(q, k, v, self.layout, self.caches, layer)
+        if self.appending and self.caches is not None:
+            append(self.caches, layer, k, v, self.layout)
         return out

@@ -163,7 +163,7 @@ class Tile:
 
     Attributes:
         queries: ranges of the positions that ask, in order.
-        keys: ranges of history and new positions together, in order.
+        keys: ranges of cached and new positions together, in order.
         mask: bool (Q, n) or (B_group, 1, Q, n) over the last n keys, of which those before are seen by
             all; a FlexAttention block mask on a GPU's training rows; None where all is visible.
     """
@@ -190,14 +190,14 @@ class Group:
     queries: Tensor | None = None
 
 
-def _causal_tiles(length: int, history: int, block_size: int, device: torch.device) -> tuple[Tile, ...]:
-    """Return the tiles of a sample of new positions after a history."""
+def _causal_tiles(length: int, cached: int, block_size: int, device: torch.device) -> tuple[Tile, ...]:
+    """Return the tiles of a sample of new positions after so many in the KV cache."""
     tiles, start = [], 0
     while start < length:
-        end = (history + start + max(TILE, block_size)) // block_size * block_size - history
+        end = (cached + start + max(TILE, block_size)) // block_size * block_size - cached
         end = min(end, length)
-        mask = _own_mask(end - start, (history + start) % block_size, block_size, device)
-        tiles.append(Tile(((start, end),), ((0, history + end),), mask))
+        mask = _own_mask(end - start, (cached + start) % block_size, block_size, device)
+        tiles.append(Tile(((start, end),), ((0, cached + end),), mask))
         start = end
     return tuple(tiles)
 
@@ -214,7 +214,7 @@ class Layout:
     Args:
         lengths: new positions of each sample in this pass.
         block_size: positions in a block.
-        history: committed positions of each sample, seen by its new ones; none by default.
+        cached: positions of each sample in the KV cache, seen by its new ones; none by default.
         device: where masks and indices live.
 
     Attributes:
@@ -233,18 +233,18 @@ class Layout:
         self,
         lengths: Sequence[int],
         block_size: int,
-        history: Sequence[int] | None = None,
+        cached: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.lengths = tuple(lengths)
-        self.history = tuple(history) if history is not None else (0,) * len(self.lengths)
+        self.cached = tuple(cached) if cached is not None else (0,) * len(self.lengths)
         self.block_size = block_size
         self.device = torch.device(device)
         self.positions = torch.cat(
-            [torch.arange(h, h + n) for n, h in zip(self.lengths, self.history, strict=True)]
+            [torch.arange(h, h + n) for n, h in zip(self.lengths, self.cached, strict=True)]
             or [torch.zeros(0, dtype=torch.long)]
         ).to(self.device)
-        self.groups = self._group(list(zip(self.lengths, self.history, strict=True)))
+        self.groups = self._group(list(zip(self.lengths, self.cached, strict=True)))
         self.noisy_groups = self.groups
 
     @classmethod
@@ -294,7 +294,7 @@ class Layout:
     ) -> Layout:
         cells = two_copy_cells(length, block_size, copies).to(device)
         layout = cls.__new__(cls)
-        layout.lengths, layout.history = (len(cells.position),) * rows, (0,) * rows
+        layout.lengths, layout.cached = (len(cells.position),) * rows, (0,) * rows
         layout.block_size, layout.device = block_size, device
         layout.positions = cells.position.repeat(rows)
         clean = length - block_size if copies else 0
@@ -333,7 +333,7 @@ class Layout:
         itself = torch.eye(length, dtype=torch.bool, device=hidden.device)
         seen = ((seen & ~hidden[:, None] & ~hidden[:, :, None]) | itself)[:, None]
         layout = cls.__new__(cls)
-        layout.lengths, layout.history = (length,) * rows, (0,) * rows
+        layout.lengths, layout.cached = (length,) * rows, (0,) * rows
         layout.block_size, layout.device = block_size, hidden.device
         layout.noisy = _after(rows, length, clean, hidden.device)
         layout.positions = cells.position.flatten()
@@ -349,21 +349,21 @@ class Layout:
 
     @classmethod
     def one_block(
-        cls, positions: Sequence[Tensor], block_size: int, history: Sequence[int], pictures: Sequence[Tensor]
+        cls, positions: Sequence[Tensor], block_size: int, cached: Sequence[int], pictures: Sequence[Tensor]
     ) -> Layout:
-        """Return the layout of samples whose new positions all see each other and their history.
+        """Return the layout of samples whose new positions all see each other and their KV cache.
 
         Args:
             positions: of each sample, int64 (L,).
             block_size: positions in a block of text.
-            history: committed positions of each sample.
+            cached: positions of each sample in the KV cache.
             pictures: of each sample, bool (L,), which of its positions hold latents of pictures.
         """
         lengths = [len(one) for one in positions]
-        layout = cls(lengths, block_size, history, positions[0].device)
+        layout = cls(lengths, block_size, cached, positions[0].device)
         layout.positions, layout.pictures = torch.cat(list(positions)), torch.cat(list(pictures))
         layout.groups = layout.noisy_groups = tuple(
-            replace(group, tiles=(Tile(((0, n),), ((0, layout.history[group.samples[0]] + n),), None),))
+            replace(group, tiles=(Tile(((0, n),), ((0, layout.cached[group.samples[0]] + n),), None),))
             for group in layout.groups
             for n in (group.length,)
         )
@@ -380,12 +380,12 @@ class Layout:
             if shape[0] > 0:
                 members.setdefault(shape, []).append(sample)
         groups = []
-        for (length, history), samples in members.items():
+        for (length, cached), samples in members.items():
             index = None
             if len(members) > 1:
                 first = torch.tensor([starts[sample] for sample in samples])
                 index = (first[:, None] + torch.arange(length)).flatten().to(self.device)
-            tiles = _causal_tiles(length, history, self.block_size, self.device)
+            tiles = _causal_tiles(length, cached, self.block_size, self.device)
             groups.append(Group(tuple(samples), length, length, tiles, index))
         return tuple(groups)
 

@@ -65,7 +65,7 @@ def needed_layout(
     cells = two_copy_cells(length, block_size, copies).to(device)
     lengths, before = cells_needed.sum(1).tolist(), cells_needed[:, :clean].sum(1).tolist()
     layout = Layout.__new__(Layout)
-    layout.lengths, layout.history = tuple(lengths), (0,) * rows
+    layout.lengths, layout.cached = tuple(lengths), (0,) * rows
     layout.block_size, layout.device = block_size, device
     layout.positions = cells.position.expand(rows, -1)[cells_needed]
     layout.noisy = (cells.kind == CellKind.NOISY).expand(rows, -1)[cells_needed].nonzero().flatten()

@@ -1,7 +1,7 @@
 """The Text VAE: q_phi(z0 | x), tokens to latents, and p_theta(x | z0), latents to tokens.
 
 Module names are those of the released checkpoint. Both halves are block-causal:
-they may be run block by block with a :class:`~colada.networks.layers.History`.
+they may be run block by block with a :class:`~colada.networks.layers.KVCache`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from colada.errors import ColadaError
 from colada.networks.config import TextVAEConfig
-from colada.networks.layers import History, Pass, Shared, kept_frequencies, rotary_table, rotate_half_split
+from colada.networks.layers import KVCache, Pass, Shared, kept_frequencies, rotary_table, rotate_half_split
 from colada.networks.packing import Layout
 
 Rotary = tuple[Tensor, Tensor]
@@ -64,7 +64,7 @@ class VAEBlock(nn.Module):
         return x + self.ffn(self.norm_ffn(x))
 
     def attention(self, x: Tensor, shared: Shared[Rotary], layer: int) -> Tensor:
-        """Attend (N, dim) to itself and the histories of the pass."""
+        """Attend (N, dim) to itself and the KV caches of the pass."""
         q, k, v = self.qkv_proj(x).chunk(3, -1)
         if self.config.clip_qkv is not None:
             limit = self.config.clip_qkv
@@ -107,13 +107,13 @@ class TextEncoder(nn.Module):
         self.final_layer = nn.Linear(config.dim, outputs, bias=config.bias)
 
     def forward(
-        self, ids: Tensor, layout: Layout, histories: Sequence[History | None] | None = None
+        self, ids: Tensor, layout: Layout, caches: Sequence[KVCache | None] | None = None
     ) -> Posterior:
         config = self.config
         # Kernel = stride, and no patch straddles samples: the convolution is one product per patch.
         weight = self.patch_embedder.weight.transpose(1, 2).flatten(1)
         x = F.linear(self.wte(ids).view(-1, config.patch_size * config.dim), weight, self.patch_embedder.bias)
-        shared = Pass(layout, _table(config, layout), histories, committing=True)
+        shared = Pass(layout, _table(config, layout), caches, appending=True)
         for layer, block in enumerate(self.blocks):
             x = block(x, shared, layer)
         out = self.final_layer(x).float()
@@ -140,9 +140,9 @@ class TextDecoder(nn.Module):
         self.final_layer = nn.Linear(config.dim, config.vocab_size, bias=config.bias)
 
     def forward(
-        self, latents: Tensor, layout: Layout, histories: Sequence[History | None] | None = None
+        self, latents: Tensor, layout: Layout, caches: Sequence[KVCache | None] | None = None
     ) -> Tensor:
-        shared = Pass(layout, _table(self.config, layout), histories, committing=True)
+        shared = Pass(layout, _table(self.config, layout), caches, appending=True)
         return self.unpatch(self.run(latents, shared))
 
     def run(self, latents: Tensor, shared: Shared[Rotary]) -> Tensor:
@@ -189,10 +189,10 @@ class TextVAE(nn.Module):
         else:
             truncated_normal_(parameter, std, cutoff, generator)
 
-    def layout(self, lengths: Sequence[int], histories: Sequence[History | None] | None = None) -> Layout:
-        """Return the packing of samples of these many *latents*, which follow their histories."""
-        committed = [len(history or ()) for history in histories] if histories is not None else None
-        return Layout(lengths, self.config.block_size, committed, self.encoder.wte.weight.device)
+    def layout(self, lengths: Sequence[int], caches: Sequence[KVCache | None] | None = None) -> Layout:
+        """Return the packing of samples of these many *latents*, which follow their KV caches."""
+        cached = [len(cache or ()) for cache in caches] if caches is not None else None
+        return Layout(lengths, self.config.block_size, cached, self.encoder.wte.weight.device)
 
     def rows_layout(self, rows: int, length: int, sample: Tensor | None = None) -> Layout:
         """Return the packing of equal training rows of ``length`` latents.
@@ -203,15 +203,15 @@ class TextVAE(nn.Module):
         return Layout.rows(rows, length, self.config.block_size, 0, sample, device)
 
     def encode(
-        self, ids: Tensor, lengths: Sequence[int], histories: Sequence[History | None] | None = None
+        self, ids: Tensor, lengths: Sequence[int], caches: Sequence[KVCache | None] | None = None
     ) -> Posterior:
         """Return the posterior of packed tokens.
 
         Args:
             ids: int64 (sum of lengths,), below vocab_size, or the mask id.
             lengths: tokens of each sample, multiples of ``patch_size``.
-            histories: what the encoder has seen of each sample before, whole blocks; these follow, and are
-                committed to it.
+            caches: what the encoder has seen of each sample before, whole blocks; these follow, and are
+                appended to it.
 
         Returns: a posterior over N = sum(lengths) / patch_size latents, not normalised.
 
@@ -224,19 +224,19 @@ class TextVAE(nn.Module):
                 raise ColadaError(f"a sample of {length} tokens, expected a multiple of patch_size={patch}")
         if sum(lengths) != ids.numel():
             raise ColadaError(f"lengths add up to {sum(lengths)}, but there are {ids.numel()} ids")
-        return self.encoder(ids, self.layout([length // patch for length in lengths], histories), histories)
+        return self.encoder(ids, self.layout([length // patch for length in lengths], caches), caches)
 
     def decode(
         self,
         latents: Tensor,
         lengths: Sequence[int],
-        histories: Sequence[History | None] | None = None,
+        caches: Sequence[KVCache | None] | None = None,
     ) -> Tensor:
         """Return the logits float32 (N * patch_size, V) of packed latents (N, C).
 
-        With ``histories``, the latents see them and are committed to them.
+        With ``caches``, the latents see them and are appended to them.
         """
-        return self.decoder.logits(self.decoder(latents, self.layout(lengths, histories), histories))
+        return self.decoder.logits(self.decoder(latents, self.layout(lengths, caches), caches))
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Return (z - shifting_factor) * scaling_factor: what the DiT *and* the decoder see in generation."""

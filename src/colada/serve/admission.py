@@ -73,8 +73,8 @@ class Limits:
     Attributes:
         slots: requests under way together, a model.
         waiting: choices that may wait beside them.
-        history: latents (a baseline's: tokens) under way together, a model; a longer request is refused.
-        context: tokens of the longest request, prompt and all; None: what the history holds.
+        capacity: latents (a baseline's: tokens) under way together, a model; a longer request is refused.
+        context: tokens of the longest request, prompt and all; None: what the KV cache holds.
         max_tokens, max_steps: of a request.
         watchers: requests that may be sent guesses at once: these cost the engine a quarter more.
         timeout, queue, body: seconds for a whole request, waiting included; until the engine begins with it;
@@ -87,7 +87,7 @@ class Limits:
 
     slots: int = 64
     waiting: int = 256
-    history: int = 8192
+    capacity: int = 8192
     context: int | None = None
     max_tokens: int = 8192
     max_steps: int = 64
@@ -154,8 +154,8 @@ class Policy:
 class Admission:
     """Counts the places of the choices that are accepted and not finished.
 
-    As many as there are slots may be under way, and ``waiting`` more wait; in latents, four times the
-    history waits beside the one under way.
+    As many as there are slots may be under way, and ``waiting`` more wait; in latents, four times
+    the limit's ``capacity`` waits beside one that is under way.
     """
 
     limits: Limits
@@ -166,7 +166,7 @@ class Admission:
     def require_place(self, places: int = 1, latents: int = 0) -> None:
         """Raise Refusal where there is no room; called before a body is read as JSON, too."""
         most = self.limits.slots + self.limits.waiting
-        crowded = self.places and self.latents + latents > 5 * self.limits.history
+        crowded = self.places and self.latents + latents > 5 * self.limits.capacity
         if self.places + places > most or crowded:
             text = f"{self.places} choices of {self.latents} latents are accepted, and no more has room"
             seconds = min(60, 1 + self.places // self.limits.slots)

@@ -218,7 +218,7 @@ class Driver:
             self.models = self._open()
             for name, served in self.models.items():
                 model: Any = served.model
-                session = model.session(history=self._limits.history, slots=self._limits.slots)
+                session = model.session(capacity=self._limits.capacity, slots=self._limits.slots)
                 self._sessions[name], self._queue[name] = session, deque()
                 self._show(name, served, session)
                 # What first requests would wait for.

@@ -65,7 +65,7 @@ class Served:
     def context(self, limits: Limits, candidates: int = 1) -> int:
         """Return how many tokens the longest request has, with its prompt."""
         patch, size = self.sizes
-        most = (limits.history // size - candidates + 1) * size * patch
+        most = (limits.capacity // size - candidates + 1) * size * patch
         return most if limits.context is None else min(most, limits.context)
 
     def most_new(self, prompt: int, limits: Limits, candidates: int = 1) -> int:

@@ -75,7 +75,7 @@ class Completion:
         error: why the sample failed; its text is what was finished before.
         picture: of a drawing, uint8 (S, S, 3).
         latents: where they are asked for, float32 (M, C) on the CPU: of the prompt's whole blocks, and of
-            each block as it was committed.
+            each block as it was appended to the KV cache.
         ids: of those blocks, from where the prompt ends, with what follows an end token.
     """
 

@@ -61,7 +61,7 @@ def with_teacher(
 def writing_flops(prior: DiT, blocks: int, evaluations: int, guided: bool, before: int = 0) -> int:
     """Return the FLOPs of the DiT where the engine writes blocks of a row, after ``before`` others.
 
-    A block takes a row of positions for each evaluation, two where it is guided, and one for the history;
+    A block takes a row of positions for each evaluation, two where it is guided, and one for the KV cache;
     the modulation is a table.
     """
     size = prior.config.block_size // prior.config.patch_size

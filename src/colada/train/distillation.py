@@ -3,7 +3,7 @@
 A teacher integrates a block from a to a' < a in some steps of its own, guided, and so moves z to z'. The
 student learns the guess of z0 whose one Euler step lands there (progressive distillation, arXiv:2202.00512,
 block by block): x = z - a (z - z') / (a - a'). A teacher that takes one step teaches its guided guess itself:
-guidance is folded into the student, at any a. History is what each network makes of the clean blocks before.
+guidance is folded into the student, at any a. The KV cache is what each network makes of clean blocks before.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def distillation_errors(
         z: (B, K, M, C), the teacher's or the data's, pinned latents in place.
         target: (B, K, M, C), the guess of z0 that is taught.
         timestep: (B, K, M); at pinned positions there is no error.
-        clean: (B, M, C), from which the student makes a history of its own.
+        clean: (B, M, C), from which the student makes a KV cache of its own.
         end: (B, K, M), where a step ends, which a student with landing times is told.
     """
     output = predict(student, z, timestep, clean, pinned, sample, end=end)

@@ -182,7 +182,7 @@ def roll_out(
         slots.append((slot, row, begin))
     slots.sort(
         key=lambda member: -member[0].block_count
-    )  # Equal histories are neighbours, which attend in one call.
+    )  # Equal KV caches are neighbours, which attend in one call.
     states = clean.new_zeros(len(batch), length, len(stops), width)
     for number in range(max((slot.block_count for slot, _, _ in slots), default=0)):
         going = [member for member in slots if number < member[0].block_count]

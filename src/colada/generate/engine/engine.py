@@ -1,9 +1,9 @@
 """Continuous batching: requests join at block boundaries, each with its own settings, and leave alone.
 
 Everything here gives what the readable loop, :class:`colada.generate.reference.BlockGenerator`, gives for
-each request by itself. The words are the same; what differs is the order of the work. The history is
+each request by itself. The words are the same; what differs is the order of the work. The KV cache is
 written in place (:mod:`colada.generate.engine.memory`), modulation is a table, conditional and unconditional
-rows and the commit of the block before share the first pass of a block, and the decoder's prefix shares its
+rows and appending the block before share the first pass of a block, and the decoder's prefix shares its
 first decoding.
 """
 
@@ -33,7 +33,7 @@ from colada.generate.engine.memory import (
 )
 from colada.generate.engine.passes import blocks_of, matrices
 from colada.generate.engine.slots import JOINING_LATENTS, LatentSlot, read_prompts, room_of, shares
-from colada.generate.engine.transport import COMMITTED_ROWS, Transport
+from colada.generate.engine.transport import APPENDED_ROWS, Transport
 from colada.generate.noise import NOISE_RULES, block_generator
 from colada.generate.pictures import show
 from colada.generate.reference import Block, TransportStep
@@ -46,21 +46,21 @@ from colada.networks.pictures import widened
 from colada.networks.vae import TextVAE
 
 GPU_BUCKET = 128
-"""Latents of history to which a GPU's passes are padded, or to twice as many, and so on."""
+"""Latents in a KV cache to which a GPU's passes are padded, or to twice as many, and so on."""
 
 
 def capacity_for(requests: Iterable[Request], config: TextVAEConfig, slots: int | None = None) -> int:
-    """Return the latents of history that the ``slots`` largest of some requests take together, or all."""
+    """Return the latents of KV cache that the ``slots`` largest of some requests take, or all of them."""
     rooms = sorted(
         (room_of(request, config.patch_size, config.block_size) for request in requests), reverse=True
     )
     return sum(rooms[:slots])
 
 
-def history_bytes(vae: TextVAE, dit: DiT, latents: int) -> int:
-    """Return the size of the memory that holds so many latents of history."""
-    prior_numbers = latents * dit.config.history_numbers // dit.config.patch_size
-    decoder_bytes = latents * vae.config.history_numbers * vae.decoder.in_layer.weight.element_size()
+def cache_bytes(vae: TextVAE, dit: DiT, latents: int) -> int:
+    """Return the size of the memory that holds the KV cache of so many latents."""
+    prior_numbers = latents * dit.config.cache_numbers // dit.config.patch_size
+    decoder_bytes = latents * vae.config.cache_numbers * vae.decoder.in_layer.weight.element_size()
     return prior_numbers * dit.txt_in.proj.weight.element_size() + decoder_bytes
 
 
@@ -69,11 +69,11 @@ class Engine(Writer[LatentSlot]):
 
     Args:
         vae, dit: the networks, in evaluation mode; weights are used as they are, in their type.
-        capacity: latents of history in all; a request takes those of its prompt and of the blocks to come,
+        capacity: latents in all KV caches; a request takes those of its prompt and of the blocks to come,
             rounded up to whole blocks, from when it is admitted until it leaves.
         slots: requests generated together at most; None is no limit.
         pad_id: fills up prompts.
-        bucket: pad rows to powers of two, and histories to so many latents, twice as many and so on, and
+        bucket: pad rows to powers of two, and KV caches to so many latents, twice as many and so on, and
             replay passes of equal shape; by default 128 on a GPU, where each replay is a CUDA graph, and
             elsewhere None, not at all.
         keep_logits: give each finished block its logits, which are large; else None.
@@ -106,7 +106,7 @@ class Engine(Writer[LatentSlot]):
             raise ColadaError(f"bucket={bucket}, expected a multiple of the block of {self._size} latents")
         self._padded = bucket is not None
         capacity = self.capacity
-        require_memory(history_bytes(vae, dit, capacity), device, f"a history of {capacity} latents")
+        require_memory(cache_bytes(vae, dit, capacity), device, f"a KV cache of {capacity} latents")
         self.regions = Regions(capacity)
         prior, decoder = dit.config, vae.config
         self._prior_memory = Memory(
@@ -153,14 +153,14 @@ class Engine(Writer[LatentSlot]):
         return [slot for slot in self.under_way if slot.error is not None or slot.begun is None]
 
     @property
-    def history_bytes(self) -> int:
-        """Size of the memory that holds histories."""
+    def cache_bytes(self) -> int:
+        """Size of the memory that holds the KV caches."""
         return self._prior_memory.bytes + self._decoder_memory.bytes
 
     # --- who is under way ------------------------------------------------------------------
 
     def room(self, request: Request) -> int:
-        """Return how many latents of history a request takes."""
+        """Return how many latents of KV cache a request takes."""
         return room_of(request, self._patch, self._size)
 
     def leave(self, slot: LatentSlot) -> None:
@@ -224,7 +224,7 @@ class Engine(Writer[LatentSlot]):
         parts = [(slot, count) for slot, count in pairs if count or not slot.unread]
         if parts:
             read_prompts(self.vae, parts, self.pad_id)
-        self._commit([slot for slot, _ in parts if slot.error is None and slot.unread])
+        self._append([slot for slot, _ in parts if slot.error is None and slot.unread])
         new = [slot for slot in self.joining if slot.error is not None or not slot.unread]
         for slot in new:
             if slot.request.picture is not None and slot.error is None:
@@ -233,32 +233,32 @@ class Engine(Writer[LatentSlot]):
         return new
 
     def _show(self, slot: LatentSlot, picture: Tensor) -> None:
-        """Write a picture and its prompt, which see each other, into the DiT's history."""
+        """Write a picture and its prompt, which see each other, into the DiT's KV cache."""
         try:
             (context,) = show(self.dit, [slot.latents], picture.to(self.device)[None])
         except Exception as error:  # As with those who cannot be encoded.
             slot.error = failure("its picture cannot be read", error)
             return
-        self._prior_memory.write(slot.start, context.history.layers)
-        slot.history = slot.shown = len(context.history)
+        self._prior_memory.write(slot.start, context.cache.layers)
+        slot.cached = slot.shown = len(context.cache)
 
-    def _commit(self, joining: Sequence[LatentSlot]) -> None:
-        """Write into both histories what is read of prompts that are not read to their ends."""
+    def _append(self, joining: Sequence[LatentSlot]) -> None:
+        """Append to both KV caches what is read of prompts that are not read to their ends."""
         if not joining:
             return
-        parts = [(slot.start, slot.history, slot.uncommitted) for slot in joining]
+        parts = [(slot.start, slot.cached, slot.to_append) for slot in joining]
         try:
-            self._transport.commit(parts)
+            self._transport.append(parts)
             self._decode_alone(self._prefixes(parts))
         except Exception as error:  # As with those who cannot be encoded.
             if len(joining) > 1:
                 for slot in joining:
-                    self._commit([slot])
+                    self._append([slot])
             else:
                 joining[0].error = failure("its prompt cannot be read", error)
             return
         for slot in joining:
-            slot.history = slot.decoded = slot.history + len(slot.uncommitted)
+            slot.cached = slot.decoded = slot.cached + len(slot.to_append)
 
     # --- one block -------------------------------------------------------------------------
 
@@ -283,10 +283,10 @@ class Engine(Writer[LatentSlot]):
         drawing = [slot for slot in going if slot.request.draws]
         if drawing:
             assert self._painting is not None
-            prefixes = [(slot.start, slot.history, slot.uncommitted) for slot in drawing]
-            self._transport.commit(prefixes)
+            prefixes = [(slot.start, slot.cached, slot.to_append) for slot in drawing]
+            self._transport.append(prefixes)
             for slot in drawing:
-                slot.history += len(slot.uncommitted)
+                slot.cached += len(slot.to_append)
             yield from self._round(drawing, self._painting)
 
     def _round(self, going: list[LatentSlot], transport: Transport) -> Iterator[TransportStep]:
@@ -297,7 +297,7 @@ class Engine(Writer[LatentSlot]):
             return
         # Those with most left first, so that rows under way are the first ones; among equals, equal shapes
         # are neighbours, which attend in one call.
-        order.sort(key=lambda slot: (-slot.left, slot.history + len(slot.uncommitted), slot.start))
+        order.sort(key=lambda slot: (-slot.left, slot.cached + len(slot.to_append), slot.start))
         z = torch.cat([noises[slot] for slot in order])
         rows = _rows_of(order)
         self._going = going = [slot for slot in going if not slot.done]
@@ -390,12 +390,12 @@ class Engine(Writer[LatentSlot]):
         return self._head(hidden).float().unflatten(0, (len(latents), -1))
 
     def _prefixes(self, parts: Iterable[tuple[int, int, Tensor]]) -> list[list[Piece]]:
-        """Return what the decoder's histories lack, pass by pass; arguments as :meth:`Transport.commit`."""
-        all_pieces = [piece for part in parts for piece in pieces(*part, self._size, 1, COMMITTED_ROWS)]
-        return in_parts(all_pieces, COMMITTED_ROWS)
+        """Return what the decoder's KV caches lack, pass by pass; arguments as :meth:`Transport.append`."""
+        all_pieces = [piece for part in parts for piece in pieces(*part, self._size, 1, APPENDED_ROWS)]
+        return in_parts(all_pieces, APPENDED_ROWS)
 
     def _decode_alone(self, prefixes: Iterable[Sequence[Piece]]) -> None:
-        """Write prefixes into the decoder's histories in passes of their own."""
+        """Append prefixes to the decoder's KV caches in passes of their own."""
         for part in prefixes:
             plan = ViewRows(self._decoder_memory, [span for span, _ in part], [], 0, self._size)
             self.vae.decoder.run(torch.cat([latents for _, latents in part]), self._decoder_pass(plan))
@@ -444,7 +444,7 @@ class Engine(Writer[LatentSlot]):
     def guesses(self, step: TransportStep, asking: Collection[LatentSlot]) -> dict[LatentSlot, Guess]:
         """Return how the blocks of slots would read after this step; one that is not finite does not.
 
-        Nothing is committed: the block's own positions of the decoder's memory are written again.
+        Nothing is appended: the block's own positions of the decoder's memory are written again.
         """
         finite = step.z0.isfinite().flatten(1).all(1).tolist()
         rows_of = {

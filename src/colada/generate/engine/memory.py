@@ -1,4 +1,4 @@
-"""Where the histories of all requests live: memory made once, a contiguous region for each request."""
+"""Where the KV caches of all requests live: memory made once, a contiguous region for each request."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ class Memory:
 class Span:
     """Neighbouring blocks of one sample in a pass: what they see is ``start..end`` of the memory.
 
-    Their own positions, ``blocks`` blocks, are the last of it; those before are the sample's history. Blocks
-    ``apart`` are candidates for one place in it: each sees the history and itself.
+    Their own positions, ``blocks`` blocks, are the last of it; those before are the sample's KV cache. Blocks
+    ``apart`` are candidates for one place in it: each sees that and itself.
 
     Rotary positions are those in the memory plus ``shift``: a picture has one of these, and many of those.
     """
@@ -109,13 +109,13 @@ class Span:
     apart: bool = False
     shift: int = 0
 
-    def history(self, size: int) -> int:
+    def cached(self, size: int) -> int:
         """Return how many positions come before its blocks of so many."""
         return self.end - self.start - self.blocks * size
 
     def seen(self, size: int) -> int:
         """Return the positions that one of its blocks sees at most."""
-        return self.history(size) + (1 if self.apart else self.blocks) * size
+        return self.cached(size) + (1 if self.apart else self.blocks) * size
 
 
 Piece = tuple[Span, Tensor]
@@ -225,7 +225,7 @@ class PassRows:
         slots: list[int] = []
         positions: list[int] = []
         for span in [*clean, *noisy]:
-            before, shift = span.history(size), span.shift
+            before, shift = span.cached(size), span.shift
             slots += range(span.start + before, span.end)
             if pictures:
                 positions += [before + shift] * size
@@ -357,9 +357,9 @@ class PaddedRows(PassRows):
         noisy = [*noisy, *[nobody] * (noisy_blocks - sum(span.blocks for span in noisy))]
         super().__init__(memory, clean, noisy, alone, size)
         device = memory.keys.device
-        # Of each block: where its history begins, where it ends, and how far after it the block is.
+        # Of each block: where its KV cache begins, where it ends, and how far after it the block is.
         places = [
-            (span.start, span.start + span.history(size), k * size)
+            (span.start, span.start + span.cached(size), k * size)
             for span in [*clean, *noisy]
             for k in range(span.blocks)
         ]

@@ -19,7 +19,7 @@ from colada.flow import Evaluation, evaluations_of
 from colada.generate.engine.memory import round_up
 from colada.generate.reference import Block, encode
 from colada.generate.writer import Request, Slot
-from colada.networks.layers import History
+from colada.networks.layers import KVCache
 from colada.networks.vae import TextVAE
 
 JOINING_LATENTS = 256
@@ -48,7 +48,7 @@ def latents_of(request: Request, patch: int, size: int) -> tuple[int, int, int]:
 
 
 def room_of(request: Request, patch: int, size: int) -> int:
-    """Return how many latents of history a request takes, whole blocks; arguments as :func:`latents_of`."""
+    """Return how many latents of KV cache a request takes, whole blocks; arguments as :func:`latents_of`."""
     prefix, _, blocks = latents_of(request, patch, size)
     if request.draws:
         return room_for(prefix + request.draws, 1, size)
@@ -58,7 +58,7 @@ def room_of(request: Request, patch: int, size: int) -> int:
 
 
 def room_for(latents: int, candidates: int, size: int) -> int:
-    """Return the history of so many latents: whole blocks of ``size``, and one for each further candidate."""
+    """Return the room of so many latents: whole blocks of ``size``, and one for each further candidate."""
     return round_up(latents, size) + (candidates - 1) * size
 
 
@@ -90,11 +90,11 @@ class LatentSlot(Slot):
         prompt: how many latents its prompt takes, whole blocks.
         latents: (L, C), those of them that are read.
         read: what the encoder has seen, where that is needed.
-        history, decoded: how many latents are in the DiT's and in the decoder's history.
+        cached, decoded: how many latents are in the DiT's and in the decoder's KV cache.
         block: the last that was generated.
         begun: the coming block, where a round has ended in the middle of it.
         step: how many of its evaluations are done, in a round; those beyond its own change nothing.
-        shown: positions of the DiT's history that are of a picture and its prompt; the decoder has none.
+        shown: positions of the DiT's KV cache that are of a picture and its prompt; the decoder has none.
         shift: by how much later ones' rotary positions are beyond those in the memory.
     """
 
@@ -106,8 +106,8 @@ class LatentSlot(Slot):
     where: Tensor
     prompt: int
     latents: Tensor
-    read: History | None = None
-    history: int = 0
+    read: KVCache | None = None
+    cached: int = 0
     decoded: int = 0
     block: Block | None = None
     begun: Begun | None = None
@@ -162,12 +162,12 @@ class LatentSlot(Slot):
         return len(self.evaluations) - (0 if self.begun is None else self.begun.done)
 
     @property
-    def uncommitted(self) -> Tensor:
-        """The finished latents (L, C) that the DiT's history lacks."""
+    def to_append(self) -> Tensor:
+        """The finished latents (L, C) that the DiT's KV cache lacks."""
         if self.block is None:
-            return self.latents[self.history - self.shown : self.prefix]
+            return self.latents[self.cached - self.shown : self.prefix]
         written = self.shown + self.prefix + (self.blocks - 1) * len(self.block.latents)
-        return self.block.latents[self.history - written :]
+        return self.block.latents[self.cached - written :]
 
     @property
     def written(self) -> Tensor:
@@ -213,15 +213,15 @@ def read_prompts(vae: TextVAE, parts: Sequence[tuple[LatentSlot, int]], pad_id: 
     """Encode so many latents more of each prompt, in one pass; one that cannot be encoded has an error."""
     patch = vae.config.patch_size
     prompts: list[Sequence[int]] = []
-    histories: list[History | None] = []
+    caches: list[KVCache | None] = []
     for slot, count in parts:
         begin = len(slot.latents) * patch
         prompts.append(slot.request.ids[begin : begin + count * patch])
         # What is read at once leaves nothing for later.
         whole = count == slot.prompt
-        histories.append(None if whole else slot.read.copy() if slot.read is not None else History())
+        caches.append(None if whole else slot.read.copy() if slot.read is not None else KVCache())
     try:
-        encoded = encode(vae, prompts, pad_id, histories)
+        encoded = encode(vae, prompts, pad_id, caches)
     except Exception as error:  # Whatever it is, the others and their regions must not be lost.
         if len(parts) > 1:
             for part in parts:
@@ -229,5 +229,5 @@ def read_prompts(vae: TextVAE, parts: Sequence[tuple[LatentSlot, int]], pad_id: 
         else:
             parts[0][0].error = failure("its prompt cannot be encoded", error)
         return
-    for (slot, _), latents, history in zip(parts, encoded, histories, strict=True):
-        slot.latents, slot.read = torch.cat([slot.latents, latents]), history
+    for (slot, _), latents, cache in zip(parts, encoded, caches, strict=True):
+        slot.latents, slot.read = torch.cat([slot.latents, latents]), cache

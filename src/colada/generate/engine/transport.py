@@ -28,8 +28,8 @@ from colada.generate.engine.slots import Begun, LatentSlot
 from colada.generate.guidance import Guidance, estimate, is_bounded
 from colada.networks.dit import DiT
 
-COMMITTED_ROWS = 512
-"""The most latents of a pass that are committed, alone or with the first solver step of a block."""
+APPENDED_ROWS = 512
+"""The most latents of a pass that are appended, alone or with the first solver step of a block."""
 
 SHORTEST_ROUND = 4
 """The fewest solver steps of a round, as what is prepared for it takes time too."""
@@ -106,10 +106,10 @@ def _numbers(evaluation: Evaluation, width: int) -> list[float]:
 
 
 def _is_guided(slot: LatentSlot, a: float) -> bool:
-    """Return whether a slot's velocity at a has an unconditional one beside it: not without a history."""
+    """Return whether a slot's velocity at a has an unconditional one beside it: not without a KV cache."""
     settings = slot.request.settings
     low, high = settings.guidance_interval
-    return settings.guidance != 1 and low <= a <= high and bool(slot.history + len(slot.uncommitted))
+    return settings.guidance != 1 and low <= a <= high and bool(slot.cached + len(slot.to_append))
 
 
 def _last_velocities(slots: Sequence[LatentSlot], none: Tensor) -> list[Tensor]:
@@ -140,12 +140,12 @@ class Transport:
 
     Args:
         dit: whose weights are used as they are.
-        memory: of its histories.
+        memory: of its KV caches.
         size: latents in a block.
-        bucket: pad rows to powers of two, and histories to so many positions, twice as many and so on, and
+        bucket: pad rows to powers of two, KV caches to so many positions, twice as many and so on, and
             replay passes of equal shape; None reads just what is there.
         text: the transport of text beside which this is one of pictures, each a block. What is before them is
-            to be committed already.
+            to be appended already.
     """
 
     def __init__(
@@ -171,16 +171,16 @@ class Transport:
     def run(self, slots: Sequence[LatentSlot], z: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Integrate dz/da = v for a round from z (R, block, C); yields z and the z0 pointed at.
 
-        See :func:`colada.generate.reference.transport`, and :func:`round_steps`. The first pass also commits
-        what is not yet committed. At the end, slots whose blocks are not finished have them as ``begun``.
+        See :func:`colada.generate.reference.transport`, and :func:`round_steps`. The first pass also appends
+        what is not yet appended. At the end, slots whose blocks are not finished have them as ``begun``.
 
         Args:
             slots: those with most evaluations left come first.
             z: their noise, or where they are; a row for each candidate of each slot.
         """
         members = [slot for slot in slots for _ in range(slot.candidates)]
-        riding = self._commit(slots)
-        committed = [latents for _, latents in riding]
+        riding = self._append(slots)
+        clean = [latents for _, latents in riding]
         pins = [slot.pinned_block(self._size) for slot in members]
         where = torch.stack([pin for pin, _ in pins])
         pinned = torch.stack([pin for _, pin in pins])
@@ -188,8 +188,8 @@ class Transport:
         passes = self._passes(members, [span for span, _ in riding], where, any_pinned)
         mask = where[..., None]
         if riding:
-            padding = passes[0].shape.plan.clean_rows * self.dit.config.patch_size - sum(map(len, committed))
-            committed.append(z.new_zeros(padding, z.shape[-1]))
+            padding = passes[0].shape.plan.clean_rows * self.dit.config.patch_size - sum(map(len, clean))
+            clean.append(z.new_zeros(padding, z.shape[-1]))
         velocities = _last_velocities(slots, torch.zeros_like(z[0]))
         guess = _last_guesses(slots, z) if self.dit.config.self_conditioning else None
         for number, (shape, numbers, pointed, row, of_latents) in enumerate(passes):
@@ -198,13 +198,13 @@ class Transport:
             now, finished = z[: shape.active], z[shape.active :]
             noisy = now if shape.everyone is None else now[shape.everyone]
             noisy = noisy.flatten(0, 1)
-            rows = torch.cat([*committed, noisy]) if number == 0 else noisy
+            rows = torch.cat([*clean, noisy]) if number == 0 else noisy
             if guess is not None:
                 rows = self._with_guesses(rows, guess[: shape.active], shape)
             output = self._forward(rows, row, shape)
             if number == 0:
                 for slot in slots:
-                    slot.history += len(slot.uncommitted)
+                    slot.cached += len(slot.to_append)
             if of_latents is not None:
                 output = PREDICTIONS[self.dit.config.prediction].velocity(noisy, output, of_latents)
             output = output.unflatten(0, (-1, self._size))
@@ -235,7 +235,7 @@ class Transport:
                 slot.begun = Begun(done, z[rows_of], last, None if guess is None else guess[rows_of])
 
     def _with_guesses(self, latents: Tensor, guess: Tensor, shape: _Shape) -> Tensor:
-        """Return rows (N, 2 C) of latents beside guesses of z0; what is committed has none."""
+        """Return rows (N, 2 C) of latents beside guesses of z0; what is appended has none."""
         noisy = guess if shape.everyone is None else guess[shape.everyone]
         clean = latents.new_zeros(len(latents) - noisy.shape[0] * self._size, latents.shape[-1])
         return torch.cat([latents, torch.cat([clean, noisy.flatten(0, 1)])], -1)
@@ -247,8 +247,8 @@ class Transport:
         assert isinstance(row, Tensor)
         return self.graphs(latents, row, shape.plan, shape.rotations)
 
-    def _commit(self, slots: Sequence[LatentSlot]) -> list[Piece]:
-        """Write what is finished into the DiT's history, but for what may join the coming pass: return that.
+    def _append(self, slots: Sequence[LatentSlot]) -> list[Piece]:
+        """Append what is finished to the DiT's KV cache, but for what may join the coming pass: return that.
 
         A long prefix goes ahead in parts, so that no pass needs memory for all of it. To a padded pass, a
         block each comes along, and nothing else.
@@ -257,32 +257,32 @@ class Transport:
         alone: list[Piece] = []
         riding: list[Piece] = []
         for slot in slots:
-            new = slot.start, slot.history, slot.uncommitted
-            new_pieces = pieces(*new, self._size, patch, COMMITTED_ROWS, slot.shift)
-            fits = self._bucket is None or len(slot.uncommitted) == self._size
+            new = slot.start, slot.cached, slot.to_append
+            new_pieces = pieces(*new, self._size, patch, APPENDED_ROWS, slot.shift)
+            fits = self._bucket is None or len(slot.to_append) == self._size
             (riding if fits else alone).extend(new_pieces)
         if self._bucket is None:
-            *parts, riding = in_parts(riding, COMMITTED_ROWS) or [[]]
+            *parts, riding = in_parts(riding, APPENDED_ROWS) or [[]]
         else:
-            parts = in_parts(alone, COMMITTED_ROWS)
+            parts = in_parts(alone, APPENDED_ROWS)
         for part in parts:
-            self._commit_alone(part)
+            self._append_alone(part)
         return riding
 
-    def commit(self, parts: Iterable[tuple[int, int, Tensor]]) -> None:
-        """Write latents, whole blocks, into the DiT's history.
+    def append(self, parts: Iterable[tuple[int, int, Tensor]]) -> None:
+        """Append latents, whole blocks, to the DiT's KV cache.
 
         Args:
-            parts: of each sample, the start of its region, how many latents are in its history, and those
+            parts: of each sample, the start of its region, how many latents are in its KV cache, and those
                 (L, C) that follow.
         """
         patch = self.dit.config.patch_size
-        all_pieces = [piece for part in parts for piece in pieces(*part, self._size, patch, COMMITTED_ROWS)]
-        for some in in_parts(all_pieces, COMMITTED_ROWS):
-            self._commit_alone(some)
+        all_pieces = [piece for part in parts for piece in pieces(*part, self._size, patch, APPENDED_ROWS)]
+        for some in in_parts(all_pieces, APPENDED_ROWS):
+            self._append_alone(some)
 
-    def _commit_alone(self, part: Sequence[Piece]) -> None:
-        """Write finished blocks into the DiT's history in a pass of their own."""
+    def _append_alone(self, part: Sequence[Piece]) -> None:
+        """Append finished blocks to the DiT's KV cache in a pass of their own."""
         plan = ViewRows(
             self._memory, [span for span, _ in part], [], 0, self._size // self.dit.config.patch_size
         )
@@ -321,16 +321,16 @@ class Transport:
             now = [evaluations[number] for evaluations in coming if number < len(evaluations)]
             active = len(now)
             guided = [row for row, evaluation in enumerate(now) if _is_guided(slots[row], evaluation.a)]
-            commits = clean if number == 0 else []
-            key = (len(commits), active, tuple(guided))
+            appended = clean if number == 0 else []
+            key = (len(appended), active, tuple(guided))
             if key not in shapes:
-                shapes[key] = self._shape(slots, active, guided, commits)
+                shapes[key] = self._shape(slots, active, guided, appended)
             shape = shapes[key]
             # Each noisy row's a and pins; what pads it counts as the first.
             each = [now[row] for row in self._members(shape.rows, active, guided)]
             where_now = where[:active] if shape.everyone is None else where[shape.everyone]
             row: int | Tensor = table[moment(now[0])]
-            if len(set(map(moment, now))) > 1 or commits or any_pinned or self._bucket is not None:
+            if len(set(map(moment, now))) > 1 or appended or any_pinned or self._bucket is not None:
                 own_rows = on_device([table[moment(evaluation)] for evaluation in each], device)[:, None]
                 own_rows = torch.where(where_now[:, patch - 1 :: patch], table[0.0], own_rows)
                 row = torch.cat([own_rows.new_full((shape.plan.clean_rows,), table[0.0]), own_rows.flatten()])
@@ -352,13 +352,13 @@ class Transport:
         return [*range(active), *[0] * (rows - active), *guided, *[0] * (alone - len(guided))]
 
     def _shape(
-        self, slots: Sequence[LatentSlot], active: int, guided: list[int], commits: list[Span]
+        self, slots: Sequence[LatentSlot], active: int, guided: list[int], appended: list[Span]
     ) -> _Shape:
-        """Prepare a pass of the first ``active`` rows of z, with what is committed on the way."""
+        """Prepare a pass of the first ``active`` rows of z, with what is appended on the way."""
         patch, device = self.dit.config.patch_size, self._device
         noisy = []
         for slot in dict.fromkeys(slots[:active]):
-            past, count = slot.history + len(slot.uncommitted), slot.candidates
+            past, count = slot.cached + len(slot.to_append), slot.candidates
             end = slot.start + past + count * self._size
             noisy.append(Span(slot.start // patch, end // patch, count, apart=count > 1, shift=slot.shift))
         rows = active if self._bucket is None else doubled_to(active)
@@ -366,11 +366,11 @@ class Transport:
         alone, size = len(members) - rows, self._size // patch
         plan: ViewRows | PaddedRows
         if self._bucket is None:
-            plan = ViewRows(self._memory, commits, noisy, alone, size, self._pictures)
+            plan = ViewRows(self._memory, appended, noisy, alone, size, self._pictures)
         else:
             length = doubled_to(max(span.seen(size) for span in noisy), self._bucket)
-            clean_blocks = doubled_to(len(set(slots))) if commits else 0
-            plan = PaddedRows(self._memory, commits, noisy, alone, size, clean_blocks, rows, length)
+            clean_blocks = doubled_to(len(set(slots))) if appended else 0
+            plan = PaddedRows(self._memory, appended, noisy, alone, size, clean_blocks, rows, length)
         settings = [slots[row].request.settings for row in guided]
         return _Shape(
             plan,
