@@ -368,7 +368,7 @@ def test_results_that_do_not_belong_together_are_refused(make: Callable[..., Res
         ('"0": [1, 0, 0]', '"0": [9, 0, 0]', "impossible counts of item '0'"),
         ('"0": [1, 0, 0]', '"0": [1, 0]', "missing 1 required positional argument"),
         ('"outcomes"', '"outcome"', "KeyError('outcomes')"),
-        ('"cola"', '"coal"', "arch 'coal'"),
+        ('"cola"', '"coal"', "arch='coal'"),
         ('"lambada"', '"lambda"', "did you mean 'lambada'"),
         ('"flops": {', '"flop": {', "KeyError('flops')"),
         ('"tokens": 5', '"tokens": Infinity', "not a cell's result"),
