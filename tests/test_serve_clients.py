@@ -214,6 +214,7 @@ def lm_eval(url: str, kind: str, task: Path, *args: str) -> subprocess.Completed
 @pytest.mark.parametrize("kind", ["local-completions", "local-chat-completions"])
 def test_lm_eval_generates(url: str, kind: str, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
+    pytest.importorskip("tenacity", reason="lm_eval asks servers by it: pip install lm-eval[api]")
     write_task(tmp_path)
     path = "/chat/completions" if "chat" in kind else "/completions"
     more = ["--apply_chat_template"] if "chat" in kind else ["--batch_size", "2"]
