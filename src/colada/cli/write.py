@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -32,7 +31,6 @@ from colada.locate import BUNDLED, BUNDLED_CHAT, CHAT_TEMPLATE_FILE, local
 
 if TYPE_CHECKING:
     from colada.models.base import LanguageModel
-    from colada.text.transcript import Chunk, Completion
 
 TokensOption = Annotated[
     int, typer.Option("--max-new-tokens", "-n", help="How many tokens, unless the text ends before.")
@@ -80,6 +78,8 @@ def generate(
     if chat:
         model = _chat_model(model, revision)
     network = load_model(model, revision, dtype, device, quantise)
+    from colada.text.transcript import in_order
+
     prompts = texts
     if chat:
         prompts = [network.chat_prompt([{"role": "user", "content": text}]) for text in texts]
@@ -93,7 +93,7 @@ def generate(
     errors: dict[int, str] = {}  # by prompt; the others are finished and printed first
     cut = 0
     chunks = network.stream(prompts, max_new_tokens, batch=batch, **asked_settings)
-    for number, done in enumerate(_in_order(chunks)):
+    for number, done in enumerate(in_order(chunks)):
         if done.error is not None:
             errors[number] = done.error
         cut += done.finish_reason == "length"
@@ -118,18 +118,6 @@ def _say_cut(texts: int, length: int) -> None:
     if texts and sys.stderr is not None and sys.stderr.isatty():
         which = "" if texts == 1 else f"{texts} texts "
         print(f"{which}stopped at {length} tokens", file=sys.stderr)
-
-
-def _in_order(chunks: Iterator[Chunk]) -> Iterator[Completion]:
-    """Yield completions in the order of their prompts, each once all before it are finished."""
-    waiting: dict[int, Completion] = {}
-    next_one = 0
-    for chunk in chunks:
-        if chunk.completion is not None:
-            waiting[chunk.index] = chunk.completion
-        while next_one in waiting:
-            yield waiting.pop(next_one)
-            next_one += 1
 
 
 def _stream(

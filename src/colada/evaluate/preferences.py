@@ -22,7 +22,7 @@ from colada.generate.settings import Settings, TextRequest
 from colada.models.base import LanguageModel
 from colada.models.likelihood import nats_per_token
 from colada.randomness import seed_of
-from colada.text.transcript import Chunk, Completion, completed
+from colada.text.transcript import Completion, completed, in_order
 from colada.train.trajectories import digest
 
 AT_ONCE = 32
@@ -131,17 +131,6 @@ def own_pairs(
                 about = {"task": task, "number": number, "reward": [rewards[n] for n in chosen]}
                 pairs.append({"prompt": spoken(prompt), **texts, **about})
         yield numbers.stop, pairs
-
-
-def in_order(chunks: Iterator[Chunk]) -> Iterator[Completion]:
-    """Yield the completions of a stream in the order of its requests."""
-    number, early = 0, dict[int, Completion]()
-    for chunk in chunks:
-        if chunk.completion is not None:
-            early[chunk.index] = chunk.completion
-        while number in early:
-            yield early.pop(number)
-            number += 1
 
 
 def _weights(model: LanguageModel) -> dict[str, str]:

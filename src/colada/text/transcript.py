@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -110,6 +110,17 @@ def completed(completions: Sequence[Completion]) -> list[Completion]:
     if errors:
         raise GenerationError([None if done.error else done for done in completions], errors)
     return list(completions)
+
+
+def in_order(chunks: Iterable[Chunk]) -> Iterator[Completion]:
+    """Yield a stream's completions in the order of its requests, each once all before it are finished."""
+    number, early = 0, dict[int, Completion]()
+    for chunk in chunks:
+        if chunk.completion is not None:
+            early[chunk.index] = chunk.completion
+        while number in early:
+            yield early.pop(number)
+            number += 1
 
 
 def sentence_end(text: str, complete: bool) -> int:
