@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +92,8 @@ def check_order(recipe: Recipe, dit: DiTConfig) -> None:
     Raises:
         ColadaError: as :func:`built_in`; or for a stage that trains the flow of data after a distillation,
             a teacher that takes its own last guess, which a student of other steps has never seen, a stage
-            that leaves new layers as they are drawn, a second learnt solver of another size, or a judge or a
-            teacher of text that cannot be one.
+            that leaves new layers as they are drawn, a second learnt solver of another size, or a judge
+            that cannot be one.
     """
     _check_judges(recipe)
     _check_new_layers(recipe, dit)
@@ -118,19 +117,6 @@ def check_order(recipe: Recipe, dit: DiTConfig) -> None:
                 f"recipe: stages.{name} trains the flow of data, which undoes what a distilled model has"
                 " built in: fine-tune first, distil after"
             )
-
-
-def alike(one: Any, other: Any) -> bool:
-    """Return whether two configurations are the same but for what one network may have and the other not.
-
-    That is: what is distilled into a DiT, landing times, pictures.
-    """
-    if not (isinstance(one, DiTConfig) and isinstance(other, DiTConfig)):
-        return one == other
-    free: dict[str, Any] = {"distilled": None, "landing_time": False, "training_length": None}
-    if not (one.img_channels and other.img_channels):
-        free |= {"img_channels": 0, "img_grid": None, "img_axial": False, "dual_layers": 0}
-    return replace(one, **free) == replace(other, **free)
 
 
 def _check_judges(recipe: Recipe) -> None:
