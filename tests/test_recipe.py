@@ -75,7 +75,7 @@ def test_overrides_are_yaml_values(tmp_path: Path) -> None:
         ("stages:\n  prior: {weights: {data: 0}}\n", r"stages.prior.weights=.*expected one above 0"),
         (
             "stages:\n  distil: {trajectories: {solver: huen}}\n",
-            r"solver: 'huen', expected one of euler, ab2, heun \(did you mean 'heun'\?\)",
+            r"solver: 'huen', expected one of 'euler', 'ab2', 'heun' \(did you mean 'heun'\?\)",
         ),
         ("stages:\n  joint: {interval: [0, 3]}\n", r"stages.joint.interval.0=0.*greater than or equal to 1"),
         ("data:\n  sources: [{pth: x}]\n", r"unknown key 'data.sources.0.pth' \(did you mean 'path'\?\)"),

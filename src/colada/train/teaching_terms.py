@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from colada.data.sources import Section
-from colada.errors import nearest
+from colada.errors import one_of
 from colada.generate.settings import SOLVER_NAMES
 from colada.train.answers import Count
 
@@ -30,7 +30,7 @@ Grid = Annotated[tuple[float, ...], AfterValidator(_falls)]
 
 def _is_solver(name: str) -> str:
     if name not in SOLVER_NAMES:
-        raise ValueError(f"{name!r}, expected one of {', '.join(SOLVER_NAMES)}{nearest(name, SOLVER_NAMES)}")
+        raise ValueError(f"{name!r}, {one_of(SOLVER_NAMES, name)}")
     return name
 
 
