@@ -94,7 +94,11 @@ class Double(ThreadingHTTPServer):
         }
         sampling = {"temperature": 0.0, "top_p": 1.0}
         limits = {"max_steps": 64, "max_tokens": 256, "max_context": 8192, "block": BLOCK, "patch": 1}
-        names = {"solvers": ["euler", "ab2"], "schedules": ["uniform", "front-loaded", "logit-normal"]}
+        names = {
+            "against": ["block", "latents"],
+            "solvers": ["euler", "ab2"],
+            "schedules": ["uniform", "front-loaded", "logit-normal"],
+        }
         cola = {
             "arch": "cola",
             "infill": self.infill,

@@ -50,8 +50,9 @@ ROUND = (
     " {path: PATH, rows: 40, grid: [1, 0.8, 0.6, 0], substeps: 2}}"
 )
 FOLD = (
-    "{kind: distil, guidance: 3, guidance_cap: 1.2, steps: 3, batch: 4, length: 16, warmup: 0, copies: 2,"
-    " prefix_share: 0.3, ema: 0.5, rollout: 2, teacher_steps: 4, grids: GRIDS}"
+    "{kind: distil, guidance: 3, guidance_cap: 1.2, guidance_against: latents, steps: 3, batch: 4,"
+    " length: 16, warmup: 0, copies: 2, prefix_share: 0.3, ema: 0.5, rollout: 2, teacher_steps: 4,"
+    " grids: GRIDS}"
 )
 
 
@@ -95,7 +96,7 @@ def test_a_prior_is_distilled_under_its_own_guidance_and_resumes(
     assert main(["info", str(tmp_path / "whole" / "model")]) == 0
     inside = after.dit.config.distilled
     assert inside is not None
-    assert (inside["guidance"], inside["guidance_cap"]) == (3, 1.2)
+    assert (inside["guidance"], inside["guidance_against"], inside["guidance_cap"]) == (3, "latents", 1.2)
     assert (inside["steps"], inside["grids"]) == ((None, None) if grids == "null" else ([2], [[1, 0.6, 0]]))
     # The teacher had guidance 2 stored; what goes with the student is what it is used with.
     assert (before.generation["guidance"], after.generation["guidance"]) == (2, 1)
@@ -269,7 +270,7 @@ def test_trajectories_are_those_of_the_readable_loop(prediction: str, solver: st
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
     noise = draw_noise(generators, vae.config, 16, flow=FlowTerms(prefix_share=0.25))
     section = kept_files.TrajectorySection(path="", grid=(1.0, 0.6, 0.3, 0.0), substeps=2, solver=solver)
-    settings = sampler(section, 3.0, 1.1, 0.5)
+    settings = sampler(section, {"guidance": 3.0, "guidance_cap": 1.1, "guidance_rescale": 0.5})
     states = roll_out(vae, dit, rows, noise, settings, section.grid, 0)
     grid = fine_grid(section)
     assert len(grid) == 7
@@ -438,7 +439,7 @@ def test_what_a_solver_learns_brings_it_nearer() -> None:
     dit, g = tiny_dit(prediction="z0"), torch.Generator().manual_seed(0)
     with torch.no_grad():  # A path that is far from straight.
         dit.txt_out.proj.weight.mul_(4)
-    guided, solver = Guided(dit.requires_grad_(False), 3.0, 1.2), LearntSolver(3)
+    guided, solver = Guided(dit.requires_grad_(False), 3.0, cap=1.2), LearntSolver(3)
     with torch.no_grad():
         for name, parameter in solver.named_parameters():
             solver.first_value(name, parameter)
@@ -460,8 +461,8 @@ def test_what_a_solver_learns_brings_it_nearer() -> None:
 @pytest.mark.parametrize("folded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_solver_is_learnt_resumes_and_is_stored(tmp_path: Path, teacher: Path, folded: bool) -> None:
     words = (
-        "{kind: solver, evaluations: 2, guidance: 3, guidance_cap: 1.2, steps: 30, batch: 4, length: 16,"
-        " prefix_share: 0.3, lr: 0.02, warmup: 1, trajectories:"
+        "{kind: solver, evaluations: 2, guidance: 3, guidance_cap: 1.2, guidance_against: latents, steps: 30,"
+        " batch: 4, length: 16, prefix_share: 0.3, lr: 0.02, warmup: 1, trajectories:"
         " {path: PATH, rows: 40, grid: [1, 0], substeps: 8}}"
     )
     models = []
@@ -481,6 +482,8 @@ def test_a_solver_is_learnt_resumes_and_is_stored(tmp_path: Path, teacher: Path,
     solver, start = models[0].generation["solver"], colada.load(teacher)
     assert len(solver["beta"]) == 2
     assert models[0].generation["guidance"] == (1 if folded else 3)
+    guided = {"guidance_against": "latents", "guidance_cap": 1.2} if not folded else {}
+    assert {name: models[0].generation.get(name) for name in guided} == guided
     assert (models[0].dit.config.distilled is not None) == folded
     assert same(start.dit.state_dict(), models[0].dit.state_dict()) != folded
     distances = [own["distance"] for own in metrics(tmp_path / "whole" / "run") if "distance" in own]
@@ -496,8 +499,8 @@ def test_a_solver_is_learnt_resumes_and_is_stored(tmp_path: Path, teacher: Path,
         scale = models[0].generation["guidance"]
         width = vae.config.latent_dim
         noise, clean = torch.randn(1, 1, 8, width), torch.randn(1, 8, width)
-        found = integrate(module, Guided(dit, scale, 1.2 if scale != 1 else math.inf), noise, clean)
-        cache, settings = KVCache(), RequestSettings(guidance=scale, guidance_cap=1.2 * (scale != 1))
+        cache, settings = KVCache(), RequestSettings(guidance=scale, **guided)
+        found = integrate(module, Guided.of(dit, {"guidance": scale, **guided}), noise, clean)
         dit(clean[0, :4], torch.zeros(()), dit.layout([4]), [cache], appending=True)
         nothing = torch.zeros(1, 4, dtype=torch.bool), torch.zeros(1, 4, width)
         evaluations = evaluations_of(solver, "uniform", 2)

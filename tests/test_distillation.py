@@ -49,7 +49,7 @@ def plain_guess(
         t = torch.where(where, 0.0, timestep[block])
 
         def z0(past: KVCache | None, block: slice = block, t: Tensor = t, where: Tensor = where) -> Tensor:
-            layout = dit.layout([SIZE], [past])
+            layout = dit.layout([len(t)], [past])
             output = dit(z[block], t, layout, [past])
             if dit.config.prediction == "velocity":
                 output = z[block] - t[:, None] / T * output
@@ -57,7 +57,10 @@ def plain_guess(
 
         c, u = z0(cache), z0(None)
         guess = c
-        if start > 0 and teacher.guidance != 1:
+        if teacher.against_latents:
+            each = [slice(start + k, start + k + 1) for k in range(SIZE)]
+            u = torch.cat([z0(None, one, t[k : k + 1], where[k : k + 1]) for k, one in enumerate(each)])
+        if (start > 0 or teacher.against_latents) and teacher.guidance != 1:
             guess = u + teacher.guidance * (c - u)
             free = ~where
             share = c[free].square().mean().sqrt() / guess[free].square().mean().sqrt()
@@ -78,10 +81,13 @@ def plain_guess(
     ("guidance", "cap", "rescale"),
     [(1.0, math.inf, 0.0), (5.0, math.inf, 0.0), (5.0, 0.9, 0.0), (3.0, 1.1, 0.7)],
 )
+@pytest.mark.parametrize("latents", [False, True], ids=["block", "latents"])
 def test_the_teachers_guess_is_that_of_a_block_at_a_time(
-    prediction: str, pinned: Pinned | None, guidance: float, cap: float, rescale: float
+    prediction: str, pinned: Pinned | None, guidance: float, cap: float, rescale: float, latents: bool
 ) -> None:
-    teacher = Guided(tiny_dit(prediction=prediction), guidance, cap, rescale)
+    teacher = Guided(
+        tiny_dit(prediction=prediction), guidance, against_latents=latents, cap=cap, rescale=rescale
+    )
     clean, z, timestep = example()
     z = place(z, pinned)
     guess = teacher.guess(z, timestep, clean, pinned)
@@ -92,7 +98,7 @@ def test_the_teachers_guess_is_that_of_a_block_at_a_time(
 
 
 def test_samples_of_a_row_are_guided_as_rows_of_their_own() -> None:
-    teacher = Guided(tiny_dit(), 4.0, 0.8)
+    teacher = Guided(tiny_dit(), 4.0, cap=0.8)
     clean, z, timestep = example()
     sample = torch.tensor([[0] * 4 + [1] * 8, [0] * 12])
     packed = teacher.guess(z, timestep, clean, sample=sample)
@@ -137,7 +143,7 @@ def test_a_straight_teacher_lands_on_the_line_and_teaches_its_end(substeps: int)
 @torch.no_grad()
 @pytest.mark.parametrize("prediction", ["velocity", "z0"])
 def test_two_steps_of_the_teacher_are_one_of_what_it_teaches(prediction: str) -> None:
-    teacher, pinned = Guided(tiny_dit(prediction=prediction), 3.0, 1.2), pins()
+    teacher, pinned = Guided(tiny_dit(prediction=prediction), 3.0, cap=1.2), pins()
     clean, z, timestep = example()
     z, end = place(z, pinned), timestep * 0.4
     landed = landing(teacher, z, timestep, end, clean, pinned, substeps=2)

@@ -74,6 +74,7 @@ def mixed_requests(model: ColaDLM, seed: int, count: int = 9) -> list[Request]:
             guidance_cap=rng.choice([0.0, 0.7]),
             guidance_rescale=rng.choice([0.0, 0.6]),
             early_end=rng.choice([0.0, 0.5]),
+            guidance_against=rng.choice(["block", "latents"]),
             candidates=rng.choice([1, 1, 3]),
             **rng.choice([{}, {"temperature": 1.3, "top_k": 7}, {"repetition_penalty": 1.7}]),
         )
@@ -402,7 +403,7 @@ def test_a_plan_attends_as_a_dense_mask_does() -> None:
         [Span(0, 2), Span(0, 4), Span(30, 36)],
         [Span(0, 6), Span(10, 16), Span(20, 26), Span(30, 38)],
     )
-    plan = ViewRows(memory, clean, noisy, 2, size)
+    plan = ViewRows(memory, clean, noisy, [False] * 2, size)
     q, k, v = torch.randn(3, len(plan), 3, 4, generator=generator).unbind()
     assert plan.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 4, 5, 4, 5, 6, 7, 0, 1, 0, 1]
 

@@ -337,7 +337,7 @@ def test_spans_of_several_blocks_attend_as_a_dense_mask_does() -> None:
     memory = _random_memory(40)
     clean = [Span(0, 2), Span(0, 8, 3), Span(20, 24, 2), Span(20, 28, 2)]
     noisy = [Span(0, 10), Span(20, 30)]
-    plan = ViewRows(memory, clean, noisy, 1, 2)
+    plan = ViewRows(memory, clean, noisy, [False], 2)
     assert plan.positions.tolist() == [0, 1, *range(2, 8), *range(4), *range(4, 8), 8, 9, 8, 9, 0, 1]
     q, k, v = torch.randn(3, len(plan), 3, 4, generator=torch.Generator().manual_seed(1)).unbind()
     expected = _dense(plan, [*clean, *noisy], list(range(plan.written_rows)), q, k, v)
@@ -349,7 +349,7 @@ def test_spans_of_several_blocks_attend_as_a_dense_mask_does() -> None:
 def test_padded_plans_attend_as_a_dense_mask_does_and_read_nothing_of_others() -> None:
     memory = _random_memory(40, spare=3)
     clean, noisy = [Span(0, 4)], [Span(0, 6), Span(10, 14), Span(20, 30)]
-    plan = PaddedRows(memory, clean, noisy, 2, 2, 2, 4, 16)
+    plan = PaddedRows(memory, clean, noisy, [False] * 2, 2, 2, 4, 16)
     assert plan.shape == (4, 12, 2, 2, 16)
     q, k, v = torch.randn(3, len(plan), 3, 4, generator=torch.Generator().manual_seed(1)).unbind()
     rows = [0, 1, *range(4, 10)]

@@ -2,6 +2,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,6 +60,7 @@ def plain_generation(
     cap: float = math.inf,
     rescale: float = 0.0,
     end: float = 0.0,
+    against: str = "block",
 ) -> tuple[list[Tensor], list[list[int]], int]:
     """Section 4 of the specification for one prompt, with whole passes and nothing kept between them.
 
@@ -80,7 +82,7 @@ def plain_generation(
     skip = len(tail) * patch
 
     def velocity(before: Tensor, z: Tensor, a: float, pins: int, guess: Tensor) -> Tensor:
-        clean, noisy = [0.0] * (len(before) + pins), [1000 * a] * (size - pins)
+        clean, noisy = [0.0] * (len(before) + pins), [1000 * a] * (len(z) - pins)
         times = torch.tensor(clean + noisy)
         guesses = torch.cat([0 * before, guess]) if dit.config.self_conditioning else None
         out = dit(torch.cat([before, z]), times, dit.layout([len(times)]), guess=guesses)[len(before) :]
@@ -96,8 +98,15 @@ def plain_generation(
         for a, a_next in itertools.pairwise(grid):
             z = torch.cat([tail, z[pins:]])
             v = c = velocity(done, z, a, pins, guess)
-            if len(done):
-                u = velocity(done[:0], z, a, pins, guess)
+            if len(done) or against == "latents":
+                step = dit.config.patch_size if against == "latents" else size
+                parts = [slice(i, i + step) for i in range(0, size, step)]
+                u = torch.cat(
+                    [
+                        velocity(done[:0], z[part], a, min(max(pins - part.start, 0), step), guess[part])
+                        for part in parts
+                    ]
+                )
                 v = u + guidance * (v - u)
                 z0 = z - a * v
                 if rescale:
@@ -122,18 +131,22 @@ def plain_generation(
 
 
 BOUNDED = {"guidance_cap": 0.8, "guidance_rescale": 0.4, "early_end": 0.3}
+AGAINST = {"guidance_against": "latents"}
 
 
-@pytest.mark.parametrize("settings", [{}, BOUNDED], ids=["plain", "bounded"])
+@pytest.mark.parametrize(
+    "settings", [{}, BOUNDED, AGAINST, {**BOUNDED, **AGAINST}], ids=["plain", "bounded", "latents", "both"]
+)
 @pytest.mark.parametrize(
     "dit", [{"self_conditioning": True}, {"prediction": "z0", "self_conditioning": True, "patch_size": 2}, {}]
 )
 def test_guesses_that_are_fed_back_and_bounded_equal_the_plain_loop(
-    dit: dict[str, object], settings: dict[str, float]
+    dit: dict[str, object], settings: dict[str, Any]
 ) -> None:
     model = tiny_model(dit=dit)
-    bounds = {"cap": 0.8, "rescale": 0.4, "end": 0.3} if settings else {}
-    for number, prompt in enumerate(PROMPTS[2:6]):
+    bounds: dict[str, Any] = {"cap": 0.8, "rescale": 0.4, "end": 0.3} if "early_end" in settings else {}
+    bounds["against"] = settings.get("guidance_against", "block")
+    for number, prompt in enumerate([[], *PROMPTS[2:6]]):
         latents, _, _ = plain_generation(model, prompt, lambda b: released(66, b), 3, 5, 6.0, **bounds)
         common = {"steps": 5, "guidance": 6.0, "noise": "released", "seed": 66, **settings}
         made = last_steps(model, prompt, 9, **common)

@@ -104,6 +104,8 @@ REQUESTS = [
     wanted(range(3, 12), 1, steps=3),
     request(tiny_model(), range(9), 10, 2, steps=5),
     about([4, 5], 9, 3, steps=4, guidance=2.0),
+    about([4, 5], 9, 3, steps=4, guidance=2.0, guidance_against="latents"),
+    wanted([], 4, steps=3, guidance=3.0, guidance_against="latents"),
     wanted([], 4, steps=6, guidance=3.0),
     wanted([7], 5, steps=5, solver="heun", schedule="front-loaded", guidance=1.0),
     about([], 5, 6, steps=2, solver="ab2", guidance=1.0),

@@ -33,6 +33,7 @@ REFUSED = [
     ("guidance", ["x", True, float("nan"), float("inf"), 1e308, HUGE, -HUGE, [7.0, "x"], [HUGE], {}]),
     ("schedule", ["log", [], [1], [1, 1, 0], [0, 1], [1, 0.5], [1, "0.5", 0], [1, float("nan"), 0]]),
     ("guidance_cap", ["1", -0.5, HUGE, float("nan"), True, [1.0]]),
+    ("guidance_against", ["blocks", "", 1, ["block"], True]),
     ("guidance_rescale", ["1", -0.1, 1.1, float("nan"), True]),
     ("candidates", [0, 65, 1.0, "2", True]),
     ("whole_sentences", [1, "yes", [True]]),

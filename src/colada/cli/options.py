@@ -17,7 +17,7 @@ import typer
 from colada.checks import require_choice
 from colada.errors import ColadaError
 from colada.files import decode, read_text
-from colada.generate.settings import NOISE_NAMES, SCHEDULE_NAMES, SOLVER_NAMES
+from colada.generate.settings import AGAINST_NAMES, NOISE_NAMES, SCHEDULE_NAMES, SOLVER_NAMES
 from colada.locate import local
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ _SETTINGS: dict[str, Any] = {
         tuple[float, float] | None,
         number_option(metavar="LOW HIGH", help=_own("Guide only while a = t / T is between these.")),
     ],
+    "guidance_against": Annotated[str | None, _named(AGAINST_NAMES)],
     "guidance_cap": Annotated[
         float | None,
         number_option(help=_own("Most size (root mean square) of a latent of a guided guess; 0 is off.")),

@@ -42,6 +42,24 @@ class Guidance(NamedTuple):
         return cls(*table.unbind(1))
 
 
+def is_guided(settings: RequestSettings, a: float, follows: bool) -> bool:
+    """Return whether a block has a second velocity at a, which guidance leads away from.
+
+    Args:
+        settings: of its request.
+        a: of an evaluation.
+        follows: whether anything is before the block; where nothing is, it is what guidance against
+            blocks would lead away from.
+    """
+    low, high = settings.guidance_interval
+    return settings.guidance != 1 and low <= a <= high and (follows or against_latents(settings))
+
+
+def against_latents(settings: RequestSettings) -> bool:
+    """Return whether what guidance leads away from is each latent by itself."""
+    return settings.guidance_against == "latents"
+
+
 def is_bounded(settings: RequestSettings) -> bool:
     """Return whether guided guesses are brought back to the size of data, by cap or rescaling."""
     return settings.guidance_cap > 0 or settings.guidance_rescale > 0

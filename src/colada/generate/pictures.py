@@ -105,7 +105,7 @@ def describe_block(
 
 def append_block(dit: DiT, contexts: Sequence[Context], latents: Tensor) -> None:
     """Append finished blocks of text (B, block, C) to what the next ones follow."""
-    _append(dit, list(latents), _blocks(dit, contexts, latents.shape[1], False), contexts)
+    _append(dit, list(latents), _blocks(dit, contexts, [latents.shape[1]] * len(contexts), False), contexts)
     for context in contexts:
         context.position += latents.shape[1]
 
@@ -125,12 +125,12 @@ def _append(dit: DiT, latents: Sequence[Tensor], layout: Layout, contexts: Seque
     dit(torch.cat(list(latents)), clean, layout, caches, appending=True)
 
 
-def _blocks(dit: DiT, contexts: Sequence[Context], latents: int, picture: bool) -> Layout:
-    """Return the layout of one block a sample, of a picture or of text."""
+def _blocks(dit: DiT, contexts: Sequence[Context], lengths: Sequence[int], picture: bool) -> Layout:
+    """Return the layout of a block, or a latent, a sample, of a picture or of text."""
     device = dit.txt_in.proj.weight.device
-    count = torch.arange(latents, device=device) * (not picture)
-    places = [context.position + count for context in contexts]
-    kinds = [torch.full((latents,), picture, device=device)] * len(contexts)
+    counts = [torch.arange(length, device=device) * (not picture) for length in lengths]
+    places = [context.position + count for context, count in zip(contexts, counts, strict=True)]
+    kinds = [torch.full((length,), picture, device=device) for length in lengths]
     cached = [len(context.cache) for context in contexts]
     return Layout.one_block(places, dit.config.block_size, cached, kinds)
 
@@ -143,10 +143,10 @@ def _transport(
     settings: RequestSettings,
     picture: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    def lay_out(seen: Sequence[KVCache | None]) -> Layout:
-        # Those that are guided against come last; where a block that sees only itself stands is all one.
+    def lay_out(lengths: Sequence[int], seen: Sequence[KVCache | None]) -> Layout:
+        # Those that are guided against come last; where what sees only itself stands is all one.
         rows = [*contexts, *[Context() for _ in seen[len(contexts) :]]]
-        return _blocks(dit, rows, noise.shape[1], picture)
+        return _blocks(dit, rows, lengths, picture)
 
     nothing = torch.zeros(noise.shape[:2], dtype=torch.bool, device=noise.device)
     evaluations = evaluations_of(settings.solver, settings.schedule, settings.steps, settings.early_end)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from colada.errors import ColadaError, failure
 from colada.flow import Evaluation, T, advance, evaluations_of, memory
-from colada.generate.guidance import Guidance, estimate, is_bounded
+from colada.generate.guidance import Guidance, against_latents, estimate, is_bounded, is_guided
 from colada.generate.noise import Noise, block_generator
 from colada.generate.sampling import pick, surest
 from colada.generate.settings import RequestSettings, Settings, check_settings
@@ -126,13 +126,14 @@ def transport(
     guidance: Sequence[float],
     evaluations: Sequence[Evaluation],
     settings: RequestSettings,
-    lay_out: Callable[[Sequence[KVCache | None]], Layout] | None = None,
+    lay_out: Callable[[Sequence[int], Sequence[KVCache | None]], Layout] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Integrate dz/da = v from noise to the latents of one block of every sample.
 
-    Conditional rows and unconditional ones (no KV cache; only samples that are guided and have one) share
-    each pass. Pinned latents are put back before and after every evaluation, at timestep 0. A network with
-    self-conditioning is given the conditional guess of z0 of the evaluation before.
+    Conditional rows and unconditional ones (no KV cache; only of samples that are guided) share each pass;
+    guided against latents, an unconditional row is a sample of each latent. Pinned latents are put back
+    before and after every evaluation, at timestep 0. A network with self-conditioning is given the
+    conditional guess of z0 of the evaluation before.
 
     Args:
         noise: (B, block, C).
@@ -140,24 +141,24 @@ def transport(
         guidance: scale per sample; 1 is off.
         evaluations: of the solver.
         settings: of all samples; how guidance is bounded is in them.
-        lay_out: packs the blocks of rows with these caches, if they are not of text.
+        lay_out: packs samples of these lengths with these caches, if they are not of text.
 
     Yields: after every evaluation z and the z0 that its velocity points at, each (B, block, C).
     """
-    size = noise.shape[1]
-    guidable = [row for row, scale in enumerate(guidance) if scale != 1 and len(caches[row]) > 0]
+    size, patch = noise.shape[1], dit.config.patch_size
+    alone = [patch] * (size // patch) if against_latents(settings) else [size]
+    lay_out = lay_out or dit.layout
     each = [replace(settings, guidance=scale) for scale in guidance]
     free, mask = ~where, where[..., None]
-    low, high = settings.guidance_interval
     z, past, guess = noise, list[Tensor](), torch.zeros_like(noise)
     for evaluation in evaluations:
         a = evaluation.a
-        numbers = guidable if low <= a <= high else []
+        numbers = [row for row, one in enumerate(each) if is_guided(one, a, len(caches[row]) > 0)]
         rows = torch.tensor(numbers, dtype=torch.int64, device=noise.device)
         z = torch.where(mask, pinned, z)
         both, noisy = torch.cat([z, z[rows]]), torch.cat([free, free[rows]])
-        seen = [*caches, *[None] * len(rows)]
-        layout = dit.layout([size] * len(seen), seen) if lay_out is None else lay_out(seen)
+        seen = [*caches, *[None] * (len(alone) * len(rows))]
+        layout = lay_out([*[size] * len(z), *alone * len(rows)], seen)
         times, ends = ((T * at * noisy.float()).flatten() for at in (a, evaluation.end))
         guesses = torch.cat([guess, guess[rows]]).flatten(0, 1)
         output = dit.velocity(both.flatten(0, 1), times, layout, seen, guesses, ends)

@@ -107,7 +107,7 @@ class BlockFlow:
             part = latents[:, begin : begin + each]
             last = (start + begin + part.shape[1]) // size - 1
             spans = [Span(span.start, span.end, part.shape[1] // size) for span in self._spans(last)]
-            plan = ViewRows(self._memory, spans, [], 0, self._size)
+            plan = ViewRows(self._memory, spans, [], (), self._size)
             forward(part.flatten(0, 1), clean, plan, forward.rotations(plan.positions))
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ class BlockFlow:
             block_pins = pins.part(number * size, (number + 1) * size)
             table = forward.modulation.rows({0.0, *(T * evaluation.a for evaluation in evaluations)})
             spans = self._spans(start // size + number)
-            plan = ViewRows(self._memory, [], spans, 0, self._size)
+            plan = ViewRows(self._memory, [], spans, (), self._size)
             turns = forward.rotations(plan.positions)
             pinned = bool(block_pins.where.any())
             velocities: list[Tensor] = []

@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from colada.errors import ColadaError, shown
+from colada.generate.settings import UNGUIDED
 
 logger = logging.getLogger("colada.serve")
 
@@ -22,7 +23,7 @@ PROBES = ("/health", "/ready", "/live")
 OPEN_PATHS = (*PROBES, "/openapi.json", "/")
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "stop")
 EXTENSION = (
-    *("steps", "guidance", "guidance_interval", "guidance_cap", "guidance_rescale", "early_end"),
+    *("steps", *UNGUIDED, "guidance_interval", "early_end"),
     *("candidates", "solver", "schedule", "whole_sentences", "noise", "end_ids"),
 )
 """Settings of a generation, as fields of OpenAI's and of ours."""

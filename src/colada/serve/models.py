@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colada import __version__
-from colada.generate.settings import SCHEDULE_NAMES, SOLVER_NAMES
+from colada.generate.settings import AGAINST_NAMES, SCHEDULE_NAMES, SOLVER_NAMES
 from colada.serve.admission import Limits
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class Served:
             "defaults": model.chosen({}),
             "solvers": SOLVER_NAMES if cola else [],
             "schedules": SCHEDULE_NAMES if cola else [],
+            "against": AGAINST_NAMES if cola else [],
             "infill": cola,
             "chat": model.chat_template is not None and model.tokenizer is not None,
             "weights_sha256": self.sha256,

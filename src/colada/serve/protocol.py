@@ -54,6 +54,7 @@ class Extension(Strict):
     steps: int | None = Field(None, ge=1, description="Solver steps a block.")
     guidance: float | None = Field(None, ge=-20, le=100, description="Scale of guidance; 1 is off.")
     guidance_interval: list[float] | None = Field(None, min_length=2, max_length=2)
+    guidance_against: str | None = Field(None, description="block or latents: what guidance leads away from.")
     guidance_cap: float | None = Field(None, ge=0, description="Most size of a guided guess; 0 is off.")
     guidance_rescale: float | None = Field(None, ge=0, le=1)
     early_end: float | None = Field(None, ge=0, lt=1)

@@ -6,7 +6,6 @@ the teacher.
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -75,8 +74,7 @@ class DistilStage(TaughtStage):
         teacher = network_of(self.frozen, "teacher", DiT)
         assert noise.timestep is not None
         assert noise.z1 is not None
-        cap = section.guidance_cap or math.inf
-        guided = Guided(teacher, section.guidance, cap, section.guidance_rescale)
+        guided = Guided.of(teacher, section.guided)
         q, latents = frozen_latents(self.vae, rows, noise, self.system.pad_id)
         clean, pinned, _ = latents
         with torch.no_grad():

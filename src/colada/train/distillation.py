@@ -9,14 +9,17 @@ guidance is folded into the student, at any a. The KV cache is what each network
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from colada.flow import PREDICTIONS, T
-from colada.generate.guidance import Guidance, estimate
-from colada.networks.dit import DiT
+from colada.generate.guidance import Guidance, against_latents, estimate
+from colada.generate.settings import RequestSettings
+from colada.networks.dit import DiT, Timesteps
 from colada.train.flow_matching import Pinned, guess_errors, guess_of_z0, place, predict
 
 
@@ -27,14 +30,25 @@ class Guided:
     Attributes:
         dit: the network.
         guidance: scale s; 1 is off, and takes no unconditional pass.
+        against_latents: whether it leads away from each latent by itself, not from the block by itself.
         cap: root mean square that no latent of a guided guess exceeds; inf is off.
         rescale: share to which a guided guess is scaled to its conditional one.
     """
 
     dit: DiT
     guidance: float = 1.0
+    _: KW_ONLY
+    against_latents: bool = False
     cap: float = math.inf
     rescale: float = 0.0
+
+    @classmethod
+    def of(cls, dit: DiT, settings: Mapping[str, Any]) -> Guided:
+        """Return a prior that is guided as settings of a generation say."""
+        one = RequestSettings(**settings)
+        cap = one.guidance_cap or math.inf
+        rescale = one.guidance_rescale
+        return cls(dit, one.guidance, against_latents=against_latents(one), cap=cap, rescale=rescale)
 
     def guess(
         self,
@@ -47,8 +61,8 @@ class Guided:
     ) -> Tensor:
         """Return the guided guess of z0 (B, K, M, C); arguments as of :func:`predict`.
 
-        Conditional and unconditional blocks are copies of one pass. A block that follows nothing has one
-        guess only, and so is not guided.
+        Conditional and unconditional blocks are copies of one pass; latents by themselves have another. A
+        block that follows nothing is not guided against itself.
         """
         copies, size = z.shape[1], self.dit.config.block_size
         if self.guidance == 1:
@@ -56,15 +70,20 @@ class Guided:
             return guess_of_z0(self.dit, z, output, timestep, pinned)
         both, times = torch.cat([z, z], 1), torch.cat([timestep, timestep], 1)
         ends = None if end is None else torch.cat([end, end], 1)
-        alone = torch.zeros(len(z), 2 * copies, z.shape[2] // size, dtype=torch.bool, device=z.device)
-        alone[:, copies:] = True
-        output = predict(self.dit, both, times, clean, pinned, sample, alone, end=ends)
+        follows = _follows(z.shape[2], size, sample, z.device)[:, None]
+        if self.against_latents:
+            output = predict(self.dit, z, timestep, clean, pinned, sample, end=end)
+            output = torch.cat([output, self._apart(z, timestep, end).view_as(output)], 1)
+            follows = torch.ones_like(follows)
+        else:
+            alone = torch.zeros(len(z), 2 * copies, z.shape[2] // size, dtype=torch.bool, device=z.device)
+            alone[:, copies:] = True
+            output = predict(self.dit, both, times, clean, pinned, sample, alone, end=ends)
         of_output = PREDICTIONS[self.dit.config.prediction].velocity
         velocity = of_output(both.flatten(0, 2), output.flatten(0, 2), times.flatten() / T).to(z.dtype)
         velocities = velocity.view_as(both).unflatten(2, (-1, size)).chunk(2, 1)
         conditional, unconditional = (of_blocks.flatten(0, 2) for of_blocks in velocities)
         blocks, a = z.unflatten(2, (-1, size)).flatten(0, 2), timestep[..., ::size].reshape(-1, 1, 1) / T
-        follows = _follows(z.shape[2], size, sample, z.device)[:, None]
         rows = follows.expand(len(z), copies, -1).flatten().nonzero().flatten()
         free = None
         if self.cap < math.inf or self.rescale > 0:
@@ -74,6 +93,15 @@ class Guided:
         guidance = Guidance(*z.new_tensor([self.guidance, self.cap, self.rescale]).unbind())
         z0 = estimate(blocks, a, conditional, unconditional[rows], rows, guidance, free).z0
         return place(z0.view_as(z), pinned)
+
+    def _apart(self, z: Tensor, timestep: Tensor, end: Tensor | None) -> Tensor:
+        """Return the network's output (N, C) for latents that see nothing but themselves."""
+        patch, size = self.dit.config.patch_size, self.dit.config.block_size
+        at, ends = (None if x is None else x[..., ::size].flatten() for x in (timestep, end))
+        assert at is not None
+        row = torch.arange(len(at), device=at.device).repeat_interleave(size)
+        layout = self.dit.layout([patch] * (timestep.numel() // patch))
+        return self.dit(z.flatten(0, 2), Timesteps(at, row, ends), layout)
 
 
 def _follows(length: int, size: int, sample: Tensor | None, device: torch.device) -> Tensor:

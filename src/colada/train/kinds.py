@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from colada.data.sources import Section
 from colada.train.answers import REPLAY, PreferenceTerms, RewardTerms, Weight
 from colada.train.picture_terms import CodecTerms, PictureTerms
-from colada.train.teaching_terms import Grid, TrajectorySection
+from colada.train.teaching_terms import Grid, GuidanceTerms, TrajectorySection
 
 MOST_STEPS = 10**9
 MOST_ROWS = 2**20
@@ -247,7 +247,7 @@ class JointSection(TextVAETerms, PriorTerms, StageSection):
         return self.interval is None or step % sum(self.interval) < self.interval[0]
 
 
-class TaughtSection(FlowTerms, StageSection):
+class TaughtSection(GuidanceTerms, FlowTerms, StageSection):
     """What learns from a frozen, guided teacher."""
 
     archs = ("cola",)
@@ -258,9 +258,6 @@ class TaughtSection(FlowTerms, StageSection):
         " stage begins.",
     )
     history_dropout: float = Field(0.0, ge=0, le=0, description="None: nothing unconditional is learnt.")
-    guidance: float = Field(5.0, ge=-LARGEST, le=LARGEST, description="The teacher's guidance scale.")
-    guidance_cap: float = Field(0.0, ge=0, le=LARGEST, description="Its cap, the data's size, say; 0: none.")
-    guidance_rescale: float = Field(0.0, ge=0, le=1, description="Its rescaling.")
     trajectories: TrajectorySection | None = Field(
         None, description="Take states, and where they lead, from trajectories of the teacher that are kept."
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from colada.errors import ColadaError
+from colada.generate.settings import UNGUIDED
 from colada.locate import DECODER_DIR, find_tokenizer, locate
 from colada.networks.checkpoint import read_configs
 from colada.networks.config import DiTConfig
@@ -63,8 +64,8 @@ def built_in(recipe: Recipe, name: str, start: Mapping[str, Any] | None) -> dict
 
 
 def _inside(section: DistilSection, teacher: Mapping[str, Any] | None) -> dict[str, Any]:
-    keys = ("guidance", "guidance_cap", "guidance_rescale")
-    inside = {key: getattr(section, key) if teacher is None else teacher.get(key, 0.0) for key in keys}
+    built = section.guided if teacher is None else teacher
+    inside = {key: built.get(key, off) for key, off in UNGUIDED.items()}
     grids = None if section.grids is None else [list(grid) for grid in section.grids]
     inside |= {"teacher_steps": None if grids is None else _teacher_steps(section)}
     return inside | {"steps": None if grids is None else [len(grid) - 1 for grid in grids], "grids": grids}

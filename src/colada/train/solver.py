@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from colada.data.rows import Batch
 from colada.flow import T
+from colada.generate.settings import UNGUIDED
 from colada.networks.dit import DiT
 from colada.networks.solver import LearntSolver
 from colada.train.cost import Phase, Placement
@@ -60,9 +60,8 @@ class SolverStage(TaughtStage):
         dit = network_of(system.networks, "dit", DiT)
         # A network with guidance built in is not guided; any other one as its teacher is.
         alone = dit.config.distilled is not None
-        guidance = (section.guidance, section.guidance_cap, section.guidance_rescale)
         solver.fitted.fill_(True)
-        solver.guidance.copy_(torch.tensor((1.0, 0.0, 0.0) if alone else guidance))
+        solver.learn_under({**section.guided, **(UNGUIDED if alone else {})})
 
     def _numbers(self, number: Tensor) -> list[int]:
         """Return kept rows: of the last ones in a validation, else of the others."""
@@ -95,10 +94,9 @@ class SolverStage(TaughtStage):
             rows, noise = self.rollouts(step, rows, noise)
             rows, noise = rows.to(device), noise.to(device)
         assert noise.states is not None
-        scale, cap, rescale = solver.guidance.tolist()
         _, latents = frozen_latents(self.vae, rows, noise, self.system.pad_id)
         z1, goal = noise.states[:, None, :, 0], noise.states[:, None, :, -1]
-        guided = Guided(dit, scale, cap or math.inf, rescale)
+        guided = Guided.of(dit, solver.guided)
         errors = (integrate(solver, guided, z1, *latents) - goal).square().mean(-1)
         if latents.pinned is not None:
             errors = errors.masked_fill(latents.pinned.where[:, None], 0.0)

@@ -82,7 +82,7 @@ class TaughtStage(PriorStage):
         return {
             "teacher": digest(whole["teacher"]),
             "Text VAE": digest(whole["vae"]),
-            **{key: getattr(section, key) for key in ("guidance", "guidance_cap", "guidance_rescale")},
+            **section.guided,
             **{key: getattr(section, key) for key in ("length", "prefix_share")},
             **{key: getattr(trajectories, key) for key in ("rows", "substeps", "solver")},
             "grid": list(trajectories.grid),
@@ -97,7 +97,7 @@ class TaughtStage(PriorStage):
         assert trajectories is not None
         files = Trajectories(Path(trajectories.path), trajectories.rows, self._made_of(beginning, whole))
         missing, rows = files.missing, beginning.rows(self.recipe.seed)
-        settings = sampler(trajectories, section.guidance, section.guidance_cap, section.guidance_rescale)
+        settings = sampler(trajectories, section.guided)
         device = beginning.ranks.device
         done = trajectories.rows - sum(len(files.numbers(part)) for part in missing)
         title = f"{self.name}: trajectories"

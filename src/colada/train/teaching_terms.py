@@ -1,15 +1,15 @@
-"""What stages with a teacher are told of where it is, and of its way."""
+"""What stages with a teacher are told of where it is, how it is guided, and of its way."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from colada.data.sources import Section
 from colada.errors import one_of
-from colada.generate.settings import SOLVER_NAMES
+from colada.generate.settings import SOLVER_NAMES, UNGUIDED
 from colada.train.answers import Count
 
 SAME = "same"
@@ -47,3 +47,19 @@ class TrajectorySection(Section):
     )
     substeps: int = Field(2, ge=1, le=64, description="The teacher's solver steps from one to the next.")
     solver: Annotated[str, AfterValidator(_is_solver)] = Field("ab2", description="Its solver.")
+
+
+class GuidanceTerms(Section):
+    """How a teacher is guided."""
+
+    guidance: float = Field(5.0, ge=-1e6, le=1e6, description="The teacher's guidance scale.")
+    guidance_against: Literal["block", "latents"] = Field(
+        "block", description="What that leads away from: the block, or each latent, by itself."
+    )
+    guidance_cap: float = Field(0.0, ge=0, le=1e6, description="Its cap, the data's size, say; 0: none.")
+    guidance_rescale: float = Field(0.0, ge=0, le=1, description="Its rescaling.")
+
+    @property
+    def guided(self) -> dict[str, Any]:
+        """The same, as settings of a generation say it."""
+        return {name: getattr(self, name) for name in UNGUIDED}

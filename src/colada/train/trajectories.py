@@ -240,14 +240,7 @@ def _along(
     return [reached[stop] for stop in stops]
 
 
-def sampler(section: TrajectorySection, guidance: float, cap: float, rescale: float) -> RequestSettings:
-    """Return the settings of the teacher's trajectories."""
+def sampler(section: TrajectorySection, guided: Mapping[str, Any]) -> RequestSettings:
+    """Return the settings of the trajectories of a teacher that is guided so."""
     grid = fine_grid(section)
-    return RequestSettings(
-        steps=len(grid) - 1,
-        schedule=grid,
-        solver=section.solver,
-        guidance=guidance,
-        guidance_cap=cap,
-        guidance_rescale=rescale,
-    )
+    return RequestSettings(steps=len(grid) - 1, schedule=grid, solver=section.solver, **guided)

@@ -369,9 +369,9 @@ class Engine(Writer[LatentSlot]):
         plan: ViewRows | PaddedRows
         if self._padded:
             length = max(span.seen(self._size) for span in noisy)
-            plan = PaddedRows(self._decoder_memory, [], noisy, 0, self._size, 0, len(latents), length)
+            plan = PaddedRows(self._decoder_memory, [], noisy, (), self._size, 0, len(latents), length)
         else:
-            plan = ViewRows(self._decoder_memory, clean, noisy, 0, self._size)
+            plan = ViewRows(self._decoder_memory, clean, noisy, (), self._size)
         rows = torch.cat([*(latents for _, latents in riding), latents.flatten(0, 1)])
         hidden = decoder.unpatch(decoder.run(rows, self._decoder_pass(plan))[plan.clean_rows :])
         for slot in slots:
@@ -397,7 +397,7 @@ class Engine(Writer[LatentSlot]):
     def _decode_alone(self, prefixes: Iterable[Sequence[Piece]]) -> None:
         """Append prefixes to the decoder's KV caches in passes of their own."""
         for part in prefixes:
-            plan = ViewRows(self._decoder_memory, [span for span, _ in part], [], 0, self._size)
+            plan = ViewRows(self._decoder_memory, [span for span, _ in part], [], (), self._size)
             self.vae.decoder.run(torch.cat([latents for _, latents in part]), self._decoder_pass(plan))
 
     def _decoder_pass(self, plan: ViewRows | PaddedRows) -> _DecoderPass:

@@ -193,17 +193,18 @@ def _grouped(spans: Sequence[Span]) -> list[_Group]:
 class PassRows:
     """The rows of a pass: where they are written, and their positions.
 
-    They are those of the clean spans, of the noisy spans, and of blocks that see only themselves and
-    are written nowhere (the unconditional ones).
+    They are those of the clean spans, of the noisy spans, and of blocks that see only themselves, or whose
+    latents do, and are written nowhere (the unconditional ones).
 
     Args:
         memory: of one network.
         clean, noisy: spans; the rows of clean ones are not needed after their keys and values are written.
-        alone: blocks that see only themselves.
+        alone: of each block that sees only itself, whether each of its positions does.
         size: positions in a block.
         pictures: blocks are pictures, each of which has one rotary position.
 
     Attributes:
+        apart: bool (alone, 1, 1, 1), the same for tensors; None where no position sees only itself.
         slots: int64, where each written row is in the memory.
         positions: int64 (N,), of each row in its sample.
         clean_rows, written_rows: how many rows, the first ones, are clean, and are written.
@@ -214,12 +215,14 @@ class PassRows:
         memory: Memory,
         clean: Sequence[Span],
         noisy: Sequence[Span],
-        alone: int,
+        alone: Sequence[bool],
         size: int,
         pictures: bool = False,
     ) -> None:
         device = memory.keys.device
-        self.memory, self.size, self.alone = memory, size, alone
+        self.memory, self.size, self.alone = memory, size, len(alone)
+        self.apart = on_device(list(alone), device, torch.bool)[:, None, None, None] if any(alone) else None
+        self._all_apart = all(alone)
         self.clean_rows = sum(span.blocks for span in clean) * size
         self.written_rows = self.clean_rows + sum(span.blocks for span in noisy) * size
         slots: list[int] = []
@@ -234,7 +237,8 @@ class PassRows:
             else:
                 positions += range(before + shift, span.end - span.start + shift)
         self.slots = on_device(slots, device)
-        self.positions = on_device(positions + ([0] * size if pictures else [*range(size)]) * alone, device)
+        own = [0] * size if pictures else [*range(size)]
+        self.positions = on_device(positions + own * self.alone, device)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -248,10 +252,15 @@ class PassRows:
         return keys, values
 
     def see_themselves(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend in the blocks alone: the last rows of q, k, v (N, K, D)."""
+        """Attend in the blocks alone: the last rows of q, k, v (N, K, D). Who sees itself gets its value."""
         rows = self.alone * self.size
+        if self._all_apart:
+            return v[len(v) - rows :]
         q, k, v = (x[len(x) - rows :].unflatten(0, (self.alone, -1)).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+        out = F.scaled_dot_product_attention(q, k, v)
+        if self.apart is not None:
+            out = torch.where(self.apart, v, out)
+        return out.transpose(1, 2).flatten(0, 1)
 
 
 class ViewRows(PassRows):
@@ -266,7 +275,7 @@ class ViewRows(PassRows):
         memory: Memory,
         clean: Sequence[Span],
         noisy: Sequence[Span],
-        alone: int,
+        alone: Sequence[bool],
         size: int,
         pictures: bool = False,
     ) -> None:
@@ -345,7 +354,7 @@ class PaddedRows(PassRows):
         memory: Memory,
         clean: Sequence[Span],
         noisy: Sequence[Span],
-        alone: int,
+        alone: Sequence[bool],
         size: int,
         clean_blocks: int,
         noisy_blocks: int,
@@ -357,6 +366,9 @@ class PaddedRows(PassRows):
         noisy = [*noisy, *[nobody] * (noisy_blocks - sum(span.blocks for span in noisy))]
         super().__init__(memory, clean, noisy, alone, size)
         device = memory.keys.device
+        if self.alone and self.apart is None:  # A pass is replayed for those who are guided against latents.
+            self.apart = torch.zeros(self.alone, 1, 1, 1, dtype=torch.bool, device=device)
+        self._all_apart = False
         # Of each block: where its KV cache begins, where it ends, and how far after it the block is.
         places = [
             (span.start, span.start + span.cached(size), k * size)
@@ -379,6 +391,7 @@ class PaddedRows(PassRows):
         plan = copy(self)
         plan.slots, plan.positions = self.slots.clone(), self.positions.clone()
         plan.index, plan.mask = self.index.clone(), self.mask.clone()
+        plan.apart = None if self.apart is None else self.apart.clone()
         return plan
 
     def take(self, other: PaddedRows) -> None:
@@ -386,6 +399,8 @@ class PaddedRows(PassRows):
         self.slots.copy_(other.slots)
         self.index.copy_(other.index)
         self.mask.copy_(other.mask)
+        if self.apart is not None and other.apart is not None:
+            self.apart.copy_(other.apart)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, silent: int = 0) -> Tensor:
         """Write keys and values of one layer to memory, and attend; see :meth:`Plan.attend`."""

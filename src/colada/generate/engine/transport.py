@@ -25,7 +25,7 @@ from colada.generate.engine.memory import (
 )
 from colada.generate.engine.passes import PriorPass
 from colada.generate.engine.slots import Begun, LatentSlot
-from colada.generate.guidance import Guidance, estimate, is_bounded
+from colada.generate.guidance import Guidance, against_latents, estimate, is_bounded, is_guided
 from colada.networks.dit import DiT
 
 APPENDED_ROWS = 512
@@ -106,10 +106,8 @@ def _numbers(evaluation: Evaluation, width: int) -> list[float]:
 
 
 def _is_guided(slot: LatentSlot, a: float) -> bool:
-    """Return whether a slot's velocity at a has an unconditional one beside it: not without a KV cache."""
-    settings = slot.request.settings
-    low, high = settings.guidance_interval
-    return settings.guidance != 1 and low <= a <= high and bool(slot.cached + len(slot.to_append))
+    """Return whether a slot's velocity at a has an unconditional one beside it."""
+    return is_guided(slot.request.settings, a, bool(slot.cached + len(slot.to_append)))
 
 
 def _last_velocities(slots: Sequence[LatentSlot], none: Tensor) -> list[Tensor]:
@@ -284,7 +282,7 @@ class Transport:
     def _append_alone(self, part: Sequence[Piece]) -> None:
         """Append finished blocks to the DiT's KV cache in a pass of their own."""
         plan = ViewRows(
-            self._memory, [span for span, _ in part], [], 0, self._size // self.dit.config.patch_size
+            self._memory, [span for span, _ in part], [], (), self._size // self.dit.config.patch_size
         )
         clean = self._prior.modulation.rows([0.0])[0.0]
         self._prior(
@@ -363,7 +361,10 @@ class Transport:
             noisy.append(Span(slot.start // patch, end // patch, count, apart=count > 1, shift=slot.shift))
         rows = active if self._bucket is None else doubled_to(active)
         members = self._members(rows, active, guided)
-        alone, size = len(members) - rows, self._size // patch
+        size = self._size // patch
+        settings = [slots[row].request.settings for row in guided]
+        apart = [against_latents(one) for one in settings]
+        alone = [*apart, *[False] * (len(members) - rows - len(apart))]
         plan: ViewRows | PaddedRows
         if self._bucket is None:
             plan = ViewRows(self._memory, appended, noisy, alone, size, self._pictures)
@@ -371,7 +372,6 @@ class Transport:
             length = doubled_to(max(span.seen(size) for span in noisy), self._bucket)
             clean_blocks = doubled_to(len(set(slots))) if appended else 0
             plan = PaddedRows(self._memory, appended, noisy, alone, size, clean_blocks, rows, length)
-        settings = [slots[row].request.settings for row in guided]
         return _Shape(
             plan,
             self._prior.rotations(plan.positions),

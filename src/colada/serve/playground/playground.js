@@ -55,6 +55,7 @@ const FIELDS = [
   { name: "seed", label: "Seed", kind: "seed", bounds: [0, Number.MAX_SAFE_INTEGER], value: 0, shared: true },
   { name: "guidance_interval", label: "Guidance from, to", kind: "pair", bounds: [0, 1], colada: true, more: true },
   { name: "top_p", label: "Top-p", min: 0.05, max: 1, step: 0.05, bounds: [0.05, 1], value: 1, more: true },
+  { name: "guidance_against", label: "Guidance against", kind: "choice", choices: "against", colada: true, more: true },
   { name: "solver", label: "Solver", kind: "choice", choices: "solvers", colada: true, more: true },
   { name: "schedule", label: "Schedule", kind: "choice", choices: "schedules", colada: true, more: true },
   { name: "stop", label: "Stop at", kind: "text", value: "", shared: true, more: true },
