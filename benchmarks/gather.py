@@ -1,7 +1,8 @@
 """Gather, on a machine with a network, what benchmarks/gpu.sh needs on one without: a kit in one folder.
 
 The kit holds the corpora of a recipe, its tokenizer and its token shards, the parity fixtures, and the wheels
-of all packages but torch. On the other machine it is to lie in runs/kit of the repository.
+of all packages but torch; with --benchmarks also what the scaling study asks and learns, and its tokenizer.
+On the other machine it is to lie in runs/kit of the repository.
 """
 
 from __future__ import annotations
@@ -20,39 +21,67 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.gpu import KIT_TIME, ROOT, kit_overrides, place_in
+from benchmarks.kit import KIT_TIME, kit_overrides, place_in
 from benchmarks.measure import made_with
+from benchmarks.part import ROOT
+from benchmarks.study import STUDY, STUDY_TOKENIZER
 from colada.data.listing import find_files
 from colada.errors import ColadaError
+from colada.evaluate.data import find_file
+from colada.evaluate.tasks import TASKS, THE_EIGHT
 from colada.files import write_json, write_text
 from colada.train.inputs import prepare_inputs, train_tokenizer
 from colada.train.recipe import load_recipe
+from experiments.scaling.data import LICENCES, RECORD_FILE, SPLIT, write_documents
 
 TESTING = ("pytest", "pytest-xdist")
 GLIBC = range(17, 40)  # pip takes each manylinux tag at its word: a newer one does not stand for older ones.
 SIZE = 64  # MiB that are easily carried.
 
 
-def gather_text(recipe: Path, corpora: Path, kit: Path, shards: bool) -> None:
-    """Copy the files that a recipe reads, train its tokenizer, and prepare its shards.
+def gather_text(
+    recipe: Path, corpora: Path, kit: Path, shards: bool, tokenizer_file: str = "tokenizer.json"
+) -> None:
+    """Copy the files that a recipe reads and the kit lacks, train its tokenizer, and prepare its shards.
 
     Raises:
         ColadaError: for corpora that lack a source's files, or a recipe that does not read files.
     """
     original = load_recipe(recipe)
-    (kit / "corpora").mkdir()
+    (kit / "corpora").mkdir(exist_ok=True)
     for source in original.data.sources:
         if source.path is None:
             raise ColadaError(f"{recipe}: {source.name} is not read from files")
+        if place_in(kit / "corpora", source.path).is_file():
+            continue
         for path in find_files(place_in(corpora, source.path), source.include):
-            target = kit / "corpora" / path.name
-            shutil.copyfile(path, target)
-            os.utime(target, (KIT_TIME, KIT_TIME))
-    moved = load_recipe(recipe, kit_overrides(original.data.sources, kit))
+            shutil.copyfile(path, kit / "corpora" / path.name)
+    for path in (kit / "corpora").iterdir():
+        os.utime(path, (KIT_TIME, KIT_TIME))
+    moved = load_recipe(recipe, kit_overrides(original.data.sources, kit, tokenizer_file))
     tokenizer = train_tokenizer(moved)
-    tokenizer.save(kit / "tokenizer.json")
+    tokenizer.save(kit / tokenizer_file)
     if shards:
         prepare_inputs(moved, tokenizer, None, kit / "shards", print)
+
+
+def gather_study(benchmarks: Path, corpora: Path, kit: Path) -> None:
+    """Copy the items that the scaling study asks and those it learns, and train its tokenizer.
+
+    The documents made of them are left out, as are its shards: they are larger, and quickly made.
+
+    Raises:
+        ColadaError: for a benchmark's file that is not there, or as :func:`gather_text`.
+    """
+    (kit / "benchmarks").mkdir()
+    splits = [f"{TASKS[name].data}.{TASKS[name].split}" for name in THE_EIGHT]
+    for stem in [*splits, *(f"{TASKS[name].data}.{SPLIT}" for name in LICENCES)]:
+        path = find_file(benchmarks, [stem])
+        shutil.copyfile(path, kit / "benchmarks" / path.name)
+    written = write_documents(kit / "benchmarks", kit / "corpora", letters=True)
+    gather_text(STUDY, corpora, kit, False, STUDY_TOKENIZER)
+    for name in [RECORD_FILE, *(one.file for one in written)]:
+        (kit / "corpora" / name).unlink()
 
 
 def gather_wheels(kit: Path, python: str, machine: str, have: set[str]) -> None:
@@ -106,6 +135,10 @@ def main(
     have: Annotated[
         str, typer.Option(metavar="NAME,...", help="Packages it has, whose wheels are left out.")
     ] = "",
+    benchmarks: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the benchmarks, for the scaling study. Default: without it."),
+    ] = None,
     shards: Annotated[bool, typer.Option(help="Prepare the token shards; otherwise it makes them.")] = True,
     wheels: Annotated[bool, typer.Option(help="Download wheels.")] = True,
 ) -> None:
@@ -115,6 +148,8 @@ def main(
     kit.mkdir(parents=True)
     try:
         gather_text(recipe, corpora, kit, shards)
+        if benchmarks is not None:
+            gather_study(benchmarks, corpora, kit)
         if not fixtures.is_dir():
             raise ColadaError(f"--fixtures {fixtures}: no such folder")
         shutil.copytree(fixtures, kit / "parity", copy_function=shutil.copyfile)

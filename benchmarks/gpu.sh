@@ -7,7 +7,8 @@
 #                                        3 few: 2.3B in 4 evaluations without guidance, as distilled
 #                                        4 training: tokens/s and memory of tiny, small and 2.3B
 #                                        5 bundled: trains the bundled model; start it again to go on
-#   benchmarks/gpu.sh --debug [PART]     the same at debug size on a CPU, in about two minutes
+#                                        6 scaling: the scaling study; start it again to go on
+#   benchmarks/gpu.sh --debug [PART]     the same at debug size on a CPU, in about three minutes
 #   benchmarks/gpu.sh --help             all options
 #
 # OUT is $OUT or runs/gpu. The machine needs Python with torch and this repository; what else is needed is taken

@@ -17,9 +17,18 @@ from benchmarks import (
     gather,
     gpu,
 )
+from benchmarks import (
+    kit as kits,
+)
+from benchmarks import (
+    study as studies,
+)
+from colada.data.sources import check_sources
+from colada.evaluate.tasks import TASKS, THE_EIGHT
 from colada.models.load import load
 from colada.text.tokenizer import Tokenizer
 from colada.train.inputs import prepare_inputs
+from colada.train.plan import plan_run, resolve
 from colada.train.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +77,16 @@ def test_every_part_runs_at_debug_size_on_a_cpu(tmp_path: Path, parity_cases: li
     assert trained["training"]["finished"]
     assert trained["sample"].startswith("Once upon a time")
     assert load(tmp_path / "model").generation["steps"] == 8
+    study = results_of(tmp_path / "scaling.json")
+    assert study["training"]["finished"]
+    archs, points = ("cola", "ar", "llada"), ("small", "medium", "large")
+    assert set(study["cells"]) == {f"{point}/{arch}/seed0" for point in points for arch in archs}
+    for point in points:
+        # A model that is cut down keeps pace with Cola DLM's compute, which thirds of the steps decide.
+        flops = [study["cells"][f"{point}/{arch}/seed0"]["cost"]["flops"]["total"] for arch in archs]
+        assert flops == pytest.approx([flops[0]] * 3, rel=0.3)
+    assert study["table"].count("| ≤ ") == 6
+    assert (tmp_path / "scaling.svg").is_file()
 
 
 @pytest.mark.slow
@@ -98,6 +117,21 @@ def test_training_stops_by_itself_and_goes_on_when_started_again(tmp_path: Path)
     assert f"resuming prior at step {first['training']['step']}" in said
     subprocess.run("cat model.tar.* | tar x", shell=True, cwd=tmp_path, check=True)
     load(tmp_path / "model").generate(["Once"], 4)
+
+
+@pytest.mark.slow
+def test_the_study_stops_by_itself_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    def part() -> Any:
+        arguments = ("--run", str(tmp_path / "run"), "--train-for", "20", "--kit", str(tmp_path / "no kit"))
+        started("--debug", "6", str(tmp_path), *arguments, "--set", "stages.prior.steps=1000000")
+        return results_of(tmp_path / "scaling.json")
+
+    first, second = part(), part()
+    assert not first["training"]["finished"]
+    assert first["cells"] == second["cells"] == {}
+    steps = [study["under way"]["small/cola/seed0"]["step"] for study in (first, second)]
+    assert 0 < steps[0] < steps[1]
+    assert f"resuming prior at step {steps[0]}" in (tmp_path / "gpu.log").read_text()
 
 
 def part_of(out: Path, seconds: float = 60) -> gpu.Part:
@@ -152,7 +186,81 @@ def test_without_a_gpu_nothing_is_run_unless_it_is_a_rehearsal(tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+# --- the study -----------------------------------------------------------------------------------
+
+
+def test_the_points_of_the_study_are_shares_of_its_compute_for_all_models(tmp_path: Path) -> None:
+    paths = studies.write_points(studies.STUDY, [], tmp_path)
+    flops = {
+        (path.stem, arch): plan_run(load_recipe(path, [f"model.arch={arch}"])).cost.total_flops
+        for path in paths
+        for arch in ("cola", "ar", "llada")
+    }
+    for point, part in (("small", 9), ("medium", 3), ("large", 1)):
+        for arch in ("cola", "ar", "llada"):
+            assert flops[point, arch] == pytest.approx(12.5e15 / part, rel=0.01)
+    rates = {
+        arch: [resolve(load_recipe(path, [f"model.arch={arch}"])).stages["decoder"].lr for path in paths]
+        for arch in ("ar", "llada")
+    }
+    assert rates == {"ar": [1e-3] * 3, "llada": [5e-4] * 3}
+
+
+def test_cells_of_another_machine_are_taken_over_unless_they_are_there(tmp_path: Path) -> None:
+    there = tmp_path / "study/small/cola/seed0/cell.json"
+    there.parent.mkdir(parents=True)
+    there.write_text('"mine"')
+    theirs = {"whose": "theirs"}
+    cells = {"small/cola/seed0": theirs, "small/ar/seed0": theirs}
+    (tmp_path / "scaling.json").write_text(json.dumps({"results": {"cells": cells}}))
+    assert studies.restore(tmp_path / "scaling.json", tmp_path / "study") == ["small/ar/seed0"]
+    assert there.read_text() == '"mine"'
+    assert json.loads((tmp_path / "study/small/ar/seed0/cell.json").read_text()) == theirs
+
+
 # --- the kit -------------------------------------------------------------------------------------
+
+
+def test_a_kit_of_the_study_has_all_that_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmarks, corpora, kit = (tmp_path / name for name in ("benchmarks", "corpora", "kit"))
+    for place in (benchmarks, corpora, kit):
+        place.mkdir()
+    record = {"id": 1, "answer": "a", "answer_index": 0}
+    for name in THE_EIGHT:
+        for split in {TASKS[name].split, "train", "dev"}:
+            choices = list("abcd"[: TASKS[name].options])
+            own = {
+                **record,
+                "choices": choices,
+                "context": f"In {split}",
+                "question": f"Which one, in {split}?",
+            }
+            (benchmarks / f"{name}.{split}.jsonl").write_text(json.dumps(own) + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: {sources: [{path: data/corpora/stories.txt}, {path: data/scaling/siqa.train.jsonl}]}\n"
+        "tokenizer: {vocab_size: 300}"
+    )
+    shutil.copyfile(ROOT / "tests/data/stories.txt", corpora / "stories.txt")
+    for module in (gather, studies):
+        monkeypatch.setattr(module, "STUDY", recipe)
+    gather.gather_study(benchmarks, corpora, kit)
+    assert len(list((kit / "benchmarks").iterdir())) == 8 + 3  # What is asked, and what is learnt.
+    assert [path.name for path in (kit / "corpora").iterdir()] == ["stories.txt"]
+
+    settings = studies.open_study(kit)
+    shutil.rmtree(corpora)
+    made = load_recipe(recipe, settings)
+    assert len(check_sources(made.data.sources)) == 2
+    assert Tokenizer.from_file(Path(str(made.tokenizer.file))).vocab_size == 300
+    before = (kit / "corpora/siqa.train.jsonl").stat()
+    assert studies.open_study(kit) == settings
+    assert (kit / "corpora/siqa.train.jsonl").stat() == before  # Shards made of it stay.
+
+
+def test_a_kit_without_the_study_is_named(tmp_path: Path) -> None:
+    with pytest.raises(gpu.Failed, match=r"scaling-tokenizer\.json, expected a kit of .* --benchmarks"):
+        studies.open_study(tmp_path)
 
 
 def test_a_kit_that_was_carried_elsewhere_needs_no_tokenising(
@@ -171,7 +279,7 @@ def test_a_kit_that_was_carried_elsewhere_needs_no_tokenising(
     shutil.copytree(kit, there / kit, copy_function=shutil.copyfile)
     monkeypatch.chdir(there)
     said: list[str] = []
-    settings = gpu.open_kit(recipe, kit)
+    settings = kits.open_kit(recipe, kit)
     made = load_recipe(recipe, settings)
     tokenizer = Tokenizer.from_file(kit / "tokenizer.json")
     prepare_inputs(made, tokenizer, None, kit / "shards", said.append)

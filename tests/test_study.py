@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from filelock import FileLock
 import runs
 from colada.errors import ColadaError
 from colada.evaluate.data import load_benchmark
+from colada.evaluate.scoring import is_correct
 from colada.evaluate.tasks import find_task
 from colada.models.base import find_archs
 from colada.report.style import styled
@@ -22,10 +24,12 @@ from colada.train.display import Display
 from colada.train.recipe import Recipe, save_recipe
 from colada.train.trainer import Interrupted, Trainer
 from commands import main
+from experiments.scaling import likelihood as study_likelihood
 from experiments.scaling import run as scaling
 from experiments.scaling.cells import CELL_FILE, Result, read_result, read_results
 from experiments.scaling.data import RECORD_FILE, write_documents
 from experiments.scaling.figure import draw_options, draw_scores, write_figures
+from experiments.scaling.likelihood import LIKELIHOOD_FILE, validation_texts
 from experiments.scaling.run import Asked, Progress, plan_cells, run_study
 from experiments.scaling.summary import Difference, markdown, points_of, verdict
 
@@ -230,6 +234,9 @@ def test_a_damaged_cell_is_named_and_the_others_go_on(
     damaged.write_text('{"cell": {"recipe": "little"')
     command = ["study", "run", *map(str, recipes), "--benchmarks", str(benchmarks), "--out", str(out)]
     command += ["--archs", "cola", "--seeds", "1", "--tasks", "lambada,obqa", "--limit", "3", "-n", "4", "-q"]
+    assert main(command) == 2  # Before anything is trained.
+    assert "bytes of validation text, expected 16384; give fewer --text-bytes" in capsys.readouterr().err
+    command += ["--text-bytes", "60"]
     assert main(command) == 2
     assert f"1 of 2 cells failed, first little/cola/seed0: {damaged}" in capsys.readouterr().err
     assert (out / "big/cola/seed0" / CELL_FILE).is_file()
@@ -256,6 +263,58 @@ def test_a_cell_trained_with_another_recipe_is_refused(
     recipes[1].write_text(recipes[1].read_text().replace("mask_ratio: 0.15", "mask_ratio: 0.2"))
     failed = study(recipes[1:], benchmarks, out).failed["little/cola/seed0"]
     assert "stages.vae.mask_ratio was 0.15 and is now 0.2" in failed
+
+
+@pytest.mark.usefixtures("untrained")
+def test_bits_per_byte_of_held_out_text_are_measured_once(
+    recipes: list[Path], benchmarks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "study"
+    asked = Asked(ASKED.tasks, limit=3, max_new_tokens=4, text_bytes=60)
+    assert study(recipes[1:], benchmarks, out, asked).made == ["little/cola/seed0"]
+    cell = out / "little/cola/seed0"
+    result = read_result(cell / CELL_FILE)
+    assert result.likelihood is not None
+    assert result.likelihood.kind == "bound"
+    # Untrained but for a moment: about as much as a byte of 300 tokens' vocabulary can have.
+    assert 1 < result.likelihood.bits_per_byte < 12
+    assert json.loads((cell / LIKELIHOOD_FILE).read_text())["bytes"] >= 60
+
+    (cell / CELL_FILE).unlink()  # As if the study was stopped while items were asked.
+    with monkeypatch.context() as patch:
+        patch.setattr(study_likelihood, "measure", forbid)
+        study(recipes[1:], benchmarks, out, asked)
+    assert read_result(cell / CELL_FILE) == result
+    more = Asked(ASKED.tasks, limit=3, max_new_tokens=4, text_bytes=600)
+    study(recipes[1:], benchmarks, out, more)
+    assert json.loads((cell / LIKELIHOOD_FILE).read_text())["bytes"] >= 600
+
+
+def test_validation_text_is_held_out_and_mixed_as_the_sources_are(tmp_path: Path) -> None:
+    def lines(name: str) -> list[dict[str, str]]:
+        # Of two bytes a character, the last one longer than what is measured of a text.
+        texts = [f"{name} {n} " + "é" * 40 for n in range(40)] + [f"{name} long " + "é" * 1000]
+        return [
+            {"text": text, "split": "validation" if n % 2 == 0 else "train"} for n, text in enumerate(texts)
+        ]
+
+    for name in ("one", "two"):
+        write_records(tmp_path / f"{name}.jsonl", lines(name))
+    one, two = (
+        f"{{path: {tmp_path / name}.jsonl, weight: {part}}}" for name, part in (("one", 3), ("two", 1))
+    )
+    recipe = runs.recipe(f"data.sources=[{one}, {two}]")
+    texts = validation_texts(recipe, 1600)
+    every = [*lines("one"), *lines("two")]
+    held_out = [line["text"] for line in every if line["split"] == "validation"]
+    assert all(any(whole.startswith(text) for whole in held_out) for text in texts)
+    assert max(map(len, texts)) <= study_likelihood.CHARACTERS
+    for name, share in (("one", 1200), ("two", 400)):
+        sizes = [len(text.encode()) for text in texts if text.startswith(name)]
+        assert share <= sum(sizes) < share + max(sizes)
+    assert texts == validation_texts(recipe, 1600)
+    with pytest.raises(ColadaError, match=r"one\.jsonl holds out 2\d+ bytes of .*, expected 75000"):
+        validation_texts(recipe, 100_000)
 
 
 def test_bad_requests_are_named(recipes: list[Path], tmp_path: Path) -> None:
@@ -287,8 +346,22 @@ def test_bad_requests_are_named(recipes: list[Path], tmp_path: Path) -> None:
 def make(tmp_path: Path) -> Callable[..., Result]:
     """Writes a cell's file with scores of 8 items a task, and reads it."""
 
-    def make(point: str, arch: str, seed: int, flops: float, lambada: int, obqa: int, **asked: Any) -> Result:
-        record = {
+    def make(
+        point: str,
+        arch: str,
+        seed: int,
+        flops: float,
+        lambada: int,
+        obqa: int,
+        bits: float | None = None,
+        **asked: Any,
+    ) -> Result:
+        record: dict[str, Any] = {"likelihood": None}
+        if bits is not None:
+            asked["text_bytes"] = 100
+            kind = "exact" if arch == "ar" else "bound"
+            record["likelihood"] = {"bits_per_byte": bits, "kind": kind, "fingerprint": "f"}
+        record |= {
             "cell": {"recipe": point, "arch": arch, "seed": seed},
             "cost": {
                 "arch": arch,
@@ -354,6 +427,27 @@ def test_differences() -> None:
     assert str(mean) == "+0.0 (−5.0 to +25.0)"
 
 
+def test_bits_per_byte_stand_beside_the_scores_as_bounds_or_exact(
+    make: Callable[..., Result],
+) -> None:
+    results = [
+        make("one", arch, seed, 1.0, 1, 2, bits=bits + seed / 10)
+        for arch, bits in (("cola", 2.5), ("ar", 2.0))
+        for seed in (0, 1)
+    ]
+    points = points_of(results)
+    tables = markdown(points, results[0].tasks)
+    # Two values that are 0.1 apart: the standard error is half of it.
+    assert "| one | Cola DLM | 12.5 ± 0.0 | 25.0 ± 0.0 | 18.8 ± 0.0 | ≤ 2.550 ± 0.050 |" in tables
+    assert "| one | AR | 12.5 ± 0.0 | 25.0 ± 0.0 | 18.8 ± 0.0 | 2.050 ± 0.050 |" in tables
+    assert points[0].to_dict(results[0].tasks)["bits_per_byte"]["bound"]
+    assert not points[1].to_dict(results[0].tasks)["bits_per_byte"]["bound"]
+    assert results[0].likelihood is not None
+    elsewhere = replace(results[0].likelihood, fingerprint="g")
+    with pytest.raises(ColadaError, match="one/ar/seed0: its validation text is not that of one/cola/seed0"):
+        points_of([results[0], replace(results[2], likelihood=elsewhere)])
+
+
 def test_results_that_do_not_belong_together_are_refused(make: Callable[..., Result]) -> None:
     results = [make("one", "cola", 0, 1.0, 1, 1), make("one", "cola", 1, 1.0, 1, 1, limit=9)]
     with pytest.raises(ColadaError, match=r"one/cola/seed1 was asked .*'limit': 9"):
@@ -375,12 +469,14 @@ def test_results_that_do_not_belong_together_are_refused(make: Callable[..., Res
         ('"tokens": 5', '"tokens": ' + "9" * 5000, "thousands of digits"),
         ('"narrow_flops": 1.0', f'"narrow_flops": {10**400}', "not a cell's result"),
         ('"tokens": 5', '"tokens": ' + "[" * 100_000, "nested too deeply"),
+        ('"bits_per_byte": 2.0', '"bits_per_byte": NaN', "not a cell's result"),
+        ('"kind": "bound"', '"kind": "guess"', "kind='guess', expected a number, and exact or bound"),
     ],
 )
 def test_damage_is_named(
     make: Callable[..., Result], tmp_path: Path, old: str, new: str, reason: str
 ) -> None:
-    make("one", "cola", 0, 1.0, 1, 1)
+    make("one", "cola", 0, 1.0, 1, 1, bits=2.0)
     path = tmp_path / "one/cola/seed0" / CELL_FILE
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ColadaError) as error:
@@ -456,6 +552,21 @@ def test_documents_are_what_the_evaluation_asks_and_the_answer(benchmarks: Path,
     (line,) = (tmp_path / "letters/obqa.train.jsonl").read_text().splitlines()
     assert json.loads(line)["text"] == text.removesuffix(" blue") + " (B) blue"
     assert json.loads((tmp_path / "text" / RECORD_FILE).read_text())["files"][0]["documents"] == 1
+
+
+def test_hellaswag_is_learnt_as_it_is_scored_by_the_bare_ending(benchmarks: Path, tmp_path: Path) -> None:
+    endings = {"choices": ["he runs.", "he eats.", "he sings.", "he sleeps."], "answer": "he eats."}
+    record = {"id": 1, "context": "A man is hungry. Then", "question": "", "answer_index": 1, **endings}
+    write_records(benchmarks / "hellaswag.train.jsonl", [record])
+    write_records(benchmarks / "hellaswag.validation.jsonl", [{**record, "context": "A man is late. Then"}])
+    write_documents(benchmarks, tmp_path / "text", ["hellaswag"], letters=True)
+    (line,) = (tmp_path / "text/hellaswag.train.jsonl").read_text().splitlines()
+    item = load_benchmark(find_task("hellaswag"), benchmarks / "hellaswag.train.jsonl", shots=0).items[0]
+    written = json.loads(line)["text"].removeprefix(item.prefix + item.prompt)
+    assert written == " he eats."
+    rule = find_task("hellaswag").rule
+    assert is_correct(rule, written, item.answer, item.choices)
+    assert not is_correct(rule, f" (B){written}", item.answer, item.choices)
 
 
 def test_what_is_scored_on_is_no_training_text(

@@ -45,6 +45,10 @@ def scaling(
     ] = None,
     shots: Annotated[int, typer.Option(min=0, help="Demonstrations in each prompt.")] = 0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Of an item.")] = 32,
+    text_bytes: Annotated[
+        int,
+        typer.Option(min=0, help="Of validation text, whose bits per byte are measured; 0: none."),
+    ] = 2**14,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of this process. Default: one a core.")
     ] = None,
@@ -52,6 +56,8 @@ def scaling(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Train each recipe as each model, ask all of them the same items, and draw score over training FLOPs.
+
+    Beside the scores stand bits per byte of held-out text of the sources.
 
     OUT/scaling.svg, .png, .md and .json; OUT/options.svg and .png. Stopped at any
     moment, the same command goes on. Started several times, the processes share the work.
@@ -89,6 +95,7 @@ def scaling(
         from colada.train.trainer import Interrupted
         from experiments.scaling.cells import read_results
         from experiments.scaling.figure import write_figures
+        from experiments.scaling.likelihood import validation_texts
         from experiments.scaling.run import Asked, plan_cells, run_study
 
     if threads is not None:
@@ -96,11 +103,13 @@ def scaling(
 
         torch.set_num_threads(threads)
     # All that can be wrong is found before anything is trained.
-    asked = Asked(chosen, limit, shots, max_new_tokens)
+    asked = Asked(chosen, limit, shots, max_new_tokens, text_bytes)
     cells = plan_cells(recipes, find_archs(archs), seeds, device)
     items = asked.benchmarks(benchmarks)
     for cell in cells:
         preflight(cell.recipe, out / cell.name)
+    if text_bytes:
+        validation_texts(cells[0].recipe, text_bytes)
     try:
         progress = run_study(cells, asked, items, out, Display(Console(stderr=True, quiet=quiet)))
     except Interrupted as stopped:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from colada.checks import require_choice
 from colada.errors import ColadaError
 from colada.evaluate.tasks import Task, find_task
 from colada.files import read_json_object
 from colada.models.base import ARCHITECTURES
+from colada.models.bound import LikelihoodKind
 from colada.train.plan import Cost
 
 ARCHS = tuple(ARCHITECTURES)
@@ -104,6 +106,29 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Likelihood:
+    """How well validation text is predicted.
+
+    Attributes:
+        bits_per_byte: at most so many, of a bound.
+        kind: "exact" or "bound".
+        fingerprint: of the texts.
+    """
+
+    bits_per_byte: float
+    kind: LikelihoodKind
+    fingerprint: str
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Likelihood:
+        """Return what a record says. Raises KeyError, TypeError or ValueError for what is none."""
+        bits, kind = float(record["bits_per_byte"]), record["kind"]
+        if not math.isfinite(bits) or kind not in get_args(LikelihoodKind):
+            raise ValueError(f"bits_per_byte={bits}, kind={kind!r}, expected a number, and exact or bound")
+        return cls(bits, kind, str(record["fingerprint"]))
+
+
+@dataclass(frozen=True)
 class Result:
     """What became of a cell.
 
@@ -112,6 +137,7 @@ class Result:
         cost: of the model.
         asked: what the evaluation was asked for.
         counts: by task, in their order.
+        likelihood: of validation text; None if it was not asked for.
         record: all that its file holds, with settings, data, versions and commit.
     """
 
@@ -121,6 +147,7 @@ class Result:
     cost: Cost
     asked: dict[str, Any]
     counts: dict[str, Counts]
+    likelihood: Likelihood | None
     record: dict[str, Any]
 
     @property
@@ -160,7 +187,10 @@ def read_result(path: Path) -> Result:
         )
         counted = Cost(str(cost["arch"]), parameters, flops, int(cost["tokens"]), float(cost["narrow_flops"]))
         where = str(cell["recipe"]), cell["arch"], int(cell["seed"])
-        return Result(*where, counted, dict(record["asked"]), counts, record)
+        asked = dict(record["asked"])
+        # Cells of before were not asked for it.
+        likelihood = Likelihood.of(record["likelihood"]) if asked.get("text_bytes") else None
+        return Result(*where, counted, asked, counts, likelihood, record)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, ColadaError) as error:
         advice = "delete it, and the study makes it again from the outputs beside it"
         raise ColadaError(f"{path}: not a cell's result ({error!r}); {advice}") from None

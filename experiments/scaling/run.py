@@ -29,6 +29,7 @@ from colada.train.plan import Cost, plan_run, resolve
 from colada.train.recipe import Recipe, difference, load_recipe
 from colada.train.trainer import MODEL, Trainer
 from experiments.scaling.cells import CELL_FILE, read_result
+from experiments.scaling.likelihood import measured, validation_texts
 
 TRAINING, OUTPUTS = "training", "evaluation"
 TRAINED_FILE = "trained"
@@ -44,12 +45,14 @@ class Asked:
         limit: items of each, drawn at random but the same for all; None for all.
         shots: demonstrations in each prompt; None for the release's.
         max_new_tokens: of an item.
+        text_bytes: of validation text, whose bits per byte are measured; 0 for none.
     """
 
     tasks: tuple[str, ...]
     limit: int | None = None
     shots: int | None = 0
     max_new_tokens: int = MAX_NEW_TOKENS
+    text_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -195,7 +198,7 @@ def _finished(cell: Cell, asked: Asked, directory: Path) -> bool:
 def run_cell(
     cell: Cell, asked: Asked, benchmarks: Sequence[Benchmark], directory: Path, display: Display
 ) -> None:
-    """Train a cell's model unless it is trained, evaluate it, and write ``cell.json``.
+    """Train a cell's model unless it is trained, measure and evaluate it, and write ``cell.json``.
 
     Raises:
         ColadaError: as the trainer and the evaluation do.
@@ -206,6 +209,10 @@ def run_cell(
         Trainer(cell.recipe, run, display).run()
         trained.touch()
     model = load(run / MODEL, device=find_device(cell.recipe.run.device))
+    likelihood = None
+    if asked.text_bytes:
+        texts = validation_texts(cell.recipe, asked.text_bytes)
+        likelihood = measured(model, texts, cell.seed, directory)
     settings = {**model.chosen({}), "temperature": 0.0}
     del settings["seed"]  # Every item has its own.
     results = evaluate(
@@ -226,6 +233,7 @@ def run_cell(
                 "cell": {"recipe": cell.point, "arch": cell.arch, "seed": cell.seed},
                 "cost": cell.cost.to_dict(),
                 "asked": asked.to_dict(),
+                "likelihood": likelihood,
                 "scores": {name: record[name] for name in ("average", "standard_error", "tasks")},
                 "outcomes": {
                     task: {

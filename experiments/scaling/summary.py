@@ -21,21 +21,22 @@ Verdict = Literal["above", "at", "below"]
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds, in per cent, and its standard error, None for one seed."""
+    """A mean over seeds, and its standard error, None for one seed."""
 
     value: float
     error: float | None
 
     @classmethod
-    def of(cls, shares: Sequence[float]) -> Mean:
-        """Return the mean of some shares, with s / sqrt(n), s² their variance with n - 1."""
-        n, mean = len(shares), sum(shares) / len(shares)
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Return the mean of some values, with s / sqrt(n), s² their variance with n - 1."""
+        n, mean = len(values), sum(values) / len(values)
         if n == 1:
-            return cls(100 * mean, None)
-        return cls(100 * mean, 100 * math.sqrt(sum((x - mean) ** 2 for x in shares) / (n - 1) / n))
+            return cls(mean, None)
+        return cls(mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1) / n))
 
-    def __str__(self) -> str:
-        return f"{self.value:.1f}" + (f" ± {self.error:.1f}" if self.error is not None else "")
+    def shown(self, digits: int = 1) -> str:
+        """Return it with so many digits after the point."""
+        return f"{self.value:.{digits}f}" + (f" ± {self.error:.{digits}f}" if self.error is not None else "")
 
 
 def verdict(share: Trials, chance: float) -> Verdict:
@@ -87,8 +88,10 @@ class Point:
         arch: which.
         cost: of one model.
         seeds: those with a result.
-        scores: by task.
+        scores: by task, in per cent.
         average: of the tasks, by seed first.
+        bits: per byte of validation text, None if that was not asked for.
+        bound: whether the bits are at most so many.
         pooled: by task, the counts of all seeds together.
     """
 
@@ -98,6 +101,8 @@ class Point:
     seeds: tuple[int, ...]
     scores: dict[str, Mean]
     average: Mean
+    bits: Mean | None
+    bound: bool
     pooled: dict[str, Counts]
 
     @property
@@ -106,7 +111,7 @@ class Point:
         return f"{ARCHITECTURES[self.arch]} ({self.name})"
 
     def to_dict(self, tasks: Sequence[Task]) -> dict[str, Any]:
-        """Return it for JSON, in per cent."""
+        """Return it for JSON, scores in per cent."""
         records: dict[str, dict[str, Any]] = {}
         for task in tasks:
             score, pooled = self.scores[task.name], self.pooled[task.name]
@@ -125,6 +130,13 @@ class Point:
                     "right_interval_95": [100 * bound for bound in wilson(*pooled.accuracy)],
                     "right_is": verdict(pooled.accuracy, task.chance),
                 }
+        bits = None
+        if self.bits is not None:
+            bits = {
+                "value": self.bits.value,
+                "standard_error_over_seeds": self.bits.error,
+                "bound": self.bound,
+            }
         return {
             "recipe": self.name,
             "arch": self.arch,
@@ -132,6 +144,7 @@ class Point:
             "parameters": self.cost.total_parameters,
             "flops": self.cost.total_flops,
             "average": {"score": self.average.value, "standard_error_over_seeds": self.average.error},
+            "bits_per_byte": bits,
             "tasks": records,
         }
 
@@ -140,7 +153,8 @@ def points_of(results: Sequence[Result]) -> list[Point]:
     """Return the points of some results, at least one: by architecture, each from the cheapest on.
 
     Raises:
-        ColadaError: if they are not answers to the same items, or models of one point differ in cost.
+        ColadaError: if they are not answers to the same items, or of the same text, or models of one point
+            differ in cost.
     """
     first = results[0]
     groups: dict[tuple[str, str], list[Result]] = {}
@@ -150,15 +164,19 @@ def points_of(results: Sequence[Result]) -> list[Point]:
                 f"{result.name} was asked {result.asked}, and {first.name} {first.asked}: run the study to"
                 " its end with one of them"
             )
+        texts = {own.likelihood.fingerprint for own in (first, result) if own.likelihood is not None}
+        if len(texts) > 1:
+            raise ColadaError(f"{result.name}: its validation text is not that of {first.name}")
         group = groups.setdefault((result.arch, result.point), [])
         if group and group[0].cost != result.cost:
             raise ColadaError(f"{result.name}: its cost is not that of seed {group[0].seed}: another recipe?")
         group.append(result)
     points = []
     for (arch, name), group in groups.items():
-        shares = {task: [result.counts[task].share for result in group] for task in first.counts}
+        shares = {task: [100 * result.counts[task].share for result in group] for task in first.counts}
         pooled = {task: sum((r.counts[task] for r in group), Counts({})) for task in first.counts}
         averages = [sum(each) / len(each) for each in zip(*shares.values(), strict=True)]
+        likelihoods = [result.likelihood for result in group if result.likelihood]
         points.append(
             Point(
                 name,
@@ -167,6 +185,8 @@ def points_of(results: Sequence[Result]) -> list[Point]:
                 tuple(sorted(result.seed for result in group)),
                 {task: Mean.of(values) for task, values in shares.items()},
                 Mean.of(averages),
+                Mean.of([own.bits_per_byte for own in likelihoods]) if likelihoods else None,
+                any(own.kind == "bound" for own in likelihoods),
                 pooled,
             )
         )
@@ -214,7 +234,13 @@ def markdown(points: Sequence[Point], tasks: Sequence[Task]) -> str:
             "## Scores",
             f"Per cent right of up to {items} items a task; mean ± standard error over {counted}. Every score"
             " is of text that the model writes: an output that is no option is wrong, so a score can be below"
-            " chance.",
+            " chance."
+            + (
+                " Bits per byte are of held-out text of the sources that were trained on; ≤ marks an upper"
+                " bound, beside AR's exact ones: of two bounds, the looser may be of the better model."
+                if points[0].bits is not None
+                else ""
+            ),
             _score_table(by_name, tasks).markdown(),
             *(leads if others else ()),
             "## Above chance?",
@@ -247,12 +273,14 @@ def _cost_table(points: Sequence[Point]) -> Table:
 
 
 def _score_table(points: Sequence[Point], tasks: Sequence[Task]) -> Table:
-    table = Table(("point", "model", *(task.title for task in tasks), "average"), texts=2)
+    measured = ("bits per byte",) if points[0].bits is not None else ()
+    table = Table(("point", "model", *(task.title for task in tasks), "average", *measured), texts=2)
     for point in points:
-        scores = (str(point.scores[task.name]) for task in tasks)
-        table.row(point.name, ARCHITECTURES[point.arch], *scores, str(point.average))
+        scores = (point.scores[task.name].shown() for task in tasks)
+        bits = () if point.bits is None else (("≤ " if point.bound else "") + point.bits.shown(3),)
+        table.row(point.name, ARCHITECTURES[point.arch], *scores, point.average.shown(), *bits)
     chance = [f"{100 * task.chance:.1f}" if task.chance is not None else "–" for task in tasks]
-    return table.row("", "chance", *chance, "")
+    return table.row("", "chance", *chance, "", *("" for _ in measured))
 
 
 def _lead_table(first: Point, others: Sequence[Point], tasks: Sequence[Task]) -> Table:

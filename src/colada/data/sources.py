@@ -18,6 +18,7 @@ from colada.data.documents import (
     Holdout,
     Part,
     Record,
+    Split,
     check_columns,
     cut,
     fraction,
@@ -148,9 +149,9 @@ class Source(Section):
 
 
 def read_texts(
-    source: Source, validation_share: Holdout, some: Sequence[Part] | None = None
+    source: Source, validation_share: Holdout, some: Sequence[Part] | None = None, split: Split = "train"
 ) -> Iterator[str]:
-    """Yield what a source's training records say, for a tokenizer to learn from.
+    """Yield what a source's records of a split say: for a tokenizer to learn from, or a model to be measured.
 
     Args:
         some: those of its parts that are read; None for all.
@@ -160,7 +161,7 @@ def read_texts(
     """
     for part in parts(source) if some is None else some:
         for record in read(source, part, validation_share):
-            if record.split == "train":
+            if record.split == split:
                 yield from _texts(source, record)
 
 
