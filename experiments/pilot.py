@@ -65,6 +65,7 @@ SHORTCUTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16},
     "int8": {"quantise": "int8"},
     "8 steps": {"settings": {"steps": 8}},
+    "against the block": {"settings": {"guidance_against": "block"}},
     "guided above 0.7": {"settings": {"guidance_interval": [0.7, 1.0]}},
     "4 candidates of 8 steps": {"settings": {"steps": 8, "candidates": 4}},
 }
