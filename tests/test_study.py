@@ -407,7 +407,7 @@ def test_means_and_errors_over_seeds(make: Callable[..., Result]) -> None:
 def test_one_seed_has_no_error(make: Callable[..., Result]) -> None:
     (point,) = points_of([make("one", "ar", 0, 1.0, 1, 1)])
     assert point.scores["lambada"].error is None
-    assert str(point.scores["lambada"]) == "12.5"
+    assert point.scores["lambada"].shown() == "12.5"
 
 
 def test_verdicts() -> None:
