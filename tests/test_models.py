@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from colada.models.likelihood import measure
 from colada.models.load import load, load_cola
@@ -34,13 +33,12 @@ def test_unseen_captions_are_drawn_right_and_pictures_described_word_for_word() 
 
 
 @needs_pictures
-def test_the_text_of_the_model_that_draws_is_the_bundled_models_to_the_bit() -> None:
+def test_the_model_that_draws_reads_and_writes_the_bundled_models_latents() -> None:
     bundled, model = load_cola(), load_cola(PICTURES)
-    for own, other in ((bundled.dit, model.dit), (bundled.vae, model.vae)):
-        state = other.state_dict()
-        assert all(torch.equal(state[name], tensor) for name, tensor in own.state_dict().items())
-    texts = [one.generate(["Once upon a time"], 24, seed=0)[0].text for one in (bundled, model)]
-    assert texts[0] == texts[1]
+    assert model.shares_vae(bundled)
+    assert model.dit.config.dual_layers == model.dit.config.num_layers  # Text has weights of its own.
+    (done,) = model.generate(["Once upon a time"], 24, seed=0)
+    assert done.text.startswith((",", " there"))
 
 
 @needs_judge
