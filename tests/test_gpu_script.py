@@ -124,14 +124,17 @@ def test_the_study_stops_by_itself_and_goes_on_where_it_was(tmp_path: Path) -> N
     def part() -> Any:
         arguments = ("--run", str(tmp_path / "run"), "--train-for", "20", "--kit", str(tmp_path / "no kit"))
         started("--debug", "6", str(tmp_path), *arguments, "--set", "stages.prior.steps=1000000")
-        return results_of(tmp_path / "scaling.json")
+        results = results_of(tmp_path / "scaling.json")
+        assert not results["training"]["finished"]
+        assert results["cells"] == {}
+        return results["under way"].get("small/cola/seed0", {"stage": "none"})
 
-    first, second = part(), part()
-    assert not first["training"]["finished"]
-    assert first["cells"] == second["cells"] == {}
-    steps = [study["under way"]["small/cola/seed0"]["step"] for study in (first, second)]
-    assert 0 < steps[0] < steps[1]
-    assert f"resuming prior at step {steps[0]}" in (tmp_path / "gpu.log").read_text()
+    first = part()
+    for _ in range(4):  # A busy machine may not come to the prior in one part.
+        if first["stage"] != "prior":
+            first = part()
+    assert part()["step"] > first["step"] > 0
+    assert f"resuming prior at step {first['step']}" in (tmp_path / "gpu.log").read_text()
 
 
 def part_of(out: Path, seconds: float = 60) -> gpu.Part:
