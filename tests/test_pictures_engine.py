@@ -239,6 +239,17 @@ def test_drawings_are_pixels_of_latents_and_do_not_depend_on_the_batch(model: Co
     np.testing.assert_array_equal(*model.draw([[3], [3]], seed=[1, 1]))
 
 
+def test_what_texts_are_guided_against_is_not_what_drawings_are(model: ColaDLM) -> None:
+    plain = model.draw([[1, 2, 3]], seed=1, steps=3)[0]
+    latents = model.draw([[1, 2, 3]], seed=1, steps=3, guidance_against="latents")[0]
+    kept, model.generation = model.generation, {"guidance": 3.0, "guidance_against": "latents"}
+    try:
+        assert np.array_equal(model.draw([[1, 2, 3]], seed=1, steps=3)[0], plain)
+    finally:
+        model.generation = kept
+    assert not np.array_equal(latents, plain)
+
+
 @pytest.mark.parametrize("channels", [8, 5])
 def test_who_watches_a_drawing_sees_every_step_as_the_readable_loop_takes_it(channels: int) -> None:
     pictures = np.stack([open_source("shapes:").pair(number).picture for number in range(60)])

@@ -29,13 +29,20 @@ from colada.text.transcript import Chunk, Completion, Transcript
 
 DRAWING: Settings = {
     "guidance": 2.0,
+    "guidance_against": "block",  # Whatever the model's texts are guided against.
     "steps": 24,
     "solver": "ab2",
     "schedule": "front-loaded",
     "early_end": 0.1,  # Pictures' timesteps are near the noise: a network has hardly seen those below.
 }
 """With what pictures are drawn unless a model's codec says otherwise."""
-DESCRIBING: Settings = {"guidance": 1.0, "steps": 16, "solver": "ab2", "schedule": "front-loaded"}
+DESCRIBING: Settings = {
+    "guidance": 1.0,
+    "steps": 16,
+    "solver": "ab2",
+    "schedule": "front-loaded",
+    "early_end": 0.1,
+}
 """With what they are described."""
 
 
