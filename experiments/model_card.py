@@ -74,8 +74,7 @@ def main(
             stream = prepare(source, Path(cache), lm.tokenizer, validation_share=0.02)["validation"]
             taken = StreamRows(stream, 128, seed=0)
             result |= validation_losses(lm, taken, max(1, rows // 16), min(rows, 16))
-            scale = result["settings"]["guidance"]
-            result["guesses_by_noise"] = guesses_by_noise(lm, taken, min(rows, 24), scale)
+            result["guesses_by_noise"] = guesses_by_noise(lm, taken, min(rows, 24), result["settings"])
 
     judge, vocabulary = Trigrams(train), {word for text in train for word in text}
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from colada.data.rows import StreamRows, batch
 from colada.evaluate.variety import distinct, known, ngrams, repeated
-from colada.flow import T, guided, interpolate, rms
+from colada.flow import T, interpolate, rms
 from colada.models.cola import ColaDLM
+from colada.train.distillation import Guided
 from colada.train.flow_matching import guess_of_z0, predict
 from colada.train.kinds import FlowTerms
 from colada.train.losses import (
@@ -142,16 +143,20 @@ def validation_losses(model: ColaDLM, rows: StreamRows, batches: int, size: int)
 
 @torch.inference_mode()
 def guesses_by_noise(
-    model: ColaDLM, rows: StreamRows, count: int, guidance: float, levels: Sequence[float] = LEVELS
+    model: ColaDLM,
+    rows: StreamRows,
+    count: int,
+    settings: Mapping[str, Any],
+    levels: Sequence[float] = LEVELS,
 ) -> list[dict[str, float]]:
     """Return how well tokens are read from noisy latents and from guesses of the clean ones, by noise level.
 
     Posterior samples of rows are noised to a. The DiT guesses z0 with the clean blocks before each one
-    (conditional), without (unconditional), and guided, u + s (c - u); each is decoded greedily.
+    (conditional), without (unconditional), and guided; each is decoded greedily.
 
     Args:
         rows: the first ``count`` are used.
-        guidance: s.
+        settings: of a generation, which say how guesses are guided.
 
     Returns: for each a: shares of tokens that are right, by name, and ``rms`` of the data and of the guesses.
     """
@@ -170,6 +175,7 @@ def guesses_by_noise(
         logits = vae.decoder.logits(vae.decoder(latents.reshape(-1, shape[-1]), layout))
         return (logits.argmax(-1) == some.ids.flatten()).float().mean().item()
 
+    guided = Guided.of(dit, settings)
     table = []
     for a in levels:
         z = interpolate(z0, z1, torch.tensor(a))[:, None]
@@ -181,7 +187,7 @@ def guesses_by_noise(
         guesses = {
             "conditional": conditional,
             "unconditional": unconditional,
-            "guided": guided(conditional, unconditional, guidance),
+            "guided": guided.guess(z, timestep, z0, None, sample),
         }
         table.append(
             {

@@ -60,8 +60,8 @@ def test_guesses_by_noise_are_those_of_one_block_after_clean_ones() -> None:
     model = tiny_model(vae={"vocab_size": 50, "scaling_factor": 1.7, "shifting_factor": 0.2})
     taken = torch.randint(1, 50, (2, 12), generator=torch.Generator().manual_seed(3))
     rows = SimpleNamespace(length=12, row=lambda number: Batch(taken[number : number + 1]))
-    count, a, scale = 2, 0.7, 3.0
-    (found,) = guesses_by_noise(model, cast(StreamRows, rows), count, scale, [a])
+    count, a = 2, 0.7
+    (found,) = guesses_by_noise(model, cast(StreamRows, rows), count, {"guidance": 3.0}, [a])
     q = model.vae.encode(taken.flatten(), [12] * count)
     assert q.logvar is not None
     noise, z1 = torch.randn(2, count, 12, 8, generator=torch.Generator().manual_seed(0))
