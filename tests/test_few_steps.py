@@ -15,11 +15,11 @@ from colada.errors import ColadaError
 from colada.flow import Evaluation, evaluations_of, front_loaded
 from colada.generate.engine.engine import Engine
 from colada.generate.reference import transport
-from colada.generate.settings import RequestSettings, check_settings
+from colada.generate.settings import UNGUIDED, RequestSettings, check_settings
 from colada.models.cola import ColaDLM
 from colada.networks.dit import DiT
 from colada.networks.layers import KVCache
-from colada.networks.solver import LearntSolver
+from colada.networks.solver import GUIDED, LearntSolver
 from helpers import reference, request, tiny_dit, tiny_model
 from test_engine import mixed_requests, same, serve
 
@@ -226,3 +226,11 @@ def test_steps_choose_one_of_a_students_grids(tmp_path: Path) -> None:
     words = r"steps=4: this model makes 3 steps along a = \[1, 0.9, 0.5, 0\] or 2 steps"
     with pytest.raises(ColadaError, match=words):
         model.generate(prompt, 8, steps=4)
+
+
+def test_a_learnt_solver_keeps_all_that_says_how_a_velocity_is_guided() -> None:
+    assert set(GUIDED) == set(UNGUIDED)
+    solver, guided = LearntSolver(2), {"guidance": 3.0, "guidance_against": "latents", "guidance_cap": 1.25}
+    guided["guidance_rescale"] = 0.5
+    solver.learn_under(guided)
+    assert guided.items() <= solver.settings().items()

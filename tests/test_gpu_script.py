@@ -122,7 +122,7 @@ def test_training_stops_by_itself_and_goes_on_when_started_again(tmp_path: Path)
 @pytest.mark.slow
 def test_the_study_stops_by_itself_and_goes_on_where_it_was(tmp_path: Path) -> None:
     def part() -> Any:
-        arguments = ("--run", str(tmp_path / "run"), "--train-for", "20", "--kit", str(tmp_path / "no kit"))
+        arguments = ("--run", str(tmp_path / "run"), "--train-for", "12", "--kit", str(tmp_path / "no kit"))
         started("--debug", "6", str(tmp_path), *arguments, "--set", "stages.prior.steps=1000000")
         results = results_of(tmp_path / "scaling.json")
         assert not results["training"]["finished"]
