@@ -59,13 +59,16 @@ BODIES: dict[str, tuple[bytes, int, str]] = {
 def test_a_bad_body_is_one_line_and_costs_little(server: Running, name: str) -> None:
     body, status, code = BODIES[name]
     server.get("/live")
-    begin = time.process_time()
-    answer = server.post("/v1/completions", body)
-    seconds = time.process_time() - begin
-    assert (answer.status, answer.error["code"]) == (status, code), answer.error
-    assert len(answer.error["message"]) < 1200
-    # The client's and the loop's; 50 ms on an idle machine.
-    assert seconds < 0.25
+    seconds = []
+    for _ in range(3):
+        begin = time.process_time()
+        answer = server.post("/v1/completions", body)
+        seconds.append(time.process_time() - begin)
+        assert (answer.status, answer.error["code"]) == (status, code), answer.error
+        assert len(answer.error["message"]) < 1200
+    # The client's and the loop's: 50 ms on an idle machine, many times as much on a slow or busy one; the
+    # least of three has no garbage collection in it. What goes with the square of a body takes minutes.
+    assert min(seconds) < 2
 
 
 def test_minus_zero_is_zero(server: Running) -> None:
