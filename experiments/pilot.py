@@ -35,7 +35,8 @@ from colada.evaluate.variety import words
 from colada.files import read_json_object, write_json, write_text
 from colada.models.base import LanguageModel
 from colada.models.load import load
-from colada.report.frontier import frontier_table, write_frontier_page
+from colada.report.frontier import draw_frontier, frontier_table, write_frontier_page
+from colada.report.style import save_figure, styled
 from colada.report.table import Table
 from colada.train.checkpoints import RECIPE
 from colada.train.display import Display
@@ -115,8 +116,21 @@ def compared(lines: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dict
     return table
 
 
+def averaged(name: str, seeds: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return a variant's line: the mean over its seeds at each guidance scale, and its standard error."""
+    line = []
+    for points in zip(*seeds, strict=True):
+        nats = [point["nats_per_token"] for point in points]
+        perplexity = math.exp(statistics.mean(nats))
+        error = perplexity * statistics.stdev(nats) / math.sqrt(len(nats)) if len(nats) > 1 else None
+        variety = statistics.mean(point["distinct_2"] for point in points)
+        own = {"model": name, "perplexity": perplexity, "standard_error": error, "distinct_2": variety}
+        line.append({**own, "settings": points[0]["settings"]})
+    return line
+
+
 def report(out: Path, results: Mapping[str, Sequence[Mapping[str, Any]]], judge: str) -> None:
-    """Write the page and the JSON of all lines, and print their comparison."""
+    """Write the page, the JSON and the figure (means over seeds) of all lines, and print their comparison."""
     everyone = [
         {**point, "model": name if len(seeds) == 1 else f"{name}, {seed}"}
         for name, seeds in results.items()
@@ -128,6 +142,11 @@ def report(out: Path, results: Mapping[str, Sequence[Mapping[str, Any]]], judge:
     table = compared({name: [own["points"] for own in seeds] for name, seeds in results.items()})
     facts = {"judge": judge, "documents": first["real"]["texts"], "new tokens": common.NEW_TOKENS}
     write_frontier_page(out / "pilot.html", whole, judge, facts)
+    means = [
+        point for name, seeds in results.items() for point in averaged(name, [own["points"] for own in seeds])
+    ]
+    with styled():
+        save_figure(draw_frontier({"real": first["real"], "points": means}), out / "pilot.svg")
     bare = [{key: value for key, value in point.items() if key != "records"} for point in everyone]
     real = {key: value for key, value in first["real"].items() if key != "records"}
     record = {**facts, "real": real, "points": bare, "nats_at_equal_distinct_2": table}

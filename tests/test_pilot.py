@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -38,6 +40,18 @@ def test_lines_are_compared_where_their_variety_is_equal() -> None:
         "seeds": 2,
     }
     assert table["base"]["0.4"]["nats"] is None
+
+
+def test_a_line_is_the_mean_of_its_seeds() -> None:
+    def point(variety: float, nats: float) -> dict[str, Any]:
+        return {"distinct_2": variety, "nats_per_token": nats, "settings": {"guidance": 2.0}}
+
+    (mean,) = pilot.averaged("base", [[point(0.4, 3.0)], [point(0.5, 3.2)]])
+    assert mean["perplexity"] == pytest.approx(math.exp(3.1))
+    assert mean["standard_error"] == pytest.approx(0.1 * math.exp(3.1))
+    assert mean["distinct_2"] == pytest.approx(0.45)
+    assert (mean["model"], mean["settings"]) == ("base", {"guidance": 2.0})
+    assert pilot.averaged("base", [[point(0.4, 3.0)]])[0]["standard_error"] is None
 
 
 @pytest.mark.parametrize("variant", pilot.VARIANTS)
@@ -93,6 +107,7 @@ def test_the_pilot_trains_measures_and_goes_on(tmp_path: Path, monkeypatch: pyte
         str(tmp_path / "judge/model"),
     }
     assert (tmp_path / "out/pilot.html").is_file()
+    assert "self-conditioning" in (tmp_path / "out/pilot.svg").read_text()
     # Self-conditioning costs more a step, so it has fewer.
     costs = []
     for number in (0, 2):
