@@ -30,7 +30,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def server() -> Iterator[Double]:
+def double() -> Iterator[Double]:
     double = Double()
     yield double
     double.shutdown()
@@ -38,12 +38,12 @@ def server() -> Iterator[Double]:
 
 
 @pytest.fixture
-def visit(browser: Any, server: Double) -> Iterator[Callable[..., Any]]:
+def visit(browser: Any, double: Double) -> Iterator[Callable[..., Any]]:
     """Opens the page; whatever it asks for is its own server's, and nothing in it fails."""
     contexts, faults = [], []
 
     def open_page(
-        hash: str = "", width: int = 1280, height: int = 900, address: str = server.url, **options: Any
+        hash: str = "", width: int = 1280, height: int = 900, address: str = double.url, **options: Any
     ) -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
@@ -110,6 +110,6 @@ def seen(page: Any) -> str:
     return str(page.evaluate("document.querySelector('#ink').textContent"))
 
 
-def told(server: Double, **changes: Any) -> str:
+def told(double: Double, **changes: Any) -> str:
     body = {"model": "cola", "prompt": START, "max_tokens": 48, "seed": 0}
     return START + "".join(story({**body, **changes}))

@@ -23,8 +23,8 @@ pytest_plugins = ["playground"]  # Its fixtures: a browser, a server, a page.
 # --- when it does not go well -------------------------------------------------------------------------
 
 
-def test_a_full_queue_is_said_and_asked_again_when_it_may_be(page: Any, server: Double) -> None:
-    server.refusal = (429, "queue_full", "The queue is full.", 2)
+def test_a_full_queue_is_said_and_asked_again_when_it_may_be(page: Any, double: Double) -> None:
+    double.refusal = (429, "queue_full", "The queue is full.", 2)
     begin(page)
     expect(page.locator("[role=alert]")).to_contain_text("The queue is full.")
     again = page.locator("#alert button")
@@ -34,29 +34,29 @@ def test_a_full_queue_is_said_and_asked_again_when_it_may_be(page: Any, server: 
     again.click()
     page.wait_for_selector("#stop:visible, #again:visible")
     finish(page)
-    assert page.input_value("#text") == told(server)
+    assert page.input_value("#text") == told(double)
 
 
-def test_too_many_watchers_may_write_without_watching(page: Any, server: Double) -> None:
-    server.refusal = (429, "too_many_watchers", "Eight watch already.", 5)
+def test_too_many_watchers_may_write_without_watching(page: Any, double: Double) -> None:
+    double.refusal = (429, "too_many_watchers", "Eight watch already.", 5)
     begin(page)
     page.click("text=Write without watching")
     page.wait_for_selector("#again:visible")
-    assert page.input_value("#text") == told(server)
-    assert "colada" not in server.asked[-1]
+    assert page.input_value("#text") == told(double)
+    assert "colada" not in double.asked[-1]
 
 
-def test_a_wrong_value_is_said_in_the_servers_words(page: Any, server: Double) -> None:
+def test_a_wrong_value_is_said_in_the_servers_words(page: Any, double: Double) -> None:
     text = write(page)
-    server.refusal = (400, "context_length_exceeded", "a prompt of 9000 tokens, expected at most 8192", None)
+    double.refusal = (400, "context_length_exceeded", "a prompt of 9000 tokens, expected at most 8192", None)
     page.click("#write")
     expect(page.locator("#alert")).to_have_text("a prompt of 9000 tokens, expected at most 8192")
     assert page.input_value("#text") == text
     expect(page.locator("#undo")).to_be_visible()
 
 
-def test_a_key_is_asked_for_and_kept_nowhere(visit: Callable[..., Any], server: Double) -> None:
-    server.key = "secret"
+def test_a_key_is_asked_for_and_kept_nowhere(visit: Callable[..., Any], double: Double) -> None:
+    double.key = "secret"
     page = visit()
     page.fill("#key", "wrong")
     page.keyboard.press("Enter")
@@ -64,23 +64,23 @@ def test_a_key_is_asked_for_and_kept_nowhere(visit: Callable[..., Any], server: 
     page.fill("#key", "secret")
     page.keyboard.press("Enter")
     page.wait_for_selector("#set-steps")
-    assert write(page) == told(server)
+    assert write(page) == told(double)
     assert "secret" not in page.url
     assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
 
 
-def test_a_lost_connection_keeps_what_was_written(page: Any, server: Double) -> None:
-    server.breaks_after = 3
+def test_a_lost_connection_keeps_what_was_written(page: Any, double: Double) -> None:
+    double.breaks_after = 3
     text = write(page)
     assert text == START + "".join(story({"model": "cola", "prompt": START, "max_tokens": 12}))
     expect(page.locator("#alert")).to_contain_text("before the answer ended")
-    server.breaks_after = None
+    double.breaks_after = None
     page.click("#undo")
-    assert write(page) == told(server)
+    assert write(page) == told(double)
     expect(page.locator("#alert")).to_be_empty()
 
 
-def test_a_server_that_is_away_is_said_and_found_again(visit: Callable[..., Any], server: Double) -> None:
+def test_a_server_that_is_away_is_said_and_found_again(visit: Callable[..., Any], double: Double) -> None:
     page = visit()
     page.route("**/*", lambda route: route.abort())
     begin(page)
@@ -89,34 +89,34 @@ def test_a_server_that_is_away_is_said_and_found_again(visit: Callable[..., Any]
     page.unroute("**/*")
     page.click("#alert button")
     page.wait_for_selector("#again:visible")
-    assert page.input_value("#text") == told(server)
+    assert page.input_value("#text") == told(double)
     expect(page.locator("#health-text")).to_have_text("ready")
 
 
 # --- settings -----------------------------------------------------------------------------------------
 
 
-def test_settings_are_in_the_address_and_texts_are_not(visit: Callable[..., Any], server: Double) -> None:
+def test_settings_are_in_the_address_and_texts_are_not(visit: Callable[..., Any], double: Double) -> None:
     page = visit()
     page.fill("#set-steps", "5")
     page.fill("#set-guidance", "2.5")
     page.click("#die")
     write(page, "a private text")
     seed = page.input_value("#set-seed")
-    assert page.url == f"{server.url}#steps=5&guidance=2.5&seed={seed}"
-    again = visit(page.url.removeprefix(server.url))
+    assert page.url == f"{double.url}#steps=5&guidance=2.5&seed={seed}"
+    again = visit(page.url.removeprefix(double.url))
     assert [again.input_value(f"#set-{name}") for name in ("steps", "guidance", "seed")] == ["5", "2.5", seed]
     again.click("#reset")
-    assert again.url == server.url
+    assert again.url == double.url
     assert again.input_value("#set-steps") == "16"
 
 
-def test_settings_out_of_their_bounds_are_not_taken(visit: Callable[..., Any], server: Double) -> None:
+def test_settings_out_of_their_bounds_are_not_taken(visit: Callable[..., Any], double: Double) -> None:
     page = visit(
         "#steps=0&guidance=x&seed=-1&temperature=1e999&top_p=&guidance_interval=1,0&nothing=1&model=none"
     )
     write(page)
-    assert server.asked[0]["colada"] == {"guesses": True, "latents": "pca"}
+    assert double.asked[0]["colada"] == {"guesses": True, "latents": "pca"}
     assert "none" not in page.url
     page.fill("#set-steps", "65")
     assert page.evaluate("document.querySelector('#set-steps').validationMessage") == "from 1 to 64"
@@ -195,7 +195,7 @@ def test_a_narrow_screen_shows_all_of_it(visit: Callable[..., Any], width: int) 
     check()
 
 
-def test_all_of_it_works_with_the_keyboard_alone(page: Any, server: Double) -> None:
+def test_all_of_it_works_with_the_keyboard_alone(page: Any, double: Double) -> None:
     for _ in range(6):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.id") == "text":
@@ -204,7 +204,7 @@ def test_all_of_it_works_with_the_keyboard_alone(page: Any, server: Double) -> N
     page.keyboard.press("Control+Enter")
     page.wait_for_selector("#again:visible")
     text = page.input_value("#text")
-    assert text == told(server)
+    assert text == told(double)
     page.keyboard.press("Control+Home")
     for _ in range(5):
         page.keyboard.press("Control+ArrowRight")
@@ -212,8 +212,8 @@ def test_all_of_it_works_with_the_keyboard_alone(page: Any, server: Double) -> N
     page.wait_for_selector("#hole:visible")
     page.keyboard.press("Alt+r")
     page.wait_for_selector("#keep:visible")
-    assert server.asked[-1]["prompt"] + server.asked[-1]["suffix"] != text
-    assert page.input_value("#text").endswith(server.asked[-1]["suffix"])
+    assert double.asked[-1]["prompt"] + double.asked[-1]["suffix"] != text
+    assert page.input_value("#text").endswith(double.asked[-1]["suffix"])
     page.keyboard.press("Escape")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") in ("write", "rewrite")
@@ -223,9 +223,9 @@ def test_all_of_it_works_with_the_keyboard_alone(page: Any, server: Double) -> N
     expect(page.locator("#help-dialog")).to_be_hidden()
 
 
-def test_nothing_is_blurred_for_who_wants_no_motion(visit: Callable[..., Any], server: Double) -> None:
+def test_nothing_is_blurred_for_who_wants_no_motion(visit: Callable[..., Any], double: Double) -> None:
     page = visit(reduced_motion="reduce")
-    server.step_seconds = 0.05
+    double.step_seconds = 0.05
     begin(page)
     page.wait_for_selector("#ink .token")
     blurs = page.evaluate(
@@ -245,10 +245,10 @@ def test_the_colour_scheme_is_the_systems_until_it_is_switched(visit: Callable[.
     assert page.url.endswith("#theme=dark")
 
 
-def test_without_javascript_it_says_what_to_do(browser: Any, server: Double) -> None:
+def test_without_javascript_it_says_what_to_do(browser: Any, double: Double) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
-    page.goto(server.url)
+    page.goto(double.url)
     expect(page.locator("noscript p")).to_contain_text("curl -s")
     context.close()
 
