@@ -14,6 +14,7 @@ from colada.evaluate.texts import Text, require_tokenizer
 from colada.models.base import LanguageModel
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+TEMPERATURES = (0.6, 0.8, 1.0)
 PROMPT_TOKENS, NEW_TOKENS = 16, 64
 RESULTS = "results.jsonl"
 
@@ -58,12 +59,15 @@ def line(
     guidance: Sequence[float] = GUIDANCE,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return a model's points, one a guidance scale, as :func:`colada.evaluate.generative.frontier`."""
+    """Return a model's points, as :func:`colada.evaluate.generative.frontier`.
+
+    One a guidance scale; of a model that has none, such as an AR model, one a temperature.
+    """
     tokenizer = require_tokenizer(model, "judges read text")
     real = real_passages(tokenizer, texts, PROMPT_TOKENS, NEW_TOKENS)[:documents]
     scales: Sequence[dict[str, Any]] = [{**settings, "guidance": scale} for scale in guidance]
     if "guidance" not in model.defaults:
-        scales = [{}]
+        scales = [{"temperature": temperature} for temperature in TEMPERATURES]
     writers = [(model, scales)]
     reader = ModelJudge(judge, tokenizer, seed=0, batch=16)
     return frontier(writers, real, reader, tokenizer, NEW_TOKENS, vocabulary=vocabulary, seed=seed)

@@ -98,9 +98,14 @@ def test_the_pilot_trains_measures_and_goes_on(tmp_path: Path, monkeypatch: pyte
     assert first.exit_code == 0, first.output
     record = json.loads((tmp_path / "out/pilot.json").read_text())
     assert [point["settings"]["guidance"] for point in record["points"][:6]] == list(common.GUIDANCE)
-    assert [point["model"] for point in record["points"]] == ["base"] * 6 + ["self-conditioning"] * 6 + [
-        str(tmp_path / "judge/model")
+    beside = [str(tmp_path / "judge/model")] * len(common.TEMPERATURES)
+    assert [point["model"] for point in record["points"]] == [
+        *["base"] * 6,
+        *["self-conditioning"] * 6,
+        *beside,
     ]
+    temperatures = [point["settings"]["temperature"] for point in record["points"][12:]]
+    assert temperatures == list(common.TEMPERATURES)
     assert set(record["nats_at_equal_distinct_2"]) == {
         "base",
         "self-conditioning",

@@ -116,7 +116,9 @@ def test_the_model_card_of_the_bundled_model(tmp_path: Path, monkeypatch: pytest
     assert record["pronouns"]["real"]["first"] == 1.0
     assert len(record["samples"]) == 1
     lines = record["frontier"]["points"]
-    assert [own["settings"].get("guidance") for own in lines] == [*common.GUIDANCE, None]
+    beside = len(common.TEMPERATURES)
+    assert [own["settings"].get("guidance") for own in lines] == [*common.GUIDANCE, *[None] * beside]
+    assert [own["settings"]["temperature"] for own in lines[-beside:]] == list(common.TEMPERATURES)
     assert lines[-1]["model"] == judge
     assert all(own["perplexity"] > 1 and "records" not in own for own in (*lines, record["frontier"]["real"]))
 

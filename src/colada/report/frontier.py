@@ -17,7 +17,7 @@ _EXAMPLES = 3  # of each point, on the page
 
 
 def frontier_table(result: Mapping[str, Any], full: bool = False) -> Table:
-    """Return a row a model and guidance, and one of real text; ``full``: with the figures for a wide page.
+    """Return a row a model and guidance, or temperature, and one of real text; ``full``: for a wide page.
 
     Args:
         result: of :func:`colada.evaluate.generative.frontier`.
@@ -46,10 +46,17 @@ def frontier_table(result: Mapping[str, Any], full: bool = False) -> Table:
         }
     table = Table(("", "s", *columns))
     for point in (result["real"], *result["points"]):
-        guidance = point.get("settings", {}).get("guidance")
-        shown = "–" if guidance is None else f"{guidance:g}"
-        table.row(point.get("model", "real text"), shown, *(column(point) for column in columns.values()))
+        cells = (column(point) for column in columns.values())
+        table.row(point.get("model", "real text"), _place(point) or "–", *cells)
     return table
+
+
+def _place(point: Mapping[str, Any]) -> str:
+    """Return what moves a point along its model's line: guidance scale, else temperature; or nothing."""
+    settings = point.get("settings", {})
+    if settings.get("guidance") is not None:
+        return f"{settings['guidance']:g}"
+    return f"T {settings['temperature']:g}" if settings.get("temperature") else ""
 
 
 def _perplexity(point: Mapping[str, Any]) -> str:
@@ -58,7 +65,7 @@ def _perplexity(point: Mapping[str, Any]) -> str:
 
 
 def draw_frontier(result: Mapping[str, Any]) -> Figure:
-    """Return perplexity over distinct-2: a line a model, with the guidance beside each point."""
+    """Return perplexity over distinct-2: a line a model, with guidance or temperature beside each point."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 4.0), layout="constrained")
@@ -77,10 +84,8 @@ def draw_frontier(result: Mapping[str, Any]) -> Figure:
             linewidth=1.4,
         )
         for point in points:
-            if point["settings"].get("guidance") is not None:
-                place = point["distinct_2"], point["perplexity"]
-                text = f"{point['settings']['guidance']:g}"
-                axes.annotate(text, place, xytext=(4, 4), textcoords="offset points", fontsize=7.5)
+            place = point["distinct_2"], point["perplexity"]
+            axes.annotate(_place(point), place, xytext=(4, 4), textcoords="offset points", fontsize=7.5)
     real = result["real"]
     axes.plot(real["distinct_2"], real["perplexity"], "*", color=INK, markersize=9, label="real text")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -95,18 +100,19 @@ def write_frontier_page(path: Path, result: Mapping[str, Any], judge: str, facts
     page.section(
         "Perplexity over variety",
         "Guidance moves a model along its line, towards likelier and more repetitive text; a better model has"
-        " a line nearer to real text. Compare lines, never single points. s: guidance; real's: distinct-2 of"
-        " the real texts cut to as many tokens; repeats and known: per cent of words.",
+        " a line nearer to real text. Compare lines, never single points. s: guidance, or T, a temperature;"
+        " real's: distinct-2 of the real texts cut to as many tokens; repeats and known: per cent of words.",
     )
     page.table(frontier_table(result, full=True))
     with styled():
         page.figure(
-            draw_frontier(result), "frontier", "Numbers are guidance scales; bars are standard errors."
+            draw_frontier(result),
+            "frontier",
+            "Numbers are guidance scales, or temperatures (T); bars are standard errors.",
         )
     page.section("Texts", "The first of each.")
     for point in (result["real"], *result["points"]):
-        guidance = point.get("settings", {}).get("guidance")
-        title = point.get("model", "real text") + ("" if guidance is None else f", guidance {guidance:g}")
+        title = point.get("model", "real text") + (f", s: {_place(point)}" if _place(point) else "")
         texts = [(record["origin"], f"{record['prompt']}|{record['text']}") for record in point["records"]]
         page.texts(texts[:_EXAMPLES], fold=title)
     page.provenance(facts).write(path)
