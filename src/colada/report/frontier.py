@@ -67,6 +67,7 @@ def _perplexity(point: Mapping[str, Any]) -> str:
 def draw_frontier(result: Mapping[str, Any]) -> Figure:
     """Return perplexity over distinct-2: a line a model, with guidance or temperature beside each point."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(5.6, 4.0), layout="constrained")
     axes = figure.add_subplot(xlabel="distinct-2", ylabel="judge's perplexity (log)", yscale="log")
@@ -89,7 +90,7 @@ def draw_frontier(result: Mapping[str, Any]) -> Figure:
     real = result["real"]
     axes.plot(real["distinct_2"], real["perplexity"], "*", color=INK, markersize=9, label="real text")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.5)))  # none over many decades
     figure.legend(loc="outside upper left", ncols=3)
     return figure
 
