@@ -105,6 +105,11 @@ def nats_at(points: Sequence[Mapping[str, Any]], variety: float) -> float | None
     return None
 
 
+def error_of(values: Sequence[float]) -> float | None:
+    """Return the standard error of a mean over seeds; None of fewer than two."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
 def compared(lines: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, dict[str, Any]]:
     """Return each variant's nats a token at equal variety: the mean over its seeds, and standard errors."""
     table: dict[str, dict[str, Any]] = {}
@@ -112,7 +117,7 @@ def compared(lines: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dict
         table[name] = {}
         for variety in VARIETY:
             values = [value for points in seeds if (value := nats_at(points, variety)) is not None]
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+            error = error_of(values)
             mean = statistics.mean(values) if values else None
             table[name][f"{variety:g}"] = {"nats": mean, "standard_error": error, "seeds": len(values)}
     return table
@@ -124,9 +129,13 @@ def averaged(name: str, seeds: Sequence[Sequence[Mapping[str, Any]]]) -> list[di
     for points in zip(*seeds, strict=True):
         nats = [point["nats_per_token"] for point in points]
         perplexity = math.exp(statistics.mean(nats))
-        error = perplexity * statistics.stdev(nats) / math.sqrt(len(nats)) if len(nats) > 1 else None
-        variety = statistics.mean(point["distinct_2"] for point in points)
-        own = {"model": name, "perplexity": perplexity, "standard_error": error, "distinct_2": variety}
+        error = error_of(nats)
+        own = {
+            "model": name,
+            "perplexity": perplexity,
+            "standard_error": None if error is None else perplexity * error,
+            "distinct_2": statistics.mean(point["distinct_2"] for point in points),
+        }
         line.append({**own, "settings": points[0]["settings"]})
     return line
 

@@ -420,7 +420,7 @@ def test_the_peak_of_a_cpu_is_measured_once() -> None:
     peak_flops.cache_clear()
     begin = time.perf_counter()
     peak, origin = peak_flops(torch.device("cpu"), torch.float32)
-    assert time.perf_counter() - begin < 10  # Half a second, on a machine that does nothing else.
+    assert time.perf_counter() - begin < 2  # Half a second, on a machine that does nothing else.
     assert origin == "measured"
     assert peak_flops(torch.device("cpu"), torch.float32) == (peak, origin)
     # No product of this size beats it by much: it is a peak.

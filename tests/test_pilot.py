@@ -56,7 +56,11 @@ def test_a_line_is_the_mean_of_its_seeds() -> None:
 
 @pytest.mark.parametrize("variant", pilot.VARIANTS)
 def test_every_variant_is_a_recipe(variant: str) -> None:
-    load_recipe(ROOT / "recipes/tiny.yaml", pilot.VARIANTS[variant])
+    recipe = ROOT / "recipes/tiny.yaml"
+    base, changed = load_recipe(recipe).stages, load_recipe(recipe, pilot.VARIANTS[variant]).stages
+    assert [name for name in base if name != "prior" and changed[name] != base[name]] == []
+    # The recipe's own lever and optimiser are among them.
+    assert (changed["prior"] == base["prior"]) == (variant in ("history dropout", "Muon 4e-3"))
 
 
 def test_what_nobody_knows_is_refused_before_anything_is_read() -> None:

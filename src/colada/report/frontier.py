@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _EXAMPLES = 3  # of each point, on the page
+_LINES = "-", "--", ":"  # when colours come again
 
 
 def frontier_table(result: Mapping[str, Any], full: bool = False) -> Table:
@@ -83,6 +84,7 @@ def draw_frontier(result: Mapping[str, Any]) -> Figure:
             marker="o",
             markersize=4,
             linewidth=1.4,
+            linestyle=_LINES[number // len(SERIES) % len(_LINES)],
         )
         for point in points:
             place = point["distinct_2"], point["perplexity"]
